@@ -1,0 +1,149 @@
+"""Serve the bundled model with SkipKV and show what it saved against full KV on the same prompts.
+
+python -m benchmarks.demo            # what `make demo` runs
+python -m benchmarks.demo --keep     # what `make serve` runs: leave the server running
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from openai import OpenAI
+
+from skipkv_vllm import bundled_model
+
+from .server import ServerError, metrics, serve
+from .tiny_reasoner.problems import Problem, extract_answer, problems
+
+MODEL = "tiny-reasoner"
+MAX_MODEL_LEN = 2048
+
+
+@dataclass
+class Arm:
+    """What one policy did with the prompts."""
+
+    right: int
+    finished: int
+    tokens: int
+    seconds: float
+    compactions: int
+    evicted: int
+    freed: int
+    peak_pages: int
+
+
+def server_arguments(budget: int, buffer: int) -> list[str]:
+    """Flags of the demo server. Eager, because compiling takes longer than this model's answers."""
+    flags = {
+        "--served-model-name": MODEL,
+        "--kv-policy": "skipkv",
+        "--kv-budget": budget,
+        "--kv-buffer": buffer,
+        "--block-size": 32,
+        "--max-model-len": MAX_MODEL_LEN,
+        "--max-num-seqs": 16,
+        "--dtype": "float32",
+    }
+    return [str(part) for flag in flags.items() for part in flag] + ["--enforce-eager"]
+
+
+def run_arm(client: OpenAI, url: str, tasks: list[Problem], policy: str) -> Arm:
+    """Answer all problems at once with one policy and read the metrics before and after."""
+    before = metrics(url)
+
+    def answer(task: Problem) -> tuple[bool, bool, int]:
+        reply = client.chat.completions.create(
+            model=MODEL,
+            messages=[{"role": "user", "content": task.question}],
+            temperature=0,
+            max_tokens=1200,
+            extra_body={"vllm_xargs": {"kv_policy": policy}},
+        )
+        choice, usage = reply.choices[0], reply.usage
+        right = extract_answer(choice.message.content or "") == task.answer
+        return right, choice.finish_reason == "stop", usage.completion_tokens if usage else 0
+
+    started = time.monotonic()
+    with ThreadPoolExecutor(len(tasks)) as pool:
+        answers = list(pool.map(answer, tasks))
+    seconds = time.monotonic() - started
+    time.sleep(1)  # the last step's statistics arrive just after its tokens
+    after = metrics(url)
+
+    def counted(name: str) -> int:
+        return int(after[name] - before[name])
+
+    return Arm(
+        right=sum(right for right, _, _ in answers),
+        finished=sum(finished for _, finished, _ in answers),
+        tokens=sum(tokens for _, _, tokens in answers),
+        seconds=seconds,
+        compactions=counted("skipkv_compactions_total"),
+        evicted=counted("skipkv_evicted_tokens_total"),
+        freed=counted("skipkv_freed_pages_total"),
+        peak_pages=int(after["skipkv_peak_pages"]),
+    )
+
+
+def table(full: Arm, skipkv: Arm, prompts: int) -> str:
+    """The two arms side by side."""
+    rows = [
+        ("answers right", f"{full.right} of {prompts}", f"{skipkv.right} of {prompts}"),
+        ("answers finished", f"{full.finished} of {prompts}", f"{skipkv.finished} of {prompts}"),
+        ("tokens generated", f"{full.tokens:,}", f"{skipkv.tokens:,}"),
+        ("compactions", f"{full.compactions:,}", f"{skipkv.compactions:,}"),
+        ("evicted tokens", f"{full.evicted:,}", f"{skipkv.evicted:,}"),
+        ("pages given back early", f"{full.freed:,}", f"{skipkv.freed:,}"),
+        ("pages held at peak", f"{full.peak_pages:,}", f"{skipkv.peak_pages:,}"),
+        ("seconds", f"{full.seconds:.1f}", f"{skipkv.seconds:.1f}"),
+    ]
+    lines = [f"{'':24}{'full KV':>12}{'skipkv':>12}", "-" * 48]
+    lines += [f"{name:24}{left:>12}{right:>12}" for name, left, right in rows]
+    return "\n".join(lines)
+
+
+def main() -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--prompts", type=int, default=16)
+    parser.add_argument("--budget", type=int, default=256)
+    parser.add_argument("--buffer", type=int, default=64)
+    parser.add_argument("--keep", action="store_true", help="only serve, until Ctrl-C")
+    args = parser.parse_args()
+    flags = server_arguments(args.budget, args.buffer)
+    print("vllm serve", MODEL, *flags)
+    try:
+        with serve(bundled_model(), flags, port=args.port, log=Path("build/demo-server.log")) as url:
+            if args.keep:
+                print(f"serving at {url}/v1 - model {MODEL!r}; Ctrl-C stops it. Log: build/demo-server.log")
+                while True:
+                    time.sleep(3600)
+            client = OpenAI(base_url=f"{url}/v1", api_key="none", timeout=600)
+            tasks = list(problems("demo", args.prompts))
+            print(f"{args.prompts} problems at once, first with skipkv, then with full KV ...")
+            # skipkv goes first: the peak gauge only ever rises.
+            skipkv = run_arm(client, url, tasks, "skipkv")
+            full = run_arm(client, url, tasks, "full")
+    except ServerError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\nstopped")
+        return 0
+    print("\n" + table(full, skipkv, args.prompts))
+    if skipkv.compactions == 0 or full.compactions > 0:
+        print("error: skipkv must compact and full KV must not", file=sys.stderr)
+        return 1
+    print(f"\nPages held at peak: {skipkv.peak_pages / full.peak_pages:.0%} of full KV.")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

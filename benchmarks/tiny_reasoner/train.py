@@ -1,0 +1,198 @@
+"""Train the bundled reasoning model from nothing: seeded, resumable, about an hour on one core.
+
+    python -m benchmarks.tiny_reasoner.train --out skipkv_vllm/models/tiny-reasoner
+
+The curriculum starts with pure look-up and grows to full problems; the next level starts when 97 % of
+the value digits of unseen exercises are right. On the last level the learning rate decays to zero over
+`--final-steps`. Stop it at any time (Ctrl-C) and run the same command again: it goes on from its last
+checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from .problems import SPLITS, Problem, make_problem, make_recall
+from .tokenizer import build_tokenizer
+
+IGNORED = -100
+
+
+def make_short_problem(seed: int, most: int) -> Problem:
+    """A problem of 1 to `most` rules."""
+    return make_problem(seed, steps=1 + seed % most)
+
+
+@dataclass(frozen=True)
+class Level:
+    """One level of the curriculum: its name and how to draw an exercise from a seed."""
+
+    name: str
+    draw: Callable[[int], Problem]
+
+
+CURRICULUM = (
+    *(Level(f"recall {n}", partial(make_recall, bindings=n)) for n in (2, 4, 8, 16)),
+    *(Level(f"{n} rules", partial(make_short_problem, most=n)) for n in (3, 6, 12)),
+    Level("full", make_problem),
+)
+
+
+def model_config(vocab_size: int, eos: int, pad: int) -> Qwen2Config:
+    """The shape of the bundled model: Qwen2, 4 layers, width 128, 4 heads over 2 kv heads."""
+    return Qwen2Config(
+        vocab_size=vocab_size,
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=4096,
+        initializer_range=0.05,
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=eos,
+        pad_token_id=pad,
+    )
+
+
+def encode(problem: Problem, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], int]:
+    """Token ids of prompt + completion + end of turn, and the prompt's length."""
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": problem.question}],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=False,
+    )
+    completion = tokenizer(problem.completion, add_special_tokens=False).input_ids
+    return [*prompt, *completion, tokenizer.eos_token_id], len(prompt)
+
+
+def batch(
+    level: Level, seed: int, tokens: int, tokenizer: PreTrainedTokenizerBase
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Right-padded ids and labels [n, length] of about `tokens` tokens; the prompt is not a target."""
+    rows = [encode(level.draw(seed), tokenizer)]
+    while (len(rows) + 1) * max(len(ids) for ids, _ in rows) <= tokens:
+        rows.append(encode(level.draw(seed + len(rows)), tokenizer))
+    ids = torch.full((len(rows), max(len(r) for r, _ in rows)), tokenizer.pad_token_id)
+    labels = torch.full_like(ids, IGNORED)
+    for i, (row, n_prompt) in enumerate(rows):
+        ids[i, : len(row)] = torch.tensor(row)
+        labels[i, n_prompt : len(row)] = ids[i, n_prompt : len(row)]
+    return ids, labels
+
+
+@torch.no_grad()
+def digit_accuracy(
+    model: Qwen2ForCausalLM, ids: torch.Tensor, labels: torch.Tensor, digits: torch.Tensor
+) -> tuple[float, float]:
+    """Teacher-forced accuracy over digit targets, and the share of rows with every target right."""
+    model.eval()
+    guess = model(input_ids=ids).logits[:, :-1].argmax(-1)
+    model.train()
+    target = labels[:, 1:]
+    is_digit = torch.isin(target, digits)
+    right = guess == target
+    whole = (right | (target == IGNORED)).all(1)
+    return right[is_digit].float().mean().item(), whole.float().mean().item()
+
+
+def train(args: argparse.Namespace) -> None:
+    """Run or resume the curriculum and write the checkpoint."""
+    torch.manual_seed(args.seed)
+    torch.set_num_threads(args.threads)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    tokenizer = build_tokenizer()
+    digits = torch.tensor([tokenizer.convert_tokens_to_ids(f"Ġ{d}") for d in range(19)], device=device)
+    model = Qwen2ForCausalLM(model_config(len(tokenizer), tokenizer.eos_token_id, tokenizer.pad_token_id))
+    model.to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.98), weight_decay=0.01)
+    step, level, final_step = 0, 0, 0
+    state_file = Path(args.state)
+    if state_file.exists():
+        state = torch.load(state_file, map_location=device, weights_only=True)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        step, level, final_step = state["step"], state["level"], state["final_step"]
+        print(f"resuming at step {step}, level {CURRICULUM[level].name}")
+
+    def save() -> None:
+        state_file.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(
+            {
+                "model": model.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "step": step,
+                "level": level,
+                "final_step": final_step,
+            },
+            state_file,
+        )
+        model.save_pretrained(args.out)
+        tokenizer.save_pretrained(args.out)
+
+    def draw(split: str) -> tuple[torch.Tensor, torch.Tensor]:
+        ids, labels = batch(CURRICULUM[level], SPLITS[split] + 1000 * step, args.tokens, tokenizer)
+        return ids.to(device), labels.to(device)
+
+    deadline = time.monotonic() + 60 * args.minutes
+    bar = tqdm(desc=CURRICULUM[level].name, unit="step", initial=step)
+    try:
+        while final_step < args.final_steps and time.monotonic() < deadline:
+            last = level == len(CURRICULUM) - 1
+            progress = final_step / args.final_steps
+            lr = args.lr * (min(1, (step + 1) / 100) if not last else 0.5 * (1 + math.cos(math.pi * progress)))
+            for group in optimizer.param_groups:
+                group["lr"] = max(lr, args.lr * 0.01)
+            ids, labels = draw("train")
+            loss = model(input_ids=ids, labels=labels).loss
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            step += 1
+            final_step += last
+            bar.update()
+            if step % 25 == 0:
+                dev_ids, dev_labels = draw("dev")
+                accuracy, whole = digit_accuracy(model, dev_ids, dev_labels, digits)
+                bar.set_description(CURRICULUM[level].name)
+                bar.set_postfix(loss=f"{loss.item():.3f}", digits=f"{accuracy:.3f}", whole=f"{whole:.2f}")
+                if accuracy >= 0.97 and not last:
+                    level += 1
+            if step % 200 == 0:
+                save()
+    except KeyboardInterrupt:
+        print("\nstopped; run the same command to go on")
+    save()
+    print(f"step {step}, level {CURRICULUM[level].name}, wrote {args.out}")
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", default="skipkv_vllm/models/tiny-reasoner", help="checkpoint folder")
+    parser.add_argument("--state", default="build/tiny-reasoner.pt", help="resumable training state")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--tokens", type=int, default=4000, help="padded tokens per step")
+    parser.add_argument("--final-steps", type=int, default=4000, help="steps on full problems, with lr decay")
+    parser.add_argument("--minutes", type=float, default=120, help="stop after this long; run again to go on")
+    parser.add_argument("--threads", type=int, default=2)
+    train(parser.parse_args())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,33 @@
+"""Run reasoning models in vLLM with a fixed, small KV cache."""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .errors import KVPolicyError
+
+if TYPE_CHECKING:
+    from .llm import LLM
+
+try:
+    __version__ = version("skipkv-vllm")
+except PackageNotFoundError:  # a source tree on the path, not installed
+    __version__ = "0.0.0"
+
+__all__ = ["LLM", "KVPolicyError", "__version__", "bundled_model"]
+
+
+def bundled_model() -> str:
+    """Folder of the small reasoning model that comes with the package (a Qwen2 checkpoint)."""
+    return str(Path(__file__).parent / "models" / "tiny-reasoner")
+
+
+def __getattr__(name: str) -> Any:
+    # Importing vLLM takes seconds; only those who want the engine pay for it.
+    if name == "LLM":
+        from .llm import LLM
+
+        return LLM
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,28 @@
+"""What a server says about its KV policy when it starts."""
+
+from __future__ import annotations
+
+from .config import KVPolicyConfig
+from .scheduler.planner import Limits
+
+
+def banner(config: KVPolicyConfig, page_size: int, max_model_len: int) -> list[str]:
+    """A few lines: policy, budget, bound, granularity, pages per request, and what is off."""
+    limits = Limits(config.kv_budget, config.kv_buffer, config.kv_window, 0)
+    pages, full = limits.bound_pages(page_size), -(-max_model_len // page_size)
+    prompt = "protected, counts toward the budget" if config.kv_protect_prompt else "evicted like any other text"
+    lines = [
+        f"SkipKV: policy {config.policy!r}, granularity {config.kv_granularity}",
+        f"SkipKV: budget {config.kv_budget} + buffer {config.kv_buffer} = bound {limits.bound} tokens a request, "
+        f"newest {config.kv_window} always kept; prompt {prompt}",
+        f"SkipKV: at most {pages} pages of {page_size} tokens a request, instead of up to {full}",
+        "SkipKV: vLLM features switched off: none",
+    ]
+    if limits.bound >= max_model_len:
+        lines.append(
+            f"SkipKV: WARNING: bound {limits.bound} >= max_model_len {max_model_len}, so no request can reach it "
+            "and nothing will be evicted; lower --kv-budget or raise --max-model-len"
+        )
+    if config.kv_trace_dir:
+        lines.append(f"SkipKV: writing one trace per request to {config.kv_trace_dir}")
+    return lines

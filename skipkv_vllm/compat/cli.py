@@ -1,0 +1,111 @@
+"""Flags on every vLLM command that takes engine arguments, and the same options offline."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import Any, Literal, get_args, get_origin
+
+from ..config import CONFIG_KEY, KVPolicyConfig, flag_names, parse_json_object
+from ..errors import KVPolicyError
+from .gate import check_signatures, check_version
+
+SCHEDULER = "skipkv_vllm.scheduler.vllm_scheduler.make_scheduler"
+WORKERS = {
+    "cpu": "skipkv_vllm.worker.cpu_worker.EvictingCPUWorker",
+    "gpu": "skipkv_vllm.worker.gpu_worker.EvictingGPUWorker",
+}
+_METAVARS = {"kv_policy": "NAME", "kv_policy_config": "JSON", "kv_trace_dir": "DIR"}
+
+
+def install_flags() -> None:
+    """Wrap vLLM's parser set-up. vLLM has no hook for it; plugins load just before the parser is filled."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    if hasattr(EngineArgs, "_skipkv_flags"):
+        return
+    add_cli_args, from_cli_args = EngineArgs.add_cli_args, EngineArgs.from_cli_args.__func__
+
+    def add_cli_args_with_policy(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        parser = add_cli_args(parser)
+        _add_flags(parser)
+        return parser
+
+    def from_cli_args_with_policy(cls: type, args: argparse.Namespace) -> Any:
+        given = {name: getattr(args, name) for name in KVPolicyConfig.model_fields if hasattr(args, name)}
+        if given:
+            try:
+                changed = engine_arguments(given, vars(args))
+            except KVPolicyError as error:
+                print(f"vllm: error: {error}", file=sys.stderr)
+                raise SystemExit(2) from None
+            args = argparse.Namespace(**changed)
+        return from_cli_args(cls, args)
+
+    EngineArgs.add_cli_args = staticmethod(add_cli_args_with_policy)
+    EngineArgs.from_cli_args = classmethod(from_cli_args_with_policy)
+    EngineArgs._skipkv_flags = True
+
+
+def _add_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group(title="KVPolicyConfig", description=KVPolicyConfig.__doc__)
+    for name, flag in flag_names().items():
+        field = KVPolicyConfig.model_fields[name]
+        default = field.get_default(call_default_factory=True)
+        # No default in the parser, so that a flag that was given can be told from one that was not.
+        help_text = f"{field.description} Default: {default}."
+        options: dict[str, Any] = {"default": argparse.SUPPRESS, "help": help_text.replace("%", "%%")}
+        if field.annotation is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        elif get_origin(field.annotation) is Literal:
+            options["choices"] = get_args(field.annotation)
+        else:
+            options |= {"type": int, "metavar": "N"} if field.annotation is int else {"metavar": _METAVARS[name]}
+        group.add_argument(flag, **options)
+
+
+def engine_arguments(given: dict[str, Any], engine: dict[str, Any]) -> dict[str, Any]:
+    """vLLM's engine arguments with the policy options that were given worked in.
+
+    Args:
+        given: `KVPolicyConfig` fields that the user set; `kv_policy_config` may be JSON text.
+        engine: arguments of vLLM's `EngineArgs` or `LLM`; not modified.
+
+    Returns:
+        `engine`, with `additional_config`, `scheduler_cls` and `worker_cls` set if a policy is active.
+
+    Raises:
+        KVPolicyError: bad options, options without a policy, an unsupported vLLM, or a scheduler or
+            worker class of the user's own.
+    """
+    given = dict(given)
+    if isinstance(given.get("kv_policy_config"), str):
+        given["kv_policy_config"] = parse_json_object("--kv-policy-config", given["kv_policy_config"])
+    if given and "kv_policy" not in given:
+        flags = ", ".join(flag_names()[name] for name in given)
+        raise KVPolicyError(f"{flags} given without --kv-policy, so nothing would be evicted; add --kv-policy skipkv")
+    config = KVPolicyConfig.parse(given)
+    if not config.is_active:
+        return dict(engine)
+
+    check_version()
+    check_signatures()
+    if engine.get("scheduler_cls") not in (None, SCHEDULER):
+        raise KVPolicyError(
+            f"scheduler_cls={engine['scheduler_cls']!r} cannot be combined with kv_policy={config.kv_policy!r}, "
+            "which brings its own scheduler; drop one of the two"
+        )
+    if engine.get("worker_cls", "auto") not in ("auto", *WORKERS.values()):
+        raise KVPolicyError(
+            f"worker_cls={engine['worker_cls']!r} cannot be combined with kv_policy={config.kv_policy!r}, "
+            "which brings its own worker; drop one of the two"
+        )
+    from vllm.platforms import current_platform
+
+    additional = dict(engine.get("additional_config") or {})
+    additional[CONFIG_KEY] = config.model_dump()
+    return engine | {
+        "additional_config": additional,
+        "scheduler_cls": SCHEDULER,
+        "worker_cls": WORKERS["cpu" if current_platform.is_cpu() else "gpu"],
+    }

@@ -1,0 +1,92 @@
+"""What a KV policy does not support yet is refused at start-up: which feature, why, what to do."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ..errors import KVPolicyError
+from ..policies import Need
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+
+    from ..config import KVPolicyConfig
+
+
+def _refuse(feature: str, reason: str, remedy: str) -> KVPolicyError:
+    return KVPolicyError(f"--kv-policy does not support {feature}: {reason}. {remedy}, or start without --kv-policy")
+
+
+def check_config(vllm_config: VllmConfig, policy: KVPolicyConfig) -> None:
+    """Refuse models and features that eviction would silently get wrong.
+
+    Raises:
+        KVPolicyError: for the first one found.
+    """
+    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    other = "Serve a decoder-only model with plain attention (Qwen2, Qwen3, Llama, ...)"
+    if model.runner_type != "generate":
+        raise _refuse(f"the {model.runner_type!r} runner", "only generation grows a KV cache", "Drop --runner")
+    if model.is_encoder_decoder:
+        raise _refuse("encoder-decoder models", "cross attention has a cache of its own", other)
+    if model.use_mla:
+        raise _refuse("MLA models", "their cache holds latents, which the policies cannot score", other)
+    if model.is_hybrid or model.is_attention_free:
+        raise _refuse("hybrid and state-space models", "their state is not a list of tokens", other)
+    if model.get_sliding_window() is not None:
+        raise _refuse("sliding-window attention", "its mask needs the positions of all tokens", other)
+    if vllm_config.speculative_config is not None:
+        raise _refuse("speculative decoding", "rejected tokens make token counts inexact", "Drop --speculative-config")
+    if vllm_config.kv_transfer_config is not None:
+        raise _refuse(
+            "KV connectors",
+            "they identify pages by token position, which eviction changes",
+            "Drop --kv-transfer-config",
+        )
+    if parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1:
+        raise _refuse("context parallelism", "a request's pages are spread over ranks", "Set its size to 1")
+    if parallel.pipeline_parallel_size > 1:
+        raise _refuse(
+            "pipeline parallelism",
+            "only the last stage sees the hidden states that sentences are compared by",
+            "Use --tensor-parallel-size instead",
+        )
+    if parallel.tensor_parallel_size > 1 and policy.kv_granularity == "sentence":
+        raise _refuse(
+            "--kv-granularity sentence with tensor parallelism",
+            "ranks score their own heads and would choose different sentences",
+            "Use --kv-granularity head",
+        )
+    if parallel.enable_dbo:
+        raise _refuse("dual-batch overlap", "micro-batches see only part of a step", "Drop --enable-dbo")
+    if vllm_config.cache_config.cache_dtype not in ("auto", "bfloat16", "float16", "float32"):
+        raise _refuse(
+            f"--kv-cache-dtype {vllm_config.cache_config.cache_dtype}",
+            "quantised keys cannot be scored",
+            "Use --kv-cache-dtype auto",
+        )
+    if policy.needs & Need.SENTENCES and model.skip_tokenizer_init:
+        raise _refuse(
+            "--skip-tokenizer-init",
+            f"{policy.kv_policy!r} with granularity {policy.kv_granularity!r} finds sentences by the tokenizer",
+            "Drop --skip-tokenizer-init",
+        )
+
+
+def check_kv_cache(kv_cache_config: KVCacheConfig) -> None:
+    """Refuse cache layouts other than one group of full-attention layers.
+
+    Raises:
+        KVPolicyError: naming the specs found.
+    """
+    from vllm.v1.kv_cache_interface import FullAttentionSpec
+
+    specs = [group.kv_cache_spec for group in kv_cache_config.kv_cache_groups]
+    if len(specs) != 1 or type(specs[0]) is not FullAttentionSpec:
+        found = ", ".join(type(spec).__name__ for spec in specs) or "none"
+        raise _refuse(
+            f"this model's KV cache ({found})",
+            "it must be one group of full-attention layers",
+            "Serve a decoder-only model with plain attention (Qwen2, Qwen3, Llama, ...)",
+        )

@@ -1,0 +1,11 @@
+"""The errors this package raises on purpose."""
+
+from __future__ import annotations
+
+
+class KVPolicyError(ValueError):
+    """Bad input, or a set-up in which the KV policy cannot act.
+
+    The message names the field, the value, what is allowed and the remedy. vLLM's OpenAI server turns a
+    `ValueError` raised while a request is validated into HTTP 400, so a bad request never stops it.
+    """

@@ -1,0 +1,104 @@
+"""Prometheus metrics of the policy: counted by the scheduler, exported by the API server."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from prometheus_client import Counter, Gauge
+from vllm.config import VllmConfig
+from vllm.v1.metrics.loggers import StatLoggerBase
+
+from .scheduler.planner import Compaction
+
+SKIPPED = "skipped:"
+
+
+class EvictionStats:
+    """What happened since the last report; travels with vLLM's `SchedulerStats` as a flat dict."""
+
+    def __init__(self) -> None:
+        self._counts: dict[str, float] = {}
+        self._peak_pages = 0
+
+    def _add(self, name: str, amount: int) -> None:
+        self._counts[name] = self._counts.get(name, 0) + amount
+
+    def compacted(self, compaction: Compaction) -> None:
+        """Count a compaction that was sent to the workers."""
+        self._add("compactions", 1)
+        self._add("evicted_tokens", compaction.num_resident - compaction.num_keep)
+        self._add("freed_pages", len(compaction.source_pages) - len(compaction.target_pages))
+
+    def skipped(self, reason: str) -> None:
+        """Count something the policy should have done and could not, or not as configured."""
+        self._add(SKIPPED + reason, 1)
+
+    def holding(self, num_pages: int) -> None:
+        """Pages held by all requests in a step."""
+        self._peak_pages = max(self._peak_pages, num_pages)
+
+    def take(self, num_logical: int, num_resident: int) -> dict[str, float]:
+        """The report since the last one, with the current gauges."""
+        counts, self._counts = self._counts, {}
+        gauges = {"logical_tokens": num_logical, "resident_tokens": num_resident, "peak_pages": self._peak_pages}
+        return counts | gauges
+
+
+class EvictionStatLogger(StatLoggerBase):
+    """Entry point `vllm.stat_logger_plugins`: exports the reports of one engine.
+
+    Does nothing on a server without a KV policy. Names do not begin with `vllm:`, because vLLM clears
+    that prefix when it rebuilds its own metrics.
+    """
+
+    _metrics: dict[str, Any] | None = None
+
+    def __init__(self, vllm_config: VllmConfig, engine_index: int = 0) -> None:
+        from .compat import has_policy
+
+        self._engine = str(engine_index)
+        if has_policy(vllm_config) and EvictionStatLogger._metrics is None:
+            EvictionStatLogger._metrics = _make_metrics()
+
+    def record(
+        self,
+        scheduler_stats: Any,
+        iteration_stats: Any,
+        mm_cache_stats: Any = None,
+        engine_idx: int = 0,
+    ) -> None:
+        """Add one report to the metrics."""
+        report = getattr(scheduler_stats, "skipkv", None)
+        if self._metrics is None or not report:
+            return
+        for name, value in report.items():
+            if name.startswith(SKIPPED):
+                self._metrics["skipped"].labels(self._engine, name.removeprefix(SKIPPED)).inc(value)
+            elif isinstance(self._metrics[name], Gauge):
+                self._metrics[name].labels(self._engine).set(value)
+            else:
+                self._metrics[name].labels(self._engine).inc(value)
+
+    def log_engine_initialized(self) -> None:
+        """Make the counters visible at zero, so that a dashboard can tell "none" from "absent"."""
+        for name, metric in (self._metrics or {}).items():
+            if name != "skipped":
+                metric.labels(self._engine)
+
+
+def _make_metrics() -> dict[str, Any]:
+    return {
+        "compactions": Counter("skipkv_compactions", "Compactions of running requests.", ["engine"]),
+        "evicted_tokens": Counter("skipkv_evicted_tokens", "Tokens whose KV was evicted.", ["engine"]),
+        "freed_pages": Counter("skipkv_freed_pages", "KV pages given back by compactions.", ["engine"]),
+        "skipped": Counter(
+            "skipkv_skipped", "Things the policy could not do as configured, by reason.", ["engine", "reason"]
+        ),
+        "resident_tokens": _gauge("skipkv_resident_tokens", "Tokens whose KV is held by running requests."),
+        "logical_tokens": _gauge("skipkv_logical_tokens", "Prompt and output tokens of running requests."),
+        "peak_pages": _gauge("skipkv_peak_pages", "Most KV pages in use at once since the server started."),
+    }
+
+
+def _gauge(name: str, text: str) -> Gauge:
+    return Gauge(name, text, ["engine"], multiprocess_mode="mostrecent")

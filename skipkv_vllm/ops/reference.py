@@ -1,0 +1,110 @@
+"""PyTorch definitions of the ops. None of them synchronises the device."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..errors import KVPolicyError
+
+EPSILON = 1e-8
+
+
+def importance(queries: Tensor, keys: Tensor, *, window: int, pool: int) -> Tensor:
+    """How much the last queries attend to each older key (SkipKV eq. 4, R-KV).
+
+    Logits `q.k / sqrt(D)`; maximum over the GQA group (before the softmax); softmax over the first L - W
+    keys in float32; mean over the queries; max-pooling over neighbours in positional order.
+
+    Args:
+        queries: post-RoPE queries `[W, Hq, D]`.
+        keys: post-RoPE keys `[L, Hkv, D]` in ascending position; the last W are the window.
+        window: W.
+        pool: odd width of the max-pooling.
+
+    Returns:
+        float32 `[Hkv, L - W]`.
+
+    Raises:
+        KVPolicyError: shapes that do not fit each other.
+    """
+    n_queries, q_heads, dim = queries.shape
+    length, kv_heads, key_dim = keys.shape
+    if n_queries != window or dim != key_dim or q_heads % kv_heads or length <= window:
+        raise KVPolicyError(
+            f"importance: queries {tuple(queries.shape)} and keys {tuple(keys.shape)} do not fit window={window}; "
+            "expected [W, Hq, D] and [L, Hkv, D] with L > W and Hq a multiple of Hkv"
+        )
+    grouped = queries.float().view(window, kv_heads, q_heads // kv_heads, dim)
+    logits = torch.einsum("whgd,lhd->hwgl", grouped, keys[: length - window].float()) / dim**0.5
+    attention = logits.amax(dim=2).softmax(dim=-1).mean(dim=1)
+    return F.max_pool1d(attention.unsqueeze(0), pool, stride=1, padding=pool // 2).squeeze(0)
+
+
+def redundancy(keys: Tensor, *, threshold: float) -> Tensor:
+    """How similar each key is to all others, the last similar one being exempted (SkipKV eq. 5, R-KV).
+
+    `S` is the cosine matrix of the keys with a zero diagonal. In every row i the last column j with
+    `S_ij > threshold` is set to zero (column 0 where there is none), so the newest of a set of similar
+    keys is spared. `R_j = softmax_j(mean_i S_ij)`.
+
+    Args:
+        keys: post-RoPE keys `[L, Hkv, D]` in ascending position.
+        threshold: cosine above which two keys are similar.
+
+    Returns:
+        float32 `[Hkv, L]`.
+    """
+    unit = keys.float().transpose(0, 1)
+    unit = unit / (unit.norm(dim=-1, keepdim=True) + EPSILON)
+    cosine = unit @ unit.transpose(1, 2)
+    cosine.diagonal(dim1=1, dim2=2).zero_()
+    column = torch.arange(keys.shape[0], device=keys.device)
+    last = torch.where(cosine > threshold, column, 0).amax(dim=-1, keepdim=True)
+    cosine.scatter_(-1, last, 0.0)
+    return cosine.mean(dim=1).softmax(dim=-1)
+
+
+def sentence_penalties(embeddings: Tensor, exists: Tensor, *, threshold: float, rule: str = "max") -> Tensor:
+    """Similarity of each sentence to the later sentence that repeats it, 0 where none does (SkipKV eqs. 1, 3).
+
+    Args:
+        embeddings: unit vectors `[S, E]`, in the order in which the sentences were written.
+        exists: bool `[S]`; rows that hold no sentence neither flag nor are flagged.
+        threshold: the earlier of two sentences is flagged when their cosine is strictly above this.
+        rule: with several repeats, "max" takes the highest similarity, "last" the latest repeat's.
+
+    Returns:
+        float32 `[S]`.
+    """
+    cosine = embeddings.float() @ embeddings.float().T
+    later = torch.ones_like(cosine, dtype=torch.bool).triu(1)
+    repeats = (cosine > threshold) & later & exists & exists[:, None]
+    if rule == "max":
+        return torch.where(repeats, cosine, 0.0).amax(dim=1)
+    order = torch.arange(cosine.shape[0], device=cosine.device)
+    last = torch.where(repeats, order, 0).amax(dim=1, keepdim=True)
+    return torch.where(repeats.any(dim=1), cosine.gather(1, last).squeeze(1), 0.0)
+
+
+def move_list(kept: Tensor, num_keep: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Which cells to move so that the kept tokens of each row fill the first `num_keep` slots.
+
+    A kept token in one of the first `num_keep` slots stays where it is; one beyond them moves into the
+    slot of an evicted token. Sources and holes never overlap, so the moves need no temporary copy.
+
+    Args:
+        kept: bool `[..., L]` by slot; exactly `num_keep` are true in every row.
+        num_keep: K.
+
+    Returns:
+        `source`, `hole` and `valid`, each `[..., M]` with `M = min(K, L - K)`: slot `source` moves to slot
+        `hole` where `valid`; other entries are padding.
+    """
+    length = kept.shape[-1]
+    moves = min(num_keep, length - num_keep)
+    # Sorting a boolean stably lists the true entries first, in ascending order.
+    holes = (~kept[..., :num_keep]).sort(dim=-1, descending=True, stable=True)
+    movers = kept[..., num_keep:].sort(dim=-1, descending=True, stable=True)
+    return movers.indices[..., :moves] + num_keep, holes.indices[..., :moves], movers.values[..., :moves]

@@ -1,0 +1,134 @@
+"""What a policy is: a frozen dataclass of hyper-parameters with a score for every held token."""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from enum import Flag, auto
+from typing import TYPE_CHECKING, ClassVar, TypeVar
+
+from ..errors import KVPolicyError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Need(Flag):
+    """What the runtime must collect for a policy; a policy pays only for what it reads."""
+
+    NOTHING = 0
+    QUERIES = auto()
+    """the last W post-RoPE queries of every layer"""
+    KEYS = auto()
+    """the held keys, gathered in positional order"""
+    SENTENCES = auto()
+    """sentence boundaries (from token ids)"""
+    HIDDEN = auto()
+    """sentence embeddings and the penalties of repeated sentences (from last hidden states)"""
+
+
+@dataclass(frozen=True)
+class View:
+    """What a policy sees of one request in one layer. L held tokens, H kv heads, in ascending position.
+
+    Attributes:
+        positions: logical positions `[H, L]`, int32.
+        window: W, the number of newest tokens, which always survive.
+        keys: post-RoPE keys `[L, H, D]`, or None unless `Need.KEYS`.
+        queries: the last W post-RoPE queries `[W, Hq, D]`, oldest first, or None unless `Need.QUERIES`.
+        sentence_penalty: `[H, L]` float32, the similarity to the later sentence that repeats a token's
+            sentence and 0 elsewhere, or None unless `Need.HIDDEN`.
+    """
+
+    positions: Tensor
+    window: int
+    keys: Tensor | None = None
+    queries: Tensor | None = None
+    sentence_penalty: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Policy(ABC):
+    """An eviction method. Subclasses are frozen dataclasses whose fields are its hyper-parameters."""
+
+    name: ClassVar[str]
+    needs: ClassVar[Need] = Need.NOTHING
+
+    @abstractmethod
+    def score(self, view: View) -> Tensor:
+        """Score every held token of one layer: float32 `[H, L]`, higher is kept longer."""
+
+    @property
+    def num_sinks(self) -> int:
+        """Number of first tokens of the sequence that this method always keeps."""
+        return 0
+
+    @property
+    def sentence_options(self) -> SentenceOptions:
+        """How sentences are found and compared, for policies that need them."""
+        return SentenceOptions()
+
+
+@dataclass(frozen=True)
+class SentenceOptions:
+    """How sentences are found and compared.
+
+    Attributes:
+        similarity_threshold: cosine above which the earlier of two sentences counts as repeated.
+        max_sentences: sentence embeddings kept per request; an older sentence keeps its penalty but can
+            no longer be found repeated.
+        compat: "default", or "reference" for the token tables of the method's published code.
+    """
+
+    similarity_threshold: float = 0.95
+    max_sentences: int = 256
+    compat: str = "default"
+
+
+_REGISTRY: dict[str, type[Policy]] = {}
+P = TypeVar("P", bound=type[Policy])
+
+
+def register_policy(cls: P) -> P:
+    """Class decorator that makes a policy selectable by its `name`."""
+    if cls.name in _REGISTRY:
+        raise ValueError(f"a policy named {cls.name!r} is already registered")
+    _REGISTRY[cls.name] = cls
+    return cls
+
+
+def policy_names() -> list[str]:
+    """Names of all registered policies; "full" (eviction off) comes first."""
+    return ["full", *sorted(n for n in _REGISTRY if n != "full")]
+
+
+def make_policy(name: str, options: dict[str, object] | None = None) -> Policy:
+    """Build a policy from its name and the fields to override.
+
+    Raises:
+        KVPolicyError: unknown name, unknown field, wrong type or a value out of range.
+    """
+    if name not in _REGISTRY:
+        raise KVPolicyError(f"kv_policy={name!r} is unknown; choose one of: {', '.join(policy_names())}")
+    cls = _REGISTRY[name]
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    for key, value in (options or {}).items():
+        if key not in fields:
+            known = ", ".join(fields) or "none"
+            raise KVPolicyError(
+                f"kv_policy_config: {key!r} is not a parameter of policy {name!r}; its parameters: {known}"
+            )
+        default = fields[key].default
+        wanted = (int, float) if isinstance(default, float) else type(default)
+        if not isinstance(value, wanted) or (isinstance(value, bool) and not isinstance(default, bool)):
+            raise KVPolicyError(
+                f"kv_policy_config: {key}={value!r} must be of type {type(default).__name__} (default {default!r})"
+            )
+    return cls(**(options or {}))  # type: ignore[arg-type]
+
+
+def check_range(field: str, value: float, low: float, high: float) -> None:
+    """Raise `KVPolicyError` unless low <= value <= high."""
+    if not low <= value <= high:
+        raise KVPolicyError(f"kv_policy_config: {field}={value!r} is out of range; allowed: {low} to {high}")

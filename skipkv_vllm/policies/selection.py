@@ -1,0 +1,49 @@
+"""From scores to the tokens that stay: exactly as many as ordered, the same on every run."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def select_per_head(scores: Tensor, pinned: Tensor, num_keep: int) -> Tensor:
+    """Keep the best tokens of every layer and kv head on its own (granularity "head").
+
+    Args:
+        scores: `[layers, H, L]`, higher is kept longer.
+        pinned: bool `[layers, H, L]`, tokens that stay whatever their score; at most `num_keep` a row.
+        num_keep: tokens to keep in every row.
+
+    Returns:
+        bool `[layers, H, L]` with exactly `num_keep` true in every row. Of equal scores the earlier stays.
+    """
+    ranked = scores.masked_fill(pinned, torch.inf).sort(dim=-1, descending=True, stable=True).indices
+    return torch.zeros_like(pinned).scatter(-1, ranked[..., :num_keep], True)
+
+
+def select_sentences(scores: Tensor, pinned: Tensor, sentence: Tensor, num_keep: int) -> Tensor:
+    """Let whole sentences leave, the same for all layers and heads (granularity "sentence").
+
+    A sentence's score is the mean over its held, unpinned tokens, all layers and all heads. The sentences
+    with the lowest scores leave, the earlier of equal ones first; the last one to leave is cut, its
+    earliest tokens going, so that exactly `num_keep` tokens stay.
+
+    Args:
+        scores: `[layers, H, L]`, higher is kept longer.
+        pinned: bool `[L]`, tokens that stay; at most `num_keep`.
+        sentence: int64 `[L]`, sentence number of each token, ascending.
+        num_keep: tokens to keep.
+
+    Returns:
+        bool `[L]` with exactly `num_keep` true.
+    """
+    shared = scores.mean(dim=(0, 1))
+    starts = torch.ones_like(pinned)
+    starts[1:] = sentence[1:] != sentence[:-1]
+    group = starts.long().cumsum(0) - 1
+    free = (~pinned).float()
+    total = torch.zeros_like(shared).index_add_(0, group, shared * free)
+    count = torch.zeros_like(shared).index_add_(0, group, free)
+    worth = (total / count.clamp(min=1))[group].masked_fill(pinned, torch.inf)
+    leaving = worth.sort(stable=True).indices[: worth.shape[0] - num_keep]
+    return torch.ones_like(pinned).scatter(0, leaving, False)

@@ -1,0 +1,137 @@
+"""The block manager of compacted requests: counts resident tokens and gives emptied pages back."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from vllm.v1.core.block_pool import BlockPool
+from vllm.v1.core.kv_cache_utils import KVCacheBlock
+from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
+
+from .planner import PlannedCompaction, ceil_div
+
+
+class CompactedPages(NamedTuple):
+    """Block ids of a request before and after a compaction, and how many pages it gave back."""
+
+    source_pages: list[int]
+    target_pages: list[int]
+    num_freed: int
+
+
+class EvictingBlockManager(FullAttentionManager):
+    """`FullAttentionManager` in which a request may hold fewer tokens than its logical length.
+
+    One integer per request is enough: page need is `ceil(tokens / page)` minus the pages held, so vLLM's
+    own arithmetic stays right when evicted tokens are taken off. The table is shortened, never
+    punctured, so stock attention kernels read it unchanged.
+
+    A page is written in place only by its sole owner, after its hash is dropped; a shared page is
+    replaced by a fresh one. From its first compaction on, a request publishes nothing to the prefix cache.
+    """
+
+    _evicted: dict[str, int]
+
+    @classmethod
+    def adopt(cls, manager: FullAttentionManager) -> EvictingBlockManager:
+        """Turn a freshly made stock manager into one of these.
+
+        vLLM's factory has no seam that covers every attention backend, so the object's class is changed.
+        """
+        assert type(manager) is FullAttentionManager
+        assert not manager.req_to_blocks
+        manager.__class__ = cls
+        assert isinstance(manager, cls)
+        manager._evicted = {}
+        return manager
+
+    def num_evicted(self, request_id: str) -> int:
+        """Tokens of this request that are no longer held."""
+        return self._evicted.get(request_id, 0)
+
+    def num_pages(self, request_id: str) -> int:
+        """Pages this request holds."""
+        return len(self.req_to_blocks.get(request_id, ()))
+
+    # ---- vLLM's interface, on resident instead of logical lengths
+
+    def get_num_blocks_to_allocate(self, request_id: str, num_tokens: int, *args: Any, **kwargs: Any) -> int:
+        num_resident = num_tokens - self.num_evicted(request_id)
+        return super().get_num_blocks_to_allocate(request_id, num_resident, *args, **kwargs)
+
+    def allocate_new_blocks(self, request_id: str, num_tokens: int, num_tokens_main_model: int) -> list[KVCacheBlock]:
+        evicted = self.num_evicted(request_id)
+        return super().allocate_new_blocks(request_id, num_tokens - evicted, num_tokens_main_model - evicted)
+
+    def cache_blocks(self, request: Any, num_tokens: int, *args: Any, **kwargs: Any) -> None:
+        # What a compacted request holds no longer matches the hashes of its tokens.
+        if not self.num_evicted(request.request_id):
+            super().cache_blocks(request, num_tokens, *args, **kwargs)
+
+    def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
+        # Finish, abort and preemption all come this way.
+        self._evicted.pop(request_id, None)
+        return super().pop_blocks_for_free(request_id)
+
+    @property
+    def has_positionally_stable_blocks(self) -> bool:
+        return False
+
+    # ---- eviction
+
+    def compact(self, plan: PlannedCompaction) -> CompactedPages | None:
+        """Shorten a request's table to `num_keep` tokens and free the rest; the worker moves the survivors.
+
+        Pages that lie wholly in a protected prompt lose no token, so they stay as they are, shared and
+        published.
+
+        Returns:
+            The pages, or None when a shared page must be replaced and none is free; nothing has changed
+            then, and the caller tries again in a later step.
+        """
+        blocks = self.req_to_blocks[plan.request_id]
+        num_target = ceil_div(plan.num_keep, self.block_size)
+        num_intact = plan.protected // self.block_size
+        target, dropped = blocks[:num_target], blocks[num_target:]
+        shared = [i for i in range(num_intact, num_target) if target[i].ref_cnt > 1]
+        if len(shared) > self.block_pool.get_num_free_blocks():
+            return None
+
+        source_pages = [block.block_id for block in blocks]
+        # Fresh pages come before any page is freed, so none of them is one that is still to be read.
+        for i, fresh in zip(shared, self.block_pool.get_new_blocks(len(shared)), strict=True):
+            dropped.append(target[i])
+            target[i] = fresh
+        self.block_pool.evict_blocks({b.block_id for b in target[num_intact:] if b.block_hash is not None})
+        self.req_to_blocks[plan.request_id] = target
+        self._evicted[plan.request_id] = self.num_evicted(plan.request_id) + plan.num_resident - plan.num_keep
+        self.num_cached_block[plan.request_id] = len(target)
+        self.block_pool.free_blocks(reversed(dropped))
+        return CompactedPages(source_pages, [b.block_id for b in target], len(blocks) - num_target)
+
+    def check_integrity(self) -> None:
+        """Verify every page's bookkeeping.
+
+        Raises:
+            AssertionError: a page was lost, is held twice by one request, is free while in use, has a
+                wrong reference count, or is published although its content was changed.
+        """
+        pool: BlockPool = self.block_pool
+        holders: dict[int, int] = {}
+        for request_id, blocks in self.req_to_blocks.items():
+            ids = [block.block_id for block in blocks]
+            assert len(set(ids)) == len(ids), f"{request_id} holds a page twice: {ids}"
+            for block in blocks:
+                assert not block.is_null, f"{request_id} holds the null page"
+                assert pool.blocks[block.block_id] is block
+                holders[block.block_id] = holders.get(block.block_id, 0) + 1
+        free = {block.block_id for block in pool.free_block_queue.get_all_free_blocks()}
+        assert len(free) == pool.get_num_free_blocks(), "the free list and its count disagree"
+        for block in pool.blocks:
+            if block.is_null:
+                continue
+            held = holders.get(block.block_id, 0)
+            assert block.ref_cnt == held, f"page {block.block_id}: {block.ref_cnt} references, {held} holders"
+            assert (held == 0) == (block.block_id in free), f"page {block.block_id} is free and in use, or lost"
+        for request_id in self._evicted:
+            assert request_id in self.req_to_blocks, f"{request_id} has evicted tokens but no pages"

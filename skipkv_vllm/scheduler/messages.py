@@ -1,0 +1,36 @@
+"""What the scheduler tells the workers in a step; rides on vLLM's `SchedulerOutput`."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from .planner import Compaction
+
+OUTPUT_FIELD = "skipkv"
+"""Attribute of `SchedulerOutput` that carries the `StepOrders`; survives pickling to worker processes."""
+
+
+class Started(NamedTuple):
+    """A request whose cache is managed starts, or starts over after preemption.
+
+    Attributes:
+        request_id: its id.
+        policy: name of its method.
+        num_prompt: prompt length.
+        protected: prompt tokens that must survive.
+        first_tracked: logical position from which its sentences are tracked.
+    """
+
+    request_id: str
+    policy: str
+    num_prompt: int
+    protected: int
+    first_tracked: int
+
+
+class StepOrders(NamedTuple):
+    """Orders of one step. The worker first forgets the requests that vLLM reports finished or preempted,
+    then compacts, then starts; all before anything else of the step touches the cache."""
+
+    compactions: list[Compaction]
+    started: list[Started]

@@ -1,0 +1,141 @@
+"""When a request is compacted and to how many tokens: pure functions of token counts, no vLLM, no tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+
+def ceil_div(a: int, b: int) -> int:
+    """Smallest integer not below a / b."""
+    return -(-a // b)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one request may hold, in tokens.
+
+    Attributes:
+        budget: B, what it is compacted to.
+        buffer: b, how far it may grow beyond that.
+        window: W, newest tokens that always survive.
+        protected: length of the prompt where it is protected, else 0.
+    """
+
+    budget: int
+    buffer: int
+    window: int
+    protected: int
+
+    @property
+    def keep(self) -> int:
+        """Resident length after a compaction: the budget, or prompt + window where that is more."""
+        return max(self.budget, self.protected + self.window)
+
+    @property
+    def bound(self) -> int:
+        """Resident length that triggers a compaction, and the most a decoding request ever holds."""
+        return self.keep + self.buffer
+
+    def bound_pages(self, page_size: int) -> int:
+        """Pages that hold the bound."""
+        return ceil_div(self.bound, page_size)
+
+
+class Residency(NamedTuple):
+    """Token counts of a decoding request at the start of a step (tokens in flight included)."""
+
+    request_id: str
+    num_logical: int
+    num_evicted: int
+
+
+class PlannedCompaction(NamedTuple):
+    """Compact `request_id` from `num_resident` to exactly `num_keep` tokens."""
+
+    request_id: str
+    num_resident: int
+    num_keep: int
+    protected: int
+
+
+class Compaction(NamedTuple):
+    """An order to the workers: a planned compaction with the pages that the block manager assigned.
+
+    Attributes:
+        request_id: whose cache.
+        num_logical: tokens computed so far; the newest held token has position `num_logical - 1`.
+        num_resident: tokens held before, in the first slots of `source_pages`.
+        num_keep: tokens held afterwards, in the first slots of `target_pages`.
+        source_pages: block ids before.
+        target_pages: block ids afterwards, a page each either the same as before or fresh.
+        ordinal: number of compactions of this request before this one.
+    """
+
+    request_id: str
+    num_logical: int
+    num_resident: int
+    num_keep: int
+    source_pages: list[int]
+    target_pages: list[int]
+    ordinal: int
+
+    @property
+    def num_evicted_before(self) -> int:
+        """Tokens evicted by earlier compactions; both sides know it, so the worker can check."""
+        return self.num_logical - self.num_resident
+
+
+@dataclass
+class _Request:
+    limits: Limits
+    num_cached: int
+    num_compactions: int = 0
+
+
+@dataclass
+class EvictionPlanner:
+    """Decides which running requests are compacted in a step. Knows nothing but counts."""
+
+    _requests: dict[str, _Request] = field(default_factory=dict)
+
+    def start(self, request_id: str, limits: Limits, num_cached: int) -> None:
+        """A request starts, or starts over after preemption.
+
+        Args:
+            request_id: its id.
+            limits: what it may hold.
+            num_cached: tokens found in the prefix cache. They are not computed, so no queries of theirs
+                are observed, and a compaction waits until `window` tokens have been computed.
+        """
+        self._requests[request_id] = _Request(limits, num_cached)
+
+    def stop(self, request_id: str) -> None:
+        """The request finished, was aborted or was preempted."""
+        self._requests.pop(request_id, None)
+
+    def limits(self, request_id: str) -> Limits | None:
+        """Limits of a started request; None for one that keeps everything."""
+        request = self._requests.get(request_id)
+        return None if request is None else request.limits
+
+    def num_compactions(self, request_id: str) -> int:
+        """Compactions of this request since it started."""
+        return self._requests[request_id].num_compactions
+
+    def plan(self, decoding: Iterable[Residency]) -> list[PlannedCompaction]:
+        """The compactions due now. Requests that were never started keep everything."""
+        planned = []
+        for request_id, num_logical, num_evicted in decoding:
+            request = self._requests.get(request_id)
+            if request is None:
+                continue
+            limits, num_resident = request.limits, num_logical - num_evicted
+            if num_resident >= limits.bound and num_logical - request.num_cached >= limits.window:
+                planned.append(PlannedCompaction(request_id, num_resident, limits.keep, limits.protected))
+        return planned
+
+    def committed(self, request_id: str) -> None:
+        """The planned compaction was carried out."""
+        self._requests[request_id].num_compactions += 1

@@ -1,0 +1,214 @@
+"""vLLM's schedulers with eviction: they decide when a request is compacted and free its pages at once."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from vllm.config import VllmConfig
+from vllm.logger import init_logger
+from vllm.tokenizers import cached_tokenizer_from_config
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.metrics.stats import SchedulerStats
+from vllm.v1.request import Request
+
+from .. import compat
+from ..banner import banner
+from ..config import KVPolicyConfig, RequestOptions, needs_of
+from ..metrics import EvictionStats
+from ..policies import Need
+from ..sentences import build_tables
+from ..trace import TraceCollector
+from .block_manager import EvictingBlockManager
+from .messages import OUTPUT_FIELD, Started, StepOrders
+from .planner import Compaction, EvictionPlanner, Limits, Residency
+
+logger = init_logger("vllm.skipkv")
+
+# The mixin overrides methods of either scheduler; for the type checker it is one.
+if TYPE_CHECKING:
+    from vllm.v1.core.sched.scheduler import Scheduler as _Base
+else:
+    _Base = object
+
+
+class EvictionMixin(_Base):
+    """Plans compactions before vLLM schedules a step and sends them with it."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.kv_policy = compat.policy_config(self.vllm_config)
+        compat.check_kv_cache(self.kv_cache_config)
+        (manager,) = self.kv_cache_manager.coordinator.single_type_managers
+        self.block_manager = EvictingBlockManager.adopt(manager)
+        self.planner = EvictionPlanner()
+        self.eviction_stats = EvictionStats()
+        self.trace = self._make_trace() if self.kv_policy.kv_trace_dir else None
+        self._options: dict[str, RequestOptions] = {}
+        for line in banner(self.kv_policy, self.block_manager.block_size, self.max_model_len):
+            logger.info(line)
+
+    def add_request(self, request: Request) -> None:
+        super().add_request(request)
+        params = request.sampling_params
+        if params is not None:
+            self._options[request.request_id] = RequestOptions.parse(
+                params.extra_args, self.kv_policy, self.max_model_len
+            )
+
+    def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
+        compactions = self._compact()
+        output = super().schedule(throttle_prefills)
+        # A request that this very step preempted has lost its pages; its order must not be carried out.
+        preempted = output.preempted_req_ids or ()
+        compactions = [c for c in compactions if c.request_id not in preempted]
+        started = self._started(output)
+        for compaction in compactions:
+            self.eviction_stats.compacted(compaction)
+            if self.trace is not None:
+                self.trace.compacted(compaction)
+        if self.trace is not None:
+            for start in started:
+                self.trace.started(start)
+        setattr(output, OUTPUT_FIELD, StepOrders(compactions, started))
+        pool = self.kv_cache_manager.block_pool
+        self.eviction_stats.holding(pool.num_gpu_blocks - 1 - pool.get_num_free_blocks())
+        if self.kv_policy.kv_check_integrity:
+            self.check_integrity()
+        return output
+
+    def _compact(self) -> list[Compaction]:
+        """Plan this step's compactions and free their pages, so that this very step can use them."""
+        decoding = [
+            Residency(r.request_id, r.num_computed_tokens, self.block_manager.num_evicted(r.request_id))
+            for r in self.running
+            if not r.is_prefill_chunk
+        ]
+        compactions = []
+        for plan in self.planner.plan(decoding):
+            pages = self.block_manager.compact(plan)
+            if pages is None:
+                self.eviction_stats.skipped("no_free_page")
+                continue
+            compactions.append(
+                Compaction(
+                    request_id=plan.request_id,
+                    num_logical=self.requests[plan.request_id].num_computed_tokens,
+                    num_resident=plan.num_resident,
+                    num_keep=plan.num_keep,
+                    source_pages=pages.source_pages,
+                    target_pages=pages.target_pages,
+                    ordinal=self.planner.num_compactions(plan.request_id),
+                )
+            )
+            self.planner.committed(plan.request_id)
+        return compactions
+
+    def _started(self, output: SchedulerOutput) -> list[Started]:
+        """The managed requests whose first tokens are computed in this step."""
+        cached = output.scheduled_cached_reqs
+        num_cached = {new.req_id: new.num_computed_tokens for new in output.scheduled_new_reqs}
+        num_cached |= {
+            request_id: num_computed
+            for request_id, num_computed in zip(cached.req_ids, cached.num_computed_tokens, strict=True)
+            if request_id in cached.resumed_req_ids
+        }
+        started = [self._start(self.requests[request_id], hit) for request_id, hit in num_cached.items()]
+        return [s for s in started if s is not None]
+
+    def _start(self, request: Request, num_cached: int) -> Started | None:
+        config, options = self.kv_policy, self._options.get(request.request_id)
+        if options is None:
+            return None
+        policy = options.resolve_policy(config)
+        if policy.name == "full":
+            return None
+        protected = request.num_prompt_tokens if config.kv_protect_prompt else 0
+        budget = options.kv_budget if options.kv_budget is not None else config.kv_budget
+        limits = Limits(budget, config.kv_buffer, config.kv_window, protected)
+        self.planner.start(request.request_id, limits, num_cached)
+        if limits.keep > budget:
+            self.eviction_stats.skipped("prompt_exceeds_budget")
+        first_tracked = protected
+        if not config.kv_protect_prompt:
+            first_tracked = num_cached
+            if num_cached and needs_of(policy, config.kv_granularity) & Need.HIDDEN:
+                self.eviction_stats.skipped("cached_prompt_sentences")
+        return Started(request.request_id, policy.name, request.num_prompt_tokens, protected, first_tracked)
+
+    def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
+        super()._preempt_request(request, *args, **kwargs)
+        self.planner.stop(request.request_id)
+        if self.kv_policy.needs & Need.SENTENCES:
+            # Its own pages may still be in the prefix cache, but cached tokens have no hidden states, and
+            # what they say must be known again.
+            request.skip_reading_prefix_cache = True
+
+    def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
+        if self.trace is not None:
+            self._write_trace(request)
+        self.planner.stop(request.request_id)
+        self._options.pop(request.request_id, None)
+        return super()._free_request(request, *args, **kwargs)
+
+    def _make_trace(self) -> TraceCollector:
+        model = self.vllm_config.model_config
+        tables = None
+        if not model.skip_tokenizer_init:
+            tables = build_tables(cached_tokenizer_from_config(model), self.kv_policy.policy.sentence_options.compat)
+        parameters = self.kv_policy.model_dump() | {"model": model.model, "page_size": self.block_manager.block_size}
+        return TraceCollector(self.kv_policy, self.parallel_config.tensor_parallel_size, tables, parameters)
+
+    def _write_trace(self, request: Request) -> None:
+        assert self.trace is not None
+        try:
+            self.trace.finish(request.request_id, list(request.prompt_token_ids or ()), list(request.output_token_ids))
+        except (OSError, TimeoutError) as error:
+            # A trace is worth less than the server; say so and go on.
+            logger.error("SkipKV: no trace of request %s: %s", request.request_id, error)
+
+    def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
+        stats = super().make_stats(*args, **kwargs)
+        if stats is not None:
+            num_logical = sum(r.num_computed_tokens for r in self.running)
+            num_evicted = sum(self.block_manager.num_evicted(r.request_id) for r in self.running)
+            stats.skipkv = self.eviction_stats.take(num_logical, num_logical - num_evicted)
+        return stats
+
+    def check_integrity(self) -> None:
+        """Verify pages, and that every decoding request stays within its bound.
+
+        Raises:
+            AssertionError: see `EvictingBlockManager.check_integrity`.
+        """
+        self.block_manager.check_integrity()
+        page = self.block_manager.block_size
+        for request in self.running:
+            limits = self.planner.limits(request.request_id)
+            evicted = self.block_manager.num_evicted(request.request_id)
+            if limits is None or not evicted:
+                continue
+            resident = request.num_computed_tokens - evicted
+            assert resident <= limits.bound, f"{request.request_id} holds {resident} of at most {limits.bound} tokens"
+            pages = self.block_manager.num_pages(request.request_id)
+            assert pages <= limits.bound_pages(page) + 1, f"{request.request_id} holds {pages} pages"
+
+
+class EvictionScheduler(EvictionMixin, Scheduler):
+    """Synchronous scheduler with eviction."""
+
+
+class AsyncEvictionScheduler(EvictionMixin, AsyncScheduler):
+    """Asynchronous scheduler with eviction. Counts include tokens in flight, so nothing has to wait."""
+
+
+def make_scheduler(vllm_config: VllmConfig, **kwargs: Any) -> Scheduler:
+    """vLLM's `scheduler_cls`: picks the class once vLLM has settled on synchronous or asynchronous."""
+    compat.enable(vllm_config)
+    is_async = vllm_config.scheduler_config.async_scheduling
+    cls = AsyncEvictionScheduler if is_async else EvictionScheduler
+    return cls(vllm_config=vllm_config, **kwargs)
+
+
+__all__ = ["AsyncEvictionScheduler", "EvictionScheduler", "KVPolicyConfig", "make_scheduler"]

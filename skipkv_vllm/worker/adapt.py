@@ -1,0 +1,19 @@
+"""Choose the adapter of a model runner."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .. import compat
+from .runner_v1 import EvictingRunnerV1
+from .runner_v2 import EvictingRunnerV2
+
+
+def adapt_runner(runner: Any, vllm_config: Any, is_v2: bool) -> None:
+    """Make a freshly built model runner of vLLM an evicting one.
+
+    Its class is replaced by a subclass, because runners come in several classes per platform.
+    """
+    compat.enable(vllm_config)
+    adapter = EvictingRunnerV2 if is_v2 else EvictingRunnerV1
+    runner.__class__ = type(f"Evicting{type(runner).__name__}", (adapter, type(runner)), {})

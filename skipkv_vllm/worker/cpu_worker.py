@@ -1,0 +1,24 @@
+"""vLLM's CPU worker with eviction."""
+
+from __future__ import annotations
+
+import torch
+from vllm.v1.worker.cpu_worker import CPUWorker
+
+from .adapt import adapt_runner
+from .build import without_sidecar
+
+
+class EvictingCPUWorker(CPUWorker):
+    """`worker_cls` on CPU platforms."""
+
+    def init_device(self) -> None:
+        # The kernel asks each process to request AMX before its first tile instruction; vLLM 0.32 does
+        # not, and bf16 attention then dies with SIGILL.
+        if torch.cpu._is_amx_tile_supported():
+            torch.cpu._init_amx()
+        super().init_device()
+        adapt_runner(self.model_runner, self.vllm_config, self.use_v2_model_runner)
+
+    def determine_available_memory(self) -> int:
+        return without_sidecar(super().determine_available_memory(), self.vllm_config)

@@ -1,0 +1,93 @@
+"""The observation-query ring: the last W post-RoPE queries of every running request, in every layer.
+
+One indexed copy per layer into a persistent buffer, inside the attention call. It is safe in CUDA graphs:
+the index is a persistent buffer too, refilled before each step.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .paging import to_device
+
+
+class QueryRing:
+    """Ring buffer `[layers, slots * W + 1, Hq, D]`; position p of slot s lies in row `s * W + p % W`.
+
+    The last row takes the queries of nobody: padding, older tokens of a long chunk, unmanaged requests.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_layers: int,
+        num_slots: int,
+        window: int,
+        num_heads: int,
+        head_size: int,
+        max_tokens: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.window = window
+        self._nobody = num_slots * window
+        self._rows = torch.zeros(num_layers, self._nobody + 1, num_heads, head_size, dtype=dtype, device=device)
+        self._index = torch.full((max_tokens,), self._nobody, dtype=torch.int64, device=device)
+
+    @property
+    def nbytes(self) -> int:
+        """Device memory of the ring."""
+        return self._rows.nbytes + self._index.nbytes
+
+    def attach(self, layer_index: int, impl: Any) -> None:
+        """Make an attention implementation of vLLM write its queries into the ring.
+
+        The object's class is replaced by a subclass, so this works for every backend and inside graphs.
+        """
+        impl.__class__ = _observing(type(impl))  # type: ignore[arg-type]
+        impl._skipkv_rows = self._rows[layer_index]
+        impl._skipkv_index = self._index
+
+    def prepare(self, slots: np.ndarray, counts: np.ndarray, starts: np.ndarray) -> None:
+        """Say where the queries of the coming step go. R requests, their tokens contiguous.
+
+        Args:
+            slots: int64 `[R]`, -1 for a request that is not observed.
+            counts: int64 `[R]` tokens of each request in this step.
+            starts: int64 `[R]` logical position of each one's first token.
+        """
+        offsets = np.arange(counts.sum()) - np.repeat(counts.cumsum() - counts, counts)
+        slot, start, count = (np.repeat(x, counts) for x in (slots, starts, counts))
+        observed = (slot >= 0) & (offsets >= count - self.window)
+        rows = np.where(observed, slot * self.window + (start + offsets) % self.window, self._nobody)
+        self._index.fill_(self._nobody)
+        self._index[: rows.shape[0]].copy_(to_device(rows, torch.int64, self._index.device), non_blocking=True)
+
+    def idle(self) -> None:
+        """The coming forward pass is a dummy; nothing must be recorded."""
+        self._index.fill_(self._nobody)
+
+    def read(self, layer_index: int, slot: int, num_logical: int) -> Tensor:
+        """Queries of the last W tokens before position `num_logical`, oldest first: `[W, Hq, D]`."""
+        rows = self._rows[layer_index, slot * self.window : (slot + 1) * self.window]
+        return rows.roll(-(num_logical % self.window), dims=0)
+
+
+@functools.cache
+def _observing(cls: type) -> type:
+    """The subclass of an attention implementation that records queries; one per class.
+
+    It adds no instance attributes of its own kind, because an object can only change to a class of the
+    same memory layout.
+    """
+
+    def forward(self: Any, layer: Any, query: Tensor, *args: Any, **kwargs: Any) -> Any:
+        self._skipkv_rows.index_copy_(0, self._skipkv_index[: query.shape[0]], query)
+        return cls.forward(self, layer, query, *args, **kwargs)  # type: ignore[attr-defined]
+
+    return type(f"Observing{cls.__name__}", (cls,), {"forward": forward, "__slots__": ()})

@@ -1,0 +1,90 @@
+"""Adapter for vLLM's Model Runner V2."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from ..scheduler.messages import OUTPUT_FIELD
+from .build import bind_cache, build_runtime
+from .paging import to_device
+from .runtime import EvictionRuntime, StepBatch
+
+if TYPE_CHECKING:
+    from vllm.v1.worker.gpu.model_runner import GPUModelRunner as _Base
+else:
+    _Base = object
+
+
+class EvictingRunnerV2(_Base):
+    """Physical lengths for the KV cache, logical lengths for everything else.
+
+    `input_batch.seq_lens` stays logical, because sampling reads it. Attention gets a persistent buffer of
+    physical lengths instead, also while graphs are captured, so that FULL graphs read it on replay.
+    """
+
+    runtime: EvictionRuntime
+    _evicted: np.ndarray | None = None
+    """int32 `[R]` of the batch in preparation"""
+
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
+        super().load_model(*args, **kwargs)
+        self.runtime = build_runtime(self.vllm_config, self.device)
+        self._resident_seq_lens = torch.zeros(self.max_num_reqs, dtype=torch.int32, device=self.device)
+        self._slot_positions = torch.zeros(self.max_num_tokens, dtype=torch.int64, device=self.device)
+        self._stock_prepare_attn = self.model_state.prepare_attn
+        self.model_state.prepare_attn = self._prepare_attn_metadata
+
+    def initialize_kv_cache(self, kv_cache_config: Any, *args: Any, **kwargs: Any) -> None:
+        super().initialize_kv_cache(kv_cache_config, *args, **kwargs)
+        if not kwargs.get("is_profiling", bool(args and args[0])):
+            bind_cache(self.runtime, self.vllm_config, kv_cache_config)
+
+    def execute_model(self, scheduler_output: Any, *args: Any, dummy_run: bool = False, **kwargs: Any) -> Any:
+        if dummy_run:
+            self._evicted = None
+            self.runtime.prepare_dummy()
+            return super().execute_model(scheduler_output, *args, dummy_run=True, **kwargs)
+        orders = getattr(scheduler_output, OUTPUT_FIELD, None)
+        # Before the step zeroes or writes any page: pages freed by a compaction may be reused in it.
+        self.runtime.begin_step(orders, scheduler_output.finished_req_ids, scheduler_output.preempted_req_ids or ())
+        for order in orders.compactions if orders else ():
+            row = self.req_states.req_id_to_index[order.request_id]
+            self.block_tables.append_block_ids(row, (list(order.target_pages),), overwrite=True)
+        output = super().execute_model(scheduler_output, *args, dummy_run=False, **kwargs)
+        state = self.execute_model_state
+        if state is not None and state.hidden_states is not None:
+            self.runtime.finish_forward(state.input_batch.input_ids, state.hidden_states)
+        return output
+
+    def prepare_attn(self, input_batch: Any) -> Any:
+        """Slot mappings from physical positions; RoPE keeps `input_batch.positions`."""
+        n, counts = input_batch.num_reqs, input_batch.num_scheduled_tokens.astype(np.int64)
+        starts = input_batch.num_computed_tokens_np.astype(np.int64)
+        self._evicted = self.runtime.prepare(StepBatch(input_batch.req_ids, counts, starts))
+        if self._evicted is None:
+            return super().prepare_attn(input_batch)
+        positions = self._slot_positions[: input_batch.positions.shape[0]]
+        positions.copy_(input_batch.positions)
+        total = int(counts[:n].sum())
+        positions[:total] -= to_device(np.repeat(self._evicted, counts), torch.int64, self.device)
+        return super().prepare_attn(dataclasses.replace(input_batch, positions=positions))
+
+    def _prepare_attn_metadata(self, input_batch: Any, *args: Any, **kwargs: Any) -> Any:
+        """Stands in for the model state's `prepare_attn`: the same with physical sequence lengths."""
+        rows = input_batch.seq_lens.shape[0]
+        seq_lens = self._resident_seq_lens[:rows]
+        seq_lens.copy_(input_batch.seq_lens)
+        upper_bound = input_batch.seq_lens_cpu_upper_bound
+        evicted = self._evicted
+        if evicted is not None:
+            n = input_batch.num_reqs
+            seq_lens[:n] -= to_device(evicted, torch.int32, self.device)
+            # Some backends plan pages from this one as if it were exact.
+            upper_bound = upper_bound.clone()
+            upper_bound[:n] -= torch.from_numpy(evicted)
+        physical = dataclasses.replace(input_batch, seq_lens=seq_lens, seq_lens_cpu_upper_bound=upper_bound)
+        return self._stock_prepare_attn(physical, *args, **kwargs)
