@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import string
+
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from .problems import make_problem, make_recall
 
-VOCAB_SIZE = 640
+VOCAB_SIZE = 640  # more than the corpus can fill, so that every word of it becomes one token
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 THINK_TOKENS = ["<think>", "</think>"]
 
-# Qwen2's splitting rule with two changes: a name (or a rule's number) and its colon are one piece, and
-# so are two digits. With the name and "is" in separate tokens a model of this size does not learn to look values up.
-SPLIT = (
-    r" ?(?:[a-z]|\d{1,2}):|(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+| ?\p{N}{1,2}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+# A name and its colon, a rule's number and its colon, and a number up to 18 are one token each: with the name
+# and "is" in separate tokens a model of this size does not learn to look values up. They are added tokens,
+# because loaders give every Qwen2 checkpoint Qwen2's own splitting rule, which would take them apart.
+WHOLE_TOKENS = [
+    *(f" {letter}:" for letter in string.ascii_lowercase),
+    *(f" {rule}:" for rule in range(1, 21)),
+    *(f" {number}" for number in range(19)),
+]
+
+QWEN2_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
@@ -44,7 +53,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(SPLIT), behavior="isolated"),
+            pre_tokenizers.Split(Regex(QWEN2_SPLIT), behavior="isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
@@ -53,7 +62,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     corpus += [p.question + p.completion for p in (make_problem(seed) for seed in range(400))]
     corpus += [p.question + p.completion for p in (make_recall(seed, 16) for seed in range(40))]
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB_SIZE - len(THINK_TOKENS),
+        vocab_size=VOCAB_SIZE,
         special_tokens=SPECIAL_TOKENS,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
@@ -67,5 +76,5 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         clean_up_tokenization_spaces=False,
         model_max_length=4096,
     )
-    fast.add_tokens(THINK_TOKENS)
+    fast.add_tokens(THINK_TOKENS + WHOLE_TOKENS)
     return fast

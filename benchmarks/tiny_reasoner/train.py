@@ -115,7 +115,7 @@ def train(args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer = build_tokenizer()
-    digits = torch.tensor([tokenizer.convert_tokens_to_ids(f"Ġ{d}") for d in range(19)], device=device)
+    digits = torch.tensor([tokenizer.convert_tokens_to_ids(f" {d}") for d in range(19)], device=device)
     model = Qwen2ForCausalLM(model_config(len(tokenizer), tokenizer.eos_token_id, tokenizer.pad_token_id))
     model.to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.98), weight_decay=0.01)

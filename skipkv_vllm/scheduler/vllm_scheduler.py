@@ -52,7 +52,10 @@ class EvictionMixin(_Base):
     def add_request(self, request: Request) -> None:
         super().add_request(request)
         params = request.sampling_params
-        if params is not None:
+        if request.resumable:
+            # A session that grows its prompt rewrites tokens and hashes; it keeps everything.
+            self.eviction_stats.skipped("streaming_input")
+        elif params is not None:
             self._options[request.request_id] = RequestOptions.parse(
                 params.extra_args, self.kv_policy, self.max_model_len
             )

@@ -40,6 +40,10 @@ class StepBatch(NamedTuple):
     starts: np.ndarray
 
 
+NEVER = np.iinfo(np.int64).max
+"""First tracked position of a request whose sentences nobody reads."""
+
+
 @dataclass
 class _Request:
     """Host-side state of a managed request."""
@@ -48,7 +52,6 @@ class _Request:
     policy: Policy
     needs: Need
     protected: int
-    first_tracked: int
     num_evicted: int = 0
     num_placed: int = 0
     """slots whose positions are in the sidecar; later slots follow in order"""
@@ -80,10 +83,16 @@ class EvictionRuntime:
         self.trace = trace
         self._requests: dict[str, _Request] = {}
         self._free_slots = list(reversed(range(num_slots)))
+        # By slot, so that a step needs no loop over requests; the last entry is for unmanaged requests.
+        self._nobody = num_slots
+        self._evicted = np.zeros(num_slots + 1, dtype=np.int32)
+        self._observed = np.zeros(num_slots + 1, dtype=bool)
+        self._first_tracked = np.full(num_slots + 1, NEVER, dtype=np.int64)
         self._layers: list[LayerPages] = []
         self._positions: PositionSidecar | None = None
         self._pages_per_block = 1
         self._batch: StepBatch | None = None
+        self._slots = np.zeros(0, dtype=np.int64)
         self.num_compactions = 0
 
     def bind_cache(self, layers: list[LayerPages], block_size: int) -> None:
@@ -129,8 +138,11 @@ class EvictionRuntime:
             policy=policy,
             needs=needs_of(policy, self.config.kv_granularity),
             protected=started.protected,
-            first_tracked=started.first_tracked,
         )
+        needs = self._requests[started.request_id].needs
+        self._evicted[slot] = 0
+        self._observed[slot] = bool(needs & Need.QUERIES)
+        self._first_tracked[slot] = started.first_tracked if needs & Need.SENTENCES else NEVER
         if self.tracker is not None:
             self.tracker.reset(slot, started.first_tracked)
         if self.trace is not None:
@@ -144,10 +156,11 @@ class EvictionRuntime:
             positions (never off its RoPE positions); None where nobody has evicted any.
         """
         self._batch = batch
+        self._slots = self._slots_of(batch.request_ids)
         if self.ring is not None:
-            slots = [self._slot(r, Need.QUERIES) for r in batch.request_ids]
-            self.ring.prepare(np.array(slots, dtype=np.int64), batch.counts, batch.starts)
-        evicted = np.array([self.num_evicted(r) for r in batch.request_ids], dtype=np.int32)
+            observed = np.where(self._observed[self._slots], self._slots, -1)
+            self.ring.prepare(observed, batch.counts, batch.starts)
+        evicted = self._evicted[self._slots]
         return evicted if evicted.any() else None
 
     def prepare_dummy(self) -> None:
@@ -161,9 +174,9 @@ class EvictionRuntime:
         request = self._requests.get(request_id)
         return 0 if request is None else request.num_evicted
 
-    def _slot(self, request_id: str, need: Need) -> int:
-        request = self._requests.get(request_id)
-        return -1 if request is None or not request.needs & need else request.slot
+    def _slots_of(self, request_ids: Sequence[str]) -> np.ndarray:
+        found = (self._requests.get(request_id) for request_id in request_ids)
+        return np.fromiter((self._nobody if r is None else r.slot for r in found), np.int64, len(request_ids))
 
     # ---- after the forward pass
 
@@ -177,31 +190,29 @@ class EvictionRuntime:
         batch, self._batch = self._batch, None
         if self.tracker is None or batch is None:
             return
-        ends = batch.counts.cumsum()
-        slots, picked, positions = [], [], []
-        for i, request_id in enumerate(batch.request_ids):
-            request = self._requests.get(request_id)
-            if request is None or not request.needs & Need.SENTENCES:
-                continue
-            skip = max(0, request.first_tracked - int(batch.starts[i]))
-            n_new = int(batch.counts[i]) - skip
-            if n_new > 0:
-                slots.append(request.slot)
-                picked.append(np.arange(ends[i] - n_new, ends[i]))
-                positions.append(np.arange(n_new) + batch.starts[i] + skip)
-        if not slots:
+        # Of each request the tokens from its first tracked position on, with their places in the step.
+        skipped = np.clip(self._first_tracked[self._slots] - batch.starts, 0, batch.counts)
+        fresh = batch.counts - skipped
+        rows = fresh > 0
+        if not rows.any():
             return
-        counts = np.array([len(p) for p in picked])
-        device = token_ids.device
-        tokens = to_device(np.concatenate(picked), torch.int64, device)
-        starts = np.concatenate([[0], counts.cumsum()])
+        counts = fresh[rows]
+        bounds = np.concatenate([[0], counts.cumsum()])
+        request = np.repeat(np.arange(counts.shape[0]), counts)
+        offset = np.arange(bounds[-1]) - bounds[request]
+        token = (batch.counts.cumsum() - fresh)[rows][request] + offset
+        position = (batch.starts + skipped)[rows][request] + offset
+        parts = [token, position, request, bounds, self._slots[rows]]
+        # One copy to the device for all of them.
+        packed = to_device(np.concatenate(parts), torch.int64, token_ids.device)
+        tokens, positions, request_of, starts, slots = packed.split([len(part) for part in parts])
         self.tracker.update(
             TrackedTokens(
                 token_ids=token_ids[tokens],
-                positions=to_device(np.concatenate(positions), torch.int64, device),
-                request=to_device(np.repeat(np.arange(len(counts)), counts), torch.int64, device),
-                starts=to_device(starts, torch.int64, device),
-                slots=to_device(slots, torch.int64, device),
+                positions=positions,
+                request=request_of,
+                starts=starts,
+                slots=slots,
                 hidden=hidden[tokens] if self.tracker.has_embeddings else None,
             )
         )
@@ -242,6 +253,7 @@ class EvictionRuntime:
         self._positions.write(target_pages, positions, order.num_keep, source, hole, valid)
 
         request.num_evicted += order.num_resident - order.num_keep
+        self._evicted[request.slot] = request.num_evicted
         request.num_placed = order.num_keep
         request.num_compactions += 1
         self.num_compactions += 1
