@@ -97,6 +97,9 @@ install_cuda() {
 }
 
 "install_$device"
+# Building without isolation uses the environment's setuptools, and a fresh venv may bring an old one.
+"$VENV/bin/python" -c 'import setuptools, sys; sys.exit(int(setuptools.__version__.split(".")[0]) < 77)' \
+  || run "updating setuptools" pip install "setuptools>=77,<81"
 run "installing skipkv-vllm${EXTRA:+ with its $EXTRA tools}" pip install --no-build-isolation -e ".${EXTRA:+[$EXTRA]}"
 run "checking the installation" "$VENV/bin/python" -c "import vllm, transformers, skipkv_vllm"
 echo "$want" >>"$stamp"

@@ -37,12 +37,14 @@ class KVPolicyConfig(BaseModel):
     kv_budget: int = Field(
         1024,
         ge=2,
+        strict=True,
         description="Tokens of KV a request is compacted to, prompt included. A prompt longer than the "
         "budget raises the bound of its own request.",
     )
     kv_buffer: int = Field(
         128,
         ge=1,
+        strict=True,
         description="Tokens a request may grow beyond the budget before it is compacted: it never holds "
         "more than budget + buffer.",
     )
@@ -50,6 +52,7 @@ class KVPolicyConfig(BaseModel):
         8,
         ge=1,
         le=64,
+        strict=True,
         description="Newest tokens that always survive; their queries score the older ones.",
     )
     kv_granularity: Literal["head", "sentence"] = Field(
@@ -137,6 +140,11 @@ class RequestOptions(BaseModel):
         known = set(cls.model_fields)
         ours = {key: value for key, value in (extra_args or {}).items() if key in known}
         for key in (extra_args or {}).keys() - known:
+            if key in KVPolicyConfig.model_fields:
+                raise KVPolicyError(
+                    f"{key!r} is set for the whole server, not for a request; start it with {flag_names()[key]}. "
+                    f"A request may set: {', '.join(cls.model_fields)}"
+                )
             if close := difflib.get_close_matches(str(key), known, n=1, cutoff=0.85):
                 raise KVPolicyError(f"{key!r} is not a request option; did you mean {close[0]!r}?")
         try:

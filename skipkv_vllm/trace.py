@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
+from urllib.parse import quote
 
 import torch
 from safetensors import safe_open
@@ -83,7 +83,8 @@ def _save(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | Non
 
 
 def _file_name(request_id: str) -> str:
-    return re.sub(r"[^\w.-]", "_", request_id)
+    """A file name that no other request id has, and that is never "." or ".."."""
+    return quote(request_id, safe="").replace(".", "%2E")
 
 
 def _part(folder: Path, request_id: str, life: int, index: int, rank: int) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 from typing import Any, Literal, get_args, get_origin
 
@@ -26,11 +27,13 @@ def install_flags() -> None:
         return
     add_cli_args, from_cli_args = EngineArgs.add_cli_args, EngineArgs.from_cli_args.__func__
 
+    @functools.wraps(add_cli_args)
     def add_cli_args_with_policy(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         parser = add_cli_args(parser)
         _add_flags(parser)
         return parser
 
+    @functools.wraps(from_cli_args)
     def from_cli_args_with_policy(cls: type, args: argparse.Namespace) -> Any:
         given = {name: getattr(args, name) for name in KVPolicyConfig.model_fields if hasattr(args, name)}
         if given:

@@ -35,7 +35,7 @@ SIGNATURES: dict[str, tuple[str, ...]] = {
     "vllm.v1.core.sched.scheduler:Scheduler.make_stats": ("self",),
     "vllm.v1.engine.input_processor:InputProcessor._validate_params": ("self", "params", "supported_tasks"),
     "vllm.engine.arg_utils:EngineArgs.add_cli_args": ("parser",),
-    "vllm.engine.arg_utils:EngineArgs.from_cli_args": ("args",),
+    "vllm.engine.arg_utils:EngineArgs.from_cli_args": ("cls", "args"),
     "vllm.engine.arg_utils:EngineArgs.create_engine_config": ("self",),
     "vllm.v1.worker.gpu_model_runner:GPUModelRunner.execute_model": ("self", "scheduler_output"),
     "vllm.v1.worker.gpu_model_runner:GPUModelRunner._prepare_inputs": (
@@ -76,7 +76,7 @@ def check_signatures() -> None:
         module_name, _, path = target.partition(":")
         try:
             found: Any = functools.reduce(getattr, path.split("."), importlib.import_module(module_name))
-            parameters = tuple(inspect.signature(inspect.unwrap(found)).parameters)
+            parameters = tuple(inspect.signature(inspect.unwrap(getattr(found, "__func__", found))).parameters)
         except (ImportError, AttributeError) as error:
             wrong.append(f"{path} ({error})")
             continue

@@ -31,6 +31,8 @@ class EvictingBlockManager(FullAttentionManager):
     """
 
     _evicted: dict[str, int]
+    _num_intact: dict[str, int]
+    """leading pages of each compacted request that were never written to"""
 
     @classmethod
     def adopt(cls, manager: FullAttentionManager) -> EvictingBlockManager:
@@ -43,6 +45,7 @@ class EvictingBlockManager(FullAttentionManager):
         manager.__class__ = cls
         assert isinstance(manager, cls)
         manager._evicted = {}
+        manager._num_intact = {}
         return manager
 
     def num_evicted(self, request_id: str) -> int:
@@ -71,6 +74,7 @@ class EvictingBlockManager(FullAttentionManager):
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         # Finish, abort and preemption all come this way.
         self._evicted.pop(request_id, None)
+        self._num_intact.pop(request_id, None)
         return super().pop_blocks_for_free(request_id)
 
     @property
@@ -105,6 +109,7 @@ class EvictingBlockManager(FullAttentionManager):
         self.block_pool.evict_blocks({b.block_id for b in target[num_intact:] if b.block_hash is not None})
         self.req_to_blocks[plan.request_id] = target
         self._evicted[plan.request_id] = self.num_evicted(plan.request_id) + plan.num_resident - plan.num_keep
+        self._num_intact[plan.request_id] = num_intact
         self.num_cached_block[plan.request_id] = len(target)
         self.block_pool.free_blocks(reversed(dropped))
         return CompactedPages(source_pages, [b.block_id for b in target], len(blocks) - num_target)
@@ -135,3 +140,6 @@ class EvictingBlockManager(FullAttentionManager):
             assert (held == 0) == (block.block_id in free), f"page {block.block_id} is free and in use, or lost"
         for request_id in self._evicted:
             assert request_id in self.req_to_blocks, f"{request_id} has evicted tokens but no pages"
+            changed = self.req_to_blocks[request_id][self._num_intact[request_id] :]
+            published = [block.block_id for block in changed if block.block_hash is not None]
+            assert not published, f"{request_id} changed the published pages {published}"

@@ -82,4 +82,6 @@ def build_tables(tokenizer: Tokenizer, compat: str = "default") -> SentenceTable
         for form in {word, word.lower(), word.capitalize()}:
             for text in (form, f" {form}"):
                 keywords.add(tuple(tokenizer.encode(text, add_special_tokens=False)))
+    # A tokenizer that cannot spell a keyword at all gives no ids, and no ids would be found everywhere.
+    keywords.discard(())
     return SentenceTables(delimiters, tuple(sorted(keywords)), True, "max")

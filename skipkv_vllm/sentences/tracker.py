@@ -180,7 +180,9 @@ class SentenceTracker:
         mean = sums[piece] / lengths[piece].clamp(min=1)[:, None]
         unit = mean / (mean.norm(dim=-1, keepdim=True) + ops.EPSILON)
         kept = self.options.max_sentences
-        self._embeddings[slot, torch.where(closes, sentence % kept, kept)] = unit.to(self._embeddings.dtype)
+        # Of more sentences than are kept only the newest are stored, so that no row is written twice.
+        stored = closes & (running[last][tokens.request] - running < kept)
+        self._embeddings[slot, torch.where(stored, sentence % kept, kept)] = unit.to(self._embeddings.dtype)
         open_piece = piece[last] + closes[last].long()
         self._open_sum[tokens.slots] = sums[open_piece]
         self._open_length[tokens.slots] = lengths[open_piece]

@@ -1,0 +1,201 @@
+"""`vllm serve --kv-policy skipkv` as a user meets it: HTTP, metrics, bad input, aborts, banner."""
+
+from __future__ import annotations
+
+import json
+import socket
+import time
+import urllib.error
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from openai import OpenAI
+from prometheus_client.parser import text_string_to_metric_families
+
+from benchmarks.server import metrics, serve
+from benchmarks.tiny_reasoner.problems import problems
+from skipkv_vllm import bundled_model
+from skipkv_vllm.trace import Trace
+
+BUDGET, BUFFER, PAGE = 224, 64, 32
+QUESTIONS = [p.question for p in problems("demo", 4)]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    """A compiled server (vLLM's default), URL and folder."""
+    folder = tmp_path_factory.mktemp("server")
+    arguments = (
+        f"--served-model-name tiny --kv-policy skipkv --kv-budget {BUDGET} --kv-buffer {BUFFER} --block-size {PAGE} "
+        f"--max-model-len 2048 --max-num-seqs 8 --dtype float32 --kv-trace-dir {folder / 'traces'} --kv-check-integrity"
+    ).split()
+    with serve(bundled_model(), arguments, port=free_port(), log=folder / "log") as url:
+        yield url, folder
+
+
+@pytest.fixture
+def client(server):
+    return OpenAI(base_url=f"{server[0]}/v1", api_key="none", timeout=300)
+
+
+def complete(client: OpenAI, question: str = QUESTIONS[0], tokens: int = 300, **xargs):
+    return client.chat.completions.create(
+        model="tiny",
+        messages=[{"role": "user", "content": question}],
+        max_tokens=tokens,
+        temperature=0,
+        logprobs=True,
+        extra_body={"vllm_xargs": xargs, "ignore_eos": True},
+    )
+
+
+def difference(url: str, action) -> dict[str, float]:
+    """How the counters moved while `action` ran."""
+    before = metrics(url)
+    action()
+    time.sleep(1)
+    after = metrics(url)
+    return {name: after[name] - before.get(name, 0) for name in after}
+
+
+def post(url: str, path: str, body: dict) -> tuple[int, dict]:
+    request = urllib.request.Request(f"{url}{path}", json.dumps(body).encode(), {"Content-Type": "application/json"})
+    try:
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return answer.status, json.load(answer)
+    except urllib.error.HTTPError as error:
+        return error.code, json.load(error)
+
+
+def test_the_banner_says_what_the_server_does(server):
+    log = (server[1] / "log").read_text()
+    assert f"budget {BUDGET} + buffer {BUFFER} = bound {BUDGET + BUFFER} tokens" in log
+    assert "at most 9 pages of 32 tokens a request, instead of up to 64" in log
+    assert "features switched off: none" in log
+
+
+def test_metrics_count_real_compactions_and_the_trace_agrees(server, client):
+    url, folder = server
+    traces = folder / "traces"
+    before = set(traces.glob("*.safetensors"))
+    moved = difference(url, lambda: complete(client))
+    (path,) = set(traces.glob("*.safetensors")) - before
+    trace = Trace.load(path)
+    assert moved["skipkv_compactions_total"] == len(trace.kept) >= 3
+    evicted = sum(int(r) - k.shape[2] for r, k in zip(trace.resident_before, trace.kept, strict=True))
+    assert moved["skipkv_evicted_tokens_total"] == evicted
+    assert moved["skipkv_freed_pages_total"] > 0
+    after = metrics(url)
+    assert after["skipkv_resident_tokens"] == after["skipkv_logical_tokens"] == 0
+    assert after["skipkv_peak_pages"] >= (BUDGET + BUFFER) // PAGE
+    assert len(trace.output_token_ids) == 300
+    assert all(k.shape[2] == max(BUDGET, len(trace.prompt_token_ids) + 8) for k in trace.kept)
+    assert trace.parameters["kv_budget"] == BUDGET
+
+
+@pytest.mark.parametrize("xargs", [{"kv_policy": "full"}, {"kv_budget": 1500}])
+def test_a_request_can_opt_out_and_then_gets_the_stock_answer(server, client, xargs):
+    answers = []
+    moved = difference(server[0], lambda: answers.append(complete(client, **xargs)))
+    assert moved["skipkv_compactions_total"] == 0
+    reference = complete(client, kv_policy="full")
+    assert answers[0].choices[0].message.content == reference.choices[0].message.content
+    logprobs = [[t.logprob for t in a.choices[0].logprobs.content] for a in (answers[0], reference)]
+    assert logprobs[0] == logprobs[1]
+
+
+@pytest.mark.parametrize("policy", ["rkv", "streaming_llm"])
+def test_a_request_can_choose_another_method(server, client, policy):
+    assert difference(server[0], lambda: complete(client, kv_policy=policy))["skipkv_compactions_total"] >= 3
+
+
+def test_completions_and_responses_take_the_options_too(server):
+    url = server[0]
+    common = {"model": "tiny", "temperature": 0, "ignore_eos": True, "vllm_xargs": {"kv_budget": 100}}
+    for path, extra in (
+        ("/v1/completions", {"prompt": "Given a: 3.", "max_tokens": 250}),
+        ("/v1/responses", {"input": QUESTIONS[1], "max_output_tokens": 250}),
+    ):
+        statuses = []
+        moved = difference(url, lambda p=path, e=extra, s=statuses: s.append(post(url, p, common | e)[0]))
+        assert statuses == [200]
+        assert moved["skipkv_compactions_total"] >= 1, path
+
+
+@pytest.mark.parametrize(
+    ("xargs", "words"),
+    [
+        ({"kv_budget": 3}, ["kv_budget=3", "9 to 2048"]),
+        ({"kv_budget": 99999}, ["kv_budget=99999", "9 to 2048"]),
+        ({"kv_budget": "many"}, ["kv_budget='many'", "integer"]),
+        ({"kv_policy": "nope"}, ["kv_policy='nope'", "streaming_llm"]),
+        ({"kv_budgett": 300}, ["kv_budgett", "did you mean 'kv_budget'"]),
+    ],
+)
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/completions", {"prompt": "Hi", "max_tokens": 2}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2}),
+        ("/v1/responses", {"input": "Hi", "max_output_tokens": 2}),
+    ],
+)
+def test_a_bad_option_is_http_400_and_the_server_stays_up(server, path, body, xargs, words):
+    status, answer = post(server[0], path, {"model": "tiny", "vllm_xargs": xargs} | body)
+    assert status == 400
+    assert all(word in answer["error"]["message"] for word in words), answer
+    assert post(server[0], path, {"model": "tiny"} | body)[0] == 200
+
+
+def test_aborted_requests_give_everything_back(server, client):
+    url = server[0]
+    for stop_after in (5, 150):
+        stream = client.chat.completions.create(
+            model="tiny",
+            messages=[{"role": "user", "content": QUESTIONS[2]}],
+            max_tokens=1500,
+            temperature=0,
+            stream=True,
+            extra_body={"ignore_eos": True},
+        )
+        for i, _ in enumerate(stream):
+            if i == stop_after:
+                break
+        stream.close()
+    deadline = time.monotonic() + 20
+    while usage(url) > 0 and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert usage(url) == 0
+    assert complete(client, tokens=5).usage.completion_tokens == 5
+
+
+def usage(url: str) -> float:
+    with urllib.request.urlopen(f"{url}/metrics") as answer:
+        families = text_string_to_metric_families(answer.read().decode())
+    return sum(s.value for f in families for s in f.samples if s.name == "vllm:kv_cache_usage_perc")
+
+
+def test_concurrent_streams_finish_and_stay_within_their_bounds(server, client):
+    """The server verifies its own bookkeeping after every step (--kv-check-integrity); a violation kills it."""
+    url = server[0]
+
+    def run(i: int) -> int:
+        policy = ["skipkv", "rkv", "streaming_llm", "full"][i % 4]
+        return complete(client, QUESTIONS[i % 4], 400, kv_policy=policy).usage.completion_tokens
+
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(run, range(8))) == [400] * 8
+    assert post(url, "/v1/completions", {"model": "tiny", "prompt": "Hi", "max_tokens": 2})[0] == 200
+
+
+def test_traces_are_complete(server):
+    parts = Path(server[1] / "traces" / ".parts")
+    assert [p.name for p in parts.iterdir()] == [".writable"], "a request left parts behind"

@@ -1,0 +1,478 @@
+"""A worker without vLLM, and a dense reference that keeps every request's tokens in plain lists.
+
+`Simulation` plays the scheduler and the model runner around an `EvictionRuntime`: it allocates pages,
+computes random K, V, queries and hidden states, writes them where the runtime says, and orders compactions.
+Beside that it does every compaction a second time, with loops over lists, from the method's formulas.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from skipkv_vllm.config import KVPolicyConfig
+from skipkv_vllm.policies import Need
+from skipkv_vllm.scheduler.messages import Started, StepOrders
+from skipkv_vllm.scheduler.planner import Compaction, ceil_div
+from skipkv_vllm.sentences import SentenceTables, segment_with
+from skipkv_vllm.sentences.tracker import SentenceTracker
+from skipkv_vllm.worker.paging import cpu_pages, gpu_pages
+from skipkv_vllm.worker.queries import QueryRing
+from skipkv_vllm.worker.runtime import EvictionRuntime, StepBatch
+
+LAYERS, KV_HEADS, Q_HEADS, DIM, HIDDEN = 2, 2, 4, 8, 6
+DOT, WORDS = 9, (1, 2, 3, 4, 5)
+TABLES = SentenceTables(frozenset({DOT}), ((8,),), True, "max")
+CPU = torch.device("cpu")
+
+
+def importance_of(queries: Tensor, keys: Tensor, window: int, pool: int) -> list[float]:
+    """Eq. 4 for one kv head in double precision: queries `[W, group, D]`, keys `[L, D]`."""
+    old = keys.shape[0] - window
+    logits = (queries.double() @ keys[:old].double().T / keys.shape[1] ** 0.5).amax(1)
+    mean = logits.softmax(-1).mean(0).tolist()
+    return [max(mean[max(0, i - pool // 2) : i + pool // 2 + 1]) for i in range(old)]
+
+
+def redundancy_of(keys: Tensor, threshold: float) -> list[float]:
+    """Eq. 5 for one kv head in double precision: keys `[L, D]`."""
+    unit = keys.double() / (keys.double().norm(dim=-1, keepdim=True) + 1e-8)
+    cosine = (unit @ unit.T).fill_diagonal_(0)
+    for row in cosine:
+        similar = [j for j, value in enumerate(row.tolist()) if value > threshold]
+        row[similar[-1] if similar else 0] = 0
+    return cosine.mean(0).softmax(-1).tolist()
+
+
+class Cell(NamedTuple):
+    """One token in one layer and head."""
+
+    position: int
+    key: Tensor
+    value: Tensor
+
+
+class FakeAttention:
+    def forward(self, layer: object, query: Tensor) -> Tensor:
+        return query
+
+
+@dataclass
+class Running:
+    """A request as the simulation knows it."""
+
+    name: str
+    num_prompt: int
+    budget: int
+    protected: int
+    managed: bool
+    num_logical: int = 0
+    num_evicted: int = 0
+    num_compactions: int = 0
+    first_tracked: int = 0
+    pages: list[int] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+    hidden: list[Tensor] = field(default_factory=list)
+    queries: list[Tensor] = field(default_factory=list)
+    """`[layers, Hq, D]` by position; None for a token taken from the prefix cache"""
+    dense: list[list[list[Cell]]] = field(
+        default_factory=lambda: [[[] for _ in range(KV_HEADS)] for _ in range(LAYERS)]
+    )
+    """`[layer][head]`, ascending positions"""
+
+    @property
+    def num_resident(self) -> int:
+        return self.num_logical - self.num_evicted
+
+
+class Simulation:
+    """See the module.
+
+    Args:
+        policy, granularity, window, protect, parameters: of the server.
+        layout: "gpu", "gpu strided" or "vec".
+        ratio: kernel pages per block.
+        num_slots: requests that can run at once.
+    """
+
+    def __init__(
+        self,
+        policy: str,
+        *,
+        granularity: str = "head",
+        window: int = 4,
+        protect: bool = True,
+        parameters: dict | None = None,
+        layout: str = "gpu",
+        ratio: int = 1,
+        num_slots: int = 4,
+        num_blocks: int = 60,
+        page_size: int = 4,
+        seed: int = 0,
+        buffer: int = 8,
+        max_length: int = 400,
+        max_tokens: int = 256,
+    ) -> None:
+        self.config = KVPolicyConfig(
+            kv_policy=policy,
+            kv_budget=64,
+            kv_buffer=buffer,
+            kv_window=window,
+            kv_granularity=granularity,
+            kv_protect_prompt=protect,
+            kv_policy_config=parameters or {},
+            kv_check_integrity=True,
+        )
+        self.chance = random.Random(seed)
+        self.generator = torch.Generator().manual_seed(seed)
+        self.block_size = page_size * ratio
+        self.raw = [self._cache(layout, num_blocks * ratio, page_size) for _ in range(LAYERS)]
+        needs = self.config.needs
+        ring = tracker = None
+        self.impls = [FakeAttention() for _ in range(LAYERS)]
+        if needs & Need.QUERIES:
+            ring = QueryRing(
+                num_layers=LAYERS,
+                num_slots=num_slots,
+                window=window,
+                num_heads=Q_HEADS,
+                head_size=DIM,
+                max_tokens=max_tokens,
+                dtype=torch.float32,
+                device=CPU,
+            )
+            for i, impl in enumerate(self.impls):
+                ring.attach(i, impl)
+        if needs & Need.SENTENCES:
+            tracker = SentenceTracker(
+                TABLES,
+                self.config.policy.sentence_options,
+                num_slots=num_slots,
+                max_length=max_length,
+                hidden_size=HIDDEN if needs & Need.HIDDEN else 0,
+                vocab_size=16,
+                dtype=torch.float32,
+                device=CPU,
+            )
+        self.runtime = EvictionRuntime(self.config, num_slots, ring, tracker, None)
+        self.layers = [gpu_pages(raw) if layout.startswith("gpu") else cpu_pages(raw, layout) for raw in self.raw]
+        self.runtime.bind_cache(self.layers, self.block_size)
+        self.ratio = ratio
+        # Block 0 belongs to nobody, as in vLLM.
+        self.free = list(range(1, num_blocks))
+        self.references = dict.fromkeys(range(num_blocks), 0)
+        self.running: dict[str, Running] = {}
+        self._starting: list[Started] = []
+        self._finished: list[str] = []
+        self._preempted: list[str] = []
+        self.topics = torch.randn(3, HIDDEN, generator=torch.Generator().manual_seed(1))
+        self._topic: dict[str, int] = {}
+        self.num_replaced = 0
+        self._steps = 0
+        self.last_evicted: np.ndarray | None = None
+
+    @staticmethod
+    def _cache(layout: str, pages: int, size: int) -> Tensor:
+        if layout == "gpu strided":
+            return torch.zeros(pages, size, KV_HEADS, 2 * DIM).transpose(1, 2)
+        return torch.zeros(pages, KV_HEADS, size, 2 * DIM)
+
+    def random(self, *shape: int) -> Tensor:
+        return torch.randn(*shape, generator=self.generator)
+
+    # ---- the scheduler
+
+    def start(
+        self, name: str, num_prompt: int, budget: int, *, policy: str | None = None, shared_with: str | None = None
+    ) -> Running:
+        """A request arrives. `policy="none"` leaves it unmanaged; `shared_with` gives it that one's full pages."""
+        request = Running(name, num_prompt, budget, 0, policy != "none")
+        request.protected = num_prompt if self.config.kv_protect_prompt and request.managed else 0
+        if shared_with is not None:
+            self._share(request, self.running[shared_with])
+        request.first_tracked = request.protected or request.num_logical
+        self.running[name] = request
+        self._topic[name] = 0
+        if request.managed:
+            self._starting.append(
+                Started(name, policy or self.config.kv_policy, num_prompt, request.protected, request.first_tracked)
+            )
+        return request
+
+    def _share(self, request: Running, other: Running) -> None:
+        assert not other.num_evicted
+        full = min(request.num_prompt - 1, other.num_logical) // self.block_size
+        request.num_logical = full * self.block_size
+        request.pages = other.pages[:full]
+        for page in request.pages:
+            self.references[page] += 1
+        request.tokens = other.tokens[: request.num_logical]
+        request.hidden = other.hidden[: request.num_logical]
+        request.queries = [None] * request.num_logical
+        for layer in range(LAYERS):
+            for head in range(KV_HEADS):
+                request.dense[layer][head] = other.dense[layer][head][: request.num_logical]
+
+    def stop(self, name: str, *, preempt: bool = False) -> None:
+        """A request finishes, or loses its cache."""
+        for page in self.running.pop(name).pages:
+            self._release(page)
+        (self._preempted if preempt else self._finished).append(name)
+
+    def _release(self, page: int) -> None:
+        self.references[page] -= 1
+        if self.references[page] == 0:
+            self.free.insert(0, page)
+
+    def _allocate(self) -> int:
+        page = self.free.pop(self.chance.randrange(min(3, len(self.free))))
+        assert self.references[page] == 0
+        self.references[page] = 1
+        return page
+
+    def keep_of(self, request: Running) -> int:
+        return max(request.budget, request.protected + self.config.kv_window)
+
+    def order(self, request: Running) -> Compaction:
+        """Plan a compaction: shared pages that are not wholly protected are replaced."""
+        keep = self.keep_of(request)
+        target = request.pages[: ceil_div(keep, self.block_size)]
+        dropped = request.pages[len(target) :]
+        for i in range(request.protected // self.block_size, len(target)):
+            if self.references[target[i]] > 1:
+                dropped.append(target[i])
+                target[i] = self._allocate()
+                self.num_replaced += 1
+        return Compaction(
+            request.name,
+            request.num_logical,
+            request.num_resident,
+            keep,
+            list(request.pages),
+            target,
+            request.num_compactions,
+        )
+
+    # ---- one step
+
+    def step(self, counts: dict[str, int], *, compact: bool = True) -> list[Compaction]:
+        """Compact the requests that are due, then compute `counts` tokens of each request."""
+        orders = []
+        if compact:
+            for request in self.running.values():
+                due = request.num_resident >= self.keep_of(request) + self.config.kv_buffer
+                enough = sum(q is not None for q in request.queries) >= self.config.kv_window
+                if request.managed and due and enough and request.num_logical >= request.num_prompt:
+                    orders.append(self.order(request))
+                    self._apply_order(request, orders[-1])
+        compacted = {order.request_id for order in orders}
+        before = {name: self.snapshot(name) for name in self.running if orders and name not in compacted}
+        self.runtime.begin_step(StepOrders(orders, self._starting), self._finished, self._preempted)
+        self._starting, self._finished, self._preempted = [], [], []
+        for name, content in before.items():
+            assert torch.equal(self.snapshot(name), content), f"a compaction changed the cache of {name}"
+        self._forward({name: count for name, count in counts.items() if count})
+        self._steps += 1
+        if orders or self._steps % 5 == 0:
+            for name in self.running:
+                self.check(name)
+        return orders
+
+    def snapshot(self, name: str) -> Tensor:
+        """Keys of a request, to see that nothing touches them."""
+        request = self.running[name]
+        if not request.num_resident:
+            return torch.zeros(0)
+        return torch.stack([self._read(layer, request, request.num_resident)[0] for layer in range(LAYERS)])
+
+    def _apply_order(self, request: Running, order: Compaction) -> None:
+        """The same compaction on the dense lists and on the block table."""
+        self._compact_densely(request, order)
+        for page in set(order.source_pages) - set(order.target_pages):
+            self._release(page)
+        request.pages = list(order.target_pages)
+        request.num_evicted += order.num_resident - order.num_keep
+        request.num_compactions += 1
+
+    def _forward(self, counts: dict[str, int]) -> None:
+        if not counts:
+            return
+        names = list(counts)
+        starts = np.array([self.running[n].num_logical for n in names], dtype=np.int64)
+        evicted = self.runtime.prepare(StepBatch(names, np.array([counts[n] for n in names], dtype=np.int64), starts))
+        self.last_evicted = evicted
+        wanted = [self.running[n].num_evicted for n in names]
+        assert (evicted is None and not any(wanted)) or evicted.tolist() == wanted
+        total = sum(counts.values())
+        queries = self.random(LAYERS, total, Q_HEADS, DIM)
+        keys, values = self.random(LAYERS, total, KV_HEADS, DIM), self.random(LAYERS, total, KV_HEADS, DIM)
+        token_ids, hidden = [], []
+        for layer, impl in enumerate(self.impls):
+            impl.forward(None, queries[layer])
+        row = 0
+        for name in names:
+            request = self.running[name]
+            for _ in range(counts[name]):
+                token = self.chance.choice([DOT, *WORDS])
+                state = self.topics[self._topic[name]] + 0.05 * self.random(HIDDEN)
+                if token == DOT:
+                    self._topic[name] = self.chance.randrange(3)
+                token_ids.append(token)
+                hidden.append(state)
+                request.tokens.append(token)
+                request.hidden.append(state)
+                request.queries.append(queries[:, row])
+                self._append(request, keys[:, row], values[:, row])
+                row += 1
+        padding = 3
+        self.runtime.finish_forward(
+            torch.tensor(token_ids + [DOT] * padding), torch.stack([*hidden, *(torch.ones(HIDDEN),) * padding])
+        )
+
+    def _append(self, request: Running, key: Tensor, value: Tensor) -> None:
+        slot = request.num_resident
+        if slot == len(request.pages) * self.block_size:
+            request.pages.append(self._allocate())
+        block, offset = request.pages[slot // self.block_size], slot % self.block_size
+        assert self.references[block] == 1, "a shared page is written"
+        size = self.layers[0].page_size
+        page = torch.tensor(block * self.ratio + offset // size)
+        for layer, pages in enumerate(self.layers):
+            content = (
+                [torch.cat([key[layer], value[layer]], -1)] if len(pages.cells) == 1 else [key[layer], value[layer]]
+            )
+            for cell, vectors in zip(pages.cells, content, strict=True):
+                cell.scatter(page, torch.arange(KV_HEADS), torch.tensor(offset % size), vectors)
+            for head in range(KV_HEADS):
+                request.dense[layer][head].append(Cell(request.num_logical, key[layer, head], value[layer, head]))
+        request.num_logical += 1
+
+    # ---- reading the cache
+
+    def _read(self, layer: int, request: Running, length: int) -> tuple[Tensor, Tensor]:
+        """K and V of a request by slot, `[H, length, D]` each."""
+        size = self.layers[layer].page_size
+        slot = torch.arange(length)
+        page = torch.tensor(request.pages)[slot // self.block_size] * self.ratio + slot % self.block_size // size
+        read = [
+            cell.gather(page.expand(KV_HEADS, -1), torch.arange(KV_HEADS)[:, None], (slot % size).expand(KV_HEADS, -1))
+            for cell in self.layers[layer].cells
+        ]
+        return (read[0][..., :DIM], read[0][..., DIM:]) if len(read) == 1 else (read[0], read[1])
+
+    def positions(self, name: str) -> Tensor:
+        """Positions by slot as the runtime has them, `[layers, H, resident]`."""
+        request, state = self.running[name], self.runtime._requests.get(name)
+        if state is None:
+            return torch.arange(request.num_resident).expand(LAYERS, KV_HEADS, -1)
+        pages = torch.tensor([p * self.ratio + i for p in request.pages for i in range(self.ratio)])
+        return self.runtime._positions.read(pages, request.num_resident, state.num_placed, state.num_evicted)
+
+    def check(self, name: str) -> None:
+        """The cache holds exactly the dense tokens, each with its position, and in the pages' first slots."""
+        request = self.running[name]
+        length = request.num_resident
+        assert len(request.pages) == ceil_div(length, self.block_size)
+        if not length:
+            return
+        positions = self.positions(name)
+        for layer in range(LAYERS):
+            keys, values = self._read(layer, request, length)
+            for head in range(KV_HEADS):
+                cells = request.dense[layer][head]
+                assert len(cells) == length
+                order = positions[layer, head].argsort()
+                assert positions[layer, head][order].tolist() == [cell.position for cell in cells], name
+                assert torch.equal(keys[head][order], torch.stack([cell.key for cell in cells])), name
+                assert torch.equal(values[head][order], torch.stack([cell.value for cell in cells])), name
+
+    # ---- the dense reference
+
+    def _compact_densely(self, request: Running, order: Compaction) -> None:
+        sentence, penalty = self._sentences(request)
+        scores = [
+            [self._scores(request, layer, head, penalty, order.num_logical) for head in range(KV_HEADS)]
+            for layer in range(LAYERS)
+        ]
+        policy = self.runtime._requests[request.name].policy if request.name in self.runtime._requests else None
+        policy = policy or self.config.policy
+        first = max(request.protected, policy.num_sinks)
+
+        def pinned(position: int) -> bool:
+            return position < first or position >= order.num_logical - self.config.kv_window
+
+        if self.config.kv_granularity == "head":
+            for layer in range(LAYERS):
+                for head in range(KV_HEADS):
+                    cells = request.dense[layer][head]
+                    free = [i for i, cell in enumerate(cells) if not pinned(cell.position)]
+                    free.sort(key=lambda i: (-scores[layer][head][i], i))
+                    room = order.num_keep - (len(cells) - len(free))
+                    gone = set(free[room:])
+                    request.dense[layer][head] = [cell for i, cell in enumerate(cells) if i not in gone]
+            return
+        positions = [cell.position for cell in request.dense[0][0]]
+        groups: dict[int, list[int]] = {}
+        for i, position in enumerate(positions):
+            if not pinned(position):
+                groups.setdefault(sentence(position), []).append(i)
+        mean = [sum(scores[a][h][i] for a in range(LAYERS) for h in range(KV_HEADS)) for i in range(len(positions))]
+        worth = {number: sum(mean[i] for i in tokens) / len(tokens) for number, tokens in groups.items()}
+        gone = set()
+        for number in sorted(groups, key=lambda n: (worth[n], n)):
+            gone |= set(groups[number][: len(positions) - order.num_keep - len(gone)])
+        for layer in range(LAYERS):
+            for head in range(KV_HEADS):
+                cells = request.dense[layer][head]
+                request.dense[layer][head] = [cell for i, cell in enumerate(cells) if i not in gone]
+
+    def _sentences(self, request: Running):
+        """Functions position -> number of its sentence, and -> penalty of it."""
+        found = segment_with(request.tokens[request.first_tracked :], TABLES)
+        starts = [s.start + request.first_tracked for s in found]
+        ends = [s.end + request.first_tracked for s in found]
+        unit = []
+        for start, end in zip(starts, ends, strict=True):
+            stop = next(i for i in range(start, end) if request.tokens[i] == DOT) + 1
+            mean = torch.stack(request.hidden[start:stop]).double().mean(0)
+            unit.append(mean / mean.norm())
+        threshold = self.config.policy.sentence_options.similarity_threshold
+        penalties = []
+        for i in range(len(unit)):
+            cosines = [float(unit[i] @ unit[j]) for j in range(i + 1, len(unit))]
+            penalties.append(max([c for c in cosines if c > threshold], default=0.0))
+
+        def number(position: int) -> int:
+            if position < request.first_tracked:
+                return 0
+            return next((n + 1 for n, end in enumerate(ends) if position < end), len(ends) + 1)
+
+        def penalty(position: int) -> float:
+            n = number(position)
+            return penalties[n - 1] if 0 < n <= len(penalties) else 0.0
+
+        return number, penalty
+
+    def _scores(self, request: Running, layer: int, head: int, penalty, num_logical: int) -> list[float]:
+        state = self.runtime._requests.get(request.name)
+        policy = self.config.policy if state is None else state.policy
+        cells = request.dense[layer][head]
+        if policy.name == "streaming_llm":
+            return [float(cell.position) for cell in cells]
+        window = self.config.kv_window
+        keys = torch.stack([cell.key for cell in cells])
+        group = Q_HEADS // KV_HEADS
+        observed = request.queries[num_logical - window : num_logical]
+        queries = torch.stack([q[layer, head * group : (head + 1) * group] for q in observed])
+        importance = importance_of(queries, keys, window, policy.pool)
+        redundancy = redundancy_of(keys, policy.redundancy_threshold)
+        scores = [policy.mix * i - (1 - policy.mix) * r for i, r in zip(importance, redundancy, strict=False)]
+        scores += [0.0] * window
+        if policy.name == "skipkv":
+            scores = [s - penalty(cell.position) for s, cell in zip(scores, cells, strict=True)]
+        return scores

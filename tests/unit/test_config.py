@@ -1,0 +1,534 @@
+"""Configuration: every bad value is refused with a message that says what was wrong and what to do."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+from collections.abc import Callable
+from types import SimpleNamespace
+
+import pytest
+import vllm
+from vllm.engine.arg_utils import EngineArgs
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+from skipkv_vllm import compat
+from skipkv_vllm.compat import gate
+from skipkv_vllm.compat.cli import SCHEDULER, WORKERS
+from skipkv_vllm.config import KVPolicyConfig, RequestOptions, flag_names, flags_table, parse_json_object
+from skipkv_vllm.errors import KVPolicyError
+from skipkv_vllm.plugin import register
+from skipkv_vllm.policies import Need, make_policy, policy_names
+from skipkv_vllm.policies.rkv import RKV
+from skipkv_vllm.policies.skipkv import SkipKV
+from skipkv_vllm.policies.streaming_llm import StreamingLLM
+
+# ---- policies
+
+
+def test_defaults_are_the_papers():
+    assert make_policy("skipkv") == SkipKV(
+        mix=0.1, pool=7, redundancy_threshold=0.5, similarity_threshold=0.95, max_sentences=256, compat="default"
+    )
+    assert make_policy("rkv") == RKV(mix=0.1, pool=7, redundancy_threshold=0.5)
+    assert make_policy("streaming_llm") == StreamingLLM(sinks=4)
+    config = KVPolicyConfig(kv_policy="skipkv")
+    assert (config.kv_window, config.kv_buffer, config.kv_granularity) == (8, 128, "head")
+
+
+def test_full_comes_first_in_the_list():
+    assert policy_names() == ["full", "rkv", "skipkv", "streaming_llm"]
+
+
+def test_an_integer_is_fine_where_a_float_is_meant():
+    assert make_policy("rkv", {"mix": 1}).mix == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "parts"),
+    [
+        ("nope", {}, ["kv_policy='nope'", "full, rkv, skipkv, streaming_llm"]),
+        ("rkv", {"mixx": 0.1}, ["'mixx'", "'rkv'", "mix, pool, redundancy_threshold"]),
+        ("full", {"mix": 0.1}, ["'mix'", "'full'", "none"]),
+        ("rkv", {"similarity_threshold": 0.9}, ["'similarity_threshold'", "'rkv'"]),
+        ("rkv", {"mix": "0.1"}, ["mix='0.1'", "float", "0.1"]),
+        ("rkv", {"mix": True}, ["mix=True", "float"]),
+        ("rkv", {"mix": None}, ["mix=None", "float"]),
+        ("rkv", {"mix": [0.1]}, ["mix=[0.1]", "float"]),
+        ("rkv", {"pool": 7.0}, ["pool=7.0", "int"]),
+        ("rkv", {"pool": True}, ["pool=True", "int"]),
+        ("rkv", {"pool": 8}, ["pool=8", "odd", "9"]),
+        ("rkv", {"pool": 0}, ["pool=0", "1 to 63"]),
+        ("rkv", {"pool": 65}, ["pool=65", "1 to 63"]),
+        ("rkv", {"mix": 1.5}, ["mix=1.5", "0.0 to 1.0"]),
+        ("rkv", {"mix": float("nan")}, ["mix=nan", "0.0 to 1.0"]),
+        ("rkv", {"redundancy_threshold": -2.0}, ["redundancy_threshold=-2.0", "-1.0 to 1.0"]),
+        ("skipkv", {"similarity_threshold": 1.01}, ["similarity_threshold=1.01", "0.0 to 1.0"]),
+        ("skipkv", {"max_sentences": 1}, ["max_sentences=1", "2 to 65536"]),
+        ("skipkv", {"compat": "paper"}, ["compat='paper'", "'default' or 'reference'"]),
+        ("skipkv", {"compat": 1}, ["compat=1", "str"]),
+        ("streaming_llm", {"sinks": -1}, ["sinks=-1", "0 to 4096"]),
+    ],
+)
+def test_a_bad_policy_parameter_is_refused(name, options, parts):
+    with pytest.raises(KVPolicyError) as error:
+        make_policy(name, options)
+    for part in parts:
+        assert part in str(error.value)
+
+
+# ---- the server's configuration
+
+
+@pytest.mark.parametrize(
+    ("values", "parts"),
+    [
+        ({"kv_policy": "nope"}, ["kv_policy='nope'", "choose one of", "skipkv"]),
+        ({"kv_policy": "rkv", "kv_budget": 8}, ["kv_budget=8", "at least 9", "window of 8"]),
+        ({"kv_policy": "rkv", "kv_window": 64, "kv_budget": 64}, ["kv_budget=64", "at least 65", "window of 64"]),
+        (
+            {"kv_policy": "streaming_llm", "kv_budget": 12},
+            ["kv_budget=12", "at least 13", "window of 8", "4 sinks"],
+        ),
+        ({"kv_policy": "rkv", "kv_budget": 1}, ["kv_budget=1", "greater than or equal to 2"]),
+        ({"kv_policy": "rkv", "kv_budget": -5}, ["kv_budget=-5", "greater than or equal to 2"]),
+        ({"kv_policy": "rkv", "kv_budget": "many"}, ["kv_budget='many'", "integer"]),
+        ({"kv_policy": "rkv", "kv_budget": 100.5}, ["kv_budget=100.5", "integer"]),
+        ({"kv_policy": "rkv", "kv_budget": None}, ["kv_budget=None", "integer"]),
+        ({"kv_policy": "rkv", "kv_buffer": 0}, ["kv_buffer=0", "greater than or equal to 1"]),
+        ({"kv_policy": "rkv", "kv_window": 0}, ["kv_window=0", "greater than or equal to 1"]),
+        ({"kv_policy": "rkv", "kv_window": 65}, ["kv_window=65", "less than or equal to 64"]),
+        ({"kv_policy": "rkv", "kv_granularity": "layer"}, ["kv_granularity='layer'", "'head' or 'sentence'"]),
+        ({"kv_policy": "rkv", "kv_protect_prompt": "maybe"}, ["kv_protect_prompt='maybe'", "boolean"]),
+        ({"kv_policy": "rkv", "kv_policy_config": [1]}, ["kv_policy_config=[1]", "dictionary"]),
+        ({"kv_policy": "rkv", "kv_policy_config": {"mixx": 1}}, ["'mixx'", "mix, pool"]),
+        ({"kv_policy": "full", "kv_policy_config": {"mix": 1}}, ["'mix'", "'full'"]),
+        ({"kv_policy": "rkv", "budget": 100}, ["budget is not an option"]),
+    ],
+)
+def test_a_bad_server_option_is_refused(values, parts):
+    with pytest.raises(KVPolicyError) as error:
+        KVPolicyConfig.parse(values)
+    for part in parts:
+        assert part in str(error.value)
+
+
+@pytest.mark.parametrize("field", ["kv_budget", "kv_buffer", "kv_window"])
+def test_a_boolean_is_not_a_number(field):
+    # `LLM(kv_buffer=True)` would otherwise mean a buffer of one token.
+    with pytest.raises(KVPolicyError, match=f"{field}=True"):
+        KVPolicyConfig.parse({"kv_policy": "rkv", field: True})
+
+
+def test_several_bad_fields_are_all_named():
+    with pytest.raises(KVPolicyError) as error:
+        KVPolicyConfig.parse({"kv_policy": "rkv", "kv_buffer": 0, "kv_window": 0})
+    assert "kv_buffer=0" in str(error.value)
+    assert "kv_window=0" in str(error.value)
+
+
+def test_the_error_is_a_value_error_without_pydantic_noise():
+    with pytest.raises(ValueError, match="kv_budget=1: input should be") as error:
+        KVPolicyConfig.parse({"kv_budget": 1})
+    assert "pydantic" not in str(error.value)
+    assert "validation error" not in str(error.value)
+
+
+def test_the_smallest_allowed_budget():
+    assert KVPolicyConfig.parse({"kv_policy": "rkv", "kv_budget": 9}).kv_budget == 9
+    assert KVPolicyConfig.parse({"kv_policy": "streaming_llm", "kv_budget": 13}).kv_budget == 13
+
+
+def test_the_configuration_survives_the_way_to_the_workers():
+    config = KVPolicyConfig(kv_policy="skipkv", kv_budget=99, kv_policy_config={"mix": 0.2}, kv_trace_dir="/tmp/x")
+    assert KVPolicyConfig.parse(json.loads(json.dumps(config.model_dump()))) == config
+
+
+def test_needs():
+    assert KVPolicyConfig(kv_policy="streaming_llm").needs == Need.NOTHING
+    assert KVPolicyConfig(kv_policy="streaming_llm", kv_granularity="sentence").needs == Need.SENTENCES
+    assert KVPolicyConfig(kv_policy="rkv").needs == Need.QUERIES | Need.KEYS
+    assert KVPolicyConfig(kv_policy="skipkv").needs == Need.QUERIES | Need.KEYS | Need.SENTENCES | Need.HIDDEN
+
+
+def test_the_trace_folder_becomes_absolute(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert KVPolicyConfig(kv_policy="rkv", kv_trace_dir="t").kv_trace_dir == str(tmp_path / "t")
+
+
+def test_every_field_has_a_flag_and_a_row_in_the_table():
+    table = flags_table()
+    for name, flag in flag_names().items():
+        assert flag == "--" + name.replace("_", "-")
+        assert flag.removeprefix("--") in table
+        assert KVPolicyConfig.model_fields[name].description in table
+    assert "| `--[no-]kv-protect-prompt` | `on` |" in table
+    assert "| `--kv-budget` | `1024` |" in table
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("{mix: 0.1}", ["--flag", "{mix: 0.1}", "not valid JSON", "quote it"]),
+        ("", ["--flag", "not valid JSON"]),
+        ("[1]", ["--flag", "[1]", "not an object", '{"mix": 0.1}']),
+        ("3", ["not an object"]),
+        ("null", ["not an object"]),
+        ('"text"', ["not an object"]),
+    ],
+)
+def test_bad_json_is_refused(text, parts):
+    with pytest.raises(KVPolicyError) as error:
+        parse_json_object("--flag", text)
+    for part in parts:
+        assert part in str(error.value)
+
+
+# ---- a request's options
+
+SERVER = KVPolicyConfig(kv_policy="rkv", kv_budget=100)
+
+
+@pytest.mark.parametrize(
+    ("extra", "parts"),
+    [
+        ({"kv_budgett": 64}, ["'kv_budgett'", "did you mean 'kv_budget'"]),
+        ({"kv-budget": 64}, ["'kv-budget'", "did you mean 'kv_budget'"]),
+        ({"kv_polcy": "rkv"}, ["'kv_polcy'", "did you mean 'kv_policy'"]),
+        ({"kv_budget": True}, ["kv_budget=True", "integer"]),
+        ({"kv_budget": "64"}, ["kv_budget='64'", "integer"]),
+        ({"kv_budget": 64.0}, ["kv_budget=64.0", "integer"]),
+        ({"kv_budget": [64]}, ["kv_budget=[64]", "integer"]),
+        ({"kv_budget": 8}, ["kv_budget=8", "9 to 500", "max_model_len", "window of 8"]),
+        ({"kv_budget": 0}, ["kv_budget=0", "9 to 500"]),
+        ({"kv_budget": 501}, ["kv_budget=501", "9 to 500", "max_model_len"]),
+        ({"kv_budget": 12, "kv_policy": "streaming_llm"}, ["kv_budget=12", "13 to 500", "4 sinks"]),
+        ({"kv_policy": "nope"}, ["kv_policy='nope'", "full, rkv"]),
+        ({"kv_policy": 3}, ["kv_policy=3", "string"]),
+        (
+            {"kv_policy": "skipkv"},
+            ["kv_policy='skipkv'", "sentences and hidden", "--kv-policy skipkv", "'rkv' or 'full'"],
+        ),
+    ],
+)
+def test_a_bad_request_option_is_refused(extra, parts):
+    with pytest.raises(KVPolicyError) as error:
+        RequestOptions.parse(extra, SERVER, 500)
+    for part in parts:
+        assert part in str(error.value)
+
+
+@pytest.mark.parametrize("key", ["kv_window", "kv_buffer", "kv_granularity", "kv_protect_prompt", "kv_policy_config"])
+def test_an_option_that_only_the_server_has_is_refused_in_a_request(key):
+    # Silence would let the client believe that it acts.
+    with pytest.raises(KVPolicyError, match=key):
+        RequestOptions.parse({key: 1}, SERVER, 500)
+
+
+@pytest.mark.parametrize("extra", [None, {}, {"kv_transfer_params": {"a": 1}, "my_own": 3, "temperature_note": "x"}])
+def test_keys_that_are_not_ours_are_left_alone(extra):
+    options = RequestOptions.parse(extra, SERVER, 500)
+    assert (options.kv_policy, options.kv_budget) == (None, None)
+    assert options.resolve_policy(SERVER) == SERVER.policy
+
+
+def test_a_request_may_choose_what_the_server_can_do():
+    assert RequestOptions.parse({"kv_policy": "full"}, SERVER, 500).resolve_policy(SERVER).name == "full"
+    assert RequestOptions.parse({"kv_policy": "streaming_llm"}, SERVER, 500).resolve_policy(SERVER) == StreamingLLM()
+    server = KVPolicyConfig(kv_policy="skipkv", kv_policy_config={"mix": 0.3})
+    assert RequestOptions.parse({"kv_policy": "rkv"}, server, 500).resolve_policy(server) == RKV()
+    assert RequestOptions.parse({"kv_policy": "skipkv"}, server, 500).resolve_policy(server) == SkipKV(mix=0.3)
+    assert RequestOptions.parse({"kv_budget": 9}, SERVER, 500).kv_budget == 9
+    assert RequestOptions.parse({"kv_budget": 500}, SERVER, 500).kv_budget == 500
+
+
+# ---- flags on vLLM's own parser
+
+
+@pytest.fixture(scope="module")
+def parser() -> FlexibleArgumentParser:
+    register()
+    register()  # twice, as vLLM may
+    parser = FlexibleArgumentParser()
+    EngineArgs.add_cli_args(parser)
+    return parser
+
+
+@pytest.fixture
+def engine_args(parser, tmp_path) -> Callable[..., EngineArgs]:
+    # An existing folder, so that vLLM does not ask a model hub for it.
+    return lambda *flags: EngineArgs.from_cli_args(parser.parse_args(["--model", str(tmp_path), *flags]))
+
+
+def test_flags_reach_the_engine(engine_args):
+    args = engine_args(
+        *("--kv-policy", "skipkv", "--kv-budget", "256", "--kv-granularity", "sentence", "--no-kv-protect-prompt"),
+        *("--kv-policy-config", '{"similarity_threshold": 0.97}'),
+    )
+    sent = KVPolicyConfig.parse(args.additional_config["skipkv"])
+    assert sent == KVPolicyConfig(
+        kv_policy="skipkv",
+        kv_budget=256,
+        kv_granularity="sentence",
+        kv_protect_prompt=False,
+        kv_policy_config={"similarity_threshold": 0.97},
+    )
+    assert args.scheduler_cls == SCHEDULER
+    assert args.worker_cls in WORKERS.values()
+
+
+def test_other_additional_config_is_kept(engine_args):
+    args = engine_args("--kv-policy", "rkv", "--additional-config", '{"mine": 1}')
+    assert set(args.additional_config) == {"mine", "skipkv"}
+
+
+@pytest.mark.parametrize("flags", [(), ("--kv-policy", "full")])
+def test_nothing_changes_without_a_policy(engine_args, parser, tmp_path, flags):
+    plain = parser.parse_args(["--model", str(tmp_path)])
+    names = [field.name for field in dataclasses.fields(EngineArgs) if hasattr(plain, field.name)]
+    expected = EngineArgs(**{name: getattr(plain, name) for name in names})
+    assert engine_args(*flags) == expected
+    assert expected.scheduler_cls is None
+    assert expected.worker_cls == "auto"
+    assert "skipkv" not in (expected.additional_config or {})
+
+
+@pytest.mark.parametrize(
+    ("flags", "parts"),
+    [
+        (["--kv-policy", "nope"], ["kv_policy='nope'", "skipkv"]),
+        (["--kv-budget", "100"], ["--kv-budget", "without --kv-policy", "add --kv-policy skipkv"]),
+        (["--no-kv-protect-prompt"], ["--kv-protect-prompt", "without --kv-policy"]),
+        (["--kv-policy", "rkv", "--kv-budget", "4"], ["kv_budget=4", "at least 9"]),
+        (["--kv-policy", "rkv", "--kv-budget", "many"], ["--kv-budget", "many"]),
+        (["--kv-policy", "rkv", "--kv-buffer", "0"], ["kv_buffer=0"]),
+        (["--kv-policy", "rkv", "--kv-granularity", "layer"], ["--kv-granularity", "layer", "sentence"]),
+        (
+            ["--kv-policy", "rkv", "--kv-policy-config", "{mix: 1}"],
+            ["--kv-policy-config", "{mix: 1}", "not valid JSON"],
+        ),
+        (["--kv-policy", "rkv", "--kv-policy-config", "[1]"], ["--kv-policy-config", "[1]", "not an object"]),
+        (["--kv-policy", "rkv", "--kv-policy-config", '{"mixx": 1}'], ["'mixx'", "mix, pool"]),
+        (["--kv-policy", "rkv", "--kv-policy-config", '{"mix": "a"}'], ["mix='a'", "float"]),
+        (["--kv-policy", "full", "--kv-policy-config", '{"mix": 1}'], ["'mix'", "'full'"]),
+        (["--kv-policy", "rkv", "--scheduler-cls", "my.Scheduler"], ["scheduler_cls='my.Scheduler'", "drop one"]),
+        (["--kv-policy", "rkv", "--worker-cls", "my.Worker"], ["worker_cls='my.Worker'", "drop one"]),
+    ],
+)
+def test_bad_flags_end_the_command_with_a_message(engine_args, capsys, flags, parts):
+    with pytest.raises(SystemExit) as end:
+        engine_args(*flags)
+    assert end.value.code == 2
+    message = capsys.readouterr().err
+    for part in parts:
+        assert part in message
+
+
+def test_a_users_own_classes_are_fine_without_a_policy(engine_args):
+    assert engine_args("--worker-cls", "my.Worker").worker_cls == "my.Worker"
+
+
+def test_every_flag_is_on_the_parser_with_its_default_in_the_help(parser):
+    actions = {option: action for action in parser._actions for option in action.option_strings}
+    for name, flag in flag_names().items():
+        default = KVPolicyConfig.model_fields[name].get_default(call_default_factory=True)
+        assert f"Default: {default}." in actions[flag].help
+    assert actions["--no-kv-protect-prompt"] is actions["--kv-protect-prompt"]
+
+
+def test_offline_arguments():
+    given = {"kv_policy": "rkv", "kv_budget": 128, "kv_policy_config": {"mix": 0.2}}
+    engine = {"dtype": "float32", "additional_config": {"mine": 1}}
+    changed = compat.engine_arguments(given, engine)
+    assert changed["dtype"] == "float32"
+    assert changed["additional_config"]["mine"] == 1
+    assert changed["additional_config"]["skipkv"]["kv_budget"] == 128
+    assert engine == {"dtype": "float32", "additional_config": {"mine": 1}}, "the input is not modified"
+    assert given["kv_policy_config"] == {"mix": 0.2}
+    assert compat.engine_arguments({}, engine) == engine
+    assert compat.engine_arguments({"kv_policy": "full"}, engine) == engine
+    with pytest.raises(KVPolicyError, match="kv-budget given without --kv-policy"):
+        compat.engine_arguments({"kv_budget": 128}, engine)
+
+
+# ---- the version gate
+
+
+@pytest.mark.parametrize("version", ["0.31.2", "0.33.0", "0.3.2", "1.32.0", "0.320.0", "dev"])
+def test_another_vllm_is_refused(monkeypatch, version):
+    monkeypatch.setattr(vllm, "__version__", version)
+    with pytest.raises(KVPolicyError) as error:
+        compat.check_version()
+    for part in (version, "0.32", "pip install", "without --kv-policy"):
+        assert part in str(error.value)
+    with pytest.raises(KVPolicyError):
+        compat.engine_arguments({"kv_policy": "rkv"}, {})
+    # Without a policy nothing is checked, because nothing is changed.
+    compat.engine_arguments({}, {})
+
+
+@pytest.mark.parametrize("version", ["0.32.0", "0.32.1", "0.32.0+cpu", "0.32.0.dev3"])
+def test_patch_releases_are_fine(monkeypatch, version):
+    monkeypatch.setattr(vllm, "__version__", version)
+    compat.check_version()
+
+
+def test_the_installed_vllm_passes():
+    compat.check_version()
+    gate.check_signatures.cache_clear()
+    compat.check_signatures()
+
+
+@pytest.fixture
+def uncached():
+    gate.check_signatures.cache_clear()
+    yield
+    gate.check_signatures.cache_clear()
+
+
+def test_a_changed_signature_is_refused(monkeypatch, uncached):
+    from vllm.v1.core.block_pool import BlockPool
+
+    def free_blocks(self, blocks, urgently):
+        raise NotImplementedError
+
+    monkeypatch.setattr(BlockPool, "free_blocks", free_blocks)
+    with pytest.raises(KVPolicyError) as error:
+        compat.check_signatures()
+    for part in ("BlockPool.free_blocks", "blocks", "ordered_blocks", "unpatched", "without --kv-policy"):
+        assert part in str(error.value)
+    assert "get_new_blocks" not in str(error.value)
+
+
+def test_a_missing_method_is_refused_and_all_are_listed(monkeypatch, uncached):
+    from vllm.v1.core.block_pool import BlockPool
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    monkeypatch.delattr(BlockPool, "evict_blocks")
+    monkeypatch.delattr(Scheduler, "_free_request")
+    with pytest.raises(KVPolicyError) as error:
+        compat.check_signatures()
+    assert "BlockPool.evict_blocks" in str(error.value)
+    assert "Scheduler._free_request" in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["add_cli_args", "from_cli_args", "create_engine_config"])
+def test_the_check_sees_vllms_own_method_behind_the_packages_wrapper(parser, name):
+    # The package wraps these before the check runs; checking its own wrapper would always pass.
+    found = getattr(EngineArgs, name)
+    assert inspect.unwrap(getattr(found, "__func__", found)).__code__.co_filename == inspect.getfile(EngineArgs)
+
+
+# ---- what is refused
+
+
+def make_vllm_config(**changes) -> SimpleNamespace:
+    """A plain decoder-only model with everything optional off."""
+    config = SimpleNamespace(
+        model_config=SimpleNamespace(
+            runner_type="generate",
+            is_encoder_decoder=False,
+            use_mla=False,
+            is_hybrid=False,
+            is_attention_free=False,
+            get_sliding_window=lambda: None,
+            skip_tokenizer_init=False,
+        ),
+        parallel_config=SimpleNamespace(
+            decode_context_parallel_size=1,
+            prefill_context_parallel_size=1,
+            pipeline_parallel_size=1,
+            tensor_parallel_size=1,
+            enable_dbo=False,
+        ),
+        cache_config=SimpleNamespace(cache_dtype="auto"),
+        speculative_config=None,
+        kv_transfer_config=None,
+        additional_config=None,
+    )
+    for path, value in changes.items():
+        *parents, name = path.split("__")
+        target = config
+        for parent in parents:
+            target = getattr(target, parent)
+        assert hasattr(target, name)
+        setattr(target, name, value)
+    return config
+
+
+@pytest.mark.parametrize(
+    ("changes", "parts"),
+    [
+        ({"model_config__runner_type": "pooling"}, ["'pooling' runner", "--runner"]),
+        ({"model_config__is_encoder_decoder": True}, ["encoder-decoder", "decoder-only model"]),
+        ({"model_config__use_mla": True}, ["MLA", "decoder-only model"]),
+        ({"model_config__is_hybrid": True}, ["hybrid", "decoder-only model"]),
+        ({"model_config__is_attention_free": True}, ["state-space", "decoder-only model"]),
+        ({"model_config__get_sliding_window": lambda: 4096}, ["sliding-window", "decoder-only model"]),
+        ({"speculative_config": object()}, ["speculative decoding", "Drop --speculative-config"]),
+        ({"kv_transfer_config": object()}, ["KV connectors", "Drop --kv-transfer-config"]),
+        ({"parallel_config__decode_context_parallel_size": 2}, ["context parallelism", "Set its size to 1"]),
+        ({"parallel_config__prefill_context_parallel_size": 2}, ["context parallelism", "Set its size to 1"]),
+        ({"parallel_config__pipeline_parallel_size": 2}, ["pipeline parallelism", "--tensor-parallel-size"]),
+        ({"parallel_config__enable_dbo": True}, ["dual-batch overlap", "Drop --enable-dbo"]),
+        ({"cache_config__cache_dtype": "fp8"}, ["--kv-cache-dtype fp8", "Use --kv-cache-dtype auto"]),
+        ({"cache_config__cache_dtype": "fp8_e5m2"}, ["--kv-cache-dtype fp8_e5m2", "auto"]),
+        ({"model_config__skip_tokenizer_init": True}, ["--skip-tokenizer-init", "'skipkv'", "Drop"]),
+    ],
+)
+def test_an_unsupported_feature_is_refused(changes, parts):
+    policy = KVPolicyConfig(kv_policy="skipkv")
+    with pytest.raises(KVPolicyError) as error:
+        compat.check_config(make_vllm_config(**changes), policy)
+    for part in ("--kv-policy does not support", *parts, "or start without --kv-policy"):
+        assert part in str(error.value)
+
+
+def test_sentences_with_tensor_parallelism_are_refused():
+    config = make_vllm_config(parallel_config__tensor_parallel_size=2)
+    compat.check_config(config, KVPolicyConfig(kv_policy="skipkv"))
+    with pytest.raises(KVPolicyError, match=r"sentence with tensor parallelism.*--kv-granularity head"):
+        compat.check_config(config, KVPolicyConfig(kv_policy="skipkv", kv_granularity="sentence"))
+
+
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16", "float16", "float32"])
+def test_a_plain_model_is_accepted(dtype):
+    compat.check_config(make_vllm_config(cache_config__cache_dtype=dtype), KVPolicyConfig(kv_policy="skipkv"))
+
+
+def test_a_tokenizer_is_needed_only_for_sentences():
+    config = make_vllm_config(model_config__skip_tokenizer_init=True)
+    compat.check_config(config, KVPolicyConfig(kv_policy="rkv"))
+    with pytest.raises(KVPolicyError, match="granularity 'sentence'"):
+        compat.check_config(config, KVPolicyConfig(kv_policy="rkv", kv_granularity="sentence"))
+
+
+def cache_of(*specs) -> SimpleNamespace:
+    return SimpleNamespace(kv_cache_groups=[SimpleNamespace(kv_cache_spec=spec) for spec in specs])
+
+
+def test_cache_layouts_other_than_one_full_attention_group_are_refused():
+    import torch
+    from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
+
+    full = FullAttentionSpec(block_size=16, num_kv_heads=1, head_size=8, dtype=torch.float32)
+    sliding = SlidingWindowSpec(block_size=16, num_kv_heads=1, head_size=8, dtype=torch.float32, sliding_window=64)
+    compat.check_kv_cache(cache_of(full))
+    for specs, names in (
+        ((full, full), "FullAttentionSpec, FullAttentionSpec"),
+        ((full, sliding), "FullAttentionSpec, SlidingWindowSpec"),
+        ((sliding,), "SlidingWindowSpec"),
+        ((), "none"),
+    ):
+        with pytest.raises(KVPolicyError) as error:
+            compat.check_kv_cache(cache_of(*specs))
+        assert f"KV cache ({names})" in str(error.value)
+        assert "one group of full-attention layers" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("additional", "expected"), [(None, False), ({}, False), ({"mine": 1}, False), ({"skipkv": {}}, True)]
+)
+def test_has_policy(additional, expected):
+    assert compat.has_policy(SimpleNamespace(additional_config=additional)) is expected

@@ -1,0 +1,149 @@
+"""Metrics: what the scheduler counts and what Prometheus shows of it."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import prometheus_client
+import pytest
+
+from skipkv_vllm import metrics
+from skipkv_vllm.metrics import EvictionStatLogger, EvictionStats
+from skipkv_vllm.scheduler.planner import Compaction
+
+WITH_POLICY = SimpleNamespace(additional_config={"skipkv": {}})
+WITHOUT = SimpleNamespace(additional_config=None)
+
+
+def compaction(resident: int, keep: int, source: int, target: int) -> Compaction:
+    return Compaction("a", 500, resident, keep, list(range(source)), list(range(target)), 0)
+
+
+# ---- what the scheduler counts
+
+
+def test_compactions_are_counted_and_reported_once():
+    stats = EvictionStats()
+    stats.compacted(compaction(144, 16, 9, 1))
+    stats.compacted(compaction(100, 60, 7, 4))
+    report = stats.take(1000, 300)
+    counters = {"compactions": 2, "evicted_tokens": 128 + 40, "freed_pages": 8 + 3}
+    assert report == report | counters | {"logical_tokens": 1000, "resident_tokens": 300}
+    # The counters were handed over; only gauges remain.
+    again = stats.take(5, 4)
+    assert not again.keys() & counters.keys()
+    assert (again["logical_tokens"], again["resident_tokens"]) == (5, 4)
+
+
+def test_the_peak_of_pages_outlives_reports():
+    stats = EvictionStats()
+    assert stats.take(0, 0)["peak_pages"] == 0
+    for pages in (3, 9, 4):
+        stats.holding(pages)
+    assert stats.take(0, 0)["peak_pages"] == 9
+    stats.holding(5)
+    assert stats.take(0, 0)["peak_pages"] == 9
+
+
+def test_skips_are_counted_by_reason():
+    stats = EvictionStats()
+    stats.skipped("no_free_page")
+    stats.skipped("no_free_page")
+    stats.skipped("prompt_exceeds_budget")
+    report = stats.take(0, 0)
+    assert report["skipped:no_free_page"] == 2
+    assert report["skipped:prompt_exceeds_budget"] == 1
+
+
+# ---- what Prometheus shows
+
+
+@pytest.fixture
+def registry(monkeypatch) -> prometheus_client.CollectorRegistry:
+    """A registry of this test's own, so that nothing was counted before."""
+    registry = prometheus_client.CollectorRegistry()
+    for name in ("Counter", "Gauge"):
+        original = getattr(prometheus_client, name)
+
+        def create(self, *args, _original=original, **kwargs):
+            _original.__init__(self, *args, registry=registry, **kwargs)
+
+        # Same name and base class, so that the module's `isinstance` checks hold.
+        monkeypatch.setattr(metrics, name, type(name, (original,), {"__init__": create}))
+    monkeypatch.setattr(EvictionStatLogger, "_metrics", None)
+    return registry
+
+
+def value(registry, name: str, engine: str = "0", **labels: str) -> float | None:
+    return registry.get_sample_value(name, {"engine": engine, **labels})
+
+
+def report(logger: EvictionStatLogger, **counts: float) -> None:
+    logger.record(SimpleNamespace(skipkv=counts), None)
+
+
+def test_counters_add_up_and_gauges_are_replaced(registry):
+    logger = EvictionStatLogger(WITH_POLICY)
+    report(logger, compactions=2, evicted_tokens=168, freed_pages=11, logical_tokens=1000, resident_tokens=300)
+    report(logger, compactions=1, evicted_tokens=10, freed_pages=0, logical_tokens=50, resident_tokens=40)
+    assert value(registry, "skipkv_compactions_total") == 3
+    assert value(registry, "skipkv_evicted_tokens_total") == 178
+    assert value(registry, "skipkv_freed_pages_total") == 11
+    assert value(registry, "skipkv_logical_tokens") == 50
+    assert value(registry, "skipkv_resident_tokens") == 40
+
+
+def test_skips_carry_their_reason(registry):
+    logger = EvictionStatLogger(WITH_POLICY)
+    report(logger, **{"skipped:no_free_page": 3, "skipped:prompt_exceeds_budget": 1})
+    report(logger, **{"skipped:no_free_page": 1})
+    assert value(registry, "skipkv_skipped_total", reason="no_free_page") == 4
+    assert value(registry, "skipkv_skipped_total", reason="prompt_exceeds_budget") == 1
+
+
+def test_engines_are_counted_apart(registry):
+    first, second = EvictionStatLogger(WITH_POLICY, 0), EvictionStatLogger(WITH_POLICY, 1)
+    report(first, compactions=1)
+    report(second, compactions=5)
+    assert value(registry, "skipkv_compactions_total", engine="0") == 1
+    assert value(registry, "skipkv_compactions_total", engine="1") == 5
+
+
+def test_everything_the_scheduler_reports_is_exported(registry):
+    stats = EvictionStats()
+    stats.compacted(compaction(144, 16, 9, 1))
+    stats.skipped("no_free_page")
+    logger = EvictionStatLogger(WITH_POLICY)
+    report(logger, **stats.take(144, 16))
+    assert value(registry, "skipkv_evicted_tokens_total") == 128
+    assert value(registry, "skipkv_logical_tokens") == 144
+    assert value(registry, "skipkv_resident_tokens") == 16
+
+
+def test_counters_are_visible_at_zero(registry):
+    logger = EvictionStatLogger(WITH_POLICY, 3)
+    assert value(registry, "skipkv_compactions_total", engine="3") is None
+    logger.log_engine_initialized()
+    for name in ("compactions_total", "evicted_tokens_total", "freed_pages_total", "resident_tokens", "logical_tokens"):
+        assert value(registry, f"skipkv_{name}", engine="3") == 0
+
+
+def test_no_name_begins_with_vllms_prefix(registry):
+    EvictionStatLogger(WITH_POLICY)
+    names = [metric.name for metric in registry.collect()]
+    assert {"skipkv_compactions", "skipkv_skipped", "skipkv_resident_tokens"} <= set(names)
+    assert all(name.startswith("skipkv_") for name in names)
+
+
+def test_nothing_is_registered_without_a_policy(registry):
+    logger = EvictionStatLogger(WITHOUT)
+    report(logger, compactions=1)
+    logger.log_engine_initialized()
+    assert list(registry.collect()) == []
+
+
+@pytest.mark.parametrize("stats", [None, SimpleNamespace(), SimpleNamespace(skipkv=None), SimpleNamespace(skipkv={})])
+def test_steps_without_a_report_are_fine(registry, stats):
+    logger = EvictionStatLogger(WITH_POLICY)
+    logger.record(stats, None)
+    assert value(registry, "skipkv_compactions_total") is None

@@ -1,0 +1,138 @@
+"""The planner: when and how many, from token counts alone."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from skipkv_vllm.scheduler.planner import Compaction, EvictionPlanner, Limits, PlannedCompaction, Residency, ceil_div
+
+LIMITS = Limits(budget=100, buffer=16, window=8, protected=0)
+
+
+@pytest.mark.parametrize(("a", "b", "expected"), [(0, 16, 0), (1, 16, 1), (16, 16, 1), (17, 16, 2), (48, 16, 3)])
+def test_ceil_div(a, b, expected):
+    assert ceil_div(a, b) == expected
+
+
+def test_limits_of_a_short_prompt():
+    limits = Limits(budget=100, buffer=16, window=8, protected=40)
+    assert (limits.keep, limits.bound, limits.bound_pages(16), limits.bound_pages(32)) == (100, 116, 8, 4)
+
+
+def test_a_protected_prompt_longer_than_the_budget_raises_the_bound():
+    limits = Limits(budget=100, buffer=16, window=8, protected=300)
+    assert (limits.keep, limits.bound) == (308, 324)
+
+
+def test_prompt_plus_window_counts_from_the_budget_on():
+    assert Limits(budget=100, buffer=1, window=8, protected=92).keep == 100
+    assert Limits(budget=100, buffer=1, window=8, protected=93).keep == 101
+
+
+def test_compacts_at_the_bound_and_not_before():
+    planner = EvictionPlanner()
+    planner.start("a", LIMITS, num_cached=0)
+    assert planner.plan([Residency("a", 115, 0)]) == []
+    assert planner.plan([Residency("a", 116, 0)]) == [PlannedCompaction("a", 116, 100, 0)]
+
+
+def test_counts_resident_not_logical_tokens():
+    planner = EvictionPlanner()
+    planner.start("a", LIMITS, num_cached=0)
+    assert planner.plan([Residency("a", 1015, 900)]) == []
+    assert planner.plan([Residency("a", 1016, 900)]) == [PlannedCompaction("a", 116, 100, 0)]
+
+
+def test_a_request_beyond_its_bound_is_compacted_to_the_budget_all_the_same():
+    # A long unprotected prompt, or a compaction that had to wait.
+    planner = EvictionPlanner()
+    planner.start("a", LIMITS, num_cached=0)
+    assert planner.plan([Residency("a", 5000, 0)]) == [PlannedCompaction("a", 5000, 100, 0)]
+
+
+def test_unknown_requests_keep_everything():
+    planner = EvictionPlanner()
+    assert planner.plan([Residency("stranger", 10**6, 0)]) == []
+    assert planner.limits("stranger") is None
+
+
+def test_waits_until_a_window_of_queries_was_observed_after_a_cache_hit():
+    planner = EvictionPlanner()
+    planner.start("a", LIMITS, num_cached=200)
+    assert planner.plan([Residency("a", 207, 0)]) == []
+    assert planner.plan([Residency("a", 208, 0)]) == [PlannedCompaction("a", 208, 100, 0)]
+
+
+def test_budgets_differ_by_request_and_order_is_kept():
+    planner = EvictionPlanner()
+    planner.start("small", Limits(20, 4, 8, 0), num_cached=0)
+    planner.start("large", Limits(200, 4, 8, 0), num_cached=0)
+    planner.start("prompt", Limits(20, 4, 8, 50), num_cached=0)
+    due = planner.plan([Residency("prompt", 62, 0), Residency("large", 203, 0), Residency("small", 24, 0)])
+    assert due == [PlannedCompaction("prompt", 62, 58, 50), PlannedCompaction("small", 24, 20, 0)]
+
+
+def test_planning_changes_nothing_until_it_is_committed():
+    planner = EvictionPlanner()
+    planner.start("a", LIMITS, num_cached=0)
+    first = planner.plan([Residency("a", 116, 0)])
+    assert planner.plan([Residency("a", 116, 0)]) == first
+    assert planner.num_compactions("a") == 0
+    planner.committed("a")
+    assert planner.num_compactions("a") == 1
+
+
+def test_starting_over_forgets_counts_and_cache_hits():
+    planner = EvictionPlanner()
+    planner.start("a", LIMITS, num_cached=500)
+    planner.committed("a")
+    planner.stop("a")
+    assert planner.limits("a") is None
+    assert planner.plan([Residency("a", 600, 0)]) == []
+    planner.start("a", Limits(50, 16, 8, 0), num_cached=0)
+    assert planner.num_compactions("a") == 0
+    assert planner.limits("a") == Limits(50, 16, 8, 0)
+    assert planner.plan([Residency("a", 66, 0)]) == [PlannedCompaction("a", 66, 50, 0)]
+
+
+def test_stopping_a_stranger_is_harmless():
+    EvictionPlanner().stop("stranger")
+
+
+def test_orders_say_what_was_evicted_before():
+    order = Compaction("a", 500, 116, 100, [1, 2], [1], 3)
+    assert order.num_evicted_before == 384
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    budget=st.integers(10, 60),
+    buffer=st.integers(1, 20),
+    window=st.integers(1, 8),
+    prompt=st.integers(1, 80),
+    protects=st.booleans(),
+    cached=st.integers(0, 80),
+    steps=st.integers(1, 200),
+)
+def test_a_decoding_request_never_exceeds_its_bound(budget, buffer, window, prompt, protects, cached, steps):
+    cached = min(cached, prompt - 1)
+    limits = Limits(budget, buffer, window, prompt if protects else 0)
+    planner = EvictionPlanner()
+    planner.start("a", limits, cached)
+    logical, evicted, compactions = prompt, 0, 0
+    for _ in range(steps):
+        for plan in planner.plan([Residency("a", logical, evicted)]):
+            assert plan.num_resident == logical - evicted
+            assert plan.num_keep < plan.num_resident
+            assert plan.num_keep >= limits.protected + window
+            evicted += plan.num_resident - plan.num_keep
+            planner.committed("a")
+            compactions += 1
+        if logical - cached >= window:
+            assert logical - evicted < limits.bound
+        logical += 1
+        if evicted:
+            assert logical - evicted <= limits.bound
+    assert planner.num_compactions("a") == compactions

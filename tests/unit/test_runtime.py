@@ -1,0 +1,293 @@
+"""The worker's runtime against a dense simulation: the cache must hold the right tokens after every step."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from skipkv_vllm.policies import make_policy
+from skipkv_vllm.scheduler.messages import Started, StepOrders
+from skipkv_vllm.worker.runtime import StepBatch
+
+from .simulation import DOT, Simulation
+
+CASES = [
+    (policy, granularity, protect)
+    for policy in ("streaming_llm", "rkv", "skipkv")
+    for granularity in ("head", "sentence")
+    for protect in (True, False)
+]
+
+
+@pytest.mark.parametrize("layout", ["gpu", "gpu strided", "vec"])
+@pytest.mark.parametrize(("policy", "granularity", "protect"), CASES)
+def test_interleaved_requests_keep_what_the_method_says(policy, granularity, protect, layout):
+    sim = Simulation(policy, granularity=granularity, protect=protect, layout=layout, ratio=2 if protect else 1)
+    sim.start("a", num_prompt=13, budget=30)
+    sim.step({"a": 13})
+    sim.start("b", num_prompt=21, budget=24)
+    sim.start("plain", num_prompt=5, budget=1, policy="none")
+    sim.step({"a": 1, "b": 10, "plain": 5})
+    sim.step({"a": 1, "b": 11, "plain": 1})
+    names = ["b", "plain", "a"]
+    for i in range(45):
+        # The order of the batch changes, and not everybody runs in every step.
+        sim.chance.shuffle(names)
+        sim.step({name: int(i % 5 != len(name)) for name in names})
+    assert sim.running["a"].num_compactions >= 2
+    assert sim.running["b"].num_compactions >= 2
+    assert sim.running["plain"].num_evicted == 0
+    for name in names:
+        sim.check(name)
+    assert sim.runtime.num_compactions == sum(r.num_compactions for r in sim.running.values())
+
+
+@pytest.mark.parametrize("layout", ["gpu", "vec"])
+@pytest.mark.parametrize(("policy", "granularity", "protect"), CASES)
+def test_shared_pages_are_replaced_and_their_other_reader_sees_no_change(policy, granularity, protect, layout):
+    sim = Simulation(policy, granularity=granularity, protect=protect, layout=layout)
+    sim.start("a", num_prompt=26, budget=30)
+    sim.step({"a": 26})
+    # One shares five pages with "a" and has a prompt of its own after it, one only reads.
+    sim.start("b", num_prompt=23, budget=26, shared_with="a")
+    sim.start("reader", num_prompt=26, budget=1, policy="none", shared_with="a")
+    assert sim.running["b"].num_logical == 20
+    sim.step({"a": 1, "b": 3, "reader": 2})
+    for _ in range(30):
+        sim.step({"a": 1, "b": 1})
+    sim.step({"reader": 1})
+    for name in sim.running:
+        sim.check(name)
+    assert sim.running["a"].num_compactions >= 2
+    assert sim.running["b"].num_compactions >= 2
+    assert (sim.num_replaced > 0) == (not protect)
+
+
+def test_flagged_sentences_leave_before_anything_else():
+    # The dense reference must really have been led by the penalties, or the comparison above says little.
+    sim = Simulation("skipkv", protect=False)
+    sim.start("a", num_prompt=10, budget=30)
+    sim.step({"a": 10})
+    for _ in range(28):
+        sim.step({"a": 1}, compact=False)
+    request = sim.running["a"]
+    _, penalty = sim._sentences(request)
+    flagged = {p for p in range(38) if penalty(p) > 0}
+    sim.step({"a": 1})
+    assert request.num_compactions == 1
+    held = {cell.position for cell in request.dense[0][0]}
+    window = set(range(34, 38))
+    assert len(flagged - window) >= 8
+    assert set(range(38)) - held <= flagged
+
+
+def test_different_heads_and_layers_keep_different_tokens_by_head_and_the_same_by_sentence():
+    for granularity, same in (("head", False), ("sentence", True)):
+        sim = Simulation("rkv", granularity=granularity)
+        sim.start("a", num_prompt=6, budget=20)
+        sim.step({"a": 6})
+        for _ in range(30):
+            sim.step({"a": 1})
+        positions = sim.positions("a").sort(-1).values
+        assert (positions == positions[0, 0]).all().item() is same
+
+
+def test_streaming_keeps_sinks_and_the_newest():
+    sim = Simulation("streaming_llm", protect=False, parameters={"sinks": 3})
+    sim.start("a", num_prompt=10, budget=20)
+    sim.step({"a": 10})
+    for _ in range(18):
+        sim.step({"a": 1})
+    sim.step({"a": 0})
+    assert sim.running["a"].num_compactions == 1
+    assert sim.positions("a")[0, 0].sort().values.tolist() == [0, 1, 2, *range(11, 28)]
+
+
+def test_a_request_may_use_another_method_than_the_server():
+    sim = Simulation("skipkv", protect=False)
+    sim.start("own", num_prompt=8, budget=24)
+    sim.start("other", num_prompt=8, budget=24, policy="streaming_llm")
+    sim.start("rkv", num_prompt=8, budget=24, policy="rkv")
+    sim.step({"own": 8, "other": 8, "rkv": 8})
+    for _ in range(40):
+        sim.step({"own": 1, "other": 1, "rkv": 1})
+    assert all(r.num_compactions >= 2 for r in sim.running.values())
+    assert sim.runtime._requests["other"].policy == make_policy("streaming_llm")
+    # streaming_llm reads no queries, so none of its queries may be recorded.
+    assert not sim.runtime.ring.read(0, sim.runtime._requests["other"].slot, 48).any()
+
+
+def test_a_preempted_request_starts_over_with_a_clean_state():
+    sim = Simulation("skipkv", protect=False, num_slots=2)
+    sim.start("a", num_prompt=8, budget=24)
+    sim.start("b", num_prompt=8, budget=24)
+    sim.step({"a": 8, "b": 8})
+    for _ in range(30):
+        sim.step({"a": 1, "b": 1})
+    assert sim.running["a"].num_compactions >= 1
+    for life in range(3):
+        sim.stop("a", preempt=True)
+        sim.step({"b": 1})
+        assert sim.runtime.num_evicted("a") == 0
+        sim.start("a", num_prompt=9 + life, budget=24)
+        sim.step({"a": 9 + life, "b": 1})
+        for _ in range(30):
+            sim.step({"a": 1, "b": 1})
+        assert sim.running["a"].num_compactions >= 1
+
+
+def test_slots_are_reused_without_leaking_state():
+    sim = Simulation("skipkv", protect=False, num_slots=2, num_blocks=40)
+    for i in range(6):
+        name = f"r{i}"
+        sim.start(name, num_prompt=7 + i, budget=24)
+        sim.step({name: 7 + i} | {n: 1 for n in sim.running if n != name})
+        for _ in range(20):
+            sim.step(dict.fromkeys(sim.running, 1))
+        if len(sim.running) == 2:
+            sim.stop(next(iter(sim.running)))
+    assert sim.runtime.num_compactions >= 6
+
+
+def test_a_request_that_starts_again_in_the_same_step_as_its_preemption():
+    sim = Simulation("rkv", num_slots=1)
+    sim.start("a", num_prompt=8, budget=24)
+    sim.step({"a": 8})
+    sim.stop("a", preempt=True)
+    sim.start("a", num_prompt=8, budget=24)
+    sim.step({"a": 8})
+    assert len(sim.runtime._requests) == 1
+
+
+def test_finished_requests_that_were_never_managed_are_ignored():
+    sim = Simulation("rkv")
+    sim.runtime.begin_step(None, ["stranger"], ["another"])
+    assert len(sim.runtime._free_slots) == 4
+
+
+@pytest.mark.parametrize("protect", [True, False])
+def test_sentences_are_tracked_from_the_end_of_a_protected_prompt(protect):
+    sim = Simulation("skipkv", protect=protect)
+    sim.start("a", num_prompt=20, budget=40)
+    # The prompt comes in two chunks, the second of which also reaches beyond it after a preemption.
+    sim.step({"a": 12})
+    sim.step({"a": 18})
+    tokens = sim.running["a"].tokens
+    first = 20 if protect else 0
+    ends = [p for p in range(30) if p >= first and tokens[p] == DOT]
+    ends = [p for p in ends if p == first or tokens[p - 1] != DOT or p - 1 < first]  # opening delimiters of a run
+    assert any(tokens[p] == DOT for p in range(20)), "the prompt must have a sentence"
+    state = sim.runtime.tracker.state(sim.runtime._requests["a"].slot)
+    closed = int((state.ends < 2**31 - 1).sum())
+    assert closed == len(ends)
+    assert state.first == first
+    assert (state.ends[:closed] >= first).all()
+
+
+# ---- prepare
+
+
+def test_prepare_gives_offsets_only_when_something_was_evicted():
+    sim = Simulation("streaming_llm", protect=False)
+    sim.start("a", num_prompt=8, budget=20)
+    sim.start("plain", num_prompt=3, budget=1, policy="none")
+    sim.step({"a": 8, "plain": 3})
+    assert sim.last_evicted is None
+    while not sim.running["a"].num_compactions:
+        sim.step({"a": 1})
+    evicted = sim.runtime.prepare(StepBatch(["plain", "a", "unknown"], np.array([1, 1, 5]), np.array([3, 28, 0])))
+    assert evicted.dtype == np.int32
+    assert evicted.tolist() == [0, 8, 0]
+
+
+def test_a_dummy_pass_after_prepare_is_not_taken_for_the_batch():
+    sim = Simulation("skipkv", protect=False)
+    sim.start("a", num_prompt=8, budget=20)
+    sim.step({"a": 8})
+    state = sim.runtime.tracker.state(0)
+    sim.runtime.prepare(StepBatch(["a"], np.array([1]), np.array([8])))
+    sim.runtime.prepare_dummy()
+    sim.runtime.finish_forward(torch.full((4,), DOT), torch.ones(4, 6))
+    assert torch.equal(sim.runtime.tracker.state(0).ends, state.ends)
+
+
+# ---- disagreement
+
+
+def started(sim: Simulation) -> Simulation:
+    sim.start("a", num_prompt=8, budget=20)
+    sim.step({"a": 8})
+    for _ in range(20):
+        sim.step({"a": 1}, compact=False)
+    return sim
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"ordinal": 1}, "in 1 compactions by the scheduler"), ({"num_logical": 30}, "evicted 2 tokens")],
+)
+def test_a_wrong_order_is_refused(change, message):
+    sim = started(Simulation("rkv"))
+    order = sim.order(sim.running["a"])._replace(**change)
+    with pytest.raises(RuntimeError, match=message) as error:
+        sim.runtime.begin_step(StepOrders([order], []), [], [])
+    assert "scheduler and worker disagree about a" in str(error.value)
+
+
+def test_a_repeated_order_is_refused():
+    sim = started(Simulation("rkv"))
+    order = sim.order(sim.running["a"])
+    sim.runtime.begin_step(StepOrders([order], []), [], [])
+    with pytest.raises(RuntimeError, match="disagree"):
+        sim.runtime.begin_step(StepOrders([order], []), [], [])
+
+
+def test_an_order_of_a_life_before_is_refused():
+    sim = started(Simulation("rkv"))
+    order = sim.order(sim.running["a"])
+    sim.runtime.begin_step(StepOrders([order], []), [], [])
+    sim.runtime.begin_step(StepOrders([], [Started("a", "rkv", 8, 8, 8)]), [], ["a"])
+    second = order._replace(ordinal=1, num_logical=order.num_logical + 8)
+    with pytest.raises(RuntimeError, match="disagree"):
+        sim.runtime.begin_step(StepOrders([second], []), [], [])
+
+
+# ---- check_integrity
+
+
+def test_check_integrity_finds_a_token_held_twice():
+    sim = started(Simulation("rkv"))
+    order = sim.order(sim.running["a"])
+    sim.runtime.begin_step(StepOrders([order], []), [], [])
+    sim.runtime.check_integrity(order)
+    page = order.target_pages[-1]
+    sim.runtime._positions._entries[0, page, 0, 0] = sim.runtime._positions._entries[0, page, 0, 1]
+    with pytest.raises(AssertionError, match="held twice"):
+        sim.runtime.check_integrity(order)
+
+
+def test_check_integrity_finds_a_lost_prompt_token_and_window():
+    sim = started(Simulation("rkv"))
+    order = sim.order(sim.running["a"])
+    sim.runtime.begin_step(StepOrders([order], []), [], [])
+    entries = sim.runtime._positions._entries
+    held = sim.runtime._positions.read(torch.tensor(order.target_pages), 20, 20, 8)[0, 0].tolist()
+    missing = next(p for p in range(8, 24) if p not in held)
+    for position, message in ((0, "protected prompt token"), (27, "observation window")):
+        slot = held.index(position)
+        page = order.target_pages[slot // 4]
+        entries[0, page, 0, slot % 4] = missing
+        with pytest.raises(AssertionError, match=message):
+            sim.runtime.check_integrity(order)
+        entries[0, page, 0, slot % 4] = position
+    sim.runtime.check_integrity(order)
+
+
+def test_check_integrity_finds_a_lost_state_slot():
+    sim = started(Simulation("rkv"))
+    order = sim.order(sim.running["a"])
+    sim.runtime.begin_step(StepOrders([order], []), [], [])
+    sim.runtime._free_slots.append(sim.runtime._requests["a"].slot)
+    with pytest.raises(AssertionError, match="slot was lost"):
+        sim.runtime.check_integrity(order)
