@@ -80,8 +80,9 @@ def bind_cache(runtime: EvictionRuntime, vllm_config: VllmConfig, kv_cache_confi
 
 
 def _pages(layer: Any) -> LayerPages:
-    if layer.attn_backend.get_name() == "CPU_ATTN" and hasattr(layer.impl, "isa"):
-        return cpu_pages(layer.kv_cache, layer.impl.isa)
+    # By the class that reads the pages: a backend registered in another's place keeps that one's name.
+    if any(cls.__name__ == "CPUAttentionBackendImpl" for cls in type(layer.impl).__mro__):
+        return cpu_pages(layer.kv_cache, layer.isa)  # set by vLLM when it builds the attention metadata
     return gpu_pages(layer.kv_cache)
 
 

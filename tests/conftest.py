@@ -1,0 +1,35 @@
+"""Shared by all tests: the environment and the fixtures of the engine tests. Imports nothing heavy by itself."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import pytest
+
+# Read when vLLM is imported. Engines run in the test's process, so that tests can look at their schedulers.
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+if TYPE_CHECKING:
+    from tests.hf_reference import ReferenceCache
+
+
+@pytest.fixture(scope="session")
+def references() -> ReferenceCache:
+    """Hugging Face references of this session."""
+    from tests.engines import MODEL
+    from tests.hf_reference import Model, ReferenceCache
+
+    return ReferenceCache(Model(MODEL))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _stop_engine() -> Iterator[None]:
+    """Stop the last engine in an orderly way."""
+    yield
+    if "tests.engines" in sys.modules:
+        sys.modules["tests.engines"].shutdown()

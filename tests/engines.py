@@ -1,0 +1,346 @@
+"""Engines for tests: one at a time in this process, or in a child process for Model Runner V2.
+
+Starting an engine takes seconds, so tests ask `engine(...)` for one and get the running one if it has the
+same settings. Model Runner V2 needs Triton's interpreter for the whole process, which would change what
+Runner V1 runs, so `run` gives V2 a process of its own. The environment is set in `conftest.py`.
+"""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import gc
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from skipkv_vllm import bundled_model
+from skipkv_vllm.trace import Trace
+
+if TYPE_CHECKING:
+    import vllm
+    from transformers import PreTrainedTokenizerBase
+    from vllm import RequestOutput, SamplingParams
+
+REPOSITORY = Path(__file__).parents[1]
+MODEL = os.environ.get("SKIPKV_TEST_MODEL") or bundled_model()
+PAGE = 32
+
+ENGINE_ARGUMENTS: dict[str, Any] = {
+    "dtype": "float32",
+    "max_model_len": 2048,
+    "max_num_seqs": 12,
+    "max_num_batched_tokens": 128,
+    "block_size": PAGE,
+    # Few pages, because the integrity check looks at each of them after each step.
+    "num_gpu_blocks_override": 256,
+    "enable_prefix_caching": True,
+    "enforce_eager": True,
+    "disable_log_stats": True,
+}
+POLICY_ARGUMENTS: dict[str, Any] = {
+    "kv_policy": "skipkv",
+    "kv_budget": 224,
+    "kv_buffer": 64,
+    "kv_policy_config": {"similarity_threshold": 0.75},
+    "kv_check_integrity": True,
+}
+
+
+# ---- prompts
+
+
+@functools.cache
+def tokenizer() -> PreTrainedTokenizerBase:
+    """The model's tokenizer."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(MODEL)
+
+
+def chat_prompt(question: str) -> list[int]:
+    """Token ids of a user's question, ready for the answer."""
+    messages = [{"role": "user", "content": question}]
+    return tokenizer().apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+
+
+def demo_prompts(count: int) -> list[list[int]]:
+    """Prompts of different lengths (about 140-200 tokens) with less than a page in common."""
+    from benchmarks.tiny_reasoner.problems import problems
+
+    return [chat_prompt(problem.question) for problem in problems("demo", count)]
+
+
+# ---- the one engine of this process
+
+_current: tuple[tuple, vllm.LLM] | None = None
+
+
+@functools.cache
+def trace_folder() -> str:
+    """Where engines of this process write traces; removed at exit."""
+    folder = tempfile.mkdtemp(prefix="skipkv-traces-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+def engine(**arguments: Any) -> vllm.LLM:
+    """An engine with eviction; `arguments` override `ENGINE_ARGUMENTS` and `POLICY_ARGUMENTS`."""
+    from skipkv_vllm import LLM
+
+    return _engine(LLM, {"kv_trace_dir": trace_folder()} | POLICY_ARGUMENTS | arguments)
+
+
+def stock_engine(**arguments: Any) -> vllm.LLM:
+    """vLLM as it comes; `arguments` override `ENGINE_ARGUMENTS`."""
+    from vllm import LLM
+
+    return _engine(LLM, arguments)
+
+
+def _engine(cls: type, arguments: dict[str, Any]) -> vllm.LLM:
+    global _current
+    arguments = {"model": MODEL} | ENGINE_ARGUMENTS | arguments
+    key = (cls, repr(sorted(arguments.items())))
+    if _current is None or _current[0] != key:
+        shutdown()
+        _current = (key, cls(**arguments))
+    llm = _current[1]
+    # A test that failed in the middle must not leave requests or cached prompts to the next one.
+    _abort_all(llm)
+    assert llm.reset_prefix_cache()
+    return llm
+
+
+def shutdown() -> None:
+    """Stop the engine of this process, if there is one."""
+    global _current
+    if _current is not None:
+        (_, llm), _current = _current, None
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        gc.collect()
+
+
+def scheduler_of(llm: vllm.LLM) -> Any:
+    """The scheduler object of an engine that runs in this process."""
+    return llm.llm_engine.engine_core.engine_core.scheduler
+
+
+def _abort_all(llm: vllm.LLM) -> None:
+    if llm.llm_engine.has_unfinished_requests():
+        llm.llm_engine.abort_request(list(scheduler_of(llm).requests), internal=True)
+        while llm.llm_engine.has_unfinished_requests():
+            llm.llm_engine.step()
+
+
+def assert_pool_empty(llm: vllm.LLM) -> None:
+    """All pages are free but the null page."""
+    scheduler = scheduler_of(llm)
+    assert not scheduler.running
+    assert not scheduler.waiting
+    pool = scheduler.kv_cache_manager.block_pool
+    assert pool.get_num_free_blocks() == pool.num_gpu_blocks - 1
+
+
+# ---- running requests
+
+
+class Sample(NamedTuple):
+    """One running request after one step, as its scheduler sees it.
+
+    Attributes:
+        step: number of the step.
+        request: number of the request.
+        num_logical: tokens computed.
+        num_evicted: of these, tokens no longer held.
+        num_pages: pages held.
+    """
+
+    step: int
+    request: int
+    num_logical: int
+    num_evicted: int
+    num_pages: int
+
+    @property
+    def num_resident(self) -> int:
+        """Tokens held."""
+        return self.num_logical - self.num_evicted
+
+
+@dataclass
+class Generation:
+    """What `generate_staggered` saw; lists are in the order of the prompts.
+
+    Attributes:
+        outputs: final output of each request, of an aborted one the last; None if there was none.
+        request_ids: vLLM's internal ids, which also name the traces.
+        samples: a sample per running request and step, of engines with eviction.
+    """
+
+    outputs: list[RequestOutput | None]
+    request_ids: list[str]
+    samples: list[Sample] = field(default_factory=list)
+
+
+def generate_staggered(
+    llm: vllm.LLM,
+    prompts: Sequence[Sequence[int]],
+    params: Sequence[SamplingParams],
+    every: int,
+    abort_at: Mapping[int, int] | None = None,
+) -> Generation:
+    """Run requests that arrive one after the other, and look at the scheduler after every step.
+
+    Args:
+        llm: an engine in this process.
+        prompts: token ids.
+        params: sampling parameters of each.
+        every: steps between two arrivals.
+        abort_at: number of a request -> step before which it is aborted.
+    """
+    llm_engine = llm.llm_engine
+    abort_at = abort_at or {}
+    done = Generation([None] * len(prompts), [])
+    step = 0
+    while len(done.request_ids) < len(prompts) or llm_engine.has_unfinished_requests():
+        number = len(done.request_ids)
+        if number < len(prompts) and step == number * every:
+            prompt = {"prompt_token_ids": list(prompts[number])}
+            done.request_ids.append(llm_engine.add_request(str(number), prompt, params[number]))
+        if due := [done.request_ids[i] for i, at in abort_at.items() if at == step]:
+            llm_engine.abort_request(due, internal=True)
+        for output in llm_engine.step():
+            done.outputs[int(output.request_id)] = output
+        done.samples += _look_at_scheduler(llm, step, done.request_ids)
+        step += 1
+    return done
+
+
+def _look_at_scheduler(llm: vllm.LLM, step: int, request_ids: list[str]) -> list[Sample]:
+    scheduler = scheduler_of(llm)
+    if not hasattr(scheduler, "block_manager"):
+        return []
+    scheduler.check_integrity()
+    pages = scheduler.block_manager
+    return [
+        Sample(
+            step,
+            request_ids.index(request.request_id),
+            request.num_computed_tokens,
+            pages.num_evicted(request.request_id),
+            pages.num_pages(request.request_id),
+        )
+        for request in scheduler.running
+    ]
+
+
+# ---- the same on either model runner
+
+
+@dataclass(frozen=True)
+class Job:
+    """Requests for a fresh or shared engine.
+
+    Attributes:
+        prompts: token ids.
+        policies: `kv_policy` of each request; empty for a stock engine.
+        num_new: tokens to generate for each.
+        every: steps between two arrivals.
+        arguments: engine arguments that differ from the defaults.
+        abort_at: number of a request -> step before which it is aborted.
+        num_logprobs: log probabilities to report per token, None for none.
+    """
+
+    prompts: list[list[int]]
+    policies: list[str]
+    num_new: int
+    every: int
+    arguments: dict[str, Any] = field(default_factory=dict)
+    abort_at: dict[int, int] = field(default_factory=dict)
+    num_logprobs: int | None = None
+
+
+@dataclass
+class Outcome:
+    """What a job produced; lists are in the order of the prompts.
+
+    Attributes:
+        tokens: generated token ids.
+        logprobs: per token, token id -> log probability.
+        num_cached: prompt tokens found in the prefix cache.
+        traces: empty for a stock engine.
+        samples: see `Generation`.
+        is_v2: whether Model Runner V2 ran.
+    """
+
+    tokens: list[list[int]]
+    logprobs: list[list[dict[int, float]]]
+    num_cached: list[int]
+    traces: list[Trace]
+    samples: list[Sample]
+    is_v2: bool
+
+
+def run(job: Job, runner: str = "v1") -> Outcome:
+    """Run a job on Model Runner "v1", in this process, or "v2", in a child; the pool is empty afterwards."""
+    if runner == "v1":
+        return _run_here(job)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "job")
+        path.write_bytes(pickle.dumps(job))
+        code = f"from tests import engines; engines.run_as_child({str(path)!r})"
+        subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=True)
+        return pickle.loads(path.with_suffix(".outcome").read_bytes())
+
+
+def run_as_child(path: str) -> None:
+    """Run the job in the file with Model Runner V2 and leave the outcome next to it."""
+    from tests import triton_cpu
+
+    triton_cpu.enable()
+    outcome = _run_here(pickle.loads(Path(path).read_bytes()))
+    Path(path).with_suffix(".outcome").write_bytes(pickle.dumps(outcome))
+    shutdown()
+
+
+def _run_here(job: Job) -> Outcome:
+    import torch
+    from vllm import SamplingParams
+
+    llm = engine(**job.arguments) if job.policies else stock_engine(**job.arguments)
+    params = [
+        SamplingParams(
+            max_tokens=job.num_new,
+            temperature=0.0,
+            ignore_eos=True,
+            logprobs=job.num_logprobs,
+            extra_args={"kv_policy": job.policies[i]} if job.policies else None,
+        )
+        for i in range(len(job.prompts))
+    ]
+    # vLLM compiles a helper for log probabilities even where the model runs eagerly, which takes a minute.
+    with torch.compiler.set_stance("force_eager"):
+        done = generate_staggered(llm, job.prompts, params, job.every, job.abort_at)
+    assert_pool_empty(llm)
+    tokens: list[list[int]] = []
+    logprobs: list[list[dict[int, float]]] = []
+    num_cached: list[int] = []
+    for output in done.outputs:
+        completion = output.outputs[0] if output is not None else None
+        tokens.append(list(completion.token_ids) if completion else [])
+        per_token = completion.logprobs if completion and completion.logprobs else []
+        logprobs.append([{token: entry.logprob for token, entry in one.items()} for one in per_token])
+        num_cached.append(output.num_cached_tokens or 0 if output is not None else 0)
+    traces = []
+    if job.policies:
+        traces = [Trace.load(Path(trace_folder(), f"{name}.safetensors")) for name in done.request_ids]
+    return Outcome(tokens, logprobs, num_cached, traces, done.samples, scheduler_of(llm).use_v2_model_runner)

@@ -1,0 +1,447 @@
+"""Eviction of running requests on Hugging Face transformers: the independent reference of the engine tests.
+
+It shares no code with the package. It is written for clarity: one request, dense tensors, sentences and
+penalties from scratch at every compaction. Axes are `layers`, `heads` (kv heads), `held` (tokens in the
+cache, ascending positions) and `W` (the observation window).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers.masking_utils import AttentionMaskInterface
+from transformers.modeling_utils import AttentionInterface
+
+DELIMITER = re.compile(r" ?[.)?!\]}\"'”’。]*\n+")
+NUM_SINKS = {"streaming_llm": 4, "rkv": 0, "skipkv": 0}
+MIX = 0.1
+SIMILAR_KEYS = 0.5
+# Repeats of a sentence in the bundled model's thoughts have a cosine of 0.74 to 0.87.
+SIMILAR_SENTENCES = 0.75
+POOL_KERNEL = 7
+EPSILON = 1e-8
+TIE_TOLERANCE = 1e-5
+
+
+class EngineTrace(Protocol):
+    """The part of the engine's trace of a request that the reference may look at, near ties only."""
+
+    logical_length: Tensor
+    kept: list[Tensor]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Method and limits of a request, in tokens."""
+
+    method: str
+    granularity: str
+    budget: int
+    buffer: int
+    window: int = 8
+    protect_prompt: bool = True
+
+    def keep(self, num_prompt: int) -> int:
+        """Tokens left by a compaction."""
+        return max(self.budget, num_prompt + self.window) if self.protect_prompt else self.budget
+
+
+@dataclass(frozen=True)
+class Event:
+    """One compaction; `kept` is int64 `[layers, heads, keep]`, ascending positions of the survivors."""
+
+    num_logical: int
+    num_resident: int
+    kept: Tensor
+
+
+@dataclass
+class Result:
+    """Outcome of one request; ties are survivors that were taken from the engine, of `num_selected` in all."""
+
+    tokens: list[int]
+    events: list[Event] = field(default_factory=list)
+    num_ties: int = 0
+    num_selected: int = 0
+
+
+class SelectionError(AssertionError):
+    """The engine kept tokens that the reference evicts by a clear margin."""
+
+
+# ---- the model
+
+
+def _recording_attention(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float, **_: Any
+) -> tuple[Tensor, None]:
+    """Plain causal attention that leaves the post-RoPE queries `[1, Hq, new, D]` on the module."""
+    module.recorded_query = query
+    num_new, num_held = query.shape[2], key.shape[2]
+    groups = query.shape[1] // key.shape[1]
+    logits = query @ key.repeat_interleave(groups, dim=1).mT * scaling
+    # The newest token is the last in the cache whatever was evicted before it, so order is enough.
+    hidden = torch.ones(num_new, num_held, dtype=torch.bool).triu(num_held - num_new + 1)
+    weights = logits.masked_fill(hidden, float("-inf")).softmax(-1, dtype=torch.float32).to(query.dtype)
+    return (weights @ value.repeat_interleave(groups, dim=1)).transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register("recording", _recording_attention)
+AttentionMaskInterface.register("recording", lambda *args, **kwargs: None)
+
+
+class Model:
+    """A float32 causal language model on the CPU and its sentence delimiters."""
+
+    def __init__(self, folder: str) -> None:
+        self.lm = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="recording")
+        self.lm.eval()
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        self.delimiters = {i for i in range(len(tokenizer)) if DELIMITER.fullmatch(tokenizer.decode([i]))}
+
+    def forward(self, token_ids: list[int], first_position: int, cache: DynamicCache) -> tuple[Tensor, Tensor, Tensor]:
+        """Feed tokens.
+
+        Returns:
+            Logits of the last token `[vocab]`, hidden states after the final norm `[new, hidden]` and
+            post-RoPE queries `[layers, Hq, new, D]`.
+        """
+        positions = torch.arange(first_position, first_position + len(token_ids))[None]
+        body = self.lm.model
+        hidden = body(
+            input_ids=torch.tensor([token_ids]), position_ids=positions, past_key_values=cache, use_cache=True
+        ).last_hidden_state
+        queries = torch.cat([layer.self_attn.recorded_query for layer in body.layers])
+        return self.lm.lm_head(hidden[0, -1]), hidden[0], queries
+
+
+# ---- scores
+
+
+def importance(queries: Tensor, keys: Tensor) -> Tensor:
+    """Attention that the window pays to each older token.
+
+    Args:
+        queries: `[Hq, W, D]`.
+        keys: `[heads, held, D]`.
+
+    Returns:
+        `[heads, held - W]`.
+    """
+    num_heads, num_held, size = keys.shape
+    window = queries.shape[1]
+    grouped = queries.view(num_heads, -1, window, size)
+    logits = torch.einsum("hgwd,hkd->hgwk", grouped, keys) / size**0.5
+    attention = logits.amax(dim=1)[..., : num_held - window].float().softmax(-1)
+    return F.max_pool1d(attention.mean(dim=1), POOL_KERNEL, stride=1, padding=POOL_KERNEL // 2)
+
+
+def redundancy(keys: Tensor) -> Tensor:
+    """How much each key `[heads, held, D]` repeats others; `[heads, held]`, sums to one per head."""
+    unit = keys / (keys.norm(dim=-1, keepdim=True) + EPSILON)
+    similarity = unit @ unit.mT
+    similarity.diagonal(dim1=-2, dim2=-1).zero_()
+    num_held = keys.shape[1]
+    columns = torch.arange(num_held).expand_as(similarity)
+    # The last similar column of each row is spared: the newest copy of a repeated token is not redundant.
+    last = torch.where(similarity > SIMILAR_KEYS, columns, 0).amax(-1, keepdim=True)
+    similarity.scatter_(-1, last, 0.0)
+    return similarity.mean(dim=-2).softmax(-1)
+
+
+def rkv_scores(queries: Tensor, keys: Tensor) -> Tensor:
+    """R-KV score of each held token of a layer, `[heads, held]`; the window's own is 0, it is pinned."""
+    important = importance(queries, keys)
+    num_old = important.shape[1]
+    old = MIX * important - (1 - MIX) * redundancy(keys)[:, :num_old]
+    return F.pad(old, (0, keys.shape[1] - num_old))
+
+
+@dataclass
+class Sentence:
+    """Tokens `[start, end)`, of which those before `body_end` make up the embedding."""
+
+    start: int
+    body_end: int
+    end: int
+
+
+def split_sentences(token_ids: Sequence[int], first: int, delimiters: set[int]) -> tuple[list[Sentence], int]:
+    """Closed sentences of `token_ids[first:]`, and where the open one starts."""
+    closed: list[Sentence] = []
+    start = first
+    for position in range(first, len(token_ids)):
+        if token_ids[position] not in delimiters:
+            continue
+        if closed and start == position:
+            closed[-1].end = position + 1
+        else:
+            closed.append(Sentence(start, position + 1, position + 1))
+        start = position + 1
+    return closed, start
+
+
+def sentence_penalties(sentences: list[Sentence], hidden: Tensor) -> list[float]:
+    """Similarity of each sentence to the later one that repeats it best, 0 if none does; hidden `[C, H]`."""
+    if not sentences:
+        return []
+    means = torch.stack([hidden[s.start : s.body_end].mean(dim=0) for s in sentences])
+    embeddings = means / (means.norm(dim=-1, keepdim=True) + EPSILON)
+    cosine = (embeddings @ embeddings.T).triu(1)
+    return torch.where(cosine > SIMILAR_SENTENCES, cosine, 0.0).amax(dim=-1).tolist()
+
+
+# ---- selection
+
+
+def sentence_of_token(positions: Tensor, sentences: list[Sentence], open_start: int) -> Tensor:
+    """Number of the sentence of each position `[held]`; -1 before the first, `len(sentences)` if open."""
+    owner = torch.full_like(positions, -1)
+    for number, sentence in enumerate(sentences):
+        owner[(positions >= sentence.start) & (positions < sentence.end)] = number
+    owner[positions >= open_start] = len(sentences)
+    return owner
+
+
+def select(evict_order: Tensor, pinned: Tensor, keep: int) -> Tensor:
+    """Mark the survivors.
+
+    Args:
+        evict_order: int64 `[held]` indices of the held tokens, the first to leave first.
+        pinned: bool `[held]`.
+        keep: number of survivors, the pinned included.
+
+    Returns:
+        Bool `[held]`.
+    """
+    leaving = evict_order[~pinned[evict_order]][: len(pinned) - keep]
+    survives = torch.ones_like(pinned)
+    survives[leaving] = False
+    assert int(survives.sum()) == keep
+    return survives
+
+
+def select_tokens(scores: Tensor, pinned: Tensor, keep: int) -> Tensor:
+    """Survivors `[held]` by token score `[held]`; of equal tokens the later one leaves."""
+    # Flipped, a stable ascending sort puts the later of two equal tokens first.
+    order = len(scores) - 1 - scores.flip(0).sort(stable=True).indices
+    return select(order, pinned, keep)
+
+
+def select_sentences(scores: Tensor, pinned: Tensor, owner: Tensor, keep: int) -> tuple[Tensor, Tensor]:
+    """Survivors `[held]` by sentence, and each token's sentence score `[held]`, from token scores `[held]`."""
+    by_sentence = torch.zeros_like(scores)
+    for number in owner.unique().tolist():
+        members = (owner == number) & ~pinned
+        if members.any():
+            by_sentence[members] = scores[members].mean()
+    return select(by_sentence.sort(stable=True).indices, pinned, keep), by_sentence
+
+
+def arbitrate(survives: Tensor, scores: Tensor, pinned: Tensor, engine: Tensor, where: str) -> int:
+    """Check that a different selection of the engine differs by near ties only.
+
+    Args:
+        survives: bool `[held]`, the reference's choice.
+        scores: `[held]` that it chose by.
+        pinned: bool `[held]`.
+        engine: bool `[held]`, the engine's choice, of the same number of tokens.
+        where: for the message.
+
+    Returns:
+        Survivors of the engine that the reference would have evicted.
+
+    Raises:
+        SelectionError: a differing token's score is not near the cut.
+    """
+    differs = survives != engine
+    if not differs.any():
+        return 0
+    if (differs & pinned).any():
+        raise SelectionError(f"{where}: the engine evicted a pinned token")
+    cut = (scores[survives & ~pinned].min() + scores[~survives].max()) / 2
+    distance = (scores[differs] - cut).abs() / torch.maximum(scores[differs].abs(), cut.abs())
+    if float(distance.max()) > TIE_TOLERANCE:
+        raise SelectionError(
+            f"{where}: {int(differs.sum()) // 2} survivors differ, up to {float(distance.max()):.1e} from the cut: "
+            f"reference keeps {(survives & ~engine).nonzero().flatten().tolist()}, "
+            f"engine keeps {(engine & ~survives).nonzero().flatten().tolist()} (indices into the held tokens)"
+        )
+    return int(differs.sum()) // 2
+
+
+# ---- generation
+
+
+class Request:
+    """Greedy generation of one request with eviction; the reference decides itself when and how many."""
+
+    def __init__(self, model: Model, prompt: Sequence[int], settings: Settings, trace: EngineTrace | None) -> None:
+        self._model = model
+        self._settings = settings
+        self._trace = trace
+        self._num_prompt = len(prompt)
+        self._text = list(prompt)
+        self._cache = DynamicCache()
+        self._num_computed = 0
+        self._hidden = torch.empty(0)
+        self._queries = torch.empty(0)
+        self._positions = torch.empty(0, dtype=torch.int64)
+        self._result = Result([])
+
+    @torch.inference_mode()
+    def run(self, num_new: int) -> Result:
+        """Generate `num_new` tokens."""
+        logits = self._feed(self._text)
+        while True:
+            token = int(logits.argmax())
+            self._result.tokens.append(token)
+            if len(self._result.tokens) == num_new:
+                return self._result
+            self._compact_if_due()
+            self._text.append(token)
+            logits = self._feed([token])
+
+    def _feed(self, token_ids: list[int]) -> Tensor:
+        """Compute tokens and remember what eviction needs; logits of the last `[vocab]`."""
+        logits, hidden, queries = self._model.forward(token_ids, self._num_computed, self._cache)
+        new = torch.arange(self._num_computed, self._num_computed + len(token_ids))
+        layers, heads = len(self._cache.layers), self._cache.layers[0].keys.shape[1]
+        if self._num_computed == 0:
+            self._hidden, self._queries = hidden, queries
+            self._positions = new.expand(layers, heads, -1)
+        else:
+            self._hidden = torch.cat([self._hidden, hidden])
+            self._queries = torch.cat([self._queries, queries], dim=2)
+            self._positions = torch.cat([self._positions, new.expand(layers, heads, -1)], dim=2)
+        self._queries = self._queries[:, :, -self._settings.window :]
+        self._num_computed += len(token_ids)
+        return logits
+
+    def _compact_if_due(self) -> None:
+        num_resident = self._positions.shape[2]
+        keep = self._settings.keep(self._num_prompt)
+        if num_resident < keep + self._settings.buffer:
+            return
+        survives = self._arbitrated(*self._select(keep), keep)
+        for layer, mask in zip(self._cache.layers, survives, strict=True):
+            index = torch.stack([row.nonzero().flatten() for row in mask])[None, :, :, None]
+            layer.keys = layer.keys.gather(2, index.expand(-1, -1, -1, layer.keys.shape[3]))
+            layer.values = layer.values.gather(2, index.expand(-1, -1, -1, layer.values.shape[3]))
+        shape = (*survives.shape[:2], keep)
+        self._positions = self._positions[survives].view(shape)
+        self._result.events.append(Event(self._num_computed, num_resident, self._positions.clone()))
+
+    def _pinned(self) -> Tensor:
+        """Tokens that always stay, bool `[layers, heads, held]`."""
+        first = self._num_prompt if self._settings.protect_prompt else 0
+        first = max(first, NUM_SINKS[self._settings.method])
+        return (self._positions < first) | (self._positions >= self._num_computed - self._settings.window)
+
+    def _sentences(self) -> tuple[list[Sentence], int]:
+        first = self._num_prompt if self._settings.protect_prompt else 0
+        return split_sentences(self._text[: self._num_computed], first, self._model.delimiters)
+
+    def _token_scores(self) -> Tensor:
+        """Score of each held token, `[layers, heads, held]`."""
+        if self._settings.method == "streaming_llm":
+            return self._positions.float()
+        scores = torch.stack(
+            [rkv_scores(q, layer.keys[0]) for q, layer in zip(self._queries, self._cache.layers, strict=True)]
+        )
+        if self._settings.method == "skipkv":
+            sentences, _ = self._sentences()
+            penalties = torch.zeros(self._num_computed)
+            for sentence, penalty in zip(sentences, sentence_penalties(sentences, self._hidden), strict=True):
+                penalties[sentence.start : sentence.end] = penalty
+            scores = scores - penalties[self._positions]
+        return scores
+
+    def _select(self, keep: int) -> tuple[Tensor, Tensor]:
+        """The reference's own survivors and the scores it chose by, both `[layers, heads, held]`."""
+        scores, pinned = self._token_scores(), self._pinned()
+        survives = torch.zeros_like(pinned)
+        if self._settings.granularity == "head":
+            for index in torch.cartesian_prod(*(torch.arange(n) for n in scores.shape[:2])).tolist():
+                survives[tuple(index)] = select_tokens(scores[tuple(index)], pinned[tuple(index)], keep)
+            return survives, scores
+        owner = sentence_of_token(self._positions[0, 0], *self._sentences())
+        common, by_sentence = select_sentences(scores.mean(dim=(0, 1)), pinned[0, 0], owner, keep)
+        return common.expand_as(survives), by_sentence.expand_as(scores)
+
+    def _arbitrated(self, survives: Tensor, scores: Tensor, keep: int) -> Tensor:
+        """`survives` with near ties decided the engine's way, counted."""
+        layers, heads, _ = survives.shape
+        per_head = self._settings.granularity == "head"
+        self._result.num_selected += keep * (layers * heads if per_head else 1)
+        index = len(self._result.events)
+        if self._trace is None or index >= len(self._trace.kept):
+            return survives
+        where = f"compaction {index} at {self._num_computed} tokens"
+        kept = self._trace.kept[index].long()
+        if int(self._trace.logical_length[index]) != self._num_computed or kept.shape != (layers, heads, keep):
+            raise SelectionError(
+                f"{where} to {keep}: the engine compacted at {int(self._trace.logical_length[index])} "
+                f"to {tuple(kept.shape)}"
+            )
+        engine = torch.zeros(layers, heads, self._num_computed, dtype=torch.bool).scatter(2, kept, True)
+        engine = engine.gather(2, self._positions)
+        if not (engine.sum(-1) == keep).all():
+            raise SelectionError(f"{where}: the engine kept tokens that it had evicted before")
+        if not per_head and not (engine == engine[0, 0]).all():
+            raise SelectionError(f"{where}: the engine's layers or heads kept different tokens")
+        pinned = self._pinned()
+        for layer in range(layers if per_head else 1):
+            for head in range(heads if per_head else 1):
+                one = (layer, head)
+                self._result.num_ties += arbitrate(
+                    survives[one], scores[one], pinned[one], engine[one], f"{where}, layer {layer}, head {head}"
+                )
+        return engine
+
+
+def generate(
+    model: Model, prompt: Sequence[int], num_new: int, settings: Settings, trace: EngineTrace | None = None
+) -> Result:
+    """Generate greedily with eviction.
+
+    Args:
+        model: the model.
+        prompt: token ids.
+        num_new: tokens to generate, whatever the model says about ending.
+        settings: method and limits.
+        trace: the engine's trace of the same request. Its only use is to decide near ties.
+
+    Raises:
+        SelectionError: the engine's choice differs from the reference's by more than a near tie.
+    """
+    return Request(model, prompt, settings, trace).run(num_new)
+
+
+class ReferenceCache:
+    """References that several engines are compared with, computed once where no tie asks for more."""
+
+    def __init__(self, model: Model) -> None:
+        self.model = model
+        self._results: dict[tuple, Result] = {}
+
+    def get(self, prompt: Sequence[int], num_new: int, settings: Settings, trace: EngineTrace) -> Result:
+        """`generate`, or an earlier result with the same survivors as the trace."""
+        key = (tuple(prompt), num_new, settings)
+        known = self._results.get(key)
+        if known is None or not _same_survivors(known, trace):
+            self._results[key] = known = generate(self.model, prompt, num_new, settings, trace)
+        return known
+
+
+def _same_survivors(result: Result, trace: EngineTrace) -> bool:
+    return len(result.events) == len(trace.kept) and all(
+        torch.equal(event.kept, kept.long()) for event, kept in zip(result.events, trace.kept, strict=True)
+    )

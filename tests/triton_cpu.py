@@ -1,0 +1,32 @@
+"""Lets Model Runner V2 run on a machine without a GPU, for tests only.
+
+vLLM's V2 runner needs Triton and Triton needs a GPU. Its interpreter runs the same kernels in NumPy, if
+vLLM can be made to believe that there is a driver.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+
+class _AlwaysActive:
+    @staticmethod
+    def is_active() -> bool:
+        return True
+
+
+class _Backend:
+    driver = _AlwaysActive
+    compiler = None
+
+
+def enable() -> None:
+    """Select Model Runner V2 through Triton's interpreter in this process; call before importing vLLM."""
+    # Triton reads the variable when a kernel is decorated, so a kernel that exists already stays compiled.
+    assert "vllm" not in sys.modules, "too late: vLLM has already decided about Triton"
+    os.environ["TRITON_INTERPRET"] = "1"
+    os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "1"
+    from triton.backends import backends
+
+    backends.setdefault("cpu", _Backend)
