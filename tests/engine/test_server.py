@@ -37,8 +37,12 @@ def server(tmp_path_factory):
         f"--served-model-name tiny --kv-policy skipkv --kv-budget {BUDGET} --kv-buffer {BUFFER} --block-size {PAGE} "
         f"--max-model-len 2048 --max-num-seqs 8 --dtype float32 --kv-trace-dir {folder / 'traces'} --kv-check-integrity"
     ).split()
-    with serve(bundled_model(), arguments, port=free_port(), log=folder / "log") as url:
-        yield url, folder
+    with pytest.MonkeyPatch.context() as patch:
+        # Set by the tests that run an engine in this process; a user's server has neither.
+        for name in ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_LOGGING_LEVEL"):
+            patch.delenv(name, raising=False)
+        with serve(bundled_model(), arguments, port=free_port(), log=folder / "log") as url:
+            yield url, folder
 
 
 @pytest.fixture
