@@ -45,8 +45,8 @@ def server_arguments(budget: int, buffer: int) -> list[str]:
         "--kv-policy": "skipkv",
         "--kv-budget": budget,
         "--kv-buffer": buffer,
-        # Repeats of a sentence in this model's thoughts have a cosine of 0.74 to 0.87.
-        "--kv-policy-config": '{"similarity_threshold": 0.75}',
+        # This model's repeats have a cosine of 0.74 to 0.87, 99 % of its other pairs one below 0.85.
+        "--kv-policy-config": '{"similarity_threshold": 0.85}',
         "--block-size": 32,
         "--max-model-len": MAX_MODEL_LEN,
         "--max-num-seqs": 16,
@@ -115,7 +115,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--prompts", type=int, default=16)
-    parser.add_argument("--budget", type=int, default=384)
+    parser.add_argument("--budget", type=int, default=512)
     parser.add_argument("--buffer", type=int, default=64)
     parser.add_argument("--keep", action="store_true", help="only serve, until Ctrl-C")
     args = parser.parse_args()
