@@ -67,6 +67,11 @@ class KVPolicyConfig(BaseModel):
         default_factory=dict,
         description='Parameters of the method as JSON, e.g. {"similarity_threshold": 0.95, "mix": 0.1}.',
     )
+    kv_request_policies: list[str] = Field(
+        default_factory=list,
+        description="Further methods that a request may choose with its `kv_policy`, on top of those whose inputs "
+        "the server's own method collects anyway.",
+    )
     kv_trace_dir: str | None = Field(
         None, description="Write one replayable <request-id>.safetensors per finished request into this folder."
     )
@@ -80,6 +85,13 @@ class KVPolicyConfig(BaseModel):
         make_policy(value)
         return value
 
+    @field_validator("kv_request_policies")
+    @classmethod
+    def _known_policies(cls, value: list[str]) -> list[str]:
+        for name in value:
+            make_policy(name)
+        return value
+
     @field_validator("kv_trace_dir")
     @classmethod
     def _absolute(cls, value: str | None) -> str | None:
@@ -90,6 +102,11 @@ class KVPolicyConfig(BaseModel):
         check_budget("kv_budget", self.kv_budget, self.policy, self.kv_window)
         if self.policy.name == "full" and self.kv_policy_config:
             raise KVPolicyError("kv_policy_config is given but kv_policy is 'full', which has no parameters")
+        if self.policy.name == "full" and self.kv_request_policies:
+            raise KVPolicyError(
+                "kv_request_policies is given but kv_policy is 'full', which switches eviction off; start the server "
+                'with one of them as --kv-policy and let requests choose "full"'
+            )
         return self
 
     @property
@@ -105,7 +122,10 @@ class KVPolicyConfig(BaseModel):
     @property
     def needs(self) -> Need:
         """What the runtime of this server collects."""
-        return needs_of(self.policy, self.kv_granularity)
+        needs = needs_of(self.policy, self.kv_granularity)
+        for name in self.kv_request_policies:
+            needs |= make_policy(name).needs
+        return needs
 
     @classmethod
     def parse(cls, values: dict[str, Any]) -> KVPolicyConfig:
@@ -156,7 +176,7 @@ class RequestOptions(BaseModel):
         if missing:
             raise KVPolicyError(
                 f"kv_policy={options.kv_policy!r} needs {_need_names(missing)}, which this server does not collect; "
-                f"start it with --kv-policy {options.kv_policy}, or choose {config.kv_policy!r} or 'full'"
+                f"start it with --kv-request-policies {options.kv_policy}, or choose {config.kv_policy!r} or 'full'"
             )
         if options.kv_budget is not None:
             check_budget("kv_budget", options.kv_budget, policy, config.kv_window, max_model_len)
@@ -235,7 +255,7 @@ def flags_table() -> str:
     for name, field in KVPolicyConfig.model_fields.items():
         flag = flag_names()[name].replace("--kv-", "--[no-]kv-") if field.annotation is bool else flag_names()[name]
         default = field.get_default(call_default_factory=True)
-        shown = {None: "off", True: "on", False: "off"}.get(default, default) if not isinstance(default, dict) else "{}"
+        shown = {"None": "off", "True": "on", "False": "off", "[]": "none"}.get(str(default), default)
         rows.append(f"| `{flag}` | `{shown}` | {field.description} |")
     return "\n".join(rows)
 

@@ -1,7 +1,8 @@
-"""Prometheus metrics of the policy: counted by the scheduler, exported by the API server."""
+"""What was evicted: counted by the scheduler, exported to Prometheus by the API server, and told to each client."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from prometheus_client import Counter, Gauge
@@ -11,6 +12,26 @@ from vllm.v1.metrics.loggers import StatLoggerBase
 from .scheduler.planner import Compaction
 
 SKIPPED = "skipped:"
+
+
+@dataclass
+class RequestEvictions:
+    """What happened to one request; its client reads it as `kv_transfer_params["skipkv"]` of the response.
+
+    Attributes:
+        policy: the method that was applied.
+        compactions: how often tokens were evicted.
+        evicted_tokens: how many in all.
+    """
+
+    policy: str
+    compactions: int = 0
+    evicted_tokens: int = 0
+
+    def compacted(self, compaction: Compaction) -> None:
+        """Count a compaction."""
+        self.compactions += 1
+        self.evicted_tokens += compaction.num_resident - compaction.num_keep
 
 
 class EvictionStats:

@@ -62,6 +62,8 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
             options["action"] = argparse.BooleanOptionalAction
         elif get_origin(field.annotation) is Literal:
             options["choices"] = get_args(field.annotation)
+        elif get_origin(field.annotation) is list:
+            options |= {"nargs": "+", "metavar": "NAME"}
         else:
             options |= {"type": int, "metavar": "N"} if field.annotation is int else {"metavar": _METAVARS[name]}
         group.add_argument(flag, **options)

@@ -26,6 +26,8 @@ class Need(Flag):
     """sentence boundaries (from token ids)"""
     HIDDEN = auto()
     """sentence embeddings and the penalties of repeated sentences (from last hidden states)"""
+    ATTENTION_MASS = auto()
+    """the attention that every held token has received so far; comes with the keys and queries it is made of"""
 
 
 @dataclass(frozen=True)
@@ -35,17 +37,25 @@ class View:
     Attributes:
         positions: logical positions `[H, L]`, int32.
         window: W, the number of newest tokens, which always survive.
+        num_keep: tokens that will be kept of each head.
+        layer: index of the layer on this rank.
         keys: post-RoPE keys `[L, H, D]`, or None unless `Need.KEYS`.
         queries: the last W post-RoPE queries `[W, Hq, D]`, oldest first, or None unless `Need.QUERIES`.
         sentence_penalty: `[H, L]` float32, the similarity to the later sentence that repeats a token's
             sentence and 0 elsewhere, or None unless `Need.HIDDEN`.
+        attention_mass: `[H, L]` float32, sum over all queries since the end of the prompt (its last token's
+            included) of the attention paid to the token, averaged over the query heads of the kv head; or
+            None unless `Need.ATTENTION_MASS`.
     """
 
     positions: Tensor
     window: int
+    num_keep: int = 0
+    layer: int = 0
     keys: Tensor | None = None
     queries: Tensor | None = None
     sentence_penalty: Tensor | None = None
+    attention_mass: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -126,6 +136,12 @@ def make_policy(name: str, options: dict[str, object] | None = None) -> Policy:
                 f"kv_policy_config: {key}={value!r} must be of type {type(default).__name__} (default {default!r})"
             )
     return cls(**(options or {}))  # type: ignore[arg-type]
+
+
+def check_odd(field: str, value: int) -> None:
+    """Raise `KVPolicyError` for an even value."""
+    if value % 2 == 0:
+        raise KVPolicyError(f"kv_policy_config: {field}={value} must be odd, e.g. {value + 1}")
 
 
 def check_range(field: str, value: float, low: float, high: float) -> None:

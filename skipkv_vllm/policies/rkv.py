@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..errors import KVPolicyError
-from .base import Need, Policy, View, check_range, register_policy
+from .base import Need, Policy, View, check_odd, check_range, register_policy
 
 
 @register_policy
@@ -35,8 +34,7 @@ class RKV(Policy):
         check_range("mix", self.mix, 0.0, 1.0)
         check_range("pool", self.pool, 1, 63)
         check_range("redundancy_threshold", self.redundancy_threshold, -1.0, 1.0)
-        if self.pool % 2 == 0:
-            raise KVPolicyError(f"kv_policy_config: pool={self.pool} must be odd, e.g. {self.pool + 1}")
+        check_odd("pool", self.pool)
 
     def score(self, view: View) -> Tensor:
         assert view.queries is not None

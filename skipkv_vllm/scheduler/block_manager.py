@@ -56,6 +56,10 @@ class EvictingBlockManager(FullAttentionManager):
         """Pages this request holds."""
         return len(self.req_to_blocks.get(request_id, ()))
 
+    def pages(self, request_id: str) -> list[int]:
+        """Block ids of this request."""
+        return [block.block_id for block in self.req_to_blocks[request_id]]
+
     # ---- vLLM's interface, on resident instead of logical lengths
 
     def get_num_blocks_to_allocate(self, request_id: str, num_tokens: int, *args: Any, **kwargs: Any) -> int:
@@ -101,7 +105,7 @@ class EvictingBlockManager(FullAttentionManager):
         if len(shared) > self.block_pool.get_num_free_blocks():
             return None
 
-        source_pages = [block.block_id for block in blocks]
+        source_pages = self.pages(plan.request_id)
         # Fresh pages come before any page is freed, so none of them is one that is still to be read.
         for i, fresh in zip(shared, self.block_pool.get_new_blocks(len(shared)), strict=True):
             dropped.append(target[i])

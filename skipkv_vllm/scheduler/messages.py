@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from .planner import Compaction
+from .planner import Compaction, Observation
 
 OUTPUT_FIELD = "skipkv"
 """Attribute of `SchedulerOutput` that carries the `StepOrders`; survives pickling to worker processes."""
@@ -30,7 +30,8 @@ class Started(NamedTuple):
 
 class StepOrders(NamedTuple):
     """Orders of one step. The worker first forgets the requests that vLLM reports finished or preempted,
-    then compacts, then starts; all before anything else of the step touches the cache."""
+    then observes, then compacts, then starts; all before anything else of the step touches the cache."""
 
     compactions: list[Compaction]
     started: list[Started]
+    observations: list[Observation] = []

@@ -60,6 +60,24 @@ class PlannedCompaction(NamedTuple):
     protected: int
 
 
+class Observation(NamedTuple):
+    """An order to the workers: add the attention of the newest queries to the mass of the held tokens.
+
+    Attributes:
+        request_id: whose cache.
+        num_logical: tokens computed so far.
+        num_resident: tokens held, in the first slots of `pages`.
+        num_queries: queries not yet counted, the newest; at most the window.
+        pages: block ids.
+    """
+
+    request_id: str
+    num_logical: int
+    num_resident: int
+    num_queries: int
+    pages: list[int]
+
+
 class Compaction(NamedTuple):
     """An order to the workers: a planned compaction with the pages that the block manager assigned.
 
@@ -91,6 +109,8 @@ class Compaction(NamedTuple):
 class _Request:
     limits: Limits
     num_cached: int
+    num_observed: int | None
+    """tokens whose queries are counted in the attention mass; None where nobody reads it"""
     num_compactions: int = 0
 
 
@@ -100,7 +120,7 @@ class EvictionPlanner:
 
     _requests: dict[str, _Request] = field(default_factory=dict)
 
-    def start(self, request_id: str, limits: Limits, num_cached: int) -> None:
+    def start(self, request_id: str, limits: Limits, num_cached: int, num_observed: int | None = None) -> None:
         """A request starts, or starts over after preemption.
 
         Args:
@@ -108,8 +128,9 @@ class EvictionPlanner:
             limits: what it may hold.
             num_cached: tokens found in the prefix cache. They are not computed, so no queries of theirs
                 are observed, and a compaction waits until `window` tokens have been computed.
+            num_observed: first token whose query counts in the attention mass; None where no mass is kept.
         """
-        self._requests[request_id] = _Request(limits, num_cached)
+        self._requests[request_id] = _Request(limits, num_cached, num_observed)
 
     def stop(self, request_id: str) -> None:
         """The request finished, was aborted or was preempted."""
@@ -135,6 +156,21 @@ class EvictionPlanner:
             if num_resident >= limits.bound and num_logical - request.num_cached >= limits.window:
                 planned.append(PlannedCompaction(request_id, num_resident, limits.keep, limits.protected))
         return planned
+
+    def observe(self, request_id: str, num_logical: int, is_compacted: bool) -> int:
+        """Number of newest queries whose attention must be counted now, 0 if none; they then are counted.
+
+        The workers keep only the last W queries, so they are counted every W tokens; and before a
+        compaction, while all the tokens they saw are still held.
+        """
+        request = self._requests.get(request_id)
+        if request is None or request.num_observed is None:
+            return 0
+        pending, window = num_logical - request.num_observed, request.limits.window
+        if pending <= 0 or (pending < window and not is_compacted):
+            return 0
+        request.num_observed = num_logical
+        return min(pending, window)
 
     def committed(self, request_id: str) -> None:
         """The planned compaction was carried out."""

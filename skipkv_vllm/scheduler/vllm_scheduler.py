@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from vllm.config import VllmConfig
@@ -15,14 +16,14 @@ from vllm.v1.request import Request
 
 from .. import compat
 from ..banner import banner
-from ..config import KVPolicyConfig, RequestOptions, needs_of
-from ..metrics import EvictionStats
+from ..config import CONFIG_KEY, KVPolicyConfig, RequestOptions, needs_of
+from ..metrics import EvictionStats, RequestEvictions
 from ..policies import Need
 from ..sentences import build_tables
 from ..trace import TraceCollector
 from .block_manager import EvictingBlockManager
 from .messages import OUTPUT_FIELD, Started, StepOrders
-from .planner import Compaction, EvictionPlanner, Limits, Residency
+from .planner import Compaction, EvictionPlanner, Limits, Observation, Residency
 
 logger = init_logger("vllm.skipkv")
 
@@ -46,6 +47,7 @@ class EvictionMixin(_Base):
         self.eviction_stats = EvictionStats()
         self.trace = self._make_trace() if self.kv_policy.kv_trace_dir else None
         self._options: dict[str, RequestOptions] = {}
+        self._evictions: dict[str, RequestEvictions] = {}
         for line in banner(self.kv_policy, self.block_manager.block_size, self.max_model_len):
             logger.info(line)
 
@@ -61,35 +63,38 @@ class EvictionMixin(_Base):
             )
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
-        compactions = self._compact()
+        compactions, observations = self._compact()
         output = super().schedule(throttle_prefills)
-        # A request that this very step preempted has lost its pages; its order must not be carried out.
+        # A request that this very step preempted has lost its pages; its orders must not be carried out.
         preempted = output.preempted_req_ids or ()
         compactions = [c for c in compactions if c.request_id not in preempted]
+        observations = [o for o in observations if o.request_id not in preempted]
         started = self._started(output)
         for compaction in compactions:
             self.eviction_stats.compacted(compaction)
+            self._evictions[compaction.request_id].compacted(compaction)
             if self.trace is not None:
                 self.trace.compacted(compaction)
         if self.trace is not None:
             for start in started:
                 self.trace.started(start)
-        setattr(output, OUTPUT_FIELD, StepOrders(compactions, started))
+        setattr(output, OUTPUT_FIELD, StepOrders(compactions, started, observations))
         pool = self.kv_cache_manager.block_pool
         self.eviction_stats.holding(pool.num_gpu_blocks - 1 - pool.get_num_free_blocks())
         if self.kv_policy.kv_check_integrity:
             self.check_integrity()
         return output
 
-    def _compact(self) -> list[Compaction]:
-        """Plan this step's compactions and free their pages, so that this very step can use them."""
+    def _compact(self) -> tuple[list[Compaction], list[Observation]]:
+        """Plan this step's orders and free the pages of the compactions, so that this very step can use them."""
         decoding = [
             Residency(r.request_id, r.num_computed_tokens, self.block_manager.num_evicted(r.request_id))
             for r in self.running
             if not r.is_prefill_chunk
         ]
-        compactions = []
-        for plan in self.planner.plan(decoding):
+        compactions, planned = [], self.planner.plan(decoding)
+        observations = self._observe(decoding, {plan.request_id for plan in planned})
+        for plan in planned:
             pages = self.block_manager.compact(plan)
             if pages is None:
                 self.eviction_stats.skipped("no_free_page")
@@ -106,7 +111,19 @@ class EvictionMixin(_Base):
                 )
             )
             self.planner.committed(plan.request_id)
-        return compactions
+        return compactions, observations
+
+    def _observe(self, decoding: list[Residency], compacted: set[str]) -> list[Observation]:
+        """The attention to count in this step, with the pages as they are before its compactions."""
+        if not self.kv_policy.needs & Need.ATTENTION_MASS:
+            return []
+        observations = []
+        for request_id, num_logical, num_evicted in decoding:
+            num_queries = self.planner.observe(request_id, num_logical, request_id in compacted)
+            if num_queries:
+                pages = self.block_manager.pages(request_id)
+                observations.append(Observation(request_id, num_logical, num_logical - num_evicted, num_queries, pages))
+        return observations
 
     def _started(self, output: SchedulerOutput) -> list[Started]:
         """The managed requests whose first tokens are computed in this step."""
@@ -130,9 +147,13 @@ class EvictionMixin(_Base):
         protected = request.num_prompt_tokens if config.kv_protect_prompt else 0
         budget = options.kv_budget if options.kv_budget is not None else config.kv_budget
         limits = Limits(budget, config.kv_buffer, config.kv_window, protected)
-        self.planner.start(request.request_id, limits, num_cached)
+        mass = needs_of(policy, config.kv_granularity) & Need.ATTENTION_MASS
+        # vLLM always computes the last prompt token, whatever the prefix cache holds.
+        self.planner.start(request.request_id, limits, num_cached, request.num_prompt_tokens - 1 if mass else None)
         if limits.keep > budget:
             self.eviction_stats.skipped("prompt_exceeds_budget")
+        # A preempted request keeps its count: what was evicted in its first life was evicted.
+        self._evictions.setdefault(request.request_id, RequestEvictions(policy.name))
         first_tracked = protected
         if not config.kv_protect_prompt:
             first_tracked = num_cached
@@ -153,7 +174,12 @@ class EvictionMixin(_Base):
             self._write_trace(request)
         self.planner.stop(request.request_id)
         self._options.pop(request.request_id, None)
-        return super()._free_request(request, *args, **kwargs)
+        evictions = self._evictions.pop(request.request_id, None)
+        for_connector, *others = super()._free_request(request, *args, **kwargs)
+        if evictions is not None:
+            # vLLM hands this field to the client as it is; connectors, its usual authors, are refused.
+            for_connector = (for_connector or {}) | {CONFIG_KEY: asdict(evictions)}
+        return for_connector, *others
 
     def _make_trace(self) -> TraceCollector:
         model = self.vllm_config.model_config

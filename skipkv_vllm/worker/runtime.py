@@ -18,9 +18,10 @@ from ..config import KVPolicyConfig, needs_of
 from ..policies import Need, Policy, View, make_policy
 from ..policies.selection import select_per_head, select_sentences
 from ..scheduler.messages import Started, StepOrders
-from ..scheduler.planner import Compaction
+from ..scheduler.planner import Compaction, Observation
 from ..sentences.tracker import SentenceState, SentenceTracker, TrackedTokens
 from ..trace import TraceWriter
+from .attention_mass import AttentionMass
 from .paging import LayerPages, kernel_pages, to_device
 from .positions import PositionSidecar
 from .queries import QueryRing
@@ -88,6 +89,7 @@ class EvictionRuntime:
         self._evicted = np.zeros(num_slots + 1, dtype=np.int32)
         self._observed = np.zeros(num_slots + 1, dtype=bool)
         self._first_tracked = np.full(num_slots + 1, NEVER, dtype=np.int64)
+        self._mass = AttentionMass()
         self._layers: list[LayerPages] = []
         self._positions: PositionSidecar | None = None
         self._pages_per_block = 1
@@ -120,10 +122,13 @@ class EvictionRuntime:
             request = self._requests.pop(request_id, None)
             if request is not None:
                 self._free_slots.append(request.slot)
+                self._mass.forget(request.slot)
         if self.trace is not None:
             self.trace.finished(finished)
         if orders is None:
             return
+        for observation in orders.observations:
+            self._observe(observation)
         for compaction in orders.compactions:
             self._compact(compaction)
         for started in orders.started:
@@ -140,6 +145,7 @@ class EvictionRuntime:
             protected=started.protected,
         )
         needs = self._requests[started.request_id].needs
+        self._mass.forget(slot)
         self._evicted[slot] = 0
         self._observed[slot] = bool(needs & Need.QUERIES)
         self._first_tracked[slot] = started.first_tracked if needs & Need.SENTENCES else NEVER
@@ -217,6 +223,22 @@ class EvictionRuntime:
             )
         )
 
+    # ---- attention mass
+
+    def _observe(self, order: Observation) -> None:
+        """Add the attention of the newest queries to the mass of the tokens they saw."""
+        request = self._requests[order.request_id]
+        assert self._positions is not None
+        assert self.ring is not None
+        pages = kernel_pages(order.pages, self._pages_per_block, self._layers[0].raw.device)
+        positions = self._positions.read(pages, order.num_resident, request.num_placed, request.num_evicted)
+        received = []
+        for i, layer in enumerate(self._layers):
+            queries = self.ring.read(i, request.slot, order.num_logical)[-order.num_queries :]
+            keys = layer.keys.read_pages(pages, order.num_resident)
+            received.append(ops.attention_received(queries, keys, positions[i]))
+        self._mass.add(request.slot, torch.stack(received))
+
     # ---- compaction
 
     def _compact(self, order: Compaction) -> None:
@@ -251,6 +273,8 @@ class EvictionRuntime:
                 layer.copy_pages(old, new)
             layer.move(source_pages, target_pages, source[i], hole[i], valid[i])
         self._positions.write(target_pages, positions, order.num_keep, source, hole, valid)
+        if request.needs & Need.ATTENTION_MASS:
+            self._mass.move(request.slot, order.num_keep, source, hole, valid)
 
         request.num_evicted += order.num_resident - order.num_keep
         self._evicted[request.slot] = request.num_evicted
@@ -283,6 +307,9 @@ class EvictionRuntime:
         if policy.needs & Need.HIDDEN:
             assert sentences is not None
             penalty = sentences.penalty_of(positions)
+        mass = None
+        if policy.needs & Need.ATTENTION_MASS:
+            mass = self._mass.read(request.slot, positions).gather(-1, by_position)
         scores = []
         for i, layer in enumerate(self._layers):
             keys = queries = None
@@ -293,7 +320,16 @@ class EvictionRuntime:
             if policy.needs & Need.QUERIES:
                 assert self.ring is not None
                 queries = self.ring.read(i, request.slot, order.num_logical)
-            view = View(positions[i], window, keys, queries, None if penalty is None else penalty[i])
+            view = View(
+                positions=positions[i],
+                window=window,
+                num_keep=order.num_keep,
+                layer=i,
+                keys=keys,
+                queries=queries,
+                sentence_penalty=None if penalty is None else penalty[i],
+                attention_mass=None if mass is None else mass[i],
+            )
             scores.append(policy.score(view))
         pinned = (positions < max(request.protected, policy.num_sinks)) | (positions >= order.num_logical - window)
         if self.config.kv_granularity == "head":

@@ -18,7 +18,7 @@ from torch import Tensor
 from skipkv_vllm.config import KVPolicyConfig
 from skipkv_vllm.policies import Need
 from skipkv_vllm.scheduler.messages import Started, StepOrders
-from skipkv_vllm.scheduler.planner import Compaction, ceil_div
+from skipkv_vllm.scheduler.planner import Compaction, EvictionPlanner, Limits, Observation, ceil_div
 from skipkv_vllm.sentences import SentenceTables, segment_with
 from skipkv_vllm.sentences.tracker import SentenceTracker
 from skipkv_vllm.worker.paging import cpu_pages, gpu_pages
@@ -47,6 +47,22 @@ def redundancy_of(keys: Tensor, threshold: float) -> list[float]:
         similar = [j for j, value in enumerate(row.tolist()) if value > threshold]
         row[similar[-1] if similar else 0] = 0
     return cosine.mean(0).softmax(-1).tolist()
+
+
+def attention_of(query: Tensor, keys: list[Tensor]) -> list[float]:
+    """Attention of one query `[group, D]` to keys `[D]` each, averaged over the group, in double precision."""
+    logits = query.double() @ torch.stack(keys).double().T / query.shape[1] ** 0.5
+    return logits.softmax(-1).mean(0).tolist()
+
+
+def lehmer(seed: int, layer: int, head: int, position: int, length: int) -> float:
+    """The number that decides a token's fate under `random`, in plain integers."""
+    state = length
+    for value in (seed, layer, head, position):
+        state = (state * 48271 + value + 1) % (2**31 - 1)
+        state = (state * 48271 + value + 1) % (2**31 - 1)
+        state = (state * 48271 + value + 1) % (2**31 - 1)
+    return state * 48271**3 % (2**31 - 1) / (2**31 - 1)
 
 
 class Cell(NamedTuple):
@@ -84,6 +100,8 @@ class Running:
         default_factory=lambda: [[[] for _ in range(KV_HEADS)] for _ in range(LAYERS)]
     )
     """`[layer][head]`, ascending positions"""
+    mass: dict[tuple[int, int, int], float] = field(default_factory=dict)
+    """attention received so far by (layer, head, position)"""
 
     @property
     def num_resident(self) -> int:
@@ -167,6 +185,7 @@ class Simulation:
         self.free = list(range(1, num_blocks))
         self.references = dict.fromkeys(range(num_blocks), 0)
         self.running: dict[str, Running] = {}
+        self.planner = EvictionPlanner()
         self._starting: list[Started] = []
         self._finished: list[str] = []
         self._preempted: list[str] = []
@@ -199,6 +218,8 @@ class Simulation:
         self.running[name] = request
         self._topic[name] = 0
         if request.managed:
+            limits = Limits(budget, self.config.kv_buffer, self.config.kv_window, request.protected)
+            self.planner.start(name, limits, request.num_logical, num_prompt - 1)
             self._starting.append(
                 Started(name, policy or self.config.kv_policy, num_prompt, request.protected, request.first_tracked)
             )
@@ -262,17 +283,20 @@ class Simulation:
 
     def step(self, counts: dict[str, int], *, compact: bool = True) -> list[Compaction]:
         """Compact the requests that are due, then compute `counts` tokens of each request."""
-        orders = []
+        orders, observations = [], []
         if compact:
             for request in self.running.values():
                 due = request.num_resident >= self.keep_of(request) + self.config.kv_buffer
                 enough = sum(q is not None for q in request.queries) >= self.config.kv_window
                 if request.managed and due and enough and request.num_logical >= request.num_prompt:
+                    self._observe(request, observations, True)
                     orders.append(self.order(request))
                     self._apply_order(request, orders[-1])
+        for request in self.running.values():
+            self._observe(request, observations, False)
         compacted = {order.request_id for order in orders}
         before = {name: self.snapshot(name) for name in self.running if orders and name not in compacted}
-        self.runtime.begin_step(StepOrders(orders, self._starting), self._finished, self._preempted)
+        self.runtime.begin_step(StepOrders(orders, self._starting, observations), self._finished, self._preempted)
         self._starting, self._finished, self._preempted = [], [], []
         for name, content in before.items():
             assert torch.equal(self.snapshot(name), content), f"a compaction changed the cache of {name}"
@@ -282,6 +306,15 @@ class Simulation:
             for name in self.running:
                 self.check(name)
         return orders
+
+    def _observe(self, request: Running, observations: list[Observation], is_compacted: bool) -> None:
+        if not self.runtime.config.needs & Need.ATTENTION_MASS or request.num_logical < request.num_prompt:
+            return
+        count = self.planner.observe(request.name, request.num_logical, is_compacted)
+        if count:
+            observations.append(
+                Observation(request.name, request.num_logical, request.num_resident, count, list(request.pages))
+            )
 
     def snapshot(self, name: str) -> Tensor:
         """Keys of a request, to see that nothing touches them."""
@@ -328,11 +361,25 @@ class Simulation:
                 request.hidden.append(state)
                 request.queries.append(queries[:, row])
                 self._append(request, keys[:, row], values[:, row])
+                self._weigh(request)
                 row += 1
         padding = 3
         self.runtime.finish_forward(
             torch.tensor(token_ids + [DOT] * padding), torch.stack([*hidden, *(torch.ones(HIDDEN),) * padding])
         )
+
+    def _weigh(self, request: Running) -> None:
+        """Count the attention of the newest query, from the prompt's last token on."""
+        if not self.config.needs & Need.ATTENTION_MASS or request.num_logical < request.num_prompt:
+            return
+        group = Q_HEADS // KV_HEADS
+        for layer in range(LAYERS):
+            for head in range(KV_HEADS):
+                cells = request.dense[layer][head]
+                query = request.queries[-1][layer, head * group : (head + 1) * group]
+                for cell, weight in zip(cells, attention_of(query, [c.key for c in cells]), strict=True):
+                    key = (layer, head, cell.position)
+                    request.mass[key] = request.mass.get(key, 0.0) + weight
 
     def _append(self, request: Running, key: Tensor, value: Tensor) -> None:
         slot = request.num_resident
@@ -396,7 +443,7 @@ class Simulation:
     def _compact_densely(self, request: Running, order: Compaction) -> None:
         sentence, penalty = self._sentences(request)
         scores = [
-            [self._scores(request, layer, head, penalty, order.num_logical) for head in range(KV_HEADS)]
+            [self._scores(request, layer, head, penalty, order) for head in range(KV_HEADS)]
             for layer in range(LAYERS)
         ]
         policy = self.runtime._requests[request.name].policy if request.name in self.runtime._requests else None
@@ -458,17 +505,31 @@ class Simulation:
 
         return number, penalty
 
-    def _scores(self, request: Running, layer: int, head: int, penalty, num_logical: int) -> list[float]:
+    def _scores(self, request: Running, layer: int, head: int, penalty, order: Compaction) -> list[float]:
         state = self.runtime._requests.get(request.name)
         policy = self.config.policy if state is None else state.policy
         cells = request.dense[layer][head]
         if policy.name == "streaming_llm":
             return [float(cell.position) for cell in cells]
-        window = self.config.kv_window
+        num_logical, window = order.num_logical, self.config.kv_window
+        if policy.name == "random":
+            return [lehmer(policy.seed, layer, head, cell.position, num_logical) for cell in cells]
+        if policy.name == "h2o":
+            oldest_recent = num_logical - int(policy.recent_share * order.num_keep)
+            masses = [request.mass.get((layer, head, cell.position), 0.0) for cell in cells]
+            return [1e6 if c.position >= oldest_recent else m for c, m in zip(cells, masses, strict=True)]
         keys = torch.stack([cell.key for cell in cells])
         group = Q_HEADS // KV_HEADS
         observed = request.queries[num_logical - window : num_logical]
         queries = torch.stack([q[layer, head * group : (head + 1) * group] for q in observed])
+        if policy.name == "snapkv":
+            total = [0.0] * len(cells)
+            for i, query in enumerate(queries):
+                seen = [cell.key for cell in cells if cell.position <= num_logical - window + i]
+                for j, weight in enumerate(attention_of(query, seen)):
+                    total[j] += weight
+            old, reach = total[:-window], policy.pool // 2
+            return [max(old[max(0, i - reach) : i + reach + 1]) for i in range(len(old))] + [0.0] * window
         importance = importance_of(queries, keys, window, policy.pool)
         redundancy = redundancy_of(keys, policy.redundancy_threshold)
         scores = [policy.mix * i - (1 - policy.mix) * r for i, r in zip(importance, redundancy, strict=False)]

@@ -38,7 +38,7 @@ def test_defaults_are_the_papers():
 
 
 def test_full_comes_first_in_the_list():
-    assert policy_names() == ["full", "rkv", "skipkv", "streaming_llm"]
+    assert policy_names() == ["full", "h2o", "random", "rkv", "skipkv", "snapkv", "streaming_llm"]
 
 
 def test_an_integer_is_fine_where_a_float_is_meant():
@@ -48,7 +48,7 @@ def test_an_integer_is_fine_where_a_float_is_meant():
 @pytest.mark.parametrize(
     ("name", "options", "parts"),
     [
-        ("nope", {}, ["kv_policy='nope'", "full, rkv, skipkv, streaming_llm"]),
+        ("nope", {}, ["kv_policy='nope'", "full, h2o, random, rkv, skipkv, snapkv, streaming_llm"]),
         ("rkv", {"mixx": 0.1}, ["'mixx'", "'rkv'", "mix, pool, redundancy_threshold"]),
         ("full", {"mix": 0.1}, ["'mix'", "'full'", "none"]),
         ("rkv", {"similarity_threshold": 0.9}, ["'similarity_threshold'", "'rkv'"]),
@@ -204,11 +204,11 @@ SERVER = KVPolicyConfig(kv_policy="rkv", kv_budget=100)
         ({"kv_budget": 0}, ["kv_budget=0", "9 to 500"]),
         ({"kv_budget": 501}, ["kv_budget=501", "9 to 500", "max_model_len"]),
         ({"kv_budget": 12, "kv_policy": "streaming_llm"}, ["kv_budget=12", "13 to 500", "4 sinks"]),
-        ({"kv_policy": "nope"}, ["kv_policy='nope'", "full, rkv"]),
+        ({"kv_policy": "nope"}, ["kv_policy='nope'", "full, h2o"]),
         ({"kv_policy": 3}, ["kv_policy=3", "string"]),
         (
             {"kv_policy": "skipkv"},
-            ["kv_policy='skipkv'", "sentences and hidden", "--kv-policy skipkv", "'rkv' or 'full'"],
+            ["kv_policy='skipkv'", "sentences and hidden", "--kv-request-policies skipkv", "'rkv' or 'full'"],
         ),
     ],
 )
@@ -241,6 +241,30 @@ def test_a_request_may_choose_what_the_server_can_do():
     assert RequestOptions.parse({"kv_policy": "skipkv"}, server, 500).resolve_policy(server) == SkipKV(mix=0.3)
     assert RequestOptions.parse({"kv_budget": 9}, SERVER, 500).kv_budget == 9
     assert RequestOptions.parse({"kv_budget": 500}, SERVER, 500).kv_budget == 500
+
+
+def test_a_server_can_collect_for_further_methods():
+    server = KVPolicyConfig(kv_policy="rkv", kv_request_policies=["h2o", "skipkv"])
+    assert Need.ATTENTION_MASS in server.needs
+    assert Need.HIDDEN in server.needs
+    for name in ("h2o", "skipkv"):
+        assert RequestOptions.parse({"kv_policy": name}, server, 500).resolve_policy(server) == make_policy(name)
+        with pytest.raises(KVPolicyError, match=f"--kv-request-policies {name}"):
+            RequestOptions.parse({"kv_policy": name}, KVPolicyConfig(kv_policy="rkv"), 500)
+
+
+@pytest.mark.parametrize(
+    ("policy", "names", "parts"),
+    [
+        ("skipkv", ["h2o", "nope"], ["'nope'", "h2o, random"]),
+        ("full", ["h2o"], ["kv_request_policies", "'full'", "--kv-policy"]),
+    ],
+)
+def test_bad_request_policies_are_refused(policy, names, parts):
+    with pytest.raises(KVPolicyError) as error:
+        KVPolicyConfig.parse({"kv_policy": policy, "kv_request_policies": names})
+    for part in parts:
+        assert part in str(error.value)
 
 
 # ---- flags on vLLM's own parser

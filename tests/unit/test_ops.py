@@ -46,6 +46,23 @@ def brute_importance(queries: Tensor, keys: Tensor, window: int, pool: int) -> T
     return torch.tensor(result, dtype=torch.float64)
 
 
+def brute_received(queries: Tensor, keys: Tensor, positions: Tensor) -> Tensor:
+    """Attention of the newest queries, one softmax at a time over the keys of their past."""
+    q, k, places = queries.double().tolist(), keys.double().tolist(), positions.tolist()
+    (n, q_heads, dim), kv_heads = queries.shape, keys.shape[0]
+    group = q_heads // kv_heads
+    result = [[0.0] * keys.shape[1] for _ in range(kv_heads)]
+    for head in range(kv_heads):
+        for i in range(n):
+            place = max(places[head]) - n + 1 + i
+            seen = [j for j in range(keys.shape[1]) if places[head][j] <= place]
+            for g in range(group):
+                logits = [dot(q[i][head * group + g], k[head][j]) / math.sqrt(dim) for j in seen]
+                for j, weight in zip(seen, softmax(logits), strict=True):
+                    result[head][j] += weight / group
+    return torch.tensor(result, dtype=torch.float64)
+
+
 def brute_redundancy(keys: Tensor, threshold: float) -> Tensor:
     """Eq. 5: cosines without the diagonal; in each row the last similar column (or column 0) is zeroed."""
     k, length, kv_heads = keys.double().tolist(), keys.shape[0], keys.shape[1]
@@ -356,3 +373,45 @@ def test_move_list_of_many_layers_and_heads_equals_row_by_row():
         for head in range(2):
             alone = ops.move_list(kept[layer, head], 20)
             assert all(torch.equal(a[layer, head], b) for a, b in zip(together, alone, strict=True))
+
+
+# ---- attention received
+
+
+@given(
+    seed=st.integers(0, 10**6),
+    n=st.integers(1, 5),
+    length=st.integers(5, 12),
+    kv_heads=st.integers(1, 3),
+    group=st.integers(1, 3),
+)
+@settings(max_examples=40, deadline=None)
+def test_attention_received_is_the_definition_in_any_slot_order(seed, n, length, kv_heads, group):
+    generator = torch.Generator().manual_seed(seed)
+    queries = torch.randn(n, kv_heads * group, 4, generator=generator)
+    keys = torch.randn(kv_heads, length, 4, generator=generator)
+    # Every head holds its own tokens in its own order; all hold the newest n.
+    rows = []
+    for _ in range(kv_heads):
+        old = torch.randperm(30, generator=generator)[: length - n]
+        row = torch.cat([old, torch.arange(30, 30 + n)])
+        rows.append(row[torch.randperm(length, generator=generator)])
+    positions = torch.stack(rows).int()
+    received = ops.attention_received(queries, keys, positions)
+    assert received.dtype == torch.float32
+    torch.testing.assert_close(received.double(), brute_received(queries, keys, positions), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(received.sum(-1), torch.full((kv_heads,), float(n)))
+
+
+@pytest.mark.parametrize(
+    ("queries", "keys", "positions"),
+    [
+        ((2, 4, 8), (3, 9, 8), (3, 9)),
+        ((2, 4, 8), (2, 9, 16), (2, 9)),
+        ((2, 4, 8), (2, 9, 8), (2, 8)),
+        ((9, 4, 8), (2, 8, 8), (2, 8)),
+    ],
+)
+def test_attention_received_refuses_shapes_that_do_not_fit(queries, keys, positions):
+    with pytest.raises(KVPolicyError, match="attention_received"):
+        ops.attention_received(torch.zeros(queries), torch.zeros(keys), torch.zeros(positions, dtype=torch.int32))

@@ -136,3 +136,26 @@ def test_a_decoding_request_never_exceeds_its_bound(budget, buffer, window, prom
         if evicted:
             assert logical - evicted <= limits.bound
     assert planner.num_compactions("a") == compactions
+
+
+def test_attention_is_counted_every_window_and_before_a_compaction():
+    planner = EvictionPlanner()
+    planner.start("a", LIMITS, num_cached=0, num_observed=49)
+    counted = {n: planner.observe("a", n, is_compacted=n == 61) for n in range(50, 72)}
+    assert {n: count for n, count in counted.items() if count} == {57: 8, 61: 4, 69: 8}
+    assert planner.observe("a", 71, is_compacted=True) == 2
+    assert planner.observe("a", 71, is_compacted=True) == 0
+
+
+def test_attention_of_queries_that_are_gone_is_not_counted():
+    # A resumed request computes many tokens in a step; only the last W queries are kept.
+    planner = EvictionPlanner()
+    planner.start("a", LIMITS, num_cached=0, num_observed=49)
+    assert planner.observe("a", 90, is_compacted=False) == 8
+
+
+def test_attention_is_counted_only_where_somebody_reads_it():
+    planner = EvictionPlanner()
+    planner.start("a", LIMITS, num_cached=0)
+    assert planner.observe("a", 90, is_compacted=True) == 0
+    assert planner.observe("stranger", 90, is_compacted=True) == 0

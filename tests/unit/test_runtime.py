@@ -14,7 +14,7 @@ from .simulation import DOT, Simulation
 
 CASES = [
     (policy, granularity, protect)
-    for policy in ("streaming_llm", "rkv", "skipkv")
+    for policy in ("streaming_llm", "rkv", "skipkv", "random", "snapkv", "h2o")
     for granularity in ("head", "sentence")
     for protect in (True, False)
 ]

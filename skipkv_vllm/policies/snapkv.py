@@ -1,0 +1,43 @@
+"""`snapkv`: what the last queries attend to (SnapKV, Li et al., arXiv 2404.14469), applied while decoding."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from .base import Need, Policy, View, check_odd, check_range, register_policy
+
+
+@register_policy
+@dataclass(frozen=True)
+class SnapKV(Policy):
+    """Attention of the last W queries, summed over them, averaged over the query heads of a kv head, max-pooled.
+
+    The original compresses the prompt once, after prefill. Here it runs at every compaction, with the pooling
+    of R-KV's decoding baseline (maximum over 7 neighbours).
+
+    Attributes:
+        pool: width of the max-pooling, odd.
+    """
+
+    name: ClassVar[str] = "snapkv"
+    needs: ClassVar[Need] = Need.QUERIES | Need.KEYS
+
+    pool: int = 7
+
+    def __post_init__(self) -> None:
+        check_range("pool", self.pool, 1, 63)
+        check_odd("pool", self.pool)
+
+    def score(self, view: View) -> Tensor:
+        assert view.queries is not None
+        assert view.keys is not None
+        received = ops.attention_received(view.queries, view.keys.transpose(0, 1), view.positions)
+        old = received[:, : received.shape[1] - view.window]
+        pooled = torch.nn.functional.max_pool1d(old[None], self.pool, stride=1, padding=self.pool // 2)[0]
+        # The window is pinned by the runtime; its score only has to be a number.
+        return torch.nn.functional.pad(pooled, (0, view.window))
