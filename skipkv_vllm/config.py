@@ -89,7 +89,11 @@ class KVPolicyConfig(BaseModel):
     @classmethod
     def _known_policies(cls, value: list[str]) -> list[str]:
         for name in value:
-            make_policy(name)
+            if name not in policy_names():
+                raise KVPolicyError(
+                    f"kv_request_policies={value}: {name!r} is unknown; name some of: {', '.join(policy_names())}, "
+                    "with spaces between them"
+                )
         return value
 
     @field_validator("kv_trace_dir")
@@ -109,7 +113,7 @@ class KVPolicyConfig(BaseModel):
             )
         return self
 
-    @property
+    @functools.cached_property
     def policy(self) -> Policy:
         """The configured method."""
         return make_policy(self.kv_policy, self.kv_policy_config)
@@ -119,7 +123,7 @@ class KVPolicyConfig(BaseModel):
         """Whether anything can be evicted on this server."""
         return self.kv_policy != "full"
 
-    @property
+    @functools.cached_property
     def needs(self) -> Need:
         """What the runtime of this server collects."""
         needs = needs_of(self.policy, self.kv_granularity)
@@ -180,6 +184,9 @@ class RequestOptions(BaseModel):
             )
         if options.kv_budget is not None:
             check_budget("kv_budget", options.kv_budget, policy, config.kv_window, max_model_len)
+        else:
+            # The server's budget holds its own method's sinks, which may be fewer.
+            check_budget("kv_budget", config.kv_budget, policy, config.kv_window)
         return options
 
     def resolve_policy(self, config: KVPolicyConfig) -> Policy:

@@ -103,8 +103,21 @@ def _not_a_trace(path: Path, reason: str) -> KVPolicyError:
 
 def _check(trace: Trace, path: Path) -> None:
     count = len(trace.kept)
+    for name, value in [*trace._asdict().items(), *((f"kept/{i}", kept) for i, kept in enumerate(trace.kept))]:
+        axes = 3 if name.startswith("kept/") else 2 if name in ("sentences", "similar_pairs") else 1
+        if isinstance(value, Tensor) and (value.dim() != axes or (axes == 2 and value.shape[1] != 2)):
+            raise _not_a_trace(path, f"its {name!r} has the shape {tuple(value.shape)}")
+        if isinstance(value, Tensor) and value.is_floating_point() != (name == "similarity"):
+            raise _not_a_trace(path, f"its {name!r} is of {value.dtype}")
+    if not isinstance(trace.parameters, dict):
+        raise _not_a_trace(path, "its parameters are no object")
+    if any(ids.numel() and int(ids.min()) < 0 for ids in (trace.prompt_token_ids, trace.output_token_ids)):
+        raise _not_a_trace(path, "it has negative token ids")
     if any(len(t) != count for t in (trace.logical_length, trace.resident_before, trace.life)):
         raise _not_a_trace(path, f"it has {count} compactions, but not as many lengths")
+    steps = list(zip(trace.life.tolist(), trace.logical_length.tolist(), strict=True))
+    if steps != sorted(steps):
+        raise _not_a_trace(path, "its compactions are not in order")
     if len({kept.shape[:2] for kept in trace.kept}) > 1:
         raise _not_a_trace(path, "its compactions differ in their layers or heads")
     for number, (kept, logical) in enumerate(zip(trace.kept, trace.logical_length.tolist(), strict=True), 1):

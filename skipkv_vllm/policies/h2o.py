@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from .base import Need, Policy, View, check_range, register_policy
@@ -37,4 +38,5 @@ class H2O(Policy):
         assert view.attention_mass is not None
         newest = view.positions[:, -1:]
         recent = view.positions > newest - int(self.recent_share * view.num_keep)
-        return view.attention_mass.masked_fill(recent, RECENT)
+        # The newer first: a long protected prompt may leave no room for all of them.
+        return torch.where(recent, view.positions.float() + RECENT, view.attention_mass)

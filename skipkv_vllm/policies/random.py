@@ -10,8 +10,14 @@ from torch import Tensor
 
 from .base import Policy, View, check_range, register_policy
 
-_MODULUS = 2**31 - 1
-_MULTIPLIER = 48271  # Lehmer's generator (Park, Miller and Stockmeyer 1993); products stay below 2**63
+_BITS = 2**32 - 1
+
+
+def _mixed(state: Tensor) -> Tensor:
+    """Wellons' 32-bit integer hash (hash-prospector, 21f0aaad-735a2d97); products stay below 2**63."""
+    state = ((state ^ (state >> 16)) * 0x21F0AAAD) & _BITS
+    state = ((state ^ (state >> 15)) * 0x735A2D97) & _BITS
+    return state ^ (state >> 15)
 
 
 @register_policy
@@ -28,16 +34,13 @@ class Random(Policy):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_range("seed", self.seed, 0, _MODULUS - 1)
+        check_range("seed", self.seed, 0, 2**31 - 1)
 
     def score(self, view: View) -> Tensor:
         positions = view.positions.long()
-        state = positions[:, -1:] + 1  # of the newest token, so the length
         head = torch.arange(positions.shape[0], device=positions.device)[:, None]
+        state = _mixed(positions[:, -1:] + 1)  # of the newest token, so the length
         for value in (self.seed, view.layer, head, positions):
-            # Three rounds between two inputs: after one, neighbours are still a fixed distance apart.
-            for _ in range(3):
-                state = (state * _MULTIPLIER + value + 1) % _MODULUS
-        for _ in range(3):
-            state = state * _MULTIPLIER % _MODULUS
-        return state.float() / _MODULUS
+            # Mixed, because with a linear generator the draws of neighbours and heads are shifts of each other.
+            state = _mixed((state + value) & _BITS)
+        return state.float() / 2**32

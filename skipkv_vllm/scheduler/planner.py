@@ -128,9 +128,11 @@ class EvictionPlanner:
             limits: what it may hold.
             num_cached: tokens found in the prefix cache. They are not computed, so no queries of theirs
                 are observed, and a compaction waits until `window` tokens have been computed.
-            num_observed: first token whose query counts in the attention mass; None where no mass is kept.
+            num_observed: first token whose query counts in the attention mass, if it is not cached (a resumed
+                request finds more than its prompt in the prefix cache); None where no mass is kept.
         """
-        self._requests[request_id] = _Request(limits, num_cached, num_observed)
+        first = None if num_observed is None else max(num_observed, num_cached)
+        self._requests[request_id] = _Request(limits, num_cached, first)
 
     def stop(self, request_id: str) -> None:
         """The request finished, was aborted or was preempted."""

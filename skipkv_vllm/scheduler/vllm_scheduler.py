@@ -148,7 +148,7 @@ class EvictionMixin(_Base):
         budget = options.kv_budget if options.kv_budget is not None else config.kv_budget
         limits = Limits(budget, config.kv_buffer, config.kv_window, protected)
         mass = needs_of(policy, config.kv_granularity) & Need.ATTENTION_MASS
-        # vLLM always computes the last prompt token, whatever the prefix cache holds.
+        # vLLM always computes a new request's last prompt token, whatever the prefix cache holds.
         self.planner.start(request.request_id, limits, num_cached, request.num_prompt_tokens - 1 if mass else None)
         if limits.keep > budget:
             self.eviction_stats.skipped("prompt_exceeds_budget")

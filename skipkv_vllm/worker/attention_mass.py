@@ -18,6 +18,11 @@ class AttentionMass:
     def __init__(self) -> None:
         self._mass: dict[int, Tensor] = {}
 
+    @staticmethod
+    def bytes_per_token(num_layers: int, num_heads: int) -> int:
+        """Device memory per token held."""
+        return 4 * num_layers * num_heads
+
     def forget(self, slot: int) -> None:
         """The request in this state slot ended or starts over."""
         self._mass.pop(slot, None)
@@ -41,7 +46,7 @@ class AttentionMass:
         layers, heads, length = like.shape
         held = self._mass.get(slot)
         if held is None or held.shape[-1] < length:
-            grown = torch.zeros(layers, heads, (length // GROWTH + 1) * GROWTH, device=like.device)
+            grown = torch.zeros(layers, heads, (length // GROWTH + 1) * GROWTH, dtype=torch.float32, device=like.device)
             if held is not None:
                 grown[..., : held.shape[-1]] = held
             self._mass[slot] = held = grown

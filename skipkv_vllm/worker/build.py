@@ -14,7 +14,9 @@ from ..policies import Need
 from ..sentences import build_tables
 from ..sentences.tracker import SentenceTracker
 from ..trace import TraceWriter
+from .attention_mass import AttentionMass
 from .paging import LayerPages, cpu_pages, gpu_pages
+from .positions import PositionSidecar
 from .queries import QueryRing
 from .runtime import EvictionRuntime
 
@@ -87,16 +89,19 @@ def _pages(layer: Any) -> LayerPages:
 
 
 def without_sidecar(available: int, vllm_config: VllmConfig) -> int:
-    """Memory left for KV pages when each token also needs its entry in the position sidecar.
+    """Memory left for KV pages when each token also needs its entry in the position sidecar, and in the attention
+    mass where a policy adds it up.
 
     Args:
         available: bytes that vLLM would use for KV pages.
         vllm_config: with the model loaded.
     """
-    from .positions import PositionSidecar
-
     layers = list(attention_layers(vllm_config).values())
     first = layers[0]
     element = torch.empty((), dtype=vllm_config.model_config.dtype).element_size()
     token = len(layers) * first.num_kv_heads * 2 * first.head_size * element
-    return available * token // (token + PositionSidecar.bytes_per_token(len(layers), first.num_kv_heads))
+    extra = PositionSidecar.bytes_per_token(len(layers), first.num_kv_heads)
+    if compat.policy_config(vllm_config).needs & Need.ATTENTION_MASS:
+        # Allocated as requests grow, so vLLM's profiling does not see it.
+        extra += AttentionMass.bytes_per_token(len(layers), first.num_kv_heads)
+    return available * token // (token + extra)

@@ -55,14 +55,18 @@ def attention_of(query: Tensor, keys: list[Tensor]) -> list[float]:
     return logits.softmax(-1).mean(0).tolist()
 
 
-def lehmer(seed: int, layer: int, head: int, position: int, length: int) -> float:
+def hashed(seed: int, layer: int, head: int, position: int, length: int) -> float:
     """The number that decides a token's fate under `random`, in plain integers."""
-    state = length
+
+    def mix(x: int) -> int:
+        x = (x ^ x >> 16) * 0x21F0AAAD % 2**32
+        x = (x ^ x >> 15) * 0x735A2D97 % 2**32
+        return x ^ x >> 15
+
+    state = mix(length)
     for value in (seed, layer, head, position):
-        state = (state * 48271 + value + 1) % (2**31 - 1)
-        state = (state * 48271 + value + 1) % (2**31 - 1)
-        state = (state * 48271 + value + 1) % (2**31 - 1)
-    return state * 48271**3 % (2**31 - 1) / (2**31 - 1)
+        state = mix((state + value) % 2**32)
+    return state / 2**32
 
 
 class Cell(NamedTuple):
@@ -443,8 +447,7 @@ class Simulation:
     def _compact_densely(self, request: Running, order: Compaction) -> None:
         sentence, penalty = self._sentences(request)
         scores = [
-            [self._scores(request, layer, head, penalty, order) for head in range(KV_HEADS)]
-            for layer in range(LAYERS)
+            [self._scores(request, layer, head, penalty, order) for head in range(KV_HEADS)] for layer in range(LAYERS)
         ]
         policy = self.runtime._requests[request.name].policy if request.name in self.runtime._requests else None
         policy = policy or self.config.policy
@@ -513,11 +516,12 @@ class Simulation:
             return [float(cell.position) for cell in cells]
         num_logical, window = order.num_logical, self.config.kv_window
         if policy.name == "random":
-            return [lehmer(policy.seed, layer, head, cell.position, num_logical) for cell in cells]
+            return [hashed(policy.seed, layer, head, cell.position, num_logical) for cell in cells]
         if policy.name == "h2o":
             oldest_recent = num_logical - int(policy.recent_share * order.num_keep)
             masses = [request.mass.get((layer, head, cell.position), 0.0) for cell in cells]
-            return [1e6 if c.position >= oldest_recent else m for c, m in zip(cells, masses, strict=True)]
+            # The newest before the others, and before the heaviest.
+            return [1e6 + c.position if c.position >= oldest_recent else m for c, m in zip(cells, masses, strict=True)]
         keys = torch.stack([cell.key for cell in cells])
         group = Q_HEADS // KV_HEADS
         observed = request.queries[num_logical - window : num_logical]

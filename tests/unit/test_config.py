@@ -253,10 +253,19 @@ def test_a_server_can_collect_for_further_methods():
             RequestOptions.parse({"kv_policy": name}, KVPolicyConfig(kv_policy="rkv"), 500)
 
 
+def test_the_budget_of_the_server_must_hold_the_sinks_of_a_method_chosen():
+    server = KVPolicyConfig(kv_policy="rkv", kv_budget=9)
+    with pytest.raises(KVPolicyError, match=r"kv_budget=9 is out of range; allowed: at least 13 .* 4 sinks"):
+        RequestOptions.parse({"kv_policy": "streaming_llm"}, server, 500)
+    assert RequestOptions.parse({"kv_policy": "streaming_llm", "kv_budget": 13}, server, 500).kv_budget == 13
+    assert RequestOptions.parse({"kv_policy": "full"}, server, 500).kv_policy == "full"
+
+
 @pytest.mark.parametrize(
     ("policy", "names", "parts"),
     [
-        ("skipkv", ["h2o", "nope"], ["'nope'", "h2o, random"]),
+        ("skipkv", ["h2o", "nope"], ["kv_request_policies", "'nope'", "h2o, random"]),
+        ("skipkv", ["h2o,random"], ["kv_request_policies", "'h2o,random'", "with spaces"]),
         ("full", ["h2o"], ["kv_request_policies", "'full'", "--kv-policy"]),
     ],
 )

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
 
+from skipkv_vllm.config import CONFIG_KEY, KVPolicyConfig
 from skipkv_vllm.errors import KVPolicyError
+from skipkv_vllm.worker.build import without_sidecar
 from skipkv_vllm.worker.paging import LayerPages, cpu_pages, gpu_pages, kernel_pages, to_device
 from skipkv_vllm.worker.positions import PositionSidecar
 
@@ -381,3 +384,15 @@ def test_positions_differ_by_layer_and_head_and_leave_other_pages_alone():
 
 def test_sidecar_memory_is_four_bytes_per_layer_and_head():
     assert PositionSidecar.bytes_per_token(28, 4) == 448
+
+
+@pytest.mark.parametrize(("policy", "extra", "left"), [("rkv", [], 64), ("rkv", ["h2o"], 63), ("h2o", [], 63)])
+def test_pages_leave_room_for_positions_and_for_the_attention_mass(policy, extra, left):
+    # 2 layers x 2 heads x 2 * 62 elements of 2 bytes are 992 bytes a token; positions add 16, and the mass as many.
+    layer = SimpleNamespace(impl=None, num_kv_heads=2, head_size=62)
+    vllm_config: Any = SimpleNamespace(
+        additional_config={CONFIG_KEY: KVPolicyConfig(kv_policy=policy, kv_request_policies=extra).model_dump()},
+        model_config=SimpleNamespace(dtype=torch.bfloat16),
+        compilation_config=SimpleNamespace(static_forward_context={"a": layer, "b": layer}),
+    )
+    assert without_sidecar(63 * 1024, vllm_config) // 992 == left

@@ -154,6 +154,14 @@ def test_attention_of_queries_that_are_gone_is_not_counted():
     assert planner.observe("a", 90, is_compacted=False) == 8
 
 
+def test_attention_of_cached_tokens_is_not_counted():
+    # A resumed request found its prompt of 50 and 37 tokens of output in the prefix cache: no queries of theirs.
+    planner = EvictionPlanner()
+    planner.start("a", LIMITS, num_cached=87, num_observed=49)
+    assert planner.observe("a", 90, is_compacted=False) == 0
+    assert planner.observe("a", 95, is_compacted=False) == 8
+
+
 def test_attention_is_counted_only_where_somebody_reads_it():
     planner = EvictionPlanner()
     planner.start("a", LIMITS, num_cached=0)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from skipkv_vllm.policies import make_policy
+from skipkv_vllm.policies import View, make_policy
 from skipkv_vllm.scheduler.messages import Started, StepOrders
 from skipkv_vllm.worker.runtime import StepBatch
 
@@ -104,6 +104,34 @@ def test_streaming_keeps_sinks_and_the_newest():
     assert sim.positions("a")[0, 0].sort().values.tolist() == [0, 1, 2, *range(11, 28)]
 
 
+def test_h2o_keeps_the_newest_when_the_prompt_leaves_no_room_for_half_of_the_budget():
+    sim = Simulation("h2o")
+    sim.start("a", num_prompt=20, budget=32)
+    sim.step({"a": 20})
+    for _ in range(20):
+        sim.step({"a": 1})
+    sim.step({"a": 0})
+    assert sim.running["a"].num_compactions == 1
+    assert sim.positions("a")[0, 0].sort().values.tolist() == [*range(20), *range(28, 40)]
+
+
+def test_random_draws_are_independent():
+    policy = make_policy("random")
+    draws = []
+    for length in (2000, 2001, 2128):
+        positions = torch.arange(length - 2000, length, dtype=torch.int32).expand(4, -1)
+        for layer in range(3):
+            draws.append(policy.score(View(positions=positions, window=8, layer=layer)) > 0.5)
+    kept = torch.cat(draws).double()
+    # Half of the tokens, half of their neighbours, and half of what any other head, layer or length keeps.
+    assert (kept.mean(1) - 0.5).abs().max() < 0.06
+    for distance in range(1, 20):
+        both = (kept[:, distance:] * kept[:, :-distance]).mean(1)
+        assert (both - 0.25).abs().max() < 0.06, distance
+    overlap = kept @ kept.T / kept.shape[1]
+    assert (overlap - torch.eye(len(kept)) * 0.25 - 0.25).abs().max() < 0.06
+
+
 def test_a_request_may_use_another_method_than_the_server():
     sim = Simulation("skipkv", protect=False)
     sim.start("own", num_prompt=8, budget=24)
@@ -118,8 +146,9 @@ def test_a_request_may_use_another_method_than_the_server():
     assert not sim.runtime.ring.read(0, sim.runtime._requests["other"].slot, 48).any()
 
 
-def test_a_preempted_request_starts_over_with_a_clean_state():
-    sim = Simulation("skipkv", protect=False, num_slots=2)
+@pytest.mark.parametrize("policy", ["skipkv", "h2o"])
+def test_a_preempted_request_starts_over_with_a_clean_state(policy):
+    sim = Simulation(policy, protect=False, num_slots=2)
     sim.start("a", num_prompt=8, budget=24)
     sim.start("b", num_prompt=8, budget=24)
     sim.step({"a": 8, "b": 8})
@@ -137,8 +166,9 @@ def test_a_preempted_request_starts_over_with_a_clean_state():
         assert sim.running["a"].num_compactions >= 1
 
 
-def test_slots_are_reused_without_leaking_state():
-    sim = Simulation("skipkv", protect=False, num_slots=2, num_blocks=40)
+@pytest.mark.parametrize("policy", ["skipkv", "h2o"])
+def test_slots_are_reused_without_leaking_state(policy):
+    sim = Simulation(policy, protect=False, num_slots=2, num_blocks=40)
     for i in range(6):
         name = f"r{i}"
         sim.start(name, num_prompt=7 + i, budget=24)

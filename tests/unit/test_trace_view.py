@@ -326,6 +326,13 @@ def test_a_checkpoint_is_no_trace(tmp_path, capsys, metadata):
         (lambda t: {"similarity": t.similarity[1:]}, "not one similarity per pair"),
         (lambda t: {"similarity": t.similarity * float("nan")}, "similarities that are no numbers"),
         (lambda t: {"kept": [t.kept[0], t.kept[0] * 0 + torch.arange(BUDGET), *t.kept[2:]]}, "was evicted before"),
+        (lambda t: {"kept": [kept[0] for kept in t.kept]}, "its 'kept/0' has the shape"),
+        (lambda t: {"prompt_token_ids": t.prompt_token_ids[None]}, "its 'prompt_token_ids' has the shape"),
+        (lambda t: {"prompt_token_ids": t.prompt_token_ids / 2}, "its 'prompt_token_ids' is of torch.float32"),
+        (lambda t: {"output_token_ids": t.output_token_ids - 10**6}, "negative token ids"),
+        (lambda t: {"similar_pairs": t.similar_pairs[:, :1]}, "its 'similar_pairs' has the shape"),
+        (lambda t: {"logical_length": t.logical_length.flip(0), "kept": [k[..., :1] * 0 for k in t.kept]}, "in order"),
+        (lambda t: {"parameters": ["model"]}, "its parameters are no object"),
     ],
 )
 def test_a_damaged_trace(tmp_path, capsys, change, reason):
