@@ -50,6 +50,7 @@ POLICY_ARGUMENTS: dict[str, Any] = {
     "kv_budget": 224,
     "kv_buffer": 64,
     "kv_policy_config": {"similarity_threshold": 0.75},
+    "kv_request_policies": ["h2o", "snapkv", "random"],
     "kv_check_integrity": True,
 }
 
@@ -71,11 +72,18 @@ def chat_prompt(question: str) -> list[int]:
     return tokenizer().apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
 
 
-def demo_prompts(count: int) -> list[list[int]]:
-    """Prompts of different lengths (about 140-200 tokens) with less than a page in common."""
+def demo_prompts(count: int, at_least: int = 0) -> list[list[int]]:
+    """Prompts with less than a page in common; a question each, or as many as make `at_least` tokens."""
     from benchmarks.tiny_reasoner.problems import problems
 
-    return [chat_prompt(problem.question) for problem in problems("demo", count)]
+    questions = iter([problem.question for problem in problems("demo", 16 * count)])
+    prompts = []
+    for _ in range(count):
+        text = next(questions)
+        while len(chat_prompt(text)) < at_least:
+            text += "\n" + next(questions)
+        prompts.append(chat_prompt(text))
+    return prompts
 
 
 # ---- the one engine of this process

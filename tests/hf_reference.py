@@ -20,13 +20,15 @@ from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
 DELIMITER = re.compile(r" ?[.)?!\]}\"'”’。]*\n+")
-NUM_SINKS = {"streaming_llm": 4, "rkv": 0, "skipkv": 0}
+NUM_SINKS = {"streaming_llm": 4}
 MIX = 0.1
 SIMILAR_KEYS = 0.5
 # Repeats of a sentence in the bundled model's thoughts have a cosine of 0.74 to 0.87.
 SIMILAR_SENTENCES = 0.75
 POOL_KERNEL = 7
 EPSILON = 1e-8
+H2O_RECENT_SHARE = 0.5
+HASH_STEPS = ((16, 0x21F0AAAD), (15, 0x735A2D97))
 TIE_TOLERANCE = 1e-5
 
 
@@ -83,13 +85,14 @@ def _recording_attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float, **_: Any
 ) -> tuple[Tensor, None]:
     """Plain causal attention that leaves the post-RoPE queries `[1, Hq, new, D]` on the module."""
-    module.recorded_query = query
+    module.recorded_query, module.recorded_weights = query, None
     num_new, num_held = query.shape[2], key.shape[2]
     groups = query.shape[1] // key.shape[1]
     logits = query @ key.repeat_interleave(groups, dim=1).mT * scaling
     # The newest token is the last in the cache whatever was evicted before it, so order is enough.
     hidden = torch.ones(num_new, num_held, dtype=torch.bool).triu(num_held - num_new + 1)
     weights = logits.masked_fill(hidden, float("-inf")).softmax(-1, dtype=torch.float32).to(query.dtype)
+    module.recorded_weights = weights
     return (weights @ value.repeat_interleave(groups, dim=1)).transpose(1, 2).contiguous(), None
 
 
@@ -162,6 +165,41 @@ def rkv_scores(queries: Tensor, keys: Tensor) -> Tensor:
     num_old = important.shape[1]
     old = MIX * important - (1 - MIX) * redundancy(keys)[:, :num_old]
     return F.pad(old, (0, keys.shape[1] - num_old))
+
+
+def snapkv_scores(queries: Tensor, keys: Tensor) -> Tensor:
+    """Attention of the window's queries `[Hq, W, D]` to each held token `[heads, held, D]`, causal, pooled."""
+    num_heads, num_held, size = keys.shape
+    window = queries.shape[1]
+    total = torch.zeros(num_heads, num_held)
+    for head in range(num_heads):
+        group = queries.view(num_heads, -1, window, size)[head]
+        for i in range(window):
+            seen = num_held - window + i + 1
+            weights = (group[:, i] @ keys[head, :seen].T / size**0.5).softmax(-1)
+            total[head, :seen] += weights.mean(dim=0)
+    pooled = F.max_pool1d(total[None, :, : num_held - window], POOL_KERNEL, stride=1, padding=POOL_KERNEL // 2)[0]
+    return F.pad(pooled, (0, window))
+
+
+def hashed(number: int) -> int:
+    """A 32-bit integer hash."""
+    for shift, multiplier in HASH_STEPS:
+        number = (number ^ number >> shift) * multiplier % 2**32
+    return number ^ number >> 15
+
+
+def random_scores(positions: Tensor, num_computed: int) -> Tensor:
+    """The documented random numbers, of `[layers, heads, held]` positions, by plain integer arithmetic."""
+    scores = []
+    for layer, heads in enumerate(positions.tolist()):
+        for head, held in enumerate(heads):
+            for position in held:
+                state = hashed(num_computed)
+                for value in (0, layer, head, position):
+                    state = hashed((state + value) % 2**32)
+                scores.append(state / 2**32)
+    return torch.tensor(scores).view(positions.shape)
 
 
 @dataclass
@@ -294,6 +332,7 @@ class Request:
         self._hidden = torch.empty(0)
         self._queries = torch.empty(0)
         self._positions = torch.empty(0, dtype=torch.int64)
+        self._mass = torch.empty(0)
         self._result = Result([])
 
     @torch.inference_mode()
@@ -322,6 +361,10 @@ class Request:
             self._queries = torch.cat([self._queries, queries], dim=2)
             self._positions = torch.cat([self._positions, new.expand(layers, heads, -1)], dim=2)
         self._queries = self._queries[:, :, -self._settings.window :]
+        # The newest query's attention, `[layers, heads, held]`; a step computes one token or the whole prompt.
+        newest = torch.cat([layer.self_attn.recorded_weights for layer in self._model.lm.model.layers])[:, :, -1]
+        newest = newest.unflatten(1, (heads, -1)).mean(dim=2)
+        self._mass = newest if self._num_computed == 0 else newest + F.pad(self._mass, (0, len(token_ids)))
         self._num_computed += len(token_ids)
         return logits
 
@@ -337,12 +380,13 @@ class Request:
             layer.values = layer.values.gather(2, index.expand(-1, -1, -1, layer.values.shape[3]))
         shape = (*survives.shape[:2], keep)
         self._positions = self._positions[survives].view(shape)
+        self._mass = self._mass[survives].view(shape)
         self._result.events.append(Event(self._num_computed, num_resident, self._positions.clone()))
 
     def _pinned(self) -> Tensor:
         """Tokens that always stay, bool `[layers, heads, held]`."""
         first = self._num_prompt if self._settings.protect_prompt else 0
-        first = max(first, NUM_SINKS[self._settings.method])
+        first = max(first, NUM_SINKS.get(self._settings.method, 0))
         return (self._positions < first) | (self._positions >= self._num_computed - self._settings.window)
 
     def _sentences(self) -> tuple[list[Sentence], int]:
@@ -353,6 +397,18 @@ class Request:
         """Score of each held token, `[layers, heads, held]`."""
         if self._settings.method == "streaming_llm":
             return self._positions.float()
+        if self._settings.method == "random":
+            return random_scores(self._positions, self._num_computed)
+        if self._settings.method == "h2o":
+            recent = int(H2O_RECENT_SHARE * self._settings.keep(self._num_prompt))
+            is_recent = self._positions >= self._num_computed - recent
+            # For single tokens any number above the masses will do; a small one leaves near ties near.
+            above = 1e6 if self._settings.granularity == "sentence" else float(self._mass.max()) + 1
+            return torch.where(is_recent, self._positions + above, self._mass)
+        if self._settings.method == "snapkv":
+            return torch.stack(
+                [snapkv_scores(q, layer.keys[0]) for q, layer in zip(self._queries, self._cache.layers, strict=True)]
+            )
         scores = torch.stack(
             [rkv_scores(q, layer.keys[0]) for q, layer in zip(self._queries, self._cache.layers, strict=True)]
         )

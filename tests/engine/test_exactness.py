@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from benchmarks.tiny_reasoner.problems import problems
 from tests import engines
 from tests.engines import PAGE, Job, Outcome
 from tests.hf_reference import Result, Settings, generate
@@ -15,10 +14,13 @@ if TYPE_CHECKING:
     from tests.hf_reference import ReferenceCache
 
 METHODS = ("skipkv", "rkv", "streaming_llm")
+BASELINES = ("h2o", "snapkv", "random")
 NUM_NEW = 400
 BUDGET, BUFFER = 224, 64
 UNPROTECTED = {"kv_protect_prompt": False, "kv_budget": 96, "kv_buffer": 32}
 MAX_TIE_SHARE = 1e-3
+# Longer than the bound without protection, computed in two chunks, and several pages to share.
+LONG = 150
 
 
 @pytest.fixture(scope="module", params=["head", "sentence"])
@@ -35,9 +37,7 @@ def another_question(prompt: list[int]) -> list[int]:
 
 def long_prompt() -> list[int]:
     """A prompt longer than the budget."""
-    *_, first, second = problems("demo", 12)
-    prompt = engines.chat_prompt(f"{first.question}\n{second.question}")
-    assert len(prompt) > BUDGET
+    (prompt,) = engines.demo_prompts(1, at_least=BUDGET + 1)
     return prompt
 
 
@@ -89,16 +89,17 @@ def check(job: Job, outcome: Outcome, references: ReferenceCache, min_compaction
 
 @pytest.mark.parametrize("runner", ["v1", "v2"])
 def test_engine_equals_reference(runner: str, granularity: str, references: ReferenceCache) -> None:
-    first, *others = engines.demo_prompts(6)
-    prompts = [first, *others, long_prompt(), another_question(first)]
+    first, *longer = engines.demo_prompts(3, at_least=LONG)
+    prompts = [first, *longer, *engines.demo_prompts(3), long_prompt(), another_question(first)]
     if runner == "v1":
         # Twice as many requests as run at once: the later ones wait for a place.
-        job_prompts = [prompt for prompt in prompts for _ in METHODS]
-        policies = [method for _ in prompts for method in METHODS]
+        pairs = [(prompt, method) for prompt in prompts for method in METHODS]
+        pairs += [(prompt, method) for prompt in (prompts[1], *prompts[-2:]) for method in BASELINES]
+        job_prompts, policies = (list(column) for column in zip(*pairs, strict=True))
     else:
         # The interpreter is slow: every prompt once, with the methods mixed.
         job_prompts = prompts
-        policies = ["skipkv", "rkv", "skipkv", "streaming_llm", "skipkv", "rkv", "streaming_llm", "skipkv"]
+        policies = ["skipkv", "rkv", "h2o", "streaming_llm", "skipkv", "snapkv", "random", "skipkv"]
     job = Job(job_prompts, policies, NUM_NEW, every=7, arguments={"kv_granularity": granularity})
 
     outcome = engines.run(job, runner)
@@ -112,7 +113,7 @@ def test_engine_equals_reference(runner: str, granularity: str, references: Refe
 
 def test_shared_pages_are_not_overwritten(granularity: str, references: ReferenceCache) -> None:
     """The second prompt holds pages with the first one's output, which the first one then compacts."""
-    (first,) = engines.demo_prompts(1)
+    (first,) = engines.demo_prompts(1, at_least=LONG)
     # A little before the first compaction, which comes at budget + buffer tokens.
     num_copied = BUDGET + BUFFER - len(first) - 8
     unlimited = Settings("rkv", granularity, 2048, 64)
@@ -134,7 +135,7 @@ def test_shared_pages_are_not_overwritten(granularity: str, references: Referenc
 
 
 def test_abort(granularity: str, references: ReferenceCache) -> None:
-    prompts = engines.demo_prompts(6)
+    prompts = engines.demo_prompts(6, at_least=LONG)
     policies = list(METHODS) * 2
     # Aborted: one in the middle of its prompt, one before its first compaction, one after several.
     job = Job(
@@ -172,7 +173,7 @@ def test_unprotected_prompt(granularity: str, references: ReferenceCache) -> Non
     newline = min(i for i in delimiters if engines.tokenizer().decode([i]) == "\n")
     prompts = [
         [token for t in prompt for token in ([t, newline] if t in delimiters else [t])]
-        for prompt in engines.demo_prompts(6)
+        for prompt in engines.demo_prompts(6, at_least=LONG)
     ]
     job = Job(
         prompts,
@@ -193,7 +194,7 @@ def test_unprotected_prompt(granularity: str, references: ReferenceCache) -> Non
 
 def test_unprotected_shared_prompt(references: ReferenceCache) -> None:
     """Pages of a prompt that two requests hold and both compact."""
-    (first,) = engines.demo_prompts(1)
+    (first,) = engines.demo_prompts(1, at_least=LONG)
     # The second arrives when the first has computed one chunk, and is compacted while the second holds it.
     job = Job([first, another_question(first)], ["rkv", "streaming_llm"], 150, every=1, arguments=UNPROTECTED)
 

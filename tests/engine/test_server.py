@@ -35,7 +35,8 @@ def server(tmp_path_factory):
     folder = tmp_path_factory.mktemp("server")
     arguments = (
         f"--served-model-name tiny --kv-policy skipkv --kv-budget {BUDGET} --kv-buffer {BUFFER} --block-size {PAGE} "
-        f"--max-model-len 2048 --max-num-seqs 8 --dtype float32 --kv-trace-dir {folder / 'traces'} --kv-check-integrity"
+        f"--max-model-len 2048 --max-num-seqs 8 --dtype float32 --kv-request-policies h2o random "
+        f"--kv-trace-dir {folder / 'traces'} --kv-check-integrity"
     ).split()
     with pytest.MonkeyPatch.context() as patch:
         # Set by the tests that run an engine in this process; a user's server has neither.
@@ -50,7 +51,7 @@ def client(server):
     return OpenAI(base_url=f"{server[0]}/v1", api_key="none", timeout=300)
 
 
-def complete(client: OpenAI, question: str = QUESTIONS[0], tokens: int = 300, **xargs):
+def complete(client: OpenAI, question: str = QUESTIONS[0], tokens: int = 400, **xargs):
     return client.chat.completions.create(
         model="tiny",
         messages=[{"role": "user", "content": question}],
@@ -90,17 +91,20 @@ def test_metrics_count_real_compactions_and_the_trace_agrees(server, client):
     url, folder = server
     traces = folder / "traces"
     before = set(traces.glob("*.safetensors"))
-    moved = difference(url, lambda: complete(client))
+    answers = []
+    moved = difference(url, lambda: answers.append(complete(client)))
     (path,) = set(traces.glob("*.safetensors")) - before
     trace = Trace.load(path)
     assert moved["skipkv_compactions_total"] == len(trace.kept) >= 3
     evicted = sum(int(r) - k.shape[2] for r, k in zip(trace.resident_before, trace.kept, strict=True))
     assert moved["skipkv_evicted_tokens_total"] == evicted
     assert moved["skipkv_freed_pages_total"] > 0
+    told = {"policy": "skipkv", "compactions": len(trace.kept), "evicted_tokens": evicted}
+    assert answers[0].kv_transfer_params == {"skipkv": told}
     after = metrics(url)
     assert after["skipkv_resident_tokens"] == after["skipkv_logical_tokens"] == 0
     assert after["skipkv_peak_pages"] >= (BUDGET + BUFFER) // PAGE
-    assert len(trace.output_token_ids) == 300
+    assert len(trace.output_token_ids) == 400
     assert all(k.shape[2] == max(BUDGET, len(trace.prompt_token_ids) + 8) for k in trace.kept)
     assert trace.parameters["kv_budget"] == BUDGET
 
@@ -111,14 +115,19 @@ def test_a_request_can_opt_out_and_then_gets_the_stock_answer(server, client, xa
     moved = difference(server[0], lambda: answers.append(complete(client, **xargs)))
     assert moved["skipkv_compactions_total"] == 0
     reference = complete(client, kv_policy="full")
+    assert reference.kv_transfer_params is None
     assert answers[0].choices[0].message.content == reference.choices[0].message.content
     logprobs = [[t.logprob for t in a.choices[0].logprobs.content] for a in (answers[0], reference)]
     assert logprobs[0] == logprobs[1]
 
 
-@pytest.mark.parametrize("policy", ["rkv", "streaming_llm"])
+@pytest.mark.parametrize("policy", ["rkv", "streaming_llm", "h2o", "snapkv", "random"])
 def test_a_request_can_choose_another_method(server, client, policy):
-    assert difference(server[0], lambda: complete(client, kv_policy=policy))["skipkv_compactions_total"] >= 3
+    answers = []
+    moved = difference(server[0], lambda: answers.append(complete(client, kv_policy=policy)))
+    told = answers[0].kv_transfer_params["skipkv"]
+    assert told["policy"] == policy
+    assert told["compactions"] == moved["skipkv_compactions_total"] >= 3
 
 
 def test_completions_and_responses_take_the_options_too(server):
@@ -128,9 +137,11 @@ def test_completions_and_responses_take_the_options_too(server):
         ("/v1/completions", {"prompt": "Given a: 3.", "max_tokens": 250}),
         ("/v1/responses", {"input": QUESTIONS[1], "max_output_tokens": 250}),
     ):
-        statuses = []
-        moved = difference(url, lambda p=path, e=extra, s=statuses: s.append(post(url, p, common | e)[0]))
-        assert statuses == [200]
+        answers = []
+        moved = difference(url, lambda p=path, e=extra, a=answers: a.append(post(url, p, common | e)))
+        ((status, answer),) = answers
+        assert status == 200
+        assert answer["kv_transfer_params"]["skipkv"]["compactions"] == moved["skipkv_compactions_total"]
         assert moved["skipkv_compactions_total"] >= 1, path
 
 
