@@ -1,0 +1,289 @@
+"""Command line: `run` a grid, `report` on runs, `tiny` for the bundled model and its docs, `docs` for these alone."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from skipkv_vllm.errors import KVPolicyError
+from skipkv_vllm.policies import make_policy, policy_names
+
+from . import RunError, UsageError
+from .docs import DOCS, TINY, TINY_FIGURES, write_docs, write_summary
+from .grid import FULL, Settings
+from .plots import draw
+from .report import print_table, write_report
+from .run import Run, load
+from .summary import Summary, summarise
+from .tasks import DATA_SETS
+
+TINY_POLICIES = (FULL, "skipkv", "rkv", "h2o", "snapkv", "streaming_llm", "random")
+TINY_BUDGETS = ("10%", "25%", "40%", "60%")
+# For a model this small the engine's own work is most of a step: vLLM's C++ operators instead of PyTorch's, and no
+# queue between the scheduler and a worker in the same thread.
+TINY_ENGINE = {
+    "dtype": "float32",
+    "max_model_len": 2048,
+    "block_size": 32,
+    "enforce_eager": True,
+    "async_scheduling": False,
+    "compilation_config": {"custom_ops": ["all"]},
+}
+TINY_OUT = Path("build/eval/tiny")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a sub-command; returns the exit status."""
+    parser = _parser()
+    args = parser.parse_args(arguments)
+    command = ["python", "-m", "benchmarks.accuracy", *(sys.argv[1:] if arguments is None else arguments)]
+    try:
+        return int(args.action(args, command))
+    except (UsageError, KVPolicyError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except RunError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\nstopped; run the same command to go on", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.accuracy", description=__doc__)
+    actions = parser.add_subparsers(required=True, metavar="run | report | tiny | docs")
+
+    run = actions.add_parser(
+        "run",
+        help="run a grid of policies, budgets and batch sizes, and write a report",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    run.set_defaults(action=_run)
+    _add_grid(run)
+    _add_execution(run)
+
+    report = actions.add_parser("report", help="write the report of finished runs again")
+    report.set_defaults(action=_report)
+    report.add_argument("folders", nargs="+", type=Path, metavar="DIR", help="folder of a run")
+    report.add_argument("--out", type=Path, help="where to; default: into each run's folder")
+    report.add_argument("--require-batch-invariance", action="store_true", help=REQUIRE_HELP)
+
+    tiny = actions.add_parser(
+        "tiny",
+        help="the bundled model on its held-out problems; writes docs/results.md, docs/results/",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    tiny.set_defaults(action=_tiny)
+    tiny.add_argument("--model", help="checkpoint; default: the bundled one")
+    tiny.add_argument("--split", default="held-out", choices=["held-out", "dev", "demo"])
+    tiny.add_argument("--policies", nargs="+", default=list(TINY_POLICIES), metavar="POLICY")
+    tiny.add_argument("--budgets", nargs="+", default=list(TINY_BUDGETS), metavar="B")
+    tiny.add_argument("--problems", type=int, default=200)
+    tiny.add_argument("--problems-at-1", type=int, default=4, metavar="N", help="problems at batch size 1")
+    tiny.add_argument("--max-tokens", type=int, default=1600)
+    tiny.add_argument("--buffer", type=int, default=128)
+    tiny.add_argument("--policy-config", type=_json_object, default={}, metavar="JSON", help="of skipkv")
+    tiny.add_argument("--out", type=Path, default=TINY_OUT)
+    tiny.add_argument("--docs", type=Path, default=DOCS, help="folder to write results.md and results/ into")
+    tiny.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)), help="engines at once")
+
+    docs = actions.add_parser("docs", help="write docs/results.md from docs/results/tiny.json")
+    docs.set_defaults(action=_docs)
+    docs.add_argument("--docs", type=Path, default=DOCS)
+    return parser
+
+
+REQUIRE_HELP = "fail if an answer differs between batch sizes"
+
+
+def _add_grid(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("what is run")
+    group.add_argument("--model", required=True, help="path or name on the hub")
+    group.add_argument("--data", required=True, choices=list(DATA_SETS), help="data set")
+    group.add_argument("--jsonl", help="read the rows of --data from this file instead of the hub")
+    group.add_argument("--split", help="split of the data set; default: the one that results are published for")
+    group.add_argument("--problems", type=int, help="the first N only")
+    group.add_argument(
+        "--policies", nargs="+", default=[FULL, "skipkv"], metavar="POLICY", help=", ".join(policy_names())
+    )
+    group.add_argument(
+        "--budgets",
+        nargs="+",
+        default=["25%"],
+        metavar="B",
+        help="tokens (512), or shares (25%%) of the mean generated length of full KV at the first batch size",
+    )
+    group.add_argument(
+        "--batch-sizes", nargs="+", type=int, default=[16], metavar="N", help="requests that run at once"
+    )
+    group.add_argument(
+        "--problems-at", nargs="+", default=[], metavar="SIZE=N", help="fewer problems at a batch size, e.g. 1=20"
+    )
+    group.add_argument("--buffer", type=int, default=128, help="kv_buffer")
+    group.add_argument("--window", type=int, default=8, help="kv_window")
+    group.add_argument("--granularity", choices=["head", "sentence"], default="head", help="kv_granularity")
+    group.add_argument("--no-protect-prompt", action="store_true", help="evict the prompt too, as the paper does")
+    group.add_argument(
+        "--policy-config",
+        type=_json_object,
+        default={},
+        metavar="JSON",
+        help="parameters of the first policy that is not full; the others keep their defaults",
+    )
+    group = parser.add_argument_group("how answers are generated")
+    group.add_argument("--samples", type=int, default=1, help="per problem; accuracy is their mean (pass@1)")
+    group.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
+    group.add_argument("--top-p", type=float, default=1.0)
+    group.add_argument("--seed", type=int, default=0, help="of sampling")
+    group.add_argument("--max-tokens", type=int, default=8192, help="generated at most, per answer")
+    group.add_argument(
+        "--engine",
+        type=_json_object,
+        default={},
+        metavar="JSON",
+        help='arguments of vllm.LLM, e.g. {"dtype": "float32"}',
+    )
+    group.add_argument("--separate-arms", action="store_true", help="one arm after the other, and the time of each")
+
+
+def _add_execution(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("execution")
+    group.add_argument("--out", type=Path, required=True, help="folder; a stopped run in it is resumed")
+    group.add_argument("--processes", type=int, default=1, help="engines at once, each on its share of the cores")
+    group.add_argument("--require-batch-invariance", action="store_true", help=REQUIRE_HELP)
+    group.add_argument(
+        "--allow-code-execution", action="store_true", help="run programs that the model writes (livecodebench)"
+    )
+
+
+def _run(args: argparse.Namespace, command: Sequence[str]) -> int:
+    settings = Settings(
+        model=args.model,
+        data=args.data,
+        policies=tuple(args.policies),
+        budgets=tuple(args.budgets) if set(args.policies) != {FULL} else (),
+        batch_sizes=tuple(args.batch_sizes),
+        split=args.split,
+        jsonl=args.jsonl,
+        problems=args.problems,
+        problems_at=_problems_at(args.problems_at),
+        samples=args.samples,
+        temperature=args.temperature,
+        top_p=args.top_p,
+        seed=args.seed,
+        max_tokens=args.max_tokens,
+        buffer=args.buffer,
+        window=args.window,
+        granularity=args.granularity,
+        protect_prompt=not args.no_protect_prompt,
+        policy_config=args.policy_config,
+        separate_arms=args.separate_arms,
+        engine=args.engine,
+    )
+    _execute(settings, args.out, args.processes, args.allow_code_execution, command)
+    summary = _load_summary(args.out)
+    page = write_report(summary, args.out)
+    print_table(summary, print)
+    print(f"\nreport: {page}")
+    return _batch_invariance(summary, args.require_batch_invariance)
+
+
+def _execute(settings: Settings, out: Path, processes: int, allow_code: bool, command: Sequence[str]) -> None:
+    for name in settings.policies:
+        make_policy(name, settings.policy_config if settings.evicting[:1] == (name,) else {})
+    Run(settings, out, processes=processes, allow_code_execution=allow_code, command=command)()
+
+
+def _load_summary(out: Path) -> Summary:
+    return summarise(*load(out))
+
+
+def _report(args: argparse.Namespace, command: Sequence[str]) -> int:
+    status = 0
+    for folder in args.folders:
+        summary = _load_summary(folder)
+        out = folder if args.out is None else args.out / folder.name
+        print_table(summary, print)
+        print(f"\nreport: {write_report(summary, out)}")
+        status = max(status, _batch_invariance(summary, args.require_batch_invariance))
+    return status
+
+
+def _tiny(args: argparse.Namespace, command: Sequence[str]) -> int:
+    from skipkv_vllm import bundled_model
+
+    settings = Settings(
+        model=args.model or _relative(bundled_model()),
+        data="tiny",
+        policies=tuple(args.policies),
+        budgets=tuple(args.budgets),
+        batch_sizes=(16, 1),
+        split=args.split,
+        problems=args.problems,
+        problems_at={1: args.problems_at_1},
+        max_tokens=args.max_tokens,
+        buffer=args.buffer,
+        policy_config=args.policy_config,
+        engine=TINY_ENGINE,
+    )
+    _execute(settings, args.out, args.processes, False, command)
+    summary = _load_summary(args.out)
+    results = args.docs / TINY.parent
+    draw(summary, results, TINY_FIGURES)
+    write_summary(summary, args.docs / TINY)
+    write_report(summary, args.out)
+    print_table(summary, print)
+    print(f"\nreport: {args.out / 'report.html'}; docs: {write_docs(args.docs)}")
+    return _batch_invariance(summary, required=True)
+
+
+def _docs(args: argparse.Namespace, command: Sequence[str]) -> int:
+    print(f"wrote {write_docs(args.docs)}")
+    return 0
+
+
+def _batch_invariance(summary: Summary, required: bool) -> int:
+    """Say what the batch size changed; 1 if that is not allowed."""
+    changed = [row for row in summary["batch_invariance"] if row["other_answer"]]
+    for row in changed:
+        first, other = row["batch_sizes"]
+        print(
+            f"{'error: ' if required else ''}{row['policy']} {row['budget'] or ''}: {row['other_answer']} of "
+            f"{row['compared']} answers differ between batch sizes {first} and {other}",
+            file=sys.stderr,
+        )
+    return int(required and bool(changed))
+
+
+def _relative(path: str) -> str:
+    """Relative to the working directory where it is below, so that a record reads the same everywhere."""
+    own = Path(path)
+    return str(own.relative_to(Path.cwd())) if own.is_relative_to(Path.cwd()) else path
+
+
+def _problems_at(values: Sequence[str]) -> dict[int, int]:
+    try:
+        pairs = [value.split("=") for value in values]
+        return {int(size): int(count) for size, count in pairs}
+    except ValueError:
+        raise UsageError(f"--problems-at {' '.join(values)}: write SIZE=N, e.g. --problems-at 1=20") from None
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not JSON ({error}); quote it for the shell") from None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"{text!r} is JSON but not an object")
+    return value
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,93 @@
+"""`docs/results.md`: the bundled model's figures, and the paper's beside the commands that would reproduce them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from .plots import FIGURES
+from .report import NOTES, arms_table, batch_table, headline, provenance, setting, table, versus_table
+from .summary import OURS, Summary
+
+DOCS = Path("docs")
+TINY = Path("results", "tiny.json")
+TINY_FIGURES = "tiny-"
+PAPER = Path(__file__).with_name("paper.json")
+
+ORIGIN = {
+    "figure": "Read off a figure (accuracies to about 0.2 points, lengths to about 0.5 %; `~` where markers overlap).",
+    "table": "From a table of the paper.",
+}
+
+
+def write_docs(docs: Path) -> Path:
+    """Write `results.md` from `results/tiny.json`.
+
+    Returns:
+        The file.
+    """
+    page = docs / "results.md"
+    page.write_text(results_page(json.loads((docs / TINY).read_text()), json.loads(PAPER.read_text())))
+    return page
+
+
+def write_summary(summary: Summary, path: Path) -> None:
+    """Write figures as JSON with a line per arm, so that a change is readable in a diff."""
+    parts = []
+    for key, value in summary.items():
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            rows = ",\n  ".join(json.dumps(row) for row in value)
+            parts.append(f' "{key}": [\n  {rows}\n ]')
+        else:
+            parts.append(f' "{key}": {json.dumps(value)}')
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("{\n" + ",\n".join(parts) + "\n}\n")
+
+
+def results_page(tiny: Summary, paper: dict[str, Any]) -> str:
+    """The page.
+
+    Args:
+        tiny: see `summary.summarise`.
+        paper: contents of `paper.json`.
+    """
+    figures = [f"![{title}]({TINY.parent}/{TINY_FIGURES}{name}.svg)" for name, title in FIGURES.items()]
+    parts = [
+        "# Results",
+        "Made by `make eval-tiny`, from `docs/results/tiny.json` and `benchmarks/accuracy/paper.json`; do not edit. "
+        "`python -m benchmarks.accuracy docs` writes this page again.",
+        "## The bundled model, run here",
+        "The bundled model is a toy that was trained on the kind of problem it is asked here. The figures show how "
+        "methods and budgets compare on it, not how accurate another model will be.",
+        setting(tiny),
+        headline(tiny),
+        *figures,
+        "### All figures",
+        arms_table(tiny),
+        NOTES,
+    ]
+    if tiny["versus"]:
+        parts += [f"### {OURS} against the others at equal budget", versus_table(tiny)]
+    if tiny["batch_invariance"]:
+        parts += ["### Does the batch size change an answer?", batch_table(tiny)]
+    parts += ["### How it was made", provenance(tiny), *_published(paper)]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _published(paper: dict[str, Any]) -> list[str]:
+    parts = [
+        "## Published results, not run here",
+        f"The figures below are those of {paper['source']}. None of them was measured here: they need a GPU and the "
+        "real weights. The command below each table would reproduce it with this package.",
+        "\n".join(f"- {line}" for line in paper["conditions"]),
+    ]
+    for each in paper["tables"]:
+        words = sum(not cell.strip("~").replace(".", "").isdigit() for cell in each["rows"][0] if cell)
+        parts += [
+            f"### {each['title']}",
+            table(each["columns"], each["rows"], left=words),
+            f"{ORIGIN[each['origin']]} {each['note']}",
+            f"**Not run here.** To reproduce:\n\n```\n{each['command']}\n```",
+        ]
+    return parts

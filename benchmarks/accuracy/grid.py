@@ -1,0 +1,181 @@
+"""What is run: policies x budgets x batch sizes, and everything else that decides what comes out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, NamedTuple
+
+from skipkv_vllm.scheduler.planner import Limits
+
+from . import UsageError
+
+FULL = "full"
+
+
+class Arm(NamedTuple):
+    """One cell of the grid: a policy at a budget of tokens (0 for `full`) and a batch size."""
+
+    policy: str
+    budget: int
+    batch_size: int
+
+    def __str__(self) -> str:
+        return f"{self.policy}{f' at {self.budget}' if self.budget else ''}, batch {self.batch_size}"
+
+
+@dataclass(frozen=True)
+class Budget:
+    """A budget as given: tokens (`512`), or a share (`25%`) of the mean generated length of `full`."""
+
+    text: str
+
+    def __post_init__(self) -> None:
+        number = self.text.removesuffix("%")
+        try:
+            valid = 0 < float(number) <= 100 if self.is_share else int(number) >= 2
+        except ValueError:
+            valid = False
+        if not valid:
+            raise UsageError(
+                f"--budgets {self.text!r} is neither a number of tokens (at least 2, e.g. 512) nor a share of the "
+                "mean generated length of full KV (above 0%, up to 100%, e.g. 25%)"
+            )
+
+    @property
+    def is_share(self) -> bool:
+        """Whether full KV must run first."""
+        return self.text.endswith("%")
+
+    def tokens(self, mean_length: float | None) -> int:
+        """The budget in tokens.
+
+        Args:
+            mean_length: mean generated length of full KV; only a share needs it.
+        """
+        if not self.is_share:
+            return int(self.text)
+        assert mean_length is not None
+        return max(2, round(mean_length * float(self.text[:-1]) / 100))
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One run. Fields of the grid may be extended when a run is resumed, all others must stay.
+
+    Attributes:
+        model: path or name.
+        data: name of the data set.
+        policies, budgets, batch_sizes: the grid; a batch size is the `max_num_seqs` of its engine.
+        split, jsonl: see `tasks.load_tasks`.
+        problems: how many; None for all.
+        problems_at: batch size -> fewer problems at that batch size.
+        samples: per problem.
+        temperature, top_p, seed: of sampling; temperature 0 is greedy.
+        max_tokens: generated at most, per sample.
+        buffer, window, granularity, protect_prompt, policy_config: `kv_...` options of the engine; the last
+            belongs to the first policy that is not `full`.
+        separate_arms: run one arm after the other, so that each has a time of its own.
+        engine: further arguments of `vllm.LLM`.
+    """
+
+    model: str
+    data: str
+    policies: tuple[str, ...]
+    budgets: tuple[str, ...]
+    batch_sizes: tuple[int, ...]
+    split: str | None = None
+    jsonl: str | None = None
+    problems: int | None = None
+    problems_at: dict[int, int] = field(default_factory=dict)
+    samples: int = 1
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+    max_tokens: int = 8192
+    buffer: int = 128
+    window: int = 8
+    granularity: str = "head"
+    protect_prompt: bool = True
+    policy_config: dict[str, Any] = field(default_factory=dict)
+    separate_arms: bool = False
+    engine: dict[str, Any] = field(default_factory=dict)
+
+    GROWS = ("policies", "budgets", "batch_sizes")
+
+    def __post_init__(self) -> None:
+        for flag, values in (("--policies", self.policies), ("--batch-sizes", self.batch_sizes)):
+            if not values or len(set(values)) < len(values):
+                raise UsageError(f"{flag} {' '.join(map(str, values))!r}: give at least one, and each once")
+        for flag, value in (("--samples", self.samples), ("--max-tokens", self.max_tokens), ("--buffer", self.buffer)):
+            _check_at_least(flag, value, 1)
+        if self.problems is not None:
+            _check_at_least("--problems", self.problems, 1)
+        for size in self.batch_sizes:
+            _check_at_least("--batch-sizes", size, 1)
+        for size, count in self.problems_at.items():
+            _check_at_least(f"--problems-at {size}", count, 1)
+            if size not in self.batch_sizes:
+                allowed = ", ".join(map(str, self.batch_sizes))
+                raise UsageError(f"--problems-at {size}={count}: {size} is not one of --batch-sizes: {allowed}")
+        if self.temperature < 0:
+            raise UsageError(f"--temperature {self.temperature} is negative; 0 is greedy, R1 models use 0.6")
+        if not 0 < self.top_p <= 1:
+            raise UsageError(f"--top-p {self.top_p} is out of range; allowed: above 0, up to 1")
+        if self.samples > 1 and self.temperature == 0:
+            raise UsageError(
+                f"--samples {self.samples} with --temperature 0 would give {self.samples} equal samples; "
+                "set a temperature, e.g. 0.6, or --samples 1"
+            )
+        parsed = [Budget(text) for text in self.budgets]
+        if self.evicting and not parsed:
+            raise UsageError(f"--budgets is empty, but {', '.join(self.evicting)} needs one, e.g. --budgets 25% 512")
+        if any(budget.is_share for budget in parsed) and FULL not in self.policies:
+            raise UsageError(
+                "--budgets with % are shares of the length of full KV; add full to --policies, or give tokens"
+            )
+
+    @property
+    def evicting(self) -> tuple[str, ...]:
+        """The policies that are not `full`."""
+        return tuple(name for name in self.policies if name != FULL)
+
+    def count(self, batch_size: int, available: int) -> int:
+        """Problems at a batch size."""
+        return min(self.problems_at.get(batch_size, available), available)
+
+    def tokens(self, mean_length: float | None) -> dict[str, int]:
+        """Budget as given -> tokens.
+
+        Raises:
+            UsageError: two budgets are the same number of tokens.
+        """
+        resolved = {text: Budget(text).tokens(mean_length) for text in self.budgets}
+        if len(set(resolved.values())) < len(resolved):
+            raise UsageError(f"--budgets: some are the same number of tokens, give each once: {resolved}")
+        return resolved
+
+    def arms(self, batch_size: int, budgets: Sequence[int]) -> list[Arm]:
+        """All arms of a batch size but `full`, budget by budget."""
+        return [Arm(policy, budget, batch_size) for budget in budgets for policy in self.evicting]
+
+    def limits(self, budget: int, prompt_tokens: int) -> Limits:
+        """What a request may hold."""
+        return Limits(budget, self.buffer, self.window, prompt_tokens if self.protect_prompt else 0)
+
+    def to_json(self) -> dict[str, Any]:
+        """For `run_info.json`; `from_json` reads it."""
+        values = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+        return values | {"problems_at": {str(size): count for size, count in self.problems_at.items()}}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Settings:
+        """Read what `to_json` wrote."""
+        changed: dict[str, Any] = {key: tuple(values[key]) for key in cls.GROWS}
+        changed["problems_at"] = {int(size): count for size, count in values["problems_at"].items()}
+        return cls(**values | changed)
+
+
+def _check_at_least(flag: str, value: int, low: int) -> None:
+    if value < low:
+        raise UsageError(f"{flag} {value} is out of range; allowed: at least {low}")

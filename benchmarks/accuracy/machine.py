@@ -1,0 +1,78 @@
+"""What a run ran on: versions, commit, processor."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("skipkv-vllm", "vllm", "torch", "transformers", "tokenizers", "math-verify", "lighteval", "datasets")
+SMALL = 64 * 2**20
+
+
+def versions() -> dict[str, str]:
+    """Version of Python and of every package that may change a result; those installed."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def commit() -> str:
+    """The commit of this source tree, with "-dirty" where tracked files differ from it."""
+    try:
+        return subprocess.run(
+            ["git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def machine() -> dict[str, Any]:
+    """Processor, its cores that this process may use, memory in GiB, and GPUs."""
+    found: dict[str, Any] = {"cpu": _cpu(), "cores": len(os.sched_getaffinity(0))}
+    found["memory_gib"] = round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30)
+    found["gpus"] = _gpus()
+    return found
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _gpus() -> list[str]:
+    try:
+        query = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader"]
+        return subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip().splitlines()
+    except (OSError, subprocess.CalledProcessError):
+        return []
+
+
+def fingerprint(path: str) -> str:
+    """Digest of a file or of a model's folder, or of the name where there is no such folder.
+
+    Files above 64 MiB count with their name and size only, because reading a large model takes minutes.
+    """
+    digest = hashlib.sha256(b"" if Path(path).exists() else path.encode())
+    root = Path(path)
+    for file in sorted(p for p in ([root] if root.is_file() else root.rglob("*")) if p.is_file() and p.suffix != ".md"):
+        size = file.stat().st_size
+        digest.update(f"{file.relative_to(root) if root.is_dir() else ''} {size}".encode())
+        if size <= SMALL:
+            digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,67 @@
+"""The few statistics of the report, exact where they can be, seeded where they are drawn."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+Z95 = 1.959963984540054  # of the normal distribution, two-sided 95 %
+RESAMPLES = 10_000
+
+
+class Interval(NamedTuple):
+    """A 95 % interval."""
+
+    low: float
+    high: float
+
+
+class Difference(NamedTuple):
+    """A paired difference of means and its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+def wilson(right: int, total: int) -> Interval:
+    """Wilson's score interval of a share (Wilson 1927; Brown, Cai and DasGupta 2001, eq. 4)."""
+    share, z2 = right / total, Z95**2
+    centre = (share + z2 / (2 * total)) / (1 + z2 / total)
+    half = Z95 / (1 + z2 / total) * math.sqrt(share * (1 - share) / total + z2 / (4 * total**2))
+    return Interval(max(0.0, centre - half), min(1.0, centre + half))
+
+
+def bootstrap_mean(values: Sequence[float], seed: int = 0) -> Interval:
+    """Percentile bootstrap of a mean over problems; values are per problem."""
+    _, low, high = paired_difference(values, [0.0] * len(values), seed)
+    return Interval(low, high)
+
+
+def paired_difference(ours: Sequence[float], theirs: Sequence[float], seed: int = 0) -> Difference:
+    """Mean of `ours - theirs` over problems, with a percentile bootstrap over problems (Efron 1979).
+
+    Args:
+        ours, theirs: a value per problem, in the same order.
+        seed: of the resampling.
+    """
+    differences = np.asarray(ours, float) - np.asarray(theirs, float)
+    drawn = np.random.default_rng(seed).integers(0, len(differences), (RESAMPLES, len(differences)))
+    low, high = np.percentile(differences[drawn].mean(axis=1), (2.5, 97.5))
+    return Difference(float(differences.mean()), float(low), float(high))
+
+
+def mcnemar(ours: Sequence[int], theirs: Sequence[int]) -> float:
+    """Exact two-sided p-value of McNemar's test on paired right (1) or wrong (0) answers.
+
+    The chance, were both equally good, of a split of the problems that only one got right that is at least as
+    uneven as the one seen (McNemar 1947, with the binomial distribution).
+    """
+    only_ours = sum(a > b for a, b in zip(ours, theirs, strict=True))
+    only_theirs = sum(a < b for a, b in zip(ours, theirs, strict=True))
+    discordant = only_ours + only_theirs
+    tail = sum(math.comb(discordant, i) for i in range(min(only_ours, only_theirs) + 1))
+    return float(min(1.0, 2 * tail / 2**discordant))

@@ -1,0 +1,296 @@
+"""The grid, its budgets, what a run keeps, how it resumes, and which runs do not count; no engine."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.accuracy import RunError, UsageError, checks, run, worker
+from benchmarks.accuracy.grid import Arm, Budget, Settings
+from benchmarks.accuracy.run import Run, load
+from benchmarks.accuracy.samples import Sample, SampleWriter, read_samples
+from benchmarks.tiny_reasoner.problems import problems
+
+SETTINGS = Settings(
+    model="no-such-model",
+    data="tiny",
+    policies=("full", "skipkv"),
+    budgets=("25%", "300"),
+    batch_sizes=(4, 1),
+    problems=6,
+    problems_at={1: 2},
+)
+ANSWERS = {f"held-out-{i}": problem.answer for i, problem in enumerate(problems("held-out", 6))}
+
+
+def sample(**changes: Any) -> Sample:
+    values = {
+        "policy": "skipkv",
+        "budget": 100,
+        "batch_size": 4,
+        "problem": "held-out-0",
+        "number": 0,
+        "prompt_tokens": 60,
+        "completion_tokens": 500,
+        "finish_reason": "stop",
+        "compactions": 3,
+        "evicted_tokens": 300,
+        "tokens_digest": "d",
+        "answer": "1",
+        "correct": True,
+        "text": "x",
+    }
+    return Sample(**values | changes)
+
+
+# ---- settings
+
+
+@pytest.mark.parametrize(("text", "tokens"), [("25%", 275), ("0.5%", 6), ("100%", 1101), ("512", 512), ("2", 2)])
+def test_budgets(text, tokens):
+    assert Budget(text).tokens(1100.6) == tokens
+
+
+@pytest.mark.parametrize("text", ["0%", "101%", "x%", "%", "1", "0", "-5", "1.5", "abc", ""])
+def test_bad_budgets(text):
+    with pytest.raises(UsageError, match=r"--budgets .* neither a number of tokens"):
+        Budget(text)
+
+
+def test_arms_are_policies_times_budgets():
+    settings = replace(SETTINGS, policies=("full", "skipkv", "rkv"))
+    assert settings.tokens(1000) == {"25%": 250, "300": 300}
+    assert settings.arms(4, [250, 300]) == [Arm(p, b, 4) for b in (250, 300) for p in ("skipkv", "rkv")]
+    with pytest.raises(UsageError, match="same number of tokens"):
+        settings.tokens(1200)
+
+
+def test_settings_survive_json():
+    settings = replace(SETTINGS, policy_config={"mix": 0.2}, engine={"dtype": "float32"})
+    assert Settings.from_json(json.loads(json.dumps(settings.to_json()))) == settings
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"policies": ("full", "full")}, "--policies"),
+        ({"batch_sizes": ()}, "--batch-sizes"),
+        ({"batch_sizes": (0,), "problems_at": {}}, "--batch-sizes 0 is out of range; allowed: at least 1"),
+        ({"samples": 0}, "--samples 0"),
+        ({"samples": 4}, "--samples 4 with --temperature 0"),
+        ({"temperature": -1.0}, "--temperature -1.0"),
+        ({"top_p": 0.0}, "--top-p 0.0"),
+        ({"problems": 0}, "--problems 0"),
+        ({"problems_at": {8: 3}}, "--problems-at 8=3: 8 is not one of --batch-sizes: 4, 1"),
+        ({"policies": ("skipkv",)}, "add full to --policies"),
+        ({"budgets": ()}, "--budgets is empty"),
+    ],
+)
+def test_bad_settings(changes, said):
+    with pytest.raises(UsageError) as error:
+        replace(SETTINGS, **changes)
+    assert said in str(error.value)
+
+
+def test_one_engine_serves_all_policies():
+    settings = replace(SETTINGS, policies=("full", "rkv", "skipkv", "random"), engine={"dtype": "float32"})
+    arguments = worker.engine_arguments(settings, 4)
+    assert arguments["kv_policy"] == "rkv"
+    assert arguments["kv_request_policies"] == ["skipkv", "random"]
+    assert arguments["max_num_seqs"] == 4
+    assert arguments["dtype"] == "float32"
+    assert "kv_policy" not in worker.engine_arguments(replace(SETTINGS, policies=("full",), budgets=()), 4)
+
+
+# ---- what is kept
+
+
+def test_a_cut_off_line_is_dropped_and_overwritten(tmp_path):
+    path = tmp_path / "results.jsonl"
+    writer = SampleWriter(path)
+    writer.write([sample(number=0), sample(number=1)])
+    writer.close()
+    with path.open("a") as file:
+        file.write('{"policy": "ful')
+    assert [s.number for s in read_samples(path)] == [0, 1]
+    writer = SampleWriter(path)
+    writer.write([sample(number=2)])
+    writer.close()
+    assert read_samples(path) == [sample(number=i) for i in range(3)]
+
+
+def test_a_line_that_is_no_sample_is_named(tmp_path):
+    path = tmp_path / "results.jsonl"
+    path.write_text("{}\n")
+    with pytest.raises(UsageError, match="line 1 is not a sample"):
+        read_samples(path)
+
+
+# ---- running, with workers that only pretend
+
+
+class FakePool:
+    """Answers everything at once; the class attributes say how and record what was asked."""
+
+    asked: list[worker.Request] = []
+    stop_after = 10**9
+    compactions = 2
+    wrong: set[Arm] = set()
+
+    def __init__(self, settings: Settings, batch_size: int, processes: int, cores: list[int], out: Path) -> None:
+        self.kv_bytes_per_token = 2048
+
+    def answers(self, shares):
+        for request in (request for share in shares for request in share):
+            if len(FakePool.asked) >= FakePool.stop_after:
+                raise KeyboardInterrupt
+            FakePool.asked.append(request)
+            right = ANSWERS[request.problem] + (request.arm in FakePool.wrong)
+            yield worker.Answer(
+                request,
+                prompt_tokens=60,
+                completion_tokens=1000,
+                finish_reason="stop",
+                compactions=0 if request.arm.policy == "full" else FakePool.compactions,
+                evicted_tokens=0,
+                tokens_digest=f"{request.problem}",
+                text=f"</think>\\boxed{{{right}}}",
+            )
+
+    def start(self) -> None:
+        pass
+
+    def stop(self, patience: float) -> None:
+        pass
+
+
+@pytest.fixture
+def pool(monkeypatch):
+    monkeypatch.setattr(run, "Pool", FakePool)
+    monkeypatch.setattr(FakePool, "asked", [])
+    monkeypatch.setattr(FakePool, "stop_after", 10**9)
+    monkeypatch.setattr(FakePool, "compactions", 2)
+    return FakePool
+
+
+def test_full_runs_first_and_settles_the_budgets(pool, tmp_path):
+    Run(SETTINGS, tmp_path, command=["x"])()
+    assert {request.arm.policy for request in pool.asked[:6]} == {"full"}
+    settings, info, samples = load(tmp_path)
+    assert settings == SETTINGS
+    assert info["budgets"] == {"25%": 250, "300": 300}
+    assert info["full_mean_length"] == 1000
+    assert info["complete"]
+    assert info["failures"] == []
+    assert len(samples) == 3 * 6 + 3 * 2
+    assert all(s.correct for s in samples)
+
+
+def test_seeds_are_the_same_in_every_arm(pool, tmp_path):
+    Run(replace(SETTINGS, temperature=0.6, samples=2), tmp_path)()
+    seeds = {(r.problem, r.number): set() for r in pool.asked}
+    for request in pool.asked:
+        seeds[request.problem, request.number].add(request.seed)
+    assert all(len(found) == 1 for found in seeds.values())
+    assert len({seed for found in seeds.values() for seed in found}) == 12
+
+
+@pytest.mark.parametrize("stop_after", [0, 1, 3, 6, 8, 19])
+def test_a_stopped_run_goes_on_where_it_was(stop_after, pool, tmp_path):
+    Run(SETTINGS, tmp_path / "whole")()
+    pool.asked.clear()
+    pool.stop_after = stop_after
+    with pytest.raises(KeyboardInterrupt):
+        Run(SETTINGS, tmp_path / "stopped")()
+    with pytest.raises(UsageError, match="not complete"):
+        load(tmp_path / "stopped")
+    pool.stop_after = 10**9
+    Run(SETTINGS, tmp_path / "stopped")()
+    assert len(pool.asked) == len({(r.arm, r.problem, r.number) for r in pool.asked}) == 24
+    whole, stopped = load(tmp_path / "whole"), load(tmp_path / "stopped")
+    assert stopped[2] == whole[2]
+    assert stopped[1]["budgets"] == whole[1]["budgets"]
+    asked = len(pool.asked)
+    Run(SETTINGS, tmp_path / "stopped")()
+    assert len(pool.asked) == asked
+
+
+def test_a_resumed_run_must_be_the_same_run(pool, tmp_path):
+    Run(SETTINGS, tmp_path)()
+    with pytest.raises(UsageError, match=r"(?s)other settings.*max_tokens: was 8192, is 100"):
+        Run(replace(SETTINGS, max_tokens=100), tmp_path)
+    with pytest.raises(UsageError, match="policies: skipkv must not be left out"):
+        Run(replace(SETTINGS, policies=("full", "rkv")), tmp_path)
+    Run(replace(SETTINGS, policies=("full", "skipkv", "rkv")), tmp_path)()
+    assert {s.policy for s in load(tmp_path)[2]} == {"full", "skipkv", "rkv"}
+    (tmp_path / "run_info.json").unlink()
+    with pytest.raises(UsageError, match=r"has a results.jsonl but no run_info.json"):
+        Run(SETTINGS, tmp_path)
+
+
+def test_separate_arms_are_timed(pool, tmp_path):
+    Run(replace(SETTINGS, separate_arms=True), tmp_path)()
+    assert set(load(tmp_path)[1]["arm_seconds"]) == {
+        f"{arm}, batch {size}" for size in (4, 1) for arm in ("full", "skipkv at 250", "skipkv at 300")
+    }
+
+
+def test_a_run_that_did_not_compact_fails(pool, tmp_path):
+    pool.compactions = 0
+    with pytest.raises(RunError, match="skipkv at 250, batch 4, held-out-0, sample 0: no compaction"):
+        Run(SETTINGS, tmp_path)()
+    assert load(tmp_path)[1]["failures"]
+
+
+def test_too_many_processes(pool, tmp_path):
+    with pytest.raises(UsageError, match="--processes 10000 is out of range"):
+        Run(SETTINGS, tmp_path, processes=10000)
+
+
+def test_every_worker_has_its_share_of_the_problems(monkeypatch, tmp_path):
+    seen = []
+
+    class Recorder(FakePool):
+        def answers(self, shares):
+            seen.append([{request.problem for request in share} for share in shares])
+            yield from super().answers(shares)
+
+    monkeypatch.setattr(run, "Pool", Recorder)
+    monkeypatch.setattr(run.os, "sched_getaffinity", lambda _: {0, 1})
+    Run(SETTINGS, tmp_path, processes=2)()
+    assert seen[0] == [{"held-out-0", "held-out-2", "held-out-4"}, {"held-out-1", "held-out-3", "held-out-5"}]
+    assert all(not (a & b) for a, b in seen)
+
+
+# ---- which runs count
+
+
+def test_the_shortest_answer_that_must_compact():
+    # bound = 100 + 128 = 228 tokens: the step that starts with 228 computed tokens compacts.
+    long, short = sample(completion_tokens=170, compactions=0), sample(completion_tokens=169, compactions=0)
+    assert checks.must_have_compacted(long, SETTINGS)
+    assert not checks.must_have_compacted(short, SETTINGS)
+    assert not checks.must_have_compacted(replace(long, policy="full"), SETTINGS)
+
+
+def test_a_long_prompt_raises_the_bound():
+    # prompt 300 + window 8 + buffer 128 = 436
+    protected = sample(prompt_tokens=300, completion_tokens=137, compactions=0)
+    assert not checks.must_have_compacted(protected, SETTINGS)
+    assert checks.must_have_compacted(replace(protected, completion_tokens=138), SETTINGS)
+    assert checks.must_have_compacted(protected, replace(SETTINGS, protect_prompt=False))
+
+
+def test_failures():
+    good = [sample(), sample(problem="held-out-1", completion_tokens=20, compactions=0)]
+    assert checks.failures(good, SETTINGS) == []
+    assert "full KV reports 3" in checks.failures([sample(policy="full", budget=0)], SETTINGS)[0]
+    # Longer than the budget on average, but below the bound: nothing was demanded, nothing was measured.
+    (text,) = checks.failures([sample(completion_tokens=100, compactions=0)], SETTINGS)
+    assert "no compaction in any of 1 answers" in text
+    assert checks.failures([sample(budget=400, completion_tokens=100, compactions=0)], SETTINGS) == []
+    assert "and 5 more" in checks.describe([str(i) for i in range(15)])
