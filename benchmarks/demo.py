@@ -7,6 +7,7 @@ python -m benchmarks.demo --keep     # what `make serve` runs: leave the server 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +19,7 @@ from openai import OpenAI
 from skipkv_vllm import bundled_model
 
 from .server import ServerError, metrics, serve
+from .tiny_reasoner import SKIPKV_PARAMETERS
 from .tiny_reasoner.problems import Problem, extract_answer, problems
 
 MODEL = "tiny-reasoner"
@@ -45,8 +47,7 @@ def server_arguments(budget: int, buffer: int) -> list[str]:
         "--kv-policy": "skipkv",
         "--kv-budget": budget,
         "--kv-buffer": buffer,
-        # This model's repeats have a cosine of 0.74 to 0.87, 99 % of its other pairs one below 0.85.
-        "--kv-policy-config": '{"similarity_threshold": 0.85}',
+        "--kv-policy-config": json.dumps(SKIPKV_PARAMETERS),
         "--block-size": 32,
         "--max-model-len": MAX_MODEL_LEN,
         "--max-num-seqs": 16,
@@ -115,7 +116,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--prompts", type=int, default=16)
-    parser.add_argument("--budget", type=int, default=512)
+    parser.add_argument("--budget", type=int, default=256)
     parser.add_argument("--buffer", type=int, default=64)
     parser.add_argument("--keep", action="store_true", help="only serve, until Ctrl-C")
     args = parser.parse_args()

@@ -24,7 +24,7 @@ NUM_SINKS = {"streaming_llm": 4}
 MIX = 0.1
 SIMILAR_KEYS = 0.5
 # Repeats of a sentence in the bundled model's thoughts have a cosine of 0.74 to 0.87.
-SIMILAR_SENTENCES = 0.75
+SIMILAR_SENTENCES = 0.85
 POOL_KERNEL = 7
 EPSILON = 1e-8
 H2O_RECENT_SHARE = 0.5

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.tiny_reasoner import SKIPKV_PARAMETERS
 from skipkv_vllm.errors import KVPolicyError
 from skipkv_vllm.policies import make_policy, policy_names
 
@@ -85,10 +86,10 @@ def _parser() -> argparse.ArgumentParser:
     tiny.add_argument("--policies", nargs="+", default=list(TINY_POLICIES), metavar="POLICY")
     tiny.add_argument("--budgets", nargs="+", default=list(TINY_BUDGETS), metavar="B")
     tiny.add_argument("--problems", type=int, default=200)
-    tiny.add_argument("--problems-at-1", type=int, default=4, metavar="N", help="problems at batch size 1")
+    tiny.add_argument("--problems-at-1", type=int, default=10, metavar="N", help="problems at batch size 1")
     tiny.add_argument("--max-tokens", type=int, default=1600)
     tiny.add_argument("--buffer", type=int, default=128)
-    tiny.add_argument("--policy-config", type=_json_object, default={}, metavar="JSON", help="of skipkv")
+    tiny.add_argument("--policy-config", type=_json_object, default=SKIPKV_PARAMETERS, metavar="JSON", help="of skipkv")
     tiny.add_argument("--out", type=Path, default=TINY_OUT)
     tiny.add_argument("--docs", type=Path, default=DOCS, help="folder to write results.md and results/ into")
     tiny.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)), help="engines at once")

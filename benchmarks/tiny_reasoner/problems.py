@@ -1,10 +1,12 @@
 """Generated arithmetic problems with long, sentence-structured, repetitive chains of thought.
 
-A problem gives some one-letter values and rules that add two earlier values (modulo 10). The chain of
-thought works the rules off one by one. After a step the value alone decides what follows: an even value
-is checked again ("Wait, ..."), a value of seven or more is also derived the other way round
-("Alternatively, ..."). So verification is long and repetitive, as in real reasoning models, but
-predictable from the text, and it ends.
+A problem gives two sums ("givens") and a list of rules, each of which adds two values found before, modulo 10.
+The chain of thought reads the givens and works off the rules. Each rule's value is stated once, where it is
+found. After each rule the text doubts itself up to six times ("Wait, is that right?"); a doubt reads both
+givens once more, in the same words, and confirms. The question asks for the sum of two rules' values.
+
+So most sentences repeat an earlier one, as in real reasoning models, only more so. What must be remembered are
+the sentences that are not repeated: values found once, some needed hundreds of tokens later.
 """
 
 from __future__ import annotations
@@ -16,6 +18,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 MODULUS = 10
+NUM_GIVENS = 2
+NAMES = string.ascii_lowercase[:16]
+FULL_RULES = (4, 4)
+DOUBTS = (
+    "Wait, check again.\n\n",
+    "Wait, is that right?\n\n",
+    "Wait, start over.\n\n",
+    "Wait, try another way.\n\n",
+    "Wait, hold on.\n\n",
+    "Wait, once more.\n\n",
+)
 
 # First seed of each split. A split draws problem i with seed `SPLITS[split] + i`, so splits never meet.
 SPLITS = {"train": 1_000_000_000, "dev": 500_000_000, "held-out": 1_000_000, "demo": 2_000_000}
@@ -35,48 +48,46 @@ class Problem:
         return f"{self.thoughts}</think>\n\nThe answer is \\boxed{{{self.answer}}}."
 
 
-def make_problem(seed: int, *, steps: int | None = None, givens: int | None = None) -> Problem:
+def make_problem(seed: int, *, rules: tuple[int, int] = FULL_RULES, doubt: tuple[float, float] = (1.0, 1.0)) -> Problem:
     """Draw one problem.
 
     Args:
         seed: decides everything that the other arguments leave open.
-        steps: number of rules (1-20); drawn from 12-20 when omitted, which makes traces of 500-900 tokens.
-        givens: number of given values (2-6); drawn from 3-6 when omitted.
+        rules: least and most number of rules, at least 2.
+        doubt: least and most probability of each doubt; drawn once a problem.
     """
     rng = random.Random(seed)
-    n_givens = givens if givens is not None else rng.randint(3, 6)
-    n_steps = steps if steps is not None else rng.randint(12, 20)
-    names = rng.sample(string.ascii_lowercase, n_givens + n_steps)
-    value = {name: rng.randrange(MODULUS) for name in names[:n_givens]}
-    stated = ", ".join(f"{name}: {value[name]}" for name in names[:n_givens])
+    n_rules, doubts = rng.randint(*rules), rng.uniform(*doubt)
+    names = rng.sample(NAMES, NUM_GIVENS + n_rules)
+    given, found = names[:NUM_GIVENS], names[NUM_GIVENS:]
+    value: dict[str, int] = {}
+    stated, listed, readings = [], [], []
+    for name in given:
+        x, y = rng.randrange(MODULUS), rng.randrange(MODULUS)
+        value[name] = (x + y) % MODULUS
+        stated.append(f"{name} = {x} + {y}")
+        readings.append(f"Read {name} = {x} + {y}, so {name}: {value[name]}.\n\n")
 
-    rules, thoughts = [], []
-    for i, name in enumerate(names[n_givens:], start=1):
-        a, b = rng.sample(names[: n_givens + i - 1], 2)
-        total = value[a] + value[b]
-        value[name] = total % MODULUS
-        rules.append(f"Rule {i}: {name} = {a} + {b}.\n")
-        work = f"{name} = {a} + {b}, where {a}: {value[a]} + {b}: {value[b]} = {total}, so {name}: {value[name]}.\n\n"
-        thoughts.append(f"Step {i}: {work}")
-        if value[name] % 2 == 0:
-            thoughts.append(f"Wait, let me check that again: {work}")
-        if value[name] >= 7:
-            thoughts.append(f"Alternatively, {b}: {value[b]} and {a}: {value[a]} also give {name}: {value[name]}.\n\n")
-    asked = rng.choice(names[n_givens:])
-    thoughts.append(f"All rules are done, so {asked}: {value[asked]}.\n")
-    question = f"All sums are modulo 10. Given {stated}.\n{''.join(rules)}What is {asked}?"
-    return Problem(question, "".join(thoughts), value[asked])
+    thoughts = [*readings]
+    for i, name in enumerate(found):
+        # One operand is a rule's value where there is one, however far back it was found.
+        first = rng.choice(found[:i] or given)
+        operands = [first, rng.choice([other for other in given + found[:i] if other != first])]
+        rng.shuffle(operands)
+        a, b = operands
+        value[name] = (value[a] + value[b]) % MODULUS
+        listed.append(f"{name} = {a} + {b}")
+        thoughts.append(f"Find {name} = {a}: {value[a]} + {b}: {value[b]}, so {name}: {value[name]}.\n\n")
+        for words in DOUBTS:
+            if rng.random() >= doubts:
+                break
+            thoughts += [words, *readings, f"So {name} holds.\n\n"]
 
-
-def make_recall(seed: int, bindings: int) -> Problem:
-    """Draw a pure look-up exercise, the first level of the training curriculum."""
-    rng = random.Random(seed)
-    names = rng.sample(string.ascii_lowercase, bindings)
-    value = {name: rng.randrange(MODULUS) for name in names}
-    stated = ", ".join(f"{name}: {value[name]}" for name in names)
-    queries = [rng.choice(names) for _ in range(12)]
-    recalled = "".join(f"Recall {name}: {value[name]}.\n\n" for name in queries)
-    return Problem(f"Given {stated}.\nRecall.", recalled, value[queries[-1]])
+    a, b = rng.sample(found, 2)
+    answer = (value[a] + value[b]) % MODULUS
+    thoughts.append(f"Done, so {a}: {value[a]} + {b}: {value[b]} = {answer}.\n")
+    question = f"Modulo 10, given {', '.join(stated)}. Rules {', '.join(listed)}. What is {a} + {b}?"
+    return Problem(question, "".join(thoughts), answer)
 
 
 def problems(split: str, count: int) -> Iterator[Problem]:

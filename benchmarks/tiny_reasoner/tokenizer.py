@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import string
-
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from .problems import make_problem, make_recall
+from .problems import NAMES, make_problem
 
 VOCAB_SIZE = 640  # more than the corpus can fill, so that every word of it becomes one token
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 THINK_TOKENS = ["<think>", "</think>"]
 
-# A name and its colon, a rule's number and its colon, and a number up to 18 are one token each: with the name
-# and "is" in separate tokens a model of this size does not learn to look values up. They are added tokens,
-# because loaders give every Qwen2 checkpoint Qwen2's own splitting rule, which would take them apart.
+# A name with its colon or equals sign, and a number, are one token each: a model of this size learns to look up
+# what follows one token, not what follows two. They are added tokens, because loaders give every Qwen2
+# checkpoint Qwen2's own splitting rule, which would take them apart.
 WHOLE_TOKENS = [
-    *(f" {letter}:" for letter in string.ascii_lowercase),
-    *(f" {rule}:" for rule in range(1, 21)),
-    *(f" {number}" for number in range(19)),
+    *(f" {letter}:" for letter in NAMES),
+    *(f" {letter} =" for letter in NAMES),
+    *(f" {number}" for number in range(11)),
 ]
 
 QWEN2_SPLIT = (
@@ -58,9 +56,8 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         ]
     )
     tokenizer.decoder = decoders.ByteLevel()
-    corpus = [ENGLISH * 20]
+    corpus = [ENGLISH * 20, "user\nassistant\n" * 20]
     corpus += [p.question + p.completion for p in (make_problem(seed) for seed in range(400))]
-    corpus += [p.question + p.completion for p in (make_recall(seed, 16) for seed in range(40))]
     trainer = trainers.BpeTrainer(
         vocab_size=VOCAB_SIZE,
         special_tokens=SPECIAL_TOKENS,
