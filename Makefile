@@ -1,7 +1,7 @@
 # Every target sets up what it needs; see scripts/bootstrap.sh.
 PY := .venv/bin/python
 
-.PHONY: demo serve test lint setup dev train eval-tiny clean
+.PHONY: demo serve test lint setup dev train eval-tiny build build-cuda sanitize bench-kernels clean
 
 demo: setup        ## serve the bundled model with SkipKV and show what it saved against full KV
 	@$(PY) -m benchmarks.demo
@@ -20,7 +20,20 @@ lint: dev          ## ruff and mypy
 eval-tiny: dev     ## accuracy, length and memory of every policy on the bundled model; writes docs/results*
 	@$(PY) -m benchmarks.accuracy tiny
 
-train: dev         ## train the bundled model again (about an hour on one core)
+build: setup       ## compile the C++ operators again, in place
+	@$(PY) setup.py -q build_ext --inplace
+
+build-cuda: setup  ## compile the CUDA operators with nvcc, whether or not this PyTorch can load them
+	@SKIPKV_BUILD_CPU=0 SKIPKV_BUILD_CUDA=1 $(PY) setup.py -q build_ext --build-lib build/cuda --build-temp build/cuda-objects
+	@ls -l build/cuda/skipkv_vllm/ops/_skipkv_cuda.so
+
+sanitize: dev      ## the operators' tests with AddressSanitizer and UndefinedBehaviorSanitizer
+	@scripts/sanitize.sh
+
+bench-kernels: dev ## time the operators against PyTorch and R-KV-style code; writes docs/results/kernels.json
+	@$(PY) -m benchmarks.kernels
+
+train: dev         ## train the bundled model again (about 25 minutes on two cores)
 	@$(PY) -m benchmarks.tiny_reasoner.train
 
 setup:
@@ -30,4 +43,4 @@ dev:
 	@scripts/bootstrap.sh dev
 
 clean:             ## remove the environment and everything that was built
-	rm -rf .venv build *.egg-info
+	rm -rf .venv build *.egg-info skipkv_vllm/ops/*.so

@@ -189,6 +189,7 @@ def train(args: argparse.Namespace) -> None:
 
     def save() -> None:
         state_file.parent.mkdir(parents=True, exist_ok=True)
+        partial = state_file.with_suffix(".partial")
         torch.save(
             {
                 "model": model.state_dict(),
@@ -197,8 +198,9 @@ def train(args: argparse.Namespace) -> None:
                 "level": level,
                 "final_step": final_step,
             },
-            state_file,
+            partial,
         )
+        partial.replace(state_file)  # so that a power cut leaves the old one
         model.save_pretrained(args.out)
         tokenizer.save_pretrained(args.out)
 

@@ -28,6 +28,17 @@ def _root() -> None:
     pass
 
 
+@app.command("doctor")
+def _doctor() -> None:
+    """Say what is installed and what runs each operator; exits with 1 if something needs attention."""
+    from . import doctor
+
+    findings = doctor.examine()
+    typer.echo("\n".join(findings.lines).rstrip())
+    if not findings.healthy:
+        raise typer.Exit(1)
+
+
 @trace_app.command("view")
 def _view(
     file: Annotated[Path, typer.Argument(help="A trace: one .safetensors file of the folder of --kv-trace-dir.")],

@@ -1,5 +1,23 @@
-"""The tensor operations of the package. Each is defined by its PyTorch reference in `reference.py`."""
+"""The tensor operations of the package.
 
+`torch.ops.skipkv.*` work on a batch of requests and all layers at once; `schema.py` has their signatures, `batched.py`
+what they compute, `dispatch.py` which backend runs them. `reference.py` has the PyTorch definitions for one
+request and layer that policies are written in.
+"""
+
+from .batched import RULES
+from .dispatch import function, report, warn_if_slow
 from .reference import EPSILON, attention_received, importance, move_list, redundancy, sentence_penalties
 
-__all__ = ["EPSILON", "attention_received", "importance", "move_list", "redundancy", "sentence_penalties"]
+__all__ = [
+    "EPSILON",
+    "RULES",
+    "attention_received",
+    "function",
+    "importance",
+    "move_list",
+    "redundancy",
+    "report",
+    "sentence_penalties",
+    "warn_if_slow",
+]

@@ -6,7 +6,7 @@ import dataclasses
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from enum import Flag, auto
-from typing import TYPE_CHECKING, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from ..errors import KVPolicyError
 
@@ -59,6 +59,15 @@ class View:
 
 
 @dataclass(frozen=True)
+class TokenScore:
+    """Parameters of the operator `score_tokens`; see `ops/batched.py`. The penalty is that of `View`, if needed."""
+
+    pool: int
+    mix: float
+    redundancy_threshold: float
+
+
+@dataclass(frozen=True)
 class Policy(ABC):
     """An eviction method. Subclasses are frozen dataclasses whose fields are its hyper-parameters."""
 
@@ -68,6 +77,18 @@ class Policy(ABC):
     @abstractmethod
     def score(self, view: View) -> Tensor:
         """Score every held token of one layer: float32 `[H, L]`, higher is kept longer."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        # A subclass with a score of its own must not inherit the operator that computes its parent's.
+        if "score" in vars(cls) and "token_score" not in vars(cls):
+            cls.token_score = None  # type: ignore[assignment]
+
+    @property
+    def token_score(self) -> TokenScore | None:
+        """Parameters with which `torch.ops.skipkv.score_tokens` computes what `score` defines, for all layers and
+        requests at once; None where it does not."""
+        return None
 
     @property
     def num_sinks(self) -> int:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from .base import Need, Policy, View, check_odd, check_range, register_policy
+from .base import Need, Policy, TokenScore, View, check_odd, check_range, register_policy
 
 
 @register_policy
@@ -35,6 +35,10 @@ class RKV(Policy):
         check_range("pool", self.pool, 1, 63)
         check_range("redundancy_threshold", self.redundancy_threshold, -1.0, 1.0)
         check_odd("pool", self.pool)
+
+    @property
+    def token_score(self) -> TokenScore:
+        return TokenScore(self.pool, self.mix, self.redundancy_threshold)
 
     def score(self, view: View) -> Tensor:
         assert view.queries is not None

@@ -8,7 +8,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from ..errors import KVPolicyError
-from .base import Need, SentenceOptions, View, check_range, register_policy
+from .base import Need, SentenceOptions, TokenScore, View, check_range, register_policy
 from .rkv import RKV
 
 
@@ -44,6 +44,10 @@ class SkipKV(RKV):
     @property
     def sentence_options(self) -> SentenceOptions:
         return SentenceOptions(self.similarity_threshold, self.max_sentences, self.compat)
+
+    @property
+    def token_score(self) -> TokenScore:
+        return super().token_score  # the operator subtracts the penalty
 
     def score(self, view: View) -> Tensor:
         assert view.sentence_penalty is not None

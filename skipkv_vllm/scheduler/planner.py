@@ -119,6 +119,8 @@ class EvictionPlanner:
     """Decides which running requests are compacted in a step. Knows nothing but counts."""
 
     _requests: dict[str, _Request] = field(default_factory=dict)
+    earliest: dict[str, int] = field(default_factory=dict)
+    """logical length before which a started request is not due; spares most requests a closer look at most steps"""
 
     def start(self, request_id: str, limits: Limits, num_cached: int, num_observed: int | None = None) -> None:
         """A request starts, or starts over after preemption.
@@ -133,10 +135,12 @@ class EvictionPlanner:
         """
         first = None if num_observed is None else max(num_observed, num_cached)
         self._requests[request_id] = _Request(limits, num_cached, first)
+        self.earliest[request_id] = max(limits.bound, num_cached + limits.window)
 
     def stop(self, request_id: str) -> None:
         """The request finished, was aborted or was preempted."""
         self._requests.pop(request_id, None)
+        self.earliest.pop(request_id, None)
 
     def limits(self, request_id: str) -> Limits | None:
         """Limits of a started request; None for one that keeps everything."""
@@ -176,4 +180,7 @@ class EvictionPlanner:
 
     def committed(self, request_id: str) -> None:
         """The planned compaction was carried out."""
-        self._requests[request_id].num_compactions += 1
+        request = self._requests[request_id]
+        request.num_compactions += 1
+        # It was due at that length or later, and now lacks a buffer's worth of tokens.
+        self.earliest[request_id] += request.limits.buffer

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -87,10 +88,11 @@ class EvictionMixin(_Base):
 
     def _compact(self) -> tuple[list[Compaction], list[Observation]]:
         """Plan this step's orders and free the pages of the compactions, so that this very step can use them."""
+        earliest, observes = self.planner.earliest, bool(self.kv_policy.needs & Need.ATTENTION_MASS)
         decoding = [
             Residency(r.request_id, r.num_computed_tokens, self.block_manager.num_evicted(r.request_id))
             for r in self.running
-            if not r.is_prefill_chunk
+            if (observes or r.num_computed_tokens >= earliest.get(r.request_id, sys.maxsize)) and not r.is_prefill_chunk
         ]
         compactions, planned = [], self.planner.plan(decoding)
         observations = self._observe(decoding, {plan.request_id for plan in planned})

@@ -15,6 +15,9 @@ from .. import ops
 from ..policies.base import SentenceOptions
 from .tables import SentenceTables
 
+OPEN = torch.iinfo(torch.int32).max
+"""End of a sentence that is not closed yet."""
+
 
 class SentenceState(NamedTuple):
     """What the tracker knows of one request. S is the longest possible sequence.
@@ -45,22 +48,18 @@ class SentenceState(NamedTuple):
 
 
 class TrackedTokens(NamedTuple):
-    """The tokens of one step that belong to sentences: T tokens of R requests, requests contiguous.
+    """The tokens of one step that belong to sentences, of R requests.
 
     Attributes:
-        token_ids: `[T]` ids of the tokens just computed.
-        positions: `[T]` their logical positions.
-        request: int64 `[T]` row in `slots` of each token, ascending; every row has a token.
-        starts: int64 `[R + 1]` first token of each row.
-        slots: int64 `[R]` state slot of each row.
+        token_ids: integer `[T]`, all tokens of the step.
+        spans: int64 `[4, R]`: state slot, first token in the step, number of tokens, position of the first token.
+        num_tokens: sum of the numbers.
         hidden: last hidden states `[T, E]` (after the final norm), or None without embeddings.
     """
 
     token_ids: Tensor
-    positions: Tensor
-    request: Tensor
-    starts: Tensor
-    slots: Tensor
+    spans: Tensor
+    num_tokens: int
     hidden: Tensor | None
 
 
@@ -102,6 +101,8 @@ class SentenceTracker:
         self._ends = torch.full((num_slots, max_length + 1), -1, dtype=torch.int32, device=device)
         self._penalties = torch.zeros(num_slots, max_length + 1, dtype=torch.float32, device=device)
         self._count = torch.zeros(num_slots, dtype=torch.int64, device=device)
+        self._compared = torch.zeros_like(self._count)
+        self._first_of = torch.zeros_like(self._count)
         self._after_delimiter = torch.zeros(num_slots, dtype=torch.bool, device=device)
         self._open_length = torch.zeros(num_slots, dtype=torch.float32, device=device)
         self._open_sum = torch.zeros(num_slots, hidden_size, dtype=torch.float32, device=device)
@@ -109,6 +110,7 @@ class SentenceTracker:
         self._embeddings = torch.zeros(num_slots, kept + 1, hidden_size, dtype=dtype, device=device)
         self._order = torch.arange(max_length + 1, dtype=torch.int64, device=device)
         self._kept_order = torch.arange(kept, dtype=torch.int64, device=device)
+        self._track = ops.function("track_sentences", device)
 
     @property
     def nbytes(self) -> int:
@@ -118,95 +120,66 @@ class SentenceTracker:
     def reset(self, slot: int, first: int) -> None:
         """Forget the request in `slot`: a new or resumed one takes it, tracked from position `first`."""
         self._first[slot] = first
+        self._first_of[slot] = first
         self._ends[slot].fill_(-1)
         self._penalties[slot].zero_()
         self._count[slot] = 0
+        self._compared[slot] = 0
         self._after_delimiter[slot] = False
         self._open_length[slot] = 0
         self._open_sum[slot].zero_()
 
     def update(self, tokens: TrackedTokens) -> None:
         """Take in the tokens of one step."""
-        slot = tokens.slots[tokens.request]
-        first, last = tokens.starts[:-1], tokens.starts[1:] - 1
-        ends_here = self._is_delimiter[tokens.token_ids.long()]
-        if self.tables.merges_delimiters:
-            after_delimiter = ends_here.roll(1)
-            after_delimiter[first] = self._after_delimiter[tokens.slots]
-            closes = ends_here & ~after_delimiter
-        else:
-            closes = ends_here
-        running = closes.long().cumsum(0)
-        closed = running - (running[first] - closes[first].long())[tokens.request]
-
-        # A closing token ends sentence number `count + closed - 1`; a delimiter right after it moves that
-        # end, and the larger of the two positions stays.
-        sentence = self._count[slot] + closed - 1
-        nowhere = self._ends.shape[1] - 1
-        column = torch.where(ends_here, sentence, nowhere)
-        self._ends.view(-1).scatter_reduce_(
-            0, slot * self._ends.shape[1] + column, tokens.positions.to(torch.int32), reduce="amax"
+        self._track(
+            tokens.token_ids,
+            tokens.hidden if self.has_embeddings else None,
+            tokens.spans,
+            tokens.num_tokens,
+            self._is_delimiter,
+            self.tables.merges_delimiters,
+            self._ends,
+            self._count,
+            self._after_delimiter,
+            self._open_length,
+            self._open_sum,
+            self._embeddings,
         )
-        if self.has_embeddings:
-            self._store_embeddings(tokens, slot, sentence, running, closes, counted=closes | ~ends_here)
-        self._after_delimiter[tokens.slots] = ends_here[last]
-        self._count[tokens.slots] += closed[last]
-
-    def _store_embeddings(
-        self,
-        tokens: TrackedTokens,
-        slot: Tensor,
-        sentence: Tensor,
-        running: Tensor,
-        closes: Tensor,
-        counted: Tensor,
-    ) -> None:
-        """Store the mean hidden state of each sentence closed in this step and carry the open rest on.
-
-        A piece is the part of a sentence that lies in this step; pieces are numbered through all requests,
-        and each request has one more of them than it closes sentences.
-        """
-        assert tokens.hidden is not None
-        first, last = tokens.starts[:-1], tokens.starts[1:] - 1
-        piece = running - closes.long() + tokens.request
-        n_pieces = piece.shape[0] + first.shape[0]
-        sums = torch.zeros(n_pieces, tokens.hidden.shape[1], dtype=torch.float32, device=piece.device)
-        lengths = torch.zeros(n_pieces, dtype=torch.float32, device=piece.device)
-        sums.index_add_(0, piece, tokens.hidden.float() * counted[:, None])
-        lengths.index_add_(0, piece, counted.float())
-        sums.index_add_(0, piece[first], self._open_sum[tokens.slots])
-        lengths.index_add_(0, piece[first], self._open_length[tokens.slots])
-
-        mean = sums[piece] / lengths[piece].clamp(min=1)[:, None]
-        unit = mean / (mean.norm(dim=-1, keepdim=True) + ops.EPSILON)
-        kept = self.options.max_sentences
-        # Of more sentences than are kept only the newest are stored, so that no row is written twice.
-        stored = closes & (running[last][tokens.request] - running < kept)
-        self._embeddings[slot, torch.where(stored, sentence % kept, kept)] = unit.to(self._embeddings.dtype)
-        open_piece = piece[last] + closes[last].long()
-        self._open_sum[tokens.slots] = sums[open_piece]
-        self._open_length[tokens.slots] = lengths[open_piece]
 
     def state(self, slot: int) -> SentenceState:
         """The request's sentences, with the penalties brought up to date."""
-        if self.has_embeddings:
-            self._update_penalties(slot)
-        ends = torch.where(self._order < self._count[slot], self._ends[slot], torch.iinfo(torch.int32).max)
+        self._compare(torch.tensor([slot], device=self._count.device))
+        ends = torch.where(self._order < self._count[slot], self._ends[slot], OPEN)
         return SentenceState(self._first[slot], ends, self._penalties[slot])
 
-    def _update_penalties(self, slot: int) -> None:
-        number, exists = self._held(slot)
-        fresh = ops.sentence_penalties(
-            self._embeddings[slot, number % self.options.max_sentences],
-            exists,
-            threshold=self.options.similarity_threshold,
-            rule=self.tables.penalty_rule,
-        )
-        # A sentence found repeated stays so, even when the embedding of its repeat is no longer held.
-        number = number.clamp(max=self._penalties.shape[1] - 1)
-        known = self._penalties[slot, number]
-        keep_known = known >= fresh if self.tables.penalty_rule == "max" else fresh == 0
-        self._penalties[slot, number] = torch.where(keep_known, known, fresh)
+    def penalties(self, slots: Tensor, positions: Tensor) -> Tensor:
+        """Penalties of tokens of R requests, brought up to date: float32, of the positions' shape.
+
+        Args:
+            slots: integer `[R]`.
+            positions: int32 `[R, ...]`.
+        """
+        rows = slots.long()
+        self._compare(rows)
+        ends = torch.where(self._order < self._count[rows, None], self._ends[rows], OPEN)
+        flat = positions.flatten(1)
+        number = torch.searchsorted(ends, flat)
+        found = self._penalties[rows].gather(1, number)
+        return torch.where(flat >= self._first_of[rows, None], found, 0.0).view(positions.shape)
+
+    def _compare(self, slots: Tensor) -> None:
+        """Compare the sentences that were closed since the last time with the earlier ones."""
+        if self.has_embeddings:
+            rule = ops.RULES.index(self.tables.penalty_rule)
+            torch.ops.skipkv.sentence_similarity(
+                self._embeddings,
+                slots,
+                self._count,
+                self._compared,
+                self._penalties,
+                self.options.similarity_threshold,
+                rule,
+            )
 
     def _held(self, slot: int) -> tuple[Tensor, Tensor]:
         """Numbers of the sentences whose embeddings are held, oldest first, and which of them exist."""

@@ -10,12 +10,12 @@ from vllm.logger import init_logger
 from vllm.tokenizers import cached_tokenizer_from_config
 
 from .. import compat
+from ..ops.paging import Layout, PagedCache, cpu_layout
 from ..policies import Need
 from ..sentences import build_tables
 from ..sentences.tracker import SentenceTracker
 from ..trace import TraceWriter
 from .attention_mass import AttentionMass
-from .paging import LayerPages, cpu_pages, gpu_pages
 from .positions import PositionSidecar
 from .queries import QueryRing
 from .runtime import EvictionRuntime
@@ -78,14 +78,15 @@ def bind_cache(runtime: EvictionRuntime, vllm_config: VllmConfig, kv_cache_confi
     layers = attention_layers(vllm_config)
     (group,) = kv_cache_config.kv_cache_groups
     names = [name for name in layers if name in set(group.layer_names)]
-    runtime.bind_cache([_pages(layers[name]) for name in names], group.kv_cache_spec.block_size)
+    cache = PagedCache.of([layers[name].kv_cache for name in names], _layout(layers[names[0]]))
+    runtime.bind_cache(cache, group.kv_cache_spec.block_size)
 
 
-def _pages(layer: Any) -> LayerPages:
+def _layout(layer: Any) -> Layout:
     # By the class that reads the pages: a backend registered in another's place keeps that one's name.
     if any(cls.__name__ == "CPUAttentionBackendImpl" for cls in type(layer.impl).__mro__):
-        return cpu_pages(layer.kv_cache, layer.isa)  # set by vLLM when it builds the attention metadata
-    return gpu_pages(layer.kv_cache)
+        return cpu_layout(layer.isa)  # set by vLLM when it builds the attention metadata
+    return Layout.ROWS
 
 
 def without_sidecar(available: int, vllm_config: VllmConfig) -> int:

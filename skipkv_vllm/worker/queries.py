@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .paging import to_device
+from .. import ops
+from ..ops.paging import to_device
 
 
 class QueryRing:
@@ -37,6 +38,7 @@ class QueryRing:
         self.window = window
         self._nobody = num_slots * window
         self._rows = torch.zeros(num_layers, self._nobody + 1, num_heads, head_size, dtype=dtype, device=device)
+        self._observe = ops.function("observe_queries", device)
         self._index = torch.full((max_tokens,), self._nobody, dtype=torch.int64, device=device)
 
     @property
@@ -52,6 +54,7 @@ class QueryRing:
         impl.__class__ = _observing(type(impl))  # type: ignore[arg-type]
         impl._skipkv_rows = self._rows[layer_index]
         impl._skipkv_index = self._index
+        impl._skipkv_observe = self._observe
 
     def prepare(self, slots: np.ndarray, counts: np.ndarray, starts: np.ndarray) -> None:
         """Say where the queries of the coming step go. R requests, their tokens contiguous.
@@ -61,10 +64,12 @@ class QueryRing:
             counts: int64 `[R]` tokens of each request in this step.
             starts: int64 `[R]` logical position of each one's first token.
         """
-        offsets = np.arange(counts.sum()) - np.repeat(counts.cumsum() - counts, counts)
-        slot, start, count = (np.repeat(x, counts) for x in (slots, starts, counts))
-        observed = (slot >= 0) & (offsets >= count - self.window)
-        rows = np.where(observed, slot * self.window + (start + offsets) % self.window, self._nobody)
+        slot, position, observed = slots, starts, slots >= 0
+        if (counts != 1).any():
+            offsets = np.arange(counts.sum()) - np.repeat(counts.cumsum() - counts, counts)
+            slot, start, count = (np.repeat(x, counts) for x in (slots, starts, counts))
+            position, observed = start + offsets, (slot >= 0) & (offsets >= count - self.window)
+        rows = np.where(observed, slot * self.window + position % self.window, self._nobody)
         self._index.fill_(self._nobody)
         self._index[: rows.shape[0]].copy_(to_device(rows, torch.int64, self._index.device), non_blocking=True)
 
@@ -77,6 +82,12 @@ class QueryRing:
         rows = self._rows[layer_index, slot * self.window : (slot + 1) * self.window]
         return rows.roll(-(num_logical % self.window), dims=0)
 
+    def read_all(self, slots: Tensor, num_logical: Tensor) -> Tensor:
+        """The same for R requests and all layers: `[R, layers, W, Hq, D]`; slots and lengths integer `[R]`."""
+        age = torch.arange(self.window, device=slots.device)
+        rows = slots.long()[:, None] * self.window + (num_logical.long()[:, None] + age) % self.window
+        return self._rows[:, rows].transpose(0, 1).contiguous()
+
 
 @functools.cache
 def _observing(cls: type) -> type:
@@ -87,7 +98,7 @@ def _observing(cls: type) -> type:
     """
 
     def forward(self: Any, layer: Any, query: Tensor, *args: Any, **kwargs: Any) -> Any:
-        self._skipkv_rows.index_copy_(0, self._skipkv_index[: query.shape[0]], query)
+        self._skipkv_observe(query, self._skipkv_index, self._skipkv_rows)
         return cls.forward(self, layer, query, *args, **kwargs)  # type: ignore[attr-defined]
 
     return type(f"Observing{cls.__name__}", (cls,), {"forward": forward, "__slots__": ()})

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from ..ops.paging import to_device
 from ..scheduler.messages import OUTPUT_FIELD
 from .build import bind_cache, build_runtime
-from .paging import to_device
 from .runtime import EvictionRuntime, StepBatch
 
 if TYPE_CHECKING:

@@ -6,7 +6,6 @@ The host knows all counts and never waits for the device. One `EvictionRuntime` 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -15,15 +14,14 @@ from torch import Tensor
 
 from .. import ops
 from ..config import KVPolicyConfig, needs_of
-from ..policies import Need, Policy, View, make_policy
-from ..policies.selection import select_per_head, select_sentences
+from ..ops.paging import PagedCache, to_device
+from ..policies import Need, make_policy
 from ..scheduler.messages import Started, StepOrders
 from ..scheduler.planner import Compaction, Observation
-from ..sentences.tracker import SentenceState, SentenceTracker, TrackedTokens
+from ..sentences.tracker import SentenceTracker, TrackedTokens
 from ..trace import TraceWriter
 from .attention_mass import AttentionMass
-from .paging import LayerPages, kernel_pages, to_device
-from .positions import PositionSidecar
+from .compaction import Compactor, Job, Managed
 from .queries import QueryRing
 
 
@@ -43,20 +41,6 @@ class StepBatch(NamedTuple):
 
 NEVER = np.iinfo(np.int64).max
 """First tracked position of a request whose sentences nobody reads."""
-
-
-@dataclass
-class _Request:
-    """Host-side state of a managed request."""
-
-    slot: int
-    policy: Policy
-    needs: Need
-    protected: int
-    num_evicted: int = 0
-    num_placed: int = 0
-    """slots whose positions are in the sidecar; later slots follow in order"""
-    num_compactions: int = 0
 
 
 class EvictionRuntime:
@@ -82,7 +66,7 @@ class EvictionRuntime:
         self.ring = ring
         self.tracker = tracker
         self.trace = trace
-        self._requests: dict[str, _Request] = {}
+        self._requests: dict[str, Managed] = {}
         self._free_slots = list(reversed(range(num_slots)))
         # By slot, so that a step needs no loop over requests; the last entry is for unmanaged requests.
         self._nobody = num_slots
@@ -90,23 +74,19 @@ class EvictionRuntime:
         self._observed = np.zeros(num_slots + 1, dtype=bool)
         self._first_tracked = np.full(num_slots + 1, NEVER, dtype=np.int64)
         self._mass = AttentionMass()
-        self._layers: list[LayerPages] = []
-        self._positions: PositionSidecar | None = None
-        self._pages_per_block = 1
+        self._compactor: Compactor | None = None
         self._batch: StepBatch | None = None
         self._slots = np.zeros(0, dtype=np.int64)
         self.num_compactions = 0
 
-    def bind_cache(self, layers: list[LayerPages], block_size: int) -> None:
+    def bind_cache(self, cache: PagedCache, block_size: int) -> None:
         """Give the runtime the KV pages, once they are allocated.
 
         Args:
-            layers: in model order.
+            cache: layers in model order.
             block_size: tokens of one of vLLM's blocks; a multiple of the kernels' page size.
         """
-        self._layers = layers
-        self._pages_per_block = block_size // layers[0].page_size
-        self._positions = PositionSidecar(len(layers), layers[0])
+        self._compactor = Compactor(self.config, cache, block_size, self.ring, self.tracker, self._mass)
 
     # ---- before the forward pass
 
@@ -129,8 +109,8 @@ class EvictionRuntime:
             return
         for observation in orders.observations:
             self._observe(observation)
-        for compaction in orders.compactions:
-            self._compact(compaction)
+        if orders.compactions:
+            self._compact(orders.compactions)
         for started in orders.started:
             self._start(started)
 
@@ -138,7 +118,7 @@ class EvictionRuntime:
         policy = self.config.policy if started.policy == self.config.kv_policy else make_policy(started.policy)
         old = self._requests.pop(started.request_id, None)
         slot = self._free_slots.pop() if old is None else old.slot
-        self._requests[started.request_id] = _Request(
+        self._requests[started.request_id] = Managed(
             slot=slot,
             policy=policy,
             needs=needs_of(policy, self.config.kv_granularity),
@@ -199,146 +179,60 @@ class EvictionRuntime:
         # Of each request the tokens from its first tracked position on, with their places in the step.
         skipped = np.clip(self._first_tracked[self._slots] - batch.starts, 0, batch.counts)
         fresh = batch.counts - skipped
-        rows = fresh > 0
-        if not rows.any():
-            return
-        counts = fresh[rows]
-        bounds = np.concatenate([[0], counts.cumsum()])
-        request = np.repeat(np.arange(counts.shape[0]), counts)
-        offset = np.arange(bounds[-1]) - bounds[request]
-        token = (batch.counts.cumsum() - fresh)[rows][request] + offset
-        position = (batch.starts + skipped)[rows][request] + offset
-        parts = [token, position, request, bounds, self._slots[rows]]
-        # One copy to the device for all of them.
-        packed = to_device(np.concatenate(parts), torch.int64, token_ids.device)
-        tokens, positions, request_of, starts, slots = packed.split([len(part) for part in parts])
-        self.tracker.update(
-            TrackedTokens(
-                token_ids=token_ids[tokens],
-                positions=positions,
-                request=request_of,
-                starts=starts,
-                slots=slots,
-                hidden=hidden[tokens] if self.tracker.has_embeddings else None,
-            )
-        )
+        spans = np.stack([self._slots, batch.counts.cumsum() - fresh, fresh, batch.starts + skipped])
+        if not fresh.all():
+            spans = spans[:, fresh > 0]
+        if spans.shape[1]:
+            on_device = to_device(spans, torch.int64, token_ids.device)
+            self.tracker.update(TrackedTokens(token_ids, on_device, int(fresh.sum()), hidden))
 
     # ---- attention mass
 
     def _observe(self, order: Observation) -> None:
         """Add the attention of the newest queries to the mass of the tokens they saw."""
         request = self._requests[order.request_id]
-        assert self._positions is not None
+        assert self._compactor is not None
         assert self.ring is not None
-        pages = kernel_pages(order.pages, self._pages_per_block, self._layers[0].raw.device)
-        positions = self._positions.read(pages, order.num_resident, request.num_placed, request.num_evicted)
+        positions, pages = self._positions(request, order.pages, order.num_resident)
         received = []
-        for i, layer in enumerate(self._layers):
+        for i, layer in enumerate(self._compactor.layers):
             queries = self.ring.read(i, request.slot, order.num_logical)[-order.num_queries :]
             keys = layer.keys.read_pages(pages, order.num_resident)
             received.append(ops.attention_received(queries, keys, positions[i]))
         self._mass.add(request.slot, torch.stack(received))
 
+    def _positions(self, request: Managed, pages: list[int], length: int) -> tuple[Tensor, Tensor]:
+        """Positions `[layers, H, length]` by slot, and the kernel pages, int64, of one request."""
+        assert self._compactor is not None
+        table = self._compactor.table([pages])
+        placed = to_device([[request.num_placed], [request.num_evicted]], torch.int32, table.device)
+        return self._compactor.positions.read(table, length, *placed)[0], table[0].long()
+
     # ---- compaction
 
-    def _compact(self, order: Compaction) -> None:
-        """Choose the survivors of one request and move them to the front of its pages."""
-        request = self._requests[order.request_id]
-        if (request.num_evicted, request.num_compactions) != (order.num_evicted_before, order.ordinal):
-            raise RuntimeError(
-                f"scheduler and worker disagree about {order.request_id}: evicted {order.num_evicted_before} tokens in "
-                f"{order.ordinal} compactions by the scheduler, {request.num_evicted} in {request.num_compactions} here"
-            )
-        assert self._positions is not None
-        device = self._layers[0].raw.device
-        source_pages = kernel_pages(order.source_pages, self._pages_per_block, device)
-        target_pages = kernel_pages(order.target_pages, self._pages_per_block, device)
-        positions = self._positions.read(source_pages, order.num_resident, request.num_placed, request.num_evicted)
-        by_position = positions.argsort(dim=-1)
-        sorted_positions = positions.gather(-1, by_position)
-
-        sentences = self._sentences(request)
-        kept_sorted = self._select(request, order, source_pages, by_position, sorted_positions, sentences)
-        kept = torch.zeros_like(kept_sorted).scatter(-1, by_position, kept_sorted)
-        source, hole, valid = ops.move_list(kept, order.num_keep)
-
-        replaced = [
-            i for i, (old, new) in enumerate(zip(order.source_pages, order.target_pages, strict=False)) if old != new
-        ]
-        if replaced:
-            old = kernel_pages([order.source_pages[i] for i in replaced], self._pages_per_block, device)
-            new = kernel_pages([order.target_pages[i] for i in replaced], self._pages_per_block, device)
-        for i, layer in enumerate(self._layers):
-            if replaced:
-                layer.copy_pages(old, new)
-            layer.move(source_pages, target_pages, source[i], hole[i], valid[i])
-        self._positions.write(target_pages, positions, order.num_keep, source, hole, valid)
-        if request.needs & Need.ATTENTION_MASS:
-            self._mass.move(request.slot, order.num_keep, source, hole, valid)
-
-        request.num_evicted += order.num_resident - order.num_keep
-        self._evicted[request.slot] = request.num_evicted
-        request.num_placed = order.num_keep
-        request.num_compactions += 1
-        self.num_compactions += 1
-        if self.trace is not None:
-            survivors = sorted_positions[kept_sorted].view(*positions.shape[:2], order.num_keep)
-            self.trace.compacted(order, survivors, self.tracker, request.slot)
-        if self.config.kv_check_integrity:
-            self.check_integrity(order)
-
-    def _sentences(self, request: _Request) -> SentenceState | None:
-        if self.tracker is None or not request.needs & Need.SENTENCES:
-            return None
-        return self.tracker.state(request.slot)
-
-    def _select(
-        self,
-        request: _Request,
-        order: Compaction,
-        source_pages: Tensor,
-        by_position: Tensor,
-        positions: Tensor,
-        sentences: SentenceState | None,
-    ) -> Tensor:
-        """Score all layers and choose; bool `[layers, H, L]` in positional order."""
-        policy, window = request.policy, self.config.kv_window
-        penalty = None
-        if policy.needs & Need.HIDDEN:
-            assert sentences is not None
-            penalty = sentences.penalty_of(positions)
-        mass = None
-        if policy.needs & Need.ATTENTION_MASS:
-            mass = self._mass.read(request.slot, positions).gather(-1, by_position)
-        scores = []
-        for i, layer in enumerate(self._layers):
-            keys = queries = None
-            if policy.needs & Need.KEYS:
-                held = layer.keys.read_pages(source_pages, order.num_resident)
-                index = by_position[i][..., None].expand(-1, -1, held.shape[-1])
-                keys = held.gather(1, index).transpose(0, 1)
-            if policy.needs & Need.QUERIES:
-                assert self.ring is not None
-                queries = self.ring.read(i, request.slot, order.num_logical)
-            view = View(
-                positions=positions[i],
-                window=window,
-                num_keep=order.num_keep,
-                layer=i,
-                keys=keys,
-                queries=queries,
-                sentence_penalty=None if penalty is None else penalty[i],
-                attention_mass=None if mass is None else mass[i],
-            )
-            scores.append(policy.score(view))
-        pinned = (positions < max(request.protected, policy.num_sinks)) | (positions >= order.num_logical - window)
-        if self.config.kv_granularity == "head":
-            return select_per_head(torch.stack(scores), pinned, order.num_keep)
-        # All layers and heads hold the same tokens, so the first row speaks for all.
-        assert sentences is not None
-        number = sentences.sentence_of(positions[0, 0])
-        kept = select_sentences(torch.stack(scores), pinned[0, 0], number, order.num_keep)
-        return kept.expand_as(pinned)
+    def _compact(self, orders: Sequence[Compaction]) -> None:
+        """Choose the survivors of each request and move them to the front of its pages."""
+        assert self._compactor is not None
+        jobs = [Job(order, self._requests[order.request_id]) for order in orders]
+        for order, request in jobs:
+            if (request.num_evicted, request.num_compactions) != (order.num_evicted_before, order.ordinal):
+                raise RuntimeError(
+                    f"scheduler and worker disagree about {order.request_id}: evicted {order.num_evicted_before} "
+                    f"tokens in {order.ordinal} compactions by the scheduler, {request.num_evicted} in "
+                    f"{request.num_compactions} here"
+                )
+        self._compactor.run(jobs)
+        for order, request in jobs:
+            request.num_evicted += order.num_resident - order.num_keep
+            self._evicted[request.slot] = request.num_evicted
+            request.num_placed = order.num_keep
+            request.num_compactions += 1
+            self.num_compactions += 1
+            if self.trace is not None:
+                held, _ = self._positions(request, order.target_pages, order.num_keep)
+                self.trace.compacted(order, held.sort(dim=-1).values, self.tracker, request.slot)
+            if self.config.kv_check_integrity:
+                self.check_integrity(order)
 
     # ---- checks
 
@@ -348,10 +242,8 @@ class EvictionRuntime:
         Raises:
             AssertionError: a token is held twice, out of range or missing although it must survive.
         """
-        assert self._positions is not None
         request = self._requests[order.request_id]
-        pages = kernel_pages(order.target_pages, self._pages_per_block, self._layers[0].raw.device)
-        held = self._positions.read(pages, order.num_keep, request.num_placed, request.num_evicted)
+        held, _ = self._positions(request, order.target_pages, order.num_keep)
         ordered = held.sort(dim=-1).values
         assert (ordered[..., 1:] > ordered[..., :-1]).all(), "a token is held twice"
         assert (ordered[..., 0] >= 0).all(), "a position is negative"

@@ -8,10 +8,10 @@ import torch
 
 from skipkv_vllm import ops
 from skipkv_vllm.config import KVPolicyConfig
+from skipkv_vllm.ops.paging import Layout, PagedCache
 from skipkv_vllm.policies import View, make_policy
 from skipkv_vllm.scheduler.messages import Started, StepOrders
 from skipkv_vllm.scheduler.planner import Compaction, EvictionPlanner, Limits, Residency
-from skipkv_vllm.worker.paging import gpu_pages
 from skipkv_vllm.worker.queries import QueryRing
 from skipkv_vllm.worker.runtime import EvictionRuntime, StepBatch
 from tests.unit.simulation import KV_HEADS, LAYERS, Simulation
@@ -130,6 +130,8 @@ def test_shared_prefix_page_overwritten():
 class Recorder:
     """Stands in for a policy and remembers what it was shown."""
 
+    token_score = None  # so that `score` itself is asked, not the operator
+
     def __init__(self, policy):
         self.policy, self.views = policy, []
 
@@ -221,7 +223,7 @@ def test_a_stale_count_is_not_carried_out():
     runtime = EvictionRuntime(config, 2, None, None, None)
     raw = torch.randn(8, 1, 4, 16)
     before = raw.clone()
-    runtime.bind_cache([gpu_pages(raw)], 4)
+    runtime.bind_cache(PagedCache.of([raw], Layout.ROWS), 4)
     runtime.begin_step(StepOrders([], [Started("a", "streaming_llm", 4, 4, 4)]), [], [])
     stale = Compaction("a", 40, 24, 16, [1, 2, 3, 4, 5, 6], [1, 2, 3, 4], 0)
     with pytest.raises(RuntimeError, match="disagree"):
@@ -239,8 +241,13 @@ def test_a_cache_view_that_is_not_contiguous():
     """R-KV: a `view` of a permuted cache copied it, and compactions went into the copy."""
     physical = torch.zeros(6, 4, 2, 16)
     logical = physical.transpose(1, 2)
-    layer = gpu_pages(logical)
     physical[2, 1, 0] = 7.0
-    one = torch.tensor([[5], [5]])
-    layer.move(torch.tensor([1, 2]), torch.tensor([1]), one, torch.tensor([[3], [3]]), torch.tensor([[True], [False]]))
+    sidecar, positions = torch.zeros(1, 6, 2, 4, dtype=torch.int32), torch.arange(8).int().expand(1, 1, 2, 8)
+    integers = [[[1, 2]], [[1]], [4], [[[[5], [5]]]], [[[[3], [3]]]], [[[1, 0]]]]
+    torch.ops.skipkv.compact_pages(
+        *PagedCache.of([logical], Layout.ROWS),
+        sidecar,
+        positions.contiguous(),
+        *(torch.tensor(x, dtype=torch.int32) for x in integers),
+    )
     assert (physical[1, 3, 0] == 7.0).all()

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from skipkv_vllm.config import KVPolicyConfig
+from skipkv_vllm.ops.paging import Layout, PagedCache, cpu_layout, layer_pages
 from skipkv_vllm.policies import Need
 from skipkv_vllm.scheduler.messages import Started, StepOrders
 from skipkv_vllm.scheduler.planner import Compaction, EvictionPlanner, Limits, Observation, ceil_div
 from skipkv_vllm.sentences import SentenceTables, segment_with
 from skipkv_vllm.sentences.tracker import SentenceTracker
-from skipkv_vllm.worker.paging import cpu_pages, gpu_pages
 from skipkv_vllm.worker.queries import QueryRing
 from skipkv_vllm.worker.runtime import EvictionRuntime, StepBatch
 
@@ -182,8 +182,9 @@ class Simulation:
                 device=CPU,
             )
         self.runtime = EvictionRuntime(self.config, num_slots, ring, tracker, None)
-        self.layers = [gpu_pages(raw) if layout.startswith("gpu") else cpu_pages(raw, layout) for raw in self.raw]
-        self.runtime.bind_cache(self.layers, self.block_size)
+        packing = Layout.ROWS if layout.startswith("gpu") else cpu_layout(layout)
+        self.layers = [layer_pages(raw, packing) for raw in self.raw]
+        self.runtime.bind_cache(PagedCache.of(self.raw, packing), self.block_size)
         self.ratio = ratio
         # Block 0 belongs to nobody, as in vLLM.
         self.free = list(range(1, num_blocks))
@@ -421,8 +422,7 @@ class Simulation:
         request, state = self.running[name], self.runtime._requests.get(name)
         if state is None:
             return torch.arange(request.num_resident).expand(LAYERS, KV_HEADS, -1)
-        pages = torch.tensor([p * self.ratio + i for p in request.pages for i in range(self.ratio)])
-        return self.runtime._positions.read(pages, request.num_resident, state.num_placed, state.num_evicted)
+        return self.runtime._positions(state, request.pages, request.num_resident)[0]
 
     def check(self, name: str) -> None:
         """The cache holds exactly the dense tokens, each with its position, and in the pages' first slots."""

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from skipkv_vllm.config import CONFIG_KEY, KVPolicyConfig
 from skipkv_vllm.errors import KVPolicyError
+from skipkv_vllm.ops import paging
+from skipkv_vllm.ops.paging import LayerPages, PagedCache, layer_pages, to_device
 from skipkv_vllm.worker.build import without_sidecar
-from skipkv_vllm.worker.paging import LayerPages, cpu_pages, gpu_pages, kernel_pages, to_device
 from skipkv_vllm.worker.positions import PositionSidecar
 
 PAGES, HEADS = 5, 2
@@ -106,7 +107,7 @@ def gpu_layout(order: str, size: int, dim: int, dtype: torch.dtype) -> Layout:
             physical[self._index(i)] = value
 
     return Layout(
-        gpu_pages(raw),
+        layer_pages(raw, paging.Layout.ROWS),
         Cell,
         lambda offset, d, size, dim: offset * 2 * dim + d,
         lambda offset, d, size, dim: offset * 2 * dim + dim + d,
@@ -121,7 +122,9 @@ def cpu_layout(isa: str, size: int, dim: int, dtype: torch.dtype, head_first: bo
     else:
         raw = torch.zeros(PAGES, HEADS, size, 2 * dim, dtype=dtype)
     table = (amx_key, amx_value) if isa == "amx" else (vec_key, vec_value)
-    return Layout(cpu_pages(raw, isa), lambda page, head: raw[page, head].view(-1), *table, size, dim)
+    return Layout(
+        layer_pages(raw, paging.cpu_layout(isa)), lambda page, head: raw[page, head].view(-1), *table, size, dim
+    )
 
 
 LAYOUTS = {
@@ -228,6 +231,17 @@ def test_copy_pages_copies_every_byte(filled):
     assert torch.equal(got_values, values)
 
 
+def compact(layout, source_pages, target_pages, source, hole, number) -> None:
+    """The operator, for one request and one layer."""
+    cache = PagedCache.of([layout.layer.raw], layout.layer.layout)
+    moves = [torch.as_tensor(x, dtype=torch.int32)[None, None] for x in (source, hole, number)]
+    tables = [torch.as_tensor(pages, dtype=torch.int32)[None] for pages in (source_pages, target_pages)]
+    sidecar = torch.zeros(1, *layout.layer.raw.shape[:3], dtype=torch.int32)
+    positions = torch.arange(len(source_pages) * layout.size, dtype=torch.int32).expand(1, 1, HEADS, -1).contiguous()
+    keep = torch.tensor([len(target_pages) * layout.size], dtype=torch.int32)
+    torch.ops.skipkv.compact_pages(*cache, sidecar, positions, *tables, keep, *moves)
+
+
 def test_move_tokens_between_pages_per_head(filled):
     layout, keys, values = filled
     size = layout.size
@@ -235,9 +249,10 @@ def test_move_tokens_between_pages_per_head(filled):
     source_pages, target_pages = torch.tensor([3, 1, 4]), torch.tensor([3, 2])
     source = torch.tensor([[2 * size, 2 * size + 1, 3 * size - 1], [2 * size + 2, 0, 0]])
     hole = torch.tensor([[0, size - 1, size + 1], [size + 3, 0, 0]])
-    valid = torch.tensor([[True, True, True], [True, False, False]])
-    layout.layer.move(source_pages, target_pages, source, hole, valid)
+    compact(layout, source_pages, target_pages, source, hole, [3, 1])
     before_keys, before_values = keys.clone(), values.clone()
+    # The fresh page takes the content of the one it replaces.
+    keys[2], values[2] = keys[1], values[1]
     for h, s, t in (
         (0, 2 * size, 0),
         (0, 2 * size + 1, size - 1),
@@ -248,51 +263,29 @@ def test_move_tokens_between_pages_per_head(filled):
         keys[new, h, t % size] = before_keys[old, h, s % size]
         values[new, h, t % size] = before_values[old, h, s % size]
     got_keys, got_values = layout.dump()
-    # Page 0 belongs to nobody and takes the padding.
-    assert torch.equal(got_keys[1:], keys[1:])
-    assert torch.equal(got_values[1:], values[1:])
+    assert torch.equal(got_keys, keys)
+    assert torch.equal(got_values, values)
 
 
 def test_moves_of_padding_only_touch_nothing(filled):
     layout, keys, values = filled
     zeros = torch.zeros(HEADS, 4, dtype=torch.int64)
-    layout.layer.move(torch.tensor([2, 3]), torch.tensor([2]), zeros + layout.size, zeros, zeros.bool())
+    compact(layout, [2, 3], [2], zeros + layout.size, zeros, [0, 0])
     got_keys, got_values = layout.dump()
-    assert torch.equal(got_keys[1:], keys[1:])
-    assert torch.equal(got_values[1:], values[1:])
+    assert torch.equal(got_keys, keys)
+    assert torch.equal(got_values, values)
 
 
 def test_an_empty_move_list_is_fine(filled):
     layout, keys, _ = filled
     empty = torch.zeros(HEADS, 0, dtype=torch.int64)
-    layout.layer.move(torch.tensor([2]), torch.tensor([2]), empty, empty, empty.bool())
+    compact(layout, [2], [2], empty, empty, [0, 0])
     assert torch.equal(layout.dump()[0], keys)
 
 
 def test_an_unknown_cpu_layout_is_refused():
     with pytest.raises(KVPolicyError, match=r"'neon' \(known: vec, vec16, amx\).*--block-size"):
-        cpu_pages(torch.zeros(2, 1, 32, 16), "neon")
-
-
-# ---- several kernel pages per block
-
-
-def test_kernel_pages_of_larger_blocks():
-    cpu = torch.device("cpu")
-    assert kernel_pages([5, 0, 2], 1, cpu).tolist() == [5, 0, 2]
-    assert kernel_pages([5, 0, 2], 3, cpu).tolist() == [15, 16, 17, 0, 1, 2, 6, 7, 8]
-    assert kernel_pages([], 3, cpu).tolist() == []
-    assert kernel_pages([1], 2, cpu).dtype == torch.int64
-
-
-def test_reading_blocks_of_several_kernel_pages(layout):
-    keys = torch.randn(PAGES, HEADS, layout.size, layout.dim).to(layout.layer.raw.dtype)
-    layout.fill(keys, keys)
-    # Blocks of two kernel pages: block 1 is kernel pages 2 and 3, block 0 is 0 and 1.
-    pages = kernel_pages([1, 0], 2, torch.device("cpu"))
-    got = layout.layer.keys.read_pages(pages, 4 * layout.size - 1)
-    wanted = torch.cat([keys[2], keys[3], keys[0], keys[1]], dim=1)[:, :-1]
-    assert torch.equal(got, wanted)
+        paging.cpu_layout("neon")
 
 
 def test_to_device_takes_lists_and_arrays():
@@ -319,13 +312,13 @@ def test_vec_layout_equals_vllms_writer(size, dim):
     k_cache, v_cache = raw.view(PAGES, HEADS, 2 * size, dim).chunk(2, dim=2)
     _custom_ops.cpu_attn_reshape_and_cache(keys, values, k_cache, v_cache, slots, "vec")
 
-    layer = cpu_pages(raw, "vec")
+    layer = layer_pages(raw, paging.cpu_layout("vec"))
     page, offset, head = slots // size, slots % size, torch.arange(HEADS)[:, None]
     for cell, content in zip(layer.cells, (keys, values), strict=True):
         assert torch.equal(cell.gather(page.expand(HEADS, -1), head, offset.expand(HEADS, -1)), content.transpose(0, 1))
     # And the other way round: what we scatter is what vLLM would have written.
     again = torch.zeros_like(raw)
-    for cell, content in zip(cpu_pages(again, "vec").cells, (keys, values), strict=True):
+    for cell, content in zip(layer_pages(again, paging.cpu_layout("vec")).cells, (keys, values), strict=True):
         cell.scatter(page.expand(HEADS, -1), head, offset.expand(HEADS, -1), content.transpose(0, 1))
     assert torch.equal(again, raw)
 
@@ -334,52 +327,34 @@ def test_vec_layout_equals_vllms_writer(size, dim):
 
 
 def sidecar(size: int = 4, layers: int = 2) -> PositionSidecar:
-    return PositionSidecar(layers, gpu_pages(torch.zeros(PAGES, HEADS, size, 16)))
+    return PositionSidecar(PagedCache.of([torch.zeros(PAGES, HEADS, size, 16)] * layers, paging.Layout.ROWS))
+
+
+def read(side: PositionSidecar, pages: list[int], length: int, placed: int, evicted: int) -> Tensor:
+    return side.read(torch.tensor([pages]), length, torch.tensor([placed]), torch.tensor([evicted]))[0]
 
 
 def test_positions_before_any_compaction_are_the_slots():
-    got = sidecar().read(torch.tensor([4, 2]), 6, 0, 0)
+    got = read(sidecar(), [4, 2], 6, 0, 0)
     assert got.dtype == torch.int32
     assert torch.equal(got, torch.arange(6, dtype=torch.int32).expand(2, HEADS, 6))
 
 
 def test_positions_after_a_compaction():
     side = sidecar()
-    pages, positions = torch.tensor([3, 1]), torch.arange(7, dtype=torch.int32).expand(2, HEADS, 7).contiguous()
     # Head 0 of both layers keeps 0, 5, 2, 6 (5 into slot 1, 6 into slot 3); head 1 keeps its first four.
-    source = torch.tensor([[5, 6, 4], [4, 5, 6]]).expand(2, -1, -1)
-    hole = torch.tensor([[1, 3, 0], [0, 1, 2]]).expand(2, -1, -1)
-    valid = torch.tensor([[True, True, False], [False, False, False]]).expand(2, -1, -1)
-    side.write(pages[:1], positions, 4, source, hole, valid)
-    assert side.read(pages[:1], 4, 4, 3)[0].tolist() == [[0, 5, 2, 6], [0, 1, 2, 3]]
+    side.entries[:, 3] = torch.tensor([[0, 5, 2, 6], [0, 1, 2, 3]])
+    assert read(side, [3], 4, 4, 3)[0].tolist() == [[0, 5, 2, 6], [0, 1, 2, 3]]
     # Tokens appended since lie behind them, in order: slot 4 holds position 7.
-    assert side.read(pages, 6, 4, 3)[1].tolist() == [[0, 5, 2, 6, 7, 8], [0, 1, 2, 3, 7, 8]]
+    assert read(side, [3, 1], 6, 4, 3)[1].tolist() == [[0, 5, 2, 6, 7, 8], [0, 1, 2, 3, 7, 8]]
 
 
-def test_positions_of_a_second_compaction_follow_the_moves():
-    side, pages = sidecar(), torch.tensor([3, 1])
-    none = torch.zeros(2, HEADS, 2, dtype=torch.int64)
-    first = torch.tensor([0, 4, 2, 5, 6], dtype=torch.int32).expand(2, HEADS, 5).contiguous()
-    side.write(pages, first, 5, none, none, none.bool())
-    held = side.read(pages, 7, 5, 2)
-    assert held[0, 0].tolist() == [0, 4, 2, 5, 6, 7, 8]
-    # Keep 5, 4, 2, 8 and 7: slot 0 <- slot 5 (7), slot 4 <- slot 6 (8).
-    source = torch.tensor([5, 6]).expand(2, HEADS, 2)
-    hole = torch.tensor([0, 4]).expand(2, HEADS, 2)
-    side.write(pages, held, 5, source, hole, torch.ones(2, HEADS, 2, dtype=torch.bool))
-    assert side.read(pages, 5, 5, 4)[1, 1].tolist() == [7, 4, 2, 5, 8]
-    assert side.read(pages, 6, 5, 4)[1, 1].tolist() == [7, 4, 2, 5, 8, 9]
-
-
-def test_positions_differ_by_layer_and_head_and_leave_other_pages_alone():
+def test_positions_of_several_requests_are_read_at_once():
     side = sidecar()
-    mine, others = torch.tensor([2]), torch.tensor([1, 3, 4])
-    rows = torch.stack([torch.randperm(50, generator=torch.Generator().manual_seed(i))[:4] for i in range(4)])
-    positions = rows.view(2, HEADS, 4).to(torch.int32)
-    empty = torch.zeros(2, HEADS, 0, dtype=torch.int64)
-    side.write(mine, positions, 4, empty, empty, empty.bool())
-    assert torch.equal(side.read(mine, 4, 4, 46), positions)
-    assert not side.read(others, 12, 12, 0).any()
+    side.entries[:, 3] = torch.tensor([[0, 5, 2, 6], [0, 1, 2, 3]])
+    got = side.read(torch.tensor([[3, 1], [2, 0]]), 6, torch.tensor([4, 0]), torch.tensor([3, 0]))
+    assert torch.equal(got[0], read(side, [3, 1], 6, 4, 3))
+    assert torch.equal(got[1], read(side, [2, 4], 6, 0, 0))
 
 
 def test_sidecar_memory_is_four_bytes_per_layer_and_head():

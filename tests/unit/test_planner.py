@@ -167,3 +167,28 @@ def test_attention_is_counted_only_where_somebody_reads_it():
     planner.start("a", LIMITS, num_cached=0)
     assert planner.observe("a", 90, is_compacted=True) == 0
     assert planner.observe("stranger", 90, is_compacted=True) == 0
+
+
+@given(
+    budget=st.integers(10, 60),
+    buffer=st.integers(1, 20),
+    cached=st.integers(0, 120),
+    delays=st.lists(st.integers(0, 5), max_size=6),
+)
+def test_nothing_is_due_before_the_earliest_length(budget, buffer, cached, delays):
+    """`earliest` may be too early, as after a compaction that had to wait, but never too late."""
+    planner, evicted, waits = EvictionPlanner(), 0, list(delays)
+    planner.start("a", Limits(budget, buffer, 4, 0), num_cached=cached)
+    for logical in range(1, 400):
+        due = planner.plan([Residency("a", logical, evicted)])
+        if not due:
+            continue
+        assert logical >= planner.earliest["a"]
+        if waits and waits[0]:
+            waits[0] -= 1
+            continue
+        waits = waits[1:]
+        evicted += due[0].num_resident - due[0].num_keep
+        planner.committed("a")
+    planner.stop("a")
+    assert not planner.earliest

@@ -292,7 +292,7 @@ def test_check_integrity_finds_a_token_held_twice():
     sim.runtime.begin_step(StepOrders([order], []), [], [])
     sim.runtime.check_integrity(order)
     page = order.target_pages[-1]
-    sim.runtime._positions._entries[0, page, 0, 0] = sim.runtime._positions._entries[0, page, 0, 1]
+    sim.runtime._compactor.positions.entries[0, page, 0, 0] = sim.runtime._compactor.positions.entries[0, page, 0, 1]
     with pytest.raises(AssertionError, match="held twice"):
         sim.runtime.check_integrity(order)
 
@@ -301,8 +301,8 @@ def test_check_integrity_finds_a_lost_prompt_token_and_window():
     sim = started(Simulation("rkv"))
     order = sim.order(sim.running["a"])
     sim.runtime.begin_step(StepOrders([order], []), [], [])
-    entries = sim.runtime._positions._entries
-    held = sim.runtime._positions.read(torch.tensor(order.target_pages), 20, 20, 8)[0, 0].tolist()
+    entries = sim.runtime._compactor.positions.entries
+    held = sim.runtime._positions(sim.runtime._requests["a"], order.target_pages, 20)[0][0, 0].tolist()
     missing = next(p for p in range(8, 24) if p not in held)
     for position, message in ((0, "protected prompt token"), (27, "observation window")):
         slot = held.index(position)

@@ -264,10 +264,15 @@ def feed(tracker: SentenceTracker, parts: list[tuple[int, Text, int, int]]) -> N
     tracker.update(
         TrackedTokens(
             token_ids=torch.tensor([t for _, text, start, end in parts for t in text.tokens[start:end]]),
-            positions=torch.tensor([text.first + i for _, text, start, end in parts for i in range(start, end)]),
-            request=torch.repeat_interleave(torch.arange(len(parts)), counts),
-            starts=torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)]),
-            slots=torch.tensor([slot for slot, *_ in parts]),
+            spans=torch.stack(
+                [
+                    torch.tensor([slot for slot, *_ in parts]),
+                    counts.cumsum(0) - counts,
+                    counts,
+                    torch.tensor([text.first + start for _, text, start, _ in parts]),
+                ]
+            ),
+            num_tokens=int(counts.sum()),
             hidden=torch.cat([text.hidden[start:end] for _, text, start, end in parts])
             if tracker.has_embeddings
             else None,

@@ -58,10 +58,8 @@ def tracker_with_repeats() -> SentenceTracker:
     tracker.update(
         TrackedTokens(
             token_ids=torch.tensor([3, DOT, 4, DOT, 3, DOT]),
-            positions=torch.arange(6),
-            request=torch.zeros(6, dtype=torch.int64),
-            starts=torch.tensor([0, 6]),
-            slots=torch.tensor([1]),
+            spans=torch.tensor([[1], [0], [6], [0]]),
+            num_tokens=6,
             hidden=torch.tensor([[1.0, 0], [1, 0], [0, 1], [0, 1], [1, 0], [1, 0]]),
         )
     )

@@ -9,6 +9,7 @@ strided views. The views were checked bit by bit against the kernel's own writer
 
 from __future__ import annotations
 
+from enum import IntEnum
 from typing import NamedTuple
 
 import torch
@@ -16,8 +17,16 @@ from torch import Tensor
 
 from ..errors import KVPolicyError
 
-NULL_PAGE = 0
-"""vLLM's block that belongs to nobody; padding is written there."""
+
+class Layout(IntEnum):
+    """How a page is packed; also the `layout` of the operators."""
+
+    ROWS = 0
+    """GPUs: a token's K and V side by side"""
+    VEC = 1
+    """CPU, vector instructions: K `[D, P]`, V `[P, D]`"""
+    AMX = 2
+    """CPU, AMX tiles: K `[P / 16, D / 2, 16, 2]`, V `[D / 16, P / 2, 16, 2]`"""
 
 
 class TokenView(NamedTuple):
@@ -58,11 +67,13 @@ class LayerPages(NamedTuple):
         raw: vLLM's tensor, for whole-page copies.
         keys: the keys, for scoring.
         cells: what must be moved for a token to move: K and V together, or one after the other.
+        layout: how a page is packed.
     """
 
     raw: Tensor
     keys: TokenView
     cells: tuple[TokenView, ...]
+    layout: Layout
 
     @property
     def page_size(self) -> int:
@@ -78,47 +89,28 @@ class LayerPages(NamedTuple):
         """Copy whole pages, content unseen."""
         self.raw[target] = self.raw[source]
 
-    def move(self, source_pages: Tensor, target_pages: Tensor, source: Tensor, hole: Tensor, valid: Tensor) -> None:
-        """Move tokens of one request between its slots.
-
-        Args:
-            source_pages: int64 page of each group of `page_size` slots before the compaction.
-            target_pages: the same afterwards.
-            source: int64 `[H, M]` slots to move from.
-            hole: int64 `[H, M]` slots to move to; disjoint from `source`.
-            valid: bool `[H, M]`; other entries are padding.
-        """
-        size = self.page_size
-        head = torch.arange(self.num_heads, device=source.device)[:, None]
-        to_page = torch.where(valid, target_pages[hole // size], NULL_PAGE)
+    def move_cells(self, head: int, from_page: Tensor, from_offset: Tensor, to_page: Tensor, to_offset: Tensor) -> None:
+        """Move tokens of one head; no cell is both read and written. All int64 `[n]`."""
+        at = torch.as_tensor(head, device=from_page.device)
         for cell in self.cells:
-            moved = cell.gather(source_pages[source // size], head, source % size)
-            cell.scatter(to_page, head, hole % size, moved)
+            cell.scatter(to_page, at, to_offset, cell.gather(from_page, at, from_offset))
 
 
-def gpu_pages(kv_cache: Tensor) -> LayerPages:
-    """Pages of FlashAttention, FlashInfer and Triton: K is the first half of the last dimension."""
-    dim = kv_cache.shape[3] // 2
-    together = TokenView(kv_cache.unsqueeze(3))
-    return LayerPages(kv_cache, TokenView(together.view[..., :dim]), (together,))
-
-
-def cpu_pages(kv_cache: Tensor, isa: str) -> LayerPages:
-    """Pages of vLLM's CPU attention for an instruction set as its backend names it.
-
-    Raises:
-        KVPolicyError: an instruction set whose layout is not known.
-    """
+def layer_pages(kv_cache: Tensor, layout: Layout) -> LayerPages:
+    """The pages of one layer in a given layout."""
     n_pages, heads, size, double = kv_cache.shape
     dim = double // 2
+    if layout is Layout.ROWS:
+        together = TokenView(kv_cache.unsqueeze(3))
+        return LayerPages(kv_cache, TokenView(together.view[..., :dim]), (together,), layout)
     # Within a (page, head) cell: K region of size * D elements, then the V region.
     keys, values = kv_cache.view(n_pages, heads, 2 * size, dim).chunk(2, dim=2)
     outer = (keys.stride(0), keys.stride(1))
-    if isa in ("vec", "vec16"):
+    if layout is Layout.VEC:
         # K is stored transposed, `[D, size]`; V as it is.
         k_view = keys.as_strided((n_pages, heads, size, 1, dim), (*outer, 1, 1, size))
         v_view = values.unsqueeze(3)
-    elif isa == "amx":
+    else:
         # K `[size / 16, D / 2, 16 tokens, 2]`: pairs along D. V `[D / 16, size / 2, 16, 2 tokens]`: pairs of tokens.
         k_view = keys.as_strided(
             (n_pages, heads, size // 16, 16, dim // 2, 2), (*outer, 16 * dim, 2, 32, 1), keys.storage_offset()
@@ -126,21 +118,53 @@ def cpu_pages(kv_cache: Tensor, isa: str) -> LayerPages:
         v_view = values.as_strided(
             (n_pages, heads, size // 2, 2, dim // 16, 16), (*outer, 32, 1, 16 * size, 2), values.storage_offset()
         )
-    else:
+    k_tokens, v_tokens = TokenView(k_view), TokenView(v_view)
+    return LayerPages(kv_cache, k_tokens, (k_tokens, v_tokens), layout)
+
+
+def cpu_layout(isa: str) -> Layout:
+    """Layout of vLLM's CPU attention for an instruction set as its backend names it.
+
+    Raises:
+        KVPolicyError: an instruction set whose layout is not known.
+    """
+    layouts = {"vec": Layout.VEC, "vec16": Layout.VEC, "amx": Layout.AMX}
+    if isa not in layouts:
         raise KVPolicyError(
             f"--kv-policy does not know the CPU page layout {isa!r} (known: vec, vec16, amx); "
             "use --block-size 32 or a multiple, or start without --kv-policy"
         )
-    k_tokens, v_tokens = TokenView(k_view), TokenView(v_view)
-    return LayerPages(kv_cache, k_tokens, (k_tokens, v_tokens))
+    return layouts[isa]
 
 
-def kernel_pages(pages: list[int], ratio: int, device: torch.device) -> Tensor:
-    """Block ids as page ids of the kernels' tensors, where one block is `ratio` kernel pages. int64."""
-    blocks = to_device(pages, torch.int64, device)
-    if ratio == 1:
-        return blocks
-    return (blocks[:, None] * ratio + torch.arange(ratio, device=device)).flatten()
+class PagedCache(NamedTuple):
+    """The KV pages of all layers of a rank, in the form that the operators take.
+
+    Attributes:
+        caches: vLLM's tensors in model order, `[pages, H, page_size, 2 * D]`, all alike.
+        pointers: int64 `[layers]`, their addresses, on the device.
+        layout: how a page is packed.
+    """
+
+    caches: list[Tensor]
+    pointers: Tensor
+    layout: Layout
+
+    @staticmethod
+    def of(caches: list[Tensor], layout: Layout) -> PagedCache:
+        """Describe the pages.
+
+        Raises:
+            KVPolicyError: layers of different shape, dtype or strides.
+        """
+        first = caches[0]
+        for i, cache in enumerate(caches):
+            if (cache.shape, cache.dtype, cache.stride()) != (first.shape, first.dtype, first.stride()):
+                raise KVPolicyError(
+                    f"--kv-policy needs layers with equal pages; layer {i} has {tuple(cache.shape)} {cache.dtype}, "
+                    f"layer 0 {tuple(first.shape)} {first.dtype}; start without --kv-policy"
+                )
+        return PagedCache(caches, torch.tensor([c.data_ptr() for c in caches], device=first.device), layout)
 
 
 def to_device(values: object, dtype: torch.dtype, device: torch.device) -> Tensor:

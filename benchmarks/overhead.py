@@ -1,0 +1,248 @@
+"""What eviction costs a decode step: stock vLLM and an evicting engine at equal resident lengths, in turns.
+
+    python -m benchmarks.overhead --budgets 256 1024 --batch-sizes 1 16
+
+Each engine has a process of its own and all cores while it works; the other one waits. The stock engine starts fresh
+requests of `budget` tokens and decodes `buffer` steps, so it holds budget to budget + buffer tokens a request. The
+evicting one goes on decoding long requests, which hold the same after their first compaction, and every stretch of
+`buffer` steps has one compaction of each request in it. Prefills are not timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import multiprocessing
+import os
+import sys
+import tempfile
+import time
+from multiprocessing.connection import Connection
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+
+from skipkv_vllm import bundled_model
+
+from .accuracy.docs import write_summary
+from .accuracy.machine import commit, machine, versions
+
+ARMS = ("stock", "evicting")
+TURN = 16  # steps of one engine before the other has its turn
+
+
+class Shape(NamedTuple):
+    """One measurement: tokens kept a request, and requests at once."""
+
+    budget: int
+    batch_size: int
+
+
+def work(connection: Connection, arm: str, shape: Shape, args: argparse.Namespace, log: str) -> None:
+    """Body of an engine's process. Takes `("start",)`, `("steps", n)` -> seconds, or None to end."""
+    with open(log, "w") as file:
+        os.dup2(file.fileno(), sys.stdout.fileno())
+        os.dup2(file.fileno(), sys.stderr.fileno())
+    os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "WARNING"}
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
+    try:
+        engine = Engine(arm, shape, args)
+        gc.collect()
+        gc.freeze()
+        connection.send(None)
+        while (order := connection.recv()) is not None:
+            connection.send(engine.start() if order[0] == "start" else engine.steps(order[1]))
+    except Exception as error:
+        connection.send(error)
+        raise
+
+
+class Engine:
+    """A vLLM engine in this process, with requests that never end by themselves."""
+
+    def __init__(self, arm: str, shape: Shape, args: argparse.Namespace) -> None:
+        import vllm
+        from vllm.tokenizers import cached_tokenizer_from_config
+
+        from skipkv_vllm import LLM
+
+        arguments: dict[str, Any] = {
+            "dtype": args.dtype,
+            "max_num_seqs": shape.batch_size,
+            "max_model_len": 4096,
+            "block_size": 32,
+            "enforce_eager": not args.compiled,
+            "enable_prefix_caching": False,
+            "disable_log_stats": True,
+            "max_num_batched_tokens": 4096,
+        }
+        self.evicts = arm != "stock"
+        if self.evicts:
+            policy = {"kv_policy": args.policy, "kv_budget": shape.budget, "kv_buffer": args.buffer}
+            self.llm = LLM(args.model, **arguments, **policy)
+        else:
+            self.llm = vllm.LLM(args.model, **arguments)
+        self.shape, self.buffer = shape, args.buffer
+        config = self.llm.llm_engine.vllm_config.model_config
+        # A running text with sentences in it, so that the tracker has what it usually has.
+        text = "Wait, is that right?\n\nRead c = 3 + 1, so c: 4.\n\nSo b holds.\n\n" * 200
+        self.ids = cached_tokenizer_from_config(config).encode(text)
+        self.number = 0
+
+    def start(self) -> int:
+        """(Re)start all requests and bring them to the point where measuring begins; compactions so far."""
+        from vllm import SamplingParams
+
+        engine = self.llm.llm_engine
+        if engine.has_unfinished_requests():
+            if self.evicts and self._room():
+                return self._compactions()
+            scheduler = engine.engine_core.engine_core.scheduler
+            engine.abort_request(list(scheduler.requests), internal=True)
+            while engine.has_unfinished_requests():
+                engine.step()
+        params = SamplingParams(max_tokens=4000, temperature=0, ignore_eos=True, detokenize=False)
+        for i in range(self.shape.batch_size):
+            # Requests of a server are at different points between two compactions.
+            length = self.shape.budget + (self.buffer * i // self.shape.batch_size if self.evicts else 0)
+            # The protected prompt is short: it is text that the model could have written.
+            prompt = {"prompt_token_ids": self.ids[i : i + (length if not self.evicts else min(64, length))]}
+            engine.add_request(str(self.number), prompt, params)
+            self.number += 1
+            if self.evicts and i + 1 < self.shape.batch_size:
+                self.steps(max(1, self.buffer // self.shape.batch_size))
+        # Until every request was compacted, and for the stock engine until all prompts are in.
+        ready = self.shape.batch_size * (1 if self.evicts else 0)
+        before = self._compactions()
+        self.steps(2)
+        while self.evicts and self._compactions() - before < ready:
+            self.steps(1)
+        return self._compactions()
+
+    def _room(self) -> bool:
+        scheduler = self.llm.llm_engine.engine_core.engine_core.scheduler
+        return all(request.num_tokens + 2 * self.buffer < 4000 for request in scheduler.running)
+
+    def _compactions(self) -> int:
+        if not self.evicts:
+            return 0
+        worker = self.llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
+        return int(worker.model_runner.runtime.num_compactions)
+
+    def steps(self, count: int) -> float:
+        """Run steps; seconds."""
+        engine = self.llm.llm_engine
+        started = time.perf_counter()
+        for _ in range(count):
+            engine.step()
+        return time.perf_counter() - started
+
+
+class Remote:
+    """An engine in another process."""
+
+    def __init__(self, arm: str, shape: Shape, args: argparse.Namespace, folder: Path) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.connection, there = context.Pipe()
+        self.log = folder / f"{arm}-{shape.budget}-{shape.batch_size}.log"
+        self.process = context.Process(target=work, args=(there, arm, shape, args, str(self.log)), daemon=True)
+        self.process.start()
+        there.close()
+        self.receive()
+
+    def receive(self) -> Any:
+        """The next message; exits with the engine's error."""
+        try:
+            message = self.connection.recv()
+        except EOFError:
+            message = RuntimeError("the engine died")
+        if isinstance(message, Exception):
+            sys.exit(f"error: {message}; log: {self.log}\n" + "\n".join(self.log.read_text().splitlines()[-12:]))
+        return message
+
+    def ask(self, *order: Any) -> Any:
+        """Send an order and wait for the answer."""
+        self.connection.send(order)
+        return self.receive()
+
+    def stop(self) -> None:
+        """End the process."""
+        self.connection.send(None)
+        self.process.join(20)
+
+
+def measure(shape: Shape, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Step times of both engines, as a ratio of each round of `buffer` steps."""
+    engines = {arm: Remote(arm, shape, args, folder) for arm in ARMS}
+    seconds: dict[str, list[float]] = {arm: [] for arm in ARMS}
+    compactions = 0
+    for number in range(args.rounds + 1):
+        before = {arm: engine.ask("start") for arm, engine in engines.items()}["evicting"]
+        total = dict.fromkeys(ARMS, 0.0)
+        for _ in range(args.buffer // TURN):
+            for arm in ARMS if number % 2 else reversed(ARMS):
+                total[arm] += engines[arm].ask("steps", TURN)
+        if number:  # the first round warms up
+            for arm in ARMS:
+                seconds[arm].append(total[arm])
+            compactions += engines["evicting"].ask("start") - before
+    for engine in engines.values():
+        engine.stop()
+    ratios = sorted(b / a for a, b in zip(seconds["stock"], seconds["evicting"], strict=True))
+    return {
+        "budget": shape.budget,
+        "batch_size": shape.batch_size,
+        "rounds": args.rounds,
+        "compactions": compactions,
+        "stock_ms": 1000 * median(seconds["stock"]) / args.buffer,
+        "evicting_ms": 1000 * median(seconds["evicting"]) / args.buffer,
+        "ratio": median(ratios),
+        "ratio_low": ratios[0],
+        "ratio_high": ratios[-1],
+    }
+
+
+def main() -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=bundled_model())
+    parser.add_argument("--policy", default="skipkv")
+    parser.add_argument("--budgets", type=int, nargs="+", default=[256, 1024])
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 16])
+    parser.add_argument("--buffer", type=int, default=128)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--compiled", action="store_true", help="vLLM's default graphs instead of eager mode")
+    parser.add_argument("--out", type=Path, help="write the figures as JSON, e.g. docs/results/overhead.json")
+    args = parser.parse_args()
+    if args.buffer % TURN:
+        parser.error(f"--buffer {args.buffer} must be a multiple of {TURN}")
+    rows = []
+    print(
+        f"{'budget':>6}{'batch':>7}{'stock ms':>10}{'evicting ms':>13}{'ratio':>8}{'from - to':>16}{'compactions':>13}"
+    )
+    with tempfile.TemporaryDirectory(prefix="skipkv-overhead-") as folder:
+        for budget in args.budgets:
+            for batch_size in args.batch_sizes:
+                row = measure(Shape(budget, batch_size), args, Path(folder))
+                rows.append(row)
+                spread = f"{row['ratio_low']:.3f} - {row['ratio_high']:.3f}"
+                print(
+                    f"{budget:6}{batch_size:7}{row['stock_ms']:10.2f}{row['evicting_ms']:13.2f}{row['ratio']:8.3f}"
+                    f"{spread:>16}{row['compactions']:13}",
+                    flush=True,
+                )
+                if row["compactions"] < batch_size * args.rounds // 2:
+                    print("error: hardly any compaction took place; these are not figures of eviction", file=sys.stderr)
+                    return 1
+    if args.out:
+        settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
+        command = ["python", "-m", "benchmarks.overhead", *sys.argv[1:]]
+        run = {"command": command, "commit": commit(), "machine": machine(), "versions": versions()}
+        write_summary({"run": run | {"settings": json.loads(json.dumps(settings))}, "shapes": rows}, args.out)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

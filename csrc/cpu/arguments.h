@@ -1,0 +1,96 @@
+// Checks of arguments, and small views of tensors.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <vector>
+
+#include "kernels.h"
+
+namespace skipkv {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+inline Dtype float_type(const Tensor& tensor, const char* name) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float:
+      return Dtype::kFloat32;
+    case ScalarType::BFloat16:
+      return Dtype::kBFloat16;
+    case ScalarType::Half:
+      return Dtype::kFloat16;
+    default:
+      STD_TORCH_CHECK(false, "skipkv_cpu: ", name, " must be float32, bfloat16 or float16");
+  }
+}
+
+inline void check(const Tensor& tensor, const char* name, ScalarType type, std::initializer_list<int64_t> sizes) {
+  STD_TORCH_CHECK(tensor.is_cpu(), "skipkv_cpu: ", name, " must be on the CPU");
+  STD_TORCH_CHECK(tensor.scalar_type() == type, "skipkv_cpu: ", name, " must be ", torch::headeronly::toString(type),
+                  ", not ", torch::headeronly::toString(tensor.scalar_type()));
+  STD_TORCH_CHECK(tensor.dim() == static_cast<int64_t>(sizes.size()), "skipkv_cpu: ", name, " must have ",
+                  sizes.size(), " dimensions, not ", tensor.dim());
+  int64_t i = 0;
+  for (int64_t size : sizes) {
+    STD_TORCH_CHECK(size < 0 || tensor.size(i) == size, "skipkv_cpu: ", name, " must have size ", size,
+                    " in dimension ", i, ", not ", tensor.size(i));
+    ++i;
+  }
+}
+
+// Contiguous, or a copy.
+inline Tensor packed(const Tensor& tensor) {
+  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+}
+
+// The caches of all layers and how they are packed.
+struct Caches {
+  Pages pages;
+  int64_t num_pages, heads;
+  std::vector<char*> layers;
+
+  Caches(const std::vector<Tensor>& caches, int64_t layout) {
+    STD_TORCH_CHECK(!caches.empty(), "skipkv_cpu: caches must not be empty");
+    const Tensor& first = caches[0];
+    STD_TORCH_CHECK(first.is_cpu() && first.dim() == 4 && first.size(3) % 2 == 0,
+                    "skipkv_cpu: caches must be [pages, heads, page size, 2 * D] on the CPU");
+    STD_TORCH_CHECK(first.stride(3) == 1, "skipkv_cpu: the last dimension of caches must be contiguous");
+    STD_TORCH_CHECK(layout >= kRows && layout <= kAmx, "skipkv_cpu: layout must be 0, 1 or 2, not ", layout);
+    num_pages = first.size(0);
+    heads = first.size(1);
+    pages = {layout,          first.size(2),   first.size(3) / 2,
+             first.stride(0), first.stride(1), first.stride(2),
+             static_cast<int64_t>(first.element_size())};
+    if (layout != kRows) {
+      STD_TORCH_CHECK(pages.token_stride == 2 * pages.dim || pages.size == 1,
+                      "skipkv_cpu: cells of packed pages must be contiguous");
+    }
+    if (layout == kAmx) {
+      STD_TORCH_CHECK(pages.size % 16 == 0 && pages.dim % 16 == 0,
+                      "skipkv_cpu: page size and head size of the AMX layout must be multiples of 16");
+    }
+    for (const Tensor& cache : caches) {
+      bool same = cache.scalar_type() == first.scalar_type() && cache.dim() == 4;
+      for (int64_t i = 0; same && i < 4; ++i) {
+        same = cache.size(i) == first.size(i) && cache.stride(i) == first.stride(i);
+      }
+      STD_TORCH_CHECK(same, "skipkv_cpu: caches must be alike in shape, dtype and strides");
+      layers.push_back(static_cast<char*>(cache.mutable_data_ptr()));
+    }
+  }
+
+  int64_t num_layers() const { return static_cast<int64_t>(layers.size()); }
+};
+
+// The ids in the first pages of a table must be pages of the cache: a wrong one would read or write foreign memory.
+inline void check_table(const int32_t* row, int64_t width, int64_t used, int64_t num_pages, const char* name) {
+  STD_TORCH_CHECK(used <= width, "skipkv_cpu: ", name, " has ", width, " pages; ", used, " are needed");
+  for (int64_t i = 0; i < used; ++i) {
+    STD_TORCH_CHECK(row[i] >= 0 && row[i] < num_pages, "skipkv_cpu: ", name, " names page ", row[i], " of ", num_pages);
+  }
+}
+
+}  // namespace skipkv

@@ -1,0 +1,65 @@
+// The arithmetic that gains from wide vectors. It is compiled once per instruction set and chosen when it runs.
+//
+// Those translation units use no template or inline function of the standard library: the linker keeps one copy of
+// each such function, and must not keep one whose instructions the processor may lack.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "pages.h"
+
+namespace skipkv {
+
+enum class Dtype : int { kFloat32, kBFloat16, kFloat16 };
+
+// One row of `score_tokens`: a request's layer and kv head. L = length.
+struct ScoreRow {
+  const Pages* pages;
+  const void* cache;
+  Dtype dtype;
+  int64_t head;
+  const int32_t* table;
+  const int32_t* positions;
+  int64_t length;
+  const void* queries;  // [W, Hq, D], at the first query head of the group
+  int64_t window, group, query_stride;
+  const float* penalty;  // or null
+  int64_t pool;
+  float mix, threshold;
+  float* scores;  // [L]
+};
+
+struct Kernels {
+  const char* name;
+  // Bytes of scratch that `score` needs for a row of this length; O(length).
+  size_t (*score_scratch)(int64_t length, int64_t dim, int64_t window, int64_t group);
+  void (*score)(const ScoreRow& row, void* scratch);
+  // out = hidden + coefficient * vector, element by element and rounded twice, like PyTorch.
+  void (*steer)(const void* hidden, float coefficient, const float* vector, void* out, Dtype dtype, int64_t n);
+  float (*dot)(const void* a, const void* b, Dtype dtype, int64_t n);
+  // sum += x
+  void (*accumulate)(const void* x, Dtype dtype, float* sum, int64_t n);
+  // out = the unit vector of sum / length; sum becomes zero.
+  void (*normalise)(float* sum, float length, void* out, Dtype dtype, int64_t n);
+};
+
+namespace generic {
+extern const Kernels kKernels;
+}
+#if defined(__x86_64__)
+namespace avx2 {
+extern const Kernels kKernels;
+}
+namespace avx512 {
+extern const Kernels kKernels;
+}
+#endif
+
+// The best that this processor can run, unless `limit_isa` chose less.
+const Kernels& kernels();
+
+// Use no instruction set beyond this level: 0 generic, 1 AVX2, 2 AVX-512. Returns the level in use.
+int64_t limit_isa(int64_t level);
+
+}  // namespace skipkv

@@ -1,0 +1,41 @@
+// Registers the operators as `torch.ops.skipkv_cpu.*`; `skipkv_vllm/ops/native.py` loads them. The schemas are those of
+// `skipkv_vllm/ops/schema.py`, which a test compares.
+#include "ops.h"
+
+STABLE_TORCH_LIBRARY(skipkv_cpu, m) {
+  m.def(
+      "score_tokens(Tensor[] caches, Tensor pointers, int layout, Tensor table, Tensor positions, "
+      "Tensor num_resident, Tensor queries, Tensor? penalty, int pool, float mix, float threshold) -> Tensor");
+  m.def(
+      "select_keep(Tensor scores, Tensor positions, Tensor num_resident, Tensor num_keep, Tensor pin_below, "
+      "Tensor pin_from, int max_moves) -> (Tensor source, Tensor hole, Tensor count)");
+  m.def(
+      "compact_pages(Tensor(a!)[] caches, Tensor pointers, int layout, Tensor(b!) sidecar, Tensor positions, "
+      "Tensor source_table, Tensor target_table, Tensor num_keep, Tensor source, Tensor hole, Tensor count) -> ()");
+  m.def(
+      "track_sentences(Tensor token_ids, Tensor? hidden, Tensor spans, int num_tokens, Tensor delimiters, bool merge, "
+      "Tensor(a!) ends, Tensor(b!) count, Tensor(c!) after_delimiter, Tensor(d!) open_length, Tensor(e!) open_sum, "
+      "Tensor(f!) embeddings) -> ()");
+  m.def(
+      "sentence_similarity(Tensor embeddings, Tensor slots, Tensor count, Tensor(a!) compared, "
+      "Tensor(b!) penalties, float threshold, int rule) -> ()");
+  m.def("observe_queries(Tensor query, Tensor index, Tensor(a!) rows) -> ()");
+  m.def("steer_add(Tensor hidden, Tensor coefficient, Tensor row, Tensor vectors) -> Tensor");
+  m.def("limit_isa(int level) -> int");
+  m.def("score_scratch(int length, int dim, int window, int group) -> int");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(skipkv_cpu, CPU, m) {
+  m.impl("score_tokens", TORCH_BOX(&skipkv::score_tokens));
+  m.impl("select_keep", TORCH_BOX(&skipkv::select_keep));
+  m.impl("compact_pages", TORCH_BOX(&skipkv::compact_pages));
+  m.impl("track_sentences", TORCH_BOX(&skipkv::track_sentences));
+  m.impl("sentence_similarity", TORCH_BOX(&skipkv::sentence_similarity));
+  m.impl("observe_queries", TORCH_BOX(&skipkv::observe_queries));
+  m.impl("steer_add", TORCH_BOX(&skipkv::steer_add));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(skipkv_cpu, CompositeExplicitAutograd, m) {
+  m.impl("limit_isa", TORCH_BOX(&skipkv::limit_isa));
+  m.impl("score_scratch", TORCH_BOX(&skipkv::score_scratch));
+}

@@ -1,0 +1,42 @@
+// Independent rows on PyTorch's threads.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <exception>
+#include <mutex>
+
+namespace skipkv {
+
+// Runs `worker(next)` on as many threads as are useful; `next()` hands out the numbers below `count` in order, then
+// -1. Rows differ in length and cost, so they are not divided beforehand.
+template <class Worker>
+void parallel_rows(int64_t count, const Worker& worker) {
+  std::atomic<int64_t> taken{0};
+  const auto next = [&taken, count]() -> int64_t {
+    const int64_t row = taken.fetch_add(1, std::memory_order_relaxed);
+    return row < count ? row : -1;
+  };
+  const int64_t threads = std::min<int64_t>(count, torch::stable::get_num_threads());
+  if (threads <= 1) {
+    if (count > 0) worker(next);
+    return;
+  }
+  // The C interface in between would lose what an exception says.
+  std::exception_ptr error;
+  std::mutex one_at_a_time;
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    try {
+      worker(next);
+    } catch (...) {
+      const std::lock_guard<std::mutex> lock(one_at_a_time);
+      error = std::current_exception();
+    }
+  });
+  if (error) std::rethrow_exception(error);
+}
+
+}  // namespace skipkv

@@ -1,0 +1,157 @@
+// How similar each key is to all others, without a matrix of cosines: `reference.redundancy`.
+//
+// The mean over i of S_ij is the inner product of unit key j with the sum of all, less the diagonal, less the exempted
+// terms. Only finding the exempted column of each row, the last one above the threshold, takes pairs of keys, and
+// most of those are never looked at: columns are scanned from the last, and a row leaves at its first hit.
+#pragma once
+
+#include "tile.h"
+
+namespace skipkv {
+namespace SKIPKV_ISA {
+namespace {
+
+struct ExemptScratch {
+  int32_t *last, *earlier, *active, *furthest;
+  float* tile;
+
+  ExemptScratch(Arena& arena, int64_t length)
+      : last(arena.take<int32_t>(length)),
+        earlier(arena.take<int32_t>(length)),
+        active(arena.take<int32_t>(length)),
+        furthest(arena.take<int32_t>(length / kTileColumns + 1)),
+        tile(arena.take<float>(kTileRows * kTileColumns)) {}
+};
+
+class ExemptSearch {
+ public:
+  ExemptSearch(const float* unit, int64_t stride, int64_t length, float threshold, ExemptScratch scratch)
+      : unit_(unit), stride_(stride), length_(length), threshold_(threshold), s_(scratch), num_active_(length) {
+    for (int64_t i = 0; i < length; ++i) {
+      s_.last[i] = s_.earlier[i] = -1;
+      s_.active[i] = static_cast<int32_t>(i);
+    }
+  }
+
+  // Looks for later similar keys in the columns of a panel; panels come from the last to the first. A hit of row i in
+  // column j is a hit of row j in column i too, which counts if j finds nothing later.
+  void scan_later(const float* panel, int64_t first) {
+    const int64_t end = first + kTileColumns < length_ ? first + kTileColumns : length_;
+    while (num_active_ > 0 && s_.active[num_active_ - 1] >= end) --num_active_;
+    const float* rows[kTileRows];
+    for (int64_t a = 0; a < num_active_; a += kTileRows) {
+      gather(a, num_active_, rows);
+      multiply(rows, panel, stride_, s_.tile);
+      for (int64_t m = 0; m < kTileRows && a + m < num_active_; ++m) {
+        const float* const cosine = s_.tile + m * kTileColumns;
+        if (!any_above(cosine, threshold_)) continue;
+        const int32_t i = s_.active[a + m];
+        for (int64_t j = i >= first ? i + 1 : first; j < end; ++j) {
+          if (cosine[j - first] > threshold_) s_.last[i] = static_cast<int32_t>(j), s_.earlier[j] = i;
+        }
+      }
+    }
+    int64_t kept = 0;
+    for (int64_t a = 0; a < num_active_; ++a) {
+      if (s_.last[s_.active[a]] < 0) s_.active[kept++] = s_.active[a];
+    }
+    num_active_ = kept;
+  }
+
+  // Settles the rows without a later similar key; `panel` is memory for a panel. Afterwards `last` is complete.
+  void finish(float* panel) {
+    if (threshold_ < 0) {
+      // The diagonal's zero is above the threshold, and the last such column.
+      for (int64_t i = 0; i < length_; ++i) s_.last[i] = s_.last[i] < 0 ? static_cast<int32_t>(i) : s_.last[i];
+      return;
+    }
+    scan_earlier(panel);
+    for (int64_t i = 0; i < length_; ++i) {
+      if (s_.last[i] < 0) s_.last[i] = s_.earlier[i] < 0 ? 0 : s_.earlier[i];
+    }
+  }
+
+ private:
+  void gather(int64_t from, int64_t count, const float** rows) const {
+    for (int64_t m = 0; m < kTileRows; ++m) {
+      rows[m] = unit_ + s_.active[from + m < count ? from + m : from] * stride_;
+    }
+  }
+
+  static int64_t panel_end(int64_t i) { return (i / kTileColumns + 1) * kTileColumns; }
+
+  // A pair (i, j), i < j, was not looked at by `scan_later` if i had left before it came to the panel of j.
+  void scan_earlier(float* panel) {
+    const int64_t panels = (length_ + kTileColumns - 1) / kTileColumns;
+    for (int64_t p = 0; p < panels; ++p) {
+      s_.furthest[p] = -1;
+      for (int64_t i = p * kTileColumns; i < (p + 1) * kTileColumns && i < length_; ++i) {
+        s_.furthest[p] = s_.last[i] > s_.furthest[p] ? s_.last[i] : s_.furthest[p];
+      }
+    }
+    const float* rows[kTileRows];
+    for (int64_t p = panels - 1; p >= 0; --p) {
+      const int64_t first = p * kTileColumns;
+      int64_t count = 0;
+      for (int64_t j = first; j < length_; ++j) {
+        const bool seeks = s_.last[j] < 0 && s_.earlier[j] < first + kTileColumns - 1;
+        if (seeks && s_.furthest[p] >= panel_end(j)) s_.active[count++] = static_cast<int32_t>(j);
+      }
+      if (count == 0) continue;
+      pack_panel(unit_, stride_, first, length_, stride_, panel);
+      for (int64_t a = 0; a < count; a += kTileRows) {
+        gather(a, count, rows);
+        multiply(rows, panel, stride_, s_.tile);
+        for (int64_t m = 0; m < kTileRows && a + m < count; ++m) {
+          const float* const cosine = s_.tile + m * kTileColumns;
+          if (!any_above(cosine, threshold_)) continue;
+          const int32_t j = s_.active[a + m];
+          for (int64_t c = 0; c < kTileColumns && first + c < j; ++c) {
+            const int32_t i = static_cast<int32_t>(first + c);
+            if (cosine[c] > threshold_ && i > s_.earlier[j]) s_.earlier[j] = i;
+          }
+        }
+      }
+    }
+  }
+
+  const float* unit_;
+  int64_t stride_, length_;
+  float threshold_;
+  ExemptScratch s_;
+  int64_t num_active_;
+};
+
+inline float inner(const float* a, const float* b, int64_t stride) {
+  Vector sum = {};
+  for (int64_t d = 0; d < stride; d += kLanes) sum += load(a + d) * load(b + d);
+  return sum_lanes(sum);
+}
+
+// mean[j] of the cosines in column j, with the diagonal and the exempted terms at zero. `total` is scratch, [2, stride].
+inline void mean_cosines(const float* unit, int64_t stride, int64_t length, const int32_t* last, float* total,
+                         float* mean) {
+  // Summed in blocks, or the rounding of a long sum would show in the scores.
+  float* const block = total + stride;
+  for (int64_t d = 0; d < stride; ++d) total[d] = 0;
+  for (int64_t first = 0; first < length; first += 64) {
+    for (int64_t d = 0; d < stride; ++d) block[d] = 0;
+    for (int64_t i = first; i < first + 64 && i < length; ++i) {
+      for (int64_t d = 0; d < stride; d += kLanes) store(block + d, load(block + d) + load(unit + i * stride + d));
+    }
+    for (int64_t d = 0; d < stride; ++d) total[d] += block[d];
+  }
+  for (int64_t j = 0; j < length; ++j) {
+    const float* const key = unit + j * stride;
+    mean[j] = inner(key, total, stride) - inner(key, key, stride);
+  }
+  for (int64_t i = 0; i < length; ++i) {
+    const int32_t j = last[i];
+    if (j != i) mean[j] -= inner(unit + i * stride, unit + j * stride, stride);
+  }
+  for (int64_t j = 0; j < length; ++j) mean[j] /= static_cast<float>(length);
+}
+
+}  // namespace
+}  // namespace SKIPKV_ISA
+}  // namespace skipkv

@@ -1,0 +1,73 @@
+// Element-wise work on one token's vector: `steer_add`, and the sums of `track_sentences`. Compiled once per instruction
+// set, without fused multiply-adds: PyTorch rounds the product.
+#include "vectors.h"
+
+namespace skipkv {
+namespace SKIPKV_ISA {
+namespace {
+
+template <class T>
+void steer_as(const void* hidden, float coefficient, const float* vector, void* out, int64_t n) {
+  const T* const from = static_cast<const T*>(hidden);
+  T* const to = static_cast<T*>(out);
+  for (int64_t i = 0; i < n; ++i) from_float(to_float(from[i]) + coefficient * vector[i], to + i);
+}
+
+template <class T>
+void accumulate_as(const void* x, float* sum, int64_t n) {
+  const T* const from = static_cast<const T*>(x);
+  for (int64_t i = 0; i < n; ++i) sum[i] += to_float(from[i]);
+}
+
+template <class T>
+void normalise_as(float* sum, float length, void* out, int64_t n) {
+  T* const to = static_cast<T*>(out);
+  float squares = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    sum[i] /= length;
+    squares += sum[i] * sum[i];
+  }
+  const float scale = __builtin_sqrtf(squares) + 1e-8f;
+  for (int64_t i = 0; i < n; ++i) {
+    from_float(sum[i] / scale, to + i);
+    sum[i] = 0;
+  }
+}
+
+}  // namespace
+
+void accumulate(const void* x, Dtype dtype, float* sum, int64_t n) {
+  switch (dtype) {
+    case Dtype::kFloat32:
+      return accumulate_as<Float32>(x, sum, n);
+    case Dtype::kBFloat16:
+      return accumulate_as<BFloat16>(x, sum, n);
+    case Dtype::kFloat16:
+      return accumulate_as<Float16>(x, sum, n);
+  }
+}
+
+void normalise(float* sum, float length, void* out, Dtype dtype, int64_t n) {
+  switch (dtype) {
+    case Dtype::kFloat32:
+      return normalise_as<Float32>(sum, length, out, n);
+    case Dtype::kBFloat16:
+      return normalise_as<BFloat16>(sum, length, out, n);
+    case Dtype::kFloat16:
+      return normalise_as<Float16>(sum, length, out, n);
+  }
+}
+
+void steer(const void* hidden, float coefficient, const float* vector, void* out, Dtype dtype, int64_t n) {
+  switch (dtype) {
+    case Dtype::kFloat32:
+      return steer_as<Float32>(hidden, coefficient, vector, out, n);
+    case Dtype::kBFloat16:
+      return steer_as<BFloat16>(hidden, coefficient, vector, out, n);
+    case Dtype::kFloat16:
+      return steer_as<Float16>(hidden, coefficient, vector, out, n);
+  }
+}
+
+}  // namespace SKIPKV_ISA
+}  // namespace skipkv

@@ -1,0 +1,72 @@
+// The inner product of a few rows with a panel of columns, kept in registers: where the time of scoring goes.
+#pragma once
+
+#include "vectors.h"
+
+namespace skipkv {
+namespace SKIPKV_ISA {
+namespace {
+
+// `kTileColumns` rows from `first`, transposed to [dim, kTileColumns]; zeros past `length`.
+inline void pack_panel(const float* rows, int64_t stride, int64_t first, int64_t length, int64_t dim, float* panel) {
+  for (int64_t c = 0; c < kTileColumns; c += 8) {
+    const float* from[8];
+    int64_t known = 0;
+    for (int64_t k = 0; k < 8; ++k) {
+      const bool exists = first + c + k < length;
+      from[k] = rows + (exists ? first + c + k : 0) * stride;
+      known += exists;
+    }
+    float* to = panel + c;
+    if (known == 8) {
+      for (int64_t d = 0; d < dim; ++d, to += kTileColumns) {
+        for (int64_t k = 0; k < 8; ++k) to[k] = from[k][d];
+      }
+    } else {
+      for (int64_t d = 0; d < dim; ++d, to += kTileColumns) {
+        for (int64_t k = 0; k < 8; ++k) to[k] = k < known ? from[k][d] : 0.0f;
+      }
+    }
+  }
+}
+
+// out[m, c] = sum over d of rows[m][d] * panel[d, c]. The same terms in the same order whichever of a pair of
+// vectors is the row, so a cosine does not depend on the side it was computed from.
+inline void multiply(const float* const* rows, const float* panel, int64_t dim, float* out) {
+  const float* row[kTileRows];
+  for (int64_t m = 0; m < kTileRows; ++m) row[m] = rows[m];
+  Vector sum[kTileRows][kTileVectors] = {};
+  for (int64_t d = 0; d < dim; ++d) {
+    Vector column[kTileVectors];
+#pragma GCC unroll 8
+    for (int64_t v = 0; v < kTileVectors; ++v) column[v] = load(panel + d * kTileColumns + v * kLanes);
+#pragma GCC unroll 8
+    for (int64_t m = 0; m < kTileRows; ++m) {
+      const float x = row[m][d];
+#pragma GCC unroll 8
+      for (int64_t v = 0; v < kTileVectors; ++v) sum[m][v] += x * column[v];
+    }
+  }
+#pragma GCC unroll 8
+  for (int64_t m = 0; m < kTileRows; ++m) {
+#pragma GCC unroll 8
+    for (int64_t v = 0; v < kTileVectors; ++v) store(out + m * kTileColumns + v * kLanes, sum[m][v]);
+  }
+}
+
+// Whether any of the first `kTileColumns` values is above the threshold.
+inline bool any_above(const float* values, float threshold) {
+  Vector most = load(values);
+  for (int64_t v = 1; v < kTileVectors; ++v) {
+    const Vector x = load(values + v * kLanes);
+    most = x > most ? x : most;
+  }
+  const auto above = most > threshold;
+  int32_t found = 0;
+  for (int64_t k = 0; k < kLanes; ++k) found |= above[k];
+  return found != 0;
+}
+
+}  // namespace
+}  // namespace SKIPKV_ISA
+}  // namespace skipkv

@@ -1,0 +1,98 @@
+// `track_sentences`: runs at every step, over the few tokens of each request.
+#include "ops.h"
+
+namespace skipkv {
+
+namespace {
+
+// The id of a token, whichever integer type the model runner uses.
+int64_t id_of(const Tensor& ids, const void* data, int64_t i) {
+  return ids.scalar_type() == ScalarType::Int ? static_cast<const int32_t*>(data)[i]
+                                              : static_cast<const int64_t*>(data)[i];
+}
+
+}  // namespace
+
+void track_sentences(const Tensor& token_ids, const std::optional<Tensor>& hidden, const Tensor& spans,
+                     int64_t, const Tensor& delimiters, bool merge, const Tensor& ends, const Tensor& count,
+                     const Tensor& after_delimiter, const Tensor& open_length, const Tensor& open_sum,
+                     const Tensor& embeddings) {
+  STD_TORCH_CHECK(token_ids.is_cpu() && token_ids.dim() == 1 && token_ids.is_contiguous() &&
+                      (token_ids.scalar_type() == ScalarType::Int || token_ids.scalar_type() == ScalarType::Long),
+                  "skipkv_cpu: token_ids must be contiguous int32 or int64 [tokens] on the CPU");
+  check(spans, "spans", ScalarType::Long, {4, -1});
+  check(delimiters, "delimiters", ScalarType::Bool, {-1});
+  check(ends, "ends", ScalarType::Int, {-1, -1});
+  const int64_t num_slots = ends.size(0);
+  check(count, "count", ScalarType::Long, {num_slots});
+  check(after_delimiter, "after_delimiter", ScalarType::Bool, {num_slots});
+  check(open_length, "open_length", ScalarType::Float, {num_slots});
+  const bool embeds = hidden.has_value();
+  const int64_t width = embeds ? hidden->size(1) : 0, held = embeds ? embeddings.size(1) - 1 : 0;
+  Dtype from = Dtype::kFloat32, to = Dtype::kFloat32;
+  int64_t hidden_row = 0;
+  const char* states = nullptr;
+  float* sums = nullptr;
+  char* units = nullptr;
+  if (embeds) {
+    STD_TORCH_CHECK(hidden->is_cpu() && hidden->dim() == 2 && hidden->stride(1) == 1,
+                    "skipkv_cpu: hidden must be [tokens, E] on the CPU, with contiguous rows");
+    check(open_sum, "open_sum", ScalarType::Float, {num_slots, width});
+    check(embeddings, "embeddings", embeddings.scalar_type(), {num_slots, -1, width});
+    STD_TORCH_CHECK(held > 0 && embeddings.is_contiguous() && open_sum.is_contiguous(),
+                    "skipkv_cpu: embeddings and open_sum must be contiguous, embeddings with more than one row");
+    from = float_type(*hidden, "hidden");
+    to = float_type(embeddings, "embeddings");
+    hidden_row = hidden->stride(0) * static_cast<int64_t>(hidden->element_size());
+    states = static_cast<const char*>(hidden->const_data_ptr());
+    sums = open_sum.mutable_data_ptr<float>();
+    units = static_cast<char*>(embeddings.mutable_data_ptr());
+  }
+  STD_TORCH_CHECK(ends.stride(1) == 1 && count.is_contiguous() && after_delimiter.is_contiguous() &&
+                      open_length.is_contiguous() && delimiters.is_contiguous(),
+                  "skipkv_cpu: the state of the tracker must be contiguous");
+  const Tensor table = packed(spans);
+  const int64_t requests = spans.size(1), vocabulary = delimiters.size(0), most = ends.size(1) - 1;
+  const int64_t* const span = table.const_data_ptr<int64_t>();
+  const void* const ids = token_ids.const_data_ptr();
+  const bool* const is_delimiter = delimiters.const_data_ptr<bool>();
+  const int64_t unit_row = embeds ? width * static_cast<int64_t>(embeddings.element_size()) : 0;
+  const Kernels& kernel = kernels();
+  for (int64_t r = 0; r < requests; ++r) {
+    const int64_t slot = span[r], begin = span[requests + r], tokens = span[2 * requests + r];
+    const int64_t position = span[3 * requests + r];
+    STD_TORCH_CHECK(slot >= 0 && slot < num_slots, "skipkv_cpu: slot ", slot, " of ", num_slots);
+    STD_TORCH_CHECK(begin >= 0 && tokens >= 0 && begin + tokens <= token_ids.size(0) &&
+                        (!embeds || begin + tokens <= hidden->size(0)),
+                    "skipkv_cpu: a span of ", tokens, " tokens from ", begin, " exceeds the step");
+    int32_t* const end = ends.mutable_data_ptr<int32_t>() + slot * ends.stride(0);
+    int64_t closed = count.const_data_ptr<int64_t>()[slot];
+    bool after = after_delimiter.const_data_ptr<bool>()[slot];
+    float length = open_length.const_data_ptr<float>()[slot];
+    float* const sum = embeds ? sums + slot * width : nullptr;
+    for (int64_t t = 0; t < tokens; ++t) {
+      const int64_t id = id_of(token_ids, ids, begin + t);
+      STD_TORCH_CHECK(id >= 0 && id < vocabulary, "skipkv_cpu: token id ", id, " of ", vocabulary);
+      const bool delimiter = is_delimiter[id], closes = delimiter && !(merge && after);
+      after = delimiter;
+      if (embeds && (closes || !delimiter)) {
+        kernel.accumulate(states + (begin + t) * hidden_row, from, sum, width);
+        length += 1;
+      }
+      if (closes) {
+        STD_TORCH_CHECK(closed < most, "skipkv_cpu: a request has more than ", most, " sentences");
+        if (embeds) {
+          kernel.normalise(sum, length, units + (slot * (held + 1) + closed % held) * unit_row, to, width);
+          length = 0;
+        }
+        ++closed;
+      }
+      if (delimiter && closed > 0) end[closed - 1] = static_cast<int32_t>(position + t);
+    }
+    count.mutable_data_ptr<int64_t>()[slot] = closed;
+    after_delimiter.mutable_data_ptr<bool>()[slot] = after;
+    if (embeds) open_length.mutable_data_ptr<float>()[slot] = length;
+  }
+}
+
+}  // namespace skipkv

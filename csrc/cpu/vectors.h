@@ -1,0 +1,154 @@
+// Vectors of the instruction set that this translation unit is compiled for.
+//
+// GCC's and Clang's vector extensions name no instruction set, so that one source serves all of them.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "kernels.h"
+
+#ifndef SKIPKV_ISA
+#error "SKIPKV_ISA must name the namespace: generic, avx2 or avx512"
+#endif
+
+namespace skipkv {
+namespace SKIPKV_ISA {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int64_t kLanes = 16, kTileRows = 8, kTileVectors = 3;
+#elif defined(__AVX2__)
+constexpr int64_t kLanes = 8, kTileRows = 4, kTileVectors = 3;
+#else
+constexpr int64_t kLanes = 4, kTileRows = 4, kTileVectors = 2;
+#endif
+constexpr int64_t kTileColumns = kLanes * kTileVectors;
+
+typedef float Vector __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
+
+inline Vector load(const float* from) { return *reinterpret_cast<const Vector*>(from); }
+inline void store(float* to, Vector value) { *reinterpret_cast<Vector*>(to) = value; }
+
+inline float sum_lanes(Vector v) {
+  float total = 0;
+  for (int64_t i = 0; i < kLanes; ++i) total += v[i];
+  return total;
+}
+
+template <class To, class From>
+inline To bits(From value) {
+  To result;
+  static_assert(sizeof(To) == sizeof(From), "bits of equal size");
+  __builtin_memcpy(&result, &value, sizeof(To));
+  return result;
+}
+
+// Element types. Conversions are integer arithmetic without branches, which compilers vectorise everywhere.
+struct Float32 {
+  float value;
+};
+struct BFloat16 {
+  uint16_t value;
+};
+struct Float16 {
+  uint16_t value;
+};
+
+inline float to_float(Float32 x) { return x.value; }
+inline float to_float(BFloat16 x) { return bits<float>(static_cast<uint32_t>(x.value) << 16); }
+inline float to_float(Float16 x) {
+  const uint32_t sign = static_cast<uint32_t>(x.value & 0x8000u) << 16;
+  const uint32_t rest = static_cast<uint32_t>(x.value & 0x7fffu) << 13, exponent = rest & 0x0f800000u;
+  const uint32_t normal = rest + (112u << 23);
+  const uint32_t infinite = rest + (224u << 23);
+  // A subnormal half is a normal float: build 2^-14 + it, then take 2^-14 away.
+  const uint32_t small = bits<uint32_t>(bits<float>(rest + (113u << 23)) - bits<float>(113u << 23));
+  const uint32_t magnitude = exponent == 0x0f800000u ? infinite : exponent == 0 ? small : normal;
+  return bits<float>(magnitude | sign);
+}
+
+inline void from_float(float x, Float32* to) { to->value = x; }
+inline void from_float(float x, BFloat16* to) {
+  const uint32_t u = bits<uint32_t>(x);
+  const uint32_t rounded = (u + 0x7fffu + ((u >> 16) & 1)) >> 16;
+  to->value = static_cast<uint16_t>(x != x ? 0x7fc0u : rounded);
+}
+inline void from_float(float x, Float16* to) {
+  const uint32_t u = bits<uint32_t>(x), sign = (u >> 16) & 0x8000u, magnitude = u & 0x7fffffffu;
+  // Rounding of normal results happens in the integers, that of subnormal ones in an addition.
+  const uint32_t normal = (magnitude + 0xfffu + ((magnitude >> 13) & 1) - (112u << 23)) >> 13;
+  const uint32_t small = bits<uint32_t>(bits<float>(magnitude) + 0.5f) - bits<uint32_t>(0.5f);
+  const uint32_t large = magnitude > 0x7f800000u ? 0x7e00u : 0x7c00u;
+  const uint32_t half = magnitude >= 0x477ff000u ? large : magnitude < 0x38800000u ? small : normal;
+  to->value = static_cast<uint16_t>(half | sign);
+}
+
+// e^x to about 1 ulp for x <= 0; below -87 it is as small as a float gets.
+inline float exp_nonpositive(float x) {
+  x = x < -87.0f ? -87.0f : x;
+  const float shifted = x * 1.44269504f + 12582912.0f;  // adding 1.5 * 2^23 rounds to an integer
+  const float n = shifted - 12582912.0f;
+  float r = x - n * 0.693359375f;
+  r = r + n * 2.12194440e-4f;
+  float p = 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  const int32_t exponent = bits<int32_t>(shifted) - bits<int32_t>(12582912.0f);
+  return p * bits<float>((exponent + 127) << 23);
+}
+
+inline float max_of(const float* x, int64_t n) {
+  float best = x[0];
+  int64_t i = 0;
+  if (n >= kLanes) {
+    Vector most = load(x);
+    for (i = kLanes; i + kLanes <= n; i += kLanes) {
+      const Vector v = load(x + i);
+      most = v > most ? v : most;
+    }
+    for (int64_t k = 0; k < kLanes; ++k) best = most[k] > best ? most[k] : best;
+  }
+  for (; i < n; ++i) best = x[i] > best ? x[i] : best;
+  return best;
+}
+
+// x becomes e^(x - max); returns the sum.
+inline float exponentials(float* x, int64_t n) {
+  const float most = max_of(x, n);
+  for (int64_t i = 0; i < n; ++i) x[i] = exp_nonpositive(x[i] - most);
+  Vector sums = {};
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) sums += load(x + i);
+  float total = sum_lanes(sums);
+  for (; i < n; ++i) total += x[i];
+  return total;
+}
+
+// Hands out scratch memory; run without memory it only measures.
+class Arena {
+ public:
+  explicit Arena(void* memory) : memory_(static_cast<char*>(memory)) {}
+
+  template <class T>
+  T* take(int64_t count) {
+    T* result = memory_ == nullptr ? nullptr : reinterpret_cast<T*>(memory_ + used_);
+    used_ += (static_cast<size_t>(count) * sizeof(T) + 63) / 64 * 64;
+    return result;
+  }
+  size_t used() const { return used_; }
+
+ private:
+  char* memory_;
+  size_t used_ = 0;
+};
+
+inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+}  // namespace
+}  // namespace SKIPKV_ISA
+}  // namespace skipkv

@@ -1,0 +1,64 @@
+// Small things that several kernels need.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+#include <cstring>
+
+namespace skipkv {
+
+constexpr int kWarp = 32;
+constexpr unsigned kAllLanes = 0xffffffffu;
+
+__device__ inline float to_float(float x) { return x; }
+__device__ inline float to_float(__half x) { return __half2float(x); }
+__device__ inline float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+
+template <class T>
+__device__ T from_float(float x);
+template <>
+__device__ inline float from_float<float>(float x) {
+  return x;
+}
+template <>
+__device__ inline __half from_float<__half>(float x) {
+  return __float2half_rn(x);
+}
+template <>
+__device__ inline __nv_bfloat16 from_float<__nv_bfloat16>(float x) {
+  return __float2bfloat16_rn(x);
+}
+
+// 16 bytes of memory that no running kernel writes: such reads may overtake other accesses.
+template <class T>
+struct alignas(16) Chunk {
+  static constexpr int kSize = 16 / sizeof(T);
+  T values[kSize];
+};
+
+template <class T>
+__device__ Chunk<T> read_chunk(const T* from) {
+  const uint4 bits = __ldg(reinterpret_cast<const uint4*>(from));
+  Chunk<T> chunk;
+  memcpy(&chunk, &bits, sizeof(bits));
+  return chunk;
+}
+
+// Sum over a warp, in every lane.
+__device__ inline float warp_sum(float x) {
+  for (int offset = kWarp / 2; offset > 0; offset /= 2) x += __shfl_xor_sync(kAllLanes, x, offset);
+  return x;
+}
+
+// Sum over the lanes below and this one.
+__device__ inline int warp_scan(int x, int lane) {
+  for (int offset = 1; offset < kWarp; offset *= 2) {
+    const int below = __shfl_up_sync(kAllLanes, x, offset);
+    if (lane >= offset) x += below;
+  }
+  return x;
+}
+
+}  // namespace skipkv

@@ -1,0 +1,35 @@
+// What the host asks of the GPU. With launch.cuh and mma.cuh all that tests replace to run the kernels without one.
+#pragma once
+
+#include <cuda_runtime.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/tensor.h>
+
+#define SKIPKV_DISPATCH_KEY CUDA
+
+namespace skipkv {
+
+using torch::stable::Tensor;
+
+// Makes a tensor's device the current one for its life.
+using Guard = torch::stable::accelerator::DeviceGuard;
+
+inline void check_cuda(cudaError_t error, const char* what) {
+  STD_TORCH_CHECK(error == cudaSuccess, "skipkv_cuda: ", what, ": ", cudaGetErrorString(error));
+}
+
+inline bool on_gpu(const Tensor& tensor) { return tensor.is_cuda(); }
+
+// The stream that PyTorch is using on a tensor's device.
+inline cudaStream_t current_stream(const Tensor& tensor) {
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
+  return static_cast<cudaStream_t>(stream);
+}
+
+inline void clear_async(void* memory, size_t bytes, cudaStream_t stream) {
+  check_cuda(cudaMemsetAsync(memory, 0, bytes, stream), "cudaMemsetAsync");
+}
+
+}  // namespace skipkv

@@ -1,0 +1,105 @@
+"""Which backend runs each operator on each device, and the registration of the operators with PyTorch."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any, NamedTuple
+
+import torch
+
+from ..errors import KVPolicyError
+from .schema import FAKES, NAMESPACE, SCHEMAS
+
+logger = logging.getLogger("vllm.skipkv")
+
+OVERRIDE = "SKIPKV_OPS"
+"""Environment variable that names the backend to use: one of `BACKENDS`; for tests and bug reports."""
+
+BACKENDS = {
+    "native": "skipkv_vllm.ops.native",
+    "triton": "skipkv_vllm.ops.triton_backend",
+    "reference": "skipkv_vllm.ops.batched",
+}
+"""Backend -> module. A module has a function for each operator it offers, with the signature of `schema.SCHEMAS`, and,
+if it depends on something, `unavailable(device_type) -> str | None`: why it cannot run there, and the remedy."""
+
+ORDER = {"cpu": ("native", "reference"), "cuda": ("native", "triton", "reference")}
+"""Device type -> backends, the fastest first. Triton's interpreter is no backend for a CPU: it is a test tool."""
+
+
+class Choice(NamedTuple):
+    """What runs an operator.
+
+    Attributes:
+        backend: key of `BACKENDS`.
+        function: the implementation.
+        missed: faster backends that were not to be had, and why.
+    """
+
+    backend: str
+    function: Callable[..., Any]
+    missed: tuple[str, ...]
+
+
+def _unavailable(backend: str, op: str, device_type: str) -> str | None:
+    module = import_module(BACKENDS[backend])
+    why = getattr(module, "unavailable", lambda _: None)(device_type)
+    if why is None and not hasattr(module, op):
+        why = f"has no {op}"
+    return why
+
+
+@functools.cache
+def choose(op: str, device_type: str) -> Choice:
+    """The fastest backend that is to be had; a slower one is said once, with the remedy.
+
+    Raises:
+        KVPolicyError: the backend asked for with `SKIPKV_OPS` cannot run.
+    """
+    wanted = os.environ.get(OVERRIDE)
+    if wanted is not None and wanted not in BACKENDS:
+        raise KVPolicyError(f"{OVERRIDE}={wanted!r} is unknown; choose one of: {', '.join(BACKENDS)}, or unset it")
+    missed: list[str] = []
+    for backend in (wanted,) if wanted else ORDER.get(device_type, ("reference",)):
+        why = _unavailable(backend, op, device_type)
+        if why is None:
+            return Choice(backend, getattr(import_module(BACKENDS[backend]), op), tuple(missed))
+        missed.append(f"{backend}: {why}")
+    raise KVPolicyError(f"{OVERRIDE}={wanted!r} cannot run {op} on {device_type}: {'; '.join(missed)}; unset it")
+
+
+def function(op: str, device: torch.device) -> Callable[..., Any]:
+    """What runs an operator on a device, for callers at every step: it spares them PyTorch's dispatcher."""
+    return choose(op, device.type).function
+
+
+def report(device_type: str) -> dict[str, Choice]:
+    """What runs each operator on a device, for `skipkv doctor` and the start-up banner."""
+    return {op: choose(op, device_type) for op in SCHEMAS}
+
+
+def warn_if_slow(device_type: str) -> None:
+    """Warn, once a process, when an operator falls back to PyTorch although something faster exists."""
+    slow = {op: choice for op, choice in report(device_type).items() if choice.backend == "reference" and choice.missed}
+    if slow:
+        reasons = sorted({why for choice in slow.values() for why in choice.missed})
+        logger.warning("SkipKV: %s run in PyTorch, which is slow. %s", ", ".join(slow), "; ".join(reasons))
+
+
+def _registered(op: str, device_type: str) -> Callable[..., Any]:
+    def call(*args: Any) -> Any:
+        return choose(op, device_type).function(*args)
+
+    return call
+
+
+_library = torch.library.Library(NAMESPACE, "DEF")
+for _op, _schema in SCHEMAS.items():
+    _library.define(_op + _schema)
+    for _device in ORDER:
+        _library.impl(_op, _registered(_op, _device), _device.upper())
+    torch.library.register_fake(f"{NAMESPACE}::{_op}", FAKES[_op], lib=_library)

@@ -1,0 +1,279 @@
+"""Carries out the compactions of a step: score, select and compact, for all requests and layers at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..config import KVPolicyConfig
+from ..ops.paging import LayerPages, PagedCache, layer_pages, to_device
+from ..policies import Need, Policy, View
+from ..policies.selection import select_sentences
+from ..scheduler.planner import Compaction, ceil_div
+from ..sentences.tracker import SentenceTracker
+from .attention_mass import AttentionMass
+from .positions import PositionSidecar
+from .queries import QueryRing
+
+
+@dataclass
+class Managed:
+    """Host-side state of a managed request."""
+
+    slot: int
+    policy: Policy
+    needs: Need
+    protected: int
+    num_evicted: int = 0
+    num_placed: int = 0
+    """slots whose positions are in the sidecar; later slots follow in order"""
+    num_compactions: int = 0
+
+
+class Job(NamedTuple):
+    """A compaction and the state of its request before it."""
+
+    order: Compaction
+    request: Managed
+
+
+class _Batch(NamedTuple):
+    """What the operators need of R requests, on the device; all int32.
+
+    Attributes:
+        jobs: the requests.
+        source_table, target_table: kernel pages before and after, `[R, pages]`.
+        num_resident, num_keep, pin_below, pin_from, slot, num_logical: `[R]`.
+        positions: `[R, layers, H, N]` by slot.
+    """
+
+    jobs: Sequence[Job]
+    source_table: Tensor
+    target_table: Tensor
+    num_resident: Tensor
+    num_keep: Tensor
+    pin_below: Tensor
+    pin_from: Tensor
+    slot: Tensor
+    num_logical: Tensor
+    positions: Tensor
+
+
+class Moves(NamedTuple):
+    """Move lists of R requests, as `select_keep` gives them."""
+
+    source: Tensor
+    hole: Tensor
+    number: Tensor
+
+    @property
+    def valid(self) -> Tensor:
+        """bool, of the shape of `source`."""
+        return torch.arange(self.source.shape[-1], device=self.source.device) < self.number[..., None]
+
+
+class Compactor:
+    """Chooses survivors and moves them to the front of each request's pages.
+
+    Args:
+        config: the server's policy.
+        cache: the KV pages.
+        block_size: tokens of one of vLLM's blocks; a multiple of the kernels' page size.
+        ring, tracker, mass: what the runtime collects.
+    """
+
+    def __init__(
+        self,
+        config: KVPolicyConfig,
+        cache: PagedCache,
+        block_size: int,
+        ring: QueryRing | None,
+        tracker: SentenceTracker | None,
+        mass: AttentionMass,
+    ) -> None:
+        self.config = config
+        self.cache = cache
+        self.positions = PositionSidecar(cache)
+        self.layers: list[LayerPages] = [layer_pages(each, cache.layout) for each in cache.caches]
+        self.device = cache.pointers.device
+        self._block_size = block_size
+        self._pages_per_block = block_size // self.layers[0].page_size
+        self._ring, self._tracker, self._mass = ring, tracker, mass
+        ops.warn_if_slow(self.device.type)
+
+    def table(self, rows: Sequence[Sequence[int]]) -> Tensor:
+        """Block ids of R requests as kernel page ids, int32 `[R, pages]`, padded with page 0."""
+        longest, ratio = max(map(len, rows)), self._pages_per_block
+        padded = [[*row, *[0] * (longest - len(row))] for row in rows]
+        blocks = to_device(padded, torch.int32, self.device)
+        if ratio == 1:
+            return blocks
+        within = torch.arange(ratio, dtype=torch.int32, device=self.device)
+        return (blocks[..., None] * ratio + within).flatten(1)
+
+    def run(self, jobs: Sequence[Job]) -> None:
+        """Carry out the compactions of a step, in order."""
+        for part in self._independent(jobs):
+            self._run(part)
+
+    def _independent(self, jobs: Sequence[Job]) -> Iterator[list[Job]]:
+        """Runs of jobs that one launch may carry out: same policy, and no page written by one and used by another.
+
+        A page that an earlier job gives up may be the fresh page of a later one.
+        """
+        part: list[Job] = []
+        read: set[int] = set()
+        written: set[int] = set()
+        for job in jobs:
+            uses = set(job.order.source_pages)
+            # Pages that lie wholly in a protected prompt may be shared, but nothing in them changes.
+            writes = set(job.order.target_pages[job.request.protected // self._block_size :])
+            if part and (job.request.policy != part[0].request.policy or writes & (read | written) or uses & written):
+                yield part
+                part, read, written = [], set(), set()
+            part.append(job)
+            read |= uses
+            written |= writes
+        if part:
+            yield part
+
+    def _run(self, jobs: Sequence[Job]) -> None:
+        batch = self._batch(jobs)
+        scores = self._scores(batch)
+        by_head = self.config.kv_granularity == "head"
+        moves = self._select_tokens(batch, scores) if by_head else self._select_sentences(batch, scores)
+        torch.ops.skipkv.compact_pages(
+            *self.cache,
+            self.positions.entries,
+            batch.positions,
+            batch.source_table,
+            batch.target_table,
+            batch.num_keep,
+            *moves,
+        )
+        for r, (order, request) in enumerate(jobs):
+            if request.needs & Need.ATTENTION_MASS:
+                source, hole = moves.source[r].long(), moves.hole[r].long()
+                self._mass.move(request.slot, order.num_keep, source, hole, moves.valid[r])
+
+    def _batch(self, jobs: Sequence[Job]) -> _Batch:
+        numbers = [
+            (
+                order.num_resident,
+                order.num_keep,
+                max(request.protected, request.policy.num_sinks),
+                order.num_logical - self.config.kv_window,
+                request.slot,
+                order.num_logical,
+                request.num_placed,
+                request.num_evicted,
+            )
+            for order, request in jobs
+        ]
+        columns = to_device(numbers, torch.int32, self.device).T.contiguous()
+        resident, keep, below, from_, slot, logical, num_placed, num_evicted = columns
+        source_table = self.table([job.order.source_pages for job in jobs])
+        length = max(job.order.num_resident for job in jobs)
+        positions = self.positions.read(source_table, length, num_placed, num_evicted)
+        target_table = self.table([job.order.target_pages for job in jobs])
+        return _Batch(jobs, source_table, target_table, resident, keep, below, from_, slot, logical, positions)
+
+    # ---- scores
+
+    def _scores(self, batch: _Batch) -> Tensor:
+        """float32 `[R, layers, H, N]` by slot."""
+        policy = batch.jobs[0].request.policy
+        penalty = None
+        if policy.needs & Need.HIDDEN:
+            assert self._tracker is not None
+            penalty = self._tracker.penalties(batch.slot, batch.positions)
+        if (fused := policy.token_score) is not None:
+            assert self._ring is not None
+            queries = self._ring.read_all(batch.slot, batch.num_logical)
+            return torch.ops.skipkv.score_tokens(
+                *self.cache,
+                batch.source_table,
+                batch.positions,
+                batch.num_resident,
+                queries,
+                penalty,
+                fused.pool,
+                fused.mix,
+                fused.redundancy_threshold,
+            )
+        scores = torch.full(batch.positions.shape, -torch.inf, dtype=torch.float32, device=self.device)
+        for r in range(len(batch.jobs)):
+            self._score_request(batch, r, None if penalty is None else penalty[r], scores[r])
+        return scores
+
+    def _score_request(self, batch: _Batch, r: int, penalty: Tensor | None, scores: Tensor) -> None:
+        """Let the policy score one request layer by layer, in ascending position; `scores` `[layers, H, N]` by slot."""
+        order, request = batch.jobs[r]
+        policy, length = request.policy, order.num_resident
+        by_position = batch.positions[r, ..., :length].argsort(dim=-1)
+        positions = batch.positions[r, ..., :length].gather(-1, by_position)
+        pages = batch.source_table[r, : ceil_div(length, self.layers[0].page_size)].long()
+        mass = None
+        if policy.needs & Need.ATTENTION_MASS:
+            mass = self._mass.read(request.slot, positions).gather(-1, by_position)
+        for i, layer in enumerate(self.layers):
+            keys = queries = None
+            if policy.needs & Need.KEYS:
+                held = layer.keys.read_pages(pages, length)
+                keys = held.gather(1, by_position[i][..., None].expand_as(held)).transpose(0, 1)
+            if policy.needs & Need.QUERIES:
+                assert self._ring is not None
+                queries = self._ring.read(i, request.slot, order.num_logical)
+            view = View(
+                positions=positions[i],
+                window=self.config.kv_window,
+                num_keep=order.num_keep,
+                layer=i,
+                keys=keys,
+                queries=queries,
+                sentence_penalty=None if penalty is None else penalty[i, :, :length].gather(-1, by_position[i]),
+                attention_mass=None if mass is None else mass[i],
+            )
+            scores[i, :, :length].scatter_(-1, by_position[i], policy.score(view))
+
+    # ---- selection
+
+    def _select_tokens(self, batch: _Batch, scores: Tensor) -> Moves:
+        """Every layer and head keeps its own tokens."""
+        most = max(min(o.num_keep, o.num_resident - o.num_keep) for o, _ in batch.jobs)
+        numbers = (batch.num_resident, batch.num_keep, batch.pin_below, batch.pin_from)
+        return Moves(*torch.ops.skipkv.select_keep(scores, batch.positions, *numbers, most))
+
+    def _select_sentences(self, batch: _Batch, scores: Tensor) -> Moves:
+        """Whole sentences leave, the same for all layers and heads, so the first row speaks for all."""
+        assert self._tracker is not None
+        layers, heads = scores.shape[1:3]
+        rows = []
+        for r, (order, request) in enumerate(batch.jobs):
+            length = order.num_resident
+            by_position = batch.positions[r, 0, 0, :length].argsort()
+            positions = batch.positions[r, 0, 0, :length][by_position]
+            pinned = (positions < batch.pin_below[r]) | (positions >= batch.pin_from[r])
+            number = self._tracker.state(request.slot).sentence_of(positions)
+            kept_sorted = select_sentences(scores[r, ..., :length][..., by_position], pinned, number, order.num_keep)
+            kept = torch.zeros_like(kept_sorted).scatter(0, by_position, kept_sorted)
+            rows.append(ops.move_list(kept, order.num_keep))
+        most = max(source.shape[0] for source, _, _ in rows)
+        source, hole = (
+            torch.stack(
+                [torch.nn.functional.pad(torch.where(row[2], row[i], 0), (0, most - row[2].shape[0])) for row in rows]
+            )
+            for i in (0, 1)
+        )
+        count = torch.stack([valid.sum() for _, _, valid in rows])
+        shape = (len(rows), layers, heads)
+        return Moves(
+            source.int()[:, None, None].expand(*shape, -1).contiguous(),
+            hole.int()[:, None, None].expand(*shape, -1).contiguous(),
+            count.int()[:, None, None].expand(shape).contiguous(),
+        )

@@ -1,0 +1,301 @@
+"""The operators on a GPU, where size, streams, graphs and waiting matter.
+
+`unit/test_ops_parity.py` has the small cases. Backends that are not to be had are skipped with the reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from skipkv_vllm.ops import batched
+from skipkv_vllm.ops.paging import Layout, PagedCache
+from tests.tracking_cases import check_tracking
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: torch.cuda.is_available() is False"),
+]
+
+CUDA = torch.device("cuda")
+HALF_TYPES = (torch.bfloat16, torch.float16)
+
+
+@pytest.fixture(params=["native", "triton"])
+def backend(request: pytest.FixtureRequest) -> ModuleType:
+    module = import_module(f"skipkv_vllm.ops.{'native' if request.param == 'native' else 'triton_backend'}")
+    if why := module.unavailable("cuda"):
+        pytest.skip(f"{request.param}: {why}")
+    return module
+
+
+def numbers(*values: int) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32, device=CUDA)
+
+
+def scoring(
+    lengths: tuple[int, ...],
+    dtype: torch.dtype = torch.bfloat16,
+    *,
+    layers: int = 2,
+    heads: int = 4,
+    group: int = 4,
+    dim: int = 128,
+    window: int = 8,
+    size: int = 16,
+    first_page: int = 1,
+) -> list[Any]:
+    """Arguments of `score_tokens` on the GPU: noisy keys around a few centres, in the first pages from one on."""
+    generator = torch.Generator(CUDA).manual_seed(0)
+    requests, n = len(lengths), max(lengths)
+    used = -(-n // size)
+    pages = first_page + requests * used
+    caches = []
+    for _ in range(layers):
+        cache = torch.empty(pages, size, heads, 2 * dim, dtype=dtype, device=CUDA).transpose(1, 2)
+        held = cache[first_page:]
+        held.copy_(torch.randn(held.shape, device=CUDA, generator=generator))
+        centres = torch.randn(6, dim, device=CUDA, generator=generator)
+        nearest = torch.randint(6, held.shape[:3], device=CUDA, generator=generator)
+        held[..., :dim] += centres[nearest].to(dtype)
+        caches.append(cache)
+    ids = first_page + torch.randperm(requests * used, device=CUDA, generator=generator)
+    rows = requests * layers * heads
+    positions = torch.rand(rows, 2 * n, device=CUDA, generator=generator).argsort(-1)[:, :n]
+    queries = torch.randn(requests, layers, window, heads * group, dim, device=CUDA, generator=generator)
+    return [
+        *PagedCache.of(caches, Layout.ROWS),
+        ids.view(requests, used).int(),
+        positions.view(requests, layers, heads, n).int(),
+        numbers(*lengths),
+        queries.to(dtype),
+        torch.rand(requests, layers, heads, n, device=CUDA, generator=generator) * 1e-4,
+        7,
+        0.1,
+        0.55,
+    ]
+
+
+def assert_scores(got: Tensor, wanted: Tensor, lengths: tuple[int, ...], tolerance: float) -> None:
+    """Errors relative to the largest score of a row: a score may be a difference of nearly equal parts."""
+    for r, length in enumerate(lengths):
+        error = (got - wanted)[r, ..., :length].abs().amax(-1) / wanted[r, ..., :length].abs().amax(-1)
+        assert error.max() <= tolerance, f"request {r}: {error}"
+        assert (got[r, ..., length:] == -torch.inf).all()
+
+
+@contextmanager
+def no_waiting() -> Iterator[None]:
+    """Operations of PyTorch that make the host wait raise."""
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def compaction(arguments: list[Any], keep: int) -> list[Any]:
+    """Arguments of `compact_pages` after `score_tokens`; every third page of the target is fresh, caches are copies."""
+    caches, _, _, table, positions, num_resident, *_ = arguments
+    pages, heads, size, _ = caches[0].shape
+    requests = table.shape[0]
+    keeps = torch.full_like(num_resident, keep)
+    most = int((num_resident - keeps).clamp(max=keep).max())
+    scores = batched.score_tokens(*arguments)
+    pins = (torch.full_like(keeps, 4), torch.full_like(keeps, 2**30))
+    moves = batched.select_keep(scores, positions, num_resident, keeps, *pins, most)
+    spare = torch.arange(requests * table.shape[1], device=CUDA, dtype=torch.int32).view_as(table) + pages
+    target = torch.where(torch.arange(table.shape[1], device=CUDA) % 3 == 0, spare, table)
+    grown = []
+    for cache in caches:
+        other = torch.zeros(pages + spare.numel(), size, heads, cache.shape[3], dtype=cache.dtype, device=CUDA)
+        other[:pages] = cache.transpose(1, 2)
+        grown.append(other.transpose(1, 2))
+    sidecar = torch.zeros(len(caches), pages + spare.numel(), heads, size, dtype=torch.int32, device=CUDA)
+    return [*PagedCache.of(grown, Layout.ROWS), sidecar, positions, table, target, keeps, *moves]
+
+
+@pytest.mark.parametrize("dtype", [*HALF_TYPES, torch.float32])
+@pytest.mark.parametrize("dim", [64, 80, 128, 256])
+def test_scores_of_long_requests(backend, dtype, dim):
+    lengths = (2500, 1111, 64)
+    arguments = scoring(lengths, dtype, dim=dim)
+    got = backend.score_tokens(*arguments)
+    assert_scores(got, batched.score_tokens(*arguments), lengths, 2e-2)
+
+
+def test_scores_of_more_rows_than_scratch_memory_takes_at_once(backend, monkeypatch):
+    lengths = (1200, 1100, 900)
+    # 80 KB of scratch memory a row; the CUDA kernels take at most 256 MiB at once.
+    arguments = scoring(lengths, layers=80, heads=16, group=1)
+    monkeypatch.setattr("skipkv_vllm.ops.triton_backend.SCRATCH_BYTES", 32 << 20)
+    got = backend.score_tokens(*arguments)
+    assert_scores(got, batched.score_tokens(*arguments), lengths, 2e-2)
+
+
+def test_the_same_bits_every_time(backend):
+    arguments = scoring((3000, 1500))
+    first = backend.score_tokens(*arguments)
+    assert all(torch.equal(first, backend.score_tokens(*arguments)) for _ in range(5))
+
+
+@pytest.mark.parametrize("keep", [1, 1024, 2499, 2500])
+def test_selection_and_compaction_of_long_requests(backend, keep):
+    arguments = scoring((2500, 2500))
+    positions, num_resident = arguments[4:6]
+    scores = batched.score_tokens(*arguments)
+    pins = (torch.full_like(num_resident, 0), torch.full_like(num_resident, 2**30))
+    options = (scores, positions, num_resident, torch.full_like(num_resident, keep), *pins, min(keep, 2500 - keep))
+    for got, wanted in zip(backend.select_keep(*options), batched.select_keep(*options), strict=True):
+        assert torch.equal(got, wanted)
+
+    got, wanted = compaction(arguments, max(keep, 8)), compaction(arguments, max(keep, 8))
+    backend.compact_pages(*got)
+    batched.compact_pages(*wanted)
+    bits = torch.int16
+    assert all(torch.equal(a.view(bits), b.view(bits)) for a, b in zip(got[0], wanted[0], strict=True))
+    assert torch.equal(got[3], wanted[3])
+
+
+def test_pages_beyond_what_32_bits_address(backend):
+    """A cell's offset in elements does not fit into 32 bits."""
+    per_page = 16 * 2 * 2 * 128
+    first = 2**31 // per_page + 5
+    free, _ = torch.cuda.mem_get_info()
+    if free < 4 * first * per_page * 2:
+        pytest.skip(f"needs {4 * first * per_page * 2 >> 30} GiB of free GPU memory, there are {free >> 30}")
+    arguments = scoring((100,), heads=2, layers=1, group=2, first_page=first)
+    assert_scores(backend.score_tokens(*arguments), batched.score_tokens(*arguments), (100,), 2e-2)
+    got = compaction(arguments, 40)
+    before = [cache[first:].clone() for cache in got[0]]
+    backend.compact_pages(*got)
+    moved = [cache[first:].clone() for cache in got[0]]
+    sidecar = got[3].clone()
+    for cache, old in zip(got[0], before, strict=True):
+        cache[first:] = old
+    batched.compact_pages(*got)
+    assert all(torch.equal(a, b[first:]) for a, b in zip(moved, got[0], strict=True))
+    assert torch.equal(sidecar, got[3])
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_tracking(backend, seed):
+    check_tracking(backend, seed, "cuda")
+
+
+def every_operator(module: ModuleType) -> list[Callable[[], Any]]:
+    """Calls of all operators with arguments that are ready on the GPU."""
+    arguments = scoring((300, 200))
+    positions, num_resident = arguments[4:6]
+    keeps = numbers(150, 150)
+    scores = batched.score_tokens(*arguments)
+    selection = (scores, positions, num_resident, keeps, numbers(4, 4), numbers(2**30, 2**30), 150)
+    moves = compaction(arguments, 150)
+    generator = torch.Generator(CUDA).manual_seed(1)
+    unit = torch.nn.functional.normalize(torch.randn(3, 17, 256, device=CUDA, generator=generator), dim=-1)
+    slots = torch.tensor([2, 0], device=CUDA)
+    count, compared = (torch.full((3,), n, device=CUDA) for n in (16, 5))
+    penalties = torch.zeros(3, 40, device=CUDA)
+    tracker = (count.clone(), torch.zeros(3, dtype=torch.bool, device=CUDA), torch.zeros(3, device=CUDA))
+    spans = torch.tensor([[2, 0], [0, 3], [3, 2], [50, 60]], device=CUDA)
+    ids, is_delimiter = torch.arange(5, device=CUDA), torch.tensor([0, 0, 1, 0, 1], dtype=torch.bool, device=CUDA)
+    states, ends = torch.randn(5, 256, device=CUDA), torch.full((3, 40), -1, dtype=torch.int32, device=CUDA)
+    open_sum = torch.zeros(3, 256, device=CUDA)
+    query, rows = torch.randn(5, 8, 128, device=CUDA), torch.zeros(9, 8, 128, device=CUDA)
+    index = torch.tensor([3, 1, 8, 0, 2], device=CUDA)
+    steering = (torch.randn(5, 512, device=CUDA), torch.ones(5, device=CUDA), numbers(0, 1, 2, 0, 1))
+    vectors = torch.randn(3, 512, device=CUDA)
+    return [
+        lambda: module.score_tokens(*arguments),
+        lambda: module.select_keep(*selection),
+        lambda: module.compact_pages(*moves),
+        lambda: module.track_sentences(ids, states, spans, 5, is_delimiter, True, ends, *tracker, open_sum, unit),
+        lambda: module.sentence_similarity(unit, slots, count, compared, penalties, 0.1, 0),
+        lambda: module.observe_queries(query, index, rows),
+        lambda: module.steer_add(*steering, vectors),
+    ]
+
+
+def test_no_operator_waits_for_the_gpu(backend):
+    calls = every_operator(backend)
+    for call in calls:
+        call()  # compiles
+    with no_waiting():
+        for call in calls:
+            call()
+
+
+def test_operators_run_on_the_current_stream(backend):
+    """Inputs are made on a side stream behind a long wait; on any other stream they would not be there yet."""
+    arguments = scoring((300, 200))
+    wanted = backend.score_tokens(*arguments)
+    penalty = arguments[7].clone()
+    rows = torch.zeros(4, 2, 64, device=CUDA)
+    query, index = torch.zeros(4, 2, 64, device=CUDA), torch.arange(4, device=CUDA)
+    backend.observe_queries(query, index, rows)
+    torch.cuda.synchronize()
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        arguments[7].fill_(torch.nan)
+        torch.cuda._sleep(100_000_000)
+        arguments[7].copy_(penalty)
+        query.fill_(3)
+        got = backend.score_tokens(*arguments)
+        backend.observe_queries(query, index, rows)
+    side.synchronize()
+    assert torch.equal(got, wanted)
+    assert (rows == 3).all()
+
+
+@pytest.mark.parametrize("dtype", [*HALF_TYPES, torch.float32])
+@pytest.mark.parametrize("tokens", [1, 3, 64])
+def test_observing_and_steering_in_a_cuda_graph(backend, dtype, tokens):
+    """A graph captures the launches; what they read may change between replays."""
+    heads, dim, width = 6, 128, 1000
+    whole = torch.zeros(tokens, heads * dim + 64, dtype=dtype, device=CUDA)
+    # As attention gets it: a part of the fused projection.
+    query = whole[:, 32:-32].view(tokens, heads, dim)
+    index = torch.zeros(80, dtype=torch.int64, device=CUDA)
+    rows = torch.zeros(100, heads, dim, dtype=dtype, device=CUDA)
+    hidden = torch.zeros(tokens, width, dtype=dtype, device=CUDA)
+    coefficient, row = torch.zeros(80, device=CUDA), torch.zeros(80, dtype=torch.int32, device=CUDA)
+    vectors = torch.zeros(5, width, device=CUDA)
+
+    def step() -> Tensor:
+        backend.observe_queries(query, index, rows)
+        return backend.steer_add(hidden, coefficient, row, vectors)
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        steered = step()
+
+    generator = torch.Generator(CUDA).manual_seed(0)
+    for _ in range(4):
+        whole.copy_(torch.randn(whole.shape, device=CUDA, generator=generator))
+        index.copy_(torch.randperm(100, device=CUDA, generator=generator)[:80])
+        rows.zero_()
+        hidden.copy_(torch.randn(hidden.shape, device=CUDA, generator=generator))
+        coefficient.copy_(torch.randn(80, device=CUDA, generator=generator))
+        row.copy_(torch.randint(0, 5, (80,), device=CUDA, generator=generator))
+        vectors.copy_(torch.randn(vectors.shape, device=CUDA, generator=generator))
+        vectors[0] = torch.nan
+        graph.replay()
+        wanted = torch.zeros_like(rows)
+        batched.observe_queries(query, index, wanted)
+        assert torch.equal(rows, wanted)
+        torch.testing.assert_close(steered, batched.steer_add(hidden, coefficient, row, vectors))
+        untouched = row[:tokens] == 0
+        assert torch.equal(steered[untouched], hidden[untouched])

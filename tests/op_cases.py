@@ -1,0 +1,276 @@
+"""Inputs for the operators: pages of every layout filled with tokens, and garbage wherever nobody may look."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from skipkv_vllm.ops.paging import Layout, PagedCache, layer_pages
+
+GARBAGE = -(2**30)
+"""Page id or position that nobody may read."""
+
+ORDERS = ("BHNC", "BNHC", "HBNC", "NBHC")
+"""How the dimensions pages, heads, tokens and content may lie in memory; packed layouts allow the first and third."""
+
+
+@dataclass(frozen=True)
+class Pages:
+    """What the caches look like.
+
+    Attributes:
+        layout, dtype, order: how a page is packed, its elements, and how dimensions lie in memory.
+        layers, heads, size, dim: L, H, P and D.
+    """
+
+    layout: Layout = Layout.ROWS
+    dtype: torch.dtype = torch.float32
+    order: str = "BHNC"
+    layers: int = 2
+    heads: int = 2
+    size: int = 16
+    dim: int = 64
+
+    def empty(self, pages: int) -> PagedCache:
+        """Caches full of NaN."""
+        lengths = {"B": pages, "H": self.heads, "N": self.size, "C": 2 * self.dim}
+        fill = float("nan") if self.dtype.is_floating_point else 255
+        caches = []
+        for _ in range(self.layers):
+            physical = torch.full([lengths[name] for name in self.order], fill, dtype=self.dtype)
+            caches.append(physical.permute([self.order.index(name) for name in "BHNC"]))
+        return PagedCache.of(caches, self.layout)
+
+    def write_keys(self, cache: PagedCache, table: Tensor, keys: Tensor) -> None:
+        """Write keys `[L, H, N, D]` of a request to the pages of `table`; values stay as they are."""
+        slot = torch.arange(keys.shape[2])
+        page, offset = table[slot // self.size].long(), slot % self.size
+        for each, layer_keys in zip(cache.caches, keys, strict=True):
+            view = layer_pages(each, self.layout).keys
+            for h in range(self.heads):
+                view.scatter(page, torch.tensor(h), offset, layer_keys[h].to(self.dtype))
+
+
+def tables(lengths: Sequence[int], size: int, generator: torch.Generator, width: int | None = None) -> Tensor:
+    """Shuffled pages for requests of these lengths, int32 `[R, pages]`; page 0 is nobody's, the rest garbage."""
+    needed = [-(-length // size) for length in lengths]
+    ids = torch.randperm(sum(needed), generator=generator) + 1
+    table = torch.full((len(lengths), width or max(needed)), GARBAGE, dtype=torch.int32)
+    for row, part in zip(table, ids.split(needed), strict=True):
+        row[: part.shape[0]] = part
+    return table
+
+
+def positions_of(shape: Sequence[int], lengths: Sequence[int], kind: str, generator: torch.Generator) -> Tensor:
+    """Positions `[R, L, H, N]`, int32, garbage past each length.
+
+    Args:
+        kind: "sorted", "runs" (survivors with moved tokens among them, then new ones) or "shuffled".
+    """
+    requests, layers, heads, n = shape
+    positions = torch.full((requests, layers, heads, n), GARBAGE, dtype=torch.int32)
+    for r, length in enumerate(lengths):
+        for row in positions[r].view(-1, n):
+            if kind == "sorted":
+                row[:length] = torch.arange(length)
+                continue
+            chosen = torch.randperm(4 * length + 100_000, generator=generator)[:length]
+            if kind == "runs":
+                chosen = chosen.sort().values
+                moved = torch.randperm(length, generator=generator)[: length // 4]
+                chosen[moved] = chosen[moved.sort().values]
+            row[:length] = chosen
+    return positions
+
+
+def make_keys(kind: str, shape: Sequence[int], generator: torch.Generator) -> Tensor:
+    """Keys `[L, H, N, D]`.
+
+    Args:
+        kind: "random"; "clusters", many similar ones; "copies", few different ones; "zeros", a third of them zero;
+            "equal", all the same; "none", all zero; "late", the first half similar to each other only.
+    """
+    keys = torch.randn(*shape, generator=generator)
+    layers, heads, n, dim = shape
+    if kind == "clusters":
+        centres = torch.randn(layers, heads, 6, dim, generator=generator)
+        keys = 0.5 * keys + centres[:, :, torch.randint(6, (n,), generator=generator)]
+    elif kind == "copies":
+        keys = keys[:, :, torch.randint(min(5, n), (n,), generator=generator)]
+    elif kind == "zeros":
+        keys[:, :, torch.rand(n, generator=generator) < 1 / 3] = 0
+    elif kind == "equal":
+        keys[:] = keys[:, :, :1].clone()
+    elif kind == "none":
+        keys.zero_()
+    elif kind == "late":
+        keys[:, :, : n // 2] = 0.2 * keys[:, :, : n // 2] + keys[:, :, :1]
+    return keys
+
+
+class Scoring(NamedTuple):
+    """Arguments of `score_tokens`, in order."""
+
+    caches: list[Tensor]
+    pointers: Tensor
+    layout: int
+    table: Tensor
+    positions: Tensor
+    num_resident: Tensor
+    queries: Tensor
+    penalty: Tensor | None
+    pool: int
+    mix: float
+    threshold: float
+
+
+@dataclass(frozen=True)
+class ScoreCase:
+    """A call of `score_tokens`."""
+
+    pages: Pages = field(default_factory=Pages)
+    lengths: Sequence[int] = (75, 33)
+    group: int = 2
+    window: int = 8
+    pool: int = 7
+    mix: float = 0.1
+    threshold: float = 0.3
+    keys: str = "random"
+    positions: str = "runs"
+    penalty: bool = False
+    seed: int = 0
+
+    def build(self) -> Scoring:
+        """The arguments, on the CPU."""
+        generator = torch.Generator().manual_seed(self.seed)
+        pages, n = self.pages, max(self.lengths) + 3
+        table = tables(self.lengths, pages.size, generator)
+        cache = pages.empty(int(table.max()) + 1)
+        for row, length in zip(table, self.lengths, strict=True):
+            keys = make_keys(self.keys, (pages.layers, pages.heads, length, pages.dim), generator)
+            pages.write_keys(cache, row, keys)
+        shape = (len(self.lengths), pages.layers, pages.heads, n)
+        queries = torch.randn(*shape[:2], self.window, pages.heads * self.group, pages.dim, generator=generator)
+        arguments = Scoring(
+            *cache,
+            table,
+            positions_of(shape, self.lengths, self.positions, generator),
+            torch.tensor(self.lengths, dtype=torch.int32),
+            queries.to(pages.dtype),
+            torch.rand(shape, generator=generator) if self.penalty else None,
+            self.pool,
+            self.mix,
+            self.threshold,
+        )
+        return arguments._replace(threshold=self._clear_threshold(arguments))
+
+    def _clear_threshold(self, arguments: Scoring) -> float:
+        """A threshold near the wanted one that no cosine is so close to that rounding would decide."""
+        if self.threshold == 0:
+            return 0.0  # cosines with zero keys are exactly that, on every machine
+        cosines = []
+        for row, length in zip(arguments.table, self.lengths, strict=True):
+            for cache in arguments.caches:
+                held = layer_pages(cache, self.pages.layout).keys
+                keys = held.read_pages(row[: -(-length // self.pages.size)].long(), length).double()
+                unit = keys / (keys.norm(dim=-1, keepdim=True) + 1e-8)
+                pairs = torch.ones(length, length, dtype=torch.bool).triu(1)
+                cosines.append((unit @ unit.transpose(1, 2))[:, pairs].flatten())
+        every = torch.cat(cosines)
+        for step in range(2000):
+            threshold = self.threshold - math.copysign(step * 1e-6, self.threshold)
+            if (every - threshold).abs().min() > 3e-7:
+                return threshold
+        raise AssertionError(f"no clear threshold near {self.threshold}")
+
+
+class Compaction(NamedTuple):
+    """Arguments of `compact_pages`, in order."""
+
+    caches: list[Tensor]
+    pointers: Tensor
+    layout: int
+    sidecar: Tensor
+    positions: Tensor
+    source_table: Tensor
+    target_table: Tensor
+    num_keep: Tensor
+    source: Tensor
+    hole: Tensor
+    count: Tensor
+
+    def copy(self) -> Compaction:
+        """With caches of its own, of the same strides."""
+        caches = [torch.empty_strided(c.shape, c.stride(), dtype=c.dtype, device=c.device) for c in self.caches]
+        for to, cache in zip(caches, self.caches, strict=True):
+            to.copy_(cache)
+        pointers = torch.tensor([c.data_ptr() for c in caches], device=self.pointers.device)
+        return self._replace(caches=caches, pointers=pointers, sidecar=self.sidecar.clone())
+
+
+@dataclass(frozen=True)
+class CompactCase:
+    """A call of `compact_pages`.
+
+    Attributes:
+        lengths, keeps: of each request, before and after.
+        shared: leading pages that all requests share, and that stay as they are.
+        fresh: share of the other target pages that are fresh.
+    """
+
+    pages: Pages = field(default_factory=Pages)
+    lengths: Sequence[int] = (75, 49)
+    keeps: Sequence[int] = (40, 33)
+    shared: int = 0
+    fresh: float = 0.4
+    seed: int = 0
+
+    def build(self) -> Compaction:
+        """The arguments, on the CPU."""
+        generator = torch.Generator().manual_seed(self.seed)
+        pages, requests, n = self.pages, len(self.lengths), max(self.lengths) + 3
+        source_table = tables(self.lengths, pages.size, generator)
+        source_table[:, : self.shared] = source_table[0, : self.shared].clone()
+        used = [-(-keep // pages.size) for keep in self.keeps]
+        target_table = torch.full((requests, max(used) + 1), GARBAGE, dtype=torch.int32)
+        first_fresh = int(source_table.max()) + 1
+        spare = first_fresh
+        for row, source, number in zip(target_table, source_table, used, strict=True):
+            row[:number] = source[:number]
+            for i in range(self.shared, number):
+                if torch.rand((), generator=generator) < self.fresh:
+                    row[i], spare = spare, spare + 1
+        cache = pages.empty(spare + 1)
+        for each in cache.caches:
+            noise = torch.randint(0, 120, each.shape, generator=generator)
+            each.copy_(noise.to(each.dtype))
+        shape = (requests, pages.layers, pages.heads, n)
+        sidecar = torch.randint(0, 99, (pages.layers, spare + 1, pages.heads, pages.size), generator=generator)
+        positions = positions_of(shape, self.lengths, "shuffled", generator)
+        most = max(1, *(min(k, length - k) for k, length in zip(self.keeps, self.lengths, strict=True)))
+        source, hole = (torch.zeros(*shape[:3], most, dtype=torch.int32) for _ in range(2))
+        count = torch.zeros(shape[:3], dtype=torch.int32)
+        pinned = self.shared * pages.size
+        for r, (length, keep) in enumerate(zip(self.lengths, self.keeps, strict=True)):
+            for place in torch.cartesian_prod(torch.arange(pages.layers), torch.arange(pages.heads)):
+                i, h = place.tolist()
+                moves = int(torch.randint(0, min(keep - pinned, length - keep) + 1, (), generator=generator))
+                holes = torch.randperm(keep - pinned, generator=generator)[:moves].sort().values + pinned
+                movers = torch.randperm(length - keep, generator=generator)[:moves].sort().values + keep
+                source[r, i, h, :moves], hole[r, i, h, :moves], count[r, i, h] = movers.int(), holes.int(), moves
+        return Compaction(
+            *cache,
+            sidecar.int(),
+            positions,
+            source_table,
+            target_table,
+            torch.tensor(self.keeps, dtype=torch.int32),
+            source,
+            hole,
+            count,
+        )

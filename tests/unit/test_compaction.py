@@ -1,0 +1,65 @@
+"""Which compactions of a step may run in one launch."""
+
+from __future__ import annotations
+
+import torch
+
+from skipkv_vllm.config import KVPolicyConfig
+from skipkv_vllm.ops.paging import Layout, PagedCache
+from skipkv_vllm.policies import Need, make_policy
+from skipkv_vllm.scheduler.planner import Compaction
+from skipkv_vllm.worker.attention_mass import AttentionMass
+from skipkv_vllm.worker.compaction import Compactor, Job, Managed
+
+SIZE = 4
+STREAMING = make_policy("streaming_llm")
+
+
+def job(name: str, source: list[int], target: list[int], *, protected: int = 0, policy=STREAMING) -> Job:
+    order = Compaction(name, 4 * len(source), 4 * len(source), 4 * len(target), source, target, 0)
+    return Job(order, Managed(slot=0, policy=policy, needs=Need.NOTHING, protected=protected))
+
+
+def parts(*jobs: Job) -> list[list[str]]:
+    cache = PagedCache.of([torch.zeros(20, 1, SIZE, 8)], Layout.ROWS)
+    compactor = Compactor(KVPolicyConfig(kv_policy="streaming_llm"), cache, SIZE, None, None, AttentionMass())
+    return [[each.order.request_id for each in part] for part in compactor._independent(jobs)]
+
+
+def test_requests_with_pages_of_their_own_go_together():
+    assert parts(job("a", [1, 2, 3], [1, 2]), job("b", [4, 5, 6], [4, 5])) == [["a", "b"]]
+
+
+def test_a_page_given_up_by_one_and_taken_by_another():
+    # b's page 4 is shared, and its replacement is the page that a gives up: a's must be read first.
+    assert parts(job("a", [1, 2, 3], [1, 2]), job("b", [4, 5, 6], [3, 5])) == [["a"], ["b"]]
+
+
+def test_a_shared_page_that_its_last_owner_writes():
+    # a replaces the page it shares with b, which then is b's alone and written in place.
+    assert parts(job("a", [1, 2, 3], [7, 2]), job("b", [1, 5, 6], [1, 5])) == [["a"], ["b"]]
+
+
+def test_a_shared_protected_prompt_is_no_conflict():
+    assert parts(
+        job("a", [1, 2, 3], [1, 2], protected=SIZE),
+        job("b", [1, 5, 6], [1, 5], protected=SIZE),
+    ) == [["a", "b"]]
+
+
+def test_a_page_that_is_partly_prompt_is_written():
+    assert parts(
+        job("a", [1, 2, 3], [1, 2], protected=SIZE - 1),
+        job("b", [1, 5, 6], [1, 5], protected=SIZE - 1),
+    ) == [["a"], ["b"]]
+
+
+def test_other_methods_wait_their_turn():
+    rkv = make_policy("rkv")
+    jobs = [job("a", [1, 2], [1]), job("b", [3, 4], [3]), job("c", [5, 6], [5], policy=rkv), job("d", [7, 8], [7])]
+    assert parts(*jobs) == [["a", "b"], ["c"], ["d"]]
+
+
+def test_several_conflicts_in_a_row():
+    jobs = [job("a", [1, 2], [1]), job("b", [3, 4], [2]), job("c", [5, 6], [4]), job("d", [7, 8], [7])]
+    assert parts(*jobs) == [["a"], ["b"], ["c", "d"]]

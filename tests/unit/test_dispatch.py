@@ -1,0 +1,96 @@
+"""Which backend runs an operator, and what is said where a fast one is missing."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+
+from skipkv_vllm import cli
+from skipkv_vllm.errors import KVPolicyError
+from skipkv_vllm.ops import batched, dispatch, native
+from skipkv_vllm.ops.schema import FAKES, SCHEMAS
+
+
+@pytest.fixture(autouse=True)
+def forgotten(monkeypatch):
+    """Choices are remembered for the process; these tests must not see or leave any."""
+    monkeypatch.delenv(dispatch.OVERRIDE, raising=False)
+    dispatch.choose.cache_clear()
+    yield
+    dispatch.choose.cache_clear()
+
+
+@pytest.fixture
+def not_built(monkeypatch):
+    monkeypatch.setattr(native, "unavailable", lambda device_type: "it was not built; run `make build`")
+
+
+def test_every_operator_has_a_schema_a_fake_twin_and_a_definition():
+    assert SCHEMAS.keys() == FAKES.keys()
+    for op in SCHEMAS:
+        assert callable(getattr(batched, op))
+        assert getattr(torch.ops.skipkv, op).default.name() == f"skipkv::{op}"
+
+
+def test_the_definition_steps_in_and_says_what_was_missed(not_built):
+    choice = dispatch.choose("score_tokens", "cpu")
+    assert choice.function is batched.score_tokens
+    assert choice.missed == ("native: it was not built; run `make build`",)
+
+
+def test_a_slow_backend_is_a_warning_with_the_remedy(not_built, caplog):
+    with caplog.at_level(logging.WARNING, logger="vllm.skipkv"):
+        dispatch.warn_if_slow("cpu")
+    (record,) = caplog.records
+    assert "score_tokens" in record.getMessage()
+    assert "run `make build`" in record.getMessage()
+
+
+def test_fast_backends_are_no_warning(caplog):
+    if native.unavailable("cpu"):
+        pytest.skip(f"the C++ operators: {native.unavailable('cpu')}")
+    with caplog.at_level(logging.WARNING, logger="vllm.skipkv"):
+        dispatch.warn_if_slow("cpu")
+    assert not caplog.records
+    assert {choice.backend for choice in dispatch.report("cpu").values()} == {"native"}
+
+
+def test_a_backend_can_be_asked_for(monkeypatch):
+    monkeypatch.setenv(dispatch.OVERRIDE, "reference")
+    assert dispatch.choose("select_keep", "cpu").function is batched.select_keep
+
+
+def test_a_backend_that_cannot_run_is_refused(monkeypatch, not_built):
+    monkeypatch.setenv(dispatch.OVERRIDE, "native")
+    with pytest.raises(KVPolicyError, match=r"SKIPKV_OPS='native' cannot run select_keep on cpu.*make build.*unset"):
+        dispatch.choose("select_keep", "cpu")
+
+
+def test_an_unknown_backend_is_refused(monkeypatch):
+    monkeypatch.setenv(dispatch.OVERRIDE, "fast")
+    with pytest.raises(KVPolicyError, match=r"SKIPKV_OPS='fast'.*native, triton, reference"):
+        dispatch.choose("select_keep", "cpu")
+
+
+def run_doctor(capsys) -> tuple[int, str]:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["doctor"])
+    return stop.value.code, capsys.readouterr().out
+
+
+def test_doctor_says_what_runs_each_operator(capsys, monkeypatch):
+    if native.unavailable("cpu"):
+        pytest.skip(f"the C++ operators: {native.unavailable('cpu')}")
+    code, said = run_doctor(capsys)
+    assert code == 0, said
+    for op in SCHEMAS:
+        assert f"{op:20}native" in said
+
+
+def test_doctor_names_the_remedy_and_fails(capsys, not_built):
+    code, said = run_doctor(capsys)
+    assert code == 1
+    assert "score_tokens        reference" in said
+    assert "! native: it was not built; run `make build`" in said

@@ -1,0 +1,309 @@
+"""The operators that run at every step, and the errors of all: every backend against `batched.py`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+
+from skipkv_vllm.ops import batched, native
+from skipkv_vllm.ops.schema import SCHEMAS
+from tests.op_backends import Backend, cases, each_backend, isa, on  # noqa: F401
+from tests.op_cases import CompactCase, ScoreCase
+
+FLOAT, BF16, HALF = torch.float32, torch.bfloat16, torch.float16
+
+
+# ---- track_sentences
+
+
+@dataclass(frozen=True)
+class TrackCase:
+    """Random token streams in steps of random sizes.
+
+    Attributes:
+        merge: of the operator.
+        width: E, or 0 for no embeddings.
+        often: share of delimiters.
+        dtype: of hidden states and embeddings.
+        id_type: of token ids.
+        longest: most tokens of a request in a step.
+    """
+
+    merge: bool = True
+    width: int = 48
+    often: float = 0.3
+    dtype: torch.dtype = FLOAT
+    id_type: torch.dtype = torch.int32
+    longest: int = 9
+    held: int = 4
+
+    def state(self, slots: int) -> list[torch.Tensor]:
+        """ends, count, after_delimiter, open_length, open_sum and embeddings of new requests."""
+        return [
+            torch.full((slots, 400), -1, dtype=torch.int32),
+            torch.zeros(slots, dtype=torch.int64),
+            torch.zeros(slots, dtype=torch.bool),
+            torch.zeros(slots),
+            torch.zeros(slots, self.width),
+            torch.zeros(slots, self.held + 1, self.width, dtype=self.dtype),
+        ]
+
+
+TRACKS = {
+    "merged": TrackCase(),
+    "not merged": TrackCase(merge=False),
+    "no embeddings": TrackCase(width=0),
+    "bf16": TrackCase(dtype=BF16, width=201),
+    "half, int64 ids": TrackCase(dtype=HALF, id_type=torch.int64),
+    "one token a step": TrackCase(longest=1, often=0.6),
+    "mostly delimiters": TrackCase(often=0.9),
+    "mostly delimiters, not merged": TrackCase(often=0.9, merge=False),
+    "long steps": TrackCase(longest=90, held=2),
+    "no delimiter": TrackCase(often=0.0),
+}
+
+
+@cases(TRACKS, few=("merged", "not merged", "one token a step"))
+def test_track_sentences(backend, case):
+    if not hasattr(backend.module, "track_sentences"):
+        pytest.skip(f"{backend} leaves track_sentences to PyTorch")
+    generator = torch.Generator().manual_seed(0)
+    slots = 5
+    delimiters = torch.rand(50, generator=generator) < case.often
+    got, wanted = on(backend.device, case.state(slots)), case.state(slots)
+    written = [0] * slots
+    for _ in range(8):
+        asked = torch.randperm(slots - 1, generator=generator)[: 1 + int(torch.randint(3, (), generator=generator))]
+        spans, begin = [], 2
+        for slot in asked.tolist():
+            number = int(torch.randint(1, case.longest + 1, (), generator=generator))
+            spans.append((slot, begin, number, 100 + written[slot]))
+            begin += number + 1  # tokens of requests that nobody tracks lie between
+            written[slot] += number
+        ids = torch.randint(50, (begin,), generator=generator).to(case.id_type)
+        hidden = torch.randn(begin, case.width, generator=generator).to(case.dtype) if case.width else None
+        table = torch.tensor(spans).T.contiguous()
+        arguments = (ids, hidden, table, int(table[2].sum()), delimiters, case.merge)
+        backend.module.track_sentences(*on(backend.device, arguments), *got)
+        batched.track_sentences(*arguments, *wanted)
+        for i, (a, b) in enumerate(zip(got, wanted, strict=True)):
+            # The last column of ends and the last row of embeddings are for nobody.
+            here, there = (x.cpu()[:, :-1] if i in (0, 5) else x.cpu() for x in (a, b))
+            rtol = 2e-2 if i == 5 and case.dtype is not FLOAT else 1e-5
+            torch.testing.assert_close(here, there, rtol=rtol, atol=1e-5 if rtol < 1e-3 else 1e-3)
+    assert bool(wanted[1].any()) == (case.often > 0)
+
+
+# ---- sentence_similarity
+
+
+@dataclass(frozen=True)
+class SentenceCase:
+    """Sentences that close in several steps; `counts` are those closed by each slot after each step."""
+
+    counts: tuple[tuple[int, ...], ...] = ((2, 0, 5), (3, 1, 5), (7, 4, 9))
+    held: int = 16
+    width: int = 64
+    dtype: torch.dtype = FLOAT
+    threshold: float = 0.6
+    rule: int = 0
+    topics: int = 3
+
+
+SENTENCES = {
+    "max": SentenceCase(),
+    "last": SentenceCase(rule=1),
+    "bf16": SentenceCase(dtype=BF16, width=200),
+    "half, last": SentenceCase(dtype=HALF, width=200, rule=1),
+    "more than are held": SentenceCase(((3, 4, 0), (9, 8, 1), (12, 30, 2)), held=4),
+    "more than are held, last": SentenceCase(((3, 4, 0), (9, 8, 1), (12, 30, 2)), held=4, rule=1),
+    "below zero": SentenceCase(threshold=-0.5),
+    "below zero, last": SentenceCase(threshold=-0.5, rule=1),
+    "nothing repeats": SentenceCase(threshold=1.1),
+    "odd width": SentenceCase(width=37),
+    "one topic": SentenceCase(topics=1, rule=1),
+    "nothing is new": SentenceCase(((3, 4, 5), (3, 4, 5))),
+    "none is held": SentenceCase(held=0),
+}
+
+
+@cases(SENTENCES, few=("max", "last", "more than are held", "more than are held, last"))
+def test_sentence_similarity(backend, case):
+    generator = torch.Generator().manual_seed(0)
+    slots = len(case.counts[0]) + 1
+    topics = torch.randn(case.topics, case.width, generator=generator)
+    embeddings = torch.zeros(slots, case.held + 1, case.width, dtype=case.dtype)
+    compared = torch.zeros(slots, dtype=torch.int64)
+    penalties = torch.zeros(slots, 41)
+    count = torch.zeros(slots, dtype=torch.int64)
+    embeddings, compared, penalties, count = on(backend.device, (embeddings, compared, penalties, count))
+    wanted_compared, wanted = compared.cpu(), penalties.cpu()
+    for step in case.counts:
+        for slot, number in enumerate(step):
+            for n in range(int(count[slot]), number) if case.held else ():
+                noise = 0.5 * torch.randn(case.width, generator=generator)
+                sentence = noise + topics[torch.randint(case.topics, (), generator=generator)]
+                embeddings[slot, n % case.held] = (sentence / sentence.norm()).to(embeddings)
+            count[slot] = number
+        # The last slot is not asked for, and in no order.
+        asked = torch.tensor([2, 0, 1])
+        options = (case.threshold, case.rule)
+        backend.module.sentence_similarity(embeddings, asked.to(backend.device), count, compared, penalties, *options)
+        batched.sentence_similarity(embeddings.cpu(), asked, count.cpu(), wanted_compared, wanted, *options)
+        assert torch.equal(compared.cpu(), wanted_compared)
+        torch.testing.assert_close(penalties.cpu(), wanted, rtol=1e-5, atol=1e-6)
+
+
+# ---- observe_queries and steer_add
+
+STRIDES = ("contiguous", "part of a row", "transposed")
+
+
+def strided(values: torch.Tensor, kind: str) -> torch.Tensor:
+    """The same values in other memory."""
+    if kind == "part of a row":
+        wide = torch.full((values.shape[0], values[0].numel() + 24), float("nan"), dtype=values.dtype)
+        view = wide[:, 8:-16].unflatten(1, values.shape[1:])
+        view.copy_(values)
+        return view
+    if kind == "transposed":
+        return values.transpose(0, -1).contiguous().transpose(0, -1)
+    return values
+
+
+@each_backend
+@pytest.mark.parametrize("dtype", [FLOAT, BF16, HALF])
+@pytest.mark.parametrize("kind", STRIDES)
+def test_observe_queries(backend, dtype, kind):
+    if kind == "transposed" and backend.name == "triton":
+        pytest.skip("Triton's kernel needs contiguous heads, and says so")
+    generator = torch.Generator().manual_seed(0)
+    query = strided(torch.randn(9, 6, 32, generator=generator).to(dtype), kind)
+    index = torch.tensor([4, 11, 0, 11, 7, 2, 11, 1, 9, 3, 5])
+    rows = torch.randn(12, 6, 32, generator=generator).to(dtype)
+    wanted = rows.clone()
+    device = on(backend.device, (query, index, rows))
+    backend.module.observe_queries(*device)
+    batched.observe_queries(query, index, wanted)
+    # Nobody reads the last row.
+    assert torch.equal(device[2].cpu()[:-1], wanted[:-1])
+
+
+@each_backend
+@pytest.mark.parametrize("dtype", [FLOAT, BF16, HALF])
+@pytest.mark.parametrize("kind", STRIDES)
+@pytest.mark.parametrize("width", [1, 48, 203])
+def test_steer_add(backend, dtype, kind, width):
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(17, width, generator=generator) * torch.logspace(-8, 6, 17)[:, None]
+    hidden[3:5] = torch.tensor([[float("nan")], [-0.0]])
+    hidden[6] = float("inf")
+    row = torch.tensor([0, 1, 2, 0, 0, 1, 0, 2, 1, 1, 2, 2, 1, 0, 1, 2, 1, -99, -99], dtype=torch.int32)
+    coefficient = torch.randn(19, generator=generator)
+    vectors = torch.randn(3, width, generator=generator)
+    vectors[0] = float("nan")
+    arguments = (strided(hidden.to(dtype), kind), coefficient, row, vectors)
+    got = backend.module.steer_add(*on(backend.device, arguments)).cpu()
+    wanted = batched.steer_add(*arguments)
+    assert got.dtype is dtype
+    bits = {FLOAT: torch.int32, BF16: torch.int16, HALF: torch.int16}[dtype]
+    untouched = row[:17] == 0
+    assert torch.equal(got[untouched].view(bits), arguments[0][untouched].contiguous().view(bits))
+    if backend.name == "native" and backend.device == "cpu":
+        assert torch.equal(got[~untouched], wanted[~untouched])
+    else:
+        torch.testing.assert_close(got[~untouched], wanted[~untouched])
+
+
+def test_steer_add_of_every_half_and_bfloat16():
+    if why := native.unavailable("cpu"):
+        pytest.skip(why)
+    for dtype in (HALF, BF16):
+        every = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
+        # Adding nothing converts to float32 and back.
+        numbers = torch.ones(256), torch.ones(256, dtype=torch.int32), torch.zeros(2, 256)
+        got = native.steer_add(every.view(256, 256), *numbers).flatten()
+        torch.testing.assert_close(got, every, rtol=0, atol=0, equal_nan=True)
+        spread = torch.randn(64, 256) * torch.logspace(-9, 5.2, 64)[:, None]
+        numbers = torch.ones(64), torch.ones(64, dtype=torch.int32), spread[:2].contiguous()
+        zeros = torch.zeros(64, 256, dtype=dtype)
+        for i in range(0, 64, 2):
+            vectors = torch.cat([torch.zeros(1, 256), spread[i : i + 1]])
+            got = native.steer_add(zeros, numbers[0], numbers[1], vectors)
+            assert torch.equal(got[0], spread[i].to(dtype))
+
+
+def test_no_tokens():
+    if why := native.unavailable("cpu"):
+        pytest.skip(why)
+    none = torch.zeros(0, 8), torch.zeros(2), torch.zeros(2, dtype=torch.int32), torch.zeros(1, 8)
+    assert native.steer_add(*none).shape == (0, 8)
+    native.observe_queries(torch.zeros(0, 2, 8), torch.zeros(1, dtype=torch.int64), torch.zeros(3, 2, 8))
+
+
+# ---- the libraries
+
+LIBRARIES = [device for device in ("cpu", "cuda") if native.unavailable(device) is None]
+
+
+@pytest.mark.parametrize("device", LIBRARIES)
+@pytest.mark.parametrize("op", SCHEMAS)
+def test_the_library_has_the_schema(device, op):
+    registered = str(getattr(getattr(torch.ops, f"skipkv_{device}"), op).default._schema)
+    wanted = str(getattr(torch.ops.skipkv, op).default._schema)
+    assert registered == wanted.replace("skipkv::", f"skipkv_{device}::")
+
+
+BAD: dict[str, tuple[str, dict[str, Any], str]] = {
+    "length within the window": ("score", {"num_resident": torch.tensor([8, 33], dtype=torch.int32)}, "window"),
+    "length beyond the slots": ("score", {"num_resident": torch.tensor([75, 99], dtype=torch.int32)}, "at most"),
+    "page that is not there": ("score", {"table": torch.full((2, 5), 99, dtype=torch.int32)}, "names page 99 of"),
+    "negative page": ("score", {"table": torch.full((2, 5), -1, dtype=torch.int32)}, "names page -1 of"),
+    "table too narrow": ("score", {"table": torch.ones(2, 1, dtype=torch.int32)}, "has 1 pages"),
+    "int64 table": ("score", {"table": torch.ones(2, 5, dtype=torch.int64)}, "table must be Int"),
+    "even pool": ("score", {"pool": 4}, "must be odd"),
+    "queries in another dtype": ("score", {"queries": torch.zeros(2, 2, 8, 4, 64, dtype=BF16)}, "queries must be"),
+    "unknown layout": ("score", {"layout": 3}, "layout must be"),
+    "no caches": ("score", {"caches": []}, "must not be empty"),
+    "layers that differ": ("score", {"caches": [torch.zeros(9, 2, 16, 128), torch.zeros(9, 2, 16, 64)]}, "alike"),
+    "float64": ("score", {"caches": [torch.zeros(9, 2, 16, 128).double()] * 2}, "must be float32"),
+    "hole beyond what is kept": ("compact", {"hole": 40}, "move from slot"),
+    "source beyond the row": ("compact", {"source": 78}, "move from slot"),
+    "more moves than given": ("compact", {"count": 99}, "count=99"),
+    "target page that is not there": ("compact", {"target_table": 99}, "names page 99"),
+    "sidecar of another shape": ("compact", {"sidecar": torch.zeros(2, 9, 2, 8, dtype=torch.int32)}, "sidecar"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_arguments_are_refused(name):
+    if why := native.unavailable("cpu"):
+        pytest.skip(why)
+    op, change, message = BAD[name]
+    arguments = ScoreCase().build() if op == "score" else CompactCase().build()
+    for key, value in change.items():
+        old = getattr(arguments, key)
+        arguments = arguments._replace(
+            **{key: torch.full_like(old, value) if isinstance(old, torch.Tensor) and isinstance(value, int) else value}
+        )
+    with pytest.raises(RuntimeError, match=message):
+        native.score_tokens(*arguments) if op == "score" else native.compact_pages(*arguments)
+
+
+def test_a_library_that_is_missing_is_said_with_the_remedy(monkeypatch, tmp_path):
+    monkeypatch.setenv(native.OVERRIDE, str(tmp_path / "nowhere.so"))
+    assert "nowhere.so was not built; run `pip install" in str(native.unavailable.__wrapped__("cpu"))
+    (tmp_path / "nowhere.so").write_text("this is no library")
+    assert "cannot be loaded" in str(native.unavailable.__wrapped__("cpu"))
+    assert "has no operators for mps" in str(native.unavailable("mps"))
+
+
+def test_a_library_of_other_sources_is_not_used(monkeypatch):
+    if why := native.unavailable("cpu"):
+        pytest.skip(why)
+    monkeypatch.setitem(native.SCHEMAS, "steer_add", "(Tensor hidden, float coefficient) -> Tensor")
+    monkeypatch.setitem(native.SCHEMAS, "new_op", "(Tensor hidden) -> Tensor")
+    assert "was built from other sources (steer_add, new_op differ); run" in str(native.unavailable.__wrapped__("cpu"))
