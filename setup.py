@@ -18,6 +18,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -46,9 +47,15 @@ class Unit(NamedTuple):
 
 
 def torch_folder() -> Path | None:
-    """Where PyTorch is, without importing it."""
+    """Where PyTorch is, without importing it: its headers and libraries are all that is needed.
+
+    pip builds in an environment of its own, which hides the one it installs into; its folder can be looked at even so.
+    """
     spec = importlib.util.find_spec("torch")
-    return Path(spec.origin).parent if spec and spec.origin else None
+    if spec and spec.origin:
+        return Path(spec.origin).parent
+    candidate = Path(sysconfig.get_path("platlib"), "torch")
+    return candidate if (candidate / "include").is_dir() else None
 
 
 def torch_has_cuda(torch: Path) -> bool:

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from benchmarks.kernels.section import KERNELS, kernels_section
+
 from .plots import FIGURES
 from .report import NOTES, arms_table, batch_table, headline, provenance, setting, table, versus_table
 from .summary import OURS, Summary
@@ -22,14 +24,21 @@ ORIGIN = {
 
 
 def write_docs(docs: Path) -> Path:
-    """Write `results.md` from `results/tiny.json`.
+    """Write `results.md` from `results/tiny.json` and, where it is there, `results/kernels.json`.
 
     Returns:
         The file.
     """
     page = docs / "results.md"
-    page.write_text(results_page(json.loads((docs / TINY).read_text()), json.loads(PAPER.read_text())))
+    tiny, paper = json.loads((docs / TINY).read_text()), json.loads(PAPER.read_text())
+    page.write_text(results_page(tiny, paper, read_kernels(docs)))
     return page
+
+
+def read_kernels(docs: Path) -> dict[str, Any] | None:
+    """Figures of the operators' speed, None where they were not measured."""
+    file = docs / KERNELS
+    return json.loads(file.read_text()) if file.exists() else None
 
 
 def write_summary(summary: Summary, path: Path) -> None:
@@ -45,18 +54,19 @@ def write_summary(summary: Summary, path: Path) -> None:
     path.write_text("{\n" + ",\n".join(parts) + "\n}\n")
 
 
-def results_page(tiny: Summary, paper: dict[str, Any]) -> str:
+def results_page(tiny: Summary, paper: dict[str, Any], kernels: dict[str, Any] | None = None) -> str:
     """The page.
 
     Args:
         tiny: see `summary.summarise`.
         paper: contents of `paper.json`.
+        kernels: what `python -m benchmarks.kernels` wrote, if anything.
     """
     figures = [f"![{title}]({TINY.parent}/{TINY_FIGURES}{name}.svg)" for name, title in FIGURES.items()]
     parts = [
         "# Results",
-        "Made by `make eval-tiny`, from `docs/results/tiny.json` and `benchmarks/accuracy/paper.json`; do not edit. "
-        "`python -m benchmarks.accuracy docs` writes this page again.",
+        "Made by `make eval-tiny`, from the files in `docs/results/` and `benchmarks/accuracy/paper.json`; do not "
+        "edit. `python -m benchmarks.accuracy docs` writes this page again.",
         "## The bundled model, run here",
         "The bundled model is a toy that was trained on the kind of problem it is asked here. The figures show how "
         "methods and budgets compare on it, not how accurate another model will be.",
@@ -71,7 +81,10 @@ def results_page(tiny: Summary, paper: dict[str, Any]) -> str:
         parts += [f"### {OURS} against the others at equal budget", versus_table(tiny)]
     if tiny["batch_invariance"]:
         parts += ["### Does the batch size change an answer?", batch_table(tiny)]
-    parts += ["### How it was made", provenance(tiny), *_published(paper)]
+    parts += ["### How it was made", provenance(tiny)]
+    if kernels is not None:
+        parts += kernels_section(kernels)
+    parts += _published(paper)
     return "\n\n".join(part for part in parts if part) + "\n"
 
 

@@ -1,0 +1,1 @@
+"""Times the operators of `skipkv_vllm.ops` on this machine: `python -m benchmarks.kernels`."""
