@@ -24,8 +24,9 @@ BACKENDS = {
     "triton": "skipkv_vllm.ops.triton_backend",
     "reference": "skipkv_vllm.ops.batched",
 }
-"""Backend -> module. A module has a function for each operator it offers, with the signature of `schema.SCHEMAS`, and,
-if it depends on something, `unavailable(device_type) -> str | None`: why it cannot run there, and the remedy."""
+"""Backend -> module. A module has a function for each operator it offers, with the signature of `schema.SCHEMAS`. It
+may have `unavailable(device_type) -> str | None`: why it cannot run there, and the remedy; and
+`operator(op, device_type)`: the same function for one device, without detours."""
 
 ORDER = {"cpu": ("native", "reference"), "cuda": ("native", "triton", "reference")}
 """Device type -> backends, the fastest first. Triton's interpreter is no backend for a CPU: it is a test tool."""
@@ -67,7 +68,10 @@ def choose(op: str, device_type: str) -> Choice:
     for backend in (wanted,) if wanted else ORDER.get(device_type, ("reference",)):
         why = _unavailable(backend, op, device_type)
         if why is None:
-            return Choice(backend, getattr(import_module(BACKENDS[backend]), op), tuple(missed))
+            module = import_module(BACKENDS[backend])
+            direct = getattr(module, "operator", None)
+            run = getattr(module, op) if direct is None else direct(op, device_type)
+            return Choice(backend, run, tuple(missed))
         missed.append(f"{backend}: {why}")
     raise KVPolicyError(f"{OVERRIDE}={wanted!r} cannot run {op} on {device_type}: {'; '.join(missed)}; unset it")
 

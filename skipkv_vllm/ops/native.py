@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -53,9 +54,27 @@ def _has(library: Any, op: str, schema: str) -> bool:
     return str(getattr(library, op).default._schema) == str(wanted)
 
 
-def _ops(tensor: Tensor) -> Any:
-    """The library that serves the device of a tensor."""
-    return torch.ops.skipkv_cuda if tensor.is_cuda else torch.ops.skipkv_cpu
+def operator(op: str, device_type: str) -> Callable[..., Any]:
+    """The operator of a device's library itself, which must be available; nothing stands between it and the caller."""
+    return getattr(getattr(torch.ops, f"skipkv_{device_type}"), op).default
+
+
+def _on_any_device(op: str) -> Callable[..., Any]:
+    def call(*args: Any) -> Any:
+        tensor = next(arg for arg in args if isinstance(arg, Tensor))
+        return operator(op, tensor.device.type)(*args)
+
+    call.__doc__ = f"See `batched.{op}`."
+    return call
+
+
+score_tokens = _on_any_device("score_tokens")
+select_keep = _on_any_device("select_keep")
+compact_pages = _on_any_device("compact_pages")
+track_sentences = _on_any_device("track_sentences")
+sentence_similarity = _on_any_device("sentence_similarity")
+observe_queries = _on_any_device("observe_queries")
+steer_add = _on_any_device("steer_add")
 
 
 def limit_isa(level: int) -> int:
@@ -70,96 +89,3 @@ def limit_isa(level: int) -> int:
 def score_scratch(length: int, dim: int, window: int, group: int) -> int:
     """Bytes of scratch memory that a CPU thread of `score_tokens` takes for a request of this length."""
     return torch.ops.skipkv_cpu.score_scratch(length, dim, window, group)
-
-
-def score_tokens(
-    caches: list[Tensor],
-    pointers: Tensor,
-    layout: int,
-    table: Tensor,
-    positions: Tensor,
-    num_resident: Tensor,
-    queries: Tensor,
-    penalty: Tensor | None,
-    pool: int,
-    mix: float,
-    threshold: float,
-) -> Tensor:
-    """See `batched.score_tokens`."""
-    return _ops(positions).score_tokens(
-        caches, pointers, layout, table, positions, num_resident, queries, penalty, pool, mix, threshold
-    )
-
-
-def select_keep(
-    scores: Tensor,
-    positions: Tensor,
-    num_resident: Tensor,
-    num_keep: Tensor,
-    pin_below: Tensor,
-    pin_from: Tensor,
-    max_moves: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """See `batched.select_keep`."""
-    return _ops(positions).select_keep(scores, positions, num_resident, num_keep, pin_below, pin_from, max_moves)
-
-
-def compact_pages(
-    caches: list[Tensor],
-    pointers: Tensor,
-    layout: int,
-    sidecar: Tensor,
-    positions: Tensor,
-    source_table: Tensor,
-    target_table: Tensor,
-    num_keep: Tensor,
-    source: Tensor,
-    hole: Tensor,
-    count: Tensor,
-) -> None:
-    """See `batched.compact_pages`."""
-    _ops(positions).compact_pages(
-        caches, pointers, layout, sidecar, positions, source_table, target_table, num_keep, source, hole, count
-    )
-
-
-def track_sentences(
-    token_ids: Tensor,
-    hidden: Tensor | None,
-    spans: Tensor,
-    num_tokens: int,
-    delimiters: Tensor,
-    merge: bool,
-    ends: Tensor,
-    count: Tensor,
-    after_delimiter: Tensor,
-    open_length: Tensor,
-    open_sum: Tensor,
-    embeddings: Tensor,
-) -> None:
-    """See `batched.track_sentences`."""
-    state = (ends, count, after_delimiter, open_length, open_sum, embeddings)
-    _ops(spans).track_sentences(token_ids, hidden, spans, num_tokens, delimiters, merge, *state)
-
-
-def sentence_similarity(
-    embeddings: Tensor,
-    slots: Tensor,
-    count: Tensor,
-    compared: Tensor,
-    penalties: Tensor,
-    threshold: float,
-    rule: int,
-) -> None:
-    """See `batched.sentence_similarity`."""
-    _ops(embeddings).sentence_similarity(embeddings, slots, count, compared, penalties, threshold, rule)
-
-
-def observe_queries(query: Tensor, index: Tensor, rows: Tensor) -> None:
-    """See `batched.observe_queries`."""
-    _ops(query).observe_queries(query, index, rows)
-
-
-def steer_add(hidden: Tensor, coefficient: Tensor, row: Tensor, vectors: Tensor) -> Tensor:
-    """See `batched.steer_add`."""
-    return _ops(hidden).steer_add(hidden, coefficient, row, vectors)

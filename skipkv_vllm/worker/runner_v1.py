@@ -59,7 +59,9 @@ class EvictingRunnerV1(_Base):
             self.seq_lens[:n] -= offset
             self.optimistic_seq_lens_cpu[:n] -= torch.from_numpy(evicted)
             total = scheduler_output.total_num_scheduled_tokens
-            slots = self.positions[:total] - offset.long()[self.req_indices.gpu[:total].long()]
+            if total > n:  # not one token a request, as in pure decoding
+                offset = offset[self.req_indices.gpu[:total].long()]
+            slots = self.positions[:total] - offset
             self.input_batch.block_table.compute_slot_mapping(n, self.query_start_loc.gpu[: n + 1], slots)
         return prepared
 
