@@ -115,7 +115,9 @@ class Engine:
         # Until every request was compacted, and for the stock engine until all prompts are in.
         ready = self.shape.batch_size * (1 if self.evicts else 0)
         before = self._compactions()
-        self.steps(2)
+        scheduler = engine.engine_core.engine_core.scheduler
+        while any(r.num_output_tokens == 0 for r in scheduler.requests.values()):
+            self.steps(1)
         while self.evicts and self._compactions() - before < ready:
             self.steps(1)
         return self._compactions()

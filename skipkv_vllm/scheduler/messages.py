@@ -30,8 +30,13 @@ class Started(NamedTuple):
 
 class StepOrders(NamedTuple):
     """Orders of one step. The worker first forgets the requests that vLLM reports finished or preempted,
-    then observes, then compacts, then starts; all before anything else of the step touches the cache."""
+    then observes, then compacts, then starts; all before anything else of the step touches the cache.
+
+    `records_queries` says whether a query of this step will be needed: those of the last W tokens before a compaction
+    are, and most steps have none of them.
+    """
 
     compactions: list[Compaction]
     started: list[Started]
     observations: list[Observation] = []
+    records_queries: bool = True

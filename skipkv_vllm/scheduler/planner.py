@@ -178,9 +178,18 @@ class EvictionPlanner:
         request.num_observed = num_logical
         return min(pending, window)
 
-    def committed(self, request_id: str) -> None:
-        """The planned compaction was carried out."""
+    def needs_queries(self, request_id: str, num_logical: int) -> bool:
+        """Whether one of the newest queries will be among the last W when the request may next be compacted.
+
+        Args:
+            request_id: a running request.
+            num_logical: tokens computed once the coming step is done.
+        """
+        earliest = self.earliest.get(request_id)
+        return earliest is not None and num_logical > earliest - self._requests[request_id].limits.window
+
+    def committed(self, request_id: str, num_logical: int) -> None:
+        """The planned compaction was carried out when `num_logical` tokens were computed."""
         request = self._requests[request_id]
         request.num_compactions += 1
-        # It was due at that length or later, and now lacks a buffer's worth of tokens.
-        self.earliest[request_id] += request.limits.buffer
+        self.earliest[request_id] = num_logical + request.limits.buffer

@@ -79,7 +79,11 @@ class EvictionMixin(_Base):
         if self.trace is not None:
             for start in started:
                 self.trace.started(start)
-        setattr(output, OUTPUT_FIELD, StepOrders(compactions, started, observations))
+        # The counts include the tokens of this step by now.
+        records_queries = bool(self.kv_policy.needs & Need.ATTENTION_MASS) or any(
+            self.planner.needs_queries(r.request_id, r.num_computed_tokens) for r in self.running
+        )
+        setattr(output, OUTPUT_FIELD, StepOrders(compactions, started, observations, records_queries))
         pool = self.kv_cache_manager.block_pool
         self.eviction_stats.holding(pool.num_gpu_blocks - 1 - pool.get_num_free_blocks())
         if self.kv_policy.kv_check_integrity:
@@ -101,10 +105,11 @@ class EvictionMixin(_Base):
             if pages is None:
                 self.eviction_stats.skipped("no_free_page")
                 continue
+            num_logical = self.requests[plan.request_id].num_computed_tokens
             compactions.append(
                 Compaction(
                     request_id=plan.request_id,
-                    num_logical=self.requests[plan.request_id].num_computed_tokens,
+                    num_logical=num_logical,
                     num_resident=plan.num_resident,
                     num_keep=plan.num_keep,
                     source_pages=pages.source_pages,
@@ -112,7 +117,7 @@ class EvictionMixin(_Base):
                     ordinal=self.planner.num_compactions(plan.request_id),
                 )
             )
-            self.planner.committed(plan.request_id)
+            self.planner.committed(plan.request_id, num_logical)
         return compactions, observations
 
     def _observe(self, decoding: list[Residency], compacted: set[str]) -> list[Observation]:

@@ -38,13 +38,15 @@ class QueryRing:
         self.window = window
         self._nobody = num_slots * window
         self._rows = torch.zeros(num_layers, self._nobody + 1, num_heads, head_size, dtype=dtype, device=device)
-        self._observe = ops.function("observe_queries", device)
-        self._index = torch.full((max_tokens,), self._nobody, dtype=torch.int64, device=device)
+        self.observe = ops.function("observe_queries", device)
+        self.recording = True
+        """False in a step whose queries nobody needs; a captured graph records them all the same, for nobody"""
+        self.index = torch.full((max_tokens,), self._nobody, dtype=torch.int64, device=device)
 
     @property
     def nbytes(self) -> int:
         """Device memory of the ring."""
-        return self._rows.nbytes + self._index.nbytes
+        return self._rows.nbytes + self.index.nbytes
 
     def attach(self, layer_index: int, impl: Any) -> None:
         """Make an attention implementation of vLLM write its queries into the ring.
@@ -52,9 +54,8 @@ class QueryRing:
         The object's class is replaced by a subclass, so this works for every backend and inside graphs.
         """
         impl.__class__ = _observing(type(impl))  # type: ignore[arg-type]
+        impl._skipkv_ring = self
         impl._skipkv_rows = self._rows[layer_index]
-        impl._skipkv_index = self._index
-        impl._skipkv_observe = self._observe
 
     def prepare(self, slots: np.ndarray, counts: np.ndarray, starts: np.ndarray) -> None:
         """Say where the queries of the coming step go. R requests, their tokens contiguous.
@@ -70,12 +71,20 @@ class QueryRing:
             slot, start, count = (np.repeat(x, counts) for x in (slots, starts, counts))
             position, observed = start + offsets, (slot >= 0) & (offsets >= count - self.window)
         rows = np.where(observed, slot * self.window + position % self.window, self._nobody)
-        self._index.fill_(self._nobody)
-        self._index[: rows.shape[0]].copy_(to_device(rows, torch.int64, self._index.device), non_blocking=True)
+        self.index.fill_(self._nobody)
+        self.index[: rows.shape[0]].copy_(to_device(rows, torch.int64, self.index.device), non_blocking=True)
+        self.recording = True
+
+    def skip(self) -> None:
+        """Nobody needs the queries of the coming step."""
+        if self.recording:
+            self.index.fill_(self._nobody)
+            self.recording = False
 
     def idle(self) -> None:
-        """The coming forward pass is a dummy; nothing must be recorded."""
-        self._index.fill_(self._nobody)
+        """The coming forward pass is a dummy: what it records is for nobody, but a graph may be captured in it."""
+        self.index.fill_(self._nobody)
+        self.recording = True
 
     def read(self, layer_index: int, slot: int, num_logical: int) -> Tensor:
         """Queries of the last W tokens before position `num_logical`, oldest first: `[W, Hq, D]`."""
@@ -98,7 +107,9 @@ def _observing(cls: type) -> type:
     """
 
     def forward(self: Any, layer: Any, query: Tensor, *args: Any, **kwargs: Any) -> Any:
-        self._skipkv_observe(query, self._skipkv_index, self._skipkv_rows)
+        ring = self._skipkv_ring
+        if ring.recording:
+            ring.observe(query, ring.index, self._skipkv_rows)
         return cls.forward(self, layer, query, *args, **kwargs)  # type: ignore[attr-defined]
 
     return type(f"Observing{cls.__name__}", (cls,), {"forward": forward, "__slots__": ()})

@@ -75,6 +75,7 @@ class EvictionRuntime:
         self._first_tracked = np.full(num_slots + 1, NEVER, dtype=np.int64)
         self._mass = AttentionMass()
         self._compactor: Compactor | None = None
+        self._records_queries = True
         self._batch: StepBatch | None = None
         self._slots = np.zeros(0, dtype=np.int64)
         self.num_compactions = 0
@@ -105,6 +106,7 @@ class EvictionRuntime:
                 self._mass.forget(request.slot)
         if self.trace is not None:
             self.trace.finished(finished)
+        self._records_queries = orders is not None and orders.records_queries
         if orders is None:
             return
         for observation in orders.observations:
@@ -144,8 +146,11 @@ class EvictionRuntime:
         self._batch = batch
         self._slots = self._slots_of(batch.request_ids)
         if self.ring is not None:
-            observed = np.where(self._observed[self._slots], self._slots, -1)
-            self.ring.prepare(observed, batch.counts, batch.starts)
+            if self._records_queries:
+                observed = np.where(self._observed[self._slots], self._slots, -1)
+                self.ring.prepare(observed, batch.counts, batch.starts)
+            else:
+                self.ring.skip()
         evicted = self._evicted[self._slots]
         return evicted if evicted.any() else None
 
@@ -177,9 +182,10 @@ class EvictionRuntime:
         if self.tracker is None or batch is None:
             return
         # Of each request the tokens from its first tracked position on, with their places in the step.
-        skipped = np.clip(self._first_tracked[self._slots] - batch.starts, 0, batch.counts)
+        # np.clip takes several times as long for the few requests of a step.
+        skipped = np.minimum(np.maximum(self._first_tracked[self._slots] - batch.starts, 0), batch.counts)
         fresh = batch.counts - skipped
-        spans = np.stack([self._slots, batch.counts.cumsum() - fresh, fresh, batch.starts + skipped])
+        spans = np.array([self._slots, batch.counts.cumsum() - fresh, fresh, batch.starts + skipped])
         if not fresh.all():
             spans = spans[:, fresh > 0]
         if spans.shape[1]:

@@ -89,7 +89,7 @@ def test_a_preempted_request_keeps_its_counter():
     """R-KV: a preempted request kept its dropped-token count, and its lengths became negative."""
     planner = EvictionPlanner()
     planner.start("a", Limits(20, 8, 4, 0), 0)
-    planner.committed("a")
+    planner.committed("a", 116)
     planner.stop("a")
     planner.start("a", Limits(20, 8, 4, 0), 0)
     assert planner.num_compactions("a") == 0

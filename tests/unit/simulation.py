@@ -301,7 +301,12 @@ class Simulation:
             self._observe(request, observations, False)
         compacted = {order.request_id for order in orders}
         before = {name: self.snapshot(name) for name in self.running if orders and name not in compacted}
-        self.runtime.begin_step(StepOrders(orders, self._starting, observations), self._finished, self._preempted)
+        # As the scheduler does it, so that a query that is missing shows.
+        records = bool(self.runtime.config.needs & Need.ATTENTION_MASS) or any(
+            self.planner.needs_queries(name, self.running[name].num_logical + count) for name, count in counts.items()
+        )
+        step = StepOrders(orders, self._starting, observations, records)
+        self.runtime.begin_step(step, self._finished, self._preempted)
         self._starting, self._finished, self._preempted = [], [], []
         for name, content in before.items():
             assert torch.equal(self.snapshot(name), content), f"a compaction changed the cache of {name}"
@@ -336,6 +341,7 @@ class Simulation:
         request.pages = list(order.target_pages)
         request.num_evicted += order.num_resident - order.num_keep
         request.num_compactions += 1
+        self.planner.committed(request.name, order.num_logical)
 
     def _forward(self, counts: dict[str, int]) -> None:
         if not counts:

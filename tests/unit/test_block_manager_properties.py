@@ -198,7 +198,7 @@ class Engine:
                     pages.target_pages,
                 )
             )
-            self.planner.committed(plan.request_id)
+            self.planner.committed(plan.request_id, tracked.request.num_computed_tokens)
             tracked.num_evicted += plan.num_resident - plan.num_keep
             assert self.manager.num_evicted(plan.request_id) == tracked.num_evicted
             assert tracked.request.num_computed_tokens - tracked.num_evicted == tracked.limits.keep

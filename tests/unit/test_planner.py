@@ -80,14 +80,14 @@ def test_planning_changes_nothing_until_it_is_committed():
     first = planner.plan([Residency("a", 116, 0)])
     assert planner.plan([Residency("a", 116, 0)]) == first
     assert planner.num_compactions("a") == 0
-    planner.committed("a")
+    planner.committed("a", 116)
     assert planner.num_compactions("a") == 1
 
 
 def test_starting_over_forgets_counts_and_cache_hits():
     planner = EvictionPlanner()
     planner.start("a", LIMITS, num_cached=500)
-    planner.committed("a")
+    planner.committed("a", 508)
     planner.stop("a")
     assert planner.limits("a") is None
     assert planner.plan([Residency("a", 600, 0)]) == []
@@ -128,7 +128,7 @@ def test_a_decoding_request_never_exceeds_its_bound(budget, buffer, window, prom
             assert plan.num_keep < plan.num_resident
             assert plan.num_keep >= limits.protected + window
             evicted += plan.num_resident - plan.num_keep
-            planner.committed("a")
+            planner.committed("a", logical)
             compactions += 1
         if logical - cached >= window:
             assert logical - evicted < limits.bound
@@ -175,20 +175,26 @@ def test_attention_is_counted_only_where_somebody_reads_it():
     cached=st.integers(0, 120),
     delays=st.lists(st.integers(0, 5), max_size=6),
 )
-def test_nothing_is_due_before_the_earliest_length(budget, buffer, cached, delays):
-    """`earliest` may be too early, as after a compaction that had to wait, but never too late."""
-    planner, evicted, waits = EvictionPlanner(), 0, list(delays)
-    planner.start("a", Limits(budget, buffer, 4, 0), num_cached=cached)
-    for logical in range(1, 400):
+def test_a_request_is_due_from_its_earliest_length_on_and_its_queries_are_there(budget, buffer, cached, delays):
+    """Also after compactions that had to wait. A step of one token records its query if it may be needed."""
+    planner, evicted, waits, window = EvictionPlanner(), 0, list(delays), 4
+    planner.start("a", Limits(budget, buffer, window, 0), num_cached=cached)
+    recorded = set()
+    for logical in range(cached + 1, cached + 400):
+        if planner.needs_queries("a", logical):
+            recorded.add(logical - 1)
         due = planner.plan([Residency("a", logical, evicted)])
+        assert bool(due) == (logical >= planner.earliest["a"])
         if not due:
             continue
-        assert logical >= planner.earliest["a"]
+        assert recorded.issuperset(range(logical - window, logical))
         if waits and waits[0]:
             waits[0] -= 1
             continue
         waits = waits[1:]
         evicted += due[0].num_resident - due[0].num_keep
-        planner.committed("a")
+        planner.committed("a", logical)
+    assert len(recorded) < 400 or buffer <= window
     planner.stop("a")
     assert not planner.earliest
+    assert not planner.needs_queries("a", 10**6)

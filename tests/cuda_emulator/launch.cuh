@@ -1,0 +1,16 @@
+// In place of csrc/cuda/launch.cuh.
+#pragma once
+
+#include "gpu.h"
+
+namespace skipkv {
+
+inline char* dynamic_shared() { return emulator::shared; }
+
+template <class... Parameters, class... Arguments>
+void launch(void (*kernel)(Parameters...), int64_t blocks, int threads, int64_t shared, cudaStream_t,
+            Arguments... arguments) {
+  emulator::run(blocks, threads, shared, [=] { kernel(arguments...); });
+}
+
+}  // namespace skipkv
