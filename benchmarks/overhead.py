@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import multiprocessing
 import os
 import sys
@@ -26,7 +25,7 @@ from typing import Any, NamedTuple
 from skipkv_vllm import bundled_model
 
 from .accuracy.docs import write_summary
-from .accuracy.machine import commit, machine, versions
+from .accuracy.machine import commit, machine, relative, versions
 
 ARMS = ("stock", "evicting")
 TURN = 16  # steps of one engine before the other has its turn
@@ -239,10 +238,10 @@ def main() -> int:
                     print("error: hardly any compaction took place; these are not figures of eviction", file=sys.stderr)
                     return 1
     if args.out:
-        settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
+        settings = vars(args) | {"model": relative(args.model), "out": str(args.out)}
         command = ["python", "-m", "benchmarks.overhead", *sys.argv[1:]]
         run = {"command": command, "commit": commit(), "machine": machine(), "versions": versions()}
-        write_summary({"run": run | {"settings": json.loads(json.dumps(settings))}, "shapes": rows}, args.out)
+        write_summary({"run": run | {"settings": settings}, "shapes": rows}, args.out)
     return 0
 
 

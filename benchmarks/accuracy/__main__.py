@@ -17,6 +17,7 @@ from skipkv_vllm.policies import make_policy, policy_names
 from . import RunError, UsageError
 from .docs import DOCS, TINY, TINY_FIGURES, write_docs, write_summary
 from .grid import FULL, Settings
+from .machine import relative
 from .plots import draw
 from .report import print_table, write_report
 from .run import Run, load
@@ -220,7 +221,7 @@ def _tiny(args: argparse.Namespace, command: Sequence[str]) -> int:
     from skipkv_vllm import bundled_model
 
     settings = Settings(
-        model=args.model or _relative(bundled_model()),
+        model=args.model or relative(bundled_model()),
         data="tiny",
         policies=tuple(args.policies),
         budgets=tuple(args.budgets),
@@ -260,12 +261,6 @@ def _batch_invariance(summary: Summary, required: bool) -> int:
             file=sys.stderr,
         )
     return int(required and bool(changed))
-
-
-def _relative(path: str) -> str:
-    """Relative to the working directory where it is below, so that a record reads the same everywhere."""
-    own = Path(path)
-    return str(own.relative_to(Path.cwd())) if own.is_relative_to(Path.cwd()) else path
 
 
 def _problems_at(values: Sequence[str]) -> dict[int, int]:

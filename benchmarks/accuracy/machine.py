@@ -76,3 +76,9 @@ def fingerprint(path: str) -> str:
         if size <= SMALL:
             digest.update(file.read_bytes())
     return digest.hexdigest()[:16]
+
+
+def relative(path: str) -> str:
+    """Relative to the working directory where it is below, so that a record reads the same everywhere."""
+    own = Path(path)
+    return str(own.relative_to(Path.cwd())) if own.is_relative_to(Path.cwd()) else path
