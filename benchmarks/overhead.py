@@ -28,6 +28,7 @@ from .accuracy.docs import write_summary
 from .accuracy.machine import commit, machine, relative, versions
 
 ARMS = ("stock", "evicting")
+LONGEST = 4000  # tokens of a request
 TURN = 16  # steps of one engine before the other has its turn
 
 
@@ -101,7 +102,7 @@ class Engine:
             engine.abort_request(list(scheduler.requests), internal=True)
             while engine.has_unfinished_requests():
                 engine.step()
-        params = SamplingParams(max_tokens=4000, temperature=0, ignore_eos=True, detokenize=False)
+        params = SamplingParams(max_tokens=LONGEST, temperature=0, ignore_eos=True, detokenize=False)
         for i in range(self.shape.batch_size):
             # Requests of a server are at different points between two compactions.
             length = self.shape.budget + (self.buffer * i // self.shape.batch_size if self.evicts else 0)
@@ -123,7 +124,7 @@ class Engine:
 
     def _room(self) -> bool:
         scheduler = self.llm.llm_engine.engine_core.engine_core.scheduler
-        return all(request.num_tokens + 2 * self.buffer < 4000 for request in scheduler.running)
+        return all(request.num_tokens + 2 * self.buffer < LONGEST for request in scheduler.running)
 
     def _compactions(self) -> int:
         if not self.evicts:
@@ -217,8 +218,12 @@ def main() -> int:
     parser.add_argument("--compiled", action="store_true", help="vLLM's default graphs instead of eager mode")
     parser.add_argument("--out", type=Path, help="write the figures as JSON, e.g. docs/results/overhead.json")
     args = parser.parse_args()
-    if args.buffer % TURN:
+    if args.policy == "full":
+        parser.error("--policy full evicts nothing; its cost is not measured here")
+    if args.buffer < TURN or args.buffer % TURN:
         parser.error(f"--buffer {args.buffer} must be a multiple of {TURN}")
+    if max(args.budgets) + 3 * args.buffer > LONGEST:
+        parser.error(f"--budgets {max(args.budgets)} is out of range; allowed: up to {LONGEST - 3 * args.buffer}")
     rows = []
     print(
         f"{'budget':>6}{'batch':>7}{'stock ms':>10}{'evicting ms':>13}{'ratio':>8}{'from - to':>16}{'compactions':>13}"

@@ -87,12 +87,17 @@ def _parser() -> argparse.ArgumentParser:
     tiny.add_argument("--policies", nargs="+", default=list(TINY_POLICIES), metavar="POLICY")
     tiny.add_argument("--budgets", nargs="+", default=list(TINY_BUDGETS), metavar="B")
     tiny.add_argument("--problems", type=int, default=200)
-    tiny.add_argument("--problems-at-1", type=int, default=10, metavar="N", help="problems at batch size 1")
+    tiny.add_argument("--problems-at-1", type=int, default=20, metavar="N", help="problems at batch size 1")
     tiny.add_argument("--max-tokens", type=int, default=1600)
     tiny.add_argument("--buffer", type=int, default=128)
     tiny.add_argument("--policy-config", type=_json_object, default=SKIPKV_PARAMETERS, metavar="JSON", help="of skipkv")
     tiny.add_argument("--out", type=Path, default=TINY_OUT)
-    tiny.add_argument("--docs", type=Path, default=DOCS, help="folder to write results.md and results/ into")
+    tiny.add_argument(
+        "--docs",
+        type=Path,
+        help=f"folder to write results.md and results/ into; default: {DOCS} for the bundled model on its held-out "
+        "problems, else docs/ in --out",
+    )
     tiny.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)), help="engines at once")
 
     docs = actions.add_parser("docs", help="write docs/results.md from docs/results/tiny.json")
@@ -109,7 +114,7 @@ def _add_grid(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--model", required=True, help="path or name on the hub")
     group.add_argument("--data", required=True, choices=list(DATA_SETS), help="data set")
     group.add_argument("--jsonl", help="read the rows of --data from this file instead of the hub")
-    group.add_argument("--split", help="split of the data set; default: the one that results are published for")
+    group.add_argument("--split", help="split of the data set; default: the published one, of tiny dev")
     group.add_argument("--problems", type=int, help="the first N only")
     group.add_argument(
         "--policies", nargs="+", default=[FULL, "skipkv"], metavar="POLICY", help=", ".join(policy_names())
@@ -197,6 +202,8 @@ def _run(args: argparse.Namespace, command: Sequence[str]) -> int:
 
 
 def _execute(settings: Settings, out: Path, processes: int, allow_code: bool, command: Sequence[str]) -> None:
+    if settings.model.startswith(("/", ".")) and not Path(settings.model).is_dir():
+        raise UsageError(f"--model {settings.model}: there is no such folder; give a checkpoint's folder or its name")
     for name in settings.policies:
         make_policy(name, settings.policy_config if settings.evicting[:1] == (name,) else {})
     Run(settings, out, processes=processes, allow_code_execution=allow_code, command=command)()
@@ -236,6 +243,8 @@ def _tiny(args: argparse.Namespace, command: Sequence[str]) -> int:
     )
     _execute(settings, args.out, args.processes, False, command)
     summary = _load_summary(args.out)
+    published = args.model is None and args.split == "held-out"
+    args.docs = args.docs or (DOCS if published else args.out / "docs")
     results = args.docs / TINY.parent
     draw(summary, results, TINY_FIGURES)
     write_summary(summary, args.docs / TINY)

@@ -10,6 +10,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import skipkv_vllm
+
 PACKAGES = ("skipkv-vllm", "vllm", "torch", "transformers", "tokenizers", "math-verify", "lighteval", "datasets")
 SMALL = 64 * 2**20
 
@@ -75,6 +77,16 @@ def fingerprint(path: str) -> str:
         digest.update(f"{file.relative_to(root) if root.is_dir() else ''} {size}".encode())
         if size <= SMALL:
             digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def source() -> str:
+    """Digest of the code that decides an answer and its grade: the package's modules and libraries, the harness."""
+    digest = hashlib.sha256()
+    package, harness = Path(skipkv_vllm.__file__).parent, Path(__file__).parent
+    for folder in (package, harness):
+        for file in sorted(p for p in folder.rglob("*") if p.suffix in (".py", ".so")):
+            digest.update(f"{file.relative_to(folder)}\n".encode() + file.read_bytes())
     return digest.hexdigest()[:16]
 
 

@@ -93,11 +93,13 @@ def setting(summary: Summary) -> str:
     how = "greedy" if settings["temperature"] == 0 else f"temperature {settings['temperature']:g}"
     length = run["full_mean_length"]
     full = f"; full KV writes {length:,.0f} tokens on average" if length else ""
+    split = f" of the {settings['split']} split" if settings["split"] else ""
     config = settings["policy_config"]
     first = next((policy for policy in settings["policies"] if policy != FULL), "")
-    parameters = f" `{first}` has {', '.join(f'{k} {v}' for k, v in config.items())}." if config else ""
+    parameters = f" `{first}` has {', '.join(f'{k} {v}' for k, v in config.items())}" if config else ""
+    parameters += ", the others their defaults." if config else ""
     return (
-        f"{len(summary['problems'])} problems, {settings['samples']} sample(s) each, {how}, at most "
+        f"{len(summary['problems'])} problems{split}, {settings['samples']} sample(s) each, {how}, at most "
         f"{settings['max_tokens']:,} tokens{full}. Buffer {settings['buffer']} tokens, window {settings['window']}, "
         f"granularity {settings['granularity']}, prompt {'protected' if settings['protect_prompt'] else 'evictable'}."
         + parameters

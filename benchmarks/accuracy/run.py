@@ -17,7 +17,7 @@ from tqdm import tqdm
 from . import RunError, UsageError, checks, worker
 from .grading import check_available, grade
 from .grid import FULL, Arm, Settings
-from .machine import commit, fingerprint, machine, versions
+from .machine import commit, fingerprint, machine, source, versions
 from .pool import Pool
 from .samples import Sample, SampleWriter, read_samples
 from .tasks import Task, load_tasks
@@ -99,6 +99,7 @@ class Run:
             "settings": self.settings.to_json(),
             "model_digest": fingerprint(self.settings.model),
             "tasks_digest": tasks,
+            "source_digest": source(),
             "versions": versions(),
         }
         fresh = identity | {
@@ -121,7 +122,8 @@ class Run:
                 f"--out {self.out} holds a run with other settings; use another folder or the same settings:\n  "
                 + "\n  ".join(different)
             )
-        return fresh | {key: old[key] for key in ("sessions", "arm_seconds", "date")}
+        kept = ("sessions", "arm_seconds", "date", "kv_bytes_per_token")
+        return fresh | {key: old[key] for key in kept if key in old}
 
     def _tasks_digest(self) -> str:
         text = repr([(task.id, task.messages, task.reference) for task in self.tasks])
@@ -187,7 +189,7 @@ class Run:
             answers, right = answers + 1, right + sample.correct
             bar.update()
             bar.set_postfix_str(f"{sample.arm.policy}, {right / answers:.0%} right")
-        if len(arms) == 1 and len(missing) == len(list(self._keys(arms[0]))):
+        if self.settings.separate_arms and len(missing) == len(list(self._keys(arms[0]))):
             self.info["arm_seconds"][str(arms[0])] = round(time.monotonic() - started, 2)
 
     @contextmanager
@@ -225,8 +227,8 @@ def _graded(answer: worker.Answer, task: Task) -> Sample:
 def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """What keeps a run from being resumed, one line per setting."""
     lines = []
-    for part in ("model_digest", "tasks_digest"):
-        if old[part] != new[part]:
+    for part in ("model_digest", "tasks_digest", "source_digest"):
+        if old.get(part) != new[part]:
             lines.append(f"{part.removesuffix('_digest')} has other contents than before")
     for part in ("settings", "versions"):
         for name in sorted(old[part].keys() | new[part].keys()):

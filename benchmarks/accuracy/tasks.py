@@ -84,9 +84,7 @@ def _code_tests(row: Mapping[str, Any]) -> str:
 
 
 DATA_SETS: dict[str, DataSet] = {
-    "tiny": DataSet(
-        None, None, "held-out", ("question", "answer"), lambda r: r["question"], lambda r: str(r["answer"])
-    ),
+    "tiny": DataSet(None, None, "dev", ("question", "answer"), lambda r: r["question"], lambda r: str(r["answer"])),
     "gsm8k": DataSet(
         "openai/gsm8k", "main", "test", ("question", "answer"), lambda r: f"{r['question']}\n{BOXED}", _gsm8k_reference
     ),

@@ -28,6 +28,8 @@ def main() -> None:
     parser.add_argument("--split", default="dev", choices=[name for name in SPLITS if name != "held-out"])
     parser.add_argument("--problems", type=int, default=20)
     args = parser.parse_args()
+    if args.problems < 1:
+        parser.error(f"--problems {args.problems} is out of range; allowed: at least 1")
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
     tables = build_tables(tokenizer, "default")

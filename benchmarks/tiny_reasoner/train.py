@@ -4,13 +4,17 @@
 
 The curriculum grows from two rules to full problems; the next level starts when 97 % of the numbers in unseen
 exercises without doubts (the hardest to copy) are right. On the last level the learning rate decays to zero over
-`--final-steps`. Stop it at any time (Ctrl-C) and run the same command again: it goes on from its last checkpoint.
+`--final-steps`. Stop it at any time (Ctrl-C) and run the same command again: it goes on where it was. The checkpoint
+is written when training is finished; until then there is only the state. Exercises are the same for every seed, which
+decides the initial weights.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
+import signal
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -167,8 +171,12 @@ def make_optimizers(model: Qwen2ForCausalLM) -> list[torch.optim.Optimizer]:
     return [Muon(matrices), torch.optim.AdamW(others, betas=(0.9, 0.98), weight_decay=0.01)]
 
 
-def train(args: argparse.Namespace) -> None:
-    """Run or resume the curriculum and write the checkpoint."""
+RESUMED = ("seed", "lr", "tokens", "final_steps")
+"""Arguments that a resumed training must share with the one it goes on with."""
+
+
+def train(args: argparse.Namespace) -> int:
+    """Run or resume the curriculum and write the checkpoint; returns 0 once it is finished, else 1."""
     torch.manual_seed(args.seed)
     torch.set_num_threads(args.threads)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -181,6 +189,15 @@ def train(args: argparse.Namespace) -> None:
     state_file = Path(args.state)
     if state_file.exists():
         state = torch.load(state_file, map_location=device, weights_only=True)
+        arguments = state.get("arguments", {})
+        if other := [name for name in RESUMED if arguments.get(name) != vars(args)[name]]:
+            print(
+                f"error: --state {state_file} was trained with other arguments: "
+                + ", ".join(f"{name} was {arguments.get(name)}, is {vars(args)[name]}" for name in other)
+                + "; use the same ones, or another --state to start anew",
+                file=sys.stderr,
+            )
+            return 2
         model.load_state_dict(state["model"])
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
@@ -189,7 +206,7 @@ def train(args: argparse.Namespace) -> None:
 
     def save() -> None:
         state_file.parent.mkdir(parents=True, exist_ok=True)
-        partial = state_file.with_suffix(".partial")
+        new_file = state_file.with_suffix(".new")
         torch.save(
             {
                 "model": model.state_dict(),
@@ -197,12 +214,11 @@ def train(args: argparse.Namespace) -> None:
                 "step": step,
                 "level": level,
                 "final_step": final_step,
+                "arguments": {name: vars(args)[name] for name in RESUMED},
             },
-            partial,
+            new_file,
         )
-        partial.replace(state_file)  # so that a power cut leaves the old one
-        model.save_pretrained(args.out)
-        tokenizer.save_pretrained(args.out)
+        new_file.replace(state_file)  # so that a power cut leaves the old one
 
     def draw(split: str, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
         exercise = partial(CURRICULUM[level].draw, **kwargs)
@@ -211,8 +227,11 @@ def train(args: argparse.Namespace) -> None:
 
     deadline = time.monotonic() + 60 * args.minutes
     bar = tqdm(desc=CURRICULUM[level].name, unit="step", initial=step)
+    # Ctrl-C waits for the end of a step: half a step could not be resumed.
+    stopped: list[int] = []
+    handler = signal.signal(signal.SIGINT, lambda number, _: stopped.append(number))
     try:
-        while final_step < args.final_steps and time.monotonic() < deadline:
+        while final_step < args.final_steps and time.monotonic() < deadline and not stopped:
             last = level == len(CURRICULUM) - 1
             progress = final_step / args.final_steps
             lr = args.lr * (min(1, (step + 1) / 100) if not last else 0.5 * (1 + math.cos(math.pi * progress)))
@@ -235,27 +254,36 @@ def train(args: argparse.Namespace) -> None:
                 bar.set_postfix(loss=f"{loss.item():.3f}", digits=f"{accuracy:.3f}", whole=f"{whole:.2f}")
                 if accuracy >= 0.97 and not last:
                     level += 1
+            if level == len(CURRICULUM) - 1:
+                bar.total = step + args.final_steps - final_step
             if step % 200 == 0:
                 save()
-    except KeyboardInterrupt:
-        print("\nstopped; run the same command to go on")
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        bar.close()
     save()
-    print(f"step {step}, level {CURRICULUM[level].name}, wrote {args.out}")
+    if final_step < args.final_steps:
+        print(f"stopped at step {step}, level {CURRICULUM[level].name}; run the same command to go on")
+        return 1
+    model.save_pretrained(args.out)
+    tokenizer.save_pretrained(args.out)
+    print(f"finished at step {step}, wrote {args.out}; to train anew use another --state or delete {state_file}")
+    return 0
 
 
-def main() -> None:
+def main() -> int:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default="skipkv_vllm/models/tiny-reasoner", help="checkpoint folder")
     parser.add_argument("--state", default="build/tiny-reasoner.pt", help="resumable training state")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of the initial weights")
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--tokens", type=int, default=4000, help="padded tokens per step")
     parser.add_argument("--final-steps", type=int, default=3000, help="steps on full problems, with lr decay")
     parser.add_argument("--minutes", type=float, default=120, help="stop after this long; run again to go on")
     parser.add_argument("--threads", type=int, default=2)
-    train(parser.parse_args())
+    return train(parser.parse_args())
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -263,10 +263,14 @@ def test_published_tables_are_whole_and_their_commands_parse():
     parser = command_line._parser()
     for table in json.loads(PAPER.read_text())["tables"]:
         assert all(len(row) == len(table["columns"]) for row in table["rows"]), table["title"]
-        words = shlex.split(table["command"])
-        assert words[:3] == ["python", "-m", "benchmarks.accuracy"]
-        args = parser.parse_args(words[3:])
-        assert args.model.startswith("deepseek-ai/DeepSeek-R1-Distill-")
+        folders = set()
+        for command in table["command"].splitlines():
+            words = shlex.split(command)
+            assert words[:3] == ["python", "-m", "benchmarks.accuracy"]
+            args = parser.parse_args(words[3:])
+            assert args.model.startswith("deepseek-ai/DeepSeek-R1-Distill-")
+            assert args.out not in folders, "runs with other settings need folders of their own"
+            folders.add(args.out)
 
 
 @pytest.mark.skipif(not (REPOSITORY / DOCS / TINY).exists(), reason="no results yet: make eval-tiny")

@@ -13,6 +13,7 @@ from benchmarks.accuracy import RunError, UsageError, checks, run, worker
 from benchmarks.accuracy.grid import Arm, Budget, Settings
 from benchmarks.accuracy.run import Run, load
 from benchmarks.accuracy.samples import Sample, SampleWriter, read_samples
+from benchmarks.accuracy.summary import summarise
 from benchmarks.tiny_reasoner.problems import problems
 
 SETTINGS = Settings(
@@ -24,7 +25,7 @@ SETTINGS = Settings(
     problems=6,
     problems_at={1: 2},
 )
-ANSWERS = {f"held-out-{i}": problem.answer for i, problem in enumerate(problems("held-out", 6))}
+ANSWERS = {f"dev-{i}": problem.answer for i, problem in enumerate(problems("dev", 6))}
 
 
 def sample(**changes: Any) -> Sample:
@@ -32,7 +33,7 @@ def sample(**changes: Any) -> Sample:
         "policy": "skipkv",
         "budget": 100,
         "batch_size": 4,
-        "problem": "held-out-0",
+        "problem": "dev-0",
         "number": 0,
         "prompt_tokens": 60,
         "completion_tokens": 500,
@@ -217,9 +218,10 @@ def test_a_stopped_run_goes_on_where_it_was(stop_after, pool, tmp_path):
     asked = len(pool.asked)
     Run(SETTINGS, tmp_path / "stopped")()
     assert len(pool.asked) == asked
+    assert summarise(*load(tmp_path / "stopped"))["arms"] == summarise(*whole)["arms"]
 
 
-def test_a_resumed_run_must_be_the_same_run(pool, tmp_path):
+def test_a_resumed_run_must_be_the_same_run(pool, tmp_path, monkeypatch):
     Run(SETTINGS, tmp_path)()
     with pytest.raises(UsageError, match=r"(?s)other settings.*max_tokens: was 8192, is 100"):
         Run(replace(SETTINGS, max_tokens=100), tmp_path)
@@ -227,6 +229,9 @@ def test_a_resumed_run_must_be_the_same_run(pool, tmp_path):
         Run(replace(SETTINGS, policies=("full", "rkv")), tmp_path)
     Run(replace(SETTINGS, policies=("full", "skipkv", "rkv")), tmp_path)()
     assert {s.policy for s in load(tmp_path)[2]} == {"full", "skipkv", "rkv"}
+    monkeypatch.setattr(run, "source", lambda: "edited")
+    with pytest.raises(UsageError, match="source has other contents than before"):
+        Run(SETTINGS, tmp_path)
     (tmp_path / "run_info.json").unlink()
     with pytest.raises(UsageError, match=r"has a results.jsonl but no run_info.json"):
         Run(SETTINGS, tmp_path)
@@ -241,7 +246,7 @@ def test_separate_arms_are_timed(pool, tmp_path):
 
 def test_a_run_that_did_not_compact_fails(pool, tmp_path):
     pool.compactions = 0
-    with pytest.raises(RunError, match="skipkv at 250, batch 4, held-out-0, sample 0: no compaction"):
+    with pytest.raises(RunError, match="skipkv at 250, batch 4, dev-0, sample 0: no compaction"):
         Run(SETTINGS, tmp_path)()
     assert load(tmp_path)[1]["failures"]
 
@@ -262,7 +267,7 @@ def test_every_worker_has_its_share_of_the_problems(monkeypatch, tmp_path):
     monkeypatch.setattr(run, "Pool", Recorder)
     monkeypatch.setattr(run.os, "sched_getaffinity", lambda _: {0, 1})
     Run(SETTINGS, tmp_path, processes=2)()
-    assert seen[0] == [{"held-out-0", "held-out-2", "held-out-4"}, {"held-out-1", "held-out-3", "held-out-5"}]
+    assert seen[0] == [{"dev-0", "dev-2", "dev-4"}, {"dev-1", "dev-3", "dev-5"}]
     assert all(not (a & b) for a, b in seen)
 
 
@@ -286,7 +291,7 @@ def test_a_long_prompt_raises_the_bound():
 
 
 def test_failures():
-    good = [sample(), sample(problem="held-out-1", completion_tokens=20, compactions=0)]
+    good = [sample(), sample(problem="dev-1", completion_tokens=20, compactions=0)]
     assert checks.failures(good, SETTINGS) == []
     assert "full KV reports 3" in checks.failures([sample(policy="full", budget=0)], SETTINGS)[0]
     # Longer than the budget on average, but below the bound: nothing was demanded, nothing was measured.

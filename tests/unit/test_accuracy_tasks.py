@@ -54,9 +54,11 @@ def test_starter_code_is_shown(tmp_path):
 
 
 def test_generated_problems_are_those_of_the_split():
-    held_out, dev = load_tasks("tiny", 3), load_tasks("tiny", 3, split="dev")
+    held_out, dev = load_tasks("tiny", 3, split="held-out"), load_tasks("tiny", 3, split="dev")
     assert [task.id for task in held_out] == ["held-out-0", "held-out-1", "held-out-2"]
     assert held_out[0].messages != dev[0].messages
+    # What somebody tries out must not become what is reported.
+    assert load_tasks("tiny", 3) == dev
 
 
 def test_line_separators_inside_a_string_do_not_end_a_row(tmp_path):
