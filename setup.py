@@ -150,7 +150,10 @@ class BuildLibraries(build_ext):
                 raise RuntimeError("nvcc was not found")
             # A PyTorch without CUDA has no library to link with; what is left undefined is resolved when it is loaded.
             own = ["-ltorch_cuda"] if torch_has_cuda(torch) else []
-            build(cuda_units(torch, compiler), objects, compiler, [*library, *own], output)
+            # Nothing of libtorch is referenced while linking beside a CPU build, and linkers drop what is not; the
+            # current stream is found through it when the library is loaded.
+            keep = ["-Xlinker", "--no-as-needed"]
+            build(cuda_units(torch, compiler), objects, compiler, [*keep, *library, *own], output)
             return
         compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
         if compiler is None:

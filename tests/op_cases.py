@@ -252,6 +252,8 @@ class CompactCase:
         shape = (requests, pages.layers, pages.heads, n)
         sidecar = torch.randint(0, 99, (pages.layers, spare + 1, pages.heads, pages.size), generator=generator)
         positions = positions_of(shape, self.lengths, "shuffled", generator)
+        # Requests that share a page agree about what it holds; else the last writer of its sidecar would decide.
+        positions[..., : self.shared * pages.size] = torch.arange(self.shared * pages.size, dtype=torch.int32)
         most = max(1, *(min(k, length - k) for k, length in zip(self.keeps, self.lengths, strict=True)))
         source, hole = (torch.zeros(*shape[:3], most, dtype=torch.int32) for _ in range(2))
         count = torch.zeros(shape[:3], dtype=torch.int32)

@@ -30,7 +30,8 @@ DOUBTS = (
     "Wait, once more.\n\n",
 )
 
-# First seed of each split. A split draws problem i with seed `SPLITS[split] + i`, so splits never meet.
+# First seed of each split. A split draws problem i with seed `SPLITS[split] + i`, so splits never meet; the tokenizer's
+# vocabulary is taken from seeds 0 to 399.
 SPLITS = {"train": 1_000_000_000, "dev": 500_000_000, "held-out": 1_000_000, "demo": 2_000_000}
 
 

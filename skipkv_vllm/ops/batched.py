@@ -123,7 +123,9 @@ def compact_pages(
 
     First, pages of the target table that differ from those of the source table are copied whole, content unseen;
     then cells move, read through the source table and written through the target table. No page that one request
-    writes may be read or written by another. Cells are copied bit by bit, whatever their dtype.
+    writes may be read or written by another, except that requests may write equal positions to a page that they share;
+    a page that replaces another is not among its request's source pages. Cells are copied bit by bit, whatever their
+    dtype.
 
     Args:
         caches, pointers, layout: the pages.
