@@ -95,9 +95,8 @@ def select_keep(
         position = positions[r, ..., :length]
         pinned = (position < pin_below[r]) | (position >= pin_from[r])
         order = position.argsort(dim=-1)
-        ranked = scores[r, ..., :length].masked_fill(pinned, torch.inf).gather(-1, order)
-        best = order.gather(-1, ranked.sort(dim=-1, descending=True, stable=True).indices[..., :keep])
-        kept = torch.zeros_like(pinned).scatter(-1, best, True)
+        by_position = (scores[r, ..., :length].gather(-1, order), pinned.gather(-1, order))
+        kept = torch.zeros_like(pinned).scatter(-1, order, reference.select_per_head(*by_position, keep))
         moved_from, moved_to, valid = reference.move_list(kept, keep)
         moves = valid.shape[-1]
         source[r, ..., :moves] = torch.where(valid, moved_from, 0)

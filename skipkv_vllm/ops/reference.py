@@ -120,6 +120,21 @@ def sentence_penalties(embeddings: Tensor, exists: Tensor, *, threshold: float, 
     return torch.where(repeats.any(dim=1), cosine.gather(1, last).squeeze(1), 0.0)
 
 
+def select_per_head(scores: Tensor, pinned: Tensor, num_keep: int) -> Tensor:
+    """Keep the best tokens of every layer and kv head on its own (granularity "head").
+
+    Args:
+        scores: `[layers, H, L]`, higher is kept longer.
+        pinned: bool `[layers, H, L]`, tokens that stay whatever their score; at most `num_keep` a row.
+        num_keep: tokens to keep in every row.
+
+    Returns:
+        bool `[layers, H, L]` with exactly `num_keep` true in every row. Of equal scores the earlier stays.
+    """
+    ranked = scores.masked_fill(pinned, torch.inf).sort(dim=-1, descending=True, stable=True).indices
+    return torch.zeros_like(pinned).scatter(-1, ranked[..., :num_keep], True)
+
+
 def move_list(kept: Tensor, num_keep: int) -> tuple[Tensor, Tensor, Tensor]:
     """Which cells to move so that the kept tokens of each row fill the first `num_keep` slots.
 

@@ -5,20 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..ops.reference import select_per_head
 
-def select_per_head(scores: Tensor, pinned: Tensor, num_keep: int) -> Tensor:
-    """Keep the best tokens of every layer and kv head on its own (granularity "head").
-
-    Args:
-        scores: `[layers, H, L]`, higher is kept longer.
-        pinned: bool `[layers, H, L]`, tokens that stay whatever their score; at most `num_keep` a row.
-        num_keep: tokens to keep in every row.
-
-    Returns:
-        bool `[layers, H, L]` with exactly `num_keep` true in every row. Of equal scores the earlier stays.
-    """
-    ranked = scores.masked_fill(pinned, torch.inf).sort(dim=-1, descending=True, stable=True).indices
-    return torch.zeros_like(pinned).scatter(-1, ranked[..., :num_keep], True)
+__all__ = ["select_per_head", "select_sentences"]
 
 
 def select_sentences(scores: Tensor, pinned: Tensor, sentence: Tensor, num_keep: int) -> Tensor:
