@@ -67,9 +67,9 @@ class EvictionMixin(_Base):
         compactions, observations = self._compact()
         output = super().schedule(throttle_prefills)
         # A request that this very step preempted has lost its pages; its orders must not be carried out.
-        preempted = output.preempted_req_ids or ()
-        compactions = [c for c in compactions if c.request_id not in preempted]
-        observations = [o for o in observations if o.request_id not in preempted]
+        if preempted := output.preempted_req_ids:
+            compactions = [c for c in compactions if c.request_id not in preempted]
+            observations = [o for o in observations if o.request_id not in preempted]
         started = self._started(output)
         for compaction in compactions:
             self.eviction_stats.compacted(compaction)
@@ -135,6 +135,8 @@ class EvictionMixin(_Base):
     def _started(self, output: SchedulerOutput) -> list[Started]:
         """The managed requests whose first tokens are computed in this step."""
         cached = output.scheduled_cached_reqs
+        if not output.scheduled_new_reqs and not cached.resumed_req_ids:
+            return []
         num_cached = {new.req_id: new.num_computed_tokens for new in output.scheduled_new_reqs}
         num_cached |= {
             request_id: num_computed

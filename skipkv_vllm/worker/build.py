@@ -70,7 +70,7 @@ def build_runtime(vllm_config: VllmConfig, device: torch.device) -> EvictionRunt
         trace = TraceWriter(config.kv_trace_dir, vllm_config.parallel_config.rank)
     held = (ring.nbytes if ring else 0) + (tracker.nbytes if tracker else 0)
     logger.info("SkipKV: %.1f MiB for observation queries and sentences of %d requests", held / 2**20, num_slots)
-    return EvictionRuntime(config, num_slots, ring, tracker, trace)
+    return EvictionRuntime(config, num_slots, ring, tracker, trace, device)
 
 
 def bind_cache(runtime: EvictionRuntime, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> None:

@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from ..ops.paging import to_device
 from ..scheduler.messages import OUTPUT_FIELD
 from .build import bind_cache, build_runtime
-from .runtime import EvictionRuntime, StepBatch
+from .rows import Evicted, StepBatch
+from .runtime import EvictionRuntime
 
 if TYPE_CHECKING:
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner as _Base
@@ -22,6 +23,8 @@ class EvictingRunnerV1(_Base):
     """Physical lengths for the KV cache, logical lengths for everything else."""
 
     runtime: EvictionRuntime
+    _evicted: Evicted | None = None
+    """of the batch in preparation"""
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         super().load_model(*args, **kwargs)
@@ -31,6 +34,10 @@ class EvictingRunnerV1(_Base):
         super().initialize_kv_cache(kv_cache_config, *args, **kwargs)
         if not kwargs.get("is_profiling", bool(args and args[0])):
             bind_cache(self.runtime, self.vllm_config, kv_cache_config)
+            # vLLM may have replaced the block table with the cache, so it is hooked here.
+            table = self.input_batch.block_table
+            self._stock_map_slots, table.compute_slot_mapping = table.compute_slot_mapping, self._map_slots
+            self._slot_positions = torch.zeros_like(self.positions)
 
     def execute_model(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
         orders = getattr(scheduler_output, OUTPUT_FIELD, None)
@@ -48,23 +55,27 @@ class EvictingRunnerV1(_Base):
         return output
 
     def _prepare_inputs(self, scheduler_output: Any, num_scheduled_tokens: np.ndarray) -> Any:
+        n, total = self.input_batch.num_reqs, scheduler_output.total_num_scheduled_tokens
+        starts = self.input_batch.num_computed_tokens_cpu[:n]
+        batch = StepBatch(self.input_batch.req_ids[:n], num_scheduled_tokens, starts, total)
+        evicted = self._evicted = self.runtime.prepare(batch)
         prepared = super()._prepare_inputs(scheduler_output, num_scheduled_tokens)
-        n = self.input_batch.num_reqs
-        starts = self.input_batch.num_computed_tokens_cpu[:n].astype(np.int64)
-        counts = num_scheduled_tokens.astype(np.int64)
-        evicted = self.runtime.prepare(StepBatch(self.input_batch.req_ids[:n], counts, starts))
         if evicted is not None:
             # After super(): until here vLLM compares these lengths with logical ones.
-            offset = to_device(evicted, torch.int32, self.device)
-            self.seq_lens[:n] -= offset
-            self.optimistic_seq_lens_cpu[:n] -= torch.from_numpy(evicted)
-            total = scheduler_output.total_num_scheduled_tokens
-            if total > n:  # not one token a request, as in pure decoding
-                offset = offset[self.req_indices.gpu[:total].long()]
-            slots = self.positions[:total] - offset
-            self.input_batch.block_table.compute_slot_mapping(n, self.query_start_loc.gpu[: n + 1], slots)
+            self.seq_lens[:n].sub_(evicted.device)
+            self.optimistic_seq_lens_cpu[:n].sub_(evicted.host)
         return prepared
 
+    def _map_slots(self, num_reqs: int, query_start_loc: Tensor, positions: Tensor) -> None:
+        """Stands in for the block table's `compute_slot_mapping`: slots come from physical positions."""
+        if self._evicted is not None:
+            total, offset = positions.shape[0], self._evicted.device
+            if total > num_reqs:  # not one token a request, as in pure decoding
+                offset = offset[self.req_indices.gpu[:total].long()]
+            positions = torch.sub(positions, offset, out=self._slot_positions[:total])
+        self._stock_map_slots(num_reqs, query_start_loc, positions)
+
     def _dummy_run(self, *args: Any, **kwargs: Any) -> Any:
+        self._evicted = None
         self.runtime.prepare_dummy()
         return super()._dummy_run(*args, **kwargs)

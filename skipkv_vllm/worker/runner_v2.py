@@ -11,7 +11,8 @@ import torch
 from ..ops.paging import to_device
 from ..scheduler.messages import OUTPUT_FIELD
 from .build import bind_cache, build_runtime
-from .runtime import EvictionRuntime, StepBatch
+from .rows import Evicted, StepBatch
+from .runtime import EvictionRuntime
 
 if TYPE_CHECKING:
     from vllm.v1.worker.gpu.model_runner import GPUModelRunner as _Base
@@ -27,8 +28,8 @@ class EvictingRunnerV2(_Base):
     """
 
     runtime: EvictionRuntime
-    _evicted: np.ndarray | None = None
-    """int32 `[R]` of the batch in preparation"""
+    _evicted: Evicted | None = None
+    """of the batch in preparation"""
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         super().load_model(*args, **kwargs)
@@ -62,15 +63,17 @@ class EvictingRunnerV2(_Base):
 
     def prepare_attn(self, input_batch: Any) -> Any:
         """Slot mappings from physical positions; RoPE keeps `input_batch.positions`."""
-        n, counts = input_batch.num_reqs, input_batch.num_scheduled_tokens.astype(np.int64)
-        starts = input_batch.num_computed_tokens_np.astype(np.int64)
-        self._evicted = self.runtime.prepare(StepBatch(input_batch.req_ids, counts, starts))
-        if self._evicted is None:
+        counts, total = input_batch.num_scheduled_tokens, input_batch.num_tokens
+        batch = StepBatch(input_batch.req_ids, counts, input_batch.num_computed_tokens_np, total)
+        evicted = self._evicted = self.runtime.prepare(batch)
+        if evicted is None:
             return super().prepare_attn(input_batch)
         positions = self._slot_positions[: input_batch.positions.shape[0]]
         positions.copy_(input_batch.positions)
-        total = int(counts[:n].sum())
-        positions[:total] -= to_device(np.repeat(self._evicted, counts), torch.int64, self.device)
+        if batch.only_decodes:
+            positions[:total].sub_(evicted.device)
+        else:
+            positions[:total].sub_(to_device(np.repeat(evicted.host.numpy(), counts), torch.int64, self.device))
         return super().prepare_attn(dataclasses.replace(input_batch, positions=positions))
 
     def _prepare_attn_metadata(self, input_batch: Any, *args: Any, **kwargs: Any) -> Any:
@@ -82,9 +85,9 @@ class EvictingRunnerV2(_Base):
         evicted = self._evicted
         if evicted is not None:
             n = input_batch.num_reqs
-            seq_lens[:n] -= to_device(evicted, torch.int32, self.device)
+            seq_lens[:n].sub_(evicted.device)
             # Some backends plan pages from this one as if it were exact.
             upper_bound = upper_bound.clone()
-            upper_bound[:n] -= torch.from_numpy(evicted)
+            upper_bound[:n].sub_(evicted.host)
         physical = dataclasses.replace(input_batch, seq_lens=seq_lens, seq_lens_cpu_upper_bound=upper_bound)
         return self._stock_prepare_attn(physical, *args, **kwargs)
