@@ -45,6 +45,7 @@ class EvictionMixin(_Base):
         (manager,) = self.kv_cache_manager.coordinator.single_type_managers
         self.block_manager = EvictingBlockManager.adopt(manager)
         self.planner = EvictionPlanner()
+        self._observes = bool(self.kv_policy.needs & Need.ATTENTION_MASS)
         self.eviction_stats = EvictionStats()
         self.trace = self._make_trace() if self.kv_policy.kv_trace_dir else None
         self._options: dict[str, RequestOptions] = {}
@@ -80,7 +81,7 @@ class EvictionMixin(_Base):
             for start in started:
                 self.trace.started(start)
         # The counts include the tokens of this step by now.
-        records_queries = bool(self.kv_policy.needs & Need.ATTENTION_MASS) or any(
+        records_queries = self._observes or any(
             self.planner.needs_queries(r.request_id, r.num_computed_tokens) for r in self.running
         )
         setattr(output, OUTPUT_FIELD, StepOrders(compactions, started, observations, records_queries))
@@ -92,12 +93,15 @@ class EvictionMixin(_Base):
 
     def _compact(self) -> tuple[list[Compaction], list[Observation]]:
         """Plan this step's orders and free the pages of the compactions, so that this very step can use them."""
-        earliest, observes = self.planner.earliest, bool(self.kv_policy.needs & Need.ATTENTION_MASS)
+        earliest = self.planner.earliest
         decoding = [
             Residency(r.request_id, r.num_computed_tokens, self.block_manager.num_evicted(r.request_id))
             for r in self.running
-            if (observes or r.num_computed_tokens >= earliest.get(r.request_id, sys.maxsize)) and not r.is_prefill_chunk
+            if (self._observes or r.num_computed_tokens >= earliest.get(r.request_id, sys.maxsize))
+            and not r.is_prefill_chunk
         ]
+        if not decoding:
+            return [], []
         compactions, planned = [], self.planner.plan(decoding)
         observations = self._observe(decoding, {plan.request_id for plan in planned})
         for plan in planned:
@@ -122,7 +126,7 @@ class EvictionMixin(_Base):
 
     def _observe(self, decoding: list[Residency], compacted: set[str]) -> list[Observation]:
         """The attention to count in this step, with the pages as they are before its compactions."""
-        if not self.kv_policy.needs & Need.ATTENTION_MASS:
+        if not self._observes:
             return []
         observations = []
         for request_id, num_logical, num_evicted in decoding:
