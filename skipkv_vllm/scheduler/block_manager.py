@@ -75,7 +75,7 @@ class EvictingBlockManager(FullAttentionManager):
         return super().allocate_new_blocks(request_id, num_tokens - evicted, num_tokens_main_model - evicted)
 
     def _num_missing(self, request_id: str, num_tokens: int) -> int:
-        """Pages that a compacted request lacks to hold a logical length of `num_tokens`; negative where some are spare."""
+        """Pages that a compacted request lacks to hold `num_tokens` logical tokens; negative where some are spare."""
         pages = len(self.req_to_blocks[request_id])
         return ceil_div(num_tokens - self._evicted[request_id], self.block_size) - pages
 

@@ -41,7 +41,7 @@ class StepBatch(NamedTuple):
 class Evicted(NamedTuple):
     """Tokens that each request of a batch has evicted, int32 `[R]`; the same object as long as nothing changes."""
 
-    host: Tensor
+    host: np.ndarray
     device: Tensor
 
 
@@ -70,8 +70,7 @@ class BatchRows:
         self.observed_slots = np.where(observed, slots, -1)
         self.evicted: Evicted | None = None
         if evicted.any():
-            host = torch.from_numpy(evicted)
-            self.evicted = Evicted(host, to_device(host, torch.int32, device))
+            self.evicted = Evicted(evicted, to_device(evicted, torch.int32, device))
         self._slots, self._first_tracked, self._device = slots, first_tracked, device
         self._tracked = np.flatnonzero(first_tracked < NEVER)
         self._all_tracked = len(self._tracked) == len(slots)

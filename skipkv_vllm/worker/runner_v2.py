@@ -73,7 +73,7 @@ class EvictingRunnerV2(_Base):
         if batch.only_decodes:
             positions[:total].sub_(evicted.device)
         else:
-            positions[:total].sub_(to_device(np.repeat(evicted.host.numpy(), counts), torch.int64, self.device))
+            positions[:total].sub_(to_device(np.repeat(evicted.host, counts), torch.int64, self.device))
         return super().prepare_attn(dataclasses.replace(input_batch, positions=positions))
 
     def _prepare_attn_metadata(self, input_batch: Any, *args: Any, **kwargs: Any) -> Any:
@@ -88,6 +88,6 @@ class EvictingRunnerV2(_Base):
             seq_lens[:n].sub_(evicted.device)
             # Some backends plan pages from this one as if it were exact.
             upper_bound = upper_bound.clone()
-            upper_bound[:n].sub_(evicted.host)
+            upper_bound[:n].sub_(torch.from_numpy(evicted.host))
         physical = dataclasses.replace(input_batch, seq_lens=seq_lens, seq_lens_cpu_upper_bound=upper_bound)
         return self._stock_prepare_attn(physical, *args, **kwargs)

@@ -227,7 +227,8 @@ def test_prepare_gives_offsets_only_when_something_was_evicted():
     while not sim.running["a"].num_compactions:
         sim.step({"a": 1})
     evicted = sim.runtime.prepare(StepBatch(["plain", "a", "unknown"], np.array([1, 1, 5]), np.array([3, 28, 0]), 7))
-    assert evicted.device.dtype == evicted.host.dtype == torch.int32
+    assert evicted.device.dtype == torch.int32
+    assert evicted.host.dtype == np.int32
     assert evicted.device.tolist() == evicted.host.tolist() == [0, 8, 0]
 
 
