@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from .. import compat
 from ..ops.paging import to_device
-from ..scheduler.messages import OUTPUT_FIELD
 from .build import bind_cache, build_runtime
 from .runtime import EvictionRuntime, StepBatch
 
@@ -33,7 +33,7 @@ class EvictingRunnerV1(_Base):
             bind_cache(self.runtime, self.vllm_config, kv_cache_config)
 
     def execute_model(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
-        orders = getattr(scheduler_output, OUTPUT_FIELD, None)
+        orders = compat.received_orders(scheduler_output)
         # Before the step zeroes or writes any page: pages freed by a compaction may be reused in it.
         self.runtime.begin_step(orders, scheduler_output.finished_req_ids, scheduler_output.preempted_req_ids or ())
         for order in orders.compactions if orders else ():
@@ -47,13 +47,26 @@ class EvictingRunnerV1(_Base):
             self.runtime.finish_forward(self.input_ids.gpu, self.execute_model_state.hidden_states)
         return output
 
-    def _prepare_inputs(self, scheduler_output: Any, num_scheduled_tokens: np.ndarray) -> Any:
-        prepared = super()._prepare_inputs(scheduler_output, num_scheduled_tokens)
+    def num_evicted_tokens(self, num_scheduled_tokens: np.ndarray) -> np.ndarray | None:
+        """Get ready for the forward pass; int32 `[R]` tokens that each request no longer holds, or None."""
         n = self.input_batch.num_reqs
         starts = self.input_batch.num_computed_tokens_cpu[:n].astype(np.int64)
         counts = num_scheduled_tokens.astype(np.int64)
-        evicted = self.runtime.prepare(StepBatch(self.input_batch.req_ids[:n], counts, starts))
+        return self.runtime.prepare(StepBatch(self.input_batch.req_ids[:n], counts, starts))
+
+    def _dummy_run(self, *args: Any, **kwargs: Any) -> Any:
+        self.runtime.prepare_dummy()
+        return super()._dummy_run(*args, **kwargs)
+
+
+class HookedRunnerV1(EvictingRunnerV1):
+    """The same where vLLM does not ask for `num_evicted_tokens` (`patches/0005`)."""
+
+    def _prepare_inputs(self, scheduler_output: Any, num_scheduled_tokens: np.ndarray) -> Any:
+        prepared = super()._prepare_inputs(scheduler_output, num_scheduled_tokens)
+        evicted = self.num_evicted_tokens(num_scheduled_tokens)
         if evicted is not None:
+            n = self.input_batch.num_reqs
             # After super(): until here vLLM compares these lengths with logical ones.
             offset = to_device(evicted, torch.int32, self.device)
             self.seq_lens[:n] -= offset
@@ -64,7 +77,3 @@ class EvictingRunnerV1(_Base):
             slots = self.positions[:total] - offset
             self.input_batch.block_table.compute_slot_mapping(n, self.query_start_loc.gpu[: n + 1], slots)
         return prepared
-
-    def _dummy_run(self, *args: Any, **kwargs: Any) -> Any:
-        self.runtime.prepare_dummy()
-        return super()._dummy_run(*args, **kwargs)
