@@ -145,9 +145,8 @@ def replaced() -> list[str]:
             continue
         found: Any = module
         for part in path.split("."):
-            found = getattr(found, part, None)
-        if not callable(found):
-            continue
+            # What a class inherits is watched where it is defined.
+            found = vars(found).get(part) if hasattr(found, "__dict__") else None
         function = inspect.unwrap(getattr(found, "__func__", found))
         if inspect.isfunction(function) and function.__code__.co_filename != module.__file__:
             wrong.append(f"{name} was replaced by {function.__module__}.{function.__qualname__}")
