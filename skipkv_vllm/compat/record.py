@@ -1,6 +1,6 @@
-"""Write down what vLLM looks like, after the tests have passed with it: `python -m skipkv_vllm.compat.record`.
+"""Write down what vLLM looks like, after the tests have passed with it.
 
-It takes the installed vLLM and, if given, the copy that `patches/apply.py` made:
+It takes the installed vLLM and the copy that `patches/apply.py` made:
 
     python -m skipkv_vllm.compat.record --patched build/patched-vllm/vllm
 """
@@ -136,13 +136,15 @@ def _add(variants: list[Any], variant: Any) -> None:
 def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--patched", type=Path, metavar="FOLDER", help="package vllm with all patches applied")
+    # Required, because a record without them would refuse patched copies.
+    parser.add_argument("--patched", type=Path, metavar="FOLDER", required=True, help="vllm with all patches applied")
     options = parser.parse_args()
+    if not (options.patched / "__init__.py").exists():
+        parser.error(f"--patched {options.patched} is no package; make it with patches/apply.py")
     root = gate.vllm_root()
-    roots = [root, *([options.patched] if options.patched else [])]
     import vllm
 
-    written = record(symbol_names(), roots, vllm.__version__.partition("+")[0])
+    written = record(symbol_names(), [root, options.patched], vllm.__version__.partition("+")[0])
     gate.TESTED.write_text(json.dumps(written, indent=1) + "\n")
     print(f"{gate.TESTED}: {len(written['symbols'])} symbols of {len(written['files'])} files of {root}")
 

@@ -201,7 +201,7 @@ def test_the_check_sees_vllms_own_method_behind_the_packages_wrapper(name):
 def test_every_overridden_method_is_in_the_record():
     names = record.symbol_names()
     recorded = gate.tested()
-    assert names == sorted(recorded["symbols"]), "run: python -m skipkv_vllm.compat.record (see patches/README.md)"
+    assert names == sorted(recorded["symbols"]), "run: python -m skipkv_vllm.compat.record (see CONTRIBUTING.md)"
     # What is there is what would be written now; variants of patched copies come on top.
     fresh = record.record([n for n in names if None not in recorded["symbols"][n]], [gate.vllm_root()], "0.32.0")
     assert fresh["vllm"] == recorded["vllm"]
