@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 from ..compat import gate
-from ..compat.seams import SEAMS, is_public
+from ..compat.public import SEAMS, is_public
 from ..errors import KVPolicyError
 from ..ops.dispatch import report
 

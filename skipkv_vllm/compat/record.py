@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from . import gate, sources
-from .seams import SEAMS
+from .public import SEAMS
 
 OVERRIDES = {
     "skipkv_vllm.scheduler.vllm_scheduler:EvictionMixin": (

@@ -1,119 +1,156 @@
-"""Where vLLM has no public seam for what we do, and what is done instead.
-
-`patches/` has a small diff for each that would make it public. Every use asks `is_public`, so the same package runs
-on stock vLLM through runtime hooks and on a patched one through the seams.
-"""
+"""Join vLLM once per process: the checks always, the hooks only where vLLM has no seam (see `public.py`)."""
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
 import functools
-import importlib
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
+
+from ..config import CONFIG_KEY, KVPolicyConfig, RequestOptions
+from ..errors import KVPolicyError
+from .cli import add_flags, update_arguments
+from .gate import check_vllm
+from .refusals import check_config
+from .public import PLUGIN, is_public
 
 if TYPE_CHECKING:
-    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm import PoolingParams, SamplingParams
+    from vllm.config import VllmConfig
+
+
+def has_policy(vllm_config: VllmConfig) -> bool:
+    """Whether this engine was configured with an active KV policy."""
+    additional = vllm_config.additional_config
+    return isinstance(additional, dict) and CONFIG_KEY in additional
+
+
+def policy_config(vllm_config: VllmConfig) -> KVPolicyConfig:
+    """The KV policy that an engine was configured with."""
+    assert isinstance(vllm_config.additional_config, dict)
+    return KVPolicyConfig.parse(vllm_config.additional_config[CONFIG_KEY])
+
+
+class PolicyArguments:
+    """What vLLM's `EngineArgs` learns from us: flags, what they become, and which configurations are refused."""
+
+    name = PLUGIN
+
+    def add_cli_args(self, parser: argparse.ArgumentParser) -> None:
+        """Add the flags."""
+        add_flags(parser)
+
+    def update_args(self, args: argparse.Namespace) -> argparse.Namespace:
+        """Turn them into engine arguments that vLLM knows."""
+        return update_arguments(args)
+
+    def check_config(self, vllm_config: VllmConfig) -> None:
+        """Refuse what is not supported, and get this process ready."""
+        if has_policy(vllm_config):
+            check_config(vllm_config, policy_config(vllm_config))
+            enable(vllm_config)
+
+
+def install() -> None:
+    """Give vLLM the flags. Changes nothing else until a policy is asked for. Idempotent."""
+    if is_public("flags and configuration check"):
+        from vllm.plugins.engine_args import register_engine_args_plugin
+
+        register_engine_args_plugin(PolicyArguments())
+        return
+    from vllm.engine.arg_utils import EngineArgs
+
+    if not hasattr(EngineArgs, "_skipkv"):
+        _wrap_engine_args(EngineArgs, PolicyArguments())
+
+
+def _wrap_engine_args(cls: Any, plugin: PolicyArguments) -> None:
+    add, convert, create = cls.add_cli_args, cls.from_cli_args.__func__, cls.create_engine_config
+
+    @functools.wraps(add)
+    def add_cli_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        parser = add(parser)
+        plugin.add_cli_args(parser)
+        return parser
+
+    @functools.wraps(convert)
+    def from_cli_args(cls: type, args: argparse.Namespace) -> Any:
+        return convert(cls, plugin.update_args(args))
+
+    @functools.wraps(create)
+    def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> VllmConfig:
+        vllm_config = create(self, *args, **kwargs)
+        plugin.check_config(vllm_config)
+        return vllm_config
+
+    cls.add_cli_args = staticmethod(add_cli_args)
+    cls.from_cli_args = classmethod(from_cli_args)
+    cls.create_engine_config = create_engine_config
+    cls._skipkv = True
+
+
+def enable(vllm_config: VllmConfig) -> None:
+    """Get this process ready: API server, engine core or worker. Idempotent."""
+    check_vllm()
+    if not is_public("reports to metrics"):
+        _extend_scheduler_stats()
+    _check_requests()
+
+
+def _extend_scheduler_stats() -> None:
+    """Give vLLM's `SchedulerStats` one more field, before any encoder or decoder for it is built.
+
+    The statistics cross processes by msgspec, which sees declared fields only.
+    """
     from vllm.v1.metrics.stats import SchedulerStats
 
-PLUGIN = "skipkv"
-"""Our key in vLLM's free-form fields, and the name of the attributes that stand in for them."""
+    if PLUGIN in SchedulerStats.__dataclass_fields__:
+        return
+    SchedulerStats.__annotations__[PLUGIN] = dict[str, float] | None
+    setattr(SchedulerStats, PLUGIN, None)
+    for spec in dataclasses.fields(SchedulerStats):
+        # The decorator removed default factories from the class body; they must be there to run it again.
+        if spec.default_factory is not dataclasses.MISSING:
+            setattr(SchedulerStats, spec.name, dataclasses.field(default_factory=spec.default_factory))
+    for generated in ("__init__", "__repr__", "__eq__"):
+        delattr(SchedulerStats, generated)
+    dataclasses.dataclass(SchedulerStats)
 
 
-class Seam(NamedTuple):
-    """A place where this package joins vLLM.
+def _check_requests() -> None:
+    """Check a request's options where vLLM checks its own, so that a bad one is HTTP 400."""
+    from vllm.v1.engine.input_processor import InputProcessor
 
-    Attributes:
-        patch: number of the file in `patches/` that makes it public.
-        marker: `module:name` or `module:Class.name`, which exist where it is public.
-        hook: what is done where it is not.
+    if is_public("request check"):
+        if check_request not in InputProcessor.params_validators:
+            InputProcessor.params_validators.append(check_request)
+        return
+    original = InputProcessor._validate_params
+    if hasattr(original, "_skipkv"):
+        return
+
+    @functools.wraps(original)
+    def _validate_params(self: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
+        check_request(self.vllm_config, params)
+        return original(self, params, *args, **kwargs)
+
+    _validate_params._skipkv = True  # type: ignore[attr-defined]
+    InputProcessor._validate_params = _validate_params
+
+
+def check_request(vllm_config: VllmConfig, params: SamplingParams | PoolingParams) -> None:
+    """Refuse a request with bad options of ours.
+
+    Raises:
+        VLLMValidationError: naming the field, the value and what is allowed.
     """
+    from vllm import SamplingParams
 
-    patch: str
-    marker: str
-    hook: str
-
-
-SEAMS = {
-    "flags and configuration check": Seam(
-        "0001",
-        "vllm.plugins.engine_args:register_engine_args_plugin",
-        "EngineArgs.add_cli_args, from_cli_args and create_engine_config are wrapped",
-    ),
-    "request check": Seam(
-        "0002",
-        "vllm.v1.engine.input_processor:InputProcessor.params_validators",
-        "InputProcessor._validate_params is wrapped",
-    ),
-    "orders to workers": Seam(
-        "0003",
-        "vllm.v1.core.sched.output:SchedulerOutput.extra",
-        "an undeclared attribute of SchedulerOutput carries them",
-    ),
-    "reports to metrics": Seam(
-        "0004", "vllm.v1.metrics.stats:SchedulerStats.extra", "SchedulerStats is declared again with one more field"
-    ),
-    "resident lengths, runner V1": Seam(
-        "0005",
-        "vllm.v1.worker.gpu_model_runner:GPUModelRunner.num_evicted_tokens",
-        "GPUModelRunner._prepare_inputs is corrected after it ran",
-    ),
-    "resident lengths, runner V2": Seam(
-        "0006",
-        "vllm.v1.worker.gpu.model_runner:GPUModelRunner.num_evicted_tokens",
-        "prepare_attn of the runner and of its model state get copies of the batch",
-    ),
-    "model runner on CPU": Seam(
-        "0007",
-        "vllm.v1.worker.cpu_worker:CPUWorker._make_model_runner",
-        "the runner that CPUWorker.init_device built is adapted afterwards",
-    ),
-}
-
-
-@functools.cache
-def is_public(seam: str) -> bool:
-    """Whether this vLLM has a seam; imports the module that would have it."""
-    module, _, path = SEAMS[seam].marker.partition(":")
+    if not has_policy(vllm_config) or not isinstance(params, SamplingParams):
+        return
     try:
-        found: Any = importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        # Only the absence of the module itself is an answer.
-        if error.name != module:
-            raise
-        return False
-    for name in path.split("."):
-        # Not getattr: a method that a class inherits is not one that it calls.
-        if name not in vars(found):
-            return False
-        found = vars(found)[name]
-    return True
+        RequestOptions.parse(params.extra_args, policy_config(vllm_config), vllm_config.model_config.max_model_len)
+    except KVPolicyError as error:
+        from vllm.exceptions import VLLMValidationError
 
-
-def send_orders(output: SchedulerOutput, orders: Any) -> None:
-    """Attach a step's orders to what the scheduler sends to the workers."""
-    if is_public("orders to workers"):
-        output.extra = {PLUGIN: orders}
-    else:
-        # Survives pickling to worker processes.
-        setattr(output, PLUGIN, orders)
-
-
-def received_orders(output: SchedulerOutput) -> Any:
-    """What `send_orders` attached, None where nothing was."""
-    if is_public("orders to workers"):
-        return output.extra and output.extra.get(PLUGIN)
-    return getattr(output, PLUGIN, None)
-
-
-def send_report(stats: SchedulerStats, report: dict[str, float]) -> None:
-    """Attach what happened since the last report to vLLM's statistics."""
-    if is_public("reports to metrics"):
-        stats.extra = {PLUGIN: report}
-    else:
-        setattr(stats, PLUGIN, report)
-
-
-def received_report(stats: SchedulerStats | None) -> dict[str, float] | None:
-    """What `send_report` attached, None where nothing was."""
-    if stats is not None and is_public("reports to metrics"):
-        return stats.extra and stats.extra.get(PLUGIN)
-    return getattr(stats, PLUGIN, None)
+        raise VLLMValidationError(str(error), parameter="vllm_xargs") from None

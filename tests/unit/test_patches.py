@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from skipkv_vllm.compat import gate
-from skipkv_vllm.compat.seams import SEAMS
+from skipkv_vllm.compat.public import SEAMS
 
 REPOSITORY = Path(__file__).parents[2]
 spec = importlib.util.spec_from_file_location("apply_patches", REPOSITORY / "patches" / "apply.py")
@@ -28,7 +28,7 @@ LOOK = """
 import json
 from skipkv_vllm import compat
 from skipkv_vllm.cli import doctor
-from skipkv_vllm.compat.seams import SEAMS, is_public
+from skipkv_vllm.compat.public import SEAMS, is_public
 import vllm
 compat.install()
 compat.check_vllm()
