@@ -1,10 +1,10 @@
 """The one room that knows vLLM's private names. Everything here is checked against the version that was tested."""
 
 from .cli import engine_arguments
-from .seams import enable, has_policy, install, policy_config
 from .gate import SUPPORTED_VLLM, check_vllm
-from .refusals import check_config, check_kv_cache
 from .public import is_public, received_orders, received_report, send_orders, send_report
+from .refusals import check_config, check_kv_cache
+from .seams import enable, has_policy, install, policy_config
 
 __all__ = [
     "SUPPORTED_VLLM",

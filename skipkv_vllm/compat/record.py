@@ -64,6 +64,7 @@ WRAPPED_OR_CALLED = (
     "vllm.v1.worker.cpu_worker:CPUWorker.init_device",
     "vllm.v1.attention.backends.cpu_attn:CPUAttentionBackendImpl.forward",
     "vllm.v1.attention.backends.flash_attn:FlashAttentionImpl.forward",
+    "vllm.v1.attention.backends.flashinfer:FlashInferImpl.forward",
     "vllm.v1.attention.backends.triton_attn:TritonAttentionImpl.forward",
 )
 """What we wrap, and what we call or rely on where no subclass shows it."""

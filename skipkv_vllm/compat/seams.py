@@ -11,8 +11,8 @@ from ..config import CONFIG_KEY, KVPolicyConfig, RequestOptions
 from ..errors import KVPolicyError
 from .cli import add_flags, update_arguments
 from .gate import check_vllm
-from .refusals import check_config
 from .public import PLUGIN, is_public
+from .refusals import check_config
 
 if TYPE_CHECKING:
     from vllm import PoolingParams, SamplingParams
