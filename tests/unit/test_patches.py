@@ -37,12 +37,9 @@ print(json.dumps({"vllm": vllm.__file__, "public": public, "doctor": doctor.exam
 """
 
 
-@pytest.fixture(autouse=True)
-def _stock(monkeypatch):
-    """These tests patch copies by themselves, whatever vLLM the suite runs with."""
-    copies = [folder for folder in sys.path if Path(folder, apply_patches.MARKER).exists()]
-    if copies:
-        pytest.skip(f"the suite runs with the patched copy in {copies[0]}")
+# These tests patch copies by themselves.
+COPIES = [folder for folder in sys.path if Path(folder, apply_patches.MARKER).exists()]
+pytestmark = pytest.mark.skipif(bool(COPIES), reason="the suite runs with a patched copy")
 
 
 def run_with(copy: Path, code: str) -> str:
