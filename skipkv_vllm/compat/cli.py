@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import functools
 import sys
 from typing import Any, Literal, get_args, get_origin
 
 from ..config import CONFIG_KEY, KVPolicyConfig, flag_names, parse_json_object
 from ..errors import KVPolicyError
-from .gate import check_signatures, check_version
+from .gate import check_vllm
 
 SCHEDULER = "skipkv_vllm.scheduler.vllm_scheduler.make_scheduler"
 WORKERS = {
@@ -19,38 +18,20 @@ WORKERS = {
 _METAVARS = {"kv_policy": "NAME", "kv_policy_config": "JSON", "kv_trace_dir": "DIR"}
 
 
-def install_flags() -> None:
-    """Wrap vLLM's parser set-up. vLLM has no hook for it; plugins load just before the parser is filled."""
-    from vllm.engine.arg_utils import EngineArgs
-
-    if hasattr(EngineArgs, "_skipkv_flags"):
-        return
-    add_cli_args, from_cli_args = EngineArgs.add_cli_args, EngineArgs.from_cli_args.__func__
-
-    @functools.wraps(add_cli_args)
-    def add_cli_args_with_policy(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-        parser = add_cli_args(parser)
-        _add_flags(parser)
-        return parser
-
-    @functools.wraps(from_cli_args)
-    def from_cli_args_with_policy(cls: type, args: argparse.Namespace) -> Any:
-        given = {name: getattr(args, name) for name in KVPolicyConfig.model_fields if hasattr(args, name)}
-        if given:
-            try:
-                changed = engine_arguments(given, vars(args))
-            except KVPolicyError as error:
-                print(f"vllm: error: {error}", file=sys.stderr)
-                raise SystemExit(2) from None
-            args = argparse.Namespace(**changed)
-        return from_cli_args(cls, args)
-
-    EngineArgs.add_cli_args = staticmethod(add_cli_args_with_policy)
-    EngineArgs.from_cli_args = classmethod(from_cli_args_with_policy)
-    EngineArgs._skipkv_flags = True
+def update_arguments(args: argparse.Namespace) -> argparse.Namespace:
+    """Parsed arguments with the policy's flags worked in; a bad one ends the command with a message."""
+    given = {name: getattr(args, name) for name in KVPolicyConfig.model_fields if hasattr(args, name)}
+    if not given:
+        return args
+    try:
+        return argparse.Namespace(**engine_arguments(given, vars(args)))
+    except KVPolicyError as error:
+        print(f"vllm: error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
 
 
-def _add_flags(parser: argparse.ArgumentParser) -> None:
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Add one flag per field of `KVPolicyConfig`."""
     group = parser.add_argument_group(title="KVPolicyConfig", description=KVPolicyConfig.__doc__)
     for name, flag in flag_names().items():
         field = KVPolicyConfig.model_fields[name]
@@ -80,7 +61,7 @@ def engine_arguments(given: dict[str, Any], engine: dict[str, Any]) -> dict[str,
         `engine`, with `additional_config`, `scheduler_cls` and `worker_cls` set if a policy is active.
 
     Raises:
-        KVPolicyError: bad options, options without a policy, an unsupported vLLM, or a scheduler or
+        KVPolicyError: bad options, options without a policy, an untested vLLM, or a scheduler or
             worker class of the user's own.
     """
     given = dict(given)
@@ -93,8 +74,7 @@ def engine_arguments(given: dict[str, Any], engine: dict[str, Any]) -> dict[str,
     if not config.is_active:
         return dict(engine)
 
-    check_version()
-    check_signatures()
+    check_vllm()
     if engine.get("scheduler_cls") not in (None, SCHEDULER):
         raise KVPolicyError(
             f"scheduler_cls={engine['scheduler_cls']!r} cannot be combined with kv_policy={config.kv_policy!r}, "

@@ -23,7 +23,7 @@ from ..policies import Need
 from ..sentences import build_tables
 from ..trace import TraceCollector
 from .block_manager import EvictingBlockManager
-from .messages import OUTPUT_FIELD, Started, StepOrders
+from .messages import Started, StepOrders
 from .planner import Compaction, EvictionPlanner, Limits, Observation, Residency
 
 logger = init_logger("vllm.skipkv")
@@ -84,7 +84,7 @@ class EvictionMixin(_Base):
         records_queries = self._observes or any(
             self.planner.needs_queries(r.request_id, r.num_computed_tokens) for r in self.running
         )
-        setattr(output, OUTPUT_FIELD, StepOrders(compactions, started, observations, records_queries))
+        compat.send_orders(output, StepOrders(compactions, started, observations, records_queries))
         pool = self.kv_cache_manager.block_pool
         self.eviction_stats.holding(pool.num_gpu_blocks - 1 - pool.get_num_free_blocks())
         if self.kv_policy.kv_check_integrity:
@@ -215,7 +215,7 @@ class EvictionMixin(_Base):
         if stats is not None:
             num_logical = sum(r.num_computed_tokens for r in self.running)
             num_evicted = sum(self.block_manager.num_evicted(r.request_id) for r in self.running)
-            stats.skipkv = self.eviction_stats.take(num_logical, num_logical - num_evicted)
+            compat.send_report(stats, self.eviction_stats.take(num_logical, num_logical - num_evicted))
         return stats
 
     def check_integrity(self) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..scheduler.messages import OUTPUT_FIELD
+from .. import compat
 from .build import bind_cache, build_runtime
 from .rows import Evicted, StepBatch
 from .runtime import EvictionRuntime
@@ -19,22 +19,10 @@ else:
     _Base = object
 
 
-class OnHost(NamedTuple):
-    """The runner's buffers as NumPy arrays where the device is the CPU: for a few numbers a step NumPy takes a third of
-    PyTorch's time."""
-
-    seq_lens: np.ndarray
-    positions: np.ndarray
-    slot_positions: np.ndarray
-
-
 class EvictingRunnerV1(_Base):
     """Physical lengths for the KV cache, logical lengths for everything else."""
 
     runtime: EvictionRuntime
-    _evicted: Evicted | None = None
-    """of the batch in preparation"""
-    _on_host: OnHost | None = None
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         super().load_model(*args, **kwargs)
@@ -44,17 +32,9 @@ class EvictingRunnerV1(_Base):
         super().initialize_kv_cache(kv_cache_config, *args, **kwargs)
         if not kwargs.get("is_profiling", bool(args and args[0])):
             bind_cache(self.runtime, self.vllm_config, kv_cache_config)
-            # vLLM may have replaced the block table with the cache, so it is hooked here.
-            table = self.input_batch.block_table
-            self._stock_map_slots, table.compute_slot_mapping = table.compute_slot_mapping, self._map_slots
-            self._slot_positions = torch.zeros_like(self.positions)
-            self._optimistic_seq_lens = self.optimistic_seq_lens_cpu.numpy()
-            if self.device.type == "cpu":
-                on_host = (self.seq_lens, self.positions, self._slot_positions)
-                self._on_host = OnHost(*(tensor.numpy() for tensor in on_host))
 
     def execute_model(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
-        orders = getattr(scheduler_output, OUTPUT_FIELD, None)
+        orders = compat.received_orders(scheduler_output)
         # Before the step zeroes or writes any page: pages freed by a compaction may be reused in it.
         self.runtime.begin_step(orders, scheduler_output.finished_req_ids, scheduler_output.preempted_req_ids or ())
         for order in orders.compactions if orders else ():
@@ -68,13 +48,56 @@ class EvictingRunnerV1(_Base):
             self.runtime.finish_forward(self.input_ids.gpu, self.execute_model_state.hidden_states)
         return output
 
-    def _prepare_inputs(self, scheduler_output: Any, num_scheduled_tokens: np.ndarray) -> Any:
-        n, total = self.input_batch.num_reqs, scheduler_output.total_num_scheduled_tokens
+    def num_evicted_tokens(self, num_scheduled_tokens: np.ndarray) -> np.ndarray | None:
+        """Get ready for the forward pass; int32 `[R]` tokens that each request no longer holds, or None."""
+        evicted = self.runtime.prepare(self._step_batch(num_scheduled_tokens, int(num_scheduled_tokens.sum())))
+        return None if evicted is None else evicted.host
+
+    def _step_batch(self, num_scheduled_tokens: np.ndarray, num_tokens: int) -> StepBatch:
+        n = self.input_batch.num_reqs
         starts = self.input_batch.num_computed_tokens_cpu[:n]
-        batch = StepBatch(self.input_batch.req_ids[:n], num_scheduled_tokens, starts, total)
-        evicted = self._evicted = self.runtime.prepare(batch)
+        return StepBatch(self.input_batch.req_ids[:n], num_scheduled_tokens, starts, num_tokens)
+
+    def _dummy_run(self, *args: Any, **kwargs: Any) -> Any:
+        self.runtime.prepare_dummy()
+        return super()._dummy_run(*args, **kwargs)
+
+
+class OnHost(NamedTuple):
+    """The runner's buffers as NumPy arrays where the device is the CPU: for a few numbers a step NumPy takes a third of
+    PyTorch's time."""
+
+    seq_lens: np.ndarray
+    positions: np.ndarray
+    slot_positions: np.ndarray
+
+
+class HookedRunnerV1(EvictingRunnerV1):
+    """The same where vLLM does not ask for `num_evicted_tokens` (`patches/0005`)."""
+
+    _evicted: Evicted | None = None
+    """of the batch in preparation"""
+    _on_host: OnHost | None = None
+
+    def initialize_kv_cache(self, kv_cache_config: Any, *args: Any, **kwargs: Any) -> None:
+        super().initialize_kv_cache(kv_cache_config, *args, **kwargs)
+        # vLLM may have replaced the block table with the cache, so it is hooked here.
+        table = self.input_batch.block_table
+        if table.compute_slot_mapping == self._map_slots:
+            return
+        self._stock_map_slots, table.compute_slot_mapping = table.compute_slot_mapping, self._map_slots
+        self._slot_positions = torch.zeros_like(self.positions)
+        self._optimistic_seq_lens = self.optimistic_seq_lens_cpu.numpy()
+        if self.device.type == "cpu":
+            on_host = (self.seq_lens, self.positions, self._slot_positions)
+            self._on_host = OnHost(*(tensor.numpy() for tensor in on_host))
+
+    def _prepare_inputs(self, scheduler_output: Any, num_scheduled_tokens: np.ndarray) -> Any:
+        total = scheduler_output.total_num_scheduled_tokens
+        evicted = self._evicted = self.runtime.prepare(self._step_batch(num_scheduled_tokens, total))
         prepared = super()._prepare_inputs(scheduler_output, num_scheduled_tokens)
         if evicted is not None:
+            n = self.input_batch.num_reqs
             # After super(): until here vLLM compares these lengths with logical ones.
             self._optimistic_seq_lens[:n] -= evicted.host
             if self._on_host is None:
@@ -100,5 +123,4 @@ class EvictingRunnerV1(_Base):
 
     def _dummy_run(self, *args: Any, **kwargs: Any) -> Any:
         self._evicted = None
-        self.runtime.prepare_dummy()
         return super()._dummy_run(*args, **kwargs)
