@@ -66,7 +66,9 @@ def build_tables(tokenizer: Tokenizer, compat: str = "default") -> SentenceTable
     """
     if compat == "reference":
         last = {text: tokenizer.encode(text, add_special_tokens=False)[-1] for text in REFERENCE_DELIMITERS}
-        ids = {word: (tokenizer.encode(word, add_special_tokens=False)[-1],) for word in KEYWORDS}
+        ids: dict[str, tuple[int, ...]] = {
+            word: (tokenizer.encode(word, add_special_tokens=False)[-1],) for word in KEYWORDS
+        }
         transitions = frozenset(ids[word] for word in TRANSITIONS)
         return SentenceTables(frozenset(last.values()), tuple(sorted(set(ids.values()))), False, "last", transitions)
     if compat != "default":
