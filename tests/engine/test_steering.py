@@ -143,7 +143,7 @@ def test_engine_equals_reference(runner: str, eager: bool, references: Reference
         if options.get("steering") == "off" or options.get("steering_alpha0") == 0:
             assert not alphas
             continue
-        assert len(alphas) == 1 if options.get("steering_gamma") == 0 else len(alphas) > 3
+        assert len(alphas) == 1 if options.get("steering_gamma") == 0 else len(alphas) > 1
         plain = generate(references.model, prompt, job.num_new, settings(method, {"steering": "off"}))
         change = torch.tensor(plain.logprobs) - torch.tensor(result.logprobs)
         assert plain.tokens != result.tokens or change.abs().max() > 10 * TOLERANCE, "so the test has no power"
