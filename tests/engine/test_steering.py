@@ -93,7 +93,9 @@ def check(job: Job, outcome: Outcome, references: ReferenceCache, compat: str = 
         assert outcome.tokens[number] == result.tokens, name
         if job.num_logprobs is not None:
             found = [by_token[token] for by_token, token in zip(outcome.logprobs[number], result.tokens, strict=True)]
-            torch.testing.assert_close(torch.tensor(found), torch.tensor(result.logprobs), rtol=0, atol=TOLERANCE, msg=name)
+            torch.testing.assert_close(
+                torch.tensor(found), torch.tensor(result.logprobs), rtol=0, atol=TOLERANCE, msg=name
+            )
         counted = trace.parameters["request_steering"]
         if wanted.steering is None:
             assert counted is None, name
