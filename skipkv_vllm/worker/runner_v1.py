@@ -26,7 +26,7 @@ class EvictingRunnerV1(_Base):
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         super().load_model(*args, **kwargs)
-        self.runtime = build_runtime(self.vllm_config, self.device)
+        self.runtime = build_runtime(self.vllm_config, self.get_model(), self.device)
 
     def initialize_kv_cache(self, kv_cache_config: Any, *args: Any, **kwargs: Any) -> None:
         super().initialize_kv_cache(kv_cache_config, *args, **kwargs)
@@ -50,7 +50,9 @@ class EvictingRunnerV1(_Base):
 
     def num_evicted_tokens(self, num_scheduled_tokens: np.ndarray) -> np.ndarray | None:
         """Get ready for the forward pass; int32 `[R]` tokens that each request no longer holds, or None."""
-        evicted = self.runtime.prepare(self._step_batch(num_scheduled_tokens, int(num_scheduled_tokens.sum())))
+        batch = self._step_batch(num_scheduled_tokens, int(num_scheduled_tokens.sum()))
+        evicted = self.runtime.prepare(batch)
+        self.runtime.steer(batch, self.input_ids.gpu)
         return None if evicted is None else evicted.host
 
     def _step_batch(self, num_scheduled_tokens: np.ndarray, num_tokens: int) -> StepBatch:
@@ -94,8 +96,10 @@ class HookedRunnerV1(EvictingRunnerV1):
 
     def _prepare_inputs(self, scheduler_output: Any, num_scheduled_tokens: np.ndarray) -> Any:
         total = scheduler_output.total_num_scheduled_tokens
-        evicted = self._evicted = self.runtime.prepare(self._step_batch(num_scheduled_tokens, total))
+        batch = self._step_batch(num_scheduled_tokens, total)
+        evicted = self._evicted = self.runtime.prepare(batch)
         prepared = super()._prepare_inputs(scheduler_output, num_scheduled_tokens)
+        self.runtime.steer(batch, self.input_ids.gpu)
         if evicted is not None:
             n = self.input_batch.num_reqs
             # After super(): until here vLLM compares these lengths with logical ones.

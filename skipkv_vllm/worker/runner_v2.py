@@ -32,7 +32,7 @@ class EvictingRunnerV2(_Base):
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         super().load_model(*args, **kwargs)
-        self.runtime = build_runtime(self.vllm_config, self.device)
+        self.runtime = build_runtime(self.vllm_config, self.get_model(), self.device)
 
     def initialize_kv_cache(self, kv_cache_config: Any, *args: Any, **kwargs: Any) -> None:
         super().initialize_kv_cache(kv_cache_config, *args, **kwargs)
@@ -60,9 +60,11 @@ class EvictingRunnerV2(_Base):
         evicted = self._prepare(input_batch)
         return None if evicted is None else evicted.host
 
-    def _prepare(self, batch: Any) -> Evicted | None:
-        counts, starts = batch.num_scheduled_tokens, batch.num_computed_tokens_np
-        return self.runtime.prepare(StepBatch(batch.req_ids, counts, starts, batch.num_tokens))
+    def _prepare(self, inputs: Any) -> Evicted | None:
+        counts, starts = inputs.num_scheduled_tokens, inputs.num_computed_tokens_np
+        batch = StepBatch(inputs.req_ids, counts, starts, inputs.num_tokens)
+        self.runtime.steer(batch, inputs.input_ids)
+        return self.runtime.prepare(batch)
 
 
 class HookedRunnerV2(EvictingRunnerV2):

@@ -23,6 +23,7 @@ from .attention_mass import AttentionMass
 from .compaction import Compactor, Job, Managed
 from .queries import QueryRing
 from .rows import NEVER, BatchRows, Evicted, StepBatch
+from .steering import Steering
 
 
 class EvictionRuntime:
@@ -35,6 +36,7 @@ class EvictionRuntime:
         tracker: sentences, or None where no policy reads them.
         trace: writes what was kept, or None.
         device: where the model runs.
+        steering: steers requests, or None on a server without vectors.
     """
 
     def __init__(
@@ -45,12 +47,14 @@ class EvictionRuntime:
         tracker: SentenceTracker | None,
         trace: TraceWriter | None,
         device: torch.device,
+        steering: Steering | None = None,
     ) -> None:
         self.config = config
         self.ring = ring
         self.tracker = tracker
         self.trace = trace
         self._device = device
+        self.steering = steering
         self._requests: dict[str, Managed] = {}
         self._free_slots = list(reversed(range(num_slots)))
         # By slot; the last entry is for unmanaged requests.
@@ -85,6 +89,8 @@ class EvictionRuntime:
             finished: requests that ended.
             preempted: requests that lost their cache and may start over.
         """
+        if self.steering is not None:
+            self.steering.begin(orders.steered if orders else (), (*finished, *preempted))
         for request_id in (*finished, *preempted):
             request = self._requests.pop(request_id, None)
             if request is not None:
@@ -142,9 +148,21 @@ class EvictionRuntime:
                 self.ring.skip()
         return rows.evicted
 
+    def steer(self, batch: StepBatch, token_ids: Tensor) -> None:
+        """Say how strongly each token of the coming forward pass is steered.
+
+        Args:
+            batch: its requests.
+            token_ids: integer `[>= T]` on the device.
+        """
+        if self.steering is not None:
+            self.steering.prepare(batch, token_ids)
+
     def prepare_dummy(self) -> None:
         """Get ready for a forward pass without requests: profiling, graph capture, idle data-parallel rank."""
         self._batch = None
+        if self.steering is not None:
+            self.steering.prepare_dummy()
         if self.ring is not None:
             self.ring.idle()
 
