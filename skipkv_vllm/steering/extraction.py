@@ -82,10 +82,17 @@ class ClassSums:
         return float(self.norms[self.layers.index(layer)] / self.counts.sum())
 
     def vector(self, layer: int, checkpoint: Checkpoint, keywords: KeywordSet) -> SteeringVector:
-        """The vector of a layer."""
+        """The vector of a layer.
+
+        Raises:
+            KVPolicyError: there is no difference, as where the same token enters the first layer each time.
+        """
+        values = self.difference(layer).float()
+        if not values.any():
+            raise KVPolicyError(f"layer {layer}: all thoughts begin in the same state; choose a later layer")
         counts = dict(zip(LABELS, self.counts.sum(0).tolist(), strict=True))
         return SteeringVector(
-            values=self.difference(layer).float(),
+            values=values,
             layer=layer,
             num_layers=checkpoint.num_layers,
             base_model=checkpoint.name,

@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal, NamedTuple, Protocol
 
@@ -181,7 +182,7 @@ def thoughts(prompt: str, response: Sequence[int], tokenizer: Tokenizer, splits:
     end = _find(ids, tokenizer.encode(THINK_END, add_special_tokens=False), start)
     end = len(ids) if end is None else end
     cuts = [i for i in range(start, end) if ids[i] in splits]
-    return [Thought(a, tokenizer.decode(ids[a + 1 : b + 1])) for a, b in zip(cuts, [*cuts[1:], end - 1], strict=True)]
+    return [Thought(a, tokenizer.decode(ids[a + 1 : b + 1])) for a, b in pairwise([*cuts, end - 1])]
 
 
 def _find(ids: list[int], wanted: list[int], start: int = 0) -> int | None:
