@@ -7,7 +7,21 @@ from .scheduler.planner import Limits
 
 
 def banner(config: KVPolicyConfig, page_size: int, max_model_len: int) -> list[str]:
-    """A few lines: policy, budget, bound, granularity, pages per request, and what is off."""
+    """A few lines: policy, budget, bound, granularity, pages per request, steering, and what is off."""
+    lines = _eviction(config, page_size, max_model_len) if config.evicts else ["SkipKV: evicts nothing"]
+    if config.steers:
+        most = "" if config.kv_steering_alpha_max is None else f", at most {config.kv_steering_alpha_max}"
+        lines.append(
+            f"SkipKV: steering vectors {', '.join(config.kv_steering_vectors)}, default {config.kv_steering_default}; "
+            f"alpha {config.kv_steering_alpha0} + {config.kv_steering_gamma} a thought that is no execution{most}, "
+            f"brought up to date every {config.kv_steering_interval} positions; rules {config.kv_steering_compat}"
+        )
+    if config.kv_trace_dir:
+        lines.append(f"SkipKV: writing one trace per request to {config.kv_trace_dir}")
+    return lines
+
+
+def _eviction(config: KVPolicyConfig, page_size: int, max_model_len: int) -> list[str]:
     limits = Limits(config.kv_budget, config.kv_buffer, config.kv_window, 0)
     pages, full = limits.bound_pages(page_size), -(-max_model_len // page_size)
     prompt = "protected, counts toward the budget" if config.kv_protect_prompt else "evicted like any other text"
@@ -23,6 +37,4 @@ def banner(config: KVPolicyConfig, page_size: int, max_model_len: int) -> list[s
             f"SkipKV: WARNING: bound {limits.bound} >= max_model_len {max_model_len}, so no request can reach it "
             "and nothing will be evicted; lower --kv-budget or raise --max-model-len"
         )
-    if config.kv_trace_dir:
-        lines.append(f"SkipKV: writing one trace per request to {config.kv_trace_dir}")
     return lines

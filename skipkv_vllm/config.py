@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import functools
 import json
+import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,9 +17,17 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from .errors import KVPolicyError
 from .policies import Need, Policy, make_policy, policy_names
+from .steering import SteeringVector
+from .steering.controller import Strength
 
 CONFIG_KEY = "skipkv"
 """Key of the configuration in vLLM's `additional_config`."""
+
+OFF = "off"
+"""What `kv_steering_default` and a request's `steering` say for no steering."""
+
+MAX_ALPHA = 10.0
+_VECTOR_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 OPTIONAL_NEEDS = {"sentence": Need.SENTENCES, "head": Need.NOTHING}
 
@@ -78,6 +87,39 @@ class KVPolicyConfig(BaseModel):
     kv_check_integrity: bool = Field(
         False, description="Verify all bookkeeping after every step. Slow; for tests and bug reports."
     )
+    kv_steering_vectors: dict[str, str] = Field(
+        default_factory=dict,
+        description="Steering vectors that requests may name, as NAME=PATH (see `skipkv extract-vector`). They "
+        "make the model doubt less and go on; also with --kv-policy full.",
+    )
+    kv_steering_default: str = Field(
+        OFF, description='Vector of requests that name none with their `steering`; "off" steers only those that do.'
+    )
+    kv_steering_alpha0: float = Field(
+        1.0,
+        ge=-MAX_ALPHA,
+        le=MAX_ALPHA,
+        allow_inf_nan=False,
+        description="Strength at first: the vector is added this many times at the end of each thought.",
+    )
+    kv_steering_gamma: float = Field(
+        0.02,
+        ge=-1,
+        le=1,
+        allow_inf_nan=False,
+        description="What each thought that is no execution (a doubt, a change of approach) adds to the strength.",
+    )
+    kv_steering_alpha_max: float | None = Field(
+        None, gt=0, le=MAX_ALPHA, allow_inf_nan=False, description="The most that the strength grows to."
+    )
+    kv_steering_interval: int = Field(
+        128, ge=1, le=2**31 - 1, strict=True, description="Positions after which the strength is brought up to date."
+    )
+    kv_steering_compat: Literal["default", "reference"] = Field(
+        "default",
+        description='"reference": the rules of the published code, which counts the thoughts of the prompt and may '
+        "steer its last token.",
+    )
 
     @field_validator("kv_policy")
     @classmethod
@@ -101,6 +143,34 @@ class KVPolicyConfig(BaseModel):
     def _absolute(cls, value: str | None) -> str | None:
         return None if value is None else str(Path(value).expanduser().absolute())
 
+    @field_validator("kv_steering_vectors", mode="before")
+    @classmethod
+    def _pairs(cls, value: Any) -> Any:
+        """Flags come as a list of NAME=PATH."""
+        if not isinstance(value, list):
+            return value
+        pairs = [str(pair).partition("=") for pair in value]
+        for name, equals, path in pairs:
+            if not (equals and path):
+                raise KVPolicyError(
+                    f"kv_steering_vectors: {name + equals!r} is not NAME=PATH; write e.g. math=/models/math.safetensors"
+                )
+        names = [name for name, *_ in pairs]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise KVPolicyError(f"kv_steering_vectors: {', '.join(twice)} is given twice; names must differ")
+        return {name: path for name, _, path in pairs}
+
+    @field_validator("kv_steering_vectors")
+    @classmethod
+    def _named_files(cls, value: dict[str, str]) -> dict[str, str]:
+        for name in value:
+            if name == OFF or not _VECTOR_NAME.fullmatch(name):
+                raise KVPolicyError(
+                    f"kv_steering_vectors: {name!r} cannot be a name; use letters, digits, '.', '_' and '-', "
+                    f"and not {OFF!r}"
+                )
+        return {name: str(Path(path).expanduser().absolute()) for name, path in value.items()}
+
     @model_validator(mode="after")
     def _consistent(self) -> KVPolicyConfig:
         check_budget("kv_budget", self.kv_budget, self.policy, self.kv_window)
@@ -111,6 +181,18 @@ class KVPolicyConfig(BaseModel):
                 "kv_request_policies is given but kv_policy is 'full', which switches eviction off; start the server "
                 'with one of them as --kv-policy and let requests choose "full"'
             )
+        steering = {name for name in self.model_fields_set if name.startswith("kv_steering_")}
+        changed = {n for n in steering if getattr(self, n) != KVPolicyConfig.model_fields[n].get_default()}
+        if not self.kv_steering_vectors and (changed := changed - {"kv_steering_vectors"}):
+            flags = ", ".join(flag_names()[name] for name in sorted(changed))
+            raise KVPolicyError(
+                f"{flags} given without --kv-steering-vectors, so nothing would be steered; register a vector"
+            )
+        if self.kv_steering_default not in (OFF, *self.kv_steering_vectors):
+            raise KVPolicyError(
+                f"kv_steering_default={self.kv_steering_default!r} is not registered; choose one of: "
+                f"{', '.join((OFF, *self.kv_steering_vectors))}"
+            )
         return self
 
     @functools.cached_property
@@ -119,9 +201,33 @@ class KVPolicyConfig(BaseModel):
         return make_policy(self.kv_policy, self.kv_policy_config)
 
     @property
-    def is_active(self) -> bool:
+    def evicts(self) -> bool:
         """Whether anything can be evicted on this server."""
         return self.kv_policy != "full"
+
+    @property
+    def steers(self) -> bool:
+        """Whether a request can be steered on this server."""
+        return bool(self.kv_steering_vectors)
+
+    @property
+    def is_active(self) -> bool:
+        """Whether this server differs from stock vLLM."""
+        return self.evicts or self.steers
+
+    def load_vectors(self) -> list[SteeringVector]:
+        """The registered vectors, in order; a request's row of the table is the number of its vector, from 1.
+
+        Raises:
+            KVPolicyError: a file that is missing or no vector.
+        """
+        vectors = []
+        for name, path in self.kv_steering_vectors.items():
+            try:
+                vectors.append(SteeringVector.load(path))
+            except KVPolicyError as error:
+                raise KVPolicyError(f"kv_steering_vectors: {name}: {error}") from None
+        return vectors
 
     @functools.cached_property
     def needs(self) -> Need:
@@ -153,6 +259,15 @@ class RequestOptions(BaseModel):
         None, description='Method for this request; "full" keeps everything. Default: the server\'s.'
     )
     kv_budget: int | None = Field(None, description="Budget of this request. Default: the server's.")
+    steering: str | None = Field(
+        None, description='Name of a registered steering vector, or "off". Default: the server\'s.'
+    )
+    steering_alpha0: float | None = Field(
+        None, ge=-MAX_ALPHA, le=MAX_ALPHA, allow_inf_nan=False, description="Strength at first. Default: the server's."
+    )
+    steering_gamma: float | None = Field(
+        None, ge=-1, le=1, allow_inf_nan=False, description="Strength per thought. Default: the server's."
+    )
 
     @classmethod
     def parse(cls, extra_args: dict[str, Any] | None, config: KVPolicyConfig, max_model_len: int) -> RequestOptions:
@@ -176,6 +291,12 @@ class RequestOptions(BaseModel):
         except ValidationError as error:
             raise KVPolicyError(_describe(error)) from None
         policy = options.resolve_policy(config)
+        options._check_steering(config)
+        if policy.name != "full" and not config.evicts:
+            raise KVPolicyError(
+                f"kv_policy={options.kv_policy!r} is not served here, where nothing is evicted; start the server with "
+                "--kv-policy, or choose 'full'"
+            )
         missing = needs_of(policy, config.kv_granularity) & ~config.needs
         if missing:
             raise KVPolicyError(
@@ -188,6 +309,39 @@ class RequestOptions(BaseModel):
             # The server's budget holds its own method's sinks, which may be fewer.
             check_budget("kv_budget", config.kv_budget, policy, config.kv_window)
         return options
+
+    def _check_steering(self, config: KVPolicyConfig) -> None:
+        if self.steering is not None and not config.steers:
+            if self.steering != OFF:
+                raise KVPolicyError(
+                    f"steering={self.steering!r}: this server has no steering vectors; start it with "
+                    "--kv-steering-vectors"
+                )
+        elif self.steering not in (None, OFF, *config.kv_steering_vectors):
+            raise KVPolicyError(
+                f"steering={self.steering!r} is not registered; choose one of: "
+                f"{', '.join((OFF, *config.kv_steering_vectors))}"
+            )
+        if self.vector(config) is None:
+            for field in ("steering_alpha0", "steering_gamma"):
+                if getattr(self, field) is not None:
+                    raise KVPolicyError(
+                        f"{field}={getattr(self, field)} is given but this request is not steered; name a vector "
+                        f"with 'steering': {', '.join(config.kv_steering_vectors) or 'none is registered'}"
+                    )
+
+    def vector(self, config: KVPolicyConfig) -> str | None:
+        """Name of the vector that this request is steered with."""
+        name = config.kv_steering_default if self.steering is None else self.steering
+        return None if name == OFF else name
+
+    def strength(self, config: KVPolicyConfig) -> Strength:
+        """How strongly this request is steered."""
+        return Strength(
+            config.kv_steering_alpha0 if self.steering_alpha0 is None else self.steering_alpha0,
+            config.kv_steering_gamma if self.steering_gamma is None else self.steering_gamma,
+            float("inf") if config.kv_steering_alpha_max is None else config.kv_steering_alpha_max,
+        )
 
     def resolve_policy(self, config: KVPolicyConfig) -> Policy:
         """The method of this request: the server's own, or another one with its default parameters."""
@@ -262,7 +416,7 @@ def flags_table() -> str:
     for name, field in KVPolicyConfig.model_fields.items():
         flag = flag_names()[name].replace("--kv-", "--[no-]kv-") if field.annotation is bool else flag_names()[name]
         default = field.get_default(call_default_factory=True)
-        shown = {"None": "off", "True": "on", "False": "off", "[]": "none"}.get(str(default), default)
+        shown = {"None": "off", "True": "on", "False": "off", "[]": "none", "{}": "none"}.get(str(default), default)
         rows.append(f"| `{flag}` | `{shown}` | {field.description} |")
     return "\n".join(rows)
 

@@ -10,8 +10,10 @@ from vllm.config import VllmConfig
 from vllm.v1.metrics.loggers import StatLoggerBase
 
 from .scheduler.planner import Compaction
+from .steering.controller import KINDS, Thoughts
 
 SKIPPED = "skipped:"
+THOUGHTS = "thoughts:"
 
 
 @dataclass
@@ -54,6 +56,12 @@ class EvictionStats:
         """Count something the policy should have done and could not, or not as configured."""
         self._add(SKIPPED + reason, 1)
 
+    def thought(self, thoughts: Thoughts) -> None:
+        """Count what a steered request that ended thought, and how often it was steered."""
+        self._add("steered_tokens", thoughts.steered_tokens)
+        for kind in KINDS:
+            self._add(THOUGHTS + kind, getattr(thoughts, kind))
+
     def holding(self, num_pages: int) -> None:
         """Pages held by all requests in a step."""
         self._peak_pages = max(self._peak_pages, num_pages)
@@ -95,6 +103,8 @@ class EvictionStatLogger(StatLoggerBase):
         for name, value in report.items():
             if name.startswith(SKIPPED):
                 self._metrics["skipped"].labels(self._engine, name.removeprefix(SKIPPED)).inc(value)
+            elif name.startswith(THOUGHTS):
+                self._metrics["thoughts"].labels(self._engine, name.removeprefix(THOUGHTS)).inc(value)
             elif isinstance(self._metrics[name], Gauge):
                 self._metrics[name].labels(self._engine).set(value)
             else:
@@ -103,7 +113,10 @@ class EvictionStatLogger(StatLoggerBase):
     def log_engine_initialized(self) -> None:
         """Make the counters visible at zero, so that a dashboard can tell "none" from "absent"."""
         for name, metric in (self._metrics or {}).items():
-            if name != "skipped":
+            if name == "thoughts":
+                for kind in KINDS:
+                    metric.labels(self._engine, kind)
+            elif name != "skipped":
                 metric.labels(self._engine)
 
 
@@ -114,6 +127,12 @@ def _make_metrics() -> dict[str, Any]:
         "freed_pages": Counter("skipkv_freed_pages", "KV pages given back by compactions.", ["engine"]),
         "skipped": Counter(
             "skipkv_skipped", "Things the policy could not do as configured, by reason.", ["engine", "reason"]
+        ),
+        "steered_tokens": Counter(
+            "skipkv_steered_tokens", "Tokens that a vector was added to, of requests that ended.", ["engine"]
+        ),
+        "thoughts": Counter(
+            "skipkv_thoughts", "Sentences of steered requests that ended, by kind.", ["engine", "kind"]
         ),
         "resident_tokens": _gauge("skipkv_resident_tokens", "Tokens whose KV is held by running requests."),
         "logical_tokens": _gauge("skipkv_logical_tokens", "Prompt and output tokens of running requests."),

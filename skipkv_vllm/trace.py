@@ -170,8 +170,14 @@ class TraceCollector:
         log = self._logs[order.request_id]
         log.orders.append((log.life, order))
 
-    def finish(self, request_id: str, prompt_token_ids: list[int], output_token_ids: list[int]) -> Path:
-        """Write the trace of a request that ended; returns its path.
+    def finish(
+        self,
+        request_id: str,
+        prompt_token_ids: list[int],
+        output_token_ids: list[int],
+        steering: dict[str, Any] | None = None,
+    ) -> Path:
+        """Write the trace of a request that ended, with what its steering came to, if any; returns its path.
 
         Raises:
             TimeoutError: a worker did not deliver its part.
@@ -199,7 +205,8 @@ class TraceCollector:
             ).view(-1, 2),
             similar_pairs=torch.tensor(list(pairs), dtype=torch.int64).view(-1, 2),
             similarity=torch.tensor(list(pairs.values()), dtype=torch.float32),
-            parameters=self._parameters | {"request_id": request_id, "request_policy": log.policy},
+            parameters=self._parameters
+            | {"request_id": request_id, "request_policy": log.policy, "request_steering": steering},
         ).save(path)
         shutil.rmtree(self._folder / ".parts" / _file_name(request_id), ignore_errors=True)
         return path

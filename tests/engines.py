@@ -266,6 +266,7 @@ class Job:
         arguments: engine arguments that differ from the defaults.
         abort_at: number of a request -> step before which it is aborted.
         num_logprobs: log probabilities to report per token, None for none.
+        options: further options of each request; empty for none.
     """
 
     prompts: list[list[int]]
@@ -275,6 +276,7 @@ class Job:
     arguments: dict[str, Any] = field(default_factory=dict)
     abort_at: dict[int, int] = field(default_factory=dict)
     num_logprobs: int | None = None
+    options: list[dict[str, Any]] = field(default_factory=list)
 
 
 @dataclass
@@ -331,7 +333,9 @@ def _run_here(job: Job) -> Outcome:
             temperature=0.0,
             ignore_eos=True,
             logprobs=job.num_logprobs,
-            extra_args={"kv_policy": job.policies[i]} if job.policies else None,
+            extra_args={"kv_policy": job.policies[i]} | (job.options[i] if job.options else {})
+            if job.policies
+            else None,
         )
         for i in range(len(job.prompts))
     ]

@@ -7,6 +7,7 @@ cache, ascending positions) and `W` (the observation window).
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -39,6 +40,19 @@ class EngineTrace(Protocol):
     kept: list[Tensor]
 
 
+@dataclass(frozen=True, eq=False)
+class Steering:
+    """Adds `min(alpha0 + gamma * N, alpha_max)` times `vector` `[hidden]` to the input of `layer`."""
+
+    layer: int
+    vector: Tensor
+    alpha0: float
+    gamma: float
+    alpha_max: float = float("inf")
+    interval: int = 128
+    compat: str = "default"
+
+
 @dataclass(frozen=True)
 class Settings:
     """Method and limits of a request, in tokens."""
@@ -49,6 +63,7 @@ class Settings:
     buffer: int
     window: int = 8
     protect_prompt: bool = True
+    steering: Steering | None = None
 
     def keep(self, num_prompt: int) -> int:
         """Tokens left by a compaction."""
@@ -72,6 +87,9 @@ class Result:
     events: list[Event] = field(default_factory=list)
     num_ties: int = 0
     num_selected: int = 0
+    alphas: list[float] = field(default_factory=list)
+    """by position, 0 where nothing was added"""
+    logprobs: list[float] = field(default_factory=list)
 
 
 class SelectionError(AssertionError):
@@ -107,10 +125,26 @@ class Model:
         self.lm = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="recording")
         self.lm.eval()
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        self.delimiters = {i for i in range(len(tokenizer)) if DELIMITER.fullmatch(tokenizer.decode([i]))}
+        self.tokenizer = tokenizer
+        self.texts = [tokenizer.decode([i]) for i in range(len(tokenizer))]
+        self.delimiters = {i for i, text in enumerate(self.texts) if DELIMITER.fullmatch(text)}
+        self.added: tuple[int, Tensor] | None = None
+        for layer in self.lm.model.layers:
+            layer.register_forward_pre_hook(self._add)
 
-    def forward(self, token_ids: list[int], first_position: int, cache: DynamicCache) -> tuple[Tensor, Tensor, Tensor]:
-        """Feed tokens.
+    def _add(self, layer: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        if self.added is None or layer is not self.lm.model.layers[self.added[0]]:
+            return None
+        return (inputs[0] + self.added[1], *inputs[1:])
+
+    def forward(
+        self,
+        token_ids: list[int],
+        first_position: int,
+        cache: DynamicCache,
+        added: tuple[int, Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Feed tokens; `added` is a layer and what to add to its input, `[new, hidden]`.
 
         Returns:
             Logits of the last token `[vocab]`, hidden states after the final norm `[new, hidden]` and
@@ -118,6 +152,7 @@ class Model:
         """
         positions = torch.arange(first_position, first_position + len(token_ids))[None]
         body = self.lm.model
+        self.added = added
         hidden = body(
             input_ids=torch.tensor([token_ids]), position_ids=positions, past_key_values=cache, use_cache=True
         ).last_hidden_state
@@ -236,6 +271,49 @@ def sentence_penalties(sentences: list[Sentence], hidden: Tensor) -> list[float]
     return torch.where(cosine > SIMILAR_SENTENCES, cosine, 0.0).amax(dim=-1).tolist()
 
 
+# ---- steering
+
+
+def alpha_at(model: Model, text: list[int], num_prompt: int, position: int, steering: Steering) -> float:
+    """How often the vector is added at a position, from the text alone."""
+    by_code = steering.compat == "reference"
+    first = num_prompt - 1 if by_code else num_prompt
+    read = [model.texts[token] for token in text[: position + 1]]
+    markers = [token for token in read if token in ("<think>", "</think>")]
+    if position < first or "\n\n" not in read[-1] or markers[-1:] != ["<think>"]:
+        return 0.0
+    # N is taken over after positions whose successor is a multiple of the interval; not while the prompt is read.
+    taken = [p for p in range(first, position) if (p + 1) % steering.interval == 0]
+    num_doubts = 0
+    if taken:
+        num_doubts = count_doubts(model, text[0 if by_code else num_prompt : taken[-1] + 1], by_code)
+    return min(steering.alpha0 + steering.gamma * num_doubts, steering.alpha_max)
+
+
+def count_doubts(model: Model, text: list[int], by_code: bool) -> int:
+    """Closed sentences with a word of doubt."""
+    words = ("Wait", "Alternatively", "again")
+
+    def ids(text: str) -> list[int]:
+        return model.tokenizer.encode(text, add_special_tokens=False)
+
+    if by_code:
+        enders = {ids(t)[-1] for t in ("\n", ".\n", ")\n", "\n\n", ".\n\n", ")\n\n", "?\n\n")}
+        found = [ids(word)[-1:] for word in words]
+        starts = [0] + [i + 1 for i, token in enumerate(text) if token in enders]
+        spans = list(itertools.pairwise(starts))
+    else:
+        found = [
+            ids(space + form) for word in words for form in (word, word.lower(), word.title()) for space in ("", " ")
+        ]
+        spans = [(s.start, s.end) for s in split_sentences(text, 0, model.delimiters)[0]]
+    return sum(any(_contains(text[start:end], word) for word in found) for start, end in spans)
+
+
+def _contains(text: list[int], word: list[int]) -> bool:
+    return any(text[i : i + len(word)] == word for i in range(len(text) - len(word) + 1))
+
+
 # ---- selection
 
 
@@ -342,6 +420,7 @@ class Request:
         while True:
             token = int(logits.argmax())
             self._result.tokens.append(token)
+            self._result.logprobs.append(float(logits.log_softmax(-1)[token]))
             if len(self._result.tokens) == num_new:
                 return self._result
             self._compact_if_due()
@@ -350,7 +429,10 @@ class Request:
 
     def _feed(self, token_ids: list[int]) -> Tensor:
         """Compute tokens and remember what eviction needs; logits of the last `[vocab]`."""
-        logits, hidden, queries = self._model.forward(token_ids, self._num_computed, self._cache)
+        added = None
+        if self._settings.steering is not None:
+            added = self._settings.steering.layer, self._steered(len(token_ids), self._settings.steering)
+        logits, hidden, queries = self._model.forward(token_ids, self._num_computed, self._cache, added)
         new = torch.arange(self._num_computed, self._num_computed + len(token_ids))
         layers, heads = len(self._cache.layers), self._cache.layers[0].keys.shape[1]
         if self._num_computed == 0:
@@ -367,6 +449,12 @@ class Request:
         self._mass = newest if self._num_computed == 0 else newest + F.pad(self._mass, (0, len(token_ids)))
         self._num_computed += len(token_ids)
         return logits
+
+    def _steered(self, num_new: int, steering: Steering) -> Tensor:
+        """What steering adds to the newest tokens, `[new, hidden]`."""
+        for position in range(self._num_computed, self._num_computed + num_new):
+            self._result.alphas.append(alpha_at(self._model, self._text, self._num_prompt, position, steering))
+        return torch.tensor(self._result.alphas[-num_new:])[:, None] * steering.vector
 
     def _compact_if_due(self) -> None:
         num_resident = self._positions.shape[2]

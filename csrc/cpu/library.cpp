@@ -20,6 +20,9 @@ STABLE_TORCH_LIBRARY(skipkv_cpu, m) {
       "sentence_similarity(Tensor embeddings, Tensor slots, Tensor count, Tensor(a!) compared, "
       "Tensor(b!) penalties, float threshold, int rule) -> ()");
   m.def("observe_queries(Tensor query, Tensor index, Tensor(a!) rows) -> ()");
+  m.def(
+      "track_thoughts(Tensor token_ids, Tensor spans, Tensor vocabulary, Tensor keywords, bool merge, int interval, "
+      "Tensor strengths, Tensor(a!) state, int written, Tensor(b!) row, Tensor(c!) coefficient) -> ()");
   m.def("steer_add(Tensor hidden, Tensor coefficient, Tensor row, Tensor vectors) -> Tensor");
   m.def("limit_isa(int level) -> int");
   m.def("score_scratch(int length, int dim, int window, int group) -> int");
@@ -32,6 +35,7 @@ STABLE_TORCH_LIBRARY_IMPL(skipkv_cpu, CPU, m) {
   m.impl("track_sentences", TORCH_BOX(&skipkv::track_sentences));
   m.impl("sentence_similarity", TORCH_BOX(&skipkv::sentence_similarity));
   m.impl("observe_queries", TORCH_BOX(&skipkv::observe_queries));
+  m.impl("track_thoughts", TORCH_BOX(&skipkv::track_thoughts));
   m.impl("steer_add", TORCH_BOX(&skipkv::steer_add));
 }
 

@@ -30,6 +30,10 @@ void sentence_similarity(const Tensor& embeddings, const Tensor& slots, const Te
 
 void observe_queries(const Tensor& query, const Tensor& index, const Tensor& rows);
 
+void track_thoughts(const Tensor& token_ids, const Tensor& spans, const Tensor& vocabulary, const Tensor& keywords,
+                    bool merge, int64_t interval, const Tensor& strengths, const Tensor& state, int64_t written,
+                    const Tensor& row, const Tensor& coefficient);
+
 Tensor steer_add(const Tensor& hidden, const Tensor& coefficient, const Tensor& row, const Tensor& vectors);
 
 // Bytes of scratch memory that a thread of `score_tokens` takes for a row of this length.

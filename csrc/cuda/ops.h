@@ -31,6 +31,10 @@ void sentence_similarity(const Tensor& embeddings, const Tensor& slots, const Te
 
 void observe_queries(const Tensor& query, const Tensor& index, const Tensor& rows);
 
+void track_thoughts(const Tensor& token_ids, const Tensor& spans, const Tensor& vocabulary, const Tensor& keywords,
+                    bool merge, int64_t interval, const Tensor& strengths, const Tensor& state, int64_t written,
+                    const Tensor& row, const Tensor& coefficient);
+
 Tensor steer_add(const Tensor& hidden, const Tensor& coefficient, const Tensor& row, const Tensor& vectors);
 
 // The strides of `[pages, H, P, 2 * D]` caches with K and V side by side, in elements; all layers are alike.

@@ -11,12 +11,23 @@ from ..config import CONFIG_KEY, KVPolicyConfig, flag_names, parse_json_object
 from ..errors import KVPolicyError
 from .gate import check_signatures, check_version
 
+STEERED_LAYERS_KEY = f"{CONFIG_KEY}_steered_layers"
 SCHEDULER = "skipkv_vllm.scheduler.vllm_scheduler.make_scheduler"
 WORKERS = {
     "cpu": "skipkv_vllm.worker.cpu_worker.EvictingCPUWorker",
     "gpu": "skipkv_vllm.worker.gpu_worker.EvictingGPUWorker",
 }
-_METAVARS = {"kv_policy": "NAME", "kv_policy_config": "JSON", "kv_trace_dir": "DIR"}
+_METAVARS = {
+    "kv_policy": "NAME",
+    "kv_policy_config": "JSON",
+    "kv_trace_dir": "DIR",
+    "kv_steering_vectors": "NAME=PATH",
+    "kv_steering_default": "NAME",
+}
+
+
+FOR_STEERING_TOO = {"kv_trace_dir", "kv_check_integrity"}
+"""Fields that mean something on a server that only steers."""
 
 
 def install_flags() -> None:
@@ -62,10 +73,14 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
             options["action"] = argparse.BooleanOptionalAction
         elif get_origin(field.annotation) is Literal:
             options["choices"] = get_args(field.annotation)
-        elif get_origin(field.annotation) is list:
-            options |= {"nargs": "+", "metavar": "NAME"}
+        elif get_origin(field.annotation) is list or name == "kv_steering_vectors":
+            options |= {"nargs": "+", "metavar": _METAVARS.get(name, "NAME")}
+        elif field.annotation is int:
+            options |= {"type": int, "metavar": "N"}
+        elif field.annotation in (float, float | None):
+            options |= {"type": float, "metavar": "X"}
         else:
-            options |= {"type": int, "metavar": "N"} if field.annotation is int else {"metavar": _METAVARS[name]}
+            options["metavar"] = _METAVARS[name]
         group.add_argument(flag, **options)
 
 
@@ -73,11 +88,12 @@ def engine_arguments(given: dict[str, Any], engine: dict[str, Any]) -> dict[str,
     """vLLM's engine arguments with the policy options that were given worked in.
 
     Args:
-        given: `KVPolicyConfig` fields that the user set; `kv_policy_config` may be JSON text.
+        given: `KVPolicyConfig` fields that the user set; `kv_policy_config` may be JSON text, `kv_steering_vectors` a
+            list of NAME=PATH.
         engine: arguments of vLLM's `EngineArgs` or `LLM`; not modified.
 
     Returns:
-        `engine`, with `additional_config`, `scheduler_cls` and `worker_cls` set if a policy is active.
+        `engine`, with `additional_config`, `scheduler_cls` and `worker_cls` set if anything is evicted or steered.
 
     Raises:
         KVPolicyError: bad options, options without a policy, an unsupported vLLM, or a scheduler or
@@ -86,8 +102,13 @@ def engine_arguments(given: dict[str, Any], engine: dict[str, Any]) -> dict[str,
     given = dict(given)
     if isinstance(given.get("kv_policy_config"), str):
         given["kv_policy_config"] = parse_json_object("--kv-policy-config", given["kv_policy_config"])
-    if given and "kv_policy" not in given:
-        flags = ", ".join(flag_names()[name] for name in given)
+    for_eviction = [name for name in given if not name.startswith("kv_steering_")]
+    if (
+        for_eviction
+        and "kv_policy" not in given
+        and not (given.get("kv_steering_vectors") and set(for_eviction) <= FOR_STEERING_TOO)
+    ):
+        flags = ", ".join(flag_names()[name] for name in for_eviction)
         raise KVPolicyError(f"{flags} given without --kv-policy, so nothing would be evicted; add --kv-policy skipkv")
     config = KVPolicyConfig.parse(given)
     if not config.is_active:
@@ -95,20 +116,24 @@ def engine_arguments(given: dict[str, Any], engine: dict[str, Any]) -> dict[str,
 
     check_version()
     check_signatures()
+    feature = f"kv_policy={config.kv_policy!r}" if config.evicts else "kv_steering_vectors"
     if engine.get("scheduler_cls") not in (None, SCHEDULER):
         raise KVPolicyError(
-            f"scheduler_cls={engine['scheduler_cls']!r} cannot be combined with kv_policy={config.kv_policy!r}, "
+            f"scheduler_cls={engine['scheduler_cls']!r} cannot be combined with {feature}, "
             "which brings its own scheduler; drop one of the two"
         )
     if engine.get("worker_cls", "auto") not in ("auto", *WORKERS.values()):
         raise KVPolicyError(
-            f"worker_cls={engine['worker_cls']!r} cannot be combined with kv_policy={config.kv_policy!r}, "
+            f"worker_cls={engine['worker_cls']!r} cannot be combined with {feature}, "
             "which brings its own worker; drop one of the two"
         )
     from vllm.platforms import current_platform
 
     additional = dict(engine.get("additional_config") or {})
     additional[CONFIG_KEY] = config.model_dump()
+    if config.steers:
+        # What is compiled depends on it, and vLLM finds compiled code by the configuration.
+        additional[STEERED_LAYERS_KEY] = sorted({vector.layer for vector in config.load_vectors()})
     return engine | {
         "additional_config": additional,
         "scheduler_cls": SCHEDULER,

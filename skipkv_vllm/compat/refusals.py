@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from ..errors import KVPolicyError
@@ -14,16 +16,24 @@ if TYPE_CHECKING:
     from ..config import KVPolicyConfig
 
 
-def _refuse(feature: str, reason: str, remedy: str) -> KVPolicyError:
-    return KVPolicyError(f"--kv-policy does not support {feature}: {reason}. {remedy}, or start without --kv-policy")
+def _refuse(feature: str, reason: str, remedy: str, flag: str = "--kv-policy") -> KVPolicyError:
+    return KVPolicyError(f"{flag} does not support {feature}: {reason}. {remedy}, or start without {flag}")
 
 
 def check_config(vllm_config: VllmConfig, policy: KVPolicyConfig) -> None:
-    """Refuse models and features that eviction would silently get wrong.
+    """Refuse models and features that eviction or steering would silently get wrong.
 
     Raises:
         KVPolicyError: for the first one found.
     """
+    if policy.evicts:
+        _check(vllm_config, policy, _refuse)
+    if policy.steers:
+        _check(vllm_config, policy, functools.partial(_refuse, flag="--kv-steering-vectors"))
+        _check_steering(vllm_config, policy)
+
+
+def _check(vllm_config: VllmConfig, policy: KVPolicyConfig, _refuse: Callable[..., KVPolicyError]) -> None:
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
     other = "Serve a decoder-only model with plain attention (Qwen2, Qwen3, Llama, ...)"
     if model.runner_type != "generate":
@@ -60,7 +70,7 @@ def check_config(vllm_config: VllmConfig, policy: KVPolicyConfig) -> None:
         )
     if parallel.enable_dbo:
         raise _refuse("dual-batch overlap", "micro-batches see only part of a step", "Drop --enable-dbo")
-    if vllm_config.cache_config.cache_dtype not in ("auto", "bfloat16", "float16", "float32"):
+    if policy.evicts and vllm_config.cache_config.cache_dtype not in ("auto", "bfloat16", "float16", "float32"):
         raise _refuse(
             f"--kv-cache-dtype {vllm_config.cache_config.cache_dtype}",
             "quantised keys cannot be scored",
@@ -72,6 +82,33 @@ def check_config(vllm_config: VllmConfig, policy: KVPolicyConfig) -> None:
             f"{policy.kv_policy!r} with granularity {policy.kv_granularity!r} finds sentences by the tokenizer",
             "Drop --skip-tokenizer-init",
         )
+
+
+def _check_steering(vllm_config: VllmConfig, policy: KVPolicyConfig) -> None:
+    from vllm.platforms import current_platform
+
+    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    refuse = functools.partial(_refuse, flag="--kv-steering-vectors")
+    if model.skip_tokenizer_init:
+        raise refuse("--skip-tokenizer-init", "thoughts are found by the tokenizer", "Drop --skip-tokenizer-init")
+    if parallel.use_sequence_parallel_moe or parallel.enable_hc_sp:
+        raise refuse(
+            "sequence parallelism",
+            "a rank would hold only part of a step's residual stream",
+            "Use --tensor-parallel-size without expert parallelism",
+        )
+    autotunes = vllm_config.compilation_config.inductor_compile_config.get("max_autotune", False)
+    if autotunes and current_platform.is_cpu() and not model.enforce_eager:
+        raise refuse(
+            "Inductor's max_autotune on CPUs",
+            "it freezes the buffers that hold the coefficients",
+            "Drop it from the compilation config",
+        )
+    for name, vector in zip(policy.kv_steering_vectors, policy.load_vectors(), strict=True):
+        try:
+            vector.check_fits(model.get_hidden_size(), model.get_total_num_hidden_layers())
+        except KVPolicyError as error:
+            raise KVPolicyError(f"kv_steering_vectors: {name}: {error}") from None
 
 
 def check_kv_cache(kv_cache_config: KVCacheConfig) -> None:

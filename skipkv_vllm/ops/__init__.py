@@ -5,13 +5,16 @@ what they compute, `dispatch.py` which backend runs them. `reference.py` has the
 request and layer that policies are written in.
 """
 
-from .batched import RULES
+from .batched import KEYWORD_SHIFT, RULES, STATE, THOUGHT
 from .dispatch import function, report, warn_if_slow
 from .reference import EPSILON, attention_received, importance, move_list, redundancy, sentence_penalties
 
 __all__ = [
     "EPSILON",
+    "KEYWORD_SHIFT",
     "RULES",
+    "STATE",
+    "THOUGHT",
     "attention_received",
     "function",
     "importance",

@@ -15,6 +15,37 @@ RULES = ("max", "last")
 """`rule` of `sentence_similarity`: with several repeats, the highest similarity or the latest repeat's."""
 
 
+class THOUGHT:
+    """Flags of a token in the `vocabulary` of `track_thoughts`."""
+
+    SPLIT = 1
+    """between two thoughts: steered"""
+    DELIMITER = 2
+    """ends a sentence"""
+    BEGIN = 4
+    END = 8
+    """markers of thinking"""
+
+
+KEYWORD_SHIFT = 4
+
+STATE = (
+    "vector",
+    "thinking",
+    "kinds",
+    "machine",
+    "after_delimiter",
+    "latched",
+    "execution",
+    "reflection",
+    "transition",
+    "steered",
+)
+"""Columns of the `state` of `track_thoughts`: row of the request's vector; whether it is thinking; kinds of the
+keywords in the open sentence and state of the machine that finds them; whether the last token was a delimiter; the N
+that counts now; closed sentences by kind; tokens steered."""
+
+
 def score_tokens(
     caches: list[Tensor],
     pointers: Tensor,
@@ -275,6 +306,65 @@ def sentence_similarity(
             fresh = cosine.gather(1, latest).squeeze(1)
             penalties[slot, oldest:last] = torch.where(repeats.any(dim=1), fresh, known)
         compared[slot] = last
+
+
+def track_thoughts(
+    token_ids: Tensor,
+    spans: Tensor,
+    vocabulary: Tensor,
+    keywords: Tensor,
+    merge: bool,
+    interval: int,
+    strengths: Tensor,
+    state: Tensor,
+    written: int,
+    row: Tensor,
+    coefficient: Tensor,
+) -> None:
+    """Say how strongly each token of a step is steered, and count thoughts: SkipKV's `alpha = alpha0 + gamma * N`.
+
+    N is the number of closed sentences that are no execution, as it was after the last position whose successor is a
+    multiple of `interval`. A token is steered if it ends a thought within <think> and </think>. Only committed tokens
+    count, so whoever reads the same tokens finds the same coefficients.
+
+    Args:
+        token_ids: integer `[T]`, all tokens of the step.
+        spans: int64 `[4, R]`, of each request its state slot (all different), its first token in the step, the number
+            of its tokens and the logical position of the first.
+        vocabulary: int32 `[vocabulary]`: flags of `THOUGHT` and, from bit `KEYWORD_SHIFT` on, the token's keyword
+            class, 0 for tokens of no keyword.
+        keywords: int32 `[states, classes]`, a machine that finds keywords: what it becomes by a token, times 4, plus
+            the kinds (1 reflection, 2 transition) of the keywords that the token completes.
+        merge: whether a delimiter right after another one closes nothing.
+        interval: positions after which N is taken over.
+        strengths: float32 `[slots, 3]`: alpha0, gamma and the largest alpha.
+        state: int32 `[slots, len(STATE)]`, see `STATE`.
+        written: leading entries of `row` that earlier steps may have set; they are cleared first.
+        row: int32 `[>= T]`, afterwards the vector of each steered token and 0 for the others.
+        coefficient: float32 `[>= T]`, of steered tokens.
+    """
+    row[:written] = 0
+    ids, bits, machine = token_ids.tolist(), vocabulary.tolist(), keywords.tolist()
+    for slot, begin, number, position in spans.T.tolist():
+        now = dict(zip(STATE, state[slot].tolist(), strict=True))
+        alpha0, gamma, most = strengths[slot].double().tolist()
+        for t in range(begin, begin + number):
+            flags = bits[ids[t]]
+            step = machine[now["machine"]][flags >> KEYWORD_SHIFT]
+            now["machine"], now["kinds"] = step >> 2, now["kinds"] | step & 3
+            if flags & (THOUGHT.BEGIN | THOUGHT.END):
+                now["thinking"] = int(not flags & THOUGHT.END)
+            if now["thinking"] and flags & THOUGHT.SPLIT and (alpha := min(alpha0 + gamma * now["latched"], most)):
+                row[t], coefficient[t] = now["vector"], alpha
+                now["steered"] += 1
+            if flags & THOUGHT.DELIMITER:
+                if not (merge and now["after_delimiter"]):
+                    now[("execution", "reflection", "transition", "reflection")[now["kinds"]]] += 1
+                now["machine"] = now["kinds"] = 0
+            now["after_delimiter"] = int(bool(flags & THOUGHT.DELIMITER))
+            if (position + t - begin + 1) % interval == 0:
+                now["latched"] = now["reflection"] + now["transition"]
+        state[slot] = torch.tensor(list(now.values()), dtype=torch.int32)
 
 
 def observe_queries(query: Tensor, index: Tensor, rows: Tensor) -> None:

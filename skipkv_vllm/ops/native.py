@@ -74,6 +74,7 @@ compact_pages = _on_any_device("compact_pages")
 track_sentences = _on_any_device("track_sentences")
 sentence_similarity = _on_any_device("sentence_similarity")
 observe_queries = _on_any_device("observe_queries")
+track_thoughts = _on_any_device("track_thoughts")
 steer_add = _on_any_device("steer_add")
 
 

@@ -44,6 +44,10 @@ SCHEMAS = {
         "float threshold, int rule) -> ()"
     ),
     "observe_queries": "(Tensor query, Tensor index, Tensor(a!) rows) -> ()",
+    "track_thoughts": (
+        "(Tensor token_ids, Tensor spans, Tensor vocabulary, Tensor keywords, bool merge, int interval, "
+        "Tensor strengths, Tensor(a!) state, int written, Tensor(b!) row, Tensor(c!) coefficient) -> ()"
+    ),
     "steer_add": "(Tensor hidden, Tensor coefficient, Tensor row, Tensor vectors) -> Tensor",
 }
 """Operator -> signature. `batched.py` defines what each one computes."""
@@ -94,5 +98,6 @@ FAKES: dict[str, Callable[..., Any]] = {
     "track_sentences": _fake_nothing,
     "sentence_similarity": _fake_nothing,
     "observe_queries": _fake_nothing,
+    "track_thoughts": _fake_nothing,
     "steer_add": _fake_steer_add,
 }

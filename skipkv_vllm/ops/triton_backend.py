@@ -280,6 +280,33 @@ def sentence_similarity(
     compared.index_copy_(0, slots, count.index_select(0, slots))
 
 
+def track_thoughts(
+    token_ids: Tensor,
+    spans: Tensor,
+    vocabulary: Tensor,
+    keywords: Tensor,
+    merge: bool,
+    interval: int,
+    strengths: Tensor,
+    state: Tensor,
+    written: int,
+    row: Tensor,
+    coefficient: Tensor,
+) -> None:
+    """See `batched.track_thoughts`."""
+    requests, columns = spans.shape[1], state.shape[1]
+    if not all(t.is_contiguous() for t in (vocabulary, keywords, strengths, state)):
+        raise KVPolicyError("track_thoughts: vocabulary, keywords, strengths and state must be contiguous")
+    row[:written] = 0
+    if requests > 0:
+        _kernels("thoughts").track[(requests,)](
+            *(token_ids, spans.contiguous(), vocabulary, keywords, strengths, state, row, coefficient),
+            *(requests, keywords.shape[1], interval),
+            merge=int(merge),
+            columns=columns,
+        )
+
+
 def observe_queries(query: Tensor, index: Tensor, rows: Tensor) -> None:
     """See `batched.observe_queries`."""
     tokens, heads, dim = query.shape

@@ -33,6 +33,8 @@ class EvictingBlockManager(FullAttentionManager):
     _evicted: dict[str, int]
     _num_intact: dict[str, int]
     """leading pages of each compacted request that were never written to"""
+    _private_from: dict[str, int]
+    """position from which the tokens of a steered request are computed as no other's"""
 
     @classmethod
     def adopt(cls, manager: FullAttentionManager) -> EvictingBlockManager:
@@ -46,7 +48,16 @@ class EvictingBlockManager(FullAttentionManager):
         assert isinstance(manager, cls)
         manager._evicted = {}
         manager._num_intact = {}
+        manager._private_from = {}
         return manager
+
+    def keep_private(self, request_id: str, first: int) -> None:
+        """Publish nothing of this request from position `first` on; until `forget`, also after a preemption."""
+        self._private_from[request_id] = first
+
+    def forget(self, request_id: str) -> None:
+        """This request has ended."""
+        self._private_from.pop(request_id, None)
 
     def num_evicted(self, request_id: str) -> int:
         """Tokens of this request that are no longer held."""
@@ -73,6 +84,8 @@ class EvictingBlockManager(FullAttentionManager):
     def cache_blocks(self, request: Any, num_tokens: int, *args: Any, **kwargs: Any) -> None:
         # What a compacted request holds no longer matches the hashes of its tokens.
         if not self.num_evicted(request.request_id):
+            # Nor does what a steered one holds, from the first steered token on.
+            num_tokens = min(num_tokens, self._private_from.get(request.request_id, num_tokens))
             super().cache_blocks(request, num_tokens, *args, **kwargs)
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
@@ -147,3 +160,7 @@ class EvictingBlockManager(FullAttentionManager):
             changed = self.req_to_blocks[request_id][self._num_intact[request_id] :]
             published = [block.block_id for block in changed if block.block_hash is not None]
             assert not published, f"{request_id} changed the published pages {published}"
+        for request_id, first in self._private_from.items():
+            steered = self.req_to_blocks.get(request_id, [])[first // self.block_size :]
+            published = [block.block_id for block in steered if block.block_hash is not None]
+            assert not published, f"{request_id} is steered and published the pages {published}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from ..steering.controller import SteeredRequest
 from .planner import Compaction, Observation
 
 OUTPUT_FIELD = "skipkv"
@@ -33,10 +34,11 @@ class StepOrders(NamedTuple):
     then observes, then compacts, then starts; all before anything else of the step touches the cache.
 
     `records_queries` says whether a query of this step will be needed: those of the last W tokens before a compaction
-    are, and most steps have none of them.
+    are, and most steps have none of them. `steered` are the requests whose steering starts or starts over.
     """
 
     compactions: list[Compaction]
     started: list[Started]
     observations: list[Observation] = []
     records_queries: bool = True
+    steered: list[SteeredRequest] = []

@@ -21,6 +21,8 @@ from ..config import CONFIG_KEY, KVPolicyConfig, RequestOptions, needs_of
 from ..metrics import EvictionStats, RequestEvictions
 from ..policies import Need
 from ..sentences import build_tables
+from ..steering.controller import SteeredRequest, SteeringController
+from ..steering.tables import build_thought_tables
 from ..trace import TraceCollector
 from .block_manager import EvictingBlockManager
 from .messages import OUTPUT_FIELD, Started, StepOrders
@@ -49,6 +51,8 @@ class EvictionMixin(_Base):
         self.trace = self._make_trace() if self.kv_policy.kv_trace_dir else None
         self._options: dict[str, RequestOptions] = {}
         self._evictions: dict[str, RequestEvictions] = {}
+        self.steering = self._make_steering() if self.kv_policy.steers else None
+        self._steered: dict[str, SteeredRequest] = {}
         for line in banner(self.kv_policy, self.block_manager.block_size, self.max_model_len):
             logger.info(line)
 
@@ -59,18 +63,29 @@ class EvictionMixin(_Base):
             # A session that grows its prompt rewrites tokens and hashes; it keeps everything.
             self.eviction_stats.skipped("streaming_input")
         elif params is not None:
-            self._options[request.request_id] = RequestOptions.parse(
-                params.extra_args, self.kv_policy, self.max_model_len
-            )
+            options = RequestOptions.parse(params.extra_args, self.kv_policy, self.max_model_len)
+            self._options[request.request_id] = options
+            if self.steering is not None and (name := options.vector(self.kv_policy)) is not None:
+                number = 1 + list(self.kv_policy.kv_steering_vectors).index(name)
+                start = self.steering.start(
+                    request.request_id,
+                    request.prompt_token_ids or [0] * request.num_prompt_tokens,
+                    number,
+                    options.strength(self.kv_policy),
+                )
+                self._steered[request.request_id] = start
+                self.block_manager.keep_private(request.request_id, start.first)
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
-        compactions, observations = self._compact()
+        compactions, observations = self._compact() if self.kv_policy.evicts else ([], [])
         output = super().schedule(throttle_prefills)
         # A request that this very step preempted has lost its pages; its orders must not be carried out.
         preempted = output.preempted_req_ids or ()
         compactions = [c for c in compactions if c.request_id not in preempted]
         observations = [o for o in observations if o.request_id not in preempted]
-        started = self._started(output)
+        first_scheduled = self._first_scheduled(output)
+        started = self._started(first_scheduled)
+        steered = self._started_steering(first_scheduled) if self._steered else []
         for compaction in compactions:
             self.eviction_stats.compacted(compaction)
             self._evictions[compaction.request_id].compacted(compaction)
@@ -80,10 +95,11 @@ class EvictionMixin(_Base):
             for start in started:
                 self.trace.started(start)
         # The counts include the tokens of this step by now.
-        records_queries = bool(self.kv_policy.needs & Need.ATTENTION_MASS) or any(
-            self.planner.needs_queries(r.request_id, r.num_computed_tokens) for r in self.running
+        records_queries = self.kv_policy.evicts and (
+            bool(self.kv_policy.needs & Need.ATTENTION_MASS)
+            or any(self.planner.needs_queries(r.request_id, r.num_computed_tokens) for r in self.running)
         )
-        setattr(output, OUTPUT_FIELD, StepOrders(compactions, started, observations, records_queries))
+        setattr(output, OUTPUT_FIELD, StepOrders(compactions, started, observations, records_queries, steered))
         pool = self.kv_cache_manager.block_pool
         self.eviction_stats.holding(pool.num_gpu_blocks - 1 - pool.get_num_free_blocks())
         if self.kv_policy.kv_check_integrity:
@@ -132,8 +148,8 @@ class EvictionMixin(_Base):
                 observations.append(Observation(request_id, num_logical, num_logical - num_evicted, num_queries, pages))
         return observations
 
-    def _started(self, output: SchedulerOutput) -> list[Started]:
-        """The managed requests whose first tokens are computed in this step."""
+    def _first_scheduled(self, output: SchedulerOutput) -> dict[str, int]:
+        """Requests whose first tokens are computed in this step, with the tokens found in the prefix cache."""
         cached = output.scheduled_cached_reqs
         num_cached = {new.req_id: new.num_computed_tokens for new in output.scheduled_new_reqs}
         num_cached |= {
@@ -141,8 +157,19 @@ class EvictionMixin(_Base):
             for request_id, num_computed in zip(cached.req_ids, cached.num_computed_tokens, strict=True)
             if request_id in cached.resumed_req_ids
         }
+        return num_cached
+
+    def _started(self, num_cached: dict[str, int]) -> list[Started]:
+        """Those of them that are managed."""
         started = [self._start(self.requests[request_id], hit) for request_id, hit in num_cached.items()]
         return [s for s in started if s is not None]
+
+    def _started_steering(self, num_cached: dict[str, int]) -> list[SteeredRequest]:
+        """Those of them that are steered."""
+        steered = [self._steered[request_id] for request_id in num_cached if request_id in self._steered]
+        for start in steered:
+            assert num_cached[start.request_id] <= start.first, "steered tokens were taken from the prefix cache"
+        return steered
 
     def _start(self, request: Request, num_cached: int) -> Started | None:
         config, options = self.kv_policy, self._options.get(request.request_id)
@@ -171,22 +198,45 @@ class EvictionMixin(_Base):
     def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
         super()._preempt_request(request, *args, **kwargs)
         self.planner.stop(request.request_id)
-        if self.kv_policy.needs & Need.SENTENCES:
+        if self.kv_policy.needs & Need.SENTENCES or request.request_id in self._steered:
             # Its own pages may still be in the prefix cache, but cached tokens have no hidden states, and
-            # what they say must be known again.
+            # what they say must be known again. What it wrote while steered may be there as another's prompt.
             request.skip_reading_prefix_cache = True
 
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
+        steered = self._finish_steering(request)
         if self.trace is not None:
-            self._write_trace(request)
+            self._write_trace(request, steered)
         self.planner.stop(request.request_id)
         self._options.pop(request.request_id, None)
         evictions = self._evictions.pop(request.request_id, None)
         for_connector, *others = super()._free_request(request, *args, **kwargs)
-        if evictions is not None:
+        self.block_manager.forget(request.request_id)
+        if evictions is not None or steered is not None:
             # vLLM hands this field to the client as it is; connectors, its usual authors, are refused.
-            for_connector = (for_connector or {}) | {CONFIG_KEY: asdict(evictions)}
+            told = asdict(evictions) if evictions is not None else {"policy": "full"}
+            told |= {"steering": steered} if steered is not None else {}
+            for_connector = (for_connector or {}) | {CONFIG_KEY: told}
         return for_connector, *others
+
+    def _finish_steering(self, request: Request) -> dict[str, Any] | None:
+        """Count what a steered request thought; what there is to say about it."""
+        start = self._steered.pop(request.request_id, None)
+        if start is None or self.steering is None:
+            return None
+        # The token sampled last was never read.
+        read = list(request.all_token_ids)[: max(start.first, request.num_tokens - 1)]
+        thoughts = self.steering.finish(start, read)
+        self.eviction_stats.thought(thoughts)
+        name = list(self.kv_policy.kv_steering_vectors)[start.state[0] - 1]
+        return {"vector": name, "alpha0": start.strength.alpha0, "gamma": start.strength.gamma} | thoughts._asdict()
+
+    def _make_steering(self) -> SteeringController:
+        config, model = self.kv_policy, self.vllm_config.model_config
+        tables = build_thought_tables(
+            cached_tokenizer_from_config(model), model.get_vocab_size(), config.kv_steering_compat
+        )
+        return SteeringController(tables, config.kv_steering_interval, config.kv_steering_compat == "reference")
 
     def _make_trace(self) -> TraceCollector:
         model = self.vllm_config.model_config
@@ -196,10 +246,11 @@ class EvictionMixin(_Base):
         parameters = self.kv_policy.model_dump() | {"model": model.model, "page_size": self.block_manager.block_size}
         return TraceCollector(self.kv_policy, self.parallel_config.tensor_parallel_size, tables, parameters)
 
-    def _write_trace(self, request: Request) -> None:
+    def _write_trace(self, request: Request, steered: dict[str, Any] | None) -> None:
         assert self.trace is not None
+        text = list(request.prompt_token_ids or ()), list(request.output_token_ids)
         try:
-            self.trace.finish(request.request_id, list(request.prompt_token_ids or ()), list(request.output_token_ids))
+            self.trace.finish(request.request_id, *text, steered)
         except (OSError, TimeoutError) as error:
             # A trace is worth less than the server; say so and go on.
             logger.error("SkipKV: no trace of request %s: %s", request.request_id, error)

@@ -18,6 +18,8 @@ from ..errors import KVPolicyError
 
 REFERENCE_DELIMITERS = ("\n", ".\n", ")\n", "\n\n", ".\n\n", ")\n\n", "?\n\n")
 KEYWORDS = ("Wait", "Alternatively", "again")
+TRANSITIONS = ("Alternatively",)
+"""Keywords of a change of approach; the others are those of doubt."""
 _DELIMITER = re.compile(r" ?[.)?!\]}\"'”’。]*\n+")
 _MAY_HOLD_NEWLINE = ("\n", "Ċ", "<0x0A>")
 
@@ -42,12 +44,14 @@ class SentenceTables:
         merges_delimiters: whether a delimiter right after a delimiter extends the sentence before it.
             The published code makes a one-token sentence of it.
         penalty_rule: which repeat's similarity counts when there are several, see `ops.sentence_penalties`.
+        transitions: those of the keywords that announce another approach; the others express doubt.
     """
 
     delimiters: frozenset[int]
     keywords: tuple[tuple[int, ...], ...]
     merges_delimiters: bool
     penalty_rule: str
+    transitions: frozenset[tuple[int, ...]] = frozenset()
 
 
 def build_tables(tokenizer: Tokenizer, compat: str = "default") -> SentenceTables:
@@ -62,8 +66,11 @@ def build_tables(tokenizer: Tokenizer, compat: str = "default") -> SentenceTable
     """
     if compat == "reference":
         last = {text: tokenizer.encode(text, add_special_tokens=False)[-1] for text in REFERENCE_DELIMITERS}
-        keyword_ids = {(tokenizer.encode(word, add_special_tokens=False)[-1],) for word in KEYWORDS}
-        return SentenceTables(frozenset(last.values()), tuple(sorted(keyword_ids)), False, "last")
+        ids: dict[str, tuple[int, ...]] = {
+            word: (tokenizer.encode(word, add_special_tokens=False)[-1],) for word in KEYWORDS
+        }
+        transitions = frozenset(ids[word] for word in TRANSITIONS)
+        return SentenceTables(frozenset(last.values()), tuple(sorted(set(ids.values()))), False, "last", transitions)
     if compat != "default":
         raise KVPolicyError(f"compat={compat!r} must be 'default' or 'reference'")
 
@@ -77,11 +84,12 @@ def build_tables(tokenizer: Tokenizer, compat: str = "default") -> SentenceTable
             "the tokenizer has no token that ends in a newline, so sentences cannot be found; "
             "use a policy that does not need sentences, e.g. --kv-policy rkv"
         )
-    keywords = set()
+    keywords: dict[tuple[int, ...], str] = {}
     for word in KEYWORDS:
         for form in {word, word.lower(), word.capitalize()}:
             for text in (form, f" {form}"):
-                keywords.add(tuple(tokenizer.encode(text, add_special_tokens=False)))
+                keywords[tuple(tokenizer.encode(text, add_special_tokens=False))] = word
     # A tokenizer that cannot spell a keyword at all gives no ids, and no ids would be found everywhere.
-    keywords.discard(())
-    return SentenceTables(delimiters, tuple(sorted(keywords)), True, "max")
+    keywords.pop((), None)
+    transitions = frozenset(ids for ids, word in keywords.items() if word in TRANSITIONS)
+    return SentenceTables(delimiters, tuple(sorted(keywords)), True, "max", transitions)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
 from vllm.tokenizers import cached_tokenizer_from_config
@@ -14,11 +15,14 @@ from ..ops.paging import Layout, PagedCache, cpu_layout
 from ..policies import Need
 from ..sentences import build_tables
 from ..sentences.tracker import SentenceTracker
+from ..steering import tokenizer_digest
+from ..steering.tables import build_thought_tables
 from ..trace import TraceWriter
 from .attention_mass import AttentionMass
 from .positions import PositionSidecar
 from .queries import QueryRing
 from .runtime import EvictionRuntime
+from .steering import Steering, decoder_layers
 
 if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import KVCacheConfig
@@ -32,11 +36,11 @@ def attention_layers(vllm_config: VllmConfig) -> dict[str, Any]:
     return {name: layer for name, layer in context.items() if hasattr(layer, "impl")}
 
 
-def build_runtime(vllm_config: VllmConfig, device: torch.device) -> EvictionRuntime:
-    """Allocate what the policy needs. Call it after the model is loaded and before memory is profiled,
-    so that vLLM leaves room for it."""
+def build_runtime(vllm_config: VllmConfig, model: nn.Module, device: torch.device) -> EvictionRuntime:
+    """Allocate what the policy needs, and hook up steering. Call it after the model is loaded and before memory is
+    profiled, so that vLLM leaves room for it."""
     config = compat.policy_config(vllm_config)
-    model, scheduling = vllm_config.model_config, vllm_config.scheduler_config
+    model_config, scheduling = vllm_config.model_config, vllm_config.scheduler_config
     options = config.policy.sentence_options
     layers = attention_layers(vllm_config)
     num_slots = scheduling.max_num_seqs
@@ -50,31 +54,55 @@ def build_runtime(vllm_config: VllmConfig, device: torch.device) -> EvictionRunt
             num_heads=first.num_heads,
             head_size=first.head_size,
             max_tokens=scheduling.max_num_batched_tokens,
-            dtype=model.dtype,
+            dtype=model_config.dtype,
             device=device,
         )
         for i, layer in enumerate(layers.values()):
             ring.attach(i, layer.impl)
     if config.needs & Need.SENTENCES:
         tracker = SentenceTracker(
-            build_tables(cached_tokenizer_from_config(model), options.compat),
+            build_tables(cached_tokenizer_from_config(model_config), options.compat),
             options,
             num_slots=num_slots,
-            max_length=model.max_model_len,
-            hidden_size=model.get_hidden_size() if config.needs & Need.HIDDEN else 0,
-            vocab_size=model.get_vocab_size(),
-            dtype=model.dtype,
+            max_length=model_config.max_model_len,
+            hidden_size=model_config.get_hidden_size() if config.needs & Need.HIDDEN else 0,
+            vocab_size=model_config.get_vocab_size(),
+            dtype=model_config.dtype,
             device=device,
         )
     if config.kv_trace_dir is not None:
         trace = TraceWriter(config.kv_trace_dir, vllm_config.parallel_config.rank)
-    held = (ring.nbytes if ring else 0) + (tracker.nbytes if tracker else 0)
+    steering = _build_steering(vllm_config, model, device) if config.steers else None
+    held = sum(part.nbytes for part in (ring, tracker, steering) if part)
     logger.info("SkipKV: %.1f MiB for observation queries and sentences of %d requests", held / 2**20, num_slots)
-    return EvictionRuntime(config, num_slots, ring, tracker, trace)
+    return EvictionRuntime(config, num_slots, ring, tracker, trace, steering)
+
+
+def _build_steering(vllm_config: VllmConfig, model: nn.Module, device: torch.device) -> Steering:
+    config = compat.policy_config(vllm_config)
+    model_config, scheduling = vllm_config.model_config, vllm_config.scheduler_config
+    tokenizer, vectors = cached_tokenizer_from_config(model_config), config.load_vectors()
+    num_layers = model_config.get_total_num_hidden_layers()
+    for vector in vectors:
+        vector.check_fits(model_config.get_hidden_size(), num_layers, tokenizer_digest(tokenizer))
+    steering = Steering(
+        build_thought_tables(tokenizer, model_config.get_vocab_size(), config.kv_steering_compat),
+        vectors,
+        interval=config.kv_steering_interval,
+        num_slots=scheduling.max_num_seqs,
+        max_tokens=max(
+            scheduling.max_num_batched_tokens, vllm_config.compilation_config.max_cudagraph_capture_size or 0
+        ),
+        device=device,
+    )
+    steering.attach(decoder_layers(model, num_layers))
+    return steering
 
 
 def bind_cache(runtime: EvictionRuntime, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> None:
     """Show the runtime the KV pages once vLLM has allocated them."""
+    if not runtime.config.evicts:
+        return
     layers = attention_layers(vllm_config)
     (group,) = kv_cache_config.kv_cache_groups
     names = [name for name in layers if name in set(group.layer_names)]
@@ -97,6 +125,8 @@ def without_sidecar(available: int, vllm_config: VllmConfig) -> int:
         available: bytes that vLLM would use for KV pages.
         vllm_config: with the model loaded.
     """
+    if not compat.policy_config(vllm_config).evicts:
+        return available
     layers = list(attention_layers(vllm_config).values())
     first = layers[0]
     element = torch.empty((), dtype=vllm_config.model_config.dtype).element_size()

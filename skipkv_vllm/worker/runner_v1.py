@@ -25,7 +25,7 @@ class EvictingRunnerV1(_Base):
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         super().load_model(*args, **kwargs)
-        self.runtime = build_runtime(self.vllm_config, self.device)
+        self.runtime = build_runtime(self.vllm_config, self.get_model(), self.device)
 
     def initialize_kv_cache(self, kv_cache_config: Any, *args: Any, **kwargs: Any) -> None:
         super().initialize_kv_cache(kv_cache_config, *args, **kwargs)
@@ -52,7 +52,10 @@ class EvictingRunnerV1(_Base):
         n = self.input_batch.num_reqs
         starts = self.input_batch.num_computed_tokens_cpu[:n].astype(np.int64)
         counts = num_scheduled_tokens.astype(np.int64)
-        evicted = self.runtime.prepare(StepBatch(self.input_batch.req_ids[:n], counts, starts))
+        batch = StepBatch(self.input_batch.req_ids[:n], counts, starts)
+        if self.runtime.steering is not None:
+            self.runtime.steering.prepare(batch, self.input_ids.gpu)
+        evicted = self.runtime.prepare(batch)
         if evicted is not None:
             # After super(): until here vLLM compares these lengths with logical ones.
             offset = to_device(evicted, torch.int32, self.device)

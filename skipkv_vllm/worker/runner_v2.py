@@ -32,7 +32,7 @@ class EvictingRunnerV2(_Base):
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         super().load_model(*args, **kwargs)
-        self.runtime = build_runtime(self.vllm_config, self.device)
+        self.runtime = build_runtime(self.vllm_config, self.get_model(), self.device)
         self._resident_seq_lens = torch.zeros(self.max_num_reqs, dtype=torch.int32, device=self.device)
         self._slot_positions = torch.zeros(self.max_num_tokens, dtype=torch.int64, device=self.device)
         self._stock_prepare_attn = self.model_state.prepare_attn
@@ -64,7 +64,10 @@ class EvictingRunnerV2(_Base):
         """Slot mappings from physical positions; RoPE keeps `input_batch.positions`."""
         n, counts = input_batch.num_reqs, input_batch.num_scheduled_tokens.astype(np.int64)
         starts = input_batch.num_computed_tokens_np.astype(np.int64)
-        self._evicted = self.runtime.prepare(StepBatch(input_batch.req_ids, counts, starts))
+        batch = StepBatch(input_batch.req_ids, counts, starts)
+        if self.runtime.steering is not None:
+            self.runtime.steering.prepare(batch, input_batch.input_ids)
+        self._evicted = self.runtime.prepare(batch)
         if self._evicted is None:
             return super().prepare_attn(input_batch)
         positions = self._slot_positions[: input_batch.positions.shape[0]]

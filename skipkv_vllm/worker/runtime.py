@@ -23,6 +23,7 @@ from ..trace import TraceWriter
 from .attention_mass import AttentionMass
 from .compaction import Compactor, Job, Managed
 from .queries import QueryRing
+from .steering import Steering
 
 
 class StepBatch(NamedTuple):
@@ -52,6 +53,7 @@ class EvictionRuntime:
         ring: observation queries, or None where no policy reads them.
         tracker: sentences, or None where no policy reads them.
         trace: writes what was kept, or None.
+        steering: steers requests, or None on a server without vectors. The model runner has it prepare each step.
     """
 
     def __init__(
@@ -61,11 +63,13 @@ class EvictionRuntime:
         ring: QueryRing | None,
         tracker: SentenceTracker | None,
         trace: TraceWriter | None,
+        steering: Steering | None = None,
     ) -> None:
         self.config = config
         self.ring = ring
         self.tracker = tracker
         self.trace = trace
+        self.steering = steering
         self._requests: dict[str, Managed] = {}
         self._free_slots = list(reversed(range(num_slots)))
         # By slot, so that a step needs no loop over requests; the last entry is for unmanaged requests.
@@ -99,6 +103,8 @@ class EvictionRuntime:
             finished: requests that ended.
             preempted: requests that lost their cache and may start over.
         """
+        if self.steering is not None:
+            self.steering.begin(orders.steered if orders else (), (*finished, *preempted))
         for request_id in (*finished, *preempted):
             request = self._requests.pop(request_id, None)
             if request is not None:
@@ -157,6 +163,8 @@ class EvictionRuntime:
     def prepare_dummy(self) -> None:
         """Get ready for a forward pass without requests: profiling, graph capture, idle data-parallel rank."""
         self._batch = None
+        if self.steering is not None:
+            self.steering.prepare_dummy()
         if self.ring is not None:
             self.ring.idle()
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from skipkv_vllm.ops import batched
 from skipkv_vllm.ops.paging import Layout, PagedCache
+from tests.thought_cases import check_thoughts
 from tests.tracking_cases import check_tracking
 
 pytestmark = [
@@ -191,6 +192,11 @@ def test_tracking(backend, seed):
     check_tracking(backend, seed, "cuda")
 
 
+@pytest.mark.parametrize("seed", range(30))
+def test_thoughts(backend, seed):
+    check_thoughts(backend, seed, "cuda")
+
+
 def every_operator(module: ModuleType) -> list[Callable[[], Any]]:
     """Calls of all operators with arguments that are ready on the GPU."""
     arguments = scoring((300, 200))
@@ -211,6 +217,10 @@ def every_operator(module: ModuleType) -> list[Callable[[], Any]]:
     open_sum = torch.zeros(3, 256, device=CUDA)
     query, rows = torch.randn(5, 8, 128, device=CUDA), torch.zeros(9, 8, 128, device=CUDA)
     index = torch.tensor([3, 1, 8, 0, 2], device=CUDA)
+    thoughts = (spans, torch.arange(20, dtype=torch.int32, device=CUDA) % 16, torch.zeros_like(numbers(0))[None])
+    strengths, thinking = torch.ones(3, 3, device=CUDA), torch.ones(3, 10, dtype=torch.int32, device=CUDA)
+    thinking[:, 3] = 0
+    steered = (numbers(0, 0, 0, 0, 0), torch.zeros(5, device=CUDA))
     steering = (torch.randn(5, 512, device=CUDA), torch.ones(5, device=CUDA), numbers(0, 1, 2, 0, 1))
     vectors = torch.randn(3, 512, device=CUDA)
     return [
@@ -220,6 +230,7 @@ def every_operator(module: ModuleType) -> list[Callable[[], Any]]:
         lambda: module.track_sentences(ids, states, spans, 5, is_delimiter, True, ends, *tracker, open_sum, unit),
         lambda: module.sentence_similarity(unit, slots, count, compared, penalties, 0.1, 0),
         lambda: module.observe_queries(query, index, rows),
+        lambda: module.track_thoughts(ids, *thoughts, True, 128, strengths, thinking, 5, *steered),
         lambda: module.steer_add(*steering, vectors),
     ]
 

@@ -17,6 +17,7 @@ from skipkv_vllm.ops import batched, native
 from skipkv_vllm.ops.paging import Layout
 from tests import emulated_cuda
 from tests.op_cases import CompactCase, Pages, ScoreCase
+from tests.thought_cases import check_thoughts
 from tests.tracking_cases import check_tracking
 from tests.unit import test_ops_parity as parity
 from tests.unit import test_ops_parity_tokens as tokens
@@ -73,6 +74,11 @@ def test_compact_pages(cuda, case, seed):
 @pytest.mark.parametrize("seed", range(30))
 def test_track_sentences(cuda, seed):
     check_tracking(cuda.module, seed)
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_track_thoughts(cuda, seed):
+    check_thoughts(cuda.module, seed)
 
 
 @rows(tokens.SENTENCES)

@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from skipkv_vllm.ops import batched, native
+from skipkv_vllm.ops import KEYWORD_SHIFT, STATE, batched, native
 from skipkv_vllm.ops.schema import SCHEMAS
 from tests.op_backends import Backend, cases, each_backend, isa, on  # noqa: F401
 from tests.op_cases import CompactCase, ScoreCase
+from tests.thought_cases import check_thoughts
 
 FLOAT, BF16, HALF = torch.float32, torch.bfloat16, torch.float16
 
@@ -155,6 +156,40 @@ def test_sentence_similarity(backend, case):
         batched.sentence_similarity(embeddings.cpu(), asked, count.cpu(), wanted_compared, wanted, *options)
         assert torch.equal(compared.cpu(), wanted_compared)
         torch.testing.assert_close(penalties.cpu(), wanted, rtol=1e-5, atol=1e-6)
+
+
+# ---- track_thoughts
+
+
+@each_backend
+@pytest.mark.parametrize("seed", range(12))
+def test_track_thoughts(backend, seed):
+    check_thoughts(backend.module, seed, backend.device, steps=5 if backend.whole else 2)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"slot": 9}, "slot 9 of 2"),
+        ({"number": 9}, "exceeds the step"),
+        ({"token": 77}, "token id 77 of 10"),
+        ({"written": 99}, "written=99"),
+        ({"interval": 0}, "interval=0"),
+        ({"flags": 5 << KEYWORD_SHIFT}, "no entry for state 0 and class 5"),
+    ],
+)
+def test_bad_arguments_of_track_thoughts_are_refused(change, message):
+    if why := native.unavailable("cpu"):
+        pytest.skip(why)
+    given = {"slot": 0, "number": 3, "token": 1, "written": 0, "interval": 128, "flags": 0} | change
+    vocabulary = torch.full((10,), given["flags"], dtype=torch.int32)
+    spans = torch.tensor([[given["slot"]], [0], [given["number"]], [5]])
+    with pytest.raises(RuntimeError, match=message):
+        native.track_thoughts(
+            *(torch.full((3,), given["token"]), spans, vocabulary, torch.zeros(1, 1, dtype=torch.int32)),
+            *(True, given["interval"], torch.zeros(2, 3), torch.zeros(2, len(STATE), dtype=torch.int32)),
+            *(given["written"], torch.zeros(4, dtype=torch.int32), torch.zeros(4)),
+        )
 
 
 # ---- observe_queries and steer_add

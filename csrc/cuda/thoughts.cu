@@ -1,0 +1,112 @@
+// `track_thoughts`: one block a request. A thread reads the tokens one after the other, for which all have fetched their
+// flags; what a request writes in a step of decoding is one token.
+#include "device.cuh"
+#include "launch.cuh"
+#include "ops.h"
+
+namespace skipkv {
+namespace {
+
+constexpr int kThreads = 128;
+
+// Flags of a token, and how its keyword class is packed with them; `THOUGHT` and `KEYWORD_SHIFT` of ops/batched.py.
+constexpr int kSplit = 1, kDelimiter = 2, kBegin = 4, kEnd = 8, kKeywordShift = 4;
+
+// A row of `state`; the columns are `STATE` of ops/batched.py.
+struct State {
+  int vector, thinking, kinds, machine, after_delimiter, latched, execution, reflection, transition, steered;
+};
+constexpr int64_t kStateSize = sizeof(State) / sizeof(int);
+
+struct Thoughts {
+  const void* token_ids;
+  bool wide_ids;
+  const int64_t* spans;
+  int64_t requests;
+  const int* vocabulary;
+  const int* keywords;
+  int classes;
+  bool merge;
+  int64_t interval;
+  const float* strengths;
+  State* state;
+  int* row;
+  float* coefficient;
+};
+
+__global__ void __launch_bounds__(kThreads) track(Thoughts s) {
+  __shared__ int fetched[kThreads];
+  const int64_t request = blockIdx.x;
+  const int64_t slot = s.spans[request], begin = s.spans[s.requests + request];
+  const int64_t number = s.spans[2 * s.requests + request], position = s.spans[3 * s.requests + request];
+  const float* strength = s.strengths + slot * 3;
+  const int thread = static_cast<int>(threadIdx.x);
+  State now = s.state[slot];
+  for (int64_t first = 0; first < number; first += kThreads) {
+    const int64_t own = begin + first + thread;
+    if (first + thread < number) {
+      const int64_t id = s.wide_ids ? static_cast<const int64_t*>(s.token_ids)[own]
+                                    : static_cast<const int*>(s.token_ids)[own];
+      fetched[thread] = s.vocabulary[id];
+    }
+    __syncthreads();
+    const int count = static_cast<int>(number - first < kThreads ? number - first : kThreads);
+    for (int i = 0; thread == 0 && i < count; ++i) {
+      const int flags = fetched[i];
+      const int step = s.keywords[now.machine * s.classes + (flags >> kKeywordShift)];
+      now.machine = step >> 2;
+      now.kinds |= step & 3;
+      if (flags & (kBegin | kEnd)) now.thinking = !(flags & kEnd);
+      if (now.thinking && (flags & kSplit)) {
+        // In double precision the product is exact, so that a fused multiply-add changes nothing.
+        const double alpha = strength[0] + static_cast<double>(strength[1]) * now.latched;
+        const float used = static_cast<float>(alpha < strength[2] ? alpha : static_cast<double>(strength[2]));
+        s.coefficient[begin + first + i] = used;
+        s.row[begin + first + i] = used == 0 ? 0 : now.vector;
+        now.steered += used != 0;
+      }
+      if (flags & kDelimiter) {
+        if (!(s.merge && now.after_delimiter)) {
+          ++(now.kinds & 1 ? now.reflection : now.kinds & 2 ? now.transition : now.execution);
+        }
+        now.machine = now.kinds = 0;
+      }
+      now.after_delimiter = (flags & kDelimiter) != 0;
+      if ((position + first + i + 1) % s.interval == 0) now.latched = now.reflection + now.transition;
+    }
+    __syncthreads();
+  }
+  if (thread == 0) s.state[slot] = now;
+}
+
+}  // namespace
+
+void track_thoughts(const Tensor& token_ids, const Tensor& spans, const Tensor& vocabulary, const Tensor& keywords,
+                    bool merge, int64_t interval, const Tensor& strengths, const Tensor& state, int64_t written,
+                    const Tensor& row, const Tensor& coefficient) {
+  const int64_t requests = spans.size(1), num_slots = state.size(0), most = row.numel();
+  const bool wide = token_ids.scalar_type() == ScalarType::Long;
+  check_vector(token_ids, "token_ids", wide ? ScalarType::Long : ScalarType::Int, token_ids.numel());
+  check(spans, "spans", ScalarType::Long, {4, requests});
+  check_vector(vocabulary, "vocabulary", ScalarType::Int, vocabulary.numel());
+  check(keywords, "keywords", ScalarType::Int, {-1, -1});
+  check(state, "state", ScalarType::Int, {num_slots, kStateSize});
+  check(strengths, "strengths", ScalarType::Float, {num_slots, 3});
+  check_vector(row, "row", ScalarType::Int, most);
+  check_vector(coefficient, "coefficient", ScalarType::Float, most);
+  STD_TORCH_CHECK(keywords.is_contiguous() && state.is_contiguous() && strengths.is_contiguous(),
+                  "skipkv_cuda: keywords, state and strengths must be contiguous");
+  STD_TORCH_CHECK(interval > 0 && written >= 0 && written <= most, "skipkv_cuda: interval=", interval,
+                  " must be positive and written=", written, " at most ", most);
+  const Tensor table = packed(spans);
+  const Guard guard(state.get_device_index());
+  const cudaStream_t stream = current_stream(state);
+  if (written > 0) clear_async(row.mutable_data_ptr(), static_cast<size_t>(written) * sizeof(int), stream);
+  launch(track, requests, kThreads, 0, stream,
+         Thoughts{token_ids.const_data_ptr(), wide, data<const int64_t>(table), requests,
+                  data<const int>(vocabulary), data<const int>(keywords), static_cast<int>(keywords.size(1)), merge,
+                  interval, data<const float>(strengths), static_cast<State*>(state.mutable_data_ptr()),
+                  data<int>(row), data<float>(coefficient)});
+}
+
+}  // namespace skipkv

@@ -1,0 +1,100 @@
+"""What `track_thoughts` must know of a tokenizer: where thoughts part, and the keywords that say what they are.
+
+Sentences and keywords are those of `sentences.tables`, so that steering counts what eviction and traces see.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import KVPolicyError
+from ..ops import KEYWORD_SHIFT, THOUGHT
+from ..sentences import SentenceTables, build_tables
+from ..sentences.tables import Tokenizer
+
+MARKERS = {"<think>": THOUGHT.BEGIN, "</think>": THOUGHT.END}
+REFLECTION, TRANSITION = 1, 2
+
+
+@dataclass(frozen=True, eq=False)
+class ThoughtTables:
+    """Tables of one tokenizer, on the CPU.
+
+    Attributes:
+        vocabulary, keywords: see `ops.batched.track_thoughts`.
+        merge: whether a delimiter right after another one closes nothing.
+    """
+
+    vocabulary: Tensor
+    keywords: Tensor
+    merge: bool
+
+
+def build_thought_tables(tokenizer: Tokenizer, vocab_size: int, compat: str = "default") -> ThoughtTables:
+    """Build the tables of a tokenizer.
+
+    A token is steered at the end of a thought: where its text has a blank line. Vectors are made from the hidden
+    states of these tokens.
+
+    Args:
+        tokenizer: any Hugging Face tokenizer.
+        vocab_size: number of token ids of the model, which may be more than the tokenizer's.
+        compat: "default" or "reference", as for `sentences.build_tables`.
+
+    Raises:
+        KVPolicyError: a tokenizer without tokens for <think> and </think>, or without one that has a blank line.
+    """
+    vocab = tokenizer.get_vocab()
+    if missing := [marker for marker in MARKERS if marker not in vocab]:
+        raise KVPolicyError(
+            f"the tokenizer has no token for {' and '.join(missing)}, so it cannot be told where the model thinks; "
+            "start without --kv-steering-vectors"
+        )
+    splits = {i for token, i in vocab.items() if _may_be_blank(token) and "\n\n" in tokenizer.decode([i])}
+    if not splits:
+        raise KVPolicyError(
+            "the tokenizer has no token with a blank line, so thoughts cannot be told apart; "
+            "start without --kv-steering-vectors"
+        )
+    sentences = build_tables(tokenizer, compat)
+    flags = dict.fromkeys(splits, THOUGHT.SPLIT)
+    for token_id in sentences.delimiters:
+        flags[token_id] = flags.get(token_id, 0) | THOUGHT.DELIMITER
+    for marker, flag in MARKERS.items():
+        flags[vocab[marker]] = flags.get(vocab[marker], 0) | flag
+    classes = {token: i for i, token in enumerate(sorted({t for word in sentences.keywords for t in word}), 1)}
+    vocabulary = torch.zeros(max(vocab_size, max(vocab.values()) + 1), dtype=torch.int32)
+    for token_id in flags.keys() | classes.keys():
+        vocabulary[token_id] = flags.get(token_id, 0) | classes.get(token_id, 0) << KEYWORD_SHIFT
+    return ThoughtTables(vocabulary, _keyword_machine(sentences, list(classes)), sentences.merges_delimiters)
+
+
+def _may_be_blank(token: str) -> bool:
+    return token.count("\n") + token.count("Ċ") > 1
+
+
+def _keyword_machine(sentences: SentenceTables, tokens: list[int]) -> Tensor:
+    """The machine of Aho and Corasick; a state is the longest end of the text that begins a keyword."""
+    words = sentences.keywords
+    prefixes = sorted({word[:n] for word in words for n in range(len(word) + 1)}, key=len)
+    number = {prefix: i for i, prefix in enumerate(prefixes)}
+    table = torch.zeros(len(prefixes), len(tokens) + 1, dtype=torch.int32)
+    for prefix in prefixes:
+        for column, token in enumerate(tokens, 1):
+            text = (*prefix, token)
+            ends = [text[i:] for i in range(len(text) + 1)]
+            kinds = _kinds(ends, sentences)
+            table[number[prefix], column] = next(number[end] for end in ends if end in number) << 2 | kinds
+    return table
+
+
+def _kinds(ends: Collection[tuple[int, ...]], sentences: SentenceTables) -> int:
+    kinds = 0
+    for word in sentences.keywords:
+        if word in ends:
+            kinds |= TRANSITION if word in sentences.transitions else REFLECTION
+    return kinds

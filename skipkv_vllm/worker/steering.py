@@ -1,0 +1,220 @@
+"""The worker's part of steering: adds a vector to what enters a decoder layer, at the tokens that part two thoughts.
+
+Which tokens, and how strongly, is computed on the device from the step's token ids before the forward pass, in buffers
+that compiled code and CUDA graphs read.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .. import ops
+from ..errors import KVPolicyError
+from ..ops.paging import to_device
+from ..steering.controller import SteeredRequest
+from ..steering.tables import ThoughtTables
+from ..steering.vectors import SteeringVector
+
+if TYPE_CHECKING:
+    from .runtime import StepBatch
+
+LAYER_INPUTS = ("positions", "hidden_states", "residual")
+"""First parameters of a decoder layer that carries the residual stream as a sum of two."""
+
+
+def decoder_layers(model: nn.Module, num_layers: int) -> nn.ModuleList:
+    """The decoder layers of a model of vLLM, found by what they are and not by name.
+
+    Raises:
+        KVPolicyError: there is not exactly one list of `num_layers` of them.
+    """
+    found = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == num_layers and all(map(_is_decoder_layer, module))
+    }
+    if len(found) != 1:
+        raise KVPolicyError(
+            f"steering found {len(found)} lists of {num_layers} decoder layers in {type(model).__name__} "
+            f"({', '.join(found) or 'none'}); it needs one whose layers take {', '.join(LAYER_INPUTS)}, as those of "
+            "Qwen2, Qwen3 and Llama do. Start without --kv-steering-vectors"
+        )
+    return next(iter(found.values()))
+
+
+def _is_decoder_layer(module: nn.Module) -> bool:
+    return tuple(inspect.signature(module.forward).parameters)[: len(LAYER_INPUTS)] == LAYER_INPUTS
+
+
+class Steering:
+    """Coefficients of the step's tokens, the state of the requests they come from, and the hooks that add.
+
+    Args:
+        tables: of the tokenizer.
+        vectors: registered vectors; a request names one by its number, from 1.
+        interval: positions after which the number of thoughts is taken over.
+        num_slots: requests that can run at once.
+        max_tokens: tokens of the largest step.
+        device: where the model runs.
+    """
+
+    def __init__(
+        self,
+        tables: ThoughtTables,
+        vectors: Sequence[SteeringVector],
+        *,
+        interval: int,
+        num_slots: int,
+        max_tokens: int,
+        device: torch.device,
+    ) -> None:
+        self._vectors = vectors
+        self._vocabulary, self._keywords = tables.vocabulary.to(device), tables.keywords.to(device)
+        self._merge, self._interval, self._device = tables.merge, interval, device
+        self._track = ops.function("track_thoughts", device)
+        self._add = ops.function("steer_add", device)
+        self.row = torch.zeros(max_tokens, dtype=torch.int32, device=device)
+        self.coefficient = torch.zeros(max_tokens, dtype=torch.float32, device=device)
+        self.state = torch.zeros(num_slots, len(ops.STATE), dtype=torch.int32, device=device)
+        self._strengths = torch.zeros(num_slots, 3, dtype=torch.float32, device=device)
+        self._free_slots = list(reversed(range(num_slots)))
+        self._requests: dict[str, tuple[int, int]] = {}
+        self.is_active = True
+        """False in a step that steers nothing; compiled code and graphs add all the same, nothing"""
+        self._written = 0
+        # Of the batch before, because most batches are the one before.
+        self._request_ids: Sequence[str] | None = None
+        self._members = self._firsts = np.zeros(0, dtype=np.int64)
+        self._all_written = False
+        self._spans = np.zeros((4, 0), dtype=np.int64)
+        self._shared_spans = torch.from_numpy(self._spans)
+
+    @property
+    def nbytes(self) -> int:
+        """Device memory of the buffers, without the vectors."""
+        return sum(t.nbytes for t in vars(self).values() if isinstance(t, Tensor))
+
+    def attach(self, layers: nn.ModuleList) -> None:
+        """Put a hook on every layer that some vector belongs to. Call it before anything is compiled."""
+        for index in sorted({vector.layer for vector in self._vectors}):
+            width = self._vectors[0].hidden_size
+            table = torch.zeros(len(self._vectors) + 1, width, dtype=torch.float32, device=self._device)
+            for number, vector in enumerate(self._vectors, 1):
+                if vector.layer == index:
+                    table[number] = vector.values
+            layer = layers[index]
+            buffers = {"row": self.row, "coefficient": self.coefficient, "vectors": table}
+            for name, buffer in buffers.items():
+                layer.register_buffer(f"skipkv_{name}", buffer, persistent=False)
+            layer.register_forward_pre_hook(self._before_layer, with_kwargs=True)
+
+    def _before_layer(
+        self, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        # What is compiled is compiled once, for steps that steer and steps that do not.
+        compiling = torch.compiler.is_compiling()
+        if not compiling and not self.is_active:
+            return None
+        add = torch.ops.skipkv.steer_add if compiling else self._add
+        inputs = dict(zip(LAYER_INPUTS, args, strict=False)) | kwargs
+        # The stream is the sum of the two; the first layer has no residual yet.
+        name = "hidden_states" if inputs["residual"] is None else "residual"
+        inputs[name] = add(inputs[name], layer.skipkv_coefficient, layer.skipkv_row, layer.skipkv_vectors)
+        return args[len(LAYER_INPUTS) :], inputs
+
+    # ---- a step
+
+    def begin(self, started: Iterable[SteeredRequest], ended: Iterable[str]) -> None:
+        """Forget requests that ended or lost their cache, then get ready for those that start."""
+        for request_id in ended:
+            held = self._requests.pop(request_id, None)
+            if held is not None:
+                self._free_slots.append(held[0])
+                self._request_ids = None
+        for request in started:
+            old = self._requests.get(request.request_id)
+            slot = self._free_slots.pop() if old is None else old[0]
+            self._requests[request.request_id] = slot, request.first
+            self.state[slot] = to_device(request.state, torch.int32, self._device)
+            self._strengths[slot] = to_device(request.strength, torch.float32, self._device)
+            self._request_ids = None
+
+    def prepare(self, batch: StepBatch, token_ids: Tensor) -> None:
+        """Compute the coefficients of the coming forward pass.
+
+        Args:
+            batch: its requests.
+            token_ids: integer `[>= T]` on the device.
+        """
+        if not self._requests:
+            self._rest()
+            return
+        if batch.request_ids != self._request_ids:
+            self._new_batch(batch.request_ids)
+        if not self._members.size:
+            self._rest()
+            return
+        spans = self._shared_spans
+        total = int(batch.counts.sum())
+        if self._all_written and total == len(batch.counts):
+            self._spans[3] = batch.starts[self._members]
+        else:
+            spans = self._uneven_spans(batch)
+            if not spans.shape[1]:
+                self._rest()
+                return
+        self._track(
+            token_ids,
+            spans if self._device.type == "cpu" else to_device(spans, torch.int64, self._device),
+            self._vocabulary,
+            self._keywords,
+            self._merge,
+            self._interval,
+            self._strengths,
+            self.state,
+            self._written,
+            self.row,
+            self.coefficient,
+        )
+        self._written = total
+        self.is_active = True
+
+    def prepare_dummy(self) -> None:
+        """The coming forward pass has no requests, but a graph may be captured in it."""
+        self._rest()
+        self.is_active = True
+
+    def _rest(self) -> None:
+        if self._written:
+            self.row[: self._written].zero_()
+            self._written = 0
+        self.is_active = False
+
+    def _new_batch(self, request_ids: Sequence[str]) -> None:
+        self._request_ids = list(request_ids)
+        places = [i for i, request_id in enumerate(request_ids) if request_id in self._requests]
+        held = [self._requests[request_ids[i]] for i in places]
+        self._members = np.array(places, dtype=np.int64)
+        self._firsts = np.array([first for _, first in held], dtype=np.int64)
+        slots = [slot for slot, _ in held]
+        # One token a request: the spans of decoding, of which only the positions change.
+        self._spans = np.array([slots, places, [1] * len(places), [0] * len(places)], dtype=np.int64)
+        self._shared_spans = torch.from_numpy(self._spans)
+        self._all_written = False
+
+    def _uneven_spans(self, batch: StepBatch) -> Tensor:
+        """Spans of a step in which some request has several tokens, or tokens of its prompt."""
+        members = self._members
+        counts, starts = batch.counts[members], batch.starts[members]
+        skipped = np.minimum(np.maximum(self._firsts - starts, 0), counts)
+        begins = (batch.counts.cumsum() - batch.counts)[members] + skipped
+        fresh = counts - skipped
+        self._all_written = bool((starts + counts >= self._firsts).all())
+        spans = np.array([self._spans[0], begins, fresh, starts + skipped])
+        return torch.from_numpy(spans[:, fresh > 0])
