@@ -1,0 +1,409 @@
+"""Steering: tables, what is counted, which tokens are steered in batches of any kind, and the hook."""
+
+from __future__ import annotations
+
+import functools
+import random
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, models
+from torch import Tensor, nn
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from skipkv_vllm import bundled_model
+from skipkv_vllm.errors import KVPolicyError
+from skipkv_vllm.ops import KEYWORD_SHIFT, STATE, THOUGHT
+from skipkv_vllm.sentences import SentenceTables, build_tables, segment_with
+from skipkv_vllm.steering import SteeringVector
+from skipkv_vllm.steering.controller import SteeringController, Strength
+from skipkv_vllm.steering.tables import ThoughtTables, _keyword_machine, build_thought_tables
+from skipkv_vllm.worker.runtime import StepBatch
+from skipkv_vllm.worker.steering import Steering, decoder_layers
+
+STRENGTH = Strength(1.0, 0.25, 2.0)
+WIDTH = 8
+
+
+@functools.cache
+def tokenizer() -> Any:
+    return AutoTokenizer.from_pretrained(bundled_model())
+
+
+@functools.cache
+def tables(compat: str = "default") -> ThoughtTables:
+    return build_thought_tables(tokenizer(), 503, compat)
+
+
+def ids(text: str) -> list[int]:
+    return tokenizer().encode(text, add_special_tokens=False)
+
+
+MARKERS = ("<think>", "<think>", "</think>")
+PIECES = ("Wait", " again", "Alternatively", "Read", " a", ".", ".\n\n", "\n\n", ".\n", "\n", ":", " ") * 3 + MARKERS
+
+
+def random_text(seed: int, length: int) -> list[int]:
+    draw = random.Random(seed)
+    text: list[int] = []
+    while len(text) < length:
+        text += ids(draw.choice(PIECES))
+    return text[:length]
+
+
+def naive_alphas(text: list[int], first: int, thinks: bool, interval: int, strength: Strength) -> list[float]:
+    """The rule, for a text whose tokens count from position `first` on."""
+    read = [tokenizer().decode([token]) for token in text]
+    sentences = segment_with(text[first:], build_tables(tokenizer()))
+    doubts = [first + s.end for s in sentences if not s.is_execution]
+    # A delimiter that follows another one moves the end of the sentence; that was counted at the first of them.
+    body = {first + s.start: first + s.end for s in sentences}
+    closed = []
+    for start, end in body.items():
+        at = next(p for p in range(start, end) if text[p] in build_tables(tokenizer()).delimiters)
+        closed += [at] * (end in doubts)
+    alphas, latched = [0.0] * len(text), 0
+    for p in range(first, len(text)):
+        thinks = {"<think>": True, "</think>": False}.get(read[p], thinks)
+        if thinks and "\n\n" in read[p]:
+            alphas[p] = min(strength.alpha0 + strength.gamma * latched, strength.alpha_max)
+        if (p + 1) % interval == 0:
+            latched = sum(at <= p for at in closed)
+    return alphas
+
+
+# ---- tables
+
+
+def test_what_the_bundled_tokenizers_tokens_are():
+    flags = tables().vocabulary
+
+    def texts(flag: int) -> set[str]:
+        return {tokenizer().decode([i]) for i in (flags & flag).nonzero().flatten().tolist()}
+
+    assert texts(THOUGHT.SPLIT) == {"\n\n", ".\n\n", "?\n\n", ")\n\n", ">\n\n"}
+    assert set((flags & THOUGHT.DELIMITER).nonzero().flatten().tolist()) == build_tables(tokenizer()).delimiters
+    assert (texts(THOUGHT.BEGIN), texts(THOUGHT.END)) == ({"<think>"}, {"</think>"})
+    assert tables("reference").merge is False
+    assert tables().merge is True
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "message"),
+    [
+        ({"\n\n": 0, "a": 1}, "no token for <think> and </think>"),
+        ({"\n\n": 0, "<think>": 1}, "no token for </think>"),
+        ({"\n": 0, "<think>": 1, "</think>": 2}, "no token with a blank line"),
+    ],
+)
+def test_a_tokenizer_that_cannot_tell_thoughts_is_refused(vocabulary, message):
+    tokens = models.WordLevel({**vocabulary, "[UNK]": 9}, unk_token="[UNK]")
+    with pytest.raises(KVPolicyError, match=f"{message}.*start without --kv-steering-vectors"):
+        build_thought_tables(PreTrainedTokenizerFast(tokenizer_object=Tokenizer(tokens)), 10)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_the_machine_finds_the_keywords_that_segment_finds(seed):
+    draw = random.Random(seed)
+    words = tuple({tuple(draw.choices(range(4), k=draw.randint(1, 4))) for _ in range(5)})
+    sentences = SentenceTables(frozenset({9}), words, True, "max", frozenset(words[:2]))
+    tokens = sorted({t for word in words for t in word})
+    machine = _keyword_machine(sentences, tokens)
+    column = {token: i for i, token in enumerate(tokens, 1)}
+    text = draw.choices(range(5), k=30)
+    state = kinds = 0
+    for token in text:
+        step = int(machine[state, column.get(token, 0)])
+        state, kinds = step >> 2, kinds | step & 3
+    found = [word for word in words if any(tuple(text[i : i + len(word)]) == word for i in range(30))]
+    wanted = {2 if word in sentences.transitions else 1 for word in found}
+    assert kinds == sum(wanted)
+
+
+# ---- the controller
+
+
+@pytest.mark.parametrize(
+    ("prompt", "thinks"),
+    [("a<think>\n", 1), ("a<think>b</think>\n\n", 0), ("a", 0), ("</think>a<think>\n\n", 1)],
+)
+def test_the_last_marker_of_the_prompt_decides_whether_the_model_thinks(prompt, thinks):
+    start = SteeringController(tables(), 16, counts_prompt=False).start("r", ids(prompt), 3, STRENGTH)
+    state = dict(zip(STATE, start.state, strict=True))
+    assert state == dict.fromkeys(STATE, 0) | {"vector": 3, "thinking": thinks}
+    assert start.first == len(ids(prompt))
+
+
+def test_reference_counts_the_prompt_up_to_its_last_token():
+    prompt = ids("Wait, a.\n\n<think>Alternatively b.\n\nRead.\n\n")
+    start = SteeringController(tables("reference"), 16, counts_prompt=True).start("r", prompt, 1, STRENGTH)
+    state = dict(zip(STATE, start.state, strict=True))
+    assert start.first == len(prompt) - 1
+    # The last token of "Wait" is in "Alternatively" too, so that both are doubts by the published code.
+    assert (state["reflection"], state["transition"], state["execution"]) == (2, 0, 0)
+    assert (state["latched"], state["thinking"], state["steered"]) == (0, 1, 0)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_thoughts_are_the_sentences_that_eviction_and_traces_see(seed):
+    text = random_text(seed, 300)
+    controller = SteeringController(tables(), 16, counts_prompt=False)
+    start = controller.start("r", ids("a<think>"), 1, STRENGTH)
+    prompt = ids("a<think>")
+    thoughts = controller.finish(start, prompt + text)
+    sentences = segment_with(text, build_tables(tokenizer()))
+    assert thoughts.execution == sum(s.is_execution for s in sentences)
+    assert thoughts.reflection + thoughts.transition == sum(not s.is_execution for s in sentences)
+    wanted = naive_alphas(prompt + text, len(prompt), True, 16, STRENGTH)
+    assert thoughts.steered_tokens == sum(alpha != 0 for alpha in wanted) > 5
+
+
+def test_kinds_of_thoughts():
+    controller = SteeringController(tables(), 16, counts_prompt=False)
+    start = controller.start("r", ids("a"), 1, STRENGTH)
+    text = ids("aRead.\n\nWait, check again.\n\nAlternatively b.\n\nAlternatively, Wait.\n\nso")
+    thoughts = controller.finish(start, text)
+    assert thoughts == (0, 1, 2, 1), "not thinking, so nothing is steered; doubt comes before change"
+
+
+# ---- the worker
+
+
+def make_steering(num_slots: int = 3, interval: int = 16, layers: tuple[int, ...] = (1, 0)) -> Steering:
+    vectors = [
+        SteeringVector(
+            values=torch.arange(1, WIDTH + 1).float() * (i + 1), layer=layer, num_layers=3, base_model="m", method="m"
+        )
+        for i, layer in enumerate(layers)
+    ]
+    return Steering(
+        tables(), vectors, interval=interval, num_slots=num_slots, max_tokens=600, device=torch.device("cpu")
+    )
+
+
+class Feed:
+    """Runs texts through a `Steering` in steps and keeps what it says of every position."""
+
+    def __init__(self, steering: Steering, counts_prompt: bool = False, interval: int = 16) -> None:
+        self.steering = steering
+        self.controller = SteeringController(tables(), interval, counts_prompt)
+        self.texts: dict[str, list[int]] = {}
+        self.read: dict[str, int] = {}
+        self.alphas: dict[str, list[float]] = {}
+        self.starts: dict[str, Any] = {}
+
+    def start(self, name: str, text: list[int], num_prompt: int, vector: int = 1) -> None:
+        self.texts[name], self.read[name], self.alphas[name] = text, 0, [0.0] * len(text)
+        if vector:
+            self.starts[name] = self.controller.start(name, text[:num_prompt], vector, STRENGTH)
+            self.steering.begin([self.starts[name]], [])
+
+    def step(self, counts: dict[str, int]) -> None:
+        """One step of these requests, in this order."""
+        starts = [self.read[name] for name in counts]
+        tokens = [t for name, n in counts.items() for t in self.texts[name][self.read[name] : self.read[name] + n]]
+        batch = StepBatch(list(counts), np.array(list(counts.values())), np.array(starts))
+        # Padding is nobody's.
+        self.steering.prepare(batch, torch.tensor([*tokens, 0, 0], dtype=torch.int32))
+        row, coefficient = self.steering.row.tolist(), self.steering.coefficient.tolist()
+        at = 0
+        for name, n in counts.items():
+            for i in range(n):
+                if row[at]:
+                    assert row[at] == dict(zip(STATE, self.starts[name].state, strict=True))["vector"]
+                    self.alphas[name][self.read[name] + i] = coefficient[at]
+                at += 1
+            self.read[name] += n
+        assert not any(row[at:]), "a token that does not exist is steered"
+        assert self.steering.is_active or not any(row)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_coefficients_do_not_depend_on_how_the_text_is_fed(seed):
+    draw = random.Random(seed)
+    feed = Feed(make_steering(num_slots=4))
+    prompt = ids("Read a.\n\n<think>")
+    texts = {name: prompt + random_text(seed * 10 + i, 200) for i, name in enumerate("abcd")}
+    for i, (name, text) in enumerate(texts.items()):
+        feed.start(name, text, len(prompt) if name != "b" else len(prompt) + 60, vector=i % 3)
+    while any(feed.read[name] < 200 for name in texts):
+        names = [name for name in texts if feed.read[name] < 200]
+        draw.shuffle(names)
+        chosen = names[: draw.randint(1, len(names))]
+        largest = draw.choice((1, 1, 1, 30))
+        for _ in range(draw.randint(1, 5)):
+            chosen = [name for name in chosen if feed.read[name] < 200]
+            if chosen:
+                counts = {name: draw.randint(1, min(largest, 200 - feed.read[name])) for name in chosen}
+                feed.step(counts)
+    num_steered = 0
+    for i, (name, text) in enumerate(texts.items()):
+        first = len(prompt) if name != "b" else len(prompt) + 60
+        thinks = ends_thinking(text[:first])
+        wanted = naive_alphas(text, first, thinks, 16, STRENGTH)[:200] if i % 3 else [0.0] * 200
+        assert feed.alphas[name][:200] == pytest.approx(wanted, abs=1e-6), name
+        num_steered += sum(alpha != 0 for alpha in wanted)
+    assert num_steered >= 5
+
+
+def ends_thinking(prompt: list[int]) -> bool:
+    markers = [t for t in prompt if t in (ids("<think>")[0], ids("</think>")[0])]
+    return bool(markers) and markers[-1] == ids("<think>")[0]
+
+
+def test_a_resumed_request_is_steered_again_as_it_was():
+    prompt, text = ids("a<think>"), random_text(3, 150)
+    feed = Feed(make_steering(num_slots=2))
+    feed.start("a", prompt + text, len(prompt))
+    feed.step({"a": len(prompt)})
+    for _ in range(120):
+        feed.step({"a": 1})
+    before = feed.alphas["a"].copy()
+    slot = feed.steering._requests["a"][0]
+    counted = dict(zip(STATE, feed.steering.state[slot].tolist(), strict=True))
+    thoughts = feed.controller.finish(feed.starts["a"], (prompt + text)[: len(prompt) + 120])
+    assert (counted["steered"], counted["execution"]) == (thoughts.steered_tokens, thoughts.execution)
+    assert (counted["reflection"], counted["transition"]) == (thoughts.reflection, thoughts.transition)
+    # Preempted; another takes its slot; it comes back with all it had written, in two chunks.
+    feed.steering.begin([], ["a"])
+    feed.start("b", prompt + text, len(prompt), vector=2)
+    feed.step({"b": 40})
+    feed.start("a", prompt + text, len(prompt))
+    feed.step({"b": 1, "a": 70})
+    feed.step({"a": 50 + len(prompt), "b": 1})
+    assert feed.alphas["a"] == before
+    assert max(before) > STRENGTH.alpha0
+
+
+def test_nobody_steered_costs_nothing_and_leaves_nothing():
+    feed = Feed(make_steering())
+    feed.start("plain", ids("a<think>.\n\n.\n\n"), 2, vector=0)
+    feed.step({"plain": 4})
+    assert not feed.steering.is_active
+    feed.start("a", ids("a<think>.\n\n.\n\n"), 2)
+    feed.step({"plain": 1, "a": 4})
+    assert feed.steering.is_active
+    assert feed.steering.row.any()
+    feed.steering.begin([], ["a"])
+    feed.step({"plain": 1})
+    assert not feed.steering.is_active
+    assert not feed.steering.row.any()
+
+
+def test_a_step_that_reads_only_prompts_steers_nothing():
+    feed = Feed(make_steering())
+    feed.start("a", ids("a<think>.\n\n.\n\n.\n\nso"), 5)
+    feed.step({"a": 4})
+    assert not feed.steering.is_active
+    feed.step({"a": 1})
+    assert not feed.steering.row.any()
+
+
+def test_a_dummy_pass_steers_nothing_but_may_be_captured():
+    feed = Feed(make_steering())
+    feed.start("a", ids("a<think>.\n\n.\n\n"), 2)
+    feed.step({"a": 4})
+    feed.steering.prepare_dummy()
+    assert feed.steering.is_active
+    assert not feed.steering.row.any()
+
+
+def test_slots_come_back():
+    steering = make_steering(num_slots=2)
+    controller = SteeringController(tables(), 16, counts_prompt=False)
+    for i in range(7):
+        steering.begin([controller.start(f"r{i}", ids("a"), 1, STRENGTH)], [f"r{i - 2}"])
+    steering.begin([], ["r5", "r6", "stranger"])
+    assert sorted(steering._free_slots) == [0, 1]
+
+
+# ---- the hook
+
+
+class Layer(nn.Module):
+    """As vLLM's decoder layers."""
+
+    def forward(self, positions: Tensor, hidden_states: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+        residual = hidden_states if residual is None else hidden_states + residual
+        return residual * 2, residual
+
+
+class Model(nn.Module):
+    """Three layers and a list of something else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Layer() for _ in range(3))
+        self.others = nn.ModuleList(nn.Linear(2, 2) for _ in range(3))
+
+    def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        residual = None
+        for layer in self.layers:
+            hidden, residual = layer(torch.zeros(len(hidden)), hidden, residual)
+        return hidden, residual
+
+
+def test_decoder_layers_are_found_by_what_they_are():
+    model = nn.Sequential(Model())
+    assert decoder_layers(model, 3) is model[0].layers
+
+
+@pytest.mark.parametrize(("model", "number", "found"), [(Model(), 4, 0), (nn.Linear(2, 2), 3, 0)])
+def test_a_model_without_decoder_layers_is_refused(model, number, found):
+    with pytest.raises(KVPolicyError, match=f"found {found} lists of {number} decoder layers.*--kv-steering-vectors"):
+        decoder_layers(model, number)
+
+
+def test_two_lists_of_decoder_layers_are_refused():
+    with pytest.raises(KVPolicyError, match=r"found 2 lists of 3 decoder layers .*0\.layers, 1\.layers"):
+        decoder_layers(nn.Sequential(Model(), Model()), 3)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_vector_enters_the_stream_before_its_layer_and_touches_nobody_else(compiled):
+    model, steering = Model(), make_steering()
+    plain = Model()
+    steering.attach(model.layers)
+    graphs = 0
+
+    def count(graph: torch.fx.GraphModule, _: Any) -> Any:
+        nonlocal graphs
+        graphs += 1
+        return graph.forward
+
+    run = torch.compile(model, backend=count, fullgraph=True, dynamic=True) if compiled else model
+    hidden = torch.randn(5, WIDTH)
+    base = plain(hidden)
+    # Vector 1 belongs to layer 1, which sees `hidden * 2 + hidden`, vector 2 to layer 0.
+    steering.row[:5] = torch.tensor([0, 1, 2, 0, 1])
+    steering.coefficient[:5] = torch.tensor([7.0, 0.5, -1.0, 3.0, 2.0])
+    added = steering.coefficient[:5, None] * torch.arange(1, WIDTH + 1)
+    for active in (True, False, True):
+        steering.is_active = active
+        if compiled and not active:
+            steering.row.zero_()
+        out, residual = run(hidden)
+        unsteered = [0, 3] if active else [0, 1, 2, 3, 4]
+        assert torch.equal(out[unsteered], base[0][unsteered])
+        assert torch.equal(residual[unsteered], base[1][unsteered])
+        if active and steering.row.any():
+            torch.testing.assert_close(residual[[1, 4]], base[1][[1, 4]] + 3 * added[[1, 4]])
+            torch.testing.assert_close(residual[2], base[1][2] + 9 * 2 * added[2])
+    if compiled:
+        assert graphs == 1, "steps that steer and steps that do not must share compiled code"
+
+
+def test_only_layers_of_a_vector_have_a_hook():
+    model = Model()
+    make_steering(layers=(1, 1)).attach(model.layers)
+    assert [len(layer._forward_pre_hooks) for layer in model.layers] == [0, 1, 0]
+    assert model.layers[1].skipkv_vectors.shape == (3, WIDTH)
+    assert not model.layers[1].skipkv_vectors[0].any()
+    assert "layers.1.skipkv_row" not in model.state_dict()
+
+
+def test_the_class_of_a_token_is_beside_its_flags():
+    (wait,) = (word for word in build_tables(tokenizer()).keywords if tokenizer().decode(list(word)) == " again")
+    assert all(int(tables().vocabulary[token]) >> KEYWORD_SHIFT for token in wait)
