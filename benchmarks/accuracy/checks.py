@@ -43,7 +43,7 @@ def failures(samples: Iterable[Sample], settings: Settings) -> list[str]:
         if arm.steering and not any(s.steered_tokens for s in members):
             found.append(
                 f"{arm}: no token of any of {len(members)} answers was steered; the model must think between <think> "
-                "and </think>, in thoughts with an empty line between them"
+                "and </think>, in thoughts with a blank line between them"
             )
         # Steered answers may end before there is anything to evict, which is what they are for.
         short = arm.steering and not any(must_have_compacted(s, settings) for s in members)

@@ -1,6 +1,6 @@
 """Thoughts of a chain of thought: where they begin, and which of them are execution, reflection or transition.
 
-A thought is the text between two tokens that hold an empty line. It belongs to the token *before* it, because that is
+A thought is the text between two tokens that hold a blank line. It belongs to the token *before* it, because that is
 where the model decides what to do next (SEAL, arXiv 2504.07986).
 """
 
@@ -12,25 +12,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple
 
 from ..errors import KVPolicyError
+from ..sentences.tables import Tokenizer
 
 Label = Literal["execution", "reflection", "transition"]
 LABELS: tuple[Label, ...] = ("execution", "reflection", "transition")
 
 THINK_START, THINK_END = "<think>", "</think>"
 _MAY_HOLD_NEWLINE = ("\n", "Ċ")
-
-
-class Tokenizer(Protocol):
-    """The part of a Hugging Face tokenizer that thoughts need."""
-
-    def encode(self, text: str, *, add_special_tokens: bool = ...) -> list[int]: ...
-
-    def decode(self, token_ids: list[int]) -> str: ...
-
-    def get_vocab(self) -> dict[str, int]: ...
 
 
 @dataclass(frozen=True)
@@ -133,7 +124,7 @@ def load_keywords(name: str) -> KeywordSet:
 
 
 def split_tokens(tokenizer: Tokenizer) -> frozenset[int]:
-    """Ids of the tokens that hold an empty line.
+    """Ids of the tokens that hold a blank line.
 
     Raises:
         KVPolicyError: there is none.
@@ -145,8 +136,8 @@ def split_tokens(tokenizer: Tokenizer) -> frozenset[int]:
     )
     if not found:
         raise KVPolicyError(
-            "the tokenizer has no token that holds an empty line, so thoughts cannot be told apart; steering needs a "
-            "tokenizer that merges newlines, as those of Qwen and Llama 3 do"
+            "the tokenizer has no token with a blank line, so thoughts cannot be told apart; use a model whose "
+            "tokenizer merges newlines, as those of Qwen and Llama 3 do, or start without --kv-steering-vectors"
         )
     return found
 

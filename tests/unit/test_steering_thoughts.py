@@ -50,7 +50,7 @@ def test_a_response_without_thoughts_is_refused(tokenizer, prompt):
         read(tokenizer, prompt, "Read a.\n\nFind b.")
 
 
-def test_a_tokenizer_without_empty_lines_is_refused():
+def test_a_tokenizer_without_blank_lines_is_refused():
     class Letters:
         def get_vocab(self):
             return {"a": 0, "\n": 1}
@@ -58,7 +58,7 @@ def test_a_tokenizer_without_empty_lines_is_refused():
         def decode(self, ids):
             return "".join("a\n"[i] for i in ids)
 
-    with pytest.raises(KVPolicyError, match="no token that holds an empty line"):
+    with pytest.raises(KVPolicyError, match="no token with a blank line"):
         split_tokens(Letters())
 
 
