@@ -6,6 +6,11 @@ Each engine has a process of its own and all cores while it works; the other one
 requests of `budget` tokens and decodes `buffer` steps, so it holds budget to budget + buffer tokens a request. The
 evicting one goes on decoding long requests, which hold the same after their first compaction, and every stretch of
 `buffer` steps has one compaction of each request in it. Prefills are not timed.
+
+    python -m benchmarks.overhead --steering
+
+measures steering in the same way, without eviction: a server with a vector that steers every request, and one whose
+requests are not steered. The vector is so short that all engines write the same text.
 """
 
 from __future__ import annotations
@@ -22,12 +27,18 @@ from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
+import torch
+from transformers import AutoConfig
+
 from skipkv_vllm import bundled_model
+from skipkv_vllm.ops import STATE
+from skipkv_vllm.steering import SteeringVector
 
 from .accuracy.docs import write_summary
 from .accuracy.machine import commit, machine, relative, versions
 
 ARMS = ("stock", "evicting")
+STEERING_ARMS = ("stock", "steered", "idle")
 LONGEST = 4000  # tokens of a request
 TURN = 16  # steps of one engine before the other has its turn
 
@@ -40,7 +51,7 @@ class Shape(NamedTuple):
 
 
 def work(connection: Connection, arm: str, shape: Shape, args: argparse.Namespace, log: str) -> None:
-    """Body of an engine's process. Takes `("start",)`, `("steps", n)` -> seconds, or None to end."""
+    """Body of an engine's process. Takes `("start",)`, `("steps", n)` -> seconds, `("steered",)`, or None to end."""
     with open(log, "w") as file:
         os.dup2(file.fileno(), sys.stdout.fileno())
         os.dup2(file.fileno(), sys.stderr.fileno())
@@ -52,7 +63,7 @@ def work(connection: Connection, arm: str, shape: Shape, args: argparse.Namespac
         gc.freeze()
         connection.send(None)
         while (order := connection.recv()) is not None:
-            connection.send(engine.start() if order[0] == "start" else engine.steps(order[1]))
+            connection.send(getattr(engine, order[0])(*order[1:]))
     except Exception as error:
         connection.send(error)
         raise
@@ -77,8 +88,11 @@ class Engine:
             "disable_log_stats": True,
             "max_num_batched_tokens": 4096,
         }
-        self.evicts = arm != "stock"
-        if self.evicts:
+        self.evicts = arm == "evicting"
+        if args.steering and arm != "stock":
+            vectors, default = {"bench": args.vector}, "bench" if arm == "steered" else "off"
+            self.llm = LLM(args.model, **arguments, kv_steering_vectors=vectors, kv_steering_default=default)
+        elif self.evicts:
             policy = {"kv_policy": args.policy, "kv_budget": shape.budget, "kv_buffer": args.buffer}
             self.llm = LLM(args.model, **arguments, **policy)
         else:
@@ -87,7 +101,10 @@ class Engine:
         config = self.llm.llm_engine.vllm_config.model_config
         # A running text with sentences in it, so that the tracker has what it usually has.
         text = "Wait, is that right?\n\nRead c = 3 + 1, so c: 4.\n\nSo b holds.\n\n" * 200
-        self.ids = cached_tokenizer_from_config(config).encode(text)
+        tokenizer = cached_tokenizer_from_config(config)
+        self.ids = tokenizer.encode(text)
+        # Only who thinks is steered.
+        self.opening = tokenizer.encode("<think>") if args.steering else []
         self.number = 0
 
     def start(self) -> int:
@@ -107,7 +124,8 @@ class Engine:
             # Requests of a server are at different points between two compactions.
             length = self.shape.budget + (self.buffer * i // self.shape.batch_size if self.evicts else 0)
             # The protected prompt is short: it is text that the model could have written.
-            prompt = {"prompt_token_ids": self.ids[i : i + (length if not self.evicts else min(64, length))]}
+            written = self.ids[i : i + (length if not self.evicts else min(64, length)) - len(self.opening)]
+            prompt = {"prompt_token_ids": self.opening + written}
             engine.add_request(str(self.number), prompt, params)
             self.number += 1
             if self.evicts and i + 1 < self.shape.batch_size:
@@ -129,8 +147,15 @@ class Engine:
     def _compactions(self) -> int:
         if not self.evicts:
             return 0
-        worker = self.llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
-        return int(worker.model_runner.runtime.num_compactions)
+        return int(self._runtime().num_compactions)
+
+    def _runtime(self) -> Any:
+        return self.llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner.runtime
+
+    def steered(self) -> int:
+        """Tokens steered of the requests that run."""
+        steering = self._runtime().steering
+        return int(steering.state[:, STATE.index("steered")].sum()) if steering._requests else 0
 
     def steps(self, count: int) -> float:
         """Run steps; seconds."""
@@ -205,6 +230,77 @@ def measure(shape: Shape, args: argparse.Namespace, folder: Path) -> dict[str, A
     }
 
 
+def measure_steering(shape: Shape, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Milliseconds per step of steered and unsteered requests, as ratios of each round of `buffer` steps."""
+    engines = {arm: Remote(arm, shape, args, folder) for arm in STEERING_ARMS}
+    seconds: dict[str, list[float]] = {arm: [] for arm in STEERING_ARMS}
+    steered = 0
+    for number in range(args.rounds + 1):
+        for engine in engines.values():
+            engine.ask("start")
+        total = dict.fromkeys(STEERING_ARMS, 0.0)
+        for turn in range(args.buffer // TURN):
+            first = (number + turn) % len(STEERING_ARMS)
+            for arm in STEERING_ARMS[first:] + STEERING_ARMS[:first]:
+                total[arm] += engines[arm].ask("steps", TURN)
+        if number:  # the first round warms up
+            for arm in STEERING_ARMS:
+                seconds[arm].append(total[arm])
+            steered += engines["steered"].ask("steered")
+    for engine in engines.values():
+        engine.stop()
+    row: dict[str, Any] = {
+        "length": shape.budget,
+        "batch_size": shape.batch_size,
+        "rounds": args.rounds,
+        "steered_tokens": steered,
+    }
+    for arm in STEERING_ARMS:
+        row[f"{arm}_ms"] = 1000 * median(seconds[arm]) / args.buffer
+        ratios = sorted(b / a for a, b in zip(seconds["stock"], seconds[arm], strict=True))
+        row |= {f"{arm}_ratio": median(ratios), f"{arm}_low": ratios[0], f"{arm}_high": ratios[-1]}
+    return row
+
+
+def short_vector(model: str, folder: Path) -> str:
+    """A file with a vector that changes nothing that a float32 model writes."""
+    config = AutoConfig.from_pretrained(model)
+    path = folder / "short.safetensors"
+    SteeringVector(
+        values=torch.full((config.hidden_size,), 1e-6),
+        layer=config.num_hidden_layers // 2,
+        num_layers=config.num_hidden_layers,
+        base_model=relative(model),
+        method="benchmark",
+    ).save(path)
+    return str(path)
+
+
+def steering_table(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
+    """Measure and print every shape.
+
+    Raises:
+        SystemExit: hardly anything was steered.
+    """
+    args.vector = short_vector(args.model, folder)
+    heads = f"{'length':>6}{'batch':>7}{'stock ms':>10}{'steered':>9}{'from - to':>16}"
+    print(f"{heads}{'idle':>9}{'from - to':>16}{'tokens':>8}")
+    rows = []
+    for length in args.budgets:
+        for batch_size in args.batch_sizes:
+            row = measure_steering(Shape(length, batch_size), args, folder)
+            rows.append(row)
+            spread = {arm: f"{row[f'{arm}_low']:.3f} - {row[f'{arm}_high']:.3f}" for arm in STEERING_ARMS}
+            print(
+                f"{length:6}{batch_size:7}{row['stock_ms']:10.2f}{row['steered_ratio']:9.3f}{spread['steered']:>16}"
+                f"{row['idle_ratio']:9.3f}{spread['idle']:>16}{row['steered_tokens']:8}",
+                flush=True,
+            )
+            if row["steered_tokens"] < batch_size * args.rounds:
+                sys.exit("error: hardly any token was steered; these are not figures of steering")
+    return rows
+
+
 def main() -> int:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -216,6 +312,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--compiled", action="store_true", help="vLLM's default graphs instead of eager mode")
+    parser.add_argument("--steering", action="store_true", help="measure steering instead of eviction")
     parser.add_argument("--out", type=Path, help="write the figures as JSON, e.g. docs/results/overhead.json")
     args = parser.parse_args()
     if args.policy == "full":
@@ -224,6 +321,10 @@ def main() -> int:
         parser.error(f"--buffer {args.buffer} must be a multiple of {TURN}")
     if max(args.budgets) + 3 * args.buffer > LONGEST:
         parser.error(f"--budgets {max(args.budgets)} is out of range; allowed: up to {LONGEST - 3 * args.buffer}")
+    if args.steering:
+        with tempfile.TemporaryDirectory(prefix="skipkv-overhead-") as folder:
+            rows = steering_table(args, Path(folder))
+        return finish(args, rows)
     rows = []
     print(
         f"{'budget':>6}{'batch':>7}{'stock ms':>10}{'evicting ms':>13}{'ratio':>8}{'from - to':>16}{'compactions':>13}"
@@ -242,6 +343,11 @@ def main() -> int:
                 if row["compactions"] < batch_size * args.rounds // 2:
                     print("error: hardly any compaction took place; these are not figures of eviction", file=sys.stderr)
                     return 1
+    return finish(args, rows)
+
+
+def finish(args: argparse.Namespace, rows: list[dict[str, Any]]) -> int:
+    """Write the figures, if asked for."""
     if args.out:
         settings = vars(args) | {"model": relative(args.model), "out": str(args.out)}
         command = ["python", "-m", "benchmarks.overhead", *sys.argv[1:]]

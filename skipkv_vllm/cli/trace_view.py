@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import KVPolicyError
+from ..steering.controller import KINDS
 from ..trace import Trace
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
@@ -282,6 +283,20 @@ def page_data(trace: Trace, texts: Sequence[str]) -> dict[str, Any]:
         "lives": lives,
         "end": end,
         "notes": notes,
+        "steering": _steering(trace.parameters.get("request_steering")),
+    }
+
+
+def _steering(told: Any) -> dict[str, str]:
+    """What a request's steering came to, as label and text; nothing where it was not steered."""
+    if not isinstance(told, dict):
+        return {}
+    names = ("vector", "alpha0", "gamma", "steered_tokens", *KINDS)
+    said = {name: _shown(told.get(name, "?")) for name in names}
+    return {
+        "steering": f"{said['vector']}, alpha {said['alpha0']} + {said['gamma']} a thought that is no execution",
+        "steered tokens": said["steered_tokens"],
+        "thoughts": ", ".join(f"{said[kind]} {kind}" for kind in KINDS),
     }
 
 

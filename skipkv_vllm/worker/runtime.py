@@ -149,6 +149,8 @@ class EvictionRuntime:
             int32 `[R]` tokens each request has evicted, to be taken off its sequence length and slot
             positions (never off its RoPE positions); None where nobody has evicted any.
         """
+        if not self.config.evicts:
+            return None
         self._batch = batch
         self._slots = self._slots_of(batch.request_ids)
         if self.ring is not None:

@@ -6,8 +6,9 @@ that compiled code and CUDA graphs read.
 
 from __future__ import annotations
 
+import functools
 import inspect
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -86,7 +87,9 @@ class Steering:
         self._free_slots = list(reversed(range(num_slots)))
         self._requests: dict[str, tuple[int, int]] = {}
         self.is_active = True
-        """False in a step that steers nothing; compiled code and graphs add all the same, nothing"""
+        """False in a step that is known to steer nothing; compiled code and graphs add all the same, nothing"""
+        # On a CPU the host may look at what was computed; most steps of a few requests steer no token.
+        self._row_on_host = self.row.numpy() if device.type == "cpu" else None
         self._written = 0
         # Of the batch before, because most batches are the one before.
         self._request_ids: Sequence[str] | None = None
@@ -112,20 +115,23 @@ class Steering:
             buffers = {"row": self.row, "coefficient": self.coefficient, "vectors": table}
             for name, buffer in buffers.items():
                 layer.register_buffer(f"skipkv_{name}", buffer, persistent=False)
-            layer.register_forward_pre_hook(self._before_layer, with_kwargs=True)
+            layer.register_forward_pre_hook(functools.partial(self._before_layer, table), with_kwargs=True)
 
     def _before_layer(
-        self, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, table: Tensor, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        # What is compiled is compiled once, for steps that steer and steps that do not.
-        compiling = torch.compiler.is_compiling()
-        if not compiling and not self.is_active:
+        # What is compiled is compiled once, for steps that steer and steps that do not, and reads registered buffers.
+        if torch.compiler.is_compiling():
+            add: Callable[..., Any] = torch.ops.skipkv.steer_add
+            how = layer.skipkv_coefficient, layer.skipkv_row, layer.skipkv_vectors
+        elif self.is_active:
+            add, how = self._add, (self.coefficient, self.row, table)
+        else:
             return None
-        add = torch.ops.skipkv.steer_add if compiling else self._add
         inputs = dict(zip(LAYER_INPUTS, args, strict=False)) | kwargs
         # The stream is the sum of the two; the first layer has no residual yet.
         name = "hidden_states" if inputs["residual"] is None else "residual"
-        inputs[name] = add(inputs[name], layer.skipkv_coefficient, layer.skipkv_row, layer.skipkv_vectors)
+        inputs[name] = add(inputs[name], *how)
         return args[len(LAYER_INPUTS) :], inputs
 
     # ---- a step
@@ -183,7 +189,7 @@ class Steering:
             self.coefficient,
         )
         self._written = total
-        self.is_active = True
+        self.is_active = self._row_on_host is None or bool(self._row_on_host[:total].any())
 
     def prepare_dummy(self) -> None:
         """The coming forward pass has no requests, but a graph may be captured in it."""

@@ -183,6 +183,20 @@ def test_text_sentences_pairs_and_parameters(tmp_path):
     assert data["end"] == len(ids) - 1, "nothing computes the last token that is sampled"
 
 
+def test_what_a_requests_steering_came_to(tmp_path):
+    told = {"vector": "math", "alpha0": 1.25, "gamma": 0.02, "steered_tokens": 12}
+    counts = {"execution": 30, "reflection": 5, "transition": 2}
+    shown = view(tmp_path, make_trace(request_steering=told | counts)).data["steering"]
+    assert shown == {
+        "steering": "math, alpha 1.25 + 0.02 a thought that is no execution",
+        "steered tokens": "12",
+        "thoughts": "30 execution, 5 reflection, 2 transition",
+    }
+    for unsteered in (None, "math", 3):
+        assert view(tmp_path, make_trace(request_steering=unsteered)).data["steering"] == {}
+    assert view(tmp_path, make_trace(request_steering={"vector": NASTY})).data["steering"]["steered tokens"] == "?"
+
+
 def test_a_request_that_was_never_compacted(tmp_path):
     trace = make_trace(())
     data = view(tmp_path, trace).data
