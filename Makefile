@@ -1,7 +1,8 @@
 # Every target sets up what it needs; see scripts/bootstrap.sh.
 PY := .venv/bin/python
 
-.PHONY: demo serve test test-patched lint setup dev train eval-tiny build build-cuda sanitize bench-kernels clean
+.PHONY: demo serve test test-patched lint setup dev train vector eval-tiny eval-steering build build-cuda sanitize \
+	bench-kernels clean
 
 demo: setup        ## serve the bundled model with SkipKV and show what it saved against full KV
 	@$(PY) -m benchmarks.demo
@@ -23,6 +24,9 @@ lint: dev          ## ruff and mypy
 eval-tiny: dev     ## accuracy, length and memory of every policy on the bundled model; writes docs/results*
 	@$(PY) -m benchmarks.accuracy tiny
 
+eval-steering: dev ## length and accuracy of the bundled model, steered and not; writes docs/results*
+	@$(PY) -m benchmarks.accuracy steering
+
 build: setup       ## compile the C++ operators again, in place
 	@$(PY) setup.py -q build_ext --inplace
 
@@ -38,6 +42,20 @@ bench-kernels: dev ## time the operators against PyTorch and R-KV-style code; wr
 
 train: dev         ## train the bundled model again (about 25 minutes on two cores)
 	@$(PY) -m benchmarks.tiny_reasoner.train
+
+VECTOR := build/vector/tiny-reasoner-steering
+vector: dev        ## make the bundled model's steering vector again (training problems; layer chosen on dev problems)
+	@mkdir -p $(dir $(VECTOR))
+	@for split in train dev; do \
+	  $(PY) -m benchmarks.tiny_reasoner.problems --split $$split --count 64 > build/vector/$$split.jsonl; done
+	@.venv/bin/skipkv extract-vector --model skipkv_vllm/models/tiny-reasoner --out $(VECTOR).safetensors \
+	  --dataset build/vector/train.jsonl --problems 64 --keywords benchmarks/tiny_reasoner/thoughts.json \
+	  --layer auto --dev build/vector/dev.jsonl --dev-problems 64 --alpha0 0.25,0.5,0.75,1,1.25,1.5,2 \
+	  --max-tokens 1600 --engine '{"dtype": "float32", "max_model_len": 2048, "block_size": 32, "max_num_seqs": 16}'
+	@cp $(VECTOR).safetensors skipkv_vllm/models/
+	@cp $(VECTOR).sweep.json docs/results/steering-sweep.json
+	@cp $(VECTOR).sweep.svg docs/results/steering-sweep.svg
+	@$(PY) -m benchmarks.accuracy docs
 
 setup:
 	@scripts/bootstrap.sh

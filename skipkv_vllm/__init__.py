@@ -16,12 +16,18 @@ try:
 except PackageNotFoundError:  # a source tree on the path, not installed
     __version__ = "0.0.0"
 
-__all__ = ["LLM", "KVPolicyError", "__version__", "bundled_model"]
+__all__ = ["LLM", "KVPolicyError", "__version__", "bundled_model", "bundled_vector"]
 
 
 def bundled_model() -> str:
     """Folder of the small reasoning model that comes with the package (a Qwen2 checkpoint)."""
     return str(Path(__file__).parent / "models" / "tiny-reasoner")
+
+
+def bundled_vector() -> str:
+    """The bundled model's steering vector, for `kv_steering_vectors`."""
+    # Beside the folder: vLLM takes every .safetensors file inside for weights.
+    return f"{bundled_model()}-steering.safetensors"
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""Command line: `run` a grid, `report` on runs, `tiny` for the bundled model and its docs, `docs` for these alone."""
+"""Command line: `run` a grid, `report` on runs, `tiny` and `steering` for the bundled model, `docs` for its page."""
 
 from __future__ import annotations
 
@@ -21,7 +21,9 @@ from .machine import relative
 from .plots import draw
 from .report import print_table, write_report
 from .run import Run, load
-from .summary import Summary, summarise
+from .steering import STEERING, STEERING_FIGURE, VECTOR, describe_vector, random_vectors, ways_to_steer
+from .steering_plot import draw_steering
+from .summary import OURS, Summary, summarise
 from .tasks import DATA_SETS
 
 TINY_POLICIES = (FULL, "skipkv", "rkv", "h2o", "snapkv", "streaming_llm", "random")
@@ -37,6 +39,10 @@ TINY_ENGINE = {
     "compilation_config": {"custom_ops": ["all"]},
 }
 TINY_OUT = Path("build/eval/tiny")
+
+ALPHA0 = (0.25, 0.5, 0.6, 0.7, 0.8, 1.0, 1.5, 2.0)
+SHOWN = (0.6, 1.0)
+STEERING_OUT = Path("build/eval/steering")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -59,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.accuracy", description=__doc__)
-    actions = parser.add_subparsers(required=True, metavar="run | report | tiny | docs")
+    actions = parser.add_subparsers(required=True, metavar="run | report | tiny | steering | docs")
 
     run = actions.add_parser(
         "run",
@@ -100,10 +106,36 @@ def _parser() -> argparse.ArgumentParser:
     )
     tiny.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)), help="engines at once")
 
+    _add_steering(actions)
+
     docs = actions.add_parser("docs", help="write docs/results.md from docs/results/tiny.json")
     docs.set_defaults(action=_docs)
     docs.add_argument("--docs", type=Path, default=DOCS)
     return parser
+
+
+def _add_steering(actions: Any) -> None:
+    steering = actions.add_parser(
+        "steering",
+        help="the bundled model's vector on its held-out problems; writes docs/results/steering.json, docs/results.md",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    steering.set_defaults(action=_steering)
+    steering.add_argument("--vector", help="vector file; default: the bundled one")
+    steering.add_argument("--split", default="held-out", choices=["held-out", "dev", "demo"])
+    steering.add_argument("--alpha0", nargs="+", type=float, default=list(ALPHA0), metavar="A", help="strengths")
+    steering.add_argument("--gamma", type=float, default=0.02, help="of dynamic strength")
+    steering.add_argument("--shown", nargs="+", type=float, default=list(SHOWN), metavar="A", help="in the tables")
+    steering.add_argument("--random", type=int, default=3, metavar="N", help="random vectors of the same norm")
+    steering.add_argument("--budget", default="25%", metavar="B", help="of the arms with eviction")
+    steering.add_argument("--problems", type=int, default=200)
+    steering.add_argument("--max-tokens", type=int, default=1600)
+    steering.add_argument("--policy-config", type=_json_object, default=SKIPKV_PARAMETERS, metavar="JSON")
+    steering.add_argument("--out", type=Path, default=STEERING_OUT)
+    steering.add_argument(
+        "--docs", type=Path, help=f"default: {DOCS} for the bundled vector on held-out problems, else docs/ in --out"
+    )
+    steering.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)), help="engines at once")
 
 
 REQUIRE_HELP = "fail if an answer differs between batch sizes"
@@ -142,6 +174,16 @@ def _add_grid(parser: argparse.ArgumentParser) -> None:
         default={},
         metavar="JSON",
         help="parameters of the first policy that is not full; the others keep their defaults",
+    )
+    group.add_argument(
+        "--steering-vectors", nargs="+", default=[], metavar="NAME=FILE", help="steering vectors, for --steering"
+    )
+    group.add_argument(
+        "--steering",
+        nargs="+",
+        default=[],
+        metavar="STEER",
+        help="also run every policy and budget steered, each as [POLICY/]NAME:ALPHA0[:GAMMA], e.g. math:1:0.02",
     )
     group = parser.add_argument_group("how answers are generated")
     group.add_argument("--samples", type=int, default=1, help="per problem; accuracy is their mean (pass@1)")
@@ -192,6 +234,8 @@ def _run(args: argparse.Namespace, command: Sequence[str]) -> int:
         policy_config=args.policy_config,
         separate_arms=args.separate_arms,
         engine=args.engine,
+        vectors=_vectors(args.steering_vectors),
+        steering=tuple(args.steering),
     )
     _execute(settings, args.out, args.processes, args.allow_code_execution, command)
     summary = _load_summary(args.out)
@@ -254,6 +298,37 @@ def _tiny(args: argparse.Namespace, command: Sequence[str]) -> int:
     return _batch_invariance(summary, required=True)
 
 
+def _steering(args: argparse.Namespace, command: Sequence[str]) -> int:
+    from skipkv_vllm import bundled_model, bundled_vector
+    from skipkv_vllm.steering import SteeringVector
+
+    file = args.vector or relative(bundled_vector())
+    random = random_vectors(SteeringVector.load(file), args.random, args.out / "random")
+    settings = Settings(
+        model=relative(bundled_model()),
+        data="tiny",
+        policies=(FULL, OURS),
+        budgets=(args.budget,),
+        batch_sizes=(16,),
+        split=args.split,
+        problems=args.problems,
+        max_tokens=args.max_tokens,
+        policy_config=args.policy_config,
+        engine=TINY_ENGINE,
+        vectors={VECTOR: file} | random,
+        steering=tuple(ways_to_steer(args.alpha0, args.gamma, random, args.shown)),
+    )
+    _execute(settings, args.out, args.processes, False, command)
+    summary = _load_summary(args.out) | {"vector": describe_vector(file), "shown": args.shown}
+    published = args.vector is None and args.split == "held-out"
+    docs = args.docs or (DOCS if published else args.out / "docs")
+    write_summary(summary, docs / STEERING)
+    draw_steering(summary, docs / STEERING.parent / STEERING_FIGURE)
+    print_table(summary, print)
+    print(f"\nwrote {docs / STEERING}" + (f" and {write_docs(docs)}" if (docs / TINY).exists() else ""))
+    return 0
+
+
 def _docs(args: argparse.Namespace, command: Sequence[str]) -> int:
     print(f"wrote {write_docs(args.docs)}")
     return 0
@@ -270,6 +345,13 @@ def _batch_invariance(summary: Summary, required: bool) -> int:
             file=sys.stderr,
         )
     return int(required and bool(changed))
+
+
+def _vectors(pairs: Sequence[str]) -> dict[str, str]:
+    vectors = dict(pair.partition("=")[::2] for pair in pairs)
+    if len(vectors) < len(pairs) or not all(vectors) or not all(vectors.values()):
+        raise UsageError(f"--steering-vectors {' '.join(pairs)}: write NAME=FILE, each name once")
+    return vectors
 
 
 def _problems_at(values: Sequence[str]) -> dict[int, int]:

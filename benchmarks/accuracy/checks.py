@@ -1,4 +1,4 @@
-"""Refuses runs that measured nothing: a policy that should have evicted and did not."""
+"""Refuses runs that measured nothing: a policy that should have evicted and did not, a vector that was never added."""
 
 from __future__ import annotations
 
@@ -40,7 +40,14 @@ def failures(samples: Iterable[Sample], settings: Settings) -> list[str]:
             )
     for arm, members in arms.items():
         length = mean(s.prompt_tokens + s.completion_tokens for s in members)
-        if arm.policy != FULL and not any(s.compactions for s in members) and arm.budget < length:
+        if arm.steering and not any(s.steered_tokens for s in members):
+            found.append(
+                f"{arm}: no token of any of {len(members)} answers was steered; the model must think between <think> "
+                "and </think>, in thoughts with a blank line between them"
+            )
+        # Steered answers may end before there is anything to evict, which is what they are for.
+        short = arm.steering and not any(must_have_compacted(s, settings) for s in members)
+        if arm.policy != FULL and not any(s.compactions for s in members) and arm.budget < length and not short:
             found.append(
                 f"{arm}: no compaction in any of {len(members)} answers, although they have {length:.0f} tokens on "
                 "average; this was full KV under another name. Lower --budgets or --buffer"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from benchmarks.kernels.section import KERNELS, kernels_section
 from . import UsageError
 from .plots import FIGURES
 from .report import NOTES, arms_table, batch_table, headline, provenance, setting, table, versus_table
+from .steering import read_section
 from .summary import OURS, Summary
 
 DOCS = Path("docs")
@@ -25,7 +27,7 @@ ORIGIN = {
 
 
 def write_docs(docs: Path) -> Path:
-    """Write `results.md` from `results/tiny.json` and, where it is there, `results/kernels.json`.
+    """Write `results.md` from `results/tiny.json` and, where they are there, `steering.json` and `kernels.json`.
 
     Returns:
         The file.
@@ -34,7 +36,7 @@ def write_docs(docs: Path) -> Path:
         raise UsageError(f"{docs / TINY} does not exist; `make eval-tiny` writes it")
     page = docs / "results.md"
     tiny, paper = json.loads((docs / TINY).read_text()), json.loads(PAPER.read_text())
-    page.write_text(results_page(tiny, paper, read_kernels(docs)))
+    page.write_text(results_page(tiny, paper, read_section(docs), read_kernels(docs)))
     return page
 
 
@@ -57,19 +59,22 @@ def write_summary(summary: Summary, path: Path) -> None:
     path.write_text("{\n" + ",\n".join(parts) + "\n}\n")
 
 
-def results_page(tiny: Summary, paper: dict[str, Any], kernels: dict[str, Any] | None = None) -> str:
+def results_page(
+    tiny: Summary, paper: dict[str, Any], steering: Sequence[str] = (), kernels: dict[str, Any] | None = None
+) -> str:
     """The page.
 
     Args:
         tiny: see `summary.summarise`.
         paper: contents of `paper.json`.
+        steering: the section about steering, if it was run.
         kernels: what `python -m benchmarks.kernels` wrote, if anything.
     """
     figures = [f"![{title}]({TINY.parent}/{TINY_FIGURES}{name}.svg)" for name, title in FIGURES.items()]
     parts = [
         "# Results",
-        "Made by `make eval-tiny`, from the files in `docs/results/` and `benchmarks/accuracy/paper.json`; do not "
-        "edit. `python -m benchmarks.accuracy docs` writes this page again.",
+        "Made by `make eval-tiny eval-steering` from the files in `docs/results/` and"
+        " `benchmarks/accuracy/paper.json`; do not edit. `python -m benchmarks.accuracy docs` writes this page again.",
         "## The bundled model, run here",
         "The bundled model is a toy that was trained on the kind of problem it is asked here. Four fifths of its text "
         "repeats an earlier sentence, and the values it must remember are stated once, in the rest: the kind of text "
@@ -88,7 +93,7 @@ def results_page(tiny: Summary, paper: dict[str, Any], kernels: dict[str, Any] |
         parts += [f"### {OURS} against the others at equal budget", versus_table(tiny)]
     if tiny["batch_invariance"]:
         parts += ["### Does the batch size change an answer?", batch_table(tiny)]
-    parts += ["### How it was made", provenance(tiny)]
+    parts += ["### How it was made", provenance(tiny), *steering]
     if kernels is not None:
         parts += kernels_section(kernels)
     parts += _published(paper)

@@ -1,4 +1,4 @@
-"""What is run: policies x budgets x batch sizes, and everything else that decides what comes out."""
+"""What is run: policies x budgets x batch sizes x steering, and everything else that decides what comes out."""
 
 from __future__ import annotations
 
@@ -14,14 +14,47 @@ FULL = "full"
 
 
 class Arm(NamedTuple):
-    """One cell of the grid: a policy at a budget of tokens (0 for `full`) and a batch size."""
+    """One cell of the grid: a policy at a budget of tokens (0 for `full`), a batch size and, if any, a `Steer`."""
 
     policy: str
     budget: int
     batch_size: int
+    steering: str = ""
 
     def __str__(self) -> str:
-        return f"{self.policy}{f' at {self.budget}' if self.budget else ''}, batch {self.batch_size}"
+        steered = f", steered by {self.steering}" if self.steering else ""
+        return f"{self.policy}{f' at {self.budget}' if self.budget else ''}, batch {self.batch_size}{steered}"
+
+
+class Steer(NamedTuple):
+    """A way to steer: a registered vector and its strength, for all policies or only one."""
+
+    vector: str
+    alpha0: float
+    gamma: float = 0.0
+    policy: str | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> Steer:
+        """Read `[POLICY/]VECTOR:ALPHA0[:GAMMA]`.
+
+        Raises:
+            UsageError: something else.
+        """
+        policy, slash, rest = text.rpartition("/")
+        vector, *numbers = rest.split(":")
+        try:
+            alpha0, gamma = map(float, numbers if len(numbers) == 2 else (*numbers, "0"))
+        except ValueError:
+            raise UsageError(
+                f"--steering {text!r} is not [POLICY/]VECTOR:ALPHA0[:GAMMA]; write e.g. math:1 (static), math:1:0.02 "
+                "(grows with the number of doubts) or skipkv/math:1:0.02 (with that policy only)"
+            ) from None
+        return cls(vector, alpha0, gamma, policy if slash else None)
+
+    def __str__(self) -> str:
+        """Without the policy, which the arm has."""
+        return f"{self.vector}:{self.alpha0:g}:{self.gamma:g}"
 
 
 @dataclass(frozen=True)
@@ -77,6 +110,8 @@ class Settings:
             belongs to the first policy that is not `full`.
         separate_arms: run one arm after the other, so that each has a time of its own.
         engine: further arguments of `vllm.LLM`.
+        vectors: name -> file of the steering vectors.
+        steering: every policy and budget is also run with each of these, see `Steer.parse`.
     """
 
     model: str
@@ -100,8 +135,10 @@ class Settings:
     policy_config: dict[str, Any] = field(default_factory=dict)
     separate_arms: bool = False
     engine: dict[str, Any] = field(default_factory=dict)
+    vectors: dict[str, str] = field(default_factory=dict)
+    steering: tuple[str, ...] = ()
 
-    GROWS = ("policies", "budgets", "batch_sizes")
+    GROWS = ("policies", "budgets", "batch_sizes", "steering")
 
     def __post_init__(self) -> None:
         for flag, values in (("--policies", self.policies), ("--batch-sizes", self.batch_sizes)):
@@ -134,6 +171,16 @@ class Settings:
             raise UsageError(
                 "--budgets with % are shares of the length of full KV; add full to --policies, or give tokens"
             )
+        for text in self.steering:
+            self._check_steering(text)
+
+    def _check_steering(self, text: str) -> None:
+        steer = Steer.parse(text)
+        if steer.vector not in self.vectors:
+            known = ", ".join(self.vectors) or "none, give --steering-vectors NAME=FILE"
+            raise UsageError(f"--steering {text!r}: {steer.vector!r} is not registered; there is {known}")
+        if steer.policy not in (None, *self.policies):
+            raise UsageError(f"--steering {text!r}: {steer.policy!r} is not one of --policies")
 
     @property
     def evicting(self) -> tuple[str, ...]:
@@ -156,8 +203,13 @@ class Settings:
         return resolved
 
     def arms(self, batch_size: int, budgets: Sequence[int]) -> list[Arm]:
-        """All arms of a batch size but `full`, budget by budget."""
-        return [Arm(policy, budget, batch_size) for budget in budgets for policy in self.evicting]
+        """All arms of a batch size but plain `full`: budget by budget, then each way to steer."""
+        evicting = [Arm(policy, budget, batch_size) for budget in budgets for policy in self.evicting]
+        plain = [Arm(FULL, 0, batch_size)] * (FULL in self.policies) + evicting
+        steers = [Steer.parse(text) for text in self.steering]
+        return evicting + [
+            arm._replace(steering=str(steer)) for steer in steers for arm in plain if steer.policy in (None, arm.policy)
+        ]
 
     def limits(self, budget: int, prompt_tokens: int) -> Limits:
         """What a request may hold."""
@@ -171,7 +223,7 @@ class Settings:
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Settings:
         """Read what `to_json` wrote."""
-        changed: dict[str, Any] = {key: tuple(values[key]) for key in cls.GROWS}
+        changed: dict[str, Any] = {key: tuple(values[key]) for key in cls.GROWS if key in values}
         changed["problems_at"] = {int(size): count for size, count in values["problems_at"].items()}
         return cls(**values | changed)
 

@@ -45,21 +45,21 @@ def draw(summary: Summary, folder: Path, prefix: str = "") -> dict[str, str]:
     Returns:
         Figure -> name of its SVG file.
     """
-    plt = _pyplot()
+    plt = pyplot()
     folder.mkdir(parents=True, exist_ok=True)
     names = {}
     for figure, paint in {"accuracy": _accuracy, "length": _length, "memory": _memory}.items():
-        with plt.rc_context(_LOOK):
+        with plt.rc_context(LOOK):
             canvas, axes = plt.subplots(figsize=(6.6, 4.1), layout="constrained")
             paint(axes, summary)
             _title(axes, FIGURES[figure], summary)
-            _save(canvas, folder / f"{prefix}{figure}")
+            save(canvas, folder / f"{prefix}{figure}")
             plt.close(canvas)
         names[figure] = f"{prefix}{figure}.svg"
     return names
 
 
-_LOOK: dict[str, Any] = {
+LOOK: dict[str, Any] = {
     "font.family": "DejaVu Sans",
     "font.size": 10,
     "axes.spines.top": False,
@@ -81,7 +81,12 @@ _LOOK: dict[str, Any] = {
 }
 
 
-def _pyplot() -> Any:
+def pyplot() -> Any:
+    """matplotlib's pyplot, drawing into files.
+
+    Raises:
+        UsageError: it is not installed.
+    """
     try:
         import matplotlib
     except ImportError:
@@ -92,18 +97,22 @@ def _pyplot() -> Any:
     return plt
 
 
-def _save(canvas: Figure, path: Path) -> None:
+def save(canvas: Figure, path: Path) -> None:
+    """Write a figure as SVG and PNG; the path has no ending."""
     canvas.savefig(path.with_suffix(".svg"), metadata={"Date": None})
     canvas.savefig(path.with_suffix(".png"), dpi=160, metadata={"Software": None})
 
 
 def _title(axes: Axes, title: str, summary: Summary) -> None:
-    settings = summary["run"]["settings"]
     axes.set_title(title, pad=22)
-    model = Path(settings["model"]).name
-    count = len(summary["problems"])
-    below = f"{model}, {settings['data']}, {count} problems, batch size {settings['batch_sizes'][0]}"
-    axes.text(0, 1.025, below, transform=axes.transAxes, color="#666666", fontsize=9)
+    axes.text(0, 1.025, subtitle(summary), transform=axes.transAxes, color="#666666", fontsize=9)
+
+
+def subtitle(summary: Summary) -> str:
+    """What a figure shows, in a line."""
+    settings = summary["run"]["settings"]
+    model, count = Path(settings["model"]).name, len(summary["problems"])
+    return f"{model}, {settings['data']}, {count} problems, batch size {settings['batch_sizes'][0]}"
 
 
 def _accuracy(axes: Axes, summary: Summary) -> None:
@@ -156,10 +165,11 @@ def _against_budget(axes: Axes, summary: Summary, lines: dict[str, _Line], scale
 
 def _memory(axes: Axes, summary: Summary) -> None:
     size = summary["run"]["settings"]["batch_sizes"][0]
-    unit, name = _unit(max(arm["peak_bytes"] for arm in summary["arms"]))
+    unit, name = _unit(max(arm["peak_bytes"] for arm in summary["arms"] if not arm.get("steering")))
     for policy in summary["run"]["settings"]["policies"]:
         arms = sorted(
-            (a for a in summary["arms"] if a["policy"] == policy and a["batch_size"] == size), key=lambda a: a["budget"]
+            (a for a in summary["arms"] if (a["policy"], a["batch_size"], a.get("steering")) == (policy, size, None)),
+            key=lambda a: a["budget"],
         )
         x, y = [a["peak_bytes"] / unit for a in arms], [100 * a["accuracy"] for a in arms]
         colour, marker = style(policy)

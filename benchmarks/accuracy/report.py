@@ -111,7 +111,8 @@ def headline(summary: Summary) -> str:
     size = summary["run"]["settings"]["batch_sizes"][0]
     lines = []
     for arm in summary["arms"]:
-        if arm["policy"] == OURS and arm["batch_size"] == size and "difference_to_full" in arm:
+        plain = arm["policy"] == OURS and arm["batch_size"] == size and not arm.get("steering")
+        if plain and "difference_to_full" in arm:
             d = arm["difference_to_full"]
             lines.append(
                 f"- **{OURS} at {_budget(arm)}**: {100 * arm['accuracy']:.1f} % right, {_points(d)} points to full KV; "
@@ -123,11 +124,12 @@ def headline(summary: Summary) -> str:
 def arms_table(summary: Summary) -> str:
     """All arms as a Markdown table, but for batch sizes at which only some problems were run."""
     arms = [arm for arm in summary["arms"] if len(arm["correct"]) == len(summary["problems"])]
-    head = (
+    head: tuple[str, ...] = (
         "policy", "budget", "batch", "problems", "right, %", "to full KV, points", "p", "tokens written",
         "cut off, %", "compactions", "KV memory, MiB", "bound, MiB",
     )  # fmt: skip
     timed = any(arm["seconds"] for arm in arms)
+    steered = any(arm.get("steering") for arm in arms)
     rows = []
     for arm in arms:
         low, high = arm["accuracy_interval"]
@@ -148,9 +150,17 @@ def arms_table(summary: Summary) -> str:
                 f"{arm['peak_bytes'] / 2**20:,.1f}",
                 f"{arm['bound_bytes'] / 2**20:,.1f}",
             )
+            + ((arm.get("steering", ""), *_counts(arm)) if steered else ())
             + ((f"{60 * arm['samples'] / arm['seconds']:.1f}" if arm["seconds"] else "",) if timed else ())
         )
+    head += ("steering", "tokens steered", "doubts") if steered else ()
     return table(head + (("answers a minute",) if timed else ()), rows, left=2)
+
+
+def _counts(arm: Mapping[str, Any]) -> tuple[str, str]:
+    if "steering" not in arm:
+        return "", ""
+    return f"{arm['steered_tokens']:.1f}", f"{arm['doubts']:.1f}"
 
 
 def versus_table(summary: Summary) -> str:
@@ -239,6 +249,8 @@ def print_table(summary: Summary, echo: Callable[[str], None]) -> None:
     head = "".join(name.ljust(w) if name == "policy" else name.rjust(w) for name, w in widths.items()) + "  compactions"
     echo(f"{head}\n{'-' * len(head)}")
     for arm in summary["arms"]:
+        if arm.get("steering"):
+            echo(f"steered by {arm['steering']}:")
         difference = arm.get("difference_to_full")
         points = f"{100 * difference['value']:+.1f}" if difference else ""
         echo(

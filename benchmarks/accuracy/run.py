@@ -98,6 +98,7 @@ class Run:
         identity = {
             "settings": self.settings.to_json(),
             "model_digest": fingerprint(self.settings.model),
+            "vectors_digest": {name: fingerprint(file) for name, file in self.settings.vectors.items()},
             "tasks_digest": tasks,
             "source_digest": source(),
             "versions": versions(),
@@ -155,7 +156,7 @@ class Run:
         # Shares of the length of full KV can only be resolved when it is there.
         stages = [first, None] if budgets is None else [first + settings.arms(batch_size, list(budgets.values()))]
         count = settings.count(batch_size, len(self.tasks)) * settings.samples
-        arms = len(first) + len(settings.evicting) * len(settings.budgets)
+        arms = len(first) + len(settings.arms(batch_size, range(len(settings.budgets))))
         done = sum(key[0].batch_size == batch_size for key in self.samples)
         bar = tqdm(total=max(arms * count, done), initial=done, desc=f"batch {batch_size}", unit="answer")
         with bar, self._workers(batch_size) as workers:
@@ -188,7 +189,7 @@ class Run:
             self.info["kv_bytes_per_token"] = workers.kv_bytes_per_token
             answers, right = answers + 1, right + sample.correct
             bar.update()
-            bar.set_postfix_str(f"{sample.arm.policy}, {right / answers:.0%} right")
+            bar.set_postfix_str(f"{sample.arm.policy} {sample.steering}, {right / answers:.0%} right")
         if self.settings.separate_arms and len(missing) == len(list(self._keys(arms[0]))):
             self.info["arm_seconds"][str(arms[0])] = round(time.monotonic() - started, 2)
 
@@ -221,20 +222,22 @@ def _graded(answer: worker.Answer, task: Task) -> Sample:
         answer=found.answer,
         correct=found.correct,
         text=answer.text,
+        steering=arm.steering,
+        **answer.thoughts,
     )
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """What keeps a run from being resumed, one line per setting."""
     lines = []
-    for part in ("model_digest", "tasks_digest", "source_digest"):
+    for part in ("model_digest", "vectors_digest", "tasks_digest", "source_digest"):
         if old.get(part) != new[part]:
             lines.append(f"{part.removesuffix('_digest')} has other contents than before")
     for part in ("settings", "versions"):
         for name in sorted(old[part].keys() | new[part].keys()):
             before, now = old[part].get(name), new[part].get(name)
             if part == "settings" and name in Settings.GROWS:
-                if lost := [value for value in before if value not in now]:
+                if lost := [value for value in before or () if value not in now]:
                     lines.append(f"{name}: {', '.join(map(str, lost))} must not be left out; more may be added")
             elif before != now:
                 lines.append(f"{name}: was {before!r}, is {now!r}")

@@ -27,6 +27,9 @@ class Sample:
         answer: as found by the grader; None where there is none.
         correct: whether it is right.
         text: what was generated.
+        steering: how it was steered, see `grid.Steer`; "" for not at all.
+        steered_tokens: tokens that a vector was added to.
+        execution, reflection, transition: sentences by kind, counted in steered answers only.
     """
 
     policy: str
@@ -43,11 +46,16 @@ class Sample:
     answer: str | None
     correct: bool
     text: str
+    steering: str = ""
+    steered_tokens: int = 0
+    execution: int = 0
+    reflection: int = 0
+    transition: int = 0
 
     @property
     def arm(self) -> Arm:
         """Its cell of the grid."""
-        return Arm(self.policy, self.budget, self.batch_size)
+        return Arm(self.policy, self.budget, self.batch_size, self.steering)
 
     @property
     def key(self) -> tuple[Arm, str, int]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from statistics import mean
 from typing import Any
 
-from .grid import FULL, Arm, Settings
+from .grid import FULL, Arm, Settings, Steer
 from .samples import Sample
 from .stats import bootstrap_mean, mcnemar, paired_difference, wilson
 
@@ -45,7 +45,7 @@ def summarise(settings: Settings, info: Mapping[str, Any], samples: Sequence[Sam
         figures = _arm(arm, by_arm[arm], settings, per_token)
         figures["budget_as_given"] = budgets.get(arm.budget)
         figures["seconds"] = info["arm_seconds"].get(str(arm))
-        if full and arm.policy != FULL:
+        if full and arm != Arm(FULL, 0, arm.batch_size):
             figures["difference_to_full"] = _difference(by_arm[arm], full)
             figures["length_to_full"] = _length_difference(by_arm[arm], full)
         arms.append(figures)
@@ -72,10 +72,14 @@ def peak_tokens(sample: Sample, settings: Settings) -> int:
     return min(total, settings.limits(sample.budget, sample.prompt_tokens).bound)
 
 
-def find(summary: Summary, policy: str, budget: int, batch_size: int) -> dict[str, Any] | None:
+def find(summary: Summary, policy: str, budget: int, batch_size: int, steering: str = "") -> dict[str, Any] | None:
     """The figures of an arm, None where it was not run."""
-    wanted = Arm(policy, budget, batch_size)
-    return next((a for a in summary["arms"] if Arm(a["policy"], a["budget"], a["batch_size"]) == wanted), None)
+    wanted = (policy, budget, batch_size, steering)
+    return next((a for a in summary["arms"] if _key(a) == wanted), None)
+
+
+def _key(arm: Mapping[str, Any]) -> tuple[str, int, int, str]:
+    return arm["policy"], arm["budget"], arm["batch_size"], arm.get("steering", "")
 
 
 def _arm(arm: Arm, samples: Sequence[Sample], settings: Settings, per_token: int) -> dict[str, Any]:
@@ -89,6 +93,7 @@ def _arm(arm: Arm, samples: Sequence[Sample], settings: Settings, per_token: int
         "policy": arm.policy,
         "budget": arm.budget,
         "batch_size": arm.batch_size,
+        **(_steering(arm, samples) if arm.steering else {}),
         "samples": total,
         "accuracy": right / total,
         "accuracy_interval": interval,
@@ -102,6 +107,17 @@ def _arm(arm: Arm, samples: Sequence[Sample], settings: Settings, per_token: int
         "bound_bytes": round(arm.batch_size * max(peaks) * per_token),
         "correct": [sum(s.correct for s in group) for group in per_problem],
         "lengths": [sum(s.completion_tokens for s in group) for group in per_problem],
+    }
+
+
+def _steering(arm: Arm, samples: Sequence[Sample]) -> dict[str, Any]:
+    """How an arm is steered and what was counted; there is none of it in arms that are not."""
+    return {
+        "steering": arm.steering,
+        **Steer.parse(arm.steering)._asdict(),
+        "policy": arm.policy,
+        "steered_tokens": mean(s.steered_tokens for s in samples),
+        "doubts": mean(s.reflection + s.transition for s in samples),
     }
 
 

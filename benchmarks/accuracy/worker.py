@@ -9,16 +9,20 @@ import signal
 import sys
 import traceback
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .grid import FULL, Arm, Settings
+from .grid import FULL, Arm, Settings, Steer
 
 if TYPE_CHECKING:
     import vllm
     from vllm import RequestOutput
+
+
+THOUGHTS = ("steered_tokens", "execution", "reflection", "transition")
+"""What the engine counts in a steered answer, as `samples.Sample` names it."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +38,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Answer:
-    """One generated sample; see `samples.Sample` for the fields."""
+    """One generated sample; see `samples.Sample` for the fields. `thoughts` are its counts of a steered answer."""
 
     request: Request
     prompt_tokens: int
@@ -44,6 +48,7 @@ class Answer:
     evicted_tokens: int
     tokens_digest: str
     text: str
+    thoughts: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -122,6 +127,8 @@ def engine_arguments(settings: Settings, batch_size: int) -> dict[str, Any]:
             "kv_granularity": settings.granularity,
             "kv_protect_prompt": settings.protect_prompt,
         }
+    if settings.vectors:
+        arguments["kv_steering_vectors"] = settings.vectors
     return arguments | settings.engine
 
 
@@ -153,9 +160,6 @@ def _answer(
         while waiting and len(running) < 2 * batch_size:
             request = waiting.pop()
             prompt = tokenizer.apply_chat_template(request.messages, add_generation_prompt=True, return_dict=False)
-            own: dict[str, Any] = {"kv_policy": request.arm.policy} if settings.evicting else {}
-            if request.arm.policy != FULL:
-                own |= {"kv_budget": request.arm.budget}
             params = SamplingParams(
                 max_tokens=settings.max_tokens,
                 temperature=settings.temperature,
@@ -164,14 +168,26 @@ def _answer(
                 # Text is made of all tokens at once at the end, which is much cheaper.
                 detokenize=False,
                 output_kind=RequestOutputKind.FINAL_ONLY,
-                extra_args=own or None,
+                extra_args=request_options(request.arm, settings) or None,
             )
-            name = f"{request.arm.policy}-{request.arm.budget}-{request.problem}-{request.number}"
+            arm = request.arm
+            name = f"{arm.policy}-{arm.budget}-{arm.steering}-{request.problem}-{request.number}"
             running[name] = request
             engine.add_request(name, {"prompt_token_ids": prompt}, params)
         for output in engine.step():
             if output.finished:
                 connection.send(_read(output, running.pop(output.request_id), tokenizer))
+
+
+def request_options(arm: Arm, settings: Settings) -> dict[str, Any]:
+    """What a request of an arm asks for."""
+    options: dict[str, Any] = {"kv_policy": arm.policy} if settings.evicting else {}
+    if arm.policy != FULL:
+        options["kv_budget"] = arm.budget
+    if arm.steering:
+        steer = Steer.parse(arm.steering)
+        options |= {"steering": steer.vector, "steering_alpha0": steer.alpha0, "steering_gamma": steer.gamma}
+    return options
 
 
 def _read(output: RequestOutput, request: Request, tokenizer: Any) -> Answer:
@@ -182,6 +198,10 @@ def _read(output: RequestOutput, request: Request, tokenizer: Any) -> Answer:
         raise RuntimeError(
             f"asked for {request.arm.policy}, but {evictions['policy']} was applied to {request.problem}"
         )
+    steered = evictions.get("steering", {})
+    applied = str(Steer(steered["vector"], steered["alpha0"], steered["gamma"])) if steered else ""
+    if applied != request.arm.steering:
+        raise RuntimeError(f"asked for steering {request.arm.steering!r}, but {applied!r} was applied")
     return Answer(
         request,
         prompt_tokens=len(output.prompt_token_ids or ()),
@@ -191,4 +211,5 @@ def _read(output: RequestOutput, request: Request, tokenizer: Any) -> Answer:
         evicted_tokens=evictions.get("evicted_tokens", 0),
         tokens_digest=hashlib.sha256(repr(token_ids).encode()).hexdigest()[:16],
         text=tokenizer.decode(token_ids, skip_special_tokens=True),
+        thoughts={key: steered[key] for key in THOUGHTS if steered},
     )

@@ -7,10 +7,14 @@ givens once more, in the same words, and confirms. The question asks for the sum
 
 So most sentences repeat an earlier one, as in real reasoning models, only more so. What must be remembered are
 the sentences that are not repeated: values found once, some needed hundreds of tokens later.
+
+    python -m benchmarks.tiny_reasoner.problems --split train --count 64 > train.jsonl
 """
 
 from __future__ import annotations
 
+import argparse
+import json
 import random
 import re
 import string
@@ -102,3 +106,17 @@ def extract_answer(text: str) -> int | None:
     """The digit in the last `\\boxed{}` after the thoughts, or None where there is none."""
     found = re.findall(r"\\boxed\{(\d)\}", text.rpartition("</think>")[2])
     return int(found[-1]) if found else None
+
+
+def main() -> None:
+    """Command line: print problems as JSON lines, for `skipkv extract-vector`."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--split", required=True, choices=list(SPLITS))
+    parser.add_argument("--count", required=True, type=int)
+    args = parser.parse_args()
+    for problem in problems(args.split, args.count):
+        print(json.dumps({"question": problem.question, "answer": str(problem.answer)}))
+
+
+if __name__ == "__main__":
+    main()

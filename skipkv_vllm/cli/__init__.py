@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from ..errors import KVPolicyError
+from . import vectors
 
 app = typer.Typer(
     help="Tools around the SkipKV plugin for vLLM.",
@@ -20,6 +21,8 @@ app = typer.Typer(
 )
 trace_app = typer.Typer(help="Look at the traces that --kv-trace-dir leaves.", no_args_is_help=True)
 app.add_typer(trace_app, name="trace")
+app.command("extract-vector")(vectors.extract_vector)
+app.command("import-vector")(vectors.import_vector)
 
 
 @app.callback()

@@ -15,8 +15,9 @@ from ..errors import KVPolicyError
 from ..ops import KEYWORD_SHIFT, THOUGHT
 from ..sentences import SentenceTables, build_tables
 from ..sentences.tables import Tokenizer
+from .thoughts import THINK_END, THINK_START, split_tokens
 
-MARKERS = {"<think>": THOUGHT.BEGIN, "</think>": THOUGHT.END}
+MARKERS = {THINK_START: THOUGHT.BEGIN, THINK_END: THOUGHT.END}
 REFLECTION, TRANSITION = 1, 2
 
 
@@ -54,12 +55,7 @@ def build_thought_tables(tokenizer: Tokenizer, vocab_size: int, compat: str = "d
             f"the tokenizer has no token for {' and '.join(missing)}, so it cannot be told where the model thinks; "
             "start without --kv-steering-vectors"
         )
-    splits = {i for token, i in vocab.items() if _may_be_blank(token) and "\n\n" in tokenizer.decode([i])}
-    if not splits:
-        raise KVPolicyError(
-            "the tokenizer has no token with a blank line, so thoughts cannot be told apart; "
-            "start without --kv-steering-vectors"
-        )
+    splits = split_tokens(tokenizer)
     sentences = build_tables(tokenizer, compat)
     flags = dict.fromkeys(splits, THOUGHT.SPLIT)
     for token_id in sentences.delimiters:
@@ -71,10 +67,6 @@ def build_thought_tables(tokenizer: Tokenizer, vocab_size: int, compat: str = "d
     for token_id in flags.keys() | classes.keys():
         vocabulary[token_id] = flags.get(token_id, 0) | classes.get(token_id, 0) << KEYWORD_SHIFT
     return ThoughtTables(vocabulary, _keyword_machine(sentences, list(classes)), sentences.merges_delimiters)
-
-
-def _may_be_blank(token: str) -> bool:
-    return token.count("\n") + token.count("Ċ") > 1
 
 
 def _keyword_machine(sentences: SentenceTables, tokens: list[int]) -> Tensor:

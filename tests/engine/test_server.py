@@ -11,12 +11,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 from openai import OpenAI
 from prometheus_client.parser import text_string_to_metric_families
 
 from benchmarks.server import metrics, serve
 from benchmarks.tiny_reasoner.problems import problems
 from skipkv_vllm import bundled_model
+from skipkv_vllm.steering import SteeringVector
 from skipkv_vllm.trace import Trace
 
 BUDGET, BUFFER, PAGE = 224, 64, 32
@@ -33,10 +35,14 @@ def free_port() -> int:
 def server(tmp_path_factory):
     """A compiled server (vLLM's default), URL and folder."""
     folder = tmp_path_factory.mktemp("server")
+    values = torch.randn(128, generator=torch.Generator().manual_seed(7))
+    vector = SteeringVector(values=8 * values, layer=2, num_layers=4, base_model="tiny", method="random")
+    vector.save(folder / "random.safetensors")
     arguments = (
         f"--served-model-name tiny --kv-policy skipkv --kv-budget {BUDGET} --kv-buffer {BUFFER} --block-size {PAGE} "
         f"--max-model-len 2048 --max-num-seqs 8 --dtype float32 --kv-request-policies h2o random "
-        f"--kv-trace-dir {folder / 'traces'} --kv-check-integrity"
+        f"--kv-trace-dir {folder / 'traces'} --kv-check-integrity "
+        f"--kv-steering-vectors random={folder / 'random.safetensors'}"
     ).split()
     with pytest.MonkeyPatch.context() as patch:
         # Set by the tests that run an engine in this process; a user's server has neither.
@@ -128,6 +134,38 @@ def test_a_request_can_choose_another_method(server, client, policy):
     told = answers[0].kv_transfer_params["skipkv"]
     assert told["policy"] == policy
     assert told["compactions"] == moved["skipkv_compactions_total"] >= 3
+
+
+def test_a_request_can_be_steered(server, client):
+    traces = server[1] / "traces"
+    before = set(traces.glob("*.safetensors"))
+    answers = []
+    moved = difference(server[0], lambda: answers.append(complete(client, steering="random", steering_alpha0=1.5)))
+    told = answers[0].kv_transfer_params["skipkv"]
+    assert told["compactions"] >= 3
+    steering = told["steering"]
+    assert (steering["vector"], steering["alpha0"], steering["gamma"]) == ("random", 1.5, 0.02)
+    assert moved["skipkv_steered_tokens_total"] == steering["steered_tokens"] > 10
+    for kind in ("execution", "reflection", "transition"):
+        assert moved[f"skipkv_thoughts_total{{{kind}}}"] == steering[kind]
+    assert steering["execution"] > steering["reflection"] > 0
+    (path,) = set(traces.glob("*.safetensors")) - before
+    assert Trace.load(path).parameters["request_steering"] == steering
+    plain = complete(client)
+    assert "steering" not in plain.kv_transfer_params["skipkv"]
+    assert plain.choices[0].message.content != answers[0].choices[0].message.content
+
+
+def test_a_bad_steering_option_is_a_400(server):
+    for xargs, part in (
+        ({"steering": "/etc/passwd"}, "steering='/etc/passwd' is not registered; choose one of: off, random"),
+        ({"steering": "random", "steering_alpha0": 99}, "steering_alpha0=99: input should be less than or equal to 10"),
+        ({"steering_gamma": 0.1}, "not steered"),
+    ):
+        body = {"model": "tiny", "prompt": "a", "max_tokens": 2, "vllm_xargs": xargs}
+        status, answer = post(server[0], "/v1/completions", body)
+        assert status == 400
+        assert part in json.dumps(answer)
 
 
 def test_completions_and_responses_take_the_options_too(server):

@@ -12,6 +12,7 @@ import pytest
 from benchmarks.accuracy import UsageError, grading
 from benchmarks.accuracy.grading import check_available, grade
 from benchmarks.accuracy.tasks import Task
+from skipkv_vllm.errors import KVPolicyError
 
 
 def math_task(reference: str) -> Task:
@@ -57,18 +58,18 @@ def test_wrong_and_missing_answers(text, answer):
 
 
 def test_an_unreadable_reference_is_an_error():
-    with pytest.raises(UsageError, match="nothing that math-verify can read"):
+    with pytest.raises(KVPolicyError, match="nothing that math-verify can read"):
         grade(math_task(""), "\\boxed{1}")
 
 
 def test_threads_are_refused():
-    with ThreadPoolExecutor(1) as pool, pytest.raises(UsageError, match="main thread"):
+    with ThreadPoolExecutor(1) as pool, pytest.raises(KVPolicyError, match="main thread"):
         pool.submit(grade, math_task("71"), "\\boxed{72}").result()
 
 
 def test_a_missing_library_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "math_verify", None)
-    with pytest.raises(UsageError, match=r"pip install 'skipkv-vllm\[eval\]'"):
+    with pytest.raises(KVPolicyError, match=r"pip install 'skipkv-vllm\[eval\]'"):
         check_available("math", False)
 
 

@@ -18,6 +18,7 @@ from benchmarks.accuracy.plots import spread
 from benchmarks.accuracy.report import html, markdown, print_table, write_report
 from benchmarks.accuracy.samples import Sample
 from benchmarks.accuracy.stats import mcnemar, paired_difference, wilson
+from benchmarks.accuracy.steering import read_section
 from benchmarks.accuracy.summary import Summary, find, peak_tokens, summarise
 
 REPOSITORY = Path(__file__).parents[2]
@@ -278,6 +279,6 @@ def test_the_results_page_is_the_generated_one():
     tiny = json.loads((REPOSITORY / DOCS / TINY).read_text())
     page = (REPOSITORY / DOCS / "results.md").read_text()
     paper = json.loads(PAPER.read_text())
-    assert page == results_page(tiny, paper, read_kernels(REPOSITORY / DOCS)), (
+    assert page == results_page(tiny, paper, read_section(REPOSITORY / DOCS), read_kernels(REPOSITORY / DOCS)), (
         "run `python -m benchmarks.accuracy docs`"
     )

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from benchmarks.accuracy import RunError, UsageError, checks, run, worker
-from benchmarks.accuracy.grid import Arm, Budget, Settings
+from benchmarks.accuracy.grid import Arm, Budget, Settings, Steer
 from benchmarks.accuracy.run import Run, load
 from benchmarks.accuracy.samples import Sample, SampleWriter, read_samples
 from benchmarks.accuracy.summary import summarise
@@ -89,6 +89,12 @@ def test_settings_survive_json():
         ({"problems_at": {8: 3}}, "--problems-at 8=3: 8 is not one of --batch-sizes: 4, 1"),
         ({"policies": ("skipkv",)}, "add full to --policies"),
         ({"budgets": ()}, "--budgets is empty"),
+        ({"steering": ("v:1",)}, "'v' is not registered; there is none, give --steering-vectors NAME=FILE"),
+        ({"steering": ("w:1",), "vectors": {"v": "f"}}, "'w' is not registered; there is v"),
+        ({"steering": ("v",), "vectors": {"v": "f"}}, "'v' is not [POLICY/]VECTOR:ALPHA0[:GAMMA]"),
+        ({"steering": ("v:1:2:3",), "vectors": {"v": "f"}}, "is not [POLICY/]VECTOR:ALPHA0[:GAMMA]"),
+        ({"steering": ("v:x",), "vectors": {"v": "f"}}, "is not [POLICY/]VECTOR:ALPHA0[:GAMMA]"),
+        ({"steering": ("rkv/v:1",), "vectors": {"v": "f"}}, "'rkv' is not one of --policies"),
     ],
 )
 def test_bad_settings(changes, said):
@@ -105,6 +111,39 @@ def test_one_engine_serves_all_policies():
     assert arguments["max_num_seqs"] == 4
     assert arguments["dtype"] == "float32"
     assert "kv_policy" not in worker.engine_arguments(replace(SETTINGS, policies=("full",), budgets=()), 4)
+
+
+STEERED = replace(SETTINGS, vectors={"v": "v.safetensors"}, steering=("v:1:0.02", "full/v:0.5"))
+
+
+def test_ways_to_steer():
+    assert Steer.parse("v:1") == Steer("v", 1.0, 0.0, None)
+    assert Steer.parse("skipkv/v:0.5:0.02") == Steer("v", 0.5, 0.02, "skipkv")
+    assert str(Steer.parse("skipkv/v:0.5:0.02")) == "v:0.5:0.02"
+    assert Settings.from_json(json.loads(json.dumps(STEERED.to_json()))) == STEERED
+
+
+def test_steered_arms_come_on_top():
+    assert STEERED.arms(4, [250]) == [
+        Arm("skipkv", 250, 4),
+        Arm("full", 0, 4, "v:1:0.02"),
+        Arm("skipkv", 250, 4, "v:1:0.02"),
+        Arm("full", 0, 4, "v:0.5:0"),
+    ]
+
+
+def test_what_a_steered_request_asks_for():
+    assert worker.engine_arguments(STEERED, 4)["kv_steering_vectors"] == {"v": "v.safetensors"}
+    assert "kv_steering_vectors" not in worker.engine_arguments(SETTINGS, 4)
+    plain, _, both, _ = STEERED.arms(4, [250])
+    assert worker.request_options(plain, STEERED) == {"kv_policy": "skipkv", "kv_budget": 250}
+    assert worker.request_options(both, STEERED) == {
+        "kv_policy": "skipkv",
+        "kv_budget": 250,
+        "steering": "v",
+        "steering_alpha0": 1.0,
+        "steering_gamma": 0.02,
+    }
 
 
 # ---- what is kept
@@ -141,6 +180,7 @@ class FakePool:
     stop_after = 10**9
     compactions = 2
     wrong: set[Arm] = set()
+    steered = 7
 
     def __init__(self, settings: Settings, batch_size: int, processes: int, cores: list[int], out: Path) -> None:
         self.kv_bytes_per_token = 2048
@@ -160,6 +200,9 @@ class FakePool:
                 evicted_tokens=0,
                 tokens_digest=f"{request.problem}",
                 text=f"</think>\\boxed{{{right}}}",
+                thoughts={"steered_tokens": FakePool.steered, "execution": 5, "reflection": 2, "transition": 1}
+                if request.arm.steering
+                else {},
             )
 
     def start(self) -> None:
@@ -189,6 +232,42 @@ def test_full_runs_first_and_settles_the_budgets(pool, tmp_path):
     assert info["failures"] == []
     assert len(samples) == 3 * 6 + 3 * 2
     assert all(s.correct for s in samples)
+
+
+def test_steered_arms_are_run_and_kept(pool, tmp_path):
+    Run(replace(STEERED, batch_sizes=(4,), problems_at={}), tmp_path)()
+    settings, info, samples = load(tmp_path)
+    assert info["failures"] == []
+    # Full KV and two budgets, steered one way, and full KV once more.
+    assert len(samples) == len({s.key for s in samples}) == 6 * (3 + 3 + 1)
+    assert {s.steered_tokens for s in samples if s.steering} == {7}
+    assert {s.steered_tokens for s in samples if not s.steering} == {0}
+    summary = summarise(settings, info, samples)
+    steered = [arm for arm in summary["arms"] if "steering" in arm]
+    assert [(a["policy"], a["steering"], a["gamma"]) for a in steered] == [
+        ("full", "v:1:0.02", 0.02),
+        ("skipkv", "v:1:0.02", 0.02),
+        ("skipkv", "v:1:0.02", 0.02),
+        ("full", "v:0.5:0", 0.0),
+    ]
+    assert all((a["doubts"], a["steered_tokens"]) == (3, 7) for a in steered)
+    assert all("difference_to_full" in a for a in steered)
+
+
+def test_a_vector_that_was_never_added_fails(pool, tmp_path, monkeypatch):
+    monkeypatch.setattr(pool, "steered", 0)
+    with pytest.raises(RunError, match="no token of any of 6 answers was steered"):
+        Run(replace(STEERED, batch_sizes=(4,), problems_at={}), tmp_path)()
+
+
+def test_a_steered_answer_may_end_before_it_is_compacted():
+    settings = replace(STEERED, policies=("full", "skipkv"))
+    short = sample(compactions=0, completion_tokens=80, steering="v:1:0", steered_tokens=5)
+    assert not checks.failures([short], settings)
+    (found,) = checks.failures([replace(short, steering="", steered_tokens=0)], settings)
+    assert "full KV under another name" in found
+    long = sample(compactions=0, completion_tokens=500, steering="v:1:0", steered_tokens=5)
+    assert len(checks.failures([long], settings)) == 2
 
 
 def test_seeds_are_the_same_in_every_arm(pool, tmp_path):
