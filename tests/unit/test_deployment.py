@@ -274,9 +274,9 @@ def test_messages_that_the_handbook_explains_exist():
     for phrase in (
         "this vLLM differs from the",
         "was replaced by",
-        "--kv-policy does not support",
+        "does not support",
         "given without --kv-policy",
-        "cannot be combined with kv_policy",
+        "cannot be combined with",
         "which is slow",
         "scheduler and worker disagree about",
     ):
