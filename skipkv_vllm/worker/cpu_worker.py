@@ -10,9 +10,10 @@ from vllm.v1.worker.cpu_worker import CPUWorker
 from .. import compat
 from .adapt import adapt_runner
 from .build import without_sidecar
+from .pipeline import StageWorker
 
 
-class EvictingCPUWorker(CPUWorker):
+class EvictingCPUWorker(StageWorker, CPUWorker):
     """`worker_cls` on CPU platforms."""
 
     def init_device(self) -> None:
