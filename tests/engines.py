@@ -43,6 +43,7 @@ ENGINE_ARGUMENTS: dict[str, Any] = {
     "num_gpu_blocks_override": 256,
     "enable_prefix_caching": True,
     "enforce_eager": True,
+    "async_scheduling": False,
     "disable_log_stats": True,
 }
 POLICY_ARGUMENTS: dict[str, Any] = {
@@ -115,6 +116,7 @@ def stock_engine(**arguments: Any) -> vllm.LLM:
 
 def _engine(cls: type, arguments: dict[str, Any]) -> vllm.LLM:
     global _current
+    _allow_async_scheduling()
     arguments = {"model": MODEL} | ENGINE_ARGUMENTS | arguments
     key = (cls, repr(sorted(arguments.items())))
     if _current is None or _current[0] != key:
@@ -125,6 +127,21 @@ def _engine(cls: type, arguments: dict[str, Any]) -> vllm.LLM:
     _abort_all(llm)
     assert llm.reset_prefix_cache()
     return llm
+
+
+@functools.cache
+def _allow_async_scheduling() -> None:
+    """Let a test ask for asynchronous scheduling, which vLLM always switches off on CPUs."""
+    from vllm.platforms.cpu import CpuPlatform
+
+    original = CpuPlatform.check_and_update_config.__func__
+
+    def check_and_update_config(cls: type, vllm_config: Any) -> None:
+        asked = vllm_config.scheduler_config.async_scheduling
+        original(cls, vllm_config)
+        vllm_config.scheduler_config.async_scheduling = asked
+
+    CpuPlatform.check_and_update_config = classmethod(check_and_update_config)
 
 
 def shutdown() -> None:
