@@ -33,6 +33,7 @@ OVERRIDES = {
     "skipkv_vllm.worker.runner_v2:HookedRunnerV2": ("vllm.v1.worker.gpu.model_runner:GPUModelRunner",),
     "skipkv_vllm.worker.cpu_worker:EvictingCPUWorker": ("vllm.v1.worker.cpu_worker:CPUWorker",),
     "skipkv_vllm.worker.gpu_worker:EvictingGPUWorker": ("vllm.v1.worker.gpu_worker:Worker",),
+    "skipkv_vllm.worker.pipeline:StageWorker": ("vllm.v1.worker.gpu_worker:Worker",),
     "skipkv_vllm.metrics:EvictionStatLogger": ("vllm.v1.metrics.loggers:StatLoggerBase",),
     "skipkv_vllm.llm:LLM": ("vllm.entrypoints.llm:LLM",),
 }
@@ -42,7 +43,9 @@ WRAPPED_OR_CALLED = (
     "vllm.engine.arg_utils:EngineArgs.add_cli_args",
     "vllm.engine.arg_utils:EngineArgs.from_cli_args",
     "vllm.engine.arg_utils:EngineArgs.create_engine_config",
+    "vllm.v1.engine.input_processor:InputProcessor.__init__",
     "vllm.v1.engine.input_processor:InputProcessor._validate_params",
+    "vllm.distributed.parallel_state:initialize_model_parallel",
     "vllm.v1.core.sched.output:SchedulerOutput",
     "vllm.v1.metrics.stats:SchedulerStats",
     "vllm.v1.core.block_pool:BlockPool.free_blocks",
