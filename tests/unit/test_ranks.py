@@ -67,7 +67,7 @@ def kept(policy: str, granularity: str, layers: slice, heads: slice, ranks: Rank
             dtype=torch.float32,
             device=CPU,
         )
-        ring.prepare(np.array([0, 1]), counts, np.zeros(2, dtype=np.int64))
+        ring.prepare(np.array([0, 1]), counts, np.zeros(2, dtype=np.int64), total)
         for i in range(num_layers):
             impl = FakeAttention()
             ring.attach(i, impl)
