@@ -98,6 +98,17 @@ def test_both(references: ReferenceCache) -> None:
 
 
 @pytest.mark.parametrize("size", [TENSOR, PIPELINE], ids=["tensor", "pipeline"])
+def test_runner_v2(size: dict[str, int], references: ReferenceCache) -> None:
+    """The interpreter is slow, so few tokens and many compactions."""
+    prompts = engines.demo_prompts(3, at_least=150)
+    arguments = {"kv_granularity": "sentence", "kv_budget": 160, "kv_buffer": 16} | size
+    one = Job(prompts, ["skipkv", "rkv", "random"], 60, every=3, arguments=arguments)
+    outcome = engines.run(one, "v2")
+    assert outcome.is_v2
+    check(one, outcome, references, min_compactions=2)
+
+
+@pytest.mark.parametrize("size", [TENSOR, PIPELINE], ids=["tensor", "pipeline"])
 def test_ray(size: dict[str, int], references: ReferenceCache) -> None:
     """Orders travel to Ray's actors, which load the plugin themselves."""
     pytest.importorskip("ray", reason="pip install '.[ray]'")
