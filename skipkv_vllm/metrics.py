@@ -9,9 +9,12 @@ from prometheus_client import Counter, Gauge
 from vllm.config import VllmConfig
 from vllm.v1.metrics.loggers import StatLoggerBase
 
-from .compat import has_policy, received_report
+from .compat import has_policy, install_client_check, received_report
 from .scheduler.planner import Compaction
 from .steering.controller import KINDS, Thoughts
+
+# vLLM loads this module wherever it builds an engine's client, before anything else of it.
+install_client_check()
 
 SKIPPED = "skipped:"
 THOUGHTS = "thoughts:"

@@ -94,6 +94,27 @@ def _wrap_engine_args(cls: Any, plugin: PolicyArguments) -> None:
     cls._skipkv = True
 
 
+def install_client_check() -> None:
+    """Make every client of an engine with a policy switch the seams on.
+
+    Its configuration may have been made in another process, as Ray Serve does it.
+    """
+    from vllm.v1.engine.input_processor import InputProcessor
+
+    original = InputProcessor.__init__
+    if hasattr(original, "_skipkv"):
+        return
+
+    @functools.wraps(original)
+    def __init__(self: Any, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> None:  # noqa: N807
+        if has_policy(vllm_config):
+            enable(vllm_config)
+        original(self, vllm_config, *args, **kwargs)
+
+    __init__._skipkv = True  # type: ignore[attr-defined]
+    InputProcessor.__init__ = __init__
+
+
 def enable(vllm_config: VllmConfig) -> None:
     """Get this process ready: API server, engine core or worker. Idempotent."""
     check_vllm()

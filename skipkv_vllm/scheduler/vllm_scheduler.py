@@ -330,7 +330,9 @@ class EvictionMixin(_Base):
         if not model.skip_tokenizer_init:
             tables = build_tables(cached_tokenizer_from_config(model), self.kv_policy.policy.sentence_options.compat)
         parameters = self.kv_policy.model_dump() | {"model": model.model, "page_size": self.block_manager.block_size}
-        return TraceCollector(self.kv_policy, self.parallel_config.tensor_parallel_size, tables, parameters)
+        parallel = self.parallel_config
+        grid = (parallel.pipeline_parallel_size, parallel.tensor_parallel_size)
+        return TraceCollector(self.kv_policy, grid, tables, parameters)
 
     def _write_trace(self, request: Request, steered: dict[str, Any] | None) -> None:
         assert self.trace is not None

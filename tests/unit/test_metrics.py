@@ -152,3 +152,17 @@ def test_steps_without_a_report_are_fine(registry):
     for stats in (None, SchedulerStats(), empty):
         logger.record(stats, None)
     assert value(registry, "skipkv_compactions_total") is None
+
+
+def test_a_client_whose_configuration_came_from_elsewhere_switches_the_seams_on(monkeypatch):
+    from vllm.v1.engine.input_processor import InputProcessor
+
+    from skipkv_vllm.compat import seams
+
+    enabled = []
+    monkeypatch.setattr(seams, "enable", enabled.append)
+    for config in (WITH_POLICY, WITHOUT):
+        # Nothing else of a configuration is there, so vLLM's own part fails.
+        with pytest.raises(AttributeError):
+            InputProcessor(config)
+    assert enabled == [WITH_POLICY]

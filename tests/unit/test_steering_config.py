@@ -134,7 +134,9 @@ def test_traces_need_no_eviction(engine_args, math, tmp_path):  # noqa: F811
 
 
 def test_the_banner_says_what_is_steered():
-    text = "\n".join(banner(KVPolicyConfig(kv_steering_vectors={"math": "/m"}, kv_steering_alpha_max=2.0), 16, 4096, 99))
+    text = "\n".join(
+        banner(KVPolicyConfig(kv_steering_vectors={"math": "/m"}, kv_steering_alpha_max=2.0), 16, 4096, 99)
+    )
     assert "evicts nothing" in text
     assert "steering vectors math, default off; alpha 1.0 + 0.02 a thought" in text
     assert "at most 2.0" in text
