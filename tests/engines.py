@@ -78,7 +78,7 @@ def demo_prompts(count: int, at_least: int = 0) -> list[list[int]]:
     """Prompts with less than a page in common; a question each, or as many as make `at_least` tokens."""
     from benchmarks.tiny_reasoner.problems import problems
 
-    questions = iter([problem.question for problem in problems("demo", 16 * count)])
+    questions = iter([problem.question for problem in problems("demo", 32 * count)])
     prompts = []
     for _ in range(count):
         text = next(questions)
