@@ -155,8 +155,9 @@ def lowest(summary: Summary) -> str:
     """Where steering goes worst together with eviction, in words."""
     worst = min(curve(summary, "eviction"), key=lambda point: point["accuracy"])
     return (
-        f"Not every strength goes well with eviction: at alpha0 {worst['alpha0']:g} it is {100 * worst['accuracy']:.1f} % "
-        "right. Where the vector just suffices to end a doubt, it may also repeat a step whose text is gone."
+        "Not every strength goes well with eviction: "
+        f"at alpha0 {worst['alpha0']:g} {100 * worst['accuracy']:.1f} % are right. Where the vector just suffices to "
+        "end a doubt, the model may also find once more what it has found."
         if worst["accuracy"] < plain_arms(summary)[1]["accuracy"] - 0.01
         else ""
     )

@@ -127,7 +127,7 @@ def test_a_strength_that_costs_accuracy_with_eviction_is_named(summary):
     for arm in summary["arms"]:
         if arm["policy"] == "skipkv" and arm.get("alpha0") == 0.5:
             arm["accuracy"] = 0.75
-    assert "at alpha0 0.5 it is 75.0 % right" in lowest(summary)
+    assert "at alpha0 0.5 75.0 % are right" in lowest(summary)
 
 
 def test_reports_name_the_steering(summary):
