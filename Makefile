@@ -1,7 +1,8 @@
 # Every target sets up what it needs; see scripts/bootstrap.sh.
 PY := .venv/bin/python
 
-.PHONY: demo serve test lint setup dev train eval-tiny eval-steering vector build build-cuda sanitize bench-kernels clean
+.PHONY: demo serve test test-patched lint setup dev train vector eval-tiny eval-steering build build-cuda sanitize \
+	bench-kernels clean
 
 demo: setup        ## serve the bundled model with SkipKV and show what it saved against full KV
 	@$(PY) -m benchmarks.demo
@@ -11,6 +12,9 @@ serve: setup       ## keep the demo server running on port 8000
 
 test: dev          ## run all tests
 	@$(PY) -m pytest
+
+test-patched: dev  ## run all tests with a patched copy of vLLM: its public seams instead of our runtime hooks
+	@PYTHONPATH=$$($(PY) patches/apply.py) $(PY) -m pytest
 
 lint: dev          ## ruff and mypy
 	@$(PY) -m ruff check .

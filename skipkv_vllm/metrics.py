@@ -9,6 +9,7 @@ from prometheus_client import Counter, Gauge
 from vllm.config import VllmConfig
 from vllm.v1.metrics.loggers import StatLoggerBase
 
+from .compat import has_policy, received_report
 from .scheduler.planner import Compaction
 from .steering.controller import KINDS, Thoughts
 
@@ -83,8 +84,6 @@ class EvictionStatLogger(StatLoggerBase):
     _metrics: dict[str, Any] | None = None
 
     def __init__(self, vllm_config: VllmConfig, engine_index: int = 0) -> None:
-        from .compat import has_policy
-
         self._engine = str(engine_index)
         if has_policy(vllm_config) and EvictionStatLogger._metrics is None:
             EvictionStatLogger._metrics = _make_metrics()
@@ -97,7 +96,7 @@ class EvictionStatLogger(StatLoggerBase):
         engine_idx: int = 0,
     ) -> None:
         """Add one report to the metrics."""
-        report = getattr(scheduler_stats, "skipkv", None)
+        report = received_report(scheduler_stats)
         if self._metrics is None or not report:
             return
         for name, value in report.items():

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 def register() -> None:
     """Called by vLLM in every process, possibly more than once."""
-    from .compat import install_config_check, install_flags
+    from .compat import install
 
-    install_flags()
-    install_config_check()
+    install()

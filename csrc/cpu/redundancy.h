@@ -43,12 +43,13 @@ class ExemptSearch {
       gather(a, num_active_, rows);
       multiply(rows, panel, stride_, s_.tile);
       for (int64_t m = 0; m < kTileRows && a + m < num_active_; ++m) {
-        const float* const cosine = s_.tile + m * kTileColumns;
-        if (!any_above(cosine, threshold_)) continue;
+        uint64_t hits = mask_above(s_.tile + m * kTileColumns, threshold_) & columns(end - first);
+        if (hits == 0) continue;
         const int32_t i = s_.active[a + m];
-        for (int64_t j = i >= first ? i + 1 : first; j < end; ++j) {
-          if (cosine[j - first] > threshold_) s_.last[i] = static_cast<int32_t>(j), s_.earlier[j] = i;
-        }
+        if (i >= first) hits &= ~columns(i + 1 - first);
+        if (hits == 0) continue;
+        s_.last[i] = static_cast<int32_t>(first + 63 - __builtin_clzll(hits));
+        for (; hits != 0; hits &= hits - 1) s_.earlier[first + __builtin_ctzll(hits)] = i;
       }
     }
     int64_t kept = 0;
@@ -78,6 +79,10 @@ class ExemptSearch {
     }
   }
 
+  // A mask of the first n columns of a panel, n < 64.
+  static uint64_t columns(int64_t n) { return (uint64_t{1} << n) - 1; }
+  static_assert(kTileColumns < 64, "a shift by 64 is undefined");
+
   static int64_t panel_end(int64_t i) { return (i / kTileColumns + 1) * kTileColumns; }
 
   // A pair (i, j), i < j, was not looked at by `scan_later` if i had left before it came to the panel of j.
@@ -103,13 +108,13 @@ class ExemptSearch {
         gather(a, count, rows);
         multiply(rows, panel, stride_, s_.tile);
         for (int64_t m = 0; m < kTileRows && a + m < count; ++m) {
-          const float* const cosine = s_.tile + m * kTileColumns;
-          if (!any_above(cosine, threshold_)) continue;
+          uint64_t hits = mask_above(s_.tile + m * kTileColumns, threshold_);
+          if (hits == 0) continue;
           const int32_t j = s_.active[a + m];
-          for (int64_t c = 0; c < kTileColumns && first + c < j; ++c) {
-            const int32_t i = static_cast<int32_t>(first + c);
-            if (cosine[c] > threshold_ && i > s_.earlier[j]) s_.earlier[j] = i;
-          }
+          if (j < first + kTileColumns) hits &= columns(j - first);
+          if (hits == 0) continue;
+          const int32_t i = static_cast<int32_t>(first + 63 - __builtin_clzll(hits));
+          s_.earlier[j] = i > s_.earlier[j] ? i : s_.earlier[j];
         }
       }
     }
@@ -143,7 +148,9 @@ inline void mean_cosines(const float* unit, int64_t stride, int64_t length, cons
   }
   for (int64_t j = 0; j < length; ++j) {
     const float* const key = unit + j * stride;
-    mean[j] = inner(key, total, stride) - inner(key, key, stride);
+    Vector sum = {};
+    for (int64_t d = 0; d < stride; d += kLanes) sum += load(key + d) * (load(total + d) - load(key + d));
+    mean[j] = sum_lanes(sum);
   }
   for (int64_t i = 0; i < length; ++i) {
     const int32_t j = last[i];

@@ -54,17 +54,13 @@ inline void multiply(const float* const* rows, const float* panel, int64_t dim, 
   }
 }
 
-// Whether any of the first `kTileColumns` values is above the threshold.
-inline bool any_above(const float* values, float threshold) {
-  Vector most = load(values);
-  for (int64_t v = 1; v < kTileVectors; ++v) {
-    const Vector x = load(values + v * kLanes);
-    most = x > most ? x : most;
-  }
-  const auto above = most > threshold;
-  int32_t found = 0;
-  for (int64_t k = 0; k < kLanes; ++k) found |= above[k];
-  return found != 0;
+// Bit c says whether value c of the first `kTileColumns` is above the threshold.
+inline uint64_t mask_above(const float* values, float threshold) {
+  static_assert(kTileColumns <= 64, "a panel's columns fit a mask");
+  const Vector least = threshold - Vector{};
+  uint64_t mask = 0;
+  for (int64_t v = 0; v < kTileVectors; ++v) mask |= mask_greater(load(values + v * kLanes), least) << v * kLanes;
+  return mask;
 }
 
 }  // namespace

@@ -1,12 +1,17 @@
 // Vectors of the instruction set that this translation unit is compiled for.
 //
-// GCC's and Clang's vector extensions name no instruction set, so that one source serves all of them.
+// GCC's and Clang's vector extensions name no instruction set, so that one source serves all of them; only turning a
+// comparison into a bit mask has to.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 
 #include "kernels.h"
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
 
 #ifndef SKIPKV_ISA
 #error "SKIPKV_ISA must name the namespace: generic, avx2 or avx512"
@@ -30,18 +35,49 @@ typedef float Vector __attribute__((vector_size(kLanes * 4), aligned(4), may_ali
 inline Vector load(const float* from) { return *reinterpret_cast<const Vector*>(from); }
 inline void store(float* to, Vector value) { *reinterpret_cast<Vector*>(to) = value; }
 
-inline float sum_lanes(Vector v) {
-  float total = 0;
-  for (int64_t i = 0; i < kLanes; ++i) total += v[i];
-  return total;
-}
-
 template <class To, class From>
 inline To bits(From value) {
   To result;
   static_assert(sizeof(To) == sizeof(From), "bits of equal size");
   __builtin_memcpy(&result, &value, sizeof(To));
   return result;
+}
+
+// Sum of the lanes, by halves: a loop over lanes takes each one out by itself.
+template <int64_t n>
+struct Lanes {
+  typedef float Half __attribute__((vector_size(n * 2), may_alias));
+  struct Halves {
+    Half low, high;
+  };
+  template <class V>
+  static float sum(V v) {
+    const Halves halves = bits<Halves>(v);
+    return Lanes<n / 2>::sum(halves.low + halves.high);
+  }
+};
+template <>
+struct Lanes<2> {
+  template <class V>
+  static float sum(V v) {
+    return v[0] + v[1];
+  }
+};
+inline float sum_lanes(Vector v) { return Lanes<kLanes>::sum(v); }
+
+// Bit k says whether lane k of a is greater than that of b.
+inline uint64_t mask_greater(Vector a, Vector b) {
+  const auto greater = a > b;
+#if defined(__AVX512F__)
+  const __m512i lanes = bits<__m512i>(greater);
+  return _mm512_test_epi32_mask(lanes, lanes);
+#elif defined(__AVX2__)
+  return static_cast<uint64_t>(_mm256_movemask_ps(bits<__m256>(greater)));
+#else
+  uint64_t mask = 0;
+  for (int64_t k = 0; k < kLanes; ++k) mask |= static_cast<uint64_t>(greater[k] & 1) << k;
+  return mask;
+#endif
 }
 
 // Element types. Conversions are integer arithmetic without branches, which compilers vectorise everywhere.

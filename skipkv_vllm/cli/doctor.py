@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 
 from ..compat import gate
+from ..compat.public import SEAMS, is_public
 from ..errors import KVPolicyError
 from ..ops.dispatch import report
 
@@ -31,11 +32,13 @@ def examine() -> Findings:
     """Look at this environment; starts no engine."""
     lines = ["packages", *(f"  {name:20}{_version(name)}" for name in PACKAGES), "", "vLLM's interfaces"]
     problems = []
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     try:
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        lines.append(f"  read from {gate.vllm_root()}")
         gate.check_version()
-        gate.check_signatures()
-        lines.append(f"  {len(gate.SIGNATURES)} methods look as they did when they were tested")
+        gate.check_sources()
+        lines += _gate_lines()
+        lines += ["", "seams (patches/README.md)", *_seam_lines()]
     except ImportError as error:
         problems.append(f"vLLM cannot be imported ({error}); install it: pip install 'vllm=={gate.SUPPORTED_VLLM}.*'")
     except KVPolicyError as error:
@@ -50,6 +53,21 @@ def examine() -> Findings:
         else:
             lines += [f"  not used: {why}" for why in sorted(missed)]
     return Findings([*lines, "", *(f"! {problem}" for problem in problems)], not problems)
+
+
+def _gate_lines() -> list[str]:
+    found = gate.differences(gate.vllm_root())
+    if not found:
+        return [f"  {len(gate.tested()['symbols'])} classes and methods are as they were tested"]
+    # Reached only where the operator allowed it; every difference in full.
+    return [f"  UNTESTED, allowed by {gate.OVERRIDE}=1:", *(f"    {difference}" for difference in found)]
+
+
+def _seam_lines() -> list[str]:
+    return [
+        f"  {name:30}{f'public (patch {seam.patch})' if is_public(name) else f'runtime hook: {seam.hook}'}"
+        for name, seam in SEAMS.items()
+    ]
 
 
 def _version(name: str) -> str:

@@ -1,20 +1,24 @@
-"""The one room that knows vLLM's private names. Everything here is checked against a pinned version."""
+"""The one room that knows vLLM's private names. Everything here is checked against the version that was tested."""
 
-from .cli import engine_arguments, install_flags
-from .gate import SUPPORTED_VLLM, check_signatures, check_version
+from .cli import engine_arguments
+from .gate import SUPPORTED_VLLM, check_vllm
+from .public import is_public, received_orders, received_report, send_orders, send_report
 from .refusals import check_config, check_kv_cache
-from .seams import enable, has_policy, install_config_check, policy_config
+from .seams import enable, has_policy, install, policy_config
 
 __all__ = [
     "SUPPORTED_VLLM",
     "check_config",
     "check_kv_cache",
-    "check_signatures",
-    "check_version",
+    "check_vllm",
     "enable",
     "engine_arguments",
     "has_policy",
-    "install_config_check",
-    "install_flags",
+    "install",
+    "is_public",
     "policy_config",
+    "received_orders",
+    "received_report",
+    "send_orders",
+    "send_report",
 ]

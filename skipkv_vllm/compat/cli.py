@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import functools
 import sys
 from typing import Any, Literal, get_args, get_origin
 
 from ..config import CONFIG_KEY, KVPolicyConfig, flag_names, parse_json_object
 from ..errors import KVPolicyError
-from .gate import check_signatures, check_version
+from .gate import check_vllm
 
 STEERED_LAYERS_KEY = f"{CONFIG_KEY}_steered_layers"
 SCHEDULER = "skipkv_vllm.scheduler.vllm_scheduler.make_scheduler"
@@ -30,38 +29,20 @@ FOR_STEERING_TOO = {"kv_trace_dir", "kv_check_integrity"}
 """Fields that mean something on a server that only steers."""
 
 
-def install_flags() -> None:
-    """Wrap vLLM's parser set-up. vLLM has no hook for it; plugins load just before the parser is filled."""
-    from vllm.engine.arg_utils import EngineArgs
-
-    if hasattr(EngineArgs, "_skipkv_flags"):
-        return
-    add_cli_args, from_cli_args = EngineArgs.add_cli_args, EngineArgs.from_cli_args.__func__
-
-    @functools.wraps(add_cli_args)
-    def add_cli_args_with_policy(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-        parser = add_cli_args(parser)
-        _add_flags(parser)
-        return parser
-
-    @functools.wraps(from_cli_args)
-    def from_cli_args_with_policy(cls: type, args: argparse.Namespace) -> Any:
-        given = {name: getattr(args, name) for name in KVPolicyConfig.model_fields if hasattr(args, name)}
-        if given:
-            try:
-                changed = engine_arguments(given, vars(args))
-            except KVPolicyError as error:
-                print(f"vllm: error: {error}", file=sys.stderr)
-                raise SystemExit(2) from None
-            args = argparse.Namespace(**changed)
-        return from_cli_args(cls, args)
-
-    EngineArgs.add_cli_args = staticmethod(add_cli_args_with_policy)
-    EngineArgs.from_cli_args = classmethod(from_cli_args_with_policy)
-    EngineArgs._skipkv_flags = True
+def update_arguments(args: argparse.Namespace) -> argparse.Namespace:
+    """Parsed arguments with the policy's flags worked in; a bad one ends the command with a message."""
+    given = {name: getattr(args, name) for name in KVPolicyConfig.model_fields if hasattr(args, name)}
+    if not given:
+        return args
+    try:
+        return argparse.Namespace(**engine_arguments(given, vars(args)))
+    except KVPolicyError as error:
+        print(f"vllm: error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
 
 
-def _add_flags(parser: argparse.ArgumentParser) -> None:
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Add one flag per field of `KVPolicyConfig`."""
     group = parser.add_argument_group(title="KVPolicyConfig", description=KVPolicyConfig.__doc__)
     for name, flag in flag_names().items():
         field = KVPolicyConfig.model_fields[name]
@@ -96,7 +77,7 @@ def engine_arguments(given: dict[str, Any], engine: dict[str, Any]) -> dict[str,
         `engine`, with `additional_config`, `scheduler_cls` and `worker_cls` set if anything is evicted or steered.
 
     Raises:
-        KVPolicyError: bad options, options without a policy, an unsupported vLLM, or a scheduler or
+        KVPolicyError: bad options, options without a policy, an untested vLLM, or a scheduler or
             worker class of the user's own.
     """
     given = dict(given)
@@ -114,8 +95,7 @@ def engine_arguments(given: dict[str, Any], engine: dict[str, Any]) -> dict[str,
     if not config.is_active:
         return dict(engine)
 
-    check_version()
-    check_signatures()
+    check_vllm()
     feature = f"kv_policy={config.kv_policy!r}" if config.evicts else "kv_steering_vectors"
     if engine.get("scheduler_cls") not in (None, SCHEDULER):
         raise KVPolicyError(

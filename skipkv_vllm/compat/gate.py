@@ -1,89 +1,153 @@
-"""Version gate and signature check: what we override must look as it did when it was tested."""
+"""Version gate: what we override or call must be written as it was when it was tested.
+
+`tested.json` has the signature and the hash of each such class and method, for vLLM as it comes and with the patches
+of this repository. It is written by `python -m skipkv_vllm.compat.record`. The check reads vLLM's files as text: it
+imports none of them, and a file that is the tested one to the byte is not even parsed.
+"""
 
 from __future__ import annotations
 
 import functools
-import importlib
+import importlib.util
 import inspect
+import json
+import logging
+import os
+import sys
+from pathlib import Path
 from typing import Any
 
 from ..errors import KVPolicyError
+from . import sources
 
 SUPPORTED_VLLM = "0.32"
+TESTED = Path(__file__).with_name("tested.json")
+OVERRIDE = "SKIPKV_ALLOW_UNTESTED_VLLM"
 
-# Private methods that this package overrides or calls, with the parameters it relies on.
-SIGNATURES: dict[str, tuple[str, ...]] = {
-    "vllm.v1.core.single_type_kv_cache_manager:FullAttentionManager.get_num_blocks_to_allocate": (
-        "self",
-        "request_id",
-        "num_tokens",
-    ),
-    "vllm.v1.core.single_type_kv_cache_manager:FullAttentionManager.allocate_new_blocks": (
-        "self",
-        "request_id",
-        "num_tokens",
-        "num_tokens_main_model",
-    ),
-    "vllm.v1.core.single_type_kv_cache_manager:FullAttentionManager.cache_blocks": ("self", "request", "num_tokens"),
-    "vllm.v1.core.single_type_kv_cache_manager:FullAttentionManager.pop_blocks_for_free": ("self", "request_id"),
-    "vllm.v1.core.block_pool:BlockPool.free_blocks": ("self", "ordered_blocks"),
-    "vllm.v1.core.block_pool:BlockPool.get_new_blocks": ("self", "num_blocks"),
-    "vllm.v1.core.block_pool:BlockPool.evict_blocks": ("self", "block_ids"),
-    "vllm.v1.core.sched.scheduler:Scheduler.schedule": ("self", "throttle_prefills"),
-    "vllm.v1.core.sched.scheduler:Scheduler._preempt_request": ("self", "request", "timestamp"),
-    "vllm.v1.core.sched.scheduler:Scheduler._free_request": ("self", "request"),
-    "vllm.v1.core.sched.scheduler:Scheduler.make_stats": ("self",),
-    "vllm.v1.engine.input_processor:InputProcessor._validate_params": ("self", "params", "supported_tasks"),
-    "vllm.engine.arg_utils:EngineArgs.add_cli_args": ("parser",),
-    "vllm.engine.arg_utils:EngineArgs.from_cli_args": ("cls", "args"),
-    "vllm.engine.arg_utils:EngineArgs.create_engine_config": ("self",),
-    "vllm.v1.worker.gpu_model_runner:GPUModelRunner.execute_model": ("self", "scheduler_output"),
-    "vllm.v1.worker.gpu_model_runner:GPUModelRunner._prepare_inputs": (
-        "self",
-        "scheduler_output",
-        "num_scheduled_tokens",
-    ),
-    "vllm.v1.worker.gpu_model_runner:GPUModelRunner._dummy_run": ("self", "num_tokens"),
-    "vllm.v1.worker.gpu_model_runner:GPUModelRunner.initialize_kv_cache": ("self", "kv_cache_config"),
-}
+logger = logging.getLogger("vllm.skipkv")
+
+
+@functools.cache
+def tested() -> dict[str, Any]:
+    """The record: `vllm` (version), `files` (hashes by file) and `symbols` (signatures and hashes by symbol)."""
+    return json.loads(TESTED.read_text())
+
+
+def vllm_root() -> Path:
+    """Folder of the vLLM that this process imports.
+
+    Raises:
+        ImportError: vLLM is not installed.
+    """
+    spec = importlib.util.find_spec(sources.PACKAGE)
+    if spec is None or spec.origin is None:
+        raise ImportError("vLLM is not installed")
+    return Path(spec.origin).parent
+
+
+@functools.cache
+def check_vllm() -> None:
+    """Refuse a vLLM that this package was not tested with.
+
+    Raises:
+        KVPolicyError: naming every symbol that differs and the ways out.
+    """
+    check_version()
+    check_sources()
 
 
 def check_version() -> None:
-    """Refuse a vLLM this package was not tested with.
+    """Refuse another minor version.
 
     Raises:
-        KVPolicyError: naming both versions and the remedy.
+        KVPolicyError: naming both versions and the ways out.
     """
     import vllm
 
     if ".".join(vllm.__version__.split(".")[:2]) != SUPPORTED_VLLM:
-        raise KVPolicyError(
-            f"skipkv-vllm supports vLLM {SUPPORTED_VLLM}.x and found {vllm.__version__}; "
-            f"run `pip install 'vllm=={SUPPORTED_VLLM}.*'`, install a skipkv-vllm release made for your vLLM, "
-            "or start without --kv-policy"
-        )
+        _refuse(f"skipkv-vllm supports vLLM {SUPPORTED_VLLM}.x and found {vllm.__version__}")
 
 
-@functools.cache
-def check_signatures() -> None:
-    """Compare the methods this package overrides with what it expects.
+def check_sources() -> None:
+    """Refuse a vLLM whose code differs where it matters to us.
 
     Raises:
-        KVPolicyError: listing every method that is missing or has other leading parameters.
+        KVPolicyError: naming every symbol that differs and the ways out.
+    """
+    wrong = differences(vllm_root()) + replaced()
+    if wrong:
+        _refuse(f"this vLLM differs from the {tested()['vllm']} that was tested: {'; '.join(wrong)}")
+
+
+def _refuse(what: str) -> None:
+    version = tested()["vllm"]
+    if os.environ.get(OVERRIDE) == "1":
+        logger.warning(
+            "SkipKV: WARNING: %s. Started all the same because %s=1: answers may be WRONG WITHOUT A SIGN. "
+            "Compare them with the same requests without --kv-policy.",
+            what,
+            OVERRIDE,
+        )
+        return
+    raise KVPolicyError(
+        f"{what}. Ways out: run `pip install 'vllm=={version}'`; install a skipkv-vllm release made for your vLLM; "
+        f"start without --kv-policy; or, at your own risk, set {OVERRIDE}=1 (wrong answers would not be noticed)"
+    )
+
+
+def differences(root: Path) -> list[str]:
+    """What a vLLM has other than the record, a phrase for each symbol.
+
+    Args:
+        root: folder of the package `vllm`.
+    """
+    record, wrong = tested(), []
+    by_file: dict[str, list[str]] = {}
+    for name in record["symbols"]:
+        by_file.setdefault(sources.split(name)[0], []).append(name)
+    for file, names in by_file.items():
+        text = sources.read(root, file)
+        if (sources.digest(text) if text is not None else None) in record["files"][file]:
+            continue
+        try:
+            found = sources.symbols(text) if text is not None else {}
+        except SyntaxError as error:
+            wrong.append(f"{file} cannot be parsed ({error})")
+            continue
+        wrong += [phrase for name in names if (phrase := _difference(name, found, record["symbols"][name]))]
+    return wrong
+
+
+def _difference(name: str, found: dict[str, sources.Symbol], variants: list[list[str] | None]) -> str | None:
+    _, path = sources.split(name)
+    symbol = found.get(path)
+    if symbol is None:
+        # Only patched copies have it, or none has it any more.
+        return None if None in variants else f"{name} is gone"
+    known = [sources.Symbol(*variant) for variant in variants if variant is not None]
+    if symbol in known:
+        return None
+    if symbol.signature not in {variant.signature for variant in known}:
+        return f"{name} has the signature {symbol.signature} instead of {known[0].signature}"
+    return f"{name} has other code (hash {symbol.digest} instead of {known[0].digest})"
+
+
+def replaced() -> list[str]:
+    """Functions that something else in this process has put in the place of vLLM's, a phrase for each.
+
+    Only modules that are loaded already are looked at. A wrapper that names what it wraps (`functools.wraps`) passes.
     """
     wrong = []
-    for target, expected in SIGNATURES.items():
-        module_name, _, path = target.partition(":")
-        try:
-            found: Any = functools.reduce(getattr, path.split("."), importlib.import_module(module_name))
-            parameters = tuple(inspect.signature(inspect.unwrap(getattr(found, "__func__", found))).parameters)
-        except (ImportError, AttributeError) as error:
-            wrong.append(f"{path} ({error})")
+    for name in tested()["symbols"]:
+        module_name, _, path = name.partition(":")
+        module = sys.modules.get(module_name)
+        if module is None:
             continue
-        if parameters[: len(expected)] != expected:
-            wrong.append(f"{path}{parameters[: len(expected)]} instead of {expected}")
-    if wrong:
-        raise KVPolicyError(
-            f"this vLLM {SUPPORTED_VLLM} differs from the one skipkv-vllm was tested with: {'; '.join(wrong)}. "
-            f"Reinstall an unpatched vLLM {SUPPORTED_VLLM}.x, or start without --kv-policy"
-        )
+        found: Any = module
+        for part in path.split("."):
+            # What a class inherits is watched where it is defined.
+            found = vars(found).get(part) if hasattr(found, "__dict__") else None
+        function = inspect.unwrap(getattr(found, "__func__", found))
+        if inspect.isfunction(function) and function.__code__.co_filename != module.__file__:
+            wrong.append(f"{name} was replaced by {function.__module__}.{function.__qualname__}")
+    return wrong

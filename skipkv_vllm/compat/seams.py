@@ -1,17 +1,21 @@
-"""The few places where vLLM has no official seam: wrapped once per process, only when a policy is on."""
+"""Join vLLM once per process: the checks always, the hooks only where vLLM has no seam (see `public.py`)."""
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import functools
 from typing import TYPE_CHECKING, Any
 
 from ..config import CONFIG_KEY, KVPolicyConfig, RequestOptions
 from ..errors import KVPolicyError
-from .gate import check_signatures, check_version
+from .cli import add_flags, update_arguments
+from .gate import check_vllm
+from .public import PLUGIN, is_public
 from .refusals import check_config
 
 if TYPE_CHECKING:
+    from vllm import PoolingParams, SamplingParams
     from vllm.config import VllmConfig
 
 
@@ -27,32 +31,70 @@ def policy_config(vllm_config: VllmConfig) -> KVPolicyConfig:
     return KVPolicyConfig.parse(vllm_config.additional_config[CONFIG_KEY])
 
 
-def install_config_check() -> None:
-    """Make every engine configuration with a policy pass the refusals and switch the seams on."""
-    from vllm.engine.arg_utils import EngineArgs
+class PolicyArguments:
+    """What vLLM's `EngineArgs` learns from us: flags, what they become, and which configurations are refused."""
 
-    original = EngineArgs.create_engine_config
-    if hasattr(original, "_skipkv"):
-        return
+    name = PLUGIN
 
-    @functools.wraps(original)
-    def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> VllmConfig:
-        vllm_config = original(self, *args, **kwargs)
+    def add_cli_args(self, parser: argparse.ArgumentParser) -> None:
+        """Add the flags."""
+        add_flags(parser)
+
+    def update_args(self, args: argparse.Namespace) -> argparse.Namespace:
+        """Turn them into engine arguments that vLLM knows."""
+        return update_arguments(args)
+
+    def check_config(self, vllm_config: VllmConfig) -> None:
+        """Refuse what is not supported, and get this process ready."""
         if has_policy(vllm_config):
             check_config(vllm_config, policy_config(vllm_config))
             enable(vllm_config)
+
+
+def install() -> None:
+    """Give vLLM the flags. Changes nothing else until a policy is asked for. Idempotent."""
+    if is_public("flags and configuration check"):
+        from vllm.plugins.engine_args import register_engine_args_plugin
+
+        register_engine_args_plugin(PolicyArguments())
+        return
+    from vllm.engine.arg_utils import EngineArgs
+
+    if not hasattr(EngineArgs, "_skipkv"):
+        _wrap_engine_args(EngineArgs, PolicyArguments())
+
+
+def _wrap_engine_args(cls: Any, plugin: PolicyArguments) -> None:
+    add, convert, create = cls.add_cli_args, cls.from_cli_args.__func__, cls.create_engine_config
+
+    @functools.wraps(add)
+    def add_cli_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        parser = add(parser)
+        plugin.add_cli_args(parser)
+        return parser
+
+    @functools.wraps(convert)
+    def from_cli_args(cls: type, args: argparse.Namespace) -> Any:
+        return convert(cls, plugin.update_args(args))
+
+    @functools.wraps(create)
+    def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> VllmConfig:
+        vllm_config = create(self, *args, **kwargs)
+        plugin.check_config(vllm_config)
         return vllm_config
 
-    create_engine_config._skipkv = True  # type: ignore[attr-defined]
-    EngineArgs.create_engine_config = create_engine_config
+    cls.add_cli_args = staticmethod(add_cli_args)
+    cls.from_cli_args = classmethod(from_cli_args)
+    cls.create_engine_config = create_engine_config
+    cls._skipkv = True
 
 
 def enable(vllm_config: VllmConfig) -> None:
-    """Switch the seams on in this process: API server, engine core or worker. Idempotent."""
-    check_version()
-    check_signatures()
-    _extend_scheduler_stats()
-    _validate_request_options()
+    """Get this process ready: API server, engine core or worker. Idempotent."""
+    check_vllm()
+    if not is_public("reports to metrics"):
+        _extend_scheduler_stats()
+    _check_requests()
 
 
 def _extend_scheduler_stats() -> None:
@@ -62,10 +104,10 @@ def _extend_scheduler_stats() -> None:
     """
     from vllm.v1.metrics.stats import SchedulerStats
 
-    if CONFIG_KEY in SchedulerStats.__dataclass_fields__:
+    if PLUGIN in SchedulerStats.__dataclass_fields__:
         return
-    SchedulerStats.__annotations__[CONFIG_KEY] = dict[str, float] | None
-    setattr(SchedulerStats, CONFIG_KEY, None)
+    SchedulerStats.__annotations__[PLUGIN] = dict[str, float] | None
+    setattr(SchedulerStats, PLUGIN, None)
     for spec in dataclasses.fields(SchedulerStats):
         # The decorator removed default factories from the class body; they must be there to run it again.
         if spec.default_factory is not dataclasses.MISSING:
@@ -75,27 +117,40 @@ def _extend_scheduler_stats() -> None:
     dataclasses.dataclass(SchedulerStats)
 
 
-def _validate_request_options() -> None:
+def _check_requests() -> None:
     """Check a request's options where vLLM checks its own, so that a bad one is HTTP 400."""
-    from vllm import SamplingParams
     from vllm.v1.engine.input_processor import InputProcessor
 
+    if is_public("request check"):
+        if check_request not in InputProcessor.params_validators:
+            InputProcessor.params_validators.append(check_request)
+        return
     original = InputProcessor._validate_params
     if hasattr(original, "_skipkv"):
         return
 
     @functools.wraps(original)
     def _validate_params(self: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
-        if has_policy(self.vllm_config) and isinstance(params, SamplingParams):
-            try:
-                RequestOptions.parse(
-                    params.extra_args, policy_config(self.vllm_config), self.model_config.max_model_len
-                )
-            except KVPolicyError as error:
-                from vllm.exceptions import VLLMValidationError
-
-                raise VLLMValidationError(str(error), parameter="vllm_xargs") from None
+        check_request(self.vllm_config, params)
         return original(self, params, *args, **kwargs)
 
     _validate_params._skipkv = True  # type: ignore[attr-defined]
     InputProcessor._validate_params = _validate_params
+
+
+def check_request(vllm_config: VllmConfig, params: SamplingParams | PoolingParams) -> None:
+    """Refuse a request with bad options of ours.
+
+    Raises:
+        VLLMValidationError: naming the field, the value and what is allowed.
+    """
+    from vllm import SamplingParams
+
+    if not has_policy(vllm_config) or not isinstance(params, SamplingParams):
+        return
+    try:
+        RequestOptions.parse(params.extra_args, policy_config(vllm_config), vllm_config.model_config.max_model_len)
+    except KVPolicyError as error:
+        from vllm.exceptions import VLLMValidationError
+
+        raise VLLMValidationError(str(error), parameter="vllm_xargs") from None

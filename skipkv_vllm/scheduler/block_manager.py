@@ -74,16 +74,25 @@ class EvictingBlockManager(FullAttentionManager):
     # ---- vLLM's interface, on resident instead of logical lengths
 
     def get_num_blocks_to_allocate(self, request_id: str, num_tokens: int, *args: Any, **kwargs: Any) -> int:
-        num_resident = num_tokens - self.num_evicted(request_id)
-        return super().get_num_blocks_to_allocate(request_id, num_resident, *args, **kwargs)
+        # A compacted request is running: nothing of it is found in the prefix cache.
+        if request_id in self._evicted:
+            return max(self._num_missing(request_id, num_tokens), 0)
+        return super().get_num_blocks_to_allocate(request_id, num_tokens, *args, **kwargs)
 
     def allocate_new_blocks(self, request_id: str, num_tokens: int, num_tokens_main_model: int) -> list[KVCacheBlock]:
-        evicted = self.num_evicted(request_id)
+        evicted = self._evicted.get(request_id, 0)
+        if evicted and self._num_missing(request_id, num_tokens) <= 0:
+            return []
         return super().allocate_new_blocks(request_id, num_tokens - evicted, num_tokens_main_model - evicted)
+
+    def _num_missing(self, request_id: str, num_tokens: int) -> int:
+        """Pages that a compacted request lacks to hold `num_tokens` logical tokens; negative where some are spare."""
+        pages = len(self.req_to_blocks[request_id])
+        return ceil_div(num_tokens - self._evicted[request_id], self.block_size) - pages
 
     def cache_blocks(self, request: Any, num_tokens: int, *args: Any, **kwargs: Any) -> None:
         # What a compacted request holds no longer matches the hashes of its tokens.
-        if not self.num_evicted(request.request_id):
+        if request.request_id not in self._evicted:
             # Nor does what a steered one holds, from the first steered token on.
             num_tokens = min(num_tokens, self._private_from.get(request.request_id, num_tokens))
             super().cache_blocks(request, num_tokens, *args, **kwargs)

@@ -7,9 +7,6 @@ from typing import NamedTuple
 from ..steering.controller import SteeredRequest
 from .planner import Compaction, Observation
 
-OUTPUT_FIELD = "skipkv"
-"""Attribute of `SchedulerOutput` that carries the `StepOrders`; survives pickling to worker processes."""
-
 
 class Started(NamedTuple):
     """A request whose cache is managed starts, or starts over after preemption.

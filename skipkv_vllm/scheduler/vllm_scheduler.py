@@ -25,7 +25,7 @@ from ..steering.controller import SteeredRequest, SteeringController
 from ..steering.tables import build_thought_tables
 from ..trace import TraceCollector
 from .block_manager import EvictingBlockManager
-from .messages import OUTPUT_FIELD, Started, StepOrders
+from .messages import Started, StepOrders
 from .planner import Compaction, EvictionPlanner, Limits, Observation, Residency
 
 logger = init_logger("vllm.skipkv")
@@ -47,6 +47,7 @@ class EvictionMixin(_Base):
         (manager,) = self.kv_cache_manager.coordinator.single_type_managers
         self.block_manager = EvictingBlockManager.adopt(manager)
         self.planner = EvictionPlanner()
+        self._observes = bool(self.kv_policy.needs & Need.ATTENTION_MASS)
         self.eviction_stats = EvictionStats()
         self.trace = self._make_trace() if self.kv_policy.kv_trace_dir else None
         self._options: dict[str, RequestOptions] = {}
@@ -77,12 +78,12 @@ class EvictionMixin(_Base):
                 self.block_manager.keep_private(request.request_id, start.first)
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
-        compactions, observations = self._compact() if self.kv_policy.evicts else ([], [])
+        compactions, observations = self._compact()
         output = super().schedule(throttle_prefills)
         # A request that this very step preempted has lost its pages; its orders must not be carried out.
-        preempted = output.preempted_req_ids or ()
-        compactions = [c for c in compactions if c.request_id not in preempted]
-        observations = [o for o in observations if o.request_id not in preempted]
+        if preempted := output.preempted_req_ids:
+            compactions = [c for c in compactions if c.request_id not in preempted]
+            observations = [o for o in observations if o.request_id not in preempted]
         first_scheduled = self._first_scheduled(output)
         started = self._started(first_scheduled)
         steered = self._started_steering(first_scheduled) if self._steered else []
@@ -95,11 +96,10 @@ class EvictionMixin(_Base):
             for start in started:
                 self.trace.started(start)
         # The counts include the tokens of this step by now.
-        records_queries = self.kv_policy.evicts and (
-            bool(self.kv_policy.needs & Need.ATTENTION_MASS)
-            or any(self.planner.needs_queries(r.request_id, r.num_computed_tokens) for r in self.running)
+        records_queries = self._observes or any(
+            self.planner.needs_queries(r.request_id, r.num_computed_tokens) for r in self.running
         )
-        setattr(output, OUTPUT_FIELD, StepOrders(compactions, started, observations, records_queries, steered))
+        compat.send_orders(output, StepOrders(compactions, started, observations, records_queries, steered))
         pool = self.kv_cache_manager.block_pool
         self.eviction_stats.holding(pool.num_gpu_blocks - 1 - pool.get_num_free_blocks())
         if self.kv_policy.kv_check_integrity:
@@ -108,12 +108,15 @@ class EvictionMixin(_Base):
 
     def _compact(self) -> tuple[list[Compaction], list[Observation]]:
         """Plan this step's orders and free the pages of the compactions, so that this very step can use them."""
-        earliest, observes = self.planner.earliest, bool(self.kv_policy.needs & Need.ATTENTION_MASS)
+        earliest = self.planner.earliest
         decoding = [
             Residency(r.request_id, r.num_computed_tokens, self.block_manager.num_evicted(r.request_id))
             for r in self.running
-            if (observes or r.num_computed_tokens >= earliest.get(r.request_id, sys.maxsize)) and not r.is_prefill_chunk
+            if (self._observes or r.num_computed_tokens >= earliest.get(r.request_id, sys.maxsize))
+            and not r.is_prefill_chunk
         ]
+        if not decoding:
+            return [], []
         compactions, planned = [], self.planner.plan(decoding)
         observations = self._observe(decoding, {plan.request_id for plan in planned})
         for plan in planned:
@@ -138,7 +141,7 @@ class EvictionMixin(_Base):
 
     def _observe(self, decoding: list[Residency], compacted: set[str]) -> list[Observation]:
         """The attention to count in this step, with the pages as they are before its compactions."""
-        if not self.kv_policy.needs & Need.ATTENTION_MASS:
+        if not self._observes:
             return []
         observations = []
         for request_id, num_logical, num_evicted in decoding:
@@ -151,6 +154,8 @@ class EvictionMixin(_Base):
     def _first_scheduled(self, output: SchedulerOutput) -> dict[str, int]:
         """Requests whose first tokens are computed in this step, with the tokens found in the prefix cache."""
         cached = output.scheduled_cached_reqs
+        if not output.scheduled_new_reqs and not cached.resumed_req_ids:
+            return {}
         num_cached = {new.req_id: new.num_computed_tokens for new in output.scheduled_new_reqs}
         num_cached |= {
             request_id: num_computed
@@ -260,7 +265,7 @@ class EvictionMixin(_Base):
         if stats is not None:
             num_logical = sum(r.num_computed_tokens for r in self.running)
             num_evicted = sum(self.block_manager.num_evicted(r.request_id) for r in self.running)
-            stats.skipkv = self.eviction_stats.take(num_logical, num_logical - num_evicted)
+            compat.send_report(stats, self.eviction_stats.take(num_logical, num_logical - num_evicted))
         return stats
 
     def check_integrity(self) -> None:

@@ -98,7 +98,7 @@ class SentenceTracker:
         self._is_delimiter[torch.tensor(sorted(tables.delimiters), device=device)] = True
         # The last column of `_ends` and `_penalties` and the last row of `_embeddings` take the writes
         # that must go nowhere: masking by boolean index would make the host wait for the device.
-        self._ends = torch.full((num_slots, max_length + 1), -1, dtype=torch.int32, device=device)
+        self._ends = torch.full((num_slots, max_length + 1), OPEN, dtype=torch.int32, device=device)
         self._penalties = torch.zeros(num_slots, max_length + 1, dtype=torch.float32, device=device)
         self._count = torch.zeros(num_slots, dtype=torch.int64, device=device)
         self._compared = torch.zeros_like(self._count)
@@ -108,7 +108,7 @@ class SentenceTracker:
         self._open_sum = torch.zeros(num_slots, hidden_size, dtype=torch.float32, device=device)
         kept = options.max_sentences if self.has_embeddings else 0
         self._embeddings = torch.zeros(num_slots, kept + 1, hidden_size, dtype=dtype, device=device)
-        self._order = torch.arange(max_length + 1, dtype=torch.int64, device=device)
+        self._order = torch.arange(max_length + 1, dtype=torch.int32, device=device)
         self._kept_order = torch.arange(kept, dtype=torch.int64, device=device)
         self._track = ops.function("track_sentences", device)
 
@@ -121,7 +121,7 @@ class SentenceTracker:
         """Forget the request in `slot`: a new or resumed one takes it, tracked from position `first`."""
         self._first[slot] = first
         self._first_of[slot] = first
-        self._ends[slot].fill_(-1)
+        self._ends[slot].fill_(OPEN)
         self._penalties[slot].zero_()
         self._count[slot] = 0
         self._compared[slot] = 0
@@ -149,23 +149,23 @@ class SentenceTracker:
     def state(self, slot: int) -> SentenceState:
         """The request's sentences, with the penalties brought up to date."""
         self._compare(torch.tensor([slot], device=self._count.device))
-        ends = torch.where(self._order < self._count[slot], self._ends[slot], OPEN)
-        return SentenceState(self._first[slot], ends, self._penalties[slot])
+        return SentenceState(self._first[slot], self._ends[slot], self._penalties[slot])
 
-    def penalties(self, slots: Tensor, positions: Tensor) -> Tensor:
+    def penalties(self, slots: Tensor, positions: Tensor, length: int) -> Tensor:
         """Penalties of tokens of R requests, brought up to date: float32, of the positions' shape.
 
         Args:
             slots: integer `[R]`.
-            positions: int32 `[R, ...]`.
+            positions: int32 `[R, ...]`; what lies past a request's tokens may be any number from 0.
+            length: logical length of the longest of the requests.
         """
         rows = slots.long()
         self._compare(rows)
-        ends = torch.where(self._order < self._count[rows, None], self._ends[rows], OPEN)
-        flat = positions.flatten(1)
-        number = torch.searchsorted(ends, flat)
-        found = self._penalties[rows].gather(1, number)
-        return torch.where(flat >= self._first_of[rows, None], found, 0.0).view(positions.shape)
+        # Every position once: there are many times as many tokens as positions, one a layer and head.
+        each = self._order[:length].repeat(len(rows), 1)
+        number = torch.searchsorted(self._ends[rows], each)
+        by_position = torch.where(each >= self._first_of[rows, None], self._penalties[rows].gather(1, number), 0.0)
+        return by_position.gather(1, positions.flatten(1).clamp(max=length - 1).long()).view(positions.shape)
 
     def _compare(self, slots: Tensor) -> None:
         """Compare the sentences that were closed since the last time with the earlier ones."""

@@ -75,7 +75,7 @@ def build_runtime(vllm_config: VllmConfig, model: nn.Module, device: torch.devic
     steering = _build_steering(vllm_config, model, device) if config.steers else None
     held = sum(part.nbytes for part in (ring, tracker, steering) if part)
     logger.info("SkipKV: %.1f MiB for observation queries and sentences of %d requests", held / 2**20, num_slots)
-    return EvictionRuntime(config, num_slots, ring, tracker, trace, steering)
+    return EvictionRuntime(config, num_slots, ring, tracker, trace, device, steering)
 
 
 def _build_steering(vllm_config: VllmConfig, model: nn.Module, device: torch.device) -> Steering:

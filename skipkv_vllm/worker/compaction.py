@@ -191,7 +191,8 @@ class Compactor:
         penalty = None
         if policy.needs & Need.HIDDEN:
             assert self._tracker is not None
-            penalty = self._tracker.penalties(batch.slot, batch.positions)
+            length = max(order.num_logical for order, _ in batch.jobs)
+            penalty = self._tracker.penalties(batch.slot, batch.positions, length)
         if (fused := policy.token_score) is not None:
             assert self._ring is not None
             queries = self._ring.read_all(batch.slot, batch.num_logical)

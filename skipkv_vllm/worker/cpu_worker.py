@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from vllm.v1.worker.cpu_worker import CPUWorker
 
+from .. import compat
 from .adapt import adapt_runner
 from .build import without_sidecar
 
@@ -18,7 +21,13 @@ class EvictingCPUWorker(CPUWorker):
         if torch.cpu._is_amx_tile_supported():
             torch.cpu._init_amx()
         super().init_device()
-        adapt_runner(self.model_runner, self.vllm_config, self.use_v2_model_runner)
+        if not compat.is_public("model runner on CPU"):
+            adapt_runner(self.model_runner, self.vllm_config, self.use_v2_model_runner)
+
+    def _make_model_runner(self) -> Any:
+        runner = super()._make_model_runner()
+        adapt_runner(runner, self.vllm_config, self.use_v2_model_runner)
+        return runner
 
     def determine_available_memory(self) -> int:
         return without_sidecar(super().determine_available_memory(), self.vllm_config)

@@ -42,6 +42,8 @@ class QueryRing:
         self.recording = True
         """False in a step whose queries nobody needs; a captured graph records them all the same, for nobody"""
         self.index = torch.full((max_tokens,), self._nobody, dtype=torch.int64, device=device)
+        self._num_set = 0
+        """leading entries of the index that may name a row; the others name nobody's"""
 
     @property
     def nbytes(self) -> int:
@@ -57,34 +59,41 @@ class QueryRing:
         impl._skipkv_ring = self
         impl._skipkv_rows = self._rows[layer_index]
 
-    def prepare(self, slots: np.ndarray, counts: np.ndarray, starts: np.ndarray) -> None:
+    def prepare(self, slots: np.ndarray, counts: np.ndarray, starts: np.ndarray, num_tokens: int) -> None:
         """Say where the queries of the coming step go. R requests, their tokens contiguous.
 
         Args:
             slots: int64 `[R]`, -1 for a request that is not observed.
-            counts: int64 `[R]` tokens of each request in this step.
-            starts: int64 `[R]` logical position of each one's first token.
+            counts: integer `[R]` tokens of each request in this step, at least one.
+            starts: integer `[R]` logical position of each one's first token.
+            num_tokens: sum of the counts.
         """
         slot, position, observed = slots, starts, slots >= 0
-        if (counts != 1).any():
-            offsets = np.arange(counts.sum()) - np.repeat(counts.cumsum() - counts, counts)
+        if num_tokens > len(slots):
+            offsets = np.arange(num_tokens) - np.repeat(counts.cumsum() - counts, counts)
             slot, start, count = (np.repeat(x, counts) for x in (slots, starts, counts))
             position, observed = start + offsets, (slot >= 0) & (offsets >= count - self.window)
         rows = np.where(observed, slot * self.window + position % self.window, self._nobody)
-        self.index.fill_(self._nobody)
-        self.index[: rows.shape[0]].copy_(to_device(rows, torch.int64, self.index.device), non_blocking=True)
+        if num_tokens < self._num_set:
+            self.index[num_tokens : self._num_set].fill_(self._nobody)
+        self._num_set = num_tokens
+        self.index[:num_tokens].copy_(to_device(rows, torch.int64, self.index.device), non_blocking=True)
         self.recording = True
 
     def skip(self) -> None:
         """Nobody needs the queries of the coming step."""
         if self.recording:
-            self.index.fill_(self._nobody)
+            self._clear()
             self.recording = False
 
     def idle(self) -> None:
         """The coming forward pass is a dummy: what it records is for nobody, but a graph may be captured in it."""
-        self.index.fill_(self._nobody)
+        self._clear()
         self.recording = True
+
+    def _clear(self) -> None:
+        self.index[: self._num_set].fill_(self._nobody)
+        self._num_set = 0
 
     def read(self, layer_index: int, slot: int, num_logical: int) -> Tensor:
         """Queries of the last W tokens before position `num_logical`, oldest first: `[W, Hq, D]`."""

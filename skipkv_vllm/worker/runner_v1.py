@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from ..ops.paging import to_device
-from ..scheduler.messages import OUTPUT_FIELD
+from .. import compat
 from .build import bind_cache, build_runtime
-from .runtime import EvictionRuntime, StepBatch
+from .rows import Evicted, StepBatch
+from .runtime import EvictionRuntime
 
 if TYPE_CHECKING:
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner as _Base
@@ -33,7 +34,7 @@ class EvictingRunnerV1(_Base):
             bind_cache(self.runtime, self.vllm_config, kv_cache_config)
 
     def execute_model(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
-        orders = getattr(scheduler_output, OUTPUT_FIELD, None)
+        orders = compat.received_orders(scheduler_output)
         # Before the step zeroes or writes any page: pages freed by a compaction may be reused in it.
         self.runtime.begin_step(orders, scheduler_output.finished_req_ids, scheduler_output.preempted_req_ids or ())
         for order in orders.compactions if orders else ():
@@ -47,27 +48,83 @@ class EvictingRunnerV1(_Base):
             self.runtime.finish_forward(self.input_ids.gpu, self.execute_model_state.hidden_states)
         return output
 
-    def _prepare_inputs(self, scheduler_output: Any, num_scheduled_tokens: np.ndarray) -> Any:
-        prepared = super()._prepare_inputs(scheduler_output, num_scheduled_tokens)
-        n = self.input_batch.num_reqs
-        starts = self.input_batch.num_computed_tokens_cpu[:n].astype(np.int64)
-        counts = num_scheduled_tokens.astype(np.int64)
-        batch = StepBatch(self.input_batch.req_ids[:n], counts, starts)
-        if self.runtime.steering is not None:
-            self.runtime.steering.prepare(batch, self.input_ids.gpu)
+    def num_evicted_tokens(self, num_scheduled_tokens: np.ndarray) -> np.ndarray | None:
+        """Get ready for the forward pass; int32 `[R]` tokens that each request no longer holds, or None."""
+        batch = self._step_batch(num_scheduled_tokens, int(num_scheduled_tokens.sum()))
         evicted = self.runtime.prepare(batch)
-        if evicted is not None:
-            # After super(): until here vLLM compares these lengths with logical ones.
-            offset = to_device(evicted, torch.int32, self.device)
-            self.seq_lens[:n] -= offset
-            self.optimistic_seq_lens_cpu[:n] -= torch.from_numpy(evicted)
-            total = scheduler_output.total_num_scheduled_tokens
-            if total > n:  # not one token a request, as in pure decoding
-                offset = offset[self.req_indices.gpu[:total].long()]
-            slots = self.positions[:total] - offset
-            self.input_batch.block_table.compute_slot_mapping(n, self.query_start_loc.gpu[: n + 1], slots)
-        return prepared
+        self.runtime.steer(batch, self.input_ids.gpu)
+        return None if evicted is None else evicted.host
+
+    def _step_batch(self, num_scheduled_tokens: np.ndarray, num_tokens: int) -> StepBatch:
+        n = self.input_batch.num_reqs
+        starts = self.input_batch.num_computed_tokens_cpu[:n]
+        return StepBatch(self.input_batch.req_ids[:n], num_scheduled_tokens, starts, num_tokens)
 
     def _dummy_run(self, *args: Any, **kwargs: Any) -> Any:
         self.runtime.prepare_dummy()
+        return super()._dummy_run(*args, **kwargs)
+
+
+class OnHost(NamedTuple):
+    """The runner's buffers as NumPy arrays where the device is the CPU: for a few numbers a step NumPy takes a third of
+    PyTorch's time."""
+
+    seq_lens: np.ndarray
+    positions: np.ndarray
+    slot_positions: np.ndarray
+
+
+class HookedRunnerV1(EvictingRunnerV1):
+    """The same where vLLM does not ask for `num_evicted_tokens` (`patches/0005`)."""
+
+    _evicted: Evicted | None = None
+    """of the batch in preparation"""
+    _on_host: OnHost | None = None
+
+    def initialize_kv_cache(self, kv_cache_config: Any, *args: Any, **kwargs: Any) -> None:
+        super().initialize_kv_cache(kv_cache_config, *args, **kwargs)
+        # vLLM may have replaced the block table with the cache, so it is hooked here.
+        table = self.input_batch.block_table
+        if table.compute_slot_mapping == self._map_slots:
+            return
+        self._stock_map_slots, table.compute_slot_mapping = table.compute_slot_mapping, self._map_slots
+        self._slot_positions = torch.zeros_like(self.positions)
+        self._optimistic_seq_lens = self.optimistic_seq_lens_cpu.numpy()
+        if self.device.type == "cpu":
+            on_host = (self.seq_lens, self.positions, self._slot_positions)
+            self._on_host = OnHost(*(tensor.numpy() for tensor in on_host))
+
+    def _prepare_inputs(self, scheduler_output: Any, num_scheduled_tokens: np.ndarray) -> Any:
+        total = scheduler_output.total_num_scheduled_tokens
+        batch = self._step_batch(num_scheduled_tokens, total)
+        evicted = self._evicted = self.runtime.prepare(batch)
+        prepared = super()._prepare_inputs(scheduler_output, num_scheduled_tokens)
+        self.runtime.steer(batch, self.input_ids.gpu)
+        if evicted is not None:
+            n = self.input_batch.num_reqs
+            # After super(): until here vLLM compares these lengths with logical ones.
+            self._optimistic_seq_lens[:n] -= evicted.host
+            if self._on_host is None:
+                self.seq_lens[:n].sub_(evicted.device)
+            else:
+                self._on_host.seq_lens[:n] -= evicted.host
+        return prepared
+
+    def _map_slots(self, num_reqs: int, query_start_loc: Tensor, positions: Tensor) -> None:
+        """Stands in for the block table's `compute_slot_mapping`: slots come from physical positions."""
+        if self._evicted is not None:
+            total = positions.shape[0]
+            if total > num_reqs:
+                offset = self._evicted.device[self.req_indices.gpu[:total].long()]
+                positions = torch.sub(positions, offset, out=self._slot_positions[:total])
+            elif self._on_host is None:
+                positions = torch.sub(positions, self._evicted.device, out=self._slot_positions[:total])
+            else:
+                host = self._on_host
+                np.subtract(host.positions[:total], self._evicted.host, out=host.slot_positions[:total])
+                positions = self._slot_positions[:total]
+        self._stock_map_slots(num_reqs, query_start_loc, positions)
+
+    def _dummy_run(self, *args: Any, **kwargs: Any) -> Any:
+        self._evicted = None
         return super()._dummy_run(*args, **kwargs)

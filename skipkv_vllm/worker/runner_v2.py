@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from .. import compat
 from ..ops.paging import to_device
-from ..scheduler.messages import OUTPUT_FIELD
 from .build import bind_cache, build_runtime
-from .runtime import EvictionRuntime, StepBatch
+from .rows import Evicted, StepBatch
+from .runtime import EvictionRuntime
 
 if TYPE_CHECKING:
     from vllm.v1.worker.gpu.model_runner import GPUModelRunner as _Base
@@ -26,17 +27,12 @@ class EvictingRunnerV2(_Base):
     physical lengths instead, also while graphs are captured, so that FULL graphs read it on replay.
     """
 
+    evicts_kv_tokens = True  # read by vLLM where it has `num_evicted_tokens`
     runtime: EvictionRuntime
-    _evicted: np.ndarray | None = None
-    """int32 `[R]` of the batch in preparation"""
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         super().load_model(*args, **kwargs)
         self.runtime = build_runtime(self.vllm_config, self.get_model(), self.device)
-        self._resident_seq_lens = torch.zeros(self.max_num_reqs, dtype=torch.int32, device=self.device)
-        self._slot_positions = torch.zeros(self.max_num_tokens, dtype=torch.int64, device=self.device)
-        self._stock_prepare_attn = self.model_state.prepare_attn
-        self.model_state.prepare_attn = self._prepare_attn_metadata
 
     def initialize_kv_cache(self, kv_cache_config: Any, *args: Any, **kwargs: Any) -> None:
         super().initialize_kv_cache(kv_cache_config, *args, **kwargs)
@@ -45,10 +41,9 @@ class EvictingRunnerV2(_Base):
 
     def execute_model(self, scheduler_output: Any, *args: Any, dummy_run: bool = False, **kwargs: Any) -> Any:
         if dummy_run:
-            self._evicted = None
             self.runtime.prepare_dummy()
             return super().execute_model(scheduler_output, *args, dummy_run=True, **kwargs)
-        orders = getattr(scheduler_output, OUTPUT_FIELD, None)
+        orders = compat.received_orders(scheduler_output)
         # Before the step zeroes or writes any page: pages freed by a compaction may be reused in it.
         self.runtime.begin_step(orders, scheduler_output.finished_req_ids, scheduler_output.preempted_req_ids or ())
         for order in orders.compactions if orders else ():
@@ -60,20 +55,47 @@ class EvictingRunnerV2(_Base):
             self.runtime.finish_forward(state.input_batch.input_ids, state.hidden_states)
         return output
 
+    def num_evicted_tokens(self, input_batch: Any) -> np.ndarray | None:
+        """Get ready for the forward pass; int32 `[R]` tokens that each request no longer holds, or None."""
+        evicted = self._prepare(input_batch)
+        return None if evicted is None else evicted.host
+
+    def _prepare(self, inputs: Any) -> Evicted | None:
+        counts, starts = inputs.num_scheduled_tokens, inputs.num_computed_tokens_np
+        batch = StepBatch(inputs.req_ids, counts, starts, inputs.num_tokens)
+        self.runtime.steer(batch, inputs.input_ids)
+        return self.runtime.prepare(batch)
+
+
+class HookedRunnerV2(EvictingRunnerV2):
+    """The same where vLLM does not ask for `num_evicted_tokens` (`patches/0006`)."""
+
+    _evicted: Evicted | None = None
+    """of the batch in preparation"""
+
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
+        super().load_model(*args, **kwargs)
+        self._resident_seq_lens = torch.zeros(self.max_num_reqs, dtype=torch.int32, device=self.device)
+        self._slot_positions = torch.zeros(self.max_num_tokens, dtype=torch.int64, device=self.device)
+        self._stock_prepare_attn = self.model_state.prepare_attn
+        self.model_state.prepare_attn = self._prepare_attn_metadata
+
+    def execute_model(self, scheduler_output: Any, *args: Any, dummy_run: bool = False, **kwargs: Any) -> Any:
+        if dummy_run:
+            self._evicted = None
+        return super().execute_model(scheduler_output, *args, dummy_run=dummy_run, **kwargs)
+
     def prepare_attn(self, input_batch: Any) -> Any:
         """Slot mappings from physical positions; RoPE keeps `input_batch.positions`."""
-        n, counts = input_batch.num_reqs, input_batch.num_scheduled_tokens.astype(np.int64)
-        starts = input_batch.num_computed_tokens_np.astype(np.int64)
-        batch = StepBatch(input_batch.req_ids, counts, starts)
-        if self.runtime.steering is not None:
-            self.runtime.steering.prepare(batch, input_batch.input_ids)
-        self._evicted = self.runtime.prepare(batch)
-        if self._evicted is None:
+        evicted = self._evicted = self._prepare(input_batch)
+        if evicted is None:
             return super().prepare_attn(input_batch)
         positions = self._slot_positions[: input_batch.positions.shape[0]]
         positions.copy_(input_batch.positions)
-        total = int(counts[:n].sum())
-        positions[:total] -= to_device(np.repeat(self._evicted, counts), torch.int64, self.device)
+        total, by_token = input_batch.num_tokens, evicted.device
+        if total > input_batch.num_reqs:
+            by_token = to_device(np.repeat(evicted.host, input_batch.num_scheduled_tokens), torch.int64, self.device)
+        positions[:total].sub_(by_token)
         return super().prepare_attn(dataclasses.replace(input_batch, positions=positions))
 
     def _prepare_attn_metadata(self, input_batch: Any, *args: Any, **kwargs: Any) -> Any:
@@ -85,9 +107,9 @@ class EvictingRunnerV2(_Base):
         evicted = self._evicted
         if evicted is not None:
             n = input_batch.num_reqs
-            seq_lens[:n] -= to_device(evicted, torch.int32, self.device)
+            seq_lens[:n].sub_(evicted.device)
             # Some backends plan pages from this one as if it were exact.
             upper_bound = upper_bound.clone()
-            upper_bound[:n] -= torch.from_numpy(evicted)
+            upper_bound[:n].sub_(torch.from_numpy(evicted.host))
         physical = dataclasses.replace(input_batch, seq_lens=seq_lens, seq_lens_cpu_upper_bound=upper_bound)
         return self._stock_prepare_attn(physical, *args, **kwargs)

@@ -6,7 +6,6 @@ The host knows all counts and never waits for the device. One `EvictionRuntime` 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -23,25 +22,8 @@ from ..trace import TraceWriter
 from .attention_mass import AttentionMass
 from .compaction import Compactor, Job, Managed
 from .queries import QueryRing
+from .rows import NEVER, BatchRows, Evicted, StepBatch
 from .steering import Steering
-
-
-class StepBatch(NamedTuple):
-    """The requests of a step in batch order, their tokens contiguous.
-
-    Attributes:
-        request_ids: R ids.
-        counts: int64 `[R]` tokens of each request in this step.
-        starts: int64 `[R]` logical position of each one's first token.
-    """
-
-    request_ids: Sequence[str]
-    counts: np.ndarray
-    starts: np.ndarray
-
-
-NEVER = np.iinfo(np.int64).max
-"""First tracked position of a request whose sentences nobody reads."""
 
 
 class EvictionRuntime:
@@ -53,7 +35,8 @@ class EvictionRuntime:
         ring: observation queries, or None where no policy reads them.
         tracker: sentences, or None where no policy reads them.
         trace: writes what was kept, or None.
-        steering: steers requests, or None on a server without vectors. The model runner has it prepare each step.
+        device: where the model runs.
+        steering: steers requests, or None on a server without vectors.
     """
 
     def __init__(
@@ -63,16 +46,18 @@ class EvictionRuntime:
         ring: QueryRing | None,
         tracker: SentenceTracker | None,
         trace: TraceWriter | None,
+        device: torch.device,
         steering: Steering | None = None,
     ) -> None:
         self.config = config
         self.ring = ring
         self.tracker = tracker
         self.trace = trace
+        self._device = device
         self.steering = steering
         self._requests: dict[str, Managed] = {}
         self._free_slots = list(reversed(range(num_slots)))
-        # By slot, so that a step needs no loop over requests; the last entry is for unmanaged requests.
+        # By slot; the last entry is for unmanaged requests.
         self._nobody = num_slots
         self._evicted = np.zeros(num_slots + 1, dtype=np.int32)
         self._observed = np.zeros(num_slots + 1, dtype=bool)
@@ -81,7 +66,8 @@ class EvictionRuntime:
         self._compactor: Compactor | None = None
         self._records_queries = True
         self._batch: StepBatch | None = None
-        self._slots = np.zeros(0, dtype=np.int64)
+        self._rows: BatchRows | None = None
+        """of the batch of the last step; None where a request's state has changed since"""
         self.num_compactions = 0
 
     def bind_cache(self, cache: PagedCache, block_size: int) -> None:
@@ -115,6 +101,8 @@ class EvictionRuntime:
         self._records_queries = orders is not None and orders.records_queries
         if orders is None:
             return
+        if orders.compactions or orders.started:
+            self._rows = None
         for observation in orders.observations:
             self._observe(observation)
         if orders.compactions:
@@ -142,25 +130,33 @@ class EvictionRuntime:
         if self.trace is not None:
             self.trace.started(started.request_id)
 
-    def prepare(self, batch: StepBatch) -> np.ndarray | None:
+    def prepare(self, batch: StepBatch) -> Evicted | None:
         """Get ready for the forward pass over a batch.
 
         Returns:
-            int32 `[R]` tokens each request has evicted, to be taken off its sequence length and slot
-            positions (never off its RoPE positions); None where nobody has evicted any.
+            Tokens each request has evicted, to be taken off its sequence length and slot positions (never off
+            its RoPE positions); None where nobody has evicted any.
         """
-        if not self.config.evicts:
-            return None
         self._batch = batch
-        self._slots = self._slots_of(batch.request_ids)
+        rows = self._rows
+        if rows is None or rows.request_ids != batch.request_ids:
+            rows = self._rows = self._rows_of(batch.request_ids)
         if self.ring is not None:
             if self._records_queries:
-                observed = np.where(self._observed[self._slots], self._slots, -1)
-                self.ring.prepare(observed, batch.counts, batch.starts)
+                self.ring.prepare(rows.observed_slots, batch.counts, batch.starts, batch.num_tokens)
             else:
                 self.ring.skip()
-        evicted = self._evicted[self._slots]
-        return evicted if evicted.any() else None
+        return rows.evicted
+
+    def steer(self, batch: StepBatch, token_ids: Tensor) -> None:
+        """Say how strongly each token of the coming forward pass is steered.
+
+        Args:
+            batch: its requests.
+            token_ids: integer `[>= T]` on the device.
+        """
+        if self.steering is not None:
+            self.steering.prepare(batch, token_ids)
 
     def prepare_dummy(self) -> None:
         """Get ready for a forward pass without requests: profiling, graph capture, idle data-parallel rank."""
@@ -175,9 +171,17 @@ class EvictionRuntime:
         request = self._requests.get(request_id)
         return 0 if request is None else request.num_evicted
 
-    def _slots_of(self, request_ids: Sequence[str]) -> np.ndarray:
+    def _rows_of(self, request_ids: Sequence[str]) -> BatchRows:
         found = (self._requests.get(request_id) for request_id in request_ids)
-        return np.fromiter((self._nobody if r is None else r.slot for r in found), np.int64, len(request_ids))
+        slots = np.fromiter((self._nobody if r is None else r.slot for r in found), np.int64, len(request_ids))
+        return BatchRows(
+            list(request_ids),
+            slots,
+            self._evicted[slots],
+            self._observed[slots],
+            self._first_tracked[slots],
+            self._device,
+        )
 
     # ---- after the forward pass
 
@@ -191,16 +195,10 @@ class EvictionRuntime:
         batch, self._batch = self._batch, None
         if self.tracker is None or batch is None:
             return
-        # Of each request the tokens from its first tracked position on, with their places in the step.
-        # np.clip takes several times as long for the few requests of a step.
-        skipped = np.minimum(np.maximum(self._first_tracked[self._slots] - batch.starts, 0), batch.counts)
-        fresh = batch.counts - skipped
-        spans = np.array([self._slots, batch.counts.cumsum() - fresh, fresh, batch.starts + skipped])
-        if not fresh.all():
-            spans = spans[:, fresh > 0]
-        if spans.shape[1]:
-            on_device = to_device(spans, torch.int64, token_ids.device)
-            self.tracker.update(TrackedTokens(token_ids, on_device, int(fresh.sum()), hidden))
+        assert self._rows is not None
+        spans, num_tokens = self._rows.spans(batch)
+        if num_tokens:
+            self.tracker.update(TrackedTokens(token_ids, spans, num_tokens, hidden))
 
     # ---- attention mass
 

@@ -23,7 +23,7 @@ from ..steering.tables import ThoughtTables
 from ..steering.vectors import SteeringVector
 
 if TYPE_CHECKING:
-    from .runtime import StepBatch
+    from .rows import StepBatch
 
 LAYER_INPUTS = ("positions", "hidden_states", "residual")
 """First parameters of a decoder layer that carries the residual stream as a sum of two."""
@@ -167,8 +167,8 @@ class Steering:
             self._rest()
             return
         spans = self._shared_spans
-        total = int(batch.counts.sum())
-        if self._all_written and total == len(batch.counts):
+        total = batch.num_tokens
+        if self._all_written and batch.only_decodes:
             self._spans[3] = batch.starts[self._members]
         else:
             spans = self._uneven_spans(batch)

@@ -13,7 +13,8 @@ from skipkv_vllm.policies import View, make_policy
 from skipkv_vllm.scheduler.messages import Started, StepOrders
 from skipkv_vllm.scheduler.planner import Compaction, EvictionPlanner, Limits, Residency
 from skipkv_vllm.worker.queries import QueryRing
-from skipkv_vllm.worker.runtime import EvictionRuntime, StepBatch
+from skipkv_vllm.worker.rows import StepBatch
+from skipkv_vllm.worker.runtime import EvictionRuntime
 from tests.unit.simulation import KV_HEADS, LAYERS, Simulation
 
 
@@ -61,8 +62,8 @@ def test_physical_slots_used_as_rope_positions():
     request = sim.running["a"]
     assert (request.num_logical, request.num_resident) == (28, 20)
     starts = np.array([28], dtype=np.int64)
-    evicted = sim.runtime.prepare(StepBatch(["a"], np.array([1], dtype=np.int64), starts))
-    assert evicted.tolist() == [8]
+    evicted = sim.runtime.prepare(StepBatch(["a"], np.array([1], dtype=np.int64), starts, 1))
+    assert evicted.device.tolist() == [8]
     assert starts.tolist() == [28]
     # A token written now belongs to slot 20 and has position 28.
     sim.step({"a": 1})
@@ -201,7 +202,7 @@ def test_window_empty_on_mixed_batches():
     for chunk in (7, 1, 12, 3):
         # One decode token of slot 1 among a prefill chunk of slot 0, which lies in front of it.
         counts = np.array([chunk, 1])
-        ring.prepare(np.array([0, 1]), counts, np.array([100, position]))
+        ring.prepare(np.array([0, 1]), counts, np.array([100, position]), int(counts.sum()))
         rows = [*(1000.0 + i for i in range(chunk)), float(position)]
         impl.forward(None, torch.tensor(rows).view(-1, 1, 1))
         position += 1
@@ -220,7 +221,7 @@ def test_evicted_before_a_window_was_observed():
 def test_a_stale_count_is_not_carried_out():
     """R-KV: step N + 1 used the count of step N - 1 and overwrote live tokens. Here a wrong count is an error."""
     config = KVPolicyConfig(kv_policy="streaming_llm", kv_budget=16, kv_window=4)
-    runtime = EvictionRuntime(config, 2, None, None, None)
+    runtime = EvictionRuntime(config, 2, None, None, None, torch.device("cpu"))
     raw = torch.randn(8, 1, 4, 16)
     before = raw.clone()
     runtime.bind_cache(PagedCache.of([raw], Layout.ROWS), 4)

@@ -23,7 +23,8 @@ from skipkv_vllm.scheduler.planner import Compaction, EvictionPlanner, Limits, O
 from skipkv_vllm.sentences import SentenceTables, segment_with
 from skipkv_vllm.sentences.tracker import SentenceTracker
 from skipkv_vllm.worker.queries import QueryRing
-from skipkv_vllm.worker.runtime import EvictionRuntime, StepBatch
+from skipkv_vllm.worker.rows import StepBatch
+from skipkv_vllm.worker.runtime import EvictionRuntime
 
 LAYERS, KV_HEADS, Q_HEADS, DIM, HIDDEN = 2, 2, 4, 8, 6
 DOT, WORDS = 9, (1, 2, 3, 4, 5)
@@ -181,7 +182,7 @@ class Simulation:
                 dtype=torch.float32,
                 device=CPU,
             )
-        self.runtime = EvictionRuntime(self.config, num_slots, ring, tracker, None)
+        self.runtime = EvictionRuntime(self.config, num_slots, ring, tracker, None, CPU)
         packing = Layout.ROWS if layout.startswith("gpu") else cpu_layout(layout)
         self.layers = [layer_pages(raw, packing) for raw in self.raw]
         self.runtime.bind_cache(PagedCache.of(self.raw, packing), self.block_size)
@@ -348,10 +349,11 @@ class Simulation:
             return
         names = list(counts)
         starts = np.array([self.running[n].num_logical for n in names], dtype=np.int64)
-        evicted = self.runtime.prepare(StepBatch(names, np.array([counts[n] for n in names], dtype=np.int64), starts))
+        step = np.array([counts[n] for n in names], dtype=np.int32)
+        evicted = self.runtime.prepare(StepBatch(names, step, starts, sum(counts.values())))
         self.last_evicted = evicted
         wanted = [self.running[n].num_evicted for n in names]
-        assert (evicted is None and not any(wanted)) or evicted.tolist() == wanted
+        assert (evicted is None and not any(wanted)) or evicted.device.tolist() == evicted.host.tolist() == wanted
         total = sum(counts.values())
         queries = self.random(LAYERS, total, Q_HEADS, DIM)
         keys, values = self.random(LAYERS, total, KV_HEADS, DIM), self.random(LAYERS, total, KV_HEADS, DIM)

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import json
 from collections.abc import Callable
 from types import SimpleNamespace
 
 import pytest
-import vllm
 from vllm.engine.arg_utils import EngineArgs
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from skipkv_vllm import compat
-from skipkv_vllm.compat import gate
 from skipkv_vllm.compat.cli import SCHEDULER, WORKERS
 from skipkv_vllm.config import KVPolicyConfig, RequestOptions, flag_names, flags_table, parse_json_object
 from skipkv_vllm.errors import KVPolicyError
@@ -383,74 +380,6 @@ def test_offline_arguments():
     assert compat.engine_arguments({"kv_policy": "full"}, engine) == engine
     with pytest.raises(KVPolicyError, match="kv-budget given without --kv-policy"):
         compat.engine_arguments({"kv_budget": 128}, engine)
-
-
-# ---- the version gate
-
-
-@pytest.mark.parametrize("version", ["0.31.2", "0.33.0", "0.3.2", "1.32.0", "0.320.0", "dev"])
-def test_another_vllm_is_refused(monkeypatch, version):
-    monkeypatch.setattr(vllm, "__version__", version)
-    with pytest.raises(KVPolicyError) as error:
-        compat.check_version()
-    for part in (version, "0.32", "pip install", "without --kv-policy"):
-        assert part in str(error.value)
-    with pytest.raises(KVPolicyError):
-        compat.engine_arguments({"kv_policy": "rkv"}, {})
-    # Without a policy nothing is checked, because nothing is changed.
-    compat.engine_arguments({}, {})
-
-
-@pytest.mark.parametrize("version", ["0.32.0", "0.32.1", "0.32.0+cpu", "0.32.0.dev3"])
-def test_patch_releases_are_fine(monkeypatch, version):
-    monkeypatch.setattr(vllm, "__version__", version)
-    compat.check_version()
-
-
-def test_the_installed_vllm_passes():
-    compat.check_version()
-    gate.check_signatures.cache_clear()
-    compat.check_signatures()
-
-
-@pytest.fixture
-def uncached():
-    gate.check_signatures.cache_clear()
-    yield
-    gate.check_signatures.cache_clear()
-
-
-def test_a_changed_signature_is_refused(monkeypatch, uncached):
-    from vllm.v1.core.block_pool import BlockPool
-
-    def free_blocks(self, blocks, urgently):
-        raise NotImplementedError
-
-    monkeypatch.setattr(BlockPool, "free_blocks", free_blocks)
-    with pytest.raises(KVPolicyError) as error:
-        compat.check_signatures()
-    for part in ("BlockPool.free_blocks", "blocks", "ordered_blocks", "unpatched", "without --kv-policy"):
-        assert part in str(error.value)
-    assert "get_new_blocks" not in str(error.value)
-
-
-def test_a_missing_method_is_refused_and_all_are_listed(monkeypatch, uncached):
-    from vllm.v1.core.block_pool import BlockPool
-    from vllm.v1.core.sched.scheduler import Scheduler
-
-    monkeypatch.delattr(BlockPool, "evict_blocks")
-    monkeypatch.delattr(Scheduler, "_free_request")
-    with pytest.raises(KVPolicyError) as error:
-        compat.check_signatures()
-    assert "BlockPool.evict_blocks" in str(error.value)
-    assert "Scheduler._free_request" in str(error.value)
-
-
-@pytest.mark.parametrize("name", ["add_cli_args", "from_cli_args", "create_engine_config"])
-def test_the_check_sees_vllms_own_method_behind_the_packages_wrapper(parser, name):
-    # The package wraps these before the check runs; checking its own wrapper would always pass.
-    found = getattr(EngineArgs, name)
-    assert inspect.unwrap(getattr(found, "__func__", found)).__code__.co_filename == inspect.getfile(EngineArgs)
 
 
 # ---- what is refused

@@ -51,7 +51,7 @@ def query_of(layer: int, request: int, position: int) -> Tensor:
 def step(ring: QueryRing, impls: list[FakeImpl], parts: list[tuple[int, int, int, int]], padding: int = 0) -> None:
     """One forward pass over (slot, request, start, count) parts."""
     slots, _, starts, counts = (np.array(column, dtype=np.int64) for column in zip(*parts, strict=True))
-    ring.prepare(slots, counts, starts)
+    ring.prepare(slots, counts, starts, int(counts.sum()))
     for layer, impl in enumerate(impls):
         rows = [query_of(layer, request, p) for _, request, start, count in parts for p in range(start, start + count)]
         query = torch.stack([*rows, *(torch.full((HEADS, DIM), -1.0) for _ in range(padding))])
@@ -135,7 +135,7 @@ def test_a_dummy_pass_records_nothing():
 def test_a_step_without_requests():
     ring, _ = make_ring()
     nothing = np.zeros(0, dtype=np.int64)
-    ring.prepare(nothing, nothing, nothing)
+    ring.prepare(nothing, nothing, nothing, 0)
 
 
 @pytest.mark.parametrize("window", [1, 4, 8])
@@ -164,7 +164,7 @@ def test_random_traffic(window, seed):
 
 def test_attach_leaves_the_result_and_the_arguments_alone():
     ring, impls = make_ring()
-    ring.prepare(np.array([0]), np.array([2]), np.array([0]))
+    ring.prepare(np.array([0]), np.array([2]), np.array([0]), 2)
     query, key, value = (torch.randn(2, HEADS, DIM) for _ in range(3))
     result = impls[0].forward(None, query, key, value, scale=2.0)
     assert torch.equal(result, query * 2.0 + key + value)
@@ -186,7 +186,7 @@ def test_attach_works_for_different_classes_at_once():
     ring, _ = make_ring()
     impl = Doubling()
     ring.attach(1, impl)
-    ring.prepare(np.array([2]), np.array([4]), np.array([0]))
+    ring.prepare(np.array([2]), np.array([4]), np.array([0]), 4)
     query = torch.randn(4, HEADS, DIM)
     assert torch.equal(impl.forward(None, query, query, query), query * 6)
     assert torch.equal(ring.read(1, 2, 4), query)

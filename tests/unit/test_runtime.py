@@ -8,7 +8,7 @@ import torch
 
 from skipkv_vllm.policies import View, make_policy
 from skipkv_vllm.scheduler.messages import Started, StepOrders
-from skipkv_vllm.worker.runtime import StepBatch
+from skipkv_vllm.worker.rows import StepBatch
 
 from .simulation import DOT, Simulation
 
@@ -226,9 +226,10 @@ def test_prepare_gives_offsets_only_when_something_was_evicted():
     assert sim.last_evicted is None
     while not sim.running["a"].num_compactions:
         sim.step({"a": 1})
-    evicted = sim.runtime.prepare(StepBatch(["plain", "a", "unknown"], np.array([1, 1, 5]), np.array([3, 28, 0])))
-    assert evicted.dtype == np.int32
-    assert evicted.tolist() == [0, 8, 0]
+    evicted = sim.runtime.prepare(StepBatch(["plain", "a", "unknown"], np.array([1, 1, 5]), np.array([3, 28, 0]), 7))
+    assert evicted.device.dtype == torch.int32
+    assert evicted.host.dtype == np.int32
+    assert evicted.device.tolist() == evicted.host.tolist() == [0, 8, 0]
 
 
 def test_a_dummy_pass_after_prepare_is_not_taken_for_the_batch():
@@ -236,7 +237,7 @@ def test_a_dummy_pass_after_prepare_is_not_taken_for_the_batch():
     sim.start("a", num_prompt=8, budget=20)
     sim.step({"a": 8})
     state = sim.runtime.tracker.state(0)
-    sim.runtime.prepare(StepBatch(["a"], np.array([1]), np.array([8])))
+    sim.runtime.prepare(StepBatch(["a"], np.array([1]), np.array([8]), 1))
     sim.runtime.prepare_dummy()
     sim.runtime.finish_forward(torch.full((4,), DOT), torch.ones(4, 6))
     assert torch.equal(sim.runtime.tracker.state(0).ends, state.ends)

@@ -204,7 +204,7 @@ class Feed:
         """One step of these requests, in this order."""
         starts = [self.read[name] for name in counts]
         tokens = [t for name, n in counts.items() for t in self.texts[name][self.read[name] : self.read[name] + n]]
-        batch = StepBatch(list(counts), np.array(list(counts.values())), np.array(starts))
+        batch = StepBatch(list(counts), np.array(list(counts.values())), np.array(starts), sum(counts.values()))
         # Padding is nobody's.
         self.steering.prepare(batch, torch.tensor([*tokens, 0, 0], dtype=torch.int32))
         row, coefficient = self.steering.row.tolist(), self.steering.coefficient.tolist()

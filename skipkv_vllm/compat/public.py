@@ -1,0 +1,119 @@
+"""Where vLLM has no public seam for what we do, and what is done instead.
+
+`patches/` has a small diff for each that would make it public. Every use asks `is_public`, so the same package runs
+on stock vLLM through runtime hooks and on a patched one through the seams.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.metrics.stats import SchedulerStats
+
+PLUGIN = "skipkv"
+"""Our key in vLLM's free-form fields, and the name of the attributes that stand in for them."""
+
+
+class Seam(NamedTuple):
+    """A place where this package joins vLLM.
+
+    Attributes:
+        patch: number of the file in `patches/` that makes it public.
+        marker: `module:name` or `module:Class.name`, which exist where it is public.
+        hook: what is done where it is not.
+    """
+
+    patch: str
+    marker: str
+    hook: str
+
+
+SEAMS = {
+    "flags and configuration check": Seam(
+        "0001",
+        "vllm.plugins.engine_args:register_engine_args_plugin",
+        "EngineArgs.add_cli_args, from_cli_args and create_engine_config are wrapped",
+    ),
+    "request check": Seam(
+        "0002",
+        "vllm.v1.engine.input_processor:InputProcessor.params_validators",
+        "InputProcessor._validate_params is wrapped",
+    ),
+    "orders to workers": Seam(
+        "0003",
+        "vllm.v1.core.sched.output:SchedulerOutput.extra",
+        "an undeclared attribute of SchedulerOutput carries them",
+    ),
+    "reports to metrics": Seam(
+        "0004", "vllm.v1.metrics.stats:SchedulerStats.extra", "SchedulerStats is declared again with one more field"
+    ),
+    "resident lengths, runner V1": Seam(
+        "0005",
+        "vllm.v1.worker.gpu_model_runner:GPUModelRunner.num_evicted_tokens",
+        "GPUModelRunner._prepare_inputs is corrected after it ran",
+    ),
+    "resident lengths, runner V2": Seam(
+        "0006",
+        "vllm.v1.worker.gpu.model_runner:GPUModelRunner.num_evicted_tokens",
+        "prepare_attn of the runner and of its model state get copies of the batch",
+    ),
+    "model runner on CPU": Seam(
+        "0007",
+        "vllm.v1.worker.cpu_worker:CPUWorker._make_model_runner",
+        "the runner that CPUWorker.init_device built is adapted afterwards",
+    ),
+}
+
+
+@functools.cache
+def is_public(seam: str) -> bool:
+    """Whether this vLLM has a seam; imports the module that would have it."""
+    module, _, path = SEAMS[seam].marker.partition(":")
+    try:
+        found: Any = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        # Only the absence of the module itself is an answer.
+        if error.name != module:
+            raise
+        return False
+    for name in path.split("."):
+        # Not getattr: a method that a class inherits is not one that it calls.
+        if name not in vars(found):
+            return False
+        found = vars(found)[name]
+    return True
+
+
+def send_orders(output: SchedulerOutput, orders: Any) -> None:
+    """Attach a step's orders to what the scheduler sends to the workers."""
+    if is_public("orders to workers"):
+        output.extra = {PLUGIN: orders}
+    else:
+        # Survives pickling to worker processes.
+        setattr(output, PLUGIN, orders)
+
+
+def received_orders(output: SchedulerOutput) -> Any:
+    """What `send_orders` attached, None where nothing was."""
+    if is_public("orders to workers"):
+        return output.extra and output.extra.get(PLUGIN)
+    return getattr(output, PLUGIN, None)
+
+
+def send_report(stats: SchedulerStats, report: dict[str, float]) -> None:
+    """Attach what happened since the last report to vLLM's statistics."""
+    if is_public("reports to metrics"):
+        stats.extra = {PLUGIN: report}
+    else:
+        setattr(stats, PLUGIN, report)
+
+
+def received_report(stats: SchedulerStats | None) -> dict[str, float] | None:
+    """What `send_report` attached, None where nothing was."""
+    if stats is not None and is_public("reports to metrics"):
+        return stats.extra and stats.extra.get(PLUGIN)
+    return getattr(stats, PLUGIN, None)

@@ -1,0 +1,154 @@
+"""Write down what vLLM looks like, after the tests have passed with it.
+
+It takes the installed vLLM and the copy that `patches/apply.py` made:
+
+    python -m skipkv_vllm.compat.record --patched build/patched-vllm/vllm
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+from pathlib import Path
+from typing import Any
+
+from . import gate, sources
+from .public import SEAMS
+
+OVERRIDES = {
+    "skipkv_vllm.scheduler.vllm_scheduler:EvictionMixin": (
+        "vllm.v1.core.sched.scheduler:Scheduler",
+        "vllm.v1.core.sched.async_scheduler:AsyncScheduler",
+    ),
+    "skipkv_vllm.scheduler.block_manager:EvictingBlockManager": (
+        "vllm.v1.core.single_type_kv_cache_manager:FullAttentionManager",
+    ),
+    "skipkv_vllm.worker.runner_v1:EvictingRunnerV1": (
+        "vllm.v1.worker.gpu_model_runner:GPUModelRunner",
+        "vllm.v1.worker.cpu_model_runner:CPUModelRunner",
+    ),
+    "skipkv_vllm.worker.runner_v1:HookedRunnerV1": ("vllm.v1.worker.gpu_model_runner:GPUModelRunner",),
+    "skipkv_vllm.worker.runner_v2:EvictingRunnerV2": ("vllm.v1.worker.gpu.model_runner:GPUModelRunner",),
+    "skipkv_vllm.worker.runner_v2:HookedRunnerV2": ("vllm.v1.worker.gpu.model_runner:GPUModelRunner",),
+    "skipkv_vllm.worker.cpu_worker:EvictingCPUWorker": ("vllm.v1.worker.cpu_worker:CPUWorker",),
+    "skipkv_vllm.worker.gpu_worker:EvictingGPUWorker": ("vllm.v1.worker.gpu_worker:Worker",),
+    "skipkv_vllm.metrics:EvictionStatLogger": ("vllm.v1.metrics.loggers:StatLoggerBase",),
+    "skipkv_vllm.llm:LLM": ("vllm.entrypoints.llm:LLM",),
+}
+"""Our classes and those of vLLM whose methods they override; the methods are found by comparing the classes."""
+
+WRAPPED_OR_CALLED = (
+    "vllm.engine.arg_utils:EngineArgs.add_cli_args",
+    "vllm.engine.arg_utils:EngineArgs.from_cli_args",
+    "vllm.engine.arg_utils:EngineArgs.create_engine_config",
+    "vllm.v1.engine.input_processor:InputProcessor._validate_params",
+    "vllm.v1.core.sched.output:SchedulerOutput",
+    "vllm.v1.metrics.stats:SchedulerStats",
+    "vllm.v1.core.block_pool:BlockPool.free_blocks",
+    "vllm.v1.core.block_pool:BlockPool.get_new_blocks",
+    "vllm.v1.core.block_pool:BlockPool.evict_blocks",
+    "vllm.v1.core.block_pool:BlockPool.get_num_free_blocks",
+    "vllm.v1.core.kv_cache_utils:KVCacheBlock",
+    "vllm.v1.worker.block_table:BlockTable.add_row",
+    "vllm.v1.worker.block_table:BlockTable.append_row",
+    "vllm.v1.worker.block_table:BlockTable.compute_slot_mapping",
+    "vllm.v1.worker.block_table:MultiGroupBlockTable.add_row",
+    "vllm.v1.worker.block_table:MultiGroupBlockTable.compute_slot_mapping",
+    "vllm.v1.worker.gpu_model_runner:GPUModelRunner._build_attention_metadata",
+    "vllm.v1.worker.gpu_model_runner:GPUModelRunner._update_states",
+    "vllm.v1.worker.gpu.block_table:BlockTables.append_block_ids",
+    "vllm.v1.worker.gpu.block_table:BlockTables.compute_slot_mappings",
+    "vllm.v1.worker.gpu.input_batch:InputBatch",
+    "vllm.v1.worker.gpu.model_states.default:DefaultModelState.prepare_attn",
+    "vllm.v1.worker.cpu_worker:CPUWorker.init_device",
+    "vllm.v1.attention.backends.cpu_attn:CPUAttentionBackendImpl.forward",
+    "vllm.v1.attention.backends.flash_attn:FlashAttentionImpl.forward",
+    "vllm.v1.attention.backends.flashinfer:FlashInferImpl.forward",
+    "vllm.v1.attention.backends.triton_attn:TritonAttentionImpl.forward",
+)
+"""What we wrap, and what we call or rely on where no subclass shows it."""
+
+
+def symbol_names() -> list[str]:
+    """Every symbol to watch, sorted; imports our modules and vLLM's."""
+    names = set(WRAPPED_OR_CALLED) | {seam.marker for seam in SEAMS.values() if _is_callable(seam.marker)}
+    for own_name, base_names in OVERRIDES.items():
+        own = _load(own_name)
+        for base in map(_load, base_names):
+            names |= {found for attribute in vars(own) if (found := _definition(base, attribute))}
+    return sorted(names)
+
+
+def _load(name: str) -> Any:
+    module, _, path = name.partition(":")
+    return getattr(importlib.import_module(module), path)
+
+
+def _is_callable(marker: str) -> bool:
+    # Fields of classes are watched with their classes.
+    return not marker.endswith((".extra", ".params_validators"))
+
+
+def _definition(base: type, attribute: str) -> str | None:
+    """The vLLM method that an attribute of a subclass of `base` overrides."""
+    for cls in base.__mro__:
+        if attribute in vars(cls) and cls.__module__.startswith(f"{sources.PACKAGE}."):
+            if callable(getattr(cls, attribute)) and not isinstance(vars(cls)[attribute], type):
+                return f"{cls.__module__}:{cls.__qualname__}.{attribute}"
+            return None
+    return None
+
+
+def record(names: list[str], roots: list[Path], version: str) -> dict[str, Any]:
+    """The record of some symbols.
+
+    Args:
+        names: of symbols.
+        roots: folders of variants of the package `vllm`, the stock one first.
+        version: of the package.
+
+    Raises:
+        LookupError: a symbol that no variant defines.
+    """
+    files: dict[str, list[str | None]] = {}
+    entries: dict[str, list[list[str] | None]] = {}
+    for root in roots:
+        defined: dict[str, dict[str, sources.Symbol]] = {}
+        for name in names:
+            file, path = sources.split(name)
+            if file not in defined:
+                text = sources.read(root, file)
+                defined[file] = sources.symbols(text) if text is not None else {}
+                _add(files.setdefault(file, []), sources.digest(text) if text is not None else None)
+            symbol = defined[file].get(path)
+            _add(entries.setdefault(name, []), list(symbol) if symbol else None)
+    missing = [name for name, variants in entries.items() if not any(variants)]
+    if missing:
+        raise LookupError(f"not defined in {', '.join(map(str, roots))}: {', '.join(missing)}")
+    return {"vllm": version, "files": files, "symbols": entries}
+
+
+def _add(variants: list[Any], variant: Any) -> None:
+    if variant not in variants:
+        variants.append(variant)
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    # Required, because a record without them would refuse patched copies.
+    parser.add_argument("--patched", type=Path, metavar="FOLDER", required=True, help="vllm with all patches applied")
+    options = parser.parse_args()
+    if not (options.patched / "__init__.py").exists():
+        parser.error(f"--patched {options.patched} is no package; make it with patches/apply.py")
+    root = gate.vllm_root()
+    import vllm
+
+    written = record(symbol_names(), [root, options.patched], vllm.__version__.partition("+")[0])
+    gate.TESTED.write_text(json.dumps(written, indent=1) + "\n")
+    print(f"{gate.TESTED}: {len(written['symbols'])} symbols of {len(written['files'])} files of {root}")
+
+
+if __name__ == "__main__":
+    main()
