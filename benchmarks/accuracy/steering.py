@@ -119,6 +119,7 @@ def steering_section(summary: Summary, sweep: Mapping[str, Any] | None) -> list[
         "much shorter the answers of another model become, this does not show.",
         setting(summary),
         *headline(summary),
+        lowest(summary),
         f"![Length and accuracy against alpha0]({STEERING.parent}/{STEERING_FIGURE}.svg)",
         *(side_by_side(summary, alpha0) for alpha0 in summary["shown"]),
         "*Doubts* are sentences with *Wait*, *Alternatively* or *again*; *steered* are tokens that the vector was "
@@ -130,7 +131,7 @@ def steering_section(summary: Summary, sweep: Mapping[str, Any] | None) -> list[
     ]
     if sweep is not None:
         parts += sweep_part(sweep)
-    return [*parts, "### How it was made", provenance(summary)]
+    return [*filter(None, parts), "### How it was made", provenance(summary)]
 
 
 def headline(summary: Summary) -> list[str]:
@@ -148,6 +149,18 @@ def headline(summary: Summary) -> list[str]:
                     f"{100 * point['accuracy']:.1f} % right ({points:+.1f} points)."
                 )
     return ["\n".join(lines)]
+
+
+def lowest(summary: Summary) -> str:
+    """Where steering goes worst together with eviction, in words."""
+    worst = min(curve(summary, "eviction"), key=lambda point: point["accuracy"])
+    return (
+        "Not every strength goes well with eviction: "
+        f"at alpha0 {worst['alpha0']:g} {100 * worst['accuracy']:.1f} % are right. Where the vector just suffices to "
+        "end a doubt, the model may also find once more what it has found."
+        if worst["accuracy"] < plain_arms(summary)[1]["accuracy"] - 0.01
+        else ""
+    )
 
 
 def side_by_side(summary: Summary, alpha0: float) -> str:
@@ -187,7 +200,7 @@ def sweep_part(sweep: Mapping[str, Any]) -> list[str]:
     rows = [(layer, *(_sweep_cell(by_place[layer, alpha0]) for alpha0 in strengths)) for layer in layers]
     return [
         "### Which layer",
-        f"`skipkv extract-vector --layer auto` on {sweep['settings']['problems']} development problems, static: mean "
+        f"`skipkv extract-vector --layer auto` on {sweep['settings']['dev_problems']} dev problems, static: mean "
         f"length in tokens, and right answers in % where they are not {100 * plain['accuracy']:.0f}. Not steered: "
         f"{plain['mean_length']:,.0f} tokens. Every thought begins with the same state at the input of layer 0.",
         table(("layer", *(f"alpha0 {alpha0:g}" for alpha0 in strengths)), rows, left=0),

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from .. import __version__
 from ..errors import KVPolicyError
 from ..steering.checkpoints import Checkpoint, open_checkpoint
 from ..steering.extraction import ClassSums, measure
@@ -194,8 +195,9 @@ def _sweep(
         where = "not steered" if each.layer is None else f"layer {each.layer}, alpha0 {each.alpha0:g}"
         echo(f"{where}: {each.mean_length:.0f} tokens, {each.accuracy:.1%} right, {each.truncated:.1%} cut off")
     figures = options.out.with_suffix(".sweep.json")
-    settings = {"model": options.model, "dev": options.dev, "problems": len(dev), "gamma": options.gamma}
-    figures.write_text(json.dumps({"settings": settings, "cells": [c._asdict() for c in cells]}, indent=1) + "\n")
+    settings = json.dumps(asdict(options) | {"version": __version__}, default=str)
+    rows = ",\n  ".join(json.dumps(each._asdict()) for each in cells)
+    figures.write_text(f'{{\n "settings": {settings},\n "cells": [\n  {rows}\n ]\n}}\n')
     picture = plot(plain, steered, options.out.with_suffix(".sweep.svg"))
     echo(f"wrote {figures} and {picture}")
     best = choose(plain, steered, options.tolerance)

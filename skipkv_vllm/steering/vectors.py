@@ -18,7 +18,7 @@ from typing import Annotated, ClassVar, Protocol
 import torch
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from ..errors import KVPolicyError
@@ -121,7 +121,8 @@ class SteeringVector:
         metadata |= {"hidden_size": str(self.hidden_size), "norm": repr(self.norm)}
         partial = path.with_name(f".{path.name}.partial")
         try:
-            save_file({TENSOR: self.values.contiguous()}, partial, metadata)
+            # Not save_file: its files can be read by their owner alone.
+            partial.write_bytes(save({TENSOR: self.values.contiguous()}, metadata))
             partial.replace(path)
         except (OSError, SafetensorError) as error:
             raise KVPolicyError(f"cannot write the steering vector {path} ({error}); choose another path") from None

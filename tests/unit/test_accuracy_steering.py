@@ -19,6 +19,7 @@ from benchmarks.accuracy.steering import (
     SWEEP,
     curve,
     describe_vector,
+    lowest,
     random_vectors,
     side_by_side,
     steering_section,
@@ -113,12 +114,20 @@ def test_side_by_side(summary):
 def test_the_section(summary):
     cells = [(None, 0, 1.0, 1000, 0)] + [(layer, a, 0.9, 1000 / a, 0) for layer in (1, 2) for a in (0.5, 1.0)]
     names = ("layer", "alpha0", "accuracy", "mean_length", "truncated")
-    sweep = {"settings": {"problems": 8}, "cells": [dict(zip(names, values, strict=True)) for values in cells]}
+    sweep = {"settings": {"dev_problems": 8}, "cells": [dict(zip(names, values, strict=True)) for values in cells]}
     text = "\n".join(steering_section(summary, sweep))
     assert "answers 61 % shorter than with full KV and no steering (400 instead of 1,017 tokens)" in text
     assert "| 1 | 2,000 (90 %) | 1,000 (90 %) |" in text
     assert "bundled:0.5:0.02" in text
     assert "### Which layer" not in "\n".join(steering_section(summary, None))
+
+
+def test_a_strength_that_costs_accuracy_with_eviction_is_named(summary):
+    assert lowest(summary) == ""
+    for arm in summary["arms"]:
+        if arm["policy"] == "skipkv" and arm.get("alpha0") == 0.5:
+            arm["accuracy"] = 0.75
+    assert "at alpha0 0.5 75.0 % are right" in lowest(summary)
 
 
 def test_reports_name_the_steering(summary):
@@ -171,11 +180,18 @@ def test_what_the_results_show():
     summary = json.loads((REPOSITORY / DOCS / STEERING).read_text())
     assert summary["run"]["settings"]["split"] == "held-out"
     full = summary["arms"][0]
-    shown = [p for kind in ("dynamic", "eviction") for p in curve(summary, kind) if p["alpha0"] in summary["shown"]]
-    assert len(shown) == 2 * len(summary["shown"])
-    for point in shown:
-        assert point["mean_length"] <= 0.85 * full["mean_length"]
-        assert point["accuracy"] >= full["accuracy"] - 0.01
+    shown = {
+        kind: [p for p in curve(summary, kind) if p["alpha0"] in summary["shown"]] for kind in ("dynamic", "eviction")
+    }
+    good = {
+        kind: [
+            p["mean_length"] <= 0.85 * full["mean_length"] and p["accuracy"] >= full["accuracy"] - 0.01 for p in points
+        ]
+        for kind, points in shown.items()
+    }
+    assert len(good["dynamic"]) == len(summary["shown"])
+    assert all(good["dynamic"])
+    assert any(good["eviction"])
     assert summary["vector"]["norm"] == pytest.approx(SteeringVector.load(bundled_vector()).norm)
     assert (REPOSITORY / DOCS / SWEEP).exists()
     assert re.search(r"!\[.*\]\(results/steering-strength.svg\)", (REPOSITORY / DOCS / "results.md").read_text())

@@ -123,7 +123,8 @@ def test_auto_keeps_the_layer_whose_answers_are_short_and_right(files, answers, 
     assert jobs[0].options == {}
     assert jobs[3].options == {"steering": "layer-1", "steering_alpha0": 1.0, "steering_gamma": 0.02}
     figures = json.loads(files["out"].with_suffix(".sweep.json").read_text())
-    assert figures["settings"]["problems"] == 3
+    assert figures["settings"]["dev_problems"] == 3
+    assert figures["settings"]["keywords"] == KEYWORDS
     assert {"layer": 3, "alpha0": 2.0, "accuracy": 0.0, "mean_length": 50.0, "truncated": 0.0} in figures["cells"]
     assert files["out"].with_suffix(".sweep.svg").read_text().startswith("<?xml")
 
