@@ -22,6 +22,7 @@ from benchmarks.server import serve
 from skipkv_vllm import bundled_model
 from skipkv_vllm.trace import Trace
 from tests import engines
+from tests.engine import test_steering as steering
 from tests.engine.test_exactness import another_question, check
 from tests.engine.test_server import free_port
 from tests.engines import PAGE, Job, Outcome
@@ -95,6 +96,13 @@ def test_pipeline_parallelism(granularity: str, references: ReferenceCache) -> N
 
 def test_both(references: ReferenceCache) -> None:
     run(job("sentence", **TENSOR, **PIPELINE), references)
+
+
+@pytest.mark.parametrize("size", [TENSOR, PIPELINE], ids=["tensor", "pipeline"])
+def test_steering(size: dict[str, int], references: ReferenceCache) -> None:
+    """The layers that are steered lie on different stages."""
+    steered = steering.mixed_job(250, **size)
+    steering.check(steered, engines.run(steered), references)
 
 
 @pytest.mark.parametrize("size", [TENSOR, PIPELINE], ids=["tensor", "pipeline"])
