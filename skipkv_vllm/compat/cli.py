@@ -30,15 +30,20 @@ FOR_STEERING_TOO = {"kv_trace_dir", "kv_check_integrity"}
 
 
 def update_arguments(args: argparse.Namespace) -> argparse.Namespace:
-    """Parsed arguments with the policy's flags worked in; a bad one ends the command with a message."""
+    """Parsed arguments with the policy's flags worked in, in place; a bad one ends the command with a message.
+
+    In place, because a command with several API servers hands them the parsed arguments: they make a configuration of
+    them before they load plugins.
+    """
     given = {name: getattr(args, name) for name in KVPolicyConfig.model_fields if hasattr(args, name)}
     if not given:
         return args
     try:
-        return argparse.Namespace(**engine_arguments(given, vars(args)))
+        vars(args).update(engine_arguments(given, vars(args)))
     except KVPolicyError as error:
         print(f"vllm: error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+    return args
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:

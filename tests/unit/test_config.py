@@ -308,6 +308,16 @@ def test_flags_reach_the_engine(engine_args):
     assert args.worker_cls in WORKERS.values()
 
 
+def test_parsed_arguments_reach_a_process_without_the_plugin(parser, tmp_path):
+    """One of several API servers makes its configuration of the arguments that the command parsed."""
+    parsed = parser.parse_args(["--model", str(tmp_path), "--kv-policy", "rkv"])
+    here = EngineArgs.from_cli_args(parsed)
+    fields = {field.name for field in dataclasses.fields(EngineArgs)}
+    elsewhere = EngineArgs(**{name: value for name, value in vars(parsed).items() if name in fields})
+    assert elsewhere == here == EngineArgs.from_cli_args(parsed)
+    assert "skipkv" in elsewhere.additional_config
+
+
 def test_other_additional_config_is_kept(engine_args):
     args = engine_args("--kv-policy", "rkv", "--additional-config", '{"mine": 1}')
     assert set(args.additional_config) == {"mine", "skipkv"}

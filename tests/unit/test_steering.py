@@ -12,6 +12,7 @@ import torch
 from tokenizers import Tokenizer, models
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from vllm.model_executor.models.utils import PPMissingLayer
 
 from skipkv_vllm import bundled_model
 from skipkv_vllm.errors import KVPolicyError
@@ -348,6 +349,13 @@ class Model(nn.Module):
 def test_decoder_layers_are_found_by_what_they_are():
     model = nn.Sequential(Model())
     assert decoder_layers(model, 3) is model[0].layers
+
+
+def test_a_stage_of_a_pipeline_steers_only_its_own_layers():
+    model, steering = Model(), make_steering()
+    model.layers[0] = PPMissingLayer()
+    steering.attach(decoder_layers(model, 3))
+    assert [bool(layer._forward_pre_hooks) for layer in model.layers] == [False, True, False]
 
 
 @pytest.mark.parametrize(("model", "number", "found"), [(Model(), 4, 0), (nn.Linear(2, 2), 3, 0)])
