@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from .errors import KVPolicyError
 
 if TYPE_CHECKING:
+    from .compat import engine_arguments
     from .llm import LLM
 
 try:
@@ -16,7 +17,7 @@ try:
 except PackageNotFoundError:  # a source tree on the path, not installed
     __version__ = "0.0.0"
 
-__all__ = ["LLM", "KVPolicyError", "__version__", "bundled_model", "bundled_vector"]
+__all__ = ["LLM", "KVPolicyError", "__version__", "bundled_model", "bundled_vector", "engine_arguments"]
 
 
 def bundled_model() -> str:
@@ -36,4 +37,8 @@ def __getattr__(name: str) -> Any:
         from .llm import LLM
 
         return LLM
+    if name == "engine_arguments":
+        from .compat import engine_arguments
+
+        return engine_arguments
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -72,6 +72,12 @@ class KVPolicyConfig(BaseModel):
     kv_protect_prompt: bool = Field(
         True, description="Never evict the prompt. Off reproduces the paper, which evicts it like any other text."
     )
+    kv_admission: Literal["bounded", "optimistic"] = Field(
+        "bounded",
+        description='"bounded": a request starts once all the pages it may ever hold fit beside those of the running '
+        'ones, so none is ever preempted. "optimistic": it starts once its prompt fits, as in stock vLLM; more run at '
+        "once while they are short, and some are preempted and computed again when they grow.",
+    )
     kv_policy_config: dict[str, Any] = Field(
         default_factory=dict,
         description='Parameters of the method as JSON, e.g. {"similarity_threshold": 0.95, "mix": 0.1}.',

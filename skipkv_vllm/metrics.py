@@ -9,9 +9,12 @@ from prometheus_client import Counter, Gauge
 from vllm.config import VllmConfig
 from vllm.v1.metrics.loggers import StatLoggerBase
 
-from .compat import has_policy, received_report
+from .compat import has_policy, install_client_check, received_report
 from .scheduler.planner import Compaction
 from .steering.controller import KINDS, Thoughts
+
+# vLLM loads this module wherever it builds an engine's client, before anything else of it.
+install_client_check()
 
 SKIPPED = "skipped:"
 THOUGHTS = "thoughts:"
@@ -67,11 +70,11 @@ class EvictionStats:
         """Pages held by all requests in a step."""
         self._peak_pages = max(self._peak_pages, num_pages)
 
-    def take(self, num_logical: int, num_resident: int) -> dict[str, float]:
+    def take(self, num_logical: int, num_resident: int, num_promised: int) -> dict[str, float]:
         """The report since the last one, with the current gauges."""
         counts, self._counts = self._counts, {}
-        gauges = {"logical_tokens": num_logical, "resident_tokens": num_resident, "peak_pages": self._peak_pages}
-        return counts | gauges
+        gauges = {"logical_tokens": num_logical, "resident_tokens": num_resident, "promised_pages": num_promised}
+        return counts | gauges | {"peak_pages": self._peak_pages}
 
 
 class EvictionStatLogger(StatLoggerBase):
@@ -135,6 +138,7 @@ def _make_metrics() -> dict[str, Any]:
         ),
         "resident_tokens": _gauge("skipkv_resident_tokens", "Tokens whose KV is held by running requests."),
         "logical_tokens": _gauge("skipkv_logical_tokens", "Prompt and output tokens of running requests."),
+        "promised_pages": _gauge("skipkv_promised_pages", "KV pages that running requests may come to hold."),
         "peak_pages": _gauge("skipkv_peak_pages", "Most KV pages in use at once since the server started."),
     }
 

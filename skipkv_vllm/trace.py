@@ -133,7 +133,7 @@ class TraceCollector:
 
     Args:
         config: the server's policy; `kv_trace_dir` must be set.
-        num_ranks: workers whose kv heads make up a layer.
+        grid: stages of the pipeline, and workers whose kv heads make up a layer; a worker's rank counts in this order.
         tables: the tokenizer's sentence tables, or None without a tokenizer.
         parameters: written into every file.
 
@@ -142,7 +142,11 @@ class TraceCollector:
     """
 
     def __init__(
-        self, config: KVPolicyConfig, num_ranks: int, tables: SentenceTables | None, parameters: dict[str, Any]
+        self,
+        config: KVPolicyConfig,
+        grid: tuple[int, int],
+        tables: SentenceTables | None,
+        parameters: dict[str, Any],
     ) -> None:
         assert config.kv_trace_dir is not None
         self._folder = Path(config.kv_trace_dir)
@@ -153,7 +157,7 @@ class TraceCollector:
             raise KVPolicyError(
                 f"kv_trace_dir={config.kv_trace_dir!r} cannot be written ({error.strerror}); name a folder that can"
             ) from None
-        self._num_ranks = num_ranks
+        self._num_stages, self._width = grid
         self._tables = tables
         self._parameters = parameters
         self._logs: dict[str, _Log] = {}
@@ -212,9 +216,9 @@ class TraceCollector:
         return path
 
     def _read_parts(self, request_id: str, life: int, index: int) -> dict[str, Tensor]:
-        """One compaction's parts of all ranks, kv heads joined."""
+        """One compaction's parts of all ranks, layers and kv heads joined."""
         parts = []
-        for rank in range(self._num_ranks):
+        for rank in range(self._num_stages * self._width):
             path = _part(self._folder, request_id, life, index, rank)
             deadline = time.monotonic() + WAIT_SECONDS
             # The last order may still be on its way when the scheduler runs ahead of the workers.
@@ -224,4 +228,7 @@ class TraceCollector:
                 time.sleep(0.005)
             with safe_open(str(path), "pt") as file:
                 parts.append({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
-        return parts[0] | {"kept": torch.cat([part["kept"] for part in parts], dim=1)}
+        kept = [part["kept"] for part in parts]
+        stages = [torch.cat(kept[i : i + self._width], dim=1) for i in range(0, len(kept), self._width)]
+        # Of a pipeline's stages the last one knows the sentences; its ranks know the same.
+        return parts[-1] | {"kept": torch.cat(stages, dim=0)}

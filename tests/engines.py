@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,6 +44,7 @@ ENGINE_ARGUMENTS: dict[str, Any] = {
     "num_gpu_blocks_override": 256,
     "enable_prefix_caching": True,
     "enforce_eager": True,
+    "async_scheduling": False,
     "disable_log_stats": True,
 }
 POLICY_ARGUMENTS: dict[str, Any] = {
@@ -76,7 +78,7 @@ def demo_prompts(count: int, at_least: int = 0) -> list[list[int]]:
     """Prompts with less than a page in common; a question each, or as many as make `at_least` tokens."""
     from benchmarks.tiny_reasoner.problems import problems
 
-    questions = iter([problem.question for problem in problems("demo", 16 * count)])
+    questions = iter([problem.question for problem in problems("demo", 32 * count)])
     prompts = []
     for _ in range(count):
         text = next(questions)
@@ -99,11 +101,14 @@ def trace_folder() -> str:
     return folder
 
 
-def engine(**arguments: Any) -> vllm.LLM:
-    """An engine with eviction; `arguments` override `ENGINE_ARGUMENTS` and `POLICY_ARGUMENTS`."""
+def engine(*, reset: bool = True, **arguments: Any) -> vllm.LLM:
+    """An engine with eviction; `arguments` override `ENGINE_ARGUMENTS` and `POLICY_ARGUMENTS`.
+
+    With `reset=False` it keeps its prefix cache.
+    """
     from skipkv_vllm import LLM
 
-    return _engine(LLM, {"kv_trace_dir": trace_folder()} | POLICY_ARGUMENTS | arguments)
+    return _engine(LLM, {"kv_trace_dir": trace_folder()} | POLICY_ARGUMENTS | arguments, reset)
 
 
 def stock_engine(**arguments: Any) -> vllm.LLM:
@@ -113,8 +118,9 @@ def stock_engine(**arguments: Any) -> vllm.LLM:
     return _engine(LLM, arguments)
 
 
-def _engine(cls: type, arguments: dict[str, Any]) -> vllm.LLM:
+def _engine(cls: type, arguments: dict[str, Any], reset: bool = True) -> vllm.LLM:
     global _current
+    _allow_async_scheduling()
     arguments = {"model": MODEL} | ENGINE_ARGUMENTS | arguments
     key = (cls, repr(sorted(arguments.items())))
     if _current is None or _current[0] != key:
@@ -123,8 +129,23 @@ def _engine(cls: type, arguments: dict[str, Any]) -> vllm.LLM:
     llm = _current[1]
     # A test that failed in the middle must not leave requests or cached prompts to the next one.
     _abort_all(llm)
-    assert llm.reset_prefix_cache()
+    assert not reset or llm.reset_prefix_cache()
     return llm
+
+
+@functools.cache
+def _allow_async_scheduling() -> None:
+    """Let a test ask for asynchronous scheduling, which vLLM always switches off on CPUs."""
+    from vllm.platforms.cpu import CpuPlatform
+
+    original = CpuPlatform.check_and_update_config.__func__
+
+    def check_and_update_config(cls: type, vllm_config: Any) -> None:
+        asked = vllm_config.scheduler_config.async_scheduling
+        original(cls, vllm_config)
+        vllm_config.scheduler_config.async_scheduling = asked
+
+    CpuPlatform.check_and_update_config = classmethod(check_and_update_config)
 
 
 def shutdown() -> None:
@@ -184,6 +205,20 @@ class Sample(NamedTuple):
         return self.num_logical - self.num_evicted
 
 
+class Load(NamedTuple):
+    """The engine in one step.
+
+    Attributes:
+        num_running: requests that ran, those that finished in the step included.
+        num_waiting: requests that wait after it.
+        num_pages: pages in use after it.
+    """
+
+    num_running: int
+    num_waiting: int
+    num_pages: int
+
+
 @dataclass
 class Generation:
     """What `generate_staggered` saw; lists are in the order of the prompts.
@@ -192,11 +227,15 @@ class Generation:
         outputs: final output of each request, of an aborted one the last; None if there was none.
         request_ids: vLLM's internal ids, which also name the traces.
         samples: a sample per running request and step, of engines with eviction.
+        load: per step.
+        num_preemptions: of each request.
     """
 
     outputs: list[RequestOutput | None]
     request_ids: list[str]
     samples: list[Sample] = field(default_factory=list)
+    load: list[Load] = field(default_factory=list)
+    num_preemptions: list[int] = field(default_factory=list)
 
 
 def generate_staggered(
@@ -217,7 +256,9 @@ def generate_staggered(
     """
     llm_engine = llm.llm_engine
     abort_at = abort_at or {}
-    done = Generation([None] * len(prompts), [])
+    done = Generation([None] * len(prompts), [], num_preemptions=[0] * len(prompts))
+    scheduler = scheduler_of(llm)
+    pool = scheduler.kv_cache_manager.block_pool
     step = 0
     while len(done.request_ids) < len(prompts) or llm_engine.has_unfinished_requests():
         number = len(done.request_ids)
@@ -226,8 +267,15 @@ def generate_staggered(
             done.request_ids.append(llm_engine.add_request(str(number), prompt, params[number]))
         if due := [done.request_ids[i] for i, at in abort_at.items() if at == step]:
             llm_engine.abort_request(due, internal=True)
+        # An asynchronous engine may finish a request some steps after the last one that computed it.
+        num_finished = 0
         for output in llm_engine.step():
             done.outputs[int(output.request_id)] = output
+            num_finished += output.finished
+        num_pages = pool.num_gpu_blocks - 1 - pool.get_num_free_blocks()
+        done.load.append(Load(len(scheduler.running) + num_finished, len(scheduler.waiting), num_pages))
+        for request in scheduler.requests.values():
+            done.num_preemptions[done.request_ids.index(request.request_id)] = request.num_preemptions
         done.samples += _look_at_scheduler(llm, step, done.request_ids)
         step += 1
     return done
@@ -266,6 +314,7 @@ class Job:
         arguments: engine arguments that differ from the defaults.
         abort_at: number of a request -> step before which it is aborted.
         num_logprobs: log probabilities to report per token, None for none.
+        budgets: `kv_budget` of each request, None for the server's; empty for all the server's.
         options: further options of each request; empty for none.
     """
 
@@ -276,7 +325,16 @@ class Job:
     arguments: dict[str, Any] = field(default_factory=dict)
     abort_at: dict[int, int] = field(default_factory=dict)
     num_logprobs: int | None = None
+    budgets: list[int | None] = field(default_factory=list)
     options: list[dict[str, Any]] = field(default_factory=list)
+
+    def extra_args(self, number: int) -> dict[str, Any] | None:
+        """What a request sets for itself."""
+        if not self.policies:
+            return None
+        budget = self.budgets[number] if self.budgets else None
+        further = self.options[number] if self.options else {}
+        return {"kv_policy": self.policies[number]} | ({} if budget is None else {"kv_budget": budget}) | further
 
 
 @dataclass
@@ -288,8 +346,10 @@ class Outcome:
         logprobs: per token, token id -> log probability.
         num_cached: prompt tokens found in the prefix cache.
         traces: empty for a stock engine.
-        samples: see `Generation`.
+        samples, load, num_preemptions: see `Generation`.
+        skipped: how often the policy could not do as configured, by reason.
         is_v2: whether Model Runner V2 ran.
+        is_async: whether scheduling was asynchronous.
     """
 
     tokens: list[list[int]]
@@ -297,48 +357,60 @@ class Outcome:
     num_cached: list[int]
     traces: list[Trace]
     samples: list[Sample]
+    load: list[Load]
+    num_preemptions: list[int]
+    skipped: dict[str, int]
     is_v2: bool
+    is_async: bool
 
 
 def run(job: Job, runner: str = "v1") -> Outcome:
     """Run a job on Model Runner "v1", in this process, or "v2", in a child; the pool is empty afterwards."""
+    return run_all([job], runner)[0]
+
+
+def run_all(jobs: Sequence[Job], runner: str) -> list[Outcome]:
+    """Run jobs one after the other, see `run`; those of "v2" in one child."""
     if runner == "v1":
-        return _run_here(job)
+        return [_run_here(job) for job in jobs]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "job")
-        path.write_bytes(pickle.dumps(job))
+        path.write_bytes(pickle.dumps(jobs))
         code = f"from tests import engines; engines.run_as_child({str(path)!r})"
         subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=True)
         return pickle.loads(path.with_suffix(".outcome").read_bytes())
 
 
 def run_as_child(path: str) -> None:
-    """Run the job in the file with Model Runner V2 and leave the outcome next to it."""
+    """Run the jobs in the file with Model Runner V2 and leave the outcomes next to it."""
     from tests import triton_cpu
 
     triton_cpu.enable()
-    outcome = _run_here(pickle.loads(Path(path).read_bytes()))
-    Path(path).with_suffix(".outcome").write_bytes(pickle.dumps(outcome))
+    outcomes = [_run_here(job) for job in pickle.loads(Path(path).read_bytes())]
+    Path(path).with_suffix(".outcome").write_bytes(pickle.dumps(outcomes))
     shutdown()
 
 
 def _run_here(job: Job) -> Outcome:
+    return run_on(engine(**job.arguments) if job.policies else stock_engine(**job.arguments), job)
+
+
+def run_on(llm: vllm.LLM, job: Job) -> Outcome:
+    """Run a job on an engine of this process; the pool is empty afterwards."""
     import torch
     from vllm import SamplingParams
 
-    llm = engine(**job.arguments) if job.policies else stock_engine(**job.arguments)
     params = [
         SamplingParams(
             max_tokens=job.num_new,
             temperature=0.0,
             ignore_eos=True,
             logprobs=job.num_logprobs,
-            extra_args={"kv_policy": job.policies[i]} | (job.options[i] if job.options else {})
-            if job.policies
-            else None,
+            extra_args=job.extra_args(i),
         )
         for i in range(len(job.prompts))
     ]
+    skipped_before = _skipped(llm)
     # vLLM compiles a helper for log probabilities even where the model runs eagerly, which takes a minute.
     with torch.compiler.set_stance("force_eager"):
         done = generate_staggered(llm, job.prompts, params, job.every, job.abort_at)
@@ -355,4 +427,26 @@ def _run_here(job: Job) -> Outcome:
     traces = []
     if job.policies:
         traces = [Trace.load(Path(trace_folder(), f"{name}.safetensors")) for name in done.request_ids]
-    return Outcome(tokens, logprobs, num_cached, traces, done.samples, scheduler_of(llm).use_v2_model_runner)
+    from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+
+    skipped = _skipped(llm) - skipped_before
+    scheduler = scheduler_of(llm)
+    return Outcome(
+        tokens,
+        logprobs,
+        num_cached,
+        traces,
+        done.samples,
+        done.load,
+        done.num_preemptions,
+        dict(skipped),
+        scheduler.use_v2_model_runner,
+        isinstance(scheduler, AsyncScheduler),
+    )
+
+
+def _skipped(llm: vllm.LLM) -> Counter[str]:
+    """What the policy skipped since the engine started; nobody collects the statistics of these engines."""
+    statistics = getattr(scheduler_of(llm), "eviction_stats", None)
+    counts = {} if statistics is None else statistics._counts
+    return Counter({name.removeprefix("skipped:"): n for name, n in counts.items() if name.startswith("skipped:")})

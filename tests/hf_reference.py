@@ -416,7 +416,11 @@ class Request:
     @torch.inference_mode()
     def run(self, num_new: int) -> Result:
         """Generate `num_new` tokens."""
-        logits = self._feed(self._text)
+        first = self._settings.keep(self._num_prompt) + self._settings.buffer
+        logits = self._feed(self._text[:first])
+        for token in self._text[first:]:
+            self._compact_if_due()
+            logits = self._feed([token])
         while True:
             token = int(logits.argmax())
             self._result.tokens.append(token)
@@ -443,7 +447,7 @@ class Request:
             self._queries = torch.cat([self._queries, queries], dim=2)
             self._positions = torch.cat([self._positions, new.expand(layers, heads, -1)], dim=2)
         self._queries = self._queries[:, :, -self._settings.window :]
-        # The newest query's attention, `[layers, heads, held]`; a step computes one token or the whole prompt.
+        # The newest query's attention, `[layers, heads, held]`; a step computes one token or the prompt's beginning.
         newest = torch.cat([layer.self_attn.recorded_weights for layer in self._model.lm.model.layers])[:, :, -1]
         newest = newest.unflatten(1, (heads, -1)).mean(dim=2)
         self._mass = newest if self._num_computed == 0 else newest + F.pad(self._mass, (0, len(token_ids)))

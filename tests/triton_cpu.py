@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 
 
 class _AlwaysActive:
@@ -22,11 +23,19 @@ class _Backend:
 
 
 def enable() -> None:
-    """Select Model Runner V2 through Triton's interpreter in this process; call before importing vLLM."""
+    """Select Model Runner V2 through Triton's interpreter here and in worker processes; call before importing vLLM."""
     # Triton reads the variable when a kernel is decorated, so a kernel that exists already stays compiled.
     assert "vllm" not in sys.modules, "too late: vLLM has already decided about Triton"
     os.environ["TRITON_INTERPRET"] = "1"
     os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "1"
+    here = Path(__file__).parent
+    paths = [str(here / "site"), str(here.parent), os.getenv("PYTHONPATH")]
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+    register_backend()
+
+
+def register_backend() -> None:
+    """Let Triton find a driver."""
     from triton.backends import backends
 
     backends.setdefault("cpu", _Backend)

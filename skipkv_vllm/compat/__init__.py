@@ -4,7 +4,7 @@ from .cli import engine_arguments
 from .gate import SUPPORTED_VLLM, check_vllm
 from .public import is_public, received_orders, received_report, send_orders, send_report
 from .refusals import check_config, check_kv_cache
-from .seams import enable, has_policy, install, policy_config
+from .seams import enable, has_policy, install, install_client_check, policy_config
 
 __all__ = [
     "SUPPORTED_VLLM",
@@ -15,6 +15,7 @@ __all__ = [
     "engine_arguments",
     "has_policy",
     "install",
+    "install_client_check",
     "is_public",
     "policy_config",
     "received_orders",

@@ -10,7 +10,7 @@ from ..errors import KVPolicyError
 from ..policies import Need
 
 if TYPE_CHECKING:
-    from vllm.config import VllmConfig
+    from vllm.config import ParallelConfig, VllmConfig
     from vllm.v1.kv_cache_interface import KVCacheConfig
 
     from ..config import KVPolicyConfig
@@ -56,17 +56,11 @@ def _check(vllm_config: VllmConfig, policy: KVPolicyConfig, _refuse: Callable[..
         )
     if parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1:
         raise _refuse("context parallelism", "a request's pages are spread over ranks", "Set its size to 1")
-    if parallel.pipeline_parallel_size > 1:
+    if parallel.pipeline_parallel_size > 1 and _is_compiled_ray_graph(parallel):
         raise _refuse(
-            "pipeline parallelism",
-            "only the last stage sees the hidden states that sentences are compared by",
-            "Use --tensor-parallel-size instead",
-        )
-    if parallel.tensor_parallel_size > 1 and policy.kv_granularity == "sentence":
-        raise _refuse(
-            "--kv-granularity sentence with tensor parallelism",
-            "ranks score their own heads and would choose different sentences",
-            "Use --kv-granularity head",
+            "pipeline parallelism on Ray's compiled graphs (VLLM_USE_RAY_V2_EXECUTOR_BACKEND=0)",
+            "a stage starts there when it gets the previous one's output, and stages must agree before",
+            "Unset VLLM_USE_RAY_V2_EXECUTOR_BACKEND",
         )
     if parallel.enable_dbo:
         raise _refuse("dual-batch overlap", "micro-batches see only part of a step", "Drop --enable-dbo")
@@ -82,6 +76,12 @@ def _check(vllm_config: VllmConfig, policy: KVPolicyConfig, _refuse: Callable[..
             f"{policy.kv_policy!r} with granularity {policy.kv_granularity!r} finds sentences by the tokenizer",
             "Drop --skip-tokenizer-init",
         )
+
+
+def _is_compiled_ray_graph(parallel: ParallelConfig) -> bool:
+    import vllm.envs as envs
+
+    return parallel.distributed_executor_backend == "ray" and not envs.VLLM_USE_RAY_V2_EXECUTOR_BACKEND
 
 
 def _check_steering(vllm_config: VllmConfig, policy: KVPolicyConfig) -> None:

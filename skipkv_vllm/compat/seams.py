@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import sys
 from typing import TYPE_CHECKING, Any
 
 from ..config import CONFIG_KEY, KVPolicyConfig, RequestOptions
 from ..errors import KVPolicyError
+from .capacity import check_fits_alone, install_pool_check
 from .cli import add_flags, update_arguments
 from .gate import check_vllm
 from .public import PLUGIN, is_public
@@ -53,6 +55,9 @@ class PolicyArguments:
 
 def install() -> None:
     """Give vLLM the flags. Changes nothing else until a policy is asked for. Idempotent."""
+    if "vllm.v1.core.kv_cache_utils" in sys.modules:
+        # An engine core in a process of its own, which sizes its pool before it makes the scheduler.
+        install_pool_check(has_policy, policy_config)
     if is_public("flags and configuration check"):
         from vllm.plugins.engine_args import register_engine_args_plugin
 
@@ -89,12 +94,35 @@ def _wrap_engine_args(cls: Any, plugin: PolicyArguments) -> None:
     cls._skipkv = True
 
 
+def install_client_check() -> None:
+    """Make every client of an engine with a policy switch the seams on.
+
+    Its configuration may have been made in another process, as Ray Serve does it.
+    """
+    from vllm.v1.engine.input_processor import InputProcessor
+
+    original = InputProcessor.__init__
+    if hasattr(original, "_skipkv"):
+        return
+
+    @functools.wraps(original)
+    def __init__(self: Any, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> None:  # noqa: N807
+        if has_policy(vllm_config):
+            enable(vllm_config)
+        original(self, vllm_config, *args, **kwargs)
+
+    __init__._skipkv = True  # type: ignore[attr-defined]
+    InputProcessor.__init__ = __init__
+
+
 def enable(vllm_config: VllmConfig) -> None:
     """Get this process ready: API server, engine core or worker. Idempotent."""
     check_vllm()
     if not is_public("reports to metrics"):
         _extend_scheduler_stats()
+    install_pool_check(has_policy, policy_config)
     _check_requests()
+    _check_request_sizes()
 
 
 def _extend_scheduler_stats() -> None:
@@ -154,3 +182,27 @@ def check_request(vllm_config: VllmConfig, params: SamplingParams | PoolingParam
         from vllm.exceptions import VLLMValidationError
 
         raise VLLMValidationError(str(error), parameter="vllm_xargs") from None
+
+
+def _check_request_sizes() -> None:
+    """Check a request against the pool once vLLM has settled its prompt and `max_tokens`; a bad one is HTTP 400."""
+    from vllm.v1.engine.input_processor import InputProcessor
+
+    original = InputProcessor.process_inputs
+    if hasattr(original, "_skipkv"):
+        return
+
+    @functools.wraps(original)
+    def process_inputs(self: Any, *args: Any, **kwargs: Any) -> Any:
+        request = original(self, *args, **kwargs)
+        if has_policy(self.vllm_config):
+            try:
+                check_fits_alone(self.vllm_config, policy_config(self.vllm_config), request)
+            except KVPolicyError as error:
+                from vllm.exceptions import VLLMValidationError
+
+                raise VLLMValidationError(str(error), parameter="max_tokens") from None
+        return request
+
+    process_inputs._skipkv = True  # type: ignore[attr-defined]
+    InputProcessor.process_inputs = process_inputs

@@ -38,7 +38,8 @@ class View:
         positions: logical positions `[H, L]`, int32.
         window: W, the number of newest tokens, which always survive.
         num_keep: tokens that will be kept of each head.
-        layer: index of the layer on this rank.
+        layer: index of the layer in the model.
+        first_head: index in the model of the first of these kv heads; others may be on other ranks.
         keys: post-RoPE keys `[L, H, D]`, or None unless `Need.KEYS`.
         queries: the last W post-RoPE queries `[W, Hq, D]`, oldest first, or None unless `Need.QUERIES`.
         sentence_penalty: `[H, L]` float32, the similarity to the later sentence that repeats a token's
@@ -52,6 +53,7 @@ class View:
     window: int
     num_keep: int = 0
     layer: int = 0
+    first_head: int = 0
     keys: Tensor | None = None
     queries: Tensor | None = None
     sentence_penalty: Tensor | None = None

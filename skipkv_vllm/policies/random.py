@@ -26,7 +26,8 @@ class Random(Policy):
     """Every compaction draws anew: each layer and kv head keeps a random set of its unpinned tokens.
 
     A method that does not beat this one chooses nothing. The numbers depend on the seed, the layer, the head,
-    the position and the length at the compaction only, so neither batch nor device changes them.
+    the position and the length at the compaction only, so neither batch nor device changes them, nor how many
+    devices share the model.
     """
 
     name: ClassVar[str] = "random"
@@ -38,7 +39,7 @@ class Random(Policy):
 
     def score(self, view: View) -> Tensor:
         positions = view.positions.long()
-        head = torch.arange(positions.shape[0], device=positions.device)[:, None]
+        head = view.first_head + torch.arange(positions.shape[0], device=positions.device)[:, None]
         state = _mixed(positions[:, -1:] + 1)  # of the newest token, so the length
         for value in (self.seed, view.layer, head, positions):
             # Mixed, because with a linear generator the draws of neighbours and heads are shifts of each other.

@@ -13,12 +13,12 @@ __all__ = ["select_per_head", "select_sentences"]
 def select_sentences(scores: Tensor, pinned: Tensor, sentence: Tensor, num_keep: int) -> Tensor:
     """Let whole sentences leave, the same for all layers and heads (granularity "sentence").
 
-    A sentence's score is the mean over its held, unpinned tokens, all layers and all heads. The sentences
-    with the lowest scores leave, the earlier of equal ones first; the last one to leave is cut, its
-    earliest tokens going, so that exactly `num_keep` tokens stay.
+    A sentence's score is the mean over its held, unpinned tokens. The sentences with the lowest scores leave,
+    the earlier of equal ones first; the last one to leave is cut, its earliest tokens going, so that exactly
+    `num_keep` tokens stay.
 
     Args:
-        scores: `[layers, H, L]`, higher is kept longer.
+        scores: `[L]`, the mean over all layers and heads, higher is kept longer.
         pinned: bool `[L]`, tokens that stay; at most `num_keep`.
         sentence: int64 `[L]`, sentence number of each token, ascending.
         num_keep: tokens to keep.
@@ -26,13 +26,12 @@ def select_sentences(scores: Tensor, pinned: Tensor, sentence: Tensor, num_keep:
     Returns:
         bool `[L]` with exactly `num_keep` true.
     """
-    shared = scores.mean(dim=(0, 1))
     starts = torch.ones_like(pinned)
     starts[1:] = sentence[1:] != sentence[:-1]
     group = starts.long().cumsum(0) - 1
     free = (~pinned).float()
-    total = torch.zeros_like(shared).index_add_(0, group, shared * free)
-    count = torch.zeros_like(shared).index_add_(0, group, free)
+    total = torch.zeros_like(scores).index_add_(0, group, scores * free)
+    count = torch.zeros_like(scores).index_add_(0, group, free)
     worth = (total / count.clamp(min=1))[group].masked_fill(pinned, torch.inf)
     leaving = worth.sort(stable=True).indices[: worth.shape[0] - num_keep]
     return torch.ones_like(pinned).scatter(0, leaving, False)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 
+from .admission import Ledger
 from .planner import PlannedCompaction, ceil_div
 
 
@@ -28,24 +30,31 @@ class EvictingBlockManager(FullAttentionManager):
 
     A page is written in place only by its sole owner, after its hash is dropped; a shared page is
     replaced by a fresh one. From its first compaction on, a request publishes nothing to the prefix cache.
+
+    A waiting request gets its first page only if the ledger can promise it all the pages it may ever need.
     """
 
+    ledger: Ledger
     _evicted: dict[str, int]
+    """by request that holds pages"""
     _num_intact: dict[str, int]
     """leading pages of each compacted request that were never written to"""
     _private_from: dict[str, int]
     """position from which the tokens of a steered request are computed as no other's"""
 
     @classmethod
-    def adopt(cls, manager: FullAttentionManager) -> EvictingBlockManager:
+    def adopt(cls, manager: FullAttentionManager, *, is_bounded: bool = True) -> EvictingBlockManager:
         """Turn a freshly made stock manager into one of these.
 
-        vLLM's factory has no seam that covers every attention backend, so the object's class is changed.
+        Every request must be declared to its ledger before it asks for pages. vLLM's factory has no seam that covers
+        every attention backend, so the object's class is changed.
         """
         assert type(manager) is FullAttentionManager
         assert not manager.req_to_blocks
         manager.__class__ = cls
         assert isinstance(manager, cls)
+        # One page of the pool is vLLM's placeholder.
+        manager.ledger = Ledger(manager.block_pool.num_gpu_blocks - 1, manager.block_size, is_bounded)
         manager._evicted = {}
         manager._num_intact = {}
         manager._private_from = {}
@@ -73,26 +82,44 @@ class EvictingBlockManager(FullAttentionManager):
 
     # ---- vLLM's interface, on resident instead of logical lengths
 
-    def get_num_blocks_to_allocate(self, request_id: str, num_tokens: int, *args: Any, **kwargs: Any) -> int:
-        # A compacted request is running: nothing of it is found in the prefix cache.
+    def get_num_blocks_to_allocate(
+        self,
+        request_id: str,
+        num_tokens: int,
+        new_computed_blocks: Sequence[KVCacheBlock],
+        *args: Any,
+        apply_admission_cap: bool = False,
+        **kwargs: Any,
+    ) -> int:
+        # Nothing of a request that holds pages is found in the prefix cache.
         if request_id in self._evicted:
             return max(self._num_missing(request_id, num_tokens), 0)
-        return super().get_num_blocks_to_allocate(request_id, num_tokens, *args, **kwargs)
+        if not self.ledger.fits(request_id, [block.block_id for block in new_computed_blocks]):
+            return self.block_pool.num_gpu_blocks  # never free all at once, so vLLM lets the request wait
+        if apply_admission_cap:
+            num_tokens = min(num_tokens, self.ledger.demand(request_id).num_tokens)
+        return super().get_num_blocks_to_allocate(
+            request_id, num_tokens, new_computed_blocks, *args, apply_admission_cap=apply_admission_cap, **kwargs
+        )
 
     def allocate_new_blocks(self, request_id: str, num_tokens: int, num_tokens_main_model: int) -> list[KVCacheBlock]:
-        evicted = self._evicted.get(request_id, 0)
-        if evicted and self._num_missing(request_id, num_tokens) <= 0:
+        evicted = self._evicted.get(request_id)
+        if evicted is None:
+            # What it holds by now was found in the prefix cache.
+            self.ledger.admit(request_id, self.pages(request_id))
+            evicted = self._evicted[request_id] = 0
+        elif self._num_missing(request_id, num_tokens) <= 0:
             return []
         return super().allocate_new_blocks(request_id, num_tokens - evicted, num_tokens_main_model - evicted)
 
     def _num_missing(self, request_id: str, num_tokens: int) -> int:
-        """Pages that a compacted request lacks to hold `num_tokens` logical tokens; negative where some are spare."""
+        """Pages that a request with pages lacks to hold `num_tokens` logical tokens; negative where some are spare."""
         pages = len(self.req_to_blocks[request_id])
         return ceil_div(num_tokens - self._evicted[request_id], self.block_size) - pages
 
     def cache_blocks(self, request: Any, num_tokens: int, *args: Any, **kwargs: Any) -> None:
         # What a compacted request holds no longer matches the hashes of its tokens.
-        if request.request_id not in self._evicted:
+        if not self._evicted.get(request.request_id):
             # Nor does what a steered one holds, from the first steered token on.
             num_tokens = min(num_tokens, self._private_from.get(request.request_id, num_tokens))
             super().cache_blocks(request, num_tokens, *args, **kwargs)
@@ -101,6 +128,7 @@ class EvictingBlockManager(FullAttentionManager):
         # Finish, abort and preemption all come this way.
         self._evicted.pop(request_id, None)
         self._num_intact.pop(request_id, None)
+        self.ledger.release(request_id)
         return super().pop_blocks_for_free(request_id)
 
     @property
@@ -117,7 +145,7 @@ class EvictingBlockManager(FullAttentionManager):
 
         Returns:
             The pages, or None when a shared page must be replaced and none is free; nothing has changed
-            then, and the caller tries again in a later step.
+            then, and the caller must free some.
         """
         blocks = self.req_to_blocks[plan.request_id]
         num_target = ceil_div(plan.num_keep, self.block_size)
@@ -164,8 +192,10 @@ class EvictingBlockManager(FullAttentionManager):
             held = holders.get(block.block_id, 0)
             assert block.ref_cnt == held, f"page {block.block_id}: {block.ref_cnt} references, {held} holders"
             assert (held == 0) == (block.block_id in free), f"page {block.block_id} is free and in use, or lost"
-        for request_id in self._evicted:
-            assert request_id in self.req_to_blocks, f"{request_id} has evicted tokens but no pages"
+        self.ledger.check_integrity({r: len(self.req_to_blocks.get(r, ())) for r in self._evicted})
+        holding = {request_id for request_id, blocks in self.req_to_blocks.items() if blocks}
+        assert holding == self._evicted.keys(), "pages are held without being counted, or counted without being held"
+        for request_id in self._num_intact:
             changed = self.req_to_blocks[request_id][self._num_intact[request_id] :]
             published = [block.block_id for block in changed if block.block_hash is not None]
             assert not published, f"{request_id} changed the published pages {published}"

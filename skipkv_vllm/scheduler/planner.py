@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -35,8 +36,13 @@ class Limits:
 
     @property
     def bound(self) -> int:
-        """Resident length that triggers a compaction, and the most a decoding request ever holds."""
+        """Resident length that triggers a compaction, and the most the request ever holds."""
         return self.keep + self.buffer
+
+    @property
+    def cacheable(self) -> int:
+        """Tokens it may take from the prefix cache: the last W before a compaction are computed, for their queries."""
+        return self.bound - self.window
 
     def bound_pages(self, page_size: int) -> int:
         """Pages that hold the bound."""
@@ -44,7 +50,7 @@ class Limits:
 
 
 class Residency(NamedTuple):
-    """Token counts of a decoding request at the start of a step (tokens in flight included)."""
+    """Token counts of a running request at the start of a step (tokens in flight included)."""
 
     request_id: str
     num_logical: int
@@ -108,7 +114,7 @@ class Compaction(NamedTuple):
 @dataclass
 class _Request:
     limits: Limits
-    num_cached: int
+    first_observed: int | None
     num_observed: int | None
     """tokens whose queries are counted in the attention mass; None where nobody reads it"""
     num_compactions: int = 0
@@ -122,23 +128,26 @@ class EvictionPlanner:
     earliest: dict[str, int] = field(default_factory=dict)
     """logical length before which a started request is not due; spares most requests a closer look at most steps"""
 
-    def start(self, request_id: str, limits: Limits, num_cached: int, num_observed: int | None = None) -> None:
-        """A request starts, or starts over after preemption.
+    def start(self, request_id: str, limits: Limits, first_observed: int | None = None) -> None:
+        """A request arrives.
 
         Args:
             request_id: its id.
             limits: what it may hold.
-            num_cached: tokens found in the prefix cache. They are not computed, so no queries of theirs
-                are observed, and a compaction waits until `window` tokens have been computed.
-            num_observed: first token whose query counts in the attention mass, if it is not cached (a resumed
-                request finds more than its prompt in the prefix cache); None where no mass is kept.
+            first_observed: first token whose query counts in the attention mass; None where no mass is kept. The
+                request must not take that token from the prefix cache.
         """
-        first = None if num_observed is None else max(num_observed, num_cached)
-        self._requests[request_id] = _Request(limits, num_cached, first)
-        self.earliest[request_id] = max(limits.bound, num_cached + limits.window)
+        self._requests[request_id] = _Request(limits, first_observed, first_observed)
+        self.earliest[request_id] = limits.bound
+
+    def restart(self, request_id: str) -> None:
+        """The request was preempted: when it resumes, it starts over with nothing computed."""
+        request = self._requests.get(request_id)
+        if request is not None:
+            self.start(request_id, request.limits, request.first_observed)
 
     def stop(self, request_id: str) -> None:
-        """The request finished, was aborted or was preempted."""
+        """The request finished or was aborted."""
         self._requests.pop(request_id, None)
         self.earliest.pop(request_id, None)
 
@@ -151,17 +160,33 @@ class EvictionPlanner:
         """Compactions of this request since it started."""
         return self._requests[request_id].num_compactions
 
-    def plan(self, decoding: Iterable[Residency]) -> list[PlannedCompaction]:
+    def plan(self, running: Iterable[Residency]) -> list[PlannedCompaction]:
         """The compactions due now. Requests that were never started keep everything."""
         planned = []
-        for request_id, num_logical, num_evicted in decoding:
+        for request_id, num_logical, num_evicted in running:
             request = self._requests.get(request_id)
             if request is None:
                 continue
             limits, num_resident = request.limits, num_logical - num_evicted
-            if num_resident >= limits.bound and num_logical - request.num_cached >= limits.window:
+            if num_resident >= limits.bound:
                 planned.append(PlannedCompaction(request_id, num_resident, limits.keep, limits.protected))
         return planned
+
+    def room(self, request_id: str, num_logical: int, num_evicted: int) -> int:
+        """Tokens of a request that the coming step may compute, once it was compacted if due; at least one.
+
+        A chunk of a prompt, or of the text of a resumed request, ends at the bound, so that the request is compacted
+        at the very same tokens however its text is cut into chunks. Where attention is added up, a chunk has no more
+        tokens than the workers keep queries of.
+        """
+        request = self._requests.get(request_id)
+        if request is None:
+            return sys.maxsize
+        room = request.limits.bound - (num_logical - num_evicted)
+        if request.num_observed is not None:
+            room = min(room, request.num_observed + request.limits.window - num_logical)
+        assert room > 0, f"{request_id} was not compacted at {request.limits.bound} tokens"
+        return room
 
     def observe(self, request_id: str, num_logical: int, is_compacted: bool) -> int:
         """Number of newest queries whose attention must be counted now, 0 if none; they then are counted.

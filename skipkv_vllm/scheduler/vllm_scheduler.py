@@ -3,30 +3,34 @@
 from __future__ import annotations
 
 import sys
+import time
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
 from vllm.tokenizers import cached_tokenizer_from_config
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.core.sched.request_queue import SchedulingPolicy
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.metrics.stats import SchedulerStats
-from vllm.v1.request import Request
+from vllm.v1.request import Request, RequestStatus
 
 from .. import compat
 from ..banner import banner
 from ..config import CONFIG_KEY, KVPolicyConfig, RequestOptions, needs_of
 from ..metrics import EvictionStats, RequestEvictions
-from ..policies import Need
+from ..policies import Need, Policy
 from ..sentences import build_tables
 from ..steering.controller import SteeredRequest, SteeringController
 from ..steering.tables import build_thought_tables
 from ..trace import TraceCollector
-from .block_manager import EvictingBlockManager
+from .admission import Demand, limits_of, most_tokens
+from .block_manager import CompactedPages, EvictingBlockManager
 from .messages import Started, StepOrders
-from .planner import Compaction, EvictionPlanner, Limits, Observation, Residency
+from .planner import Compaction, EvictionPlanner, Limits, Observation, PlannedCompaction, Residency
 
 logger = init_logger("vllm.skipkv")
 
@@ -37,56 +41,134 @@ else:
     _Base = object
 
 
+class Terms(NamedTuple):
+    """What is fixed for a managed request when it arrives.
+
+    Attributes:
+        policy: its method.
+        limits: what it may hold.
+        most_cached: tokens it may take from the prefix cache, whole pages.
+        needs: what the workers collect for it.
+    """
+
+    policy: Policy
+    limits: Limits
+    most_cached: int
+    needs: Need
+
+
 class EvictionMixin(_Base):
     """Plans compactions before vLLM schedules a step and sends them with it."""
+
+    _pause_state: PauseState
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.kv_policy = compat.policy_config(self.vllm_config)
         compat.check_kv_cache(self.kv_cache_config)
         (manager,) = self.kv_cache_manager.coordinator.single_type_managers
-        self.block_manager = EvictingBlockManager.adopt(manager)
+        # Where nothing is evicted, to promise the longest a request may get would admit fewer than stock vLLM.
+        is_bounded = self.kv_policy.kv_admission == "bounded" and self.kv_policy.evicts
+        self.block_manager = EvictingBlockManager.adopt(manager, is_bounded=is_bounded)
         self.planner = EvictionPlanner()
         self._observes = bool(self.kv_policy.needs & Need.ATTENTION_MASS)
         self.eviction_stats = EvictionStats()
         self.trace = self._make_trace() if self.kv_policy.kv_trace_dir else None
-        self._options: dict[str, RequestOptions] = {}
+        self._terms: dict[str, Terms] = {}
+        self._recomputed: set[str] = set()
+        self._is_short = False
         self._evictions: dict[str, RequestEvictions] = {}
         self.steering = self._make_steering() if self.kv_policy.steers else None
         self._steered: dict[str, SteeredRequest] = {}
-        for line in banner(self.kv_policy, self.block_manager.block_size, self.max_model_len):
+        ledger = self.block_manager.ledger
+        for line in banner(self.kv_policy, ledger.page_size, self.max_model_len, ledger.num_pages):
             logger.info(line)
 
     def add_request(self, request: Request) -> None:
+        if request.request_id not in self.requests:
+            self._declare(request)
         super().add_request(request)
-        params = request.sampling_params
+
+    def _declare(self, request: Request) -> None:
+        """Settle what a new request may hold, before anything of it is scheduled."""
+        request_id, page_size = request.request_id, self.block_manager.block_size
+        terms, longest, num_intact = None, self.max_model_len, sys.maxsize
         if request.resumable:
             # A session that grows its prompt rewrites tokens and hashes; it keeps everything.
             self.eviction_stats.skipped("streaming_input")
-        elif params is not None:
-            options = RequestOptions.parse(params.extra_args, self.kv_policy, self.max_model_len)
-            self._options[request.request_id] = options
-            if self.steering is not None and (name := options.vector(self.kv_policy)) is not None:
-                number = 1 + list(self.kv_policy.kv_steering_vectors).index(name)
-                start = self.steering.start(
-                    request.request_id,
-                    request.prompt_token_ids or [0] * request.num_prompt_tokens,
-                    number,
-                    options.strength(self.kv_policy),
-                )
-                self._steered[request.request_id] = start
-                self.block_manager.keep_private(request.request_id, start.first)
+        elif request.sampling_params is not None:
+            options = RequestOptions.parse(request.sampling_params.extra_args, self.kv_policy, self.max_model_len)
+            longest = min(request.num_prompt_tokens + request.max_tokens, longest)
+            terms = self._terms_of(request, options)
+            self._start_steering(request, options)
+        if terms is not None:
+            self._terms[request_id] = terms
+            num_intact = terms.limits.protected // page_size
+        num_tokens = most_tokens(None if terms is None else terms.limits, longest)
+        ledger = self.block_manager.ledger
+        if num_tokens > (room := ledger.num_pages * page_size):
+            # The API server refuses such requests, but with data parallelism it knows the mean of the pools only.
+            logger.warning("SkipKV: request %s ends at %d tokens: the KV cache holds no more", request_id, room)
+            request.max_tokens = max(1, room - request.num_prompt_tokens)
+            num_tokens = room
+        ledger.declare(request_id, Demand(num_tokens, num_intact))
+
+    def _terms_of(self, request: Request, options: RequestOptions) -> Terms | None:
+        """The terms of a request; None for one that keeps everything."""
+        limits = limits_of(options, self.kv_policy, request.num_prompt_tokens)
+        if limits is None:
+            return None
+        policy = options.resolve_policy(self.kv_policy)
+        needs = needs_of(policy, self.kv_policy.kv_granularity)
+        most_cached, first_observed = limits.cacheable, None
+        if needs & Need.SENTENCES:
+            # Cached tokens have no hidden states, and the tracker never saw them: what may be evicted is computed.
+            most_cached = min(most_cached, limits.protected)
+        if needs & Need.ATTENTION_MASS:
+            # The query of the prompt's last token counts, or of the last one before the first compaction.
+            first_observed = min(request.num_prompt_tokens, limits.bound) - 1
+            most_cached = min(most_cached, first_observed)
+        self.planner.start(request.request_id, limits, first_observed)
+        page_size = self.block_manager.block_size
+        return Terms(policy, limits, most_cached // page_size * page_size, needs)
+
+    def _get_local_prefix_cache_hit(self, request: Request) -> Any:
+        blocks, num_cached, *others = super()._get_local_prefix_cache_hit(request)
+        terms = self._terms.get(request.request_id)
+        if terms is not None and num_cached > terms.most_cached:
+            num_cached = terms.most_cached
+            blocks = self.kv_cache_manager.truncate_computed_blocks(blocks, num_cached)
+            if terms.needs & Need.SENTENCES and not terms.limits.protected:
+                self._recomputed.add(request.request_id)
+        return blocks, num_cached, *others
+
+    def _reserve_prefill_lookahead(self, request: Request, num_computed_tokens: int, num_new_tokens: int) -> int:
+        # vLLM asks this of every request about to get tokens, to shorten chunks for speculative decoding, which is
+        # refused. Chunks end where a compaction is due.
+        if num_new_tokens > 1:
+            num_evicted = self.block_manager.num_evicted(request.request_id)
+            room = self.planner.room(request.request_id, num_computed_tokens, num_evicted)
+            return min(num_new_tokens, room)
+        return num_new_tokens
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
         compactions, observations = self._compact()
-        output = super().schedule(throttle_prefills)
+        if self._is_short:
+            # As in any step that preempts, nobody new starts; else a victim could resume in the step that stops it.
+            self._is_short, before = False, self._pause_state
+            if before == PauseState.UNPAUSED:
+                self._pause_state = PauseState.PAUSED_NEW
+            output = super().schedule(throttle_prefills)
+            self._pause_state = before
+        else:
+            output = super().schedule(throttle_prefills)
         # A request that this very step preempted has lost its pages; its orders must not be carried out.
         if preempted := output.preempted_req_ids:
             compactions = [c for c in compactions if c.request_id not in preempted]
             observations = [o for o in observations if o.request_id not in preempted]
         first_scheduled = self._first_scheduled(output)
-        started = self._started(first_scheduled)
-        steered = self._started_steering(first_scheduled) if self._steered else []
+        started = [self._start(i, self._terms[i]) for i in first_scheduled if i in self._terms]
+        steered = [self._steered[i] for i in first_scheduled if i in self._steered]
         for compaction in compactions:
             self.eviction_stats.compacted(compaction)
             self._evictions[compaction.request_id].compacted(compaction)
@@ -109,20 +191,18 @@ class EvictionMixin(_Base):
     def _compact(self) -> tuple[list[Compaction], list[Observation]]:
         """Plan this step's orders and free the pages of the compactions, so that this very step can use them."""
         earliest = self.planner.earliest
-        decoding = [
+        candidates = [
             Residency(r.request_id, r.num_computed_tokens, self.block_manager.num_evicted(r.request_id))
             for r in self.running
-            if (self._observes or r.num_computed_tokens >= earliest.get(r.request_id, sys.maxsize))
-            and not r.is_prefill_chunk
+            if self._observes or r.num_computed_tokens >= earliest.get(r.request_id, sys.maxsize)
         ]
-        if not decoding:
+        if not candidates:
             return [], []
-        compactions, planned = [], self.planner.plan(decoding)
-        observations = self._observe(decoding, {plan.request_id for plan in planned})
+        compactions, planned = [], self.planner.plan(candidates)
+        observations = self._observe(candidates, {plan.request_id for plan in planned})
         for plan in planned:
-            pages = self.block_manager.compact(plan)
+            pages = self._compact_request(plan)
             if pages is None:
-                self.eviction_stats.skipped("no_free_page")
                 continue
             num_logical = self.requests[plan.request_id].num_computed_tokens
             compactions.append(
@@ -139,90 +219,91 @@ class EvictionMixin(_Base):
             self.planner.committed(plan.request_id, num_logical)
         return compactions, observations
 
-    def _observe(self, decoding: list[Residency], compacted: set[str]) -> list[Observation]:
+    def _compact_request(self, plan: PlannedCompaction) -> CompactedPages | None:
+        """Take a request's pages away; None if the request itself was preempted.
+
+        With optimistic admission a shared page may have to be replaced while no page is free. Then requests are
+        preempted as vLLM does it for a new page: a compaction that waited would evict other tokens.
+        """
+        while self.requests[plan.request_id].status == RequestStatus.RUNNING:
+            pages = self.block_manager.compact(plan)
+            if pages is not None:
+                return pages
+            if self.policy == SchedulingPolicy.PRIORITY:
+                victim = max(self.running, key=lambda r: (r.priority, r.arrival_time))
+                self.running.remove(victim)
+            else:
+                victim = self.running.pop()
+            self._preempt_request(victim, time.monotonic())
+            self._is_short = True
+        return None
+
+    def _observe(self, candidates: list[Residency], compacted: set[str]) -> list[Observation]:
         """The attention to count in this step, with the pages as they are before its compactions."""
         if not self._observes:
             return []
         observations = []
-        for request_id, num_logical, num_evicted in decoding:
+        for request_id, num_logical, num_evicted in candidates:
             num_queries = self.planner.observe(request_id, num_logical, request_id in compacted)
             if num_queries:
                 pages = self.block_manager.pages(request_id)
                 observations.append(Observation(request_id, num_logical, num_logical - num_evicted, num_queries, pages))
         return observations
 
-    def _first_scheduled(self, output: SchedulerOutput) -> dict[str, int]:
-        """Requests whose first tokens are computed in this step, with the tokens found in the prefix cache."""
-        cached = output.scheduled_cached_reqs
-        if not output.scheduled_new_reqs and not cached.resumed_req_ids:
-            return {}
-        num_cached = {new.req_id: new.num_computed_tokens for new in output.scheduled_new_reqs}
-        num_cached |= {
-            request_id: num_computed
-            for request_id, num_computed in zip(cached.req_ids, cached.num_computed_tokens, strict=True)
-            if request_id in cached.resumed_req_ids
-        }
-        return num_cached
+    def _first_scheduled(self, output: SchedulerOutput) -> list[str]:
+        """Requests whose first tokens are computed in this step."""
+        resumed = output.scheduled_cached_reqs.resumed_req_ids
+        if not output.scheduled_new_reqs and not resumed:
+            return []
+        return [*(new.req_id for new in output.scheduled_new_reqs), *sorted(resumed)]
 
-    def _started(self, num_cached: dict[str, int]) -> list[Started]:
-        """Those of them that are managed."""
-        started = [self._start(self.requests[request_id], hit) for request_id, hit in num_cached.items()]
-        return [s for s in started if s is not None]
-
-    def _started_steering(self, num_cached: dict[str, int]) -> list[SteeredRequest]:
-        """Those of them that are steered."""
-        steered = [self._steered[request_id] for request_id in num_cached if request_id in self._steered]
-        for start in steered:
-            assert num_cached[start.request_id] <= start.first, "steered tokens were taken from the prefix cache"
-        return steered
-
-    def _start(self, request: Request, num_cached: int) -> Started | None:
-        config, options = self.kv_policy, self._options.get(request.request_id)
-        if options is None:
-            return None
-        policy = options.resolve_policy(config)
-        if policy.name == "full":
-            return None
-        protected = request.num_prompt_tokens if config.kv_protect_prompt else 0
-        budget = options.kv_budget if options.kv_budget is not None else config.kv_budget
-        limits = Limits(budget, config.kv_buffer, config.kv_window, protected)
-        mass = needs_of(policy, config.kv_granularity) & Need.ATTENTION_MASS
-        # vLLM always computes a new request's last prompt token, whatever the prefix cache holds.
-        self.planner.start(request.request_id, limits, num_cached, request.num_prompt_tokens - 1 if mass else None)
-        if limits.keep > budget:
+    def _start(self, request_id: str, terms: Terms) -> Started:
+        limits = terms.limits
+        if limits.keep > limits.budget:
             self.eviction_stats.skipped("prompt_exceeds_budget")
+        if request_id in self._recomputed:
+            self._recomputed.discard(request_id)
+            self.eviction_stats.skipped("cached_prompt_sentences")
         # A preempted request keeps its count: what was evicted in its first life was evicted.
-        self._evictions.setdefault(request.request_id, RequestEvictions(policy.name))
-        first_tracked = protected
-        if not config.kv_protect_prompt:
-            first_tracked = num_cached
-            if num_cached and needs_of(policy, config.kv_granularity) & Need.HIDDEN:
-                self.eviction_stats.skipped("cached_prompt_sentences")
-        return Started(request.request_id, policy.name, request.num_prompt_tokens, protected, first_tracked)
+        self._evictions.setdefault(request_id, RequestEvictions(terms.policy.name))
+        num_prompt = self.requests[request_id].num_prompt_tokens
+        return Started(request_id, terms.policy.name, num_prompt, limits.protected, limits.protected)
 
     def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
         super()._preempt_request(request, *args, **kwargs)
-        self.planner.stop(request.request_id)
-        if self.kv_policy.needs & Need.SENTENCES or request.request_id in self._steered:
-            # Its own pages may still be in the prefix cache, but cached tokens have no hidden states, and
-            # what they say must be known again. What it wrote while steered may be there as another's prompt.
+        self.planner.restart(request.request_id)
+        if request.request_id in self._steered:
+            # What it wrote while steered may be in the prefix cache as another's prompt.
             request.skip_reading_prefix_cache = True
 
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
         steered = self._finish_steering(request)
         if self.trace is not None:
             self._write_trace(request, steered)
-        self.planner.stop(request.request_id)
-        self._options.pop(request.request_id, None)
-        evictions = self._evictions.pop(request.request_id, None)
+        request_id = request.request_id
+        self.planner.stop(request_id)
+        self._terms.pop(request_id, None)
+        self._recomputed.discard(request_id)
+        evictions = self._evictions.pop(request_id, None)
         for_connector, *others = super()._free_request(request, *args, **kwargs)
-        self.block_manager.forget(request.request_id)
+        self.block_manager.ledger.withdraw(request_id)
+        self.block_manager.forget(request_id)
         if evictions is not None or steered is not None:
             # vLLM hands this field to the client as it is; connectors, its usual authors, are refused.
             told = asdict(evictions) if evictions is not None else {"policy": "full"}
             told |= {"steering": steered} if steered is not None else {}
             for_connector = (for_connector or {}) | {CONFIG_KEY: told}
         return for_connector, *others
+
+    def _start_steering(self, request: Request, options: RequestOptions) -> None:
+        name = options.vector(self.kv_policy)
+        if self.steering is None or name is None:
+            return
+        number = 1 + list(self.kv_policy.kv_steering_vectors).index(name)
+        prompt = request.prompt_token_ids or [0] * request.num_prompt_tokens
+        start = self.steering.start(request.request_id, prompt, number, options.strength(self.kv_policy))
+        self._steered[request.request_id] = start
+        self.block_manager.keep_private(request.request_id, start.first)
 
     def _finish_steering(self, request: Request) -> dict[str, Any] | None:
         """Count what a steered request thought; what there is to say about it."""
@@ -249,7 +330,9 @@ class EvictionMixin(_Base):
         if not model.skip_tokenizer_init:
             tables = build_tables(cached_tokenizer_from_config(model), self.kv_policy.policy.sentence_options.compat)
         parameters = self.kv_policy.model_dump() | {"model": model.model, "page_size": self.block_manager.block_size}
-        return TraceCollector(self.kv_policy, self.parallel_config.tensor_parallel_size, tables, parameters)
+        parallel = self.parallel_config
+        grid = (parallel.pipeline_parallel_size, parallel.tensor_parallel_size)
+        return TraceCollector(self.kv_policy, grid, tables, parameters)
 
     def _write_trace(self, request: Request, steered: dict[str, Any] | None) -> None:
         assert self.trace is not None
@@ -265,26 +348,27 @@ class EvictionMixin(_Base):
         if stats is not None:
             num_logical = sum(r.num_computed_tokens for r in self.running)
             num_evicted = sum(self.block_manager.num_evicted(r.request_id) for r in self.running)
-            compat.send_report(stats, self.eviction_stats.take(num_logical, num_logical - num_evicted))
+            num_promised = self.block_manager.ledger.num_promised
+            report = self.eviction_stats.take(num_logical, num_logical - num_evicted, num_promised)
+            compat.send_report(stats, report)
         return stats
 
     def check_integrity(self) -> None:
-        """Verify pages, and that every decoding request stays within its bound.
+        """Verify pages, and that every managed request stays within its bound, also while its text is computed.
 
         Raises:
             AssertionError: see `EvictingBlockManager.check_integrity`.
         """
         self.block_manager.check_integrity()
-        page = self.block_manager.block_size
         for request in self.running:
-            limits = self.planner.limits(request.request_id)
-            evicted = self.block_manager.num_evicted(request.request_id)
-            if limits is None or not evicted:
+            request_id = request.request_id
+            limits = self.planner.limits(request_id)
+            if limits is None:
                 continue
-            resident = request.num_computed_tokens - evicted
-            assert resident <= limits.bound, f"{request.request_id} holds {resident} of at most {limits.bound} tokens"
-            pages = self.block_manager.num_pages(request.request_id)
-            assert pages <= limits.bound_pages(page) + 1, f"{request.request_id} holds {pages} pages"
+            resident = request.num_computed_tokens - self.block_manager.num_evicted(request_id)
+            assert resident <= limits.bound, f"{request_id} holds {resident} of at most {limits.bound} tokens"
+            pages, most = self.block_manager.num_pages(request_id), limits.bound_pages(self.block_manager.block_size)
+            assert pages <= most, f"{request_id} holds {pages} of at most {most} pages"
 
 
 class EvictionScheduler(EvictionMixin, Scheduler):

@@ -5,9 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from vllm.config import VllmConfig
+from vllm.distributed.parallel_state import get_pp_group, get_tp_group
 from vllm.logger import init_logger
+from vllm.model_executor.models.utils import extract_layer_index
 from vllm.tokenizers import cached_tokenizer_from_config
 
 from .. import compat
@@ -21,6 +24,7 @@ from ..trace import TraceWriter
 from .attention_mass import AttentionMass
 from .positions import PositionSidecar
 from .queries import QueryRing
+from .ranks import Ranks
 from .runtime import EvictionRuntime
 from .steering import Steering, decoder_layers
 
@@ -44,6 +48,7 @@ def build_runtime(vllm_config: VllmConfig, model: nn.Module, device: torch.devic
     options = config.policy.sentence_options
     layers = attention_layers(vllm_config)
     num_slots = scheduling.max_num_seqs
+    ranks = place_of(vllm_config, device)
     ring = tracker = trace = None
     if config.needs & Need.QUERIES:
         first = next(iter(layers.values()))
@@ -59,7 +64,8 @@ def build_runtime(vllm_config: VllmConfig, model: nn.Module, device: torch.devic
         )
         for i, layer in enumerate(layers.values()):
             ring.attach(i, layer.impl)
-    if config.needs & Need.SENTENCES:
+    # Sentences are compared by last hidden states, which a pipeline has at its end.
+    if config.needs & Need.SENTENCES and get_pp_group().is_last_rank:
         tracker = SentenceTracker(
             build_tables(cached_tokenizer_from_config(model_config), options.compat),
             options,
@@ -75,7 +81,34 @@ def build_runtime(vllm_config: VllmConfig, model: nn.Module, device: torch.devic
     steering = _build_steering(vllm_config, model, device) if config.steers else None
     held = sum(part.nbytes for part in (ring, tracker, steering) if part)
     logger.info("SkipKV: %.1f MiB for observation queries and sentences of %d requests", held / 2**20, num_slots)
-    return EvictionRuntime(config, num_slots, ring, tracker, trace, device, steering)
+    return EvictionRuntime(config, num_slots, ring, tracker, trace, device, ranks, steering)
+
+
+def place_of(vllm_config: VllmConfig, device: torch.device) -> Ranks:
+    """This worker's place among those of its engine. Every worker must call it, at the same point."""
+    config, parallel = compat.policy_config(vllm_config), vllm_config.parallel_config
+    layers = attention_layers(vllm_config)
+    name, first = next(iter(layers.items()))
+    num_stages, width = parallel.pipeline_parallel_size, parallel.tensor_parallel_size
+    num_ranks = num_stages * width
+    # A kv head may lie on several ranks, where there are more ranks than heads.
+    first_head = get_tp_group().rank_in_group * vllm_config.model_config.get_total_num_kv_heads() // width
+    first_layer = extract_layer_index(name) if num_stages > 1 else 0
+    talks = config.kv_granularity == "sentence" or (num_stages > 1 and config.needs & Need.HIDDEN)
+    if num_ranks == 1 or not talks:
+        return Ranks(first_layer=first_layer, first_head=first_head, num_stages=num_stages)
+    # A group of our own: vLLM's sends between stages may wait for what we exchange. Its world may hold several
+    # engines (data parallelism of mixture-of-experts models), and all of them must name all groups.
+    own = None
+    for start in range(0, dist.get_world_size(), num_ranks):
+        members = list(range(start, start + num_ranks))
+        group = dist.new_group(members)
+        if dist.get_rank() in members:
+            own, speaker = group, members[-width]
+    # Also opens the connections, so that vLLM's memory profiling sees what they take.
+    count = torch.tensor([len(layers) * first.num_kv_heads], dtype=torch.int64, device=device)
+    dist.all_reduce(count, group=own)
+    return Ranks(int(count), first_layer, first_head, num_stages, own, speaker)
 
 
 def _build_steering(vllm_config: VllmConfig, model: nn.Module, device: torch.device) -> Steering:

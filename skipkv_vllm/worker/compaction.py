@@ -19,6 +19,7 @@ from ..sentences.tracker import SentenceTracker
 from .attention_mass import AttentionMass
 from .positions import PositionSidecar
 from .queries import QueryRing
+from .ranks import ALONE, Ranks
 
 
 @dataclass
@@ -50,6 +51,7 @@ class _Batch(NamedTuple):
         source_table, target_table: kernel pages before and after, `[R, pages]`.
         num_resident, num_keep, pin_below, pin_from, slot, num_logical: `[R]`.
         positions: `[R, layers, H, N]` by slot.
+        sentences: of every logical position, where they come from another stage; see `Compactor._announced`.
     """
 
     jobs: Sequence[Job]
@@ -62,6 +64,7 @@ class _Batch(NamedTuple):
     slot: Tensor
     num_logical: Tensor
     positions: Tensor
+    sentences: Tensor | None = None
 
 
 class Moves(NamedTuple):
@@ -85,6 +88,7 @@ class Compactor:
         cache: the KV pages.
         block_size: tokens of one of vLLM's blocks; a multiple of the kernels' page size.
         ring, tracker, mass: what the runtime collects.
+        ranks: this worker's place among those that share the model.
     """
 
     def __init__(
@@ -95,6 +99,7 @@ class Compactor:
         ring: QueryRing | None,
         tracker: SentenceTracker | None,
         mass: AttentionMass,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.config = config
         self.cache = cache
@@ -103,7 +108,7 @@ class Compactor:
         self.device = cache.pointers.device
         self._block_size = block_size
         self._pages_per_block = block_size // self.layers[0].page_size
-        self._ring, self._tracker, self._mass = ring, tracker, mass
+        self._ring, self._tracker, self._mass, self._ranks = ring, tracker, mass, ranks
         ops.warn_if_slow(self.device.type)
 
     def table(self, rows: Sequence[Sequence[int]]) -> Tensor:
@@ -144,6 +149,8 @@ class Compactor:
 
     def _run(self, jobs: Sequence[Job]) -> None:
         batch = self._batch(jobs)
+        if self._ranks.num_stages > 1 and jobs[0].request.needs & (Need.HIDDEN | Need.SENTENCES):
+            batch = batch._replace(sentences=self._announced(batch))
         scores = self._scores(batch)
         by_head = self.config.kv_granularity == "head"
         moves = self._select_tokens(batch, scores) if by_head else self._select_sentences(batch, scores)
@@ -183,16 +190,46 @@ class Compactor:
         target_table = self.table([job.order.target_pages for job in jobs])
         return _Batch(jobs, source_table, target_table, resident, keep, below, from_, slot, logical, positions)
 
+    # ---- sentences
+
+    def _announced(self, batch: _Batch) -> Tensor:
+        """What the last stage knows of sentences, for a pipeline's stages: penalty and number of every position.
+
+        Returns:
+            float32 `[2, R, longest]` by logical position.
+        """
+        longest = max(order.num_logical for order, _ in batch.jobs)
+        said = torch.zeros(2, len(batch.jobs), longest, dtype=torch.float32, device=self.device)
+        if self._tracker is not None:
+            order = torch.arange(longest, dtype=torch.int32, device=self.device)
+            said[0] = self._tracker.penalties(batch.slot, order.expand(len(batch.jobs), -1), longest)
+            for r, (_, request) in enumerate(batch.jobs):
+                said[1, r] = self._tracker.state(request.slot).sentence_of(order)
+        return self._ranks.from_last_stage(said)
+
+    def _penalties(self, batch: _Batch) -> Tensor:
+        """float32, of the shape of `batch.positions`."""
+        if batch.sentences is None:
+            assert self._tracker is not None
+            length = max(order.num_logical for order, _ in batch.jobs)
+            return self._tracker.penalties(batch.slot, batch.positions, length)
+        # What lies past a shorter request's tokens means nothing, but must lie within the table.
+        flat = batch.positions.flatten(1).long().clamp(0, batch.sentences.shape[-1] - 1)
+        return batch.sentences[0].gather(1, flat).view(batch.positions.shape)
+
+    def _numbers(self, batch: _Batch, r: int, positions: Tensor) -> Tensor:
+        """Sentence numbers, int64, of positions of one request."""
+        if batch.sentences is None:
+            assert self._tracker is not None
+            return self._tracker.state(batch.jobs[r].request.slot).sentence_of(positions)
+        return batch.sentences[1, r, positions.long()].long()
+
     # ---- scores
 
     def _scores(self, batch: _Batch) -> Tensor:
         """float32 `[R, layers, H, N]` by slot."""
         policy = batch.jobs[0].request.policy
-        penalty = None
-        if policy.needs & Need.HIDDEN:
-            assert self._tracker is not None
-            length = max(order.num_logical for order, _ in batch.jobs)
-            penalty = self._tracker.penalties(batch.slot, batch.positions, length)
+        penalty = self._penalties(batch) if policy.needs & Need.HIDDEN else None
         if (fused := policy.token_score) is not None:
             assert self._ring is not None
             queries = self._ring.read_all(batch.slot, batch.num_logical)
@@ -234,7 +271,8 @@ class Compactor:
                 positions=positions[i],
                 window=self.config.kv_window,
                 num_keep=order.num_keep,
-                layer=i,
+                layer=self._ranks.first_layer + i,
+                first_head=self._ranks.first_head,
                 keys=keys,
                 queries=queries,
                 sentence_penalty=None if penalty is None else penalty[i, :, :length].gather(-1, by_position[i]),
@@ -252,16 +290,16 @@ class Compactor:
 
     def _select_sentences(self, batch: _Batch, scores: Tensor) -> Moves:
         """Whole sentences leave, the same for all layers and heads, so the first row speaks for all."""
-        assert self._tracker is not None
         layers, heads = scores.shape[1:3]
+        shared = self._ranks.mean(scores)
         rows = []
-        for r, (order, request) in enumerate(batch.jobs):
+        for r, (order, _) in enumerate(batch.jobs):
             length = order.num_resident
             by_position = batch.positions[r, 0, 0, :length].argsort()
             positions = batch.positions[r, 0, 0, :length][by_position]
             pinned = (positions < batch.pin_below[r]) | (positions >= batch.pin_from[r])
-            number = self._tracker.state(request.slot).sentence_of(positions)
-            kept_sorted = select_sentences(scores[r, ..., :length][..., by_position], pinned, number, order.num_keep)
+            number = self._numbers(batch, r, positions)
+            kept_sorted = select_sentences(shared[r, :length][by_position], pinned, number, order.num_keep)
             kept = torch.zeros_like(kept_sorted).scatter(0, by_position, kept_sorted)
             rows.append(ops.move_list(kept, order.num_keep))
         most = max(source.shape[0] for source, _, _ in rows)

@@ -5,14 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from vllm.distributed.parallel_state import get_pp_group
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 from .. import compat
 from .adapt import adapt_runner
 from .build import without_sidecar
+from .pipeline import StageWorker
 
 
-class EvictingCPUWorker(CPUWorker):
+class EvictingCPUWorker(StageWorker, CPUWorker):
     """`worker_cls` on CPU platforms."""
 
     def init_device(self) -> None:
@@ -28,6 +30,15 @@ class EvictingCPUWorker(CPUWorker):
         runner = super()._make_model_runner()
         adapt_runner(runner, self.vllm_config, self.use_v2_model_runner)
         return runner
+
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
+        super().load_model(*args, **kwargs)
+        runner = self.model_runner
+        if not self.use_v2_model_runner and not get_pp_group().is_first_rank:
+            # vLLM 0.32 allocates what a later stage receives in the warm-up, which an eager model on CPU has none of.
+            runner.intermediate_tensors = runner.model.make_empty_intermediate_tensors(
+                batch_size=runner.max_num_tokens, dtype=self.model_config.dtype, device=self.device
+            )
 
     def determine_available_memory(self) -> int:
         return without_sidecar(super().determine_available_memory(), self.vllm_config)

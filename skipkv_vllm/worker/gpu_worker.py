@@ -8,9 +8,10 @@ from vllm.v1.worker.gpu_worker import Worker
 
 from .adapt import adapt_runner
 from .build import without_sidecar
+from .pipeline import StageWorker
 
 
-class EvictingGPUWorker(Worker):
+class EvictingGPUWorker(StageWorker, Worker):
     """`worker_cls` on GPU platforms."""
 
     def _make_model_runner(self) -> Any:

@@ -23,6 +23,8 @@ class EvictingRunnerV1(_Base):
     """Physical lengths for the KV cache, logical lengths for everything else."""
 
     runtime: EvictionRuntime
+    _begun: Any = None
+    """the step whose orders were carried out ahead of `execute_model`"""
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         super().load_model(*args, **kwargs)
@@ -33,7 +35,9 @@ class EvictingRunnerV1(_Base):
         if not kwargs.get("is_profiling", bool(args and args[0])):
             bind_cache(self.runtime, self.vllm_config, kv_cache_config)
 
-    def execute_model(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+    def begin_step(self, scheduler_output: Any) -> None:
+        """Carry out a step's orders; `execute_model` does it unless it was done before."""
+        self._begun = scheduler_output
         orders = compat.received_orders(scheduler_output)
         # Before the step zeroes or writes any page: pages freed by a compaction may be reused in it.
         self.runtime.begin_step(orders, scheduler_output.finished_req_ids, scheduler_output.preempted_req_ids or ())
@@ -43,6 +47,10 @@ class EvictingRunnerV1(_Base):
             row = self.input_batch.req_id_to_index.get(order.request_id)
             if row is not None:
                 self.input_batch.block_table.add_row(blocks, row)
+
+    def execute_model(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+        if scheduler_output is not self._begun:
+            self.begin_step(scheduler_output)
         output = super().execute_model(scheduler_output, *args, **kwargs)
         if self.execute_model_state is not None:
             self.runtime.finish_forward(self.input_ids.gpu, self.execute_model_state.hidden_states)

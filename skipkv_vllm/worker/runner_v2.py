@@ -29,6 +29,8 @@ class EvictingRunnerV2(_Base):
 
     evicts_kv_tokens = True  # read by vLLM where it has `num_evicted_tokens`
     runtime: EvictionRuntime
+    _begun: Any = None
+    """the step whose orders were carried out ahead of `execute_model`"""
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         super().load_model(*args, **kwargs)
@@ -39,16 +41,22 @@ class EvictingRunnerV2(_Base):
         if not kwargs.get("is_profiling", bool(args and args[0])):
             bind_cache(self.runtime, self.vllm_config, kv_cache_config)
 
-    def execute_model(self, scheduler_output: Any, *args: Any, dummy_run: bool = False, **kwargs: Any) -> Any:
-        if dummy_run:
-            self.runtime.prepare_dummy()
-            return super().execute_model(scheduler_output, *args, dummy_run=True, **kwargs)
+    def begin_step(self, scheduler_output: Any) -> None:
+        """Carry out a step's orders; `execute_model` does it unless it was done before."""
+        self._begun = scheduler_output
         orders = compat.received_orders(scheduler_output)
         # Before the step zeroes or writes any page: pages freed by a compaction may be reused in it.
         self.runtime.begin_step(orders, scheduler_output.finished_req_ids, scheduler_output.preempted_req_ids or ())
         for order in orders.compactions if orders else ():
             row = self.req_states.req_id_to_index[order.request_id]
             self.block_tables.append_block_ids(row, (list(order.target_pages),), overwrite=True)
+
+    def execute_model(self, scheduler_output: Any, *args: Any, dummy_run: bool = False, **kwargs: Any) -> Any:
+        if dummy_run:
+            self.runtime.prepare_dummy()
+            return super().execute_model(scheduler_output, *args, dummy_run=True, **kwargs)
+        if scheduler_output is not self._begun:
+            self.begin_step(scheduler_output)
         output = super().execute_model(scheduler_output, *args, dummy_run=False, **kwargs)
         state = self.execute_model_state
         if state is not None and state.hidden_states is not None:

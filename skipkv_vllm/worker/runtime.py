@@ -22,6 +22,7 @@ from ..trace import TraceWriter
 from .attention_mass import AttentionMass
 from .compaction import Compactor, Job, Managed
 from .queries import QueryRing
+from .ranks import ALONE, Ranks
 from .rows import NEVER, BatchRows, Evicted, StepBatch
 from .steering import Steering
 
@@ -36,6 +37,7 @@ class EvictionRuntime:
         tracker: sentences, or None where no policy reads them.
         trace: writes what was kept, or None.
         device: where the model runs.
+        ranks: this worker's place among those that share the model.
         steering: steers requests, or None on a server without vectors.
     """
 
@@ -47,6 +49,7 @@ class EvictionRuntime:
         tracker: SentenceTracker | None,
         trace: TraceWriter | None,
         device: torch.device,
+        ranks: Ranks = ALONE,
         steering: Steering | None = None,
     ) -> None:
         self.config = config
@@ -54,6 +57,7 @@ class EvictionRuntime:
         self.tracker = tracker
         self.trace = trace
         self._device = device
+        self._ranks = ranks
         self.steering = steering
         self._requests: dict[str, Managed] = {}
         self._free_slots = list(reversed(range(num_slots)))
@@ -77,7 +81,7 @@ class EvictionRuntime:
             cache: layers in model order.
             block_size: tokens of one of vLLM's blocks; a multiple of the kernels' page size.
         """
-        self._compactor = Compactor(self.config, cache, block_size, self.ring, self.tracker, self._mass)
+        self._compactor = Compactor(self.config, cache, block_size, self.ring, self.tracker, self._mass, self._ranks)
 
     # ---- before the forward pass
 

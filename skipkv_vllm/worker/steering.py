@@ -38,7 +38,7 @@ def decoder_layers(model: nn.Module, num_layers: int) -> nn.ModuleList:
     found = {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == num_layers and all(map(_is_decoder_layer, module))
+        if isinstance(module, nn.ModuleList) and len(module) == num_layers and _are_decoder_layers(module)
     }
     if len(found) != 1:
         raise KVPolicyError(
@@ -47,6 +47,12 @@ def decoder_layers(model: nn.Module, num_layers: int) -> nn.ModuleList:
             "Qwen2, Qwen3 and Llama do. Start without --kv-steering-vectors"
         )
     return next(iter(found.values()))
+
+
+def _are_decoder_layers(modules: nn.ModuleList) -> bool:
+    # Under pipeline parallelism the layers of other stages are identities.
+    present = [module for module in modules if not isinstance(module, nn.Identity)]
+    return bool(present) and all(map(_is_decoder_layer, present))
 
 
 def _is_decoder_layer(module: nn.Module) -> bool:
@@ -112,6 +118,8 @@ class Steering:
                 if vector.layer == index:
                     table[number] = vector.values
             layer = layers[index]
+            if isinstance(layer, nn.Identity):
+                continue
             buffers = {"row": self.row, "coefficient": self.coefficient, "vectors": table}
             for name, buffer in buffers.items():
                 layer.register_buffer(f"skipkv_{name}", buffer, persistent=False)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING
 
 import pytest
 
 from tests import engines
-from tests.engines import PAGE, Job, Outcome
-from tests.hf_reference import Result, Settings, generate
+from tests.comparison import UNPROTECTED, another_question, check
+from tests.engines import PAGE, Job
+from tests.hf_reference import Settings, generate
 
 if TYPE_CHECKING:
     from tests.hf_reference import ReferenceCache
@@ -17,8 +19,6 @@ METHODS = ("skipkv", "rkv", "streaming_llm")
 BASELINES = ("h2o", "snapkv", "random")
 NUM_NEW = 400
 BUDGET, BUFFER = 224, 64
-UNPROTECTED = {"kv_protect_prompt": False, "kv_budget": 96, "kv_buffer": 32}
-MAX_TIE_SHARE = 1e-3
 # Longer than the bound without protection, computed in two chunks, and several pages to share.
 LONG = 150
 
@@ -29,62 +29,10 @@ def granularity(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-def another_question(prompt: list[int]) -> list[int]:
-    """A prompt that shares all but the end with another one."""
-    text = engines.tokenizer().decode(prompt, skip_special_tokens=True)
-    return engines.chat_prompt(text.removeprefix("user\n").rpartition("What is")[0] + "Which value came last?")
-
-
 def long_prompt() -> list[int]:
     """A prompt longer than the budget."""
     (prompt,) = engines.demo_prompts(1, at_least=BUDGET + 1)
     return prompt
-
-
-def check(job: Job, outcome: Outcome, references: ReferenceCache, min_compactions: int) -> list[Result]:
-    """Compare all requests of a job with the reference and with their limits."""
-    arguments = engines.POLICY_ARGUMENTS | {"kv_granularity": "head", "kv_protect_prompt": True} | job.arguments
-    results = []
-    for number, (prompt, method) in enumerate(zip(job.prompts, job.policies, strict=True)):
-        settings = Settings(
-            method,
-            arguments["kv_granularity"],
-            arguments["kv_budget"],
-            arguments["kv_buffer"],
-            protect_prompt=arguments["kv_protect_prompt"],
-        )
-        trace = outcome.traces[number]
-        result = references.get(prompt, len(outcome.tokens[number]), settings, trace)
-        results.append(result)
-        name = f"request {number} ({method})"
-        assert outcome.tokens[number] == result.tokens, name
-        assert trace.parameters["request_policy"] == method
-
-        # A compaction counts if the reference made it, the workers traced it and the scheduler freed it.
-        assert len(result.events) >= min_compactions, name
-        assert trace.logical_length.tolist() == [e.num_logical for e in result.events], name
-        assert trace.resident_before.tolist() == [e.num_resident for e in result.events], name
-        assert len(trace.kept) == len(result.events)
-        evicted = [0]
-        for event in result.events:
-            evicted.append(evicted[-1] + event.num_resident - event.kept.shape[2])
-        samples = [s for s in outcome.samples if s.request == number]
-        assert sorted({s.num_evicted for s in samples}) == evicted, name
-
-        bound = settings.keep(len(prompt)) + settings.buffer
-        pages = -(-bound // PAGE) + 1
-        for sample in samples:
-            # A prompt is computed in full before the first eviction, however long it is.
-            if sample.num_logical > len(prompt):
-                assert sample.num_resident <= bound, (name, sample)
-                assert sample.num_pages <= pages, (name, sample)
-
-    num_ties = sum(result.num_ties for result in results)
-    num_selected = sum(result.num_selected for result in results)
-    num_compactions = sum(len(result.events) for result in results)
-    print(f"{num_ties} near ties of {num_selected} selections, {num_compactions} compactions")
-    assert num_ties < MAX_TIE_SHARE * num_selected
-    return results
 
 
 @pytest.mark.parametrize("runner", ["v1", "v2"])
@@ -154,20 +102,18 @@ def test_abort(granularity: str, references: ReferenceCache) -> None:
     assert len(outcome.traces[4].kept) >= 2
     survivors = [0, 2, 5]
     rest = Job([prompts[i] for i in survivors], [policies[i] for i in survivors], 300, 3, job.arguments)
-    kept = Outcome(
+    kept = dataclasses.replace(
+        outcome,
         tokens=[outcome.tokens[i] for i in survivors],
-        logprobs=[],
-        num_cached=[outcome.num_cached[i] for i in survivors],
         traces=[outcome.traces[i] for i in survivors],
         samples=[s._replace(request=survivors.index(s.request)) for s in outcome.samples if s.request in survivors],
-        is_v2=outcome.is_v2,
     )
     assert all(len(tokens) == job.num_new for tokens in kept.tokens)
     check(rest, kept, references, min_compactions=2)
 
 
 def test_unprotected_prompt(granularity: str, references: ReferenceCache) -> None:
-    """A prompt longer than budget + buffer is compacted before the first output token is computed."""
+    """A prompt longer than budget + buffer is compacted while it is computed, and never held as a whole."""
     # The model writes one delimiter at a time; a prompt can hold several in a row.
     delimiters = references.model.delimiters
     newline = min(i for i in delimiters if engines.tokenizer().decode([i]) == "\n")
@@ -188,17 +134,39 @@ def test_unprotected_prompt(granularity: str, references: ReferenceCache) -> Non
     # Cached tokens have no hidden states, so a hit would change which sentences exist.
     assert outcome.num_cached == [0] * len(prompts)
     results = check(job, outcome, references, min_compactions=3)
-    assert [result.events[0].num_logical for result in results] == [len(prompt) for prompt in prompts]
+    bound = UNPROTECTED["kv_budget"] + UNPROTECTED["kv_buffer"]
+    assert all(len(prompt) > bound for prompt in prompts)
+    assert all(result.events[0].num_logical == bound for result in results)
     assert all((result.events[0].kept < len(prompts[i]) - 8).any() for i, result in enumerate(results))
 
 
 def test_unprotected_shared_prompt(references: ReferenceCache) -> None:
     """Pages of a prompt that two requests hold and both compact."""
     (first,) = engines.demo_prompts(1, at_least=LONG)
-    # The second arrives when the first has computed one chunk, and is compacted while the second holds it.
-    job = Job([first, another_question(first)], ["rkv", "streaming_llm"], 150, every=1, arguments=UNPROTECTED)
+    # The others arrive when the first has computed a chunk or two; it and the second hold it when they are compacted.
+    prompts = [first, another_question(first), another_question(first)]
+    methods, budgets = ["rkv", "streaming_llm", "skipkv"], [160, 160, 160]
+    job = Job(prompts, methods, 150, every=1, arguments=UNPROTECTED, budgets=budgets)
 
     outcome = engines.run(job)
 
     assert outcome.num_cached[1] >= 3 * PAGE
+    # Sentences of cached tokens cannot be compared, so the third computes them again, and that is counted.
+    assert outcome.num_cached[2] == 0
+    assert outcome.skipped == {"cached_prompt_sentences": 1}
     check(job, outcome, references, min_compactions=3)
+
+
+def test_long_unprotected_prompt(granularity: str, references: ReferenceCache) -> None:
+    """A prompt of several bounds never takes more pages than the bound has, nor one that arrives beside it."""
+    prompts = engines.demo_prompts(2, at_least=700)
+    arguments = {"kv_granularity": granularity, "kv_policy_config": {"similarity_threshold": 0.85}} | UNPROTECTED
+    job = Job(prompts, ["skipkv", "h2o"], 40, every=3, arguments=arguments)
+
+    outcome = engines.run(job)
+
+    bound = UNPROTECTED["kv_budget"] + UNPROTECTED["kv_buffer"]
+    assert max(load.num_pages for load in outcome.load) <= 2 * bound // PAGE
+    results = check(job, outcome, references, min_compactions=18)
+    in_the_prompt = [[e.num_logical for e in r.events if e.num_logical < 700] for r in results]
+    assert in_the_prompt == [list(range(bound, 700, UNPROTECTED["kv_buffer"]))] * 2

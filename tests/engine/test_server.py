@@ -22,6 +22,8 @@ from skipkv_vllm.steering import SteeringVector
 from skipkv_vllm.trace import Trace
 
 BUDGET, BUFFER, PAGE = 224, 64, 32
+# Fewer than a sequence of the longest length takes, which a server with a policy accepts.
+MAX_MODEL_LEN, POOL = 2048, 60
 QUESTIONS = [p.question for p in problems("demo", 4)]
 
 
@@ -40,7 +42,8 @@ def server(tmp_path_factory):
     vector.save(folder / "random.safetensors")
     arguments = (
         f"--served-model-name tiny --kv-policy skipkv --kv-budget {BUDGET} --kv-buffer {BUFFER} --block-size {PAGE} "
-        f"--max-model-len 2048 --max-num-seqs 8 --dtype float32 --kv-request-policies h2o random "
+        f"--max-model-len {MAX_MODEL_LEN} --num-gpu-blocks-override {POOL} --max-num-seqs 8 --dtype float32 "
+        f"--kv-request-policies h2o random "
         f"--kv-trace-dir {folder / 'traces'} --kv-check-integrity "
         f"--kv-steering-vectors random={folder / 'random.safetensors'}"
     ).split()
@@ -90,6 +93,8 @@ def test_the_banner_says_what_the_server_does(server):
     log = (server[1] / "log").read_text()
     assert f"budget {BUDGET} + buffer {BUFFER} = bound {BUDGET + BUFFER} tokens" in log
     assert "at most 9 pages of 32 tokens a request, instead of up to 64" in log
+    assert "59 pages hold 6 requests at their bound; admission bounded, none is ever preempted" in log
+    assert "may come to hold more than 1888 tokens is refused" in log
     assert "features switched off: none" in log
 
 
@@ -108,7 +113,7 @@ def test_metrics_count_real_compactions_and_the_trace_agrees(server, client):
     told = {"policy": "skipkv", "compactions": len(trace.kept), "evicted_tokens": evicted}
     assert answers[0].kv_transfer_params == {"skipkv": told}
     after = metrics(url)
-    assert after["skipkv_resident_tokens"] == after["skipkv_logical_tokens"] == 0
+    assert after["skipkv_resident_tokens"] == after["skipkv_logical_tokens"] == after["skipkv_promised_pages"] == 0
     assert after["skipkv_peak_pages"] >= (BUDGET + BUFFER) // PAGE
     assert len(trace.output_token_ids) == 400
     assert all(k.shape[2] == max(BUDGET, len(trace.prompt_token_ids) + 8) for k in trace.kept)
@@ -208,6 +213,15 @@ def test_a_bad_option_is_http_400_and_the_server_stays_up(server, path, body, xa
     assert post(server[0], path, {"model": "tiny"} | body)[0] == 200
 
 
+def test_a_request_that_could_outgrow_the_pool_is_http_400(server):
+    body = {"model": "tiny", "prompt": "Hi", "vllm_xargs": {"kv_policy": "full"}}
+    status, answer = post(server[0], "/v1/completions", body | {"max_tokens": 2000})
+    assert status == 400
+    assert "the KV cache holds 1888" in answer["error"]["message"]
+    assert "set max_tokens to at most" in answer["error"]["message"]
+    assert post(server[0], "/v1/completions", body | {"max_tokens": 2})[0] == 200
+
+
 def test_aborted_requests_give_everything_back(server, client):
     url = server[0]
     for stop_after in (5, 150):
@@ -224,28 +238,33 @@ def test_aborted_requests_give_everything_back(server, client):
                 break
         stream.close()
     deadline = time.monotonic() + 20
-    while usage(url) > 0 and time.monotonic() < deadline:
+    while vllm_metric(url, "vllm:kv_cache_usage_perc") > 0 and time.monotonic() < deadline:
         time.sleep(0.2)
-    assert usage(url) == 0
+    assert vllm_metric(url, "vllm:kv_cache_usage_perc") == 0
     assert complete(client, tokens=5).usage.completion_tokens == 5
 
 
-def usage(url: str) -> float:
+def vllm_metric(url: str, name: str) -> float:
     with urllib.request.urlopen(f"{url}/metrics") as answer:
         families = text_string_to_metric_families(answer.read().decode())
-    return sum(s.value for f in families for s in f.samples if s.name == "vllm:kv_cache_usage_perc")
+    return sum(s.value for f in families for s in f.samples if s.name == name)
 
 
 def test_concurrent_streams_finish_and_stay_within_their_bounds(server, client):
-    """The server verifies its own bookkeeping after every step (--kv-check-integrity); a violation kills it."""
+    """The server verifies its own bookkeeping after every step (--kv-check-integrity); a violation kills it.
+
+    The pool is too small for all of them at once; they wait instead of throwing each other out.
+    """
     url = server[0]
 
     def run(i: int) -> int:
         policy = ["skipkv", "rkv", "streaming_llm", "full"][i % 4]
         return complete(client, QUESTIONS[i % 4], 400, kv_policy=policy).usage.completion_tokens
 
+    before = vllm_metric(url, "vllm:num_preemptions_total")
     with ThreadPoolExecutor(8) as pool:
         assert list(pool.map(run, range(8))) == [400] * 8
+    assert vllm_metric(url, "vllm:num_preemptions_total") == before
     assert post(url, "/v1/completions", {"model": "tiny", "prompt": "Hi", "max_tokens": 2})[0] == 200
 
 

@@ -155,7 +155,7 @@ def test_engine_equals_reference(runner: str, eager: bool, references: Reference
 def test_preempted_requests_are_steered_again_as_they_were(references: ReferenceCache) -> None:
     pairs = [("full", {}), ("full", {"steering": "b"}), ("full", {"steering": "off"}), ("full", {})]
     # Three requests of 400 tokens fill the pool.
-    job = mixed_job(280, pairs, num_gpu_blocks_override=36, max_model_len=1024)
+    job = mixed_job(280, pairs, num_gpu_blocks_override=36, max_model_len=1024, kv_admission="optimistic")
 
     outcome = engines.run(job)
 

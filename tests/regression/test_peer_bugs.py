@@ -89,10 +89,9 @@ def test_counters_not_reset_between_requests():
 def test_a_preempted_request_keeps_its_counter():
     """R-KV: a preempted request kept its dropped-token count, and its lengths became negative."""
     planner = EvictionPlanner()
-    planner.start("a", Limits(20, 8, 4, 0), 0)
+    planner.start("a", Limits(20, 8, 4, 0))
     planner.committed("a", 116)
-    planner.stop("a")
-    planner.start("a", Limits(20, 8, 4, 0), 0)
+    planner.restart("a")
     assert planner.num_compactions("a") == 0
     assert planner.plan([Residency("a", 27, 0)]) == []
 
@@ -211,11 +210,13 @@ def test_window_empty_on_mixed_batches():
 
 def test_evicted_before_a_window_was_observed():
     """R-KV: triggered on absolute length, the first compaction scored the prompt with an empty window."""
+    limits = Limits(20, 8, 4, 0)
     planner = EvictionPlanner()
-    planner.start("a", Limits(20, 8, 4, 0), num_cached=96)
-    assert planner.plan([Residency("a", 97, 0)]) == []
-    assert planner.plan([Residency("a", 99, 0)]) == []
-    assert len(planner.plan([Residency("a", 100, 0)])) == 1
+    planner.start("a", limits)
+    # However much the prefix cache holds, the queries of a window are computed before the request is due.
+    assert limits.cacheable == 24
+    assert planner.plan([Residency("a", 27, 0)]) == []
+    assert len(planner.plan([Residency("a", 28, 0)])) == 1
 
 
 def test_a_stale_count_is_not_carried_out():

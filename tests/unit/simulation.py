@@ -225,7 +225,7 @@ class Simulation:
         self._topic[name] = 0
         if request.managed:
             limits = Limits(budget, self.config.kv_buffer, self.config.kv_window, request.protected)
-            self.planner.start(name, limits, request.num_logical, num_prompt - 1)
+            self.planner.start(name, limits, max(request.num_logical, num_prompt - 1))
             self._starting.append(
                 Started(name, policy or self.config.kv_policy, num_prompt, request.protected, request.first_tracked)
             )

@@ -402,6 +402,7 @@ def make_vllm_config(**changes) -> SimpleNamespace:
             prefill_context_parallel_size=1,
             pipeline_parallel_size=1,
             tensor_parallel_size=1,
+            distributed_executor_backend="mp",
             enable_dbo=False,
         ),
         cache_config=SimpleNamespace(cache_dtype="auto"),
@@ -432,7 +433,6 @@ def make_vllm_config(**changes) -> SimpleNamespace:
         ({"kv_transfer_config": object()}, ["KV connectors", "Drop --kv-transfer-config"]),
         ({"parallel_config__decode_context_parallel_size": 2}, ["context parallelism", "Set its size to 1"]),
         ({"parallel_config__prefill_context_parallel_size": 2}, ["context parallelism", "Set its size to 1"]),
-        ({"parallel_config__pipeline_parallel_size": 2}, ["pipeline parallelism", "--tensor-parallel-size"]),
         ({"parallel_config__enable_dbo": True}, ["dual-batch overlap", "Drop --enable-dbo"]),
         ({"cache_config__cache_dtype": "fp8"}, ["--kv-cache-dtype fp8", "Use --kv-cache-dtype auto"]),
         ({"cache_config__cache_dtype": "fp8_e5m2"}, ["--kv-cache-dtype fp8_e5m2", "auto"]),
@@ -447,11 +447,24 @@ def test_an_unsupported_feature_is_refused(changes, parts):
         assert part in str(error.value)
 
 
-def test_sentences_with_tensor_parallelism_are_refused():
-    config = make_vllm_config(parallel_config__tensor_parallel_size=2)
-    compat.check_config(config, KVPolicyConfig(kv_policy="skipkv"))
-    with pytest.raises(KVPolicyError, match=r"sentence with tensor parallelism.*--kv-granularity head"):
-        compat.check_config(config, KVPolicyConfig(kv_policy="skipkv", kv_granularity="sentence"))
+@pytest.mark.parametrize("granularity", ["head", "sentence"])
+@pytest.mark.parametrize("backend", ["mp", "ray"])
+def test_a_model_may_be_spread_over_ranks(granularity, backend):
+    config = make_vllm_config(
+        parallel_config__tensor_parallel_size=2,
+        parallel_config__pipeline_parallel_size=2,
+        parallel_config__distributed_executor_backend=backend,
+    )
+    compat.check_config(config, KVPolicyConfig(kv_policy="skipkv", kv_granularity=granularity))
+
+
+def test_a_pipeline_on_rays_compiled_graphs_is_refused(monkeypatch):
+    monkeypatch.setenv("VLLM_USE_RAY_V2_EXECUTOR_BACKEND", "0")
+    policy = KVPolicyConfig(kv_policy="rkv")
+    on_ray = {"parallel_config__distributed_executor_backend": "ray"}
+    compat.check_config(make_vllm_config(**on_ray), policy)
+    with pytest.raises(KVPolicyError, match=r"compiled graphs.*Unset VLLM_USE_RAY_V2_EXECUTOR_BACKEND"):
+        compat.check_config(make_vllm_config(parallel_config__pipeline_parallel_size=2, **on_ray), policy)
 
 
 @pytest.mark.parametrize("dtype", ["auto", "bfloat16", "float16", "float32"])

@@ -27,32 +27,32 @@ def test_compactions_are_counted_and_reported_once():
     stats = EvictionStats()
     stats.compacted(compaction(144, 16, 9, 1))
     stats.compacted(compaction(100, 60, 7, 4))
-    report = stats.take(1000, 300)
+    report = stats.take(1000, 300, 24)
     counters = {"compactions": 2, "evicted_tokens": 128 + 40, "freed_pages": 8 + 3}
-    assert report == report | counters | {"logical_tokens": 1000, "resident_tokens": 300}
+    assert report == report | counters | {"logical_tokens": 1000, "resident_tokens": 300, "promised_pages": 24}
     # The counters were handed over; only gauges remain.
-    again = stats.take(5, 4)
+    again = stats.take(5, 4, 1)
     assert not again.keys() & counters.keys()
     assert (again["logical_tokens"], again["resident_tokens"]) == (5, 4)
 
 
 def test_the_peak_of_pages_outlives_reports():
     stats = EvictionStats()
-    assert stats.take(0, 0)["peak_pages"] == 0
+    assert stats.take(0, 0, 0)["peak_pages"] == 0
     for pages in (3, 9, 4):
         stats.holding(pages)
-    assert stats.take(0, 0)["peak_pages"] == 9
+    assert stats.take(0, 0, 0)["peak_pages"] == 9
     stats.holding(5)
-    assert stats.take(0, 0)["peak_pages"] == 9
+    assert stats.take(0, 0, 0)["peak_pages"] == 9
 
 
 def test_skips_are_counted_by_reason():
     stats = EvictionStats()
-    stats.skipped("no_free_page")
-    stats.skipped("no_free_page")
+    stats.skipped("cached_prompt_sentences")
+    stats.skipped("cached_prompt_sentences")
     stats.skipped("prompt_exceeds_budget")
-    report = stats.take(0, 0)
-    assert report["skipped:no_free_page"] == 2
+    report = stats.take(0, 0, 0)
+    assert report["skipped:cached_prompt_sentences"] == 2
     assert report["skipped:prompt_exceeds_budget"] == 1
 
 
@@ -98,9 +98,9 @@ def test_counters_add_up_and_gauges_are_replaced(registry):
 
 def test_skips_carry_their_reason(registry):
     logger = EvictionStatLogger(WITH_POLICY)
-    report(logger, **{"skipped:no_free_page": 3, "skipped:prompt_exceeds_budget": 1})
-    report(logger, **{"skipped:no_free_page": 1})
-    assert value(registry, "skipkv_skipped_total", reason="no_free_page") == 4
+    report(logger, **{"skipped:cached_prompt_sentences": 3, "skipped:prompt_exceeds_budget": 1})
+    report(logger, **{"skipped:cached_prompt_sentences": 1})
+    assert value(registry, "skipkv_skipped_total", reason="cached_prompt_sentences") == 4
     assert value(registry, "skipkv_skipped_total", reason="prompt_exceeds_budget") == 1
 
 
@@ -115,9 +115,9 @@ def test_engines_are_counted_apart(registry):
 def test_everything_the_scheduler_reports_is_exported(registry):
     stats = EvictionStats()
     stats.compacted(compaction(144, 16, 9, 1))
-    stats.skipped("no_free_page")
+    stats.skipped("cached_prompt_sentences")
     logger = EvictionStatLogger(WITH_POLICY)
-    report(logger, **stats.take(144, 16))
+    report(logger, **stats.take(144, 16, 9))
     assert value(registry, "skipkv_evicted_tokens_total") == 128
     assert value(registry, "skipkv_logical_tokens") == 144
     assert value(registry, "skipkv_resident_tokens") == 16
@@ -152,3 +152,17 @@ def test_steps_without_a_report_are_fine(registry):
     for stats in (None, SchedulerStats(), empty):
         logger.record(stats, None)
     assert value(registry, "skipkv_compactions_total") is None
+
+
+def test_a_client_whose_configuration_came_from_elsewhere_switches_the_seams_on(monkeypatch):
+    from vllm.v1.engine.input_processor import InputProcessor
+
+    from skipkv_vllm.compat import seams
+
+    enabled = []
+    monkeypatch.setattr(seams, "enable", enabled.append)
+    for config in (WITH_POLICY, WITHOUT):
+        # Nothing else of a configuration is there, so vLLM's own part fails.
+        with pytest.raises(AttributeError):
+            InputProcessor(config)
+    assert enabled == [WITH_POLICY]

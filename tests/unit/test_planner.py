@@ -33,14 +33,14 @@ def test_prompt_plus_window_counts_from_the_budget_on():
 
 def test_compacts_at_the_bound_and_not_before():
     planner = EvictionPlanner()
-    planner.start("a", LIMITS, num_cached=0)
+    planner.start("a", LIMITS)
     assert planner.plan([Residency("a", 115, 0)]) == []
     assert planner.plan([Residency("a", 116, 0)]) == [PlannedCompaction("a", 116, 100, 0)]
 
 
 def test_counts_resident_not_logical_tokens():
     planner = EvictionPlanner()
-    planner.start("a", LIMITS, num_cached=0)
+    planner.start("a", LIMITS)
     assert planner.plan([Residency("a", 1015, 900)]) == []
     assert planner.plan([Residency("a", 1016, 900)]) == [PlannedCompaction("a", 116, 100, 0)]
 
@@ -48,7 +48,7 @@ def test_counts_resident_not_logical_tokens():
 def test_a_request_beyond_its_bound_is_compacted_to_the_budget_all_the_same():
     # A long unprotected prompt, or a compaction that had to wait.
     planner = EvictionPlanner()
-    planner.start("a", LIMITS, num_cached=0)
+    planner.start("a", LIMITS)
     assert planner.plan([Residency("a", 5000, 0)]) == [PlannedCompaction("a", 5000, 100, 0)]
 
 
@@ -58,25 +58,23 @@ def test_unknown_requests_keep_everything():
     assert planner.limits("stranger") is None
 
 
-def test_waits_until_a_window_of_queries_was_observed_after_a_cache_hit():
-    planner = EvictionPlanner()
-    planner.start("a", LIMITS, num_cached=200)
-    assert planner.plan([Residency("a", 207, 0)]) == []
-    assert planner.plan([Residency("a", 208, 0)]) == [PlannedCompaction("a", 208, 100, 0)]
+def test_a_request_takes_no_more_from_the_prefix_cache_than_leaves_a_window_to_compute():
+    assert LIMITS.cacheable == 108
+    assert Limits(budget=100, buffer=16, window=8, protected=300).cacheable == 316
 
 
 def test_budgets_differ_by_request_and_order_is_kept():
     planner = EvictionPlanner()
-    planner.start("small", Limits(20, 4, 8, 0), num_cached=0)
-    planner.start("large", Limits(200, 4, 8, 0), num_cached=0)
-    planner.start("prompt", Limits(20, 4, 8, 50), num_cached=0)
+    planner.start("small", Limits(20, 4, 8, 0))
+    planner.start("large", Limits(200, 4, 8, 0))
+    planner.start("prompt", Limits(20, 4, 8, 50))
     due = planner.plan([Residency("prompt", 62, 0), Residency("large", 203, 0), Residency("small", 24, 0)])
     assert due == [PlannedCompaction("prompt", 62, 58, 50), PlannedCompaction("small", 24, 20, 0)]
 
 
 def test_planning_changes_nothing_until_it_is_committed():
     planner = EvictionPlanner()
-    planner.start("a", LIMITS, num_cached=0)
+    planner.start("a", LIMITS)
     first = planner.plan([Residency("a", 116, 0)])
     assert planner.plan([Residency("a", 116, 0)]) == first
     assert planner.num_compactions("a") == 0
@@ -84,17 +82,40 @@ def test_planning_changes_nothing_until_it_is_committed():
     assert planner.num_compactions("a") == 1
 
 
-def test_starting_over_forgets_counts_and_cache_hits():
+def test_starting_over_forgets_counts():
     planner = EvictionPlanner()
-    planner.start("a", LIMITS, num_cached=500)
-    planner.committed("a", 508)
+    planner.start("a", LIMITS, first_observed=49)
+    planner.observe("a", 116, is_compacted=True)
+    planner.committed("a", 116)
+    planner.restart("a")
+    assert planner.num_compactions("a") == 0
+    assert planner.earliest["a"] == 116
+    assert planner.limits("a") == LIMITS
+    assert planner.plan([Residency("a", 116, 0)]) == [PlannedCompaction("a", 116, 100, 0)]
+    assert planner.observe("a", 57, is_compacted=False) == 8
     planner.stop("a")
     assert planner.limits("a") is None
     assert planner.plan([Residency("a", 600, 0)]) == []
-    planner.start("a", Limits(50, 16, 8, 0), num_cached=0)
-    assert planner.num_compactions("a") == 0
-    assert planner.limits("a") == Limits(50, 16, 8, 0)
-    assert planner.plan([Residency("a", 66, 0)]) == [PlannedCompaction("a", 66, 50, 0)]
+    planner.restart("a")
+    assert planner.limits("a") is None
+
+
+def test_a_chunk_ends_at_the_bound():
+    planner = EvictionPlanner()
+    planner.start("a", LIMITS)
+    assert planner.room("a", 0, 0) == 116
+    assert planner.room("a", 100, 0) == 16
+    assert planner.room("a", 1000, 900) == 16
+    assert planner.room("stranger", 10**6, 0) > 10**6
+
+
+def test_a_chunk_is_no_longer_than_its_queries_are_kept_where_they_are_counted():
+    planner = EvictionPlanner()
+    planner.start("a", LIMITS, first_observed=49)
+    assert planner.room("a", 0, 0) == 57
+    assert planner.room("a", 50, 0) == 7
+    assert planner.observe("a", 57, is_compacted=False) == 8
+    assert planner.room("a", 57, 0) == 8
 
 
 def test_stopping_a_stranger_is_harmless():
@@ -111,60 +132,56 @@ def test_orders_say_what_was_evicted_before():
     budget=st.integers(10, 60),
     buffer=st.integers(1, 20),
     window=st.integers(1, 8),
-    prompt=st.integers(1, 80),
+    prompt=st.integers(1, 300),
     protects=st.booleans(),
-    cached=st.integers(0, 80),
-    steps=st.integers(1, 200),
+    counts_attention=st.booleans(),
+    chunks=st.lists(st.integers(1, 100), min_size=1),
 )
-def test_a_decoding_request_never_exceeds_its_bound(budget, buffer, window, prompt, protects, cached, steps):
-    cached = min(cached, prompt - 1)
+def test_a_request_is_compacted_at_the_same_tokens_however_its_text_is_cut(
+    budget, buffer, window, prompt, protects, counts_attention, chunks
+):
+    """And never exceeds its bound, and every query from the first that counts on is counted."""
     limits = Limits(budget, buffer, window, prompt if protects else 0)
     planner = EvictionPlanner()
-    planner.start("a", limits, cached)
-    logical, evicted, compactions = prompt, 0, 0
-    for _ in range(steps):
-        for plan in planner.plan([Residency("a", logical, evicted)]):
-            assert plan.num_resident == logical - evicted
-            assert plan.num_keep < plan.num_resident
+    first = min(prompt, limits.bound) - 1
+    planner.start("a", limits, first if counts_attention else None)
+    logical, evicted, counted, compacted_at = 0, 0, first, []
+    total = prompt + 3 * buffer
+    while logical < total:
+        due = planner.plan([Residency("a", logical, evicted)])
+        counted += planner.observe("a", logical, is_compacted=bool(due))
+        for plan in due:
+            assert (plan.num_resident, plan.num_keep) == (limits.bound, limits.keep)
             assert plan.num_keep >= limits.protected + window
+            assert not counts_attention or counted == logical
             evicted += plan.num_resident - plan.num_keep
             planner.committed("a", logical)
-            compactions += 1
-        if logical - cached >= window:
-            assert logical - evicted < limits.bound
-        logical += 1
-        if evicted:
-            assert logical - evicted <= limits.bound
-    assert planner.num_compactions("a") == compactions
+            compacted_at.append(logical)
+        logical += min(chunks[logical % len(chunks)], total - logical, planner.room("a", logical, evicted))
+        assert logical - evicted <= limits.bound
+        assert not counts_attention or logical - counted <= max(window, first - counted + window)
+    assert compacted_at == list(range(limits.bound, total, buffer))
+    assert planner.num_compactions("a") == len(compacted_at)
 
 
 def test_attention_is_counted_every_window_and_before_a_compaction():
     planner = EvictionPlanner()
-    planner.start("a", LIMITS, num_cached=0, num_observed=49)
+    planner.start("a", LIMITS, first_observed=49)
     counted = {n: planner.observe("a", n, is_compacted=n == 61) for n in range(50, 72)}
     assert {n: count for n, count in counted.items() if count} == {57: 8, 61: 4, 69: 8}
     assert planner.observe("a", 71, is_compacted=True) == 2
     assert planner.observe("a", 71, is_compacted=True) == 0
 
 
-def test_attention_of_queries_that_are_gone_is_not_counted():
-    # A resumed request computes many tokens in a step; only the last W queries are kept.
+def test_no_more_queries_are_counted_than_are_kept():
     planner = EvictionPlanner()
-    planner.start("a", LIMITS, num_cached=0, num_observed=49)
+    planner.start("a", LIMITS, first_observed=49)
     assert planner.observe("a", 90, is_compacted=False) == 8
-
-
-def test_attention_of_cached_tokens_is_not_counted():
-    # A resumed request found its prompt of 50 and 37 tokens of output in the prefix cache: no queries of theirs.
-    planner = EvictionPlanner()
-    planner.start("a", LIMITS, num_cached=87, num_observed=49)
-    assert planner.observe("a", 90, is_compacted=False) == 0
-    assert planner.observe("a", 95, is_compacted=False) == 8
 
 
 def test_attention_is_counted_only_where_somebody_reads_it():
     planner = EvictionPlanner()
-    planner.start("a", LIMITS, num_cached=0)
+    planner.start("a", LIMITS)
     assert planner.observe("a", 90, is_compacted=True) == 0
     assert planner.observe("stranger", 90, is_compacted=True) == 0
 
@@ -172,15 +189,14 @@ def test_attention_is_counted_only_where_somebody_reads_it():
 @given(
     budget=st.integers(10, 60),
     buffer=st.integers(1, 20),
-    cached=st.integers(0, 120),
     delays=st.lists(st.integers(0, 5), max_size=6),
 )
-def test_a_request_is_due_from_its_earliest_length_on_and_its_queries_are_there(budget, buffer, cached, delays):
+def test_a_request_is_due_from_its_earliest_length_on_and_its_queries_are_there(budget, buffer, delays):
     """Also after compactions that had to wait. A step of one token records its query if it may be needed."""
     planner, evicted, waits, window = EvictionPlanner(), 0, list(delays), 4
-    planner.start("a", Limits(budget, buffer, window, 0), num_cached=cached)
+    planner.start("a", Limits(budget, buffer, window, 0))
     recorded = set()
-    for logical in range(cached + 1, cached + 400):
+    for logical in range(1, 400):
         if planner.needs_queries("a", logical):
             recorded.add(logical - 1)
         due = planner.plan([Residency("a", logical, evicted)])

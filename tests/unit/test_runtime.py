@@ -132,6 +132,14 @@ def test_random_draws_are_independent():
     assert (overlap - torch.eye(len(kept)) * 0.25 - 0.25).abs().max() < 0.06
 
 
+def test_random_draws_depend_on_the_head_of_the_model_not_of_the_rank():
+    policy, positions = make_policy("random"), torch.arange(50, dtype=torch.int32).expand(4, -1)
+    whole = policy.score(View(positions=positions, window=8))
+    second = policy.score(View(positions=positions[2:], window=8, first_head=2))
+    assert torch.equal(second, whole[2:])
+    assert not torch.equal(second, whole[:2])
+
+
 def test_a_request_may_use_another_method_than_the_server():
     sim = Simulation("skipkv", protect=False)
     sim.start("own", num_prompt=8, budget=24)

@@ -69,27 +69,37 @@ def test_whole_sentences_leave_lowest_mean_first():
     sentence = torch.tensor([1, 1, 1, 2, 2, 3, 3, 3])
     scores = torch.tensor([[[0.0, 0.0, 3.0, 0.5, 0.5, 2.0, 2.0, 2.0]]])
     pinned = torch.zeros(8, dtype=torch.bool)
-    assert kept_of(select_sentences(scores, pinned, sentence, 6)) == [0, 1, 2, 5, 6, 7]
-    assert kept_of(select_sentences(scores, pinned, sentence, 3)) == [5, 6, 7]
+    assert kept_of(select_sentences(scores.mean(dim=(0, 1)), pinned, sentence, 6)) == [0, 1, 2, 5, 6, 7]
+    assert kept_of(select_sentences(scores.mean(dim=(0, 1)), pinned, sentence, 3)) == [5, 6, 7]
 
 
 def test_the_marginal_sentence_is_cut_from_its_start():
     sentence = torch.tensor([1, 1, 1, 2, 2, 3, 3, 3])
     scores = torch.tensor([[[0.0, 0.0, 3.0, 0.5, 0.5, 2.0, 2.0, 2.0]]])
     # Sentence 2 leaves whole, then one token of sentence 1: its first, although its third scores highest.
-    assert kept_of(select_sentences(scores, torch.zeros(8, dtype=torch.bool), sentence, 5)) == [1, 2, 5, 6, 7]
+    assert kept_of(select_sentences(scores.mean(dim=(0, 1)), torch.zeros(8, dtype=torch.bool), sentence, 5)) == [
+        1,
+        2,
+        5,
+        6,
+        7,
+    ]
 
 
 def test_of_equal_sentences_the_earlier_leaves_first():
     sentence = torch.tensor([1, 1, 2, 2, 3, 3])
     scores = torch.zeros(2, 2, 6)
-    assert kept_of(select_sentences(scores, torch.zeros(6, dtype=torch.bool), sentence, 3)) == [3, 4, 5]
+    assert kept_of(select_sentences(scores.mean(dim=(0, 1)), torch.zeros(6, dtype=torch.bool), sentence, 3)) == [
+        3,
+        4,
+        5,
+    ]
 
 
 def test_scores_are_averaged_over_layers_and_heads():
     sentence = torch.tensor([1, 2])
     scores = torch.tensor([[[5.0, 0.0], [0.0, 0.0]], [[0.0, 4.0], [0.0, 4.0]]])  # means 1.25 and 2
-    assert kept_of(select_sentences(scores, torch.zeros(2, dtype=torch.bool), sentence, 1)) == [1]
+    assert kept_of(select_sentences(scores.mean(dim=(0, 1)), torch.zeros(2, dtype=torch.bool), sentence, 1)) == [1]
 
 
 def test_pinned_tokens_do_not_count_for_their_sentence_and_stay():
@@ -97,14 +107,14 @@ def test_pinned_tokens_do_not_count_for_their_sentence_and_stay():
     scores = torch.tensor([[[100.0, 0.0, 1.0, 1.0]]])
     pinned = torch.tensor([True, False, False, False])
     # Without its pinned token sentence 1 is worth 0 and goes first, but the pinned token stays.
-    assert kept_of(select_sentences(scores, pinned, sentence, 3)) == [0, 2, 3]
+    assert kept_of(select_sentences(scores.mean(dim=(0, 1)), pinned, sentence, 3)) == [0, 2, 3]
 
 
 def test_parts_of_a_sentence_left_by_earlier_evictions_count_as_held():
     # Sentence numbers of the held tokens only: the mean is over what is still there.
     sentence = torch.tensor([1, 4, 4, 9])
     scores = torch.tensor([[[2.0, 1.0, 1.0, 3.0]]])
-    assert kept_of(select_sentences(scores, torch.zeros(4, dtype=torch.bool), sentence, 2)) == [0, 3]
+    assert kept_of(select_sentences(scores.mean(dim=(0, 1)), torch.zeros(4, dtype=torch.bool), sentence, 2)) == [0, 3]
 
 
 @settings(max_examples=300, deadline=None)
@@ -119,7 +129,7 @@ def test_sentence_selection_is_the_loop(data):
     pins = data.draw(st.sets(st.integers(0, length - 1), max_size=num_keep))
     scores = torch.tensor(values, dtype=torch.float32).view(2, 2, length)
     pinned = torch.tensor([i in pins for i in range(length)])
-    kept = kept_of(select_sentences(scores, pinned, torch.tensor(sentence), num_keep))
+    kept = kept_of(select_sentences(scores.mean(dim=(0, 1)), pinned, torch.tensor(sentence), num_keep))
 
     worth = {}
     for number in range(len(lengths)):

@@ -134,11 +134,13 @@ def test_traces_need_no_eviction(engine_args, math, tmp_path):  # noqa: F811
 
 
 def test_the_banner_says_what_is_steered():
-    text = "\n".join(banner(KVPolicyConfig(kv_steering_vectors={"math": "/m"}, kv_steering_alpha_max=2.0), 16, 4096))
+    text = "\n".join(
+        banner(KVPolicyConfig(kv_steering_vectors={"math": "/m"}, kv_steering_alpha_max=2.0), 16, 4096, 99)
+    )
     assert "evicts nothing" in text
     assert "steering vectors math, default off; alpha 1.0 + 0.02 a thought" in text
     assert "at most 2.0" in text
-    assert "policy RKV" in "\n".join(banner(SERVER, 16, 4096))
+    assert "policy RKV" in "\n".join(banner(SERVER, 16, 4096, 99))
 
 
 # ---- a request
@@ -287,7 +289,7 @@ def test_thoughts_are_exported_by_kind(registry):  # noqa: F811
     stats = EvictionStats()
     stats.thought(Thoughts(12, 30, 5, 2))
     stats.thought(Thoughts(1, 2, 3, 4))
-    logger.record(SimpleNamespace(skipkv=stats.take(0, 0)), None)
+    logger.record(SimpleNamespace(skipkv=stats.take(0, 0, 0)), None)
     assert value(registry, "skipkv_steered_tokens_total") == 13
     for kind, number in (("execution", 32), ("reflection", 8), ("transition", 6)):
         assert value(registry, "skipkv_thoughts_total", kind=kind) == number

@@ -27,8 +27,8 @@ def config_for(folder) -> KVPolicyConfig:
     return KVPolicyConfig(kv_policy="skipkv", kv_budget=16, kv_trace_dir=str(folder))
 
 
-def make_collector(folder, ranks: int = 1, tables: SentenceTables | None = TABLES) -> TraceCollector:
-    return TraceCollector(config_for(folder), ranks, tables, {"model": "m", "kv_budget": 16})
+def make_collector(folder, ranks: int = 1, tables: SentenceTables | None = TABLES, stages: int = 1) -> TraceCollector:
+    return TraceCollector(config_for(folder), (stages, ranks), tables, {"model": "m", "kv_budget": 16})
 
 
 def order(request_id: str, ordinal: int, logical: int, resident: int, keep: int) -> Compaction:
@@ -100,6 +100,22 @@ def test_two_ranks_come_back_as_one(tmp_path):
     assert trace.parameters["kv_budget"] == 16
     assert trace.parameters["request_id"] == "chat/1"
     assert trace.parameters["request_policy"] == "skipkv"
+
+
+def test_stages_of_a_pipeline_come_back_as_layers(tmp_path):
+    collector = make_collector(tmp_path, ranks=2, stages=2)
+    collector.started(Started("a", "skipkv", 4, 4, 4))
+    one = order("a", 0, 24, 24, 16)
+    collector.compacted(one)
+    for rank in range(4):
+        writer = TraceWriter(str(tmp_path), rank)
+        writer.started("a")
+        # Only the last stage, ranks 2 and 3, follows sentences.
+        writer.compacted(one, kept(rank, 0, 16), tracker_with_repeats() if rank >= 2 else None, 1)
+    trace = Trace.load(collector.finish("a", [1, 2, 3, DOT], [5, 6]))
+    first, last = (torch.cat([kept(rank, 0, 16), kept(rank + 1, 0, 16)], dim=1) for rank in (0, 2))
+    assert torch.equal(trace.kept[0], torch.cat([first, last]).int())
+    assert trace.similar_pairs.tolist() == [[0, 2]]
 
 
 def test_parts_are_removed_and_other_requests_are_left_alone(tmp_path):

@@ -1,0 +1,94 @@
+"""How small the pool may be: the bound must fit it at start-up, and each request must fit it alone."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from ..config import KVPolicyConfig, RequestOptions
+from ..errors import KVPolicyError
+from ..scheduler.admission import limits_of, most_tokens
+from ..scheduler.planner import Limits, ceil_div
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.engine import EngineCoreRequest
+
+
+def install_pool_check(
+    has_policy: Callable[[VllmConfig], bool], policy_config: Callable[[VllmConfig], KVPolicyConfig]
+) -> None:
+    """Let vLLM's start-up check ask for the bound instead of a whole `max_model_len`, on engines with a policy."""
+    from vllm.v1.core import kv_cache_utils
+
+    original = kv_cache_utils._check_enough_kv_cache_memory
+    if hasattr(original, "_skipkv"):
+        return
+
+    @functools.wraps(original)
+    def _check_enough_kv_cache_memory(available_memory: int, get_needed_memory: Any, *args: Any) -> None:
+        vllm_config = get_needed_memory.args[0]
+        if available_memory <= 0 or not has_policy(vllm_config):
+            return original(available_memory, get_needed_memory, *args)
+        return _check_pool(vllm_config, policy_config(vllm_config), available_memory, get_needed_memory)
+
+    _check_enough_kv_cache_memory._skipkv = True  # type: ignore[attr-defined]
+    kv_cache_utils._check_enough_kv_cache_memory = _check_enough_kv_cache_memory
+
+
+def _check_pool(vllm_config: VllmConfig, config: KVPolicyConfig, available: int, get_needed_memory: Any) -> None:
+    model = vllm_config.model_config
+    limits = Limits(config.kv_budget, config.kv_buffer, config.kv_window, 0)
+    longest, bound = model.max_model_len, most_tokens(limits, model.max_model_len)
+    try:
+        # vLLM estimates the memory of shorter sequences the same way.
+        model.max_model_len = bound
+        needed = get_needed_memory()
+    finally:
+        model.max_model_len = longest
+    if needed > available:
+        raise KVPolicyError(
+            f"--kv-budget {config.kv_budget} + --kv-buffer {config.kv_buffer}: a request holds up to {bound} tokens, "
+            f"which take {needed / 2**20:.1f} MiB of KV cache, and {available / 2**20:.1f} MiB are there. Lower "
+            "--kv-budget or --kv-buffer, or give the cache more memory (--gpu-memory-utilization, on CPUs "
+            "VLLM_CPU_KVCACHE_SPACE, or --num-gpu-blocks-override where it is set)"
+        )
+
+
+def check_fits_alone(vllm_config: VllmConfig, config: KVPolicyConfig, request: EngineCoreRequest) -> None:
+    """Refuse a request that could outgrow the pool even if it ran alone: it could never be finished.
+
+    Raises:
+        KVPolicyError: naming what the request may hold, what the pool has and the remedies.
+    """
+    params, cache = request.sampling_params, vllm_config.cache_config
+    if params is None or not cache.num_gpu_blocks:
+        return
+    # With data parallelism vLLM reports the sum of all engines' pools. One page of each is a placeholder.
+    num_pages = cache.num_gpu_blocks // vllm_config.parallel_config.data_parallel_size - 1
+    prompt = request.prompt_token_ids if request.prompt_token_ids is not None else request.prompt_embeds
+    num_prompt, longest = len(prompt), vllm_config.model_config.max_model_len
+    limits = None
+    if not request.resumable:
+        longest = min(num_prompt + (params.max_tokens or 0), longest)
+        options = RequestOptions.parse(params.extra_args, config, vllm_config.model_config.max_model_len)
+        limits = limits_of(options, config, num_prompt)
+    most = most_tokens(limits, longest)
+    if ceil_div(most, cache.block_size) <= num_pages:
+        return
+    room = num_pages * cache.block_size
+    if request.resumable:
+        cause, remedy = "a streaming-input session keeps everything", "send its input as separate requests"
+    elif limits is None:
+        cause = f"kv_policy='full' keeps everything: prompt of {num_prompt} + max_tokens={params.max_tokens}"
+        remedy = f"set max_tokens to at most {room - num_prompt}, or" if num_prompt < room else "shorten the prompt, or"
+        remedy += f" use kv_policy={config.kv_policy!r}"
+    elif limits.keep > limits.budget:
+        cause = f"its prompt of {num_prompt} tokens is protected and raises its bound to {limits.bound}"
+        remedy = f"shorten it to at most {room - limits.window - limits.buffer} tokens"
+    else:
+        cause, remedy = f"kv_budget={limits.budget}", f"set kv_budget to at most {room - limits.buffer}"
+    raise KVPolicyError(
+        f"this request may come to hold {most} tokens and the KV cache holds {room} ({cause}); {remedy}"
+    )

@@ -1,0 +1,80 @@
+"""Compare what an engine did with the Hugging Face reference, and with what its requests may hold."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+from tests import engines
+from tests.engines import PAGE, Job, Outcome
+from tests.hf_reference import ReferenceCache, Result, Settings
+
+MAX_TIE_SHARE = 1e-3
+UNPROTECTED = {"kv_protect_prompt": False, "kv_budget": 96, "kv_buffer": 32}
+
+
+def another_question(prompt: list[int]) -> list[int]:
+    """A prompt that shares all but the end with another one."""
+    text = engines.tokenizer().decode(prompt, skip_special_tokens=True)
+    return engines.chat_prompt(text.removeprefix("user\n").rpartition("What is")[0] + "Which value came last?")
+
+
+def settings_of(job: Job, number: int) -> Settings:
+    """Method and limits of a request of a job."""
+    arguments = engines.POLICY_ARGUMENTS | {"kv_granularity": "head", "kv_protect_prompt": True} | job.arguments
+    if job.policies[number] == "full":
+        return Settings("streaming_llm", "head", 10**6, 1)
+    budget = job.budgets[number] if job.budgets else None
+    return Settings(
+        job.policies[number],
+        arguments["kv_granularity"],
+        budget or arguments["kv_budget"],
+        arguments["kv_buffer"],
+        protect_prompt=arguments["kv_protect_prompt"],
+    )
+
+
+def check(job: Job, outcome: Outcome, references: ReferenceCache, min_compactions: int) -> list[Result]:
+    """Compare all requests of a job with the reference and with their limits.
+
+    A request that was preempted made the same compactions again in each of its lives, as far as the life went.
+    """
+    results = []
+    for number, (prompt, method) in enumerate(zip(job.prompts, job.policies, strict=True)):
+        settings, trace = settings_of(job, number), outcome.traces[number]
+        last_life = trace.life == outcome.num_preemptions[number]
+        kept = [positions for positions, is_last in zip(trace.kept, last_life.tolist(), strict=True) if is_last]
+        last = SimpleNamespace(logical_length=trace.logical_length[last_life], kept=kept)
+        result = references.get(prompt, len(outcome.tokens[number]), settings, last)
+        results.append(result)
+        name = f"request {number} ({method})"
+        assert outcome.tokens[number] == result.tokens, name
+        if method == "full":
+            assert not trace.kept, name
+            continue
+        assert trace.parameters["request_policy"] == method
+
+        # A compaction counts if the reference made it, the workers traced it and the scheduler freed it.
+        assert len(result.events) >= min_compactions, name
+        assert len(last.kept) == len(result.events), name
+        for life in range(outcome.num_preemptions[number] + 1):
+            logical, resident = (x[trace.life == life].tolist() for x in (trace.logical_length, trace.resident_before))
+            events = result.events[: len(logical)]
+            assert logical == [e.num_logical for e in events], name
+            assert resident == [e.num_resident for e in events], name
+        evicted = [0]
+        for event in result.events:
+            evicted.append(evicted[-1] + event.num_resident - event.kept.shape[2])
+        samples = [s for s in outcome.samples if s.request == number]
+        assert sorted({s.num_evicted for s in samples}) == evicted, name
+
+        bound = settings.keep(len(prompt)) + settings.buffer
+        for sample in samples:
+            assert sample.num_resident <= bound, (name, sample)
+            assert sample.num_pages <= -(-bound // PAGE), (name, sample)
+
+    num_ties = sum(result.num_ties for result in results)
+    num_selected = sum(result.num_selected for result in results)
+    num_compactions = sum(len(result.events) for result in results)
+    print(f"{num_ties} near ties of {num_selected} selections, {num_compactions} compactions")
+    assert num_ties <= MAX_TIE_SHARE * num_selected
+    return results

@@ -1,0 +1,84 @@
+"""Prefix caching, chunked prefill, asynchronous scheduling and both model runners in all combinations.
+
+Each run has a prompt of several chunks that is evicted while it is computed, pages that two requests share and one
+rewrites, and a pool so small that requests are preempted; each answer equals the Hugging Face reference.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests import engines
+from tests.comparison import UNPROTECTED, another_question, check
+from tests.engines import PAGE, Job
+
+if TYPE_CHECKING:
+    from tests.hf_reference import ReferenceCache
+
+CHUNKED = {True: {"max_num_batched_tokens": 64}, False: {"enable_chunked_prefill": False}}
+COMBINATIONS = list(itertools.product([True, False], [True, False]))
+"""prefix caching, chunked prefill"""
+
+
+def job(has_prefix_cache: bool, is_chunked: bool, is_async: bool) -> Job:
+    """The same requests for every combination."""
+    (long,) = engines.demo_prompts(1, at_least=100)
+    short = engines.demo_prompts(3)
+    arguments = UNPROTECTED | {
+        "kv_admission": "optimistic",
+        "num_gpu_blocks_override": 12,
+        # Without chunked prefill vLLM asks for steps that hold the longest sequence.
+        "max_model_len": 256,
+        "max_num_batched_tokens": 256,
+        "enable_prefix_caching": has_prefix_cache,
+        "async_scheduling": is_async,
+    }
+    return Job(
+        [short[0], long, another_question(long), *short[1:]],
+        ["full", "rkv", "streaming_llm", "skipkv", "h2o"],
+        100,
+        # The second and the third prompt meet while the second still holds its prompt.
+        every=3,
+        arguments=arguments | CHUNKED[is_chunked],
+        budgets=[None, 160, None, None, None],
+    )
+
+
+@pytest.mark.parametrize("is_async", [False, True], ids=["sync", "async"])
+@pytest.mark.parametrize("runner", ["v1", "v2"])
+def test_every_combination_equals_the_reference(runner: str, is_async: bool, references: ReferenceCache) -> None:
+    jobs = [job(*combination, is_async) for combination in COMBINATIONS]
+
+    outcomes = engines.run_all(jobs, runner)
+
+    for (has_prefix_cache, is_chunked), one, outcome in zip(COMBINATIONS, jobs, outcomes, strict=True):
+        print(f"prefix caching {has_prefix_cache}, chunked prefill {is_chunked}:")
+        assert (outcome.is_v2, outcome.is_async) == (runner == "v2", is_async)
+        assert outcome.num_cached[2] == (3 * PAGE if has_prefix_cache else 0)
+        assert sum(outcome.num_preemptions) > 0
+        check(one, outcome, references, min_compactions=1)
+
+
+def test_a_compaction_that_finds_no_page_for_a_shared_one_preempts(
+    references: ReferenceCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Waiting for a page would let the request grow, and then other tokens would be evicted."""
+    (long,) = engines.demo_prompts(1, at_least=150)
+    prompts, budgets = [*engines.demo_prompts(1), long, another_question(long)], [None, 160, 160]
+    arguments = job(True, True, False).arguments
+    shared = Job(prompts, ["full", "rkv", "streaming_llm"], 60, every=3, arguments=arguments, budgets=budgets)
+    llm = engines.engine(**arguments)
+    manager, refused = engines.scheduler_of(llm).block_manager, []
+    compact = manager.compact
+    monkeypatch.setattr(manager, "compact", lambda plan: compact(plan) or refused.append(plan.request_id))
+
+    outcome = engines.run_on(llm, shared)
+
+    assert outcome.num_cached[2] >= 4 * PAGE
+    assert refused
+    assert outcome.num_preemptions[:2] == [0, 0]
+    assert outcome.num_preemptions[2] >= 1
+    check(shared, outcome, references, min_compactions=1)

@@ -1,0 +1,165 @@
+"""A model spread over several workers evicts what one worker would: the engine equals the reference all the same.
+
+Sums over ranks are taken in another order than on one device, so scores differ in the last bits. The comparison lets
+the engine decide near ties only, counts them, and fails where a choice differs by more.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from openai import OpenAI
+from prometheus_client.parser import text_string_to_metric_families
+
+from benchmarks.server import serve
+from skipkv_vllm import bundled_model
+from skipkv_vllm.trace import Trace
+from tests import engines
+from tests.engine.test_exactness import another_question, check
+from tests.engine.test_server import free_port
+from tests.engines import PAGE, Job, Outcome
+
+if TYPE_CHECKING:
+    from tests.hf_reference import ReferenceCache
+
+METHODS = ["skipkv", "rkv", "h2o", "streaming_llm", "snapkv", "random"]
+NUM_NEW = 250
+TENSOR = {"tensor_parallel_size": 2}
+PIPELINE = {"pipeline_parallel_size": 2}
+CACHED = {True: {"enable_prefix_caching": True}, False: {"enable_prefix_caching": False}}
+CHUNKED = {True: {"max_num_batched_tokens": 128}, False: {"enable_chunked_prefill": False}}
+
+
+@pytest.fixture(autouse=True)
+def _one_thread_a_worker() -> Iterator[None]:
+    """Workers share the cores of small machines; each brings its own threads."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+        patch.setenv("OMP_NUM_THREADS", "1")
+        # Ray's actors and spawned workers import the tests' own classes.
+        patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(engines.REPOSITORY), os.getenv("PYTHONPATH")])))
+        yield
+        engines.shutdown()
+
+
+def job(granularity: str, **arguments: Any) -> Job:
+    """Every method once, and twice the same text, whose pages requests share and rewrite."""
+    prompts = engines.demo_prompts(len(METHODS), at_least=150)
+    return Job(
+        [*prompts, another_question(prompts[0])],
+        [*METHODS, "skipkv"],
+        NUM_NEW,
+        every=7,
+        arguments={"kv_granularity": granularity, "max_model_len": 512, "max_num_batched_tokens": 512} | arguments,
+    )
+
+
+def run(one: Job, references: ReferenceCache) -> Outcome:
+    """Run a job and compare it with the reference."""
+    outcome = engines.run(one)
+    repeats = [len(trace.similar_pairs) for trace in outcome.traces if trace.parameters["request_policy"] == "skipkv"]
+    assert all(repeats), "without repeated sentences skipkv is rkv"
+    check(one, outcome, references, min_compactions=2)
+    return outcome
+
+
+@pytest.mark.parametrize("is_async", [False, True], ids=["sync", "async"])
+@pytest.mark.parametrize("width", [1, 2])
+def test_tensor_parallelism(width: int, is_async: bool, references: ReferenceCache) -> None:
+    """Prefix caching on and off, prefill in chunks and whole."""
+    combinations = list(itertools.product([True, False], [True, False]))
+    # Each granularity meets either value of every switch.
+    granularities = ["head", "sentence", "sentence", "head"] if is_async else ["sentence", "head", "head", "sentence"]
+    for (is_cached, is_chunked), granularity in zip(combinations, granularities, strict=True):
+        print(f"prefix caching {is_cached}, chunked prefill {is_chunked}, {granularity}:")
+        switches = CACHED[is_cached] | CHUNKED[is_chunked] | {"async_scheduling": is_async}
+        one = job(granularity, tensor_parallel_size=width, **switches)
+        outcome = run(one, references)
+        config = engines.scheduler_of(engines.engine(**one.arguments)).vllm_config
+        assert config.scheduler_config.async_scheduling == is_async
+        assert config.parallel_config.world_size == width
+        assert outcome.num_cached[-1] >= 4 * PAGE if is_cached else outcome.num_cached[-1] == 0
+
+
+@pytest.mark.parametrize("granularity", ["head", "sentence"])
+def test_pipeline_parallelism(granularity: str, references: ReferenceCache) -> None:
+    run(job(granularity, **PIPELINE), references)
+
+
+def test_both(references: ReferenceCache) -> None:
+    run(job("sentence", **TENSOR, **PIPELINE), references)
+
+
+@pytest.mark.parametrize("size", [TENSOR, PIPELINE], ids=["tensor", "pipeline"])
+def test_runner_v2(size: dict[str, int], references: ReferenceCache) -> None:
+    """The interpreter is slow, so few tokens and many compactions."""
+    prompts = engines.demo_prompts(3, at_least=150)
+    arguments = {"kv_granularity": "sentence", "kv_budget": 160, "kv_buffer": 16} | size
+    one = Job(prompts, ["skipkv", "rkv", "random"], 60, every=3, arguments=arguments)
+    outcome = engines.run(one, "v2")
+    assert outcome.is_v2
+    check(one, outcome, references, min_compactions=2)
+
+
+@pytest.mark.parametrize("size", [TENSOR, PIPELINE], ids=["tensor", "pipeline"])
+def test_ray(size: dict[str, int], references: ReferenceCache) -> None:
+    """Orders travel to Ray's actors, which load the plugin themselves."""
+    pytest.importorskip("ray", reason="pip install '.[ray]'")
+    from tests import ray_cpu
+
+    with ray_cpu.cluster(2):
+        run(job("sentence", distributed_executor_backend=ray_cpu.CPURayExecutor, **size), references)
+        engines.shutdown()
+
+
+def counters(url: str) -> dict[str, dict[str, float]]:
+    """`skipkv_` samples of a server by the engine they are labelled with."""
+    with urllib.request.urlopen(f"{url}/metrics", timeout=10) as answer:
+        text = answer.read().decode()
+    values: dict[str, dict[str, float]] = {}
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            if sample.name.startswith("skipkv_"):
+                values.setdefault(sample.labels["engine"], {})[sample.name] = sample.value
+    return values
+
+
+def test_data_parallelism(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two replicas behind one address: each keeps its own requests within the budget and counts for itself."""
+    for name in ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_LOGGING_LEVEL"):
+        monkeypatch.delenv(name, raising=False)
+    traces = tmp_path / "traces"
+    arguments = (
+        "--data-parallel-size 2 --served-model-name tiny --kv-policy skipkv --kv-budget 224 --kv-buffer 64 "
+        "--max-model-len 2048 --max-num-seqs 8 --dtype float32 --enforce-eager --block-size 32 "
+        f"--kv-trace-dir {traces} --kv-check-integrity"
+    ).split()
+    with serve(bundled_model(), arguments, port=free_port(), log=tmp_path / "log") as url:
+        assert set(counters(url)) == {"0", "1"}
+        client = OpenAI(base_url=f"{url}/v1", api_key="none", timeout=300)
+        told = []
+        for rank in (0, 1, 1):
+            answer = client.completions.create(
+                model="tiny",
+                prompt=engines.demo_prompts(1)[0],
+                max_tokens=400,
+                temperature=0,
+                extra_body={"ignore_eos": True},
+                extra_headers={"X-data-parallel-rank": str(rank)},
+            )
+            told.append((answer.choices[0].text, answer.kv_transfer_params["skipkv"]["compactions"]))
+        time.sleep(1)
+        after = counters(url)
+    compactions = told[0][1]
+    assert compactions >= 3
+    assert told == [told[0]] * 3
+    assert [after[rank]["skipkv_compactions_total"] for rank in ("0", "1")] == [compactions, 2 * compactions]
+    found = [Trace.load(path) for path in traces.glob("*.safetensors")]
+    assert [len(trace.kept) for trace in found] == [compactions] * 3

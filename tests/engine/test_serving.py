@@ -1,0 +1,142 @@
+"""Admission, preemption and prefix caching on the real engine, each answer equal to the Hugging Face reference."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests import engines
+from tests.comparison import check
+from tests.engines import PAGE, Job, Sample
+
+if TYPE_CHECKING:
+    from tests.hf_reference import ReferenceCache
+
+# 39 pages that requests can use; a request at the server's bound takes 4, one that keeps everything up to 64.
+POOL = 40
+SMALL = {"kv_budget": 96, "kv_buffer": 32, "num_gpu_blocks_override": POOL}
+CROWD = 14
+NUM_NEW = 400
+
+
+def test_bounded_admission_never_preempts_where_stock_vllm_does(references: ReferenceCache) -> None:
+    prompts = engines.demo_prompts(CROWD)
+    # Stock vLLM starts only if a sequence of `max_model_len` fits.
+    stock = engines.run(Job(prompts, [], NUM_NEW, 1, {"num_gpu_blocks_override": POOL, "max_model_len": 1024}))
+    assert sum(stock.num_preemptions) > 0, "the pool is too large to show anything"
+    job = Job(prompts, ["skipkv", "rkv"] * (CROWD // 2), NUM_NEW, 1, SMALL)
+
+    outcome = engines.run(job)
+
+    assert outcome.num_preemptions == [0] * CROWD
+    most = (POOL - 1) // 4
+    reached = next(i for i, load in enumerate(outcome.load) if load.num_running == most)
+    crowded = [load.num_running for load in outcome.load[reached:] if load.num_waiting]
+    assert len(crowded) > NUM_NEW // 2
+    # A place that was given up in one step is filled in the next.
+    assert set(crowded) == {most}
+    assert max(load.num_pages for load in outcome.load) > (POOL - 1) * 0.9
+    check(job, outcome, references, min_compactions=9)
+
+
+def test_every_request_counts_with_what_it_may_hold(references: ReferenceCache) -> None:
+    """Requests with other budgets, with everything kept and with a long prompt run side by side."""
+    prompts = [*engines.demo_prompts(6), *engines.demo_prompts(1, at_least=250)]
+    policies = ["full", "skipkv", "full", "rkv", "skipkv", "streaming_llm", "rkv"]
+    budgets = [None, 200, None, None, 160, None, None]
+    job = Job(prompts, policies, 300, 2, SMALL, budgets=budgets)
+
+    outcome = engines.run(job)
+
+    assert outcome.num_preemptions == [0] * len(prompts)
+    # 11 pages each keep everything of 351 tokens; then 8, 4, 6, 4 and, for the long prompt, more than 9.
+    alone = [s for s in outcome.samples if s.request == 2 and s.num_logical > 340]
+    assert max(s.num_pages for s in alone) == 11
+    assert outcome.skipped == {"prompt_exceeds_budget": 1}
+    check(job, outcome, references, min_compactions=1)
+
+
+@pytest.mark.parametrize(
+    ("options", "num_prompt", "max_tokens", "message"),
+    [
+        ({"kv_policy": "full"}, 48, 1300, r"prompt of 48 \+ max_tokens=1300\); set max_tokens to at most 1200"),
+        ({"kv_policy": "full"}, 1400, 10, "shorten the prompt, or use kv_policy='skipkv'"),
+        ({"kv_budget": 1500}, 48, 1900, r"kv_budget=1500\); set kv_budget to at most 1216"),
+        ({}, 1300, 700, "protected and raises its bound to 1340.*at most 1208 tokens"),
+    ],
+)
+def test_a_request_that_could_never_be_finished_is_refused(options, num_prompt, max_tokens, message) -> None:
+    from vllm import SamplingParams
+    from vllm.exceptions import VLLMValidationError
+
+    llm = engines.engine(**SMALL)
+    params = SamplingParams(max_tokens=max_tokens, extra_args=options)
+    with pytest.raises(VLLMValidationError, match=message) as refused:
+        llm.generate({"prompt_token_ids": [5] * num_prompt}, params, use_tqdm=False)
+    assert "the KV cache holds 1248" in str(refused.value)
+    # What fits goes through, and the engine is in order.
+    params = SamplingParams(max_tokens=4, extra_args=options if "kv_budget" not in options else None)
+    (output,) = llm.generate({"prompt_token_ids": [5] * 48}, params, use_tqdm=False)
+    assert len(output.outputs[0].token_ids) <= 4
+    engines.assert_pool_empty(llm)
+
+
+def test_a_request_that_slips_through_ends_where_the_pool_does(monkeypatch) -> None:
+    """With data parallelism the API server knows only how large the pools are on average."""
+    from vllm import SamplingParams
+
+    llm = engines.engine(**SMALL)
+    monkeypatch.setattr(llm.llm_engine.vllm_config.cache_config, "num_gpu_blocks", 4 * POOL)
+    params = SamplingParams(max_tokens=1300, ignore_eos=True, extra_args={"kv_policy": "full"})
+    (output,) = llm.generate({"prompt_token_ids": [5] * 48}, params, use_tqdm=False)
+    assert output.outputs[0].finish_reason == "length"
+    assert len(output.outputs[0].token_ids) == 1200
+    engines.assert_pool_empty(llm)
+
+
+def test_a_conversation_hits_the_prefix_cache_after_its_first_turn_was_evicted(references: ReferenceCache) -> None:
+    (first,) = engines.demo_prompts(1, at_least=4 * PAGE)
+    turn = Job([first], ["skipkv"], 300, 1, SMALL)
+    said = engines.run(turn)
+    check(turn, said, references, min_compactions=3)
+
+    # The pool keeps its published pages between the turns, unlike between jobs.
+    text = first + said.tokens[0]
+    again = text + engines.chat_prompt("And what was the first value?")
+    llm = engines.engine(reset=False, **SMALL)
+    outcome = engines.run_on(llm, Job([again], ["skipkv"], 150, 1, SMALL))
+
+    # The first prompt's whole pages are there, and nothing of the answer, whose cache was rewritten.
+    assert outcome.num_cached == [len(first) // PAGE * PAGE]
+    check(Job([again], ["skipkv"], 150, 1, SMALL), outcome, references, min_compactions=2)
+
+
+# ---- forced preemption
+
+TINY = {"kv_budget": 96, "kv_buffer": 32, "kv_admission": "optimistic", "num_gpu_blocks_override": 15}
+
+
+def test_a_preempted_request_resumes_within_its_bound(references: ReferenceCache) -> None:
+    """The first request grows until, one after the other, those behind it lose their pages and start over."""
+    prompts = engines.demo_prompts(5)
+    policies = ["full", "skipkv", "h2o", "rkv", "skipkv"]
+    job = Job(prompts, policies, 330, 2, TINY)
+
+    outcome = engines.run(job)
+
+    assert outcome.num_preemptions[0] == 0
+    assert sum(outcome.num_preemptions) > 3
+    again = [s for s in outcome.samples if s.request and s.num_evicted and _is_replayed(s, outcome.samples)]
+    assert {s.request for s in again} >= {1, 2}, "too few had been compacted when they were preempted"
+    # More text than the bound is computed again; `check` holds every step of it against the bound.
+    assert max(s.num_logical for s in again) > 1.5 * (96 + 32)
+    assert outcome.skipped == {}
+    check(job, outcome, references, min_compactions=5)
+
+
+def _is_replayed(sample: Sample, samples: list[Sample]) -> bool:
+    """Whether the request had computed as many tokens before."""
+    return any(
+        s.request == sample.request and s.step < sample.step and s.num_logical > sample.num_logical for s in samples
+    )

@@ -1,0 +1,257 @@
+"""What a request may hold, the promises made to requests, and the pool that vLLM's start-up check accepts."""
+
+from __future__ import annotations
+
+import functools
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from vllm.v1.core import kv_cache_utils
+from vllm.v1.kv_cache_interface import FullAttentionSpec
+
+from skipkv_vllm.compat.capacity import check_fits_alone, install_pool_check
+from skipkv_vllm.compat.seams import has_policy, policy_config
+from skipkv_vllm.config import CONFIG_KEY, KVPolicyConfig, RequestOptions
+from skipkv_vllm.errors import KVPolicyError
+from skipkv_vllm.scheduler.admission import Demand, Ledger, limits_of, most_tokens
+from skipkv_vllm.scheduler.planner import Limits
+
+PAGE = 16
+CONFIG = KVPolicyConfig(kv_policy="skipkv", kv_budget=96, kv_buffer=32)
+
+
+def ledger(num_pages: int, is_bounded: bool = True) -> Ledger:
+    return Ledger(num_pages, PAGE, is_bounded)
+
+
+# ---- what a request may hold
+
+
+@pytest.mark.parametrize(
+    ("options", "num_prompt", "expected"),
+    [
+        ({}, 40, Limits(96, 32, 8, 40)),
+        ({"kv_budget": 200}, 40, Limits(200, 32, 8, 40)),
+        ({"kv_policy": "rkv"}, 400, Limits(96, 32, 8, 400)),
+        ({"kv_policy": "full"}, 40, None),
+    ],
+)
+def test_limits_follow_the_request(options, num_prompt, expected):
+    assert limits_of(RequestOptions(**options), CONFIG, num_prompt) == expected
+
+
+def test_an_unprotected_prompt_does_not_raise_the_limits():
+    config = CONFIG.model_copy(update={"kv_protect_prompt": False})
+    assert limits_of(RequestOptions(), config, 400) == Limits(96, 32, 8, 0)
+
+
+def test_a_request_holds_its_bound_or_its_whole_text():
+    limits = Limits(96, 32, 8, 0)
+    assert [most_tokens(limits, longest) for longest in (100, 128, 4000)] == [100, 128, 128]
+    assert most_tokens(None, 4000) == 4000
+
+
+# ---- promises
+
+
+def test_as_many_requests_start_as_have_room_at_their_bound():
+    book = ledger(25)
+    for name in "abcd":
+        book.declare(name, Demand(128, 0))
+    admitted = [name for name in "abcd" if book.fits(name, []) and book.admit(name, []) is None]
+    assert admitted == ["a", "b", "c"]
+    assert book.num_promised == 24
+    book.release("b")
+    assert book.fits("d", [])
+
+
+def test_the_last_page_counts_in_full():
+    book = ledger(2)
+    book.declare("fits", Demand(32, 0))
+    book.declare("does not", Demand(33, 0))
+    assert book.fits("fits", [])
+    assert not book.fits("does not", [])
+
+
+def test_a_protected_prompt_in_the_cache_is_promised_once():
+    book = ledger(16)
+    prompt = [1, 2, 3, 4, 5, 6]
+    for name in "abc":
+        book.declare(name, Demand(10 * PAGE, 6))
+    book.admit("a", prompt)
+    assert book.num_promised == 10
+    # 4 pages of its own, and the shared ones are there.
+    assert book.fits("b", prompt)
+    assert not book.fits("b", [])
+    book.admit("b", prompt)
+    assert book.num_promised == 14
+    assert not book.fits("c", prompt)
+    # The pages stay promised while one of their holders runs.
+    book.release("a")
+    assert book.num_promised == 10
+    book.release("b")
+    assert book.num_promised == 0
+
+
+def test_cached_pages_that_may_be_rewritten_count_for_each_request():
+    book = ledger(16)
+    for name in "ab":
+        book.declare(name, Demand(10 * PAGE, 0))
+    book.admit("a", [1, 2, 3])
+    assert book.num_promised == 10
+    assert not book.fits("b", [1, 2, 3])
+
+
+def test_optimistic_admission_promises_without_looking():
+    book = ledger(4, is_bounded=False)
+    for name in "ab":
+        book.declare(name, Demand(3 * PAGE, 0))
+        assert book.fits(name, [])
+        book.admit(name, [])
+    assert book.num_promised == 6
+    book.check_integrity({"a": 1, "b": 3})
+
+
+def test_a_request_that_leaves_while_it_waits_was_promised_nothing():
+    book = ledger(4)
+    book.declare("a", Demand(PAGE, 0))
+    book.withdraw("a")
+    book.withdraw("a")
+    assert book.num_promised == 0
+
+
+@pytest.mark.parametrize("held", [{"a": 5}, {}, {"a": 4, "b": 1}])
+def test_check_integrity_can_fail(held):
+    book = ledger(10)
+    book.declare("a", Demand(4 * PAGE, 2))
+    book.admit("a", [7, 8])
+    book.check_integrity({"a": 4})
+    with pytest.raises(AssertionError):
+        book.check_integrity(held)
+
+
+@given(
+    num_pages=st.integers(1, 30),
+    steps=st.lists(
+        st.tuples(st.integers(0, 5), st.integers(1, 200), st.integers(0, 6), st.integers(0, 8)), max_size=60
+    ),
+)
+def test_promises_add_up_in_any_order(num_pages, steps):
+    book, admitted = ledger(num_pages), {}
+    for number, num_tokens, num_intact, num_cached in steps:
+        name = f"r{number}"
+        if name in admitted:
+            book.withdraw(name)
+            del admitted[name]
+        else:
+            cached = list(range(min(num_cached, (num_tokens - 1) // PAGE)))
+            book.declare(name, Demand(num_tokens, num_intact))
+            if book.fits(name, cached):
+                book.admit(name, cached)
+                admitted[name] = -(-num_tokens // PAGE)
+        book.check_integrity(admitted)
+    for name in admitted:
+        book.withdraw(name)
+    assert book.num_promised == 0
+
+
+# ---- vLLM's start-up check
+
+
+@pytest.fixture
+def vllm_config():
+    """As much of vLLM's configuration as its own memory estimate reads."""
+    return SimpleNamespace(
+        model_config=SimpleNamespace(max_model_len=2048),
+        parallel_config=SimpleNamespace(
+            decode_context_parallel_size=1, prefill_context_parallel_size=1, data_parallel_size=1
+        ),
+        cache_config=SimpleNamespace(block_size=PAGE, num_gpu_blocks=40),
+        additional_config={CONFIG_KEY: CONFIG.model_dump()},
+    )
+
+
+def check_pool(vllm_config, num_pages):
+    """Run vLLM's check, as patched, with a pool of pages that requests can use."""
+    install_pool_check(has_policy, policy_config)
+    spec = FullAttentionSpec(block_size=PAGE, num_kv_heads=2, head_size=32, dtype=torch.float32)
+    needed = functools.partial(lambda config: spec.max_memory_usage_bytes(config), vllm_config)
+    available = num_pages * spec.page_size_bytes
+    kv_cache_utils._check_enough_kv_cache_memory(available, needed, 2048, lambda memory: 77)
+
+
+def test_a_pool_smaller_than_the_longest_sequence_is_accepted_if_the_bound_fits(vllm_config):
+    check_pool(vllm_config, 8)
+    assert vllm_config.model_config.max_model_len == 2048
+
+
+def test_a_pool_smaller_than_the_bound_is_refused_with_the_remedy(vllm_config):
+    with pytest.raises(KVPolicyError, match=r"--kv-budget 96 \+ --kv-buffer 32: .* up to 128 tokens.*Lower"):
+        check_pool(vllm_config, 7)
+    assert vllm_config.model_config.max_model_len == 2048
+
+
+def test_a_short_longest_sequence_needs_no_more_than_that(vllm_config):
+    vllm_config.model_config.max_model_len = 64
+    check_pool(vllm_config, 4)
+
+
+def test_without_a_policy_vllm_decides_as_always(vllm_config):
+    vllm_config.additional_config = {}
+    with pytest.raises(ValueError, match="max seq len"):
+        check_pool(vllm_config, 127)
+    check_pool(vllm_config, 128)
+
+
+# ---- one request and the pool
+
+
+def request(num_prompt: int, max_tokens: int, resumable: bool = False, **options) -> SimpleNamespace:
+    params = SimpleNamespace(max_tokens=max_tokens, extra_args=options)
+    return SimpleNamespace(
+        sampling_params=params, prompt_token_ids=[1] * num_prompt, prompt_embeds=None, resumable=resumable
+    )
+
+
+@pytest.mark.parametrize(
+    "good",
+    [
+        request(20, 2000),
+        request(20, 604, kv_policy="full"),
+        request(20, 100, kv_budget=2000),
+        request(584, 1400),
+    ],
+)
+def test_a_request_that_fits_the_pool_alone_is_accepted(vllm_config, good):
+    check_fits_alone(vllm_config, CONFIG, good)
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (request(20, 605, kv_policy="full"), "max_tokens=605.; set max_tokens to at most 604, or use kv_policy='skip"),
+        (request(700, 1, kv_policy="full"), "shorten the prompt, or use kv_policy='skipkv'"),
+        (request(20, 2000, kv_budget=593), "kv_budget=593.; set kv_budget to at most 592"),
+        (request(585, 1400), "raises its bound to 625.; shorten it to at most 584 tokens"),
+        (request(20, 20, resumable=True), "send its input as separate requests"),
+    ],
+)
+def test_a_request_that_could_outgrow_the_pool_is_refused_with_the_remedy(vllm_config, bad, message):
+    with pytest.raises(KVPolicyError, match=message) as refused:
+        check_fits_alone(vllm_config, CONFIG, bad)
+    assert "KV cache holds 624" in str(refused.value)
+
+
+def test_with_data_parallelism_the_pool_of_one_engine_counts(vllm_config):
+    vllm_config.cache_config.num_gpu_blocks = 80
+    vllm_config.parallel_config.data_parallel_size = 2
+    with pytest.raises(KVPolicyError, match="holds 624"):
+        check_fits_alone(vllm_config, CONFIG, request(20, 605, kv_policy="full"))
+
+
+def test_before_the_pool_is_known_nothing_is_refused(vllm_config):
+    vllm_config.cache_config.num_gpu_blocks = None
+    check_fits_alone(vllm_config, CONFIG, request(20, 2000, kv_policy="full"))

@@ -1,0 +1,157 @@
+"""Ranks that share a model keep what one worker would keep: a pipeline of two stages, each two ranks wide."""
+
+from __future__ import annotations
+
+import multiprocessing
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from skipkv_vllm.config import KVPolicyConfig
+from skipkv_vllm.ops.paging import Layout, PagedCache
+from skipkv_vllm.policies import Need
+from skipkv_vllm.scheduler.planner import Compaction
+from skipkv_vllm.sentences import SentenceTables
+from skipkv_vllm.sentences.tracker import SentenceTracker, TrackedTokens
+from skipkv_vllm.worker.attention_mass import AttentionMass
+from skipkv_vllm.worker.compaction import Compactor, Job, Managed
+from skipkv_vllm.worker.queries import QueryRing
+from skipkv_vllm.worker.ranks import ALONE, Ranks
+
+LAYERS, HEADS, GROUP, DIM, HIDDEN = 4, 4, 2, 8, 6
+STAGES, WIDTH = 2, 2
+PAGE, WINDOW = 4, 4
+LENGTHS, KEEP = (48, 43), (20, 24)
+DOT = 9
+TABLES = SentenceTables(frozenset({DOT}), ((8,),), True, "max")
+CASES = [("random", "head"), ("rkv", "head"), ("skipkv", "head"), ("rkv", "sentence"), ("skipkv", "sentence")]
+CPU = torch.device("cpu")
+
+
+class FakeAttention:
+    def forward(self, layer: object, query: Tensor) -> Tensor:
+        return query
+
+
+def kept(policy: str, granularity: str, layers: slice, heads: slice, ranks: Ranks, *, is_last: bool) -> list[Tensor]:
+    """Positions that a worker with these layers and heads keeps of two requests, each `[layers, H, keep]`."""
+    generator = torch.Generator().manual_seed(7)
+
+    def whole(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    config = KVPolicyConfig(
+        kv_policy=policy, kv_budget=16, kv_window=WINDOW, kv_granularity=granularity, kv_protect_prompt=False
+    )
+    needs = config.needs
+    blocks = [-(-length // PAGE) for length in LENGTHS]
+    cells, total = whole(LAYERS, 1 + sum(blocks), HEADS, PAGE, 2 * DIM), sum(LENGTHS)
+    queries = whole(LAYERS, total, HEADS, GROUP, DIM)[layers, :, heads].flatten(2, 3)
+    topics, noise = whole(3, HIDDEN), 0.05 * whole(total, HIDDEN)
+    caches = [cell.contiguous() for cell in cells[layers, :, heads]]
+    num_layers, num_heads = len(caches), caches[0].shape[1]
+    counts = np.array(LENGTHS, dtype=np.int64)
+    ring = tracker = None
+    if needs & Need.QUERIES:
+        ring = QueryRing(
+            num_layers=num_layers,
+            num_slots=2,
+            window=WINDOW,
+            num_heads=num_heads * GROUP,
+            head_size=DIM,
+            max_tokens=total,
+            dtype=torch.float32,
+            device=CPU,
+        )
+        ring.prepare(np.array([0, 1]), counts, np.zeros(2, dtype=np.int64), total)
+        for i in range(num_layers):
+            impl = FakeAttention()
+            ring.attach(i, impl)
+            impl.forward(None, queries[i])
+    if needs & Need.SENTENCES and is_last:
+        size = HIDDEN if needs & Need.HIDDEN else 0
+        tracker = SentenceTracker(
+            TABLES,
+            config.policy.sentence_options,
+            num_slots=2,
+            max_length=64,
+            hidden_size=size,
+            vocab_size=16,
+            dtype=torch.float32,
+            device=CPU,
+        )
+        # Sentences of five tokens; every third one says the same, in other words.
+        place = torch.arange(total)
+        tokens = torch.where(place % 5 == 4, DOT, 1)
+        spans = torch.tensor([[0, 1], [0, LENGTHS[0]], LENGTHS, [0, 0]])
+        for slot in (0, 1):
+            tracker.reset(slot, 0)
+        tracker.update(TrackedTokens(tokens, spans, total, topics[place // 5 % 3] + noise if size else None))
+    compactor = Compactor(config, PagedCache.of(caches, Layout.ROWS), PAGE, ring, tracker, AttentionMass(), ranks)
+    jobs, first = [], 1
+    for slot, (length, keep, number) in enumerate(zip(LENGTHS, KEEP, blocks, strict=True)):
+        pages = list(range(first, first + number))
+        first += number
+        order = Compaction(str(slot), length, length, keep, pages, pages[: keep // PAGE], 0)
+        jobs.append(Job(order, Managed(slot, config.policy, needs, 0)))
+    compactor.run(jobs)
+    result = []
+    for order, _ in jobs:
+        placed = torch.tensor([[order.num_keep], [0]])
+        held = compactor.positions.read(compactor.table([order.target_pages]), order.num_keep, *placed)[0]
+        result.append(held.sort(dim=-1).values)
+    return result
+
+
+def one_rank(rank: int, folder: str) -> None:
+    """A worker in a process of its own: run all cases and leave what it kept in a file."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=STAGES * WIDTH)
+    stage, place = divmod(rank, WIDTH)
+    layers, heads = LAYERS // STAGES, HEADS // WIDTH
+    ranks = Ranks(LAYERS * HEADS, stage * layers, place * heads, STAGES, dist.group.WORLD, (STAGES - 1) * WIDTH)
+    where = slice(stage * layers, (stage + 1) * layers), slice(place * heads, (place + 1) * heads)
+    results = [kept(*case, *where, ranks, is_last=stage == STAGES - 1) for case in CASES]
+    torch.save(results, Path(folder, f"{rank}.pt"))
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def by_rank(tmp_path_factory: pytest.TempPathFactory) -> list[list[list[Tensor]]]:
+    """What every rank kept, by rank and case."""
+    folder = str(tmp_path_factory.mktemp("ranks"))
+    spawn = multiprocessing.get_context("spawn")
+    processes = [spawn.Process(target=one_rank, args=(rank, folder)) for rank in range(STAGES * WIDTH)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(timeout=120)
+        process.kill()
+    assert [process.exitcode for process in processes] == [0] * len(processes)
+    return [torch.load(Path(folder, f"{rank}.pt")) for rank in range(STAGES * WIDTH)]
+
+
+@pytest.mark.parametrize("case", CASES, ids="-".join)
+def test_ranks_keep_what_one_worker_keeps(case: tuple[str, str], by_rank: list[list[list[Tensor]]]) -> None:
+    alone = kept(*case, slice(None), slice(None), ALONE, is_last=True)
+    number = CASES.index(case)
+    for request, expected in enumerate(alone):
+        stages = [
+            torch.cat([by_rank[stage * WIDTH + place][number][request] for place in range(WIDTH)], dim=1)
+            for stage in range(STAGES)
+        ]
+        assert torch.equal(torch.cat(stages), expected)
+        rows = expected.flatten(0, 1).unique(dim=0)
+        # If heads chose alike by themselves the test could not tell one rank's choice from another's.
+        assert len(rows) == 1 if case[1] == "sentence" else len(rows) > LAYERS * HEADS / 2
+
+
+def test_sentence_penalties_decide() -> None:
+    """What the last stage tells matters: without repeats other tokens would stay."""
+    assert not torch.equal(
+        *(kept(policy, "sentence", slice(None), slice(None), ALONE, is_last=True)[0] for policy in ("skipkv", "rkv"))
+    )
