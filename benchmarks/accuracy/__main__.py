@@ -40,10 +40,10 @@ TINY_ENGINE = {
 }
 TINY_OUT = Path("build/eval/tiny")
 
-# Shown are two strengths chosen on dev problems: the weakest of these that shortens answers by 15 % when it is dynamic,
-# and the published one.
-ALPHA0 = (0.25, 0.5, 0.6, 0.7, 0.8, 1.0, 1.5, 2.0)
-SHOWN = (0.5, 1.0)
+# Shown are the published strength and a weak one. Of 200 dev problems dynamic steering with and without eviction lost
+# none at 0.4 and 0.45; at 0.5 and 0.55 eviction lost one and six.
+ALPHA0 = (0.25, 0.45, 0.5, 0.6, 0.7, 0.8, 1.0, 1.5, 2.0)
+SHOWN = (0.45, 1.0)
 STEERING_OUT = Path("build/eval/steering")
 
 
