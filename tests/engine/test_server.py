@@ -38,7 +38,8 @@ def server(tmp_path_factory):
     """A compiled server (vLLM's default), URL and folder."""
     folder = tmp_path_factory.mktemp("server")
     values = torch.randn(128, generator=torch.Generator().manual_seed(7))
-    vector = SteeringVector(values=80 * values / values.norm(), layer=2, num_layers=4, base_model="tiny", method="random")
+    values *= 80 / values.norm()
+    vector = SteeringVector(values=values, layer=2, num_layers=4, base_model="tiny", method="random")
     vector.save(folder / "random.safetensors")
     arguments = (
         f"--served-model-name tiny --kv-policy skipkv --kv-budget {BUDGET} --kv-buffer {BUFFER} --block-size {PAGE} "
