@@ -72,8 +72,7 @@ def run(one: Job, references: ReferenceCache) -> Outcome:
 
 
 @pytest.mark.parametrize("is_async", [False, True], ids=["sync", "async"])
-@pytest.mark.parametrize("width", [1, 2])
-def test_tensor_parallelism(width: int, is_async: bool, references: ReferenceCache) -> None:
+def test_tensor_parallelism(is_async: bool, references: ReferenceCache) -> None:
     """Prefix caching on and off, prefill in chunks and whole."""
     combinations = list(itertools.product([True, False], [True, False]))
     # Each granularity meets either value of every switch.
@@ -81,11 +80,11 @@ def test_tensor_parallelism(width: int, is_async: bool, references: ReferenceCac
     for (is_cached, is_chunked), granularity in zip(combinations, granularities, strict=True):
         print(f"prefix caching {is_cached}, chunked prefill {is_chunked}, {granularity}:")
         switches = CACHED[is_cached] | CHUNKED[is_chunked] | {"async_scheduling": is_async}
-        one = job(granularity, tensor_parallel_size=width, **switches)
+        one = job(granularity, **TENSOR, **switches)
         outcome = run(one, references)
         config = engines.scheduler_of(engines.engine(**one.arguments)).vllm_config
         assert config.scheduler_config.async_scheduling == is_async
-        assert config.parallel_config.world_size == width
+        assert config.parallel_config.world_size == 2
         assert outcome.num_cached[-1] >= 4 * PAGE if is_cached else outcome.num_cached[-1] == 0
 
 
