@@ -79,6 +79,7 @@ def test_a_compaction_that_finds_no_page_for_a_shared_one_preempts(
 
     assert outcome.num_cached[2] >= 4 * PAGE
     assert refused
+    # Only the newest pays, and may pay again while the pool is full.
     assert outcome.num_preemptions[:2] == [0, 0]
-    assert outcome.num_preemptions[2] >= 1
+    assert outcome.num_preemptions[2] > 0
     check(shared, outcome, references, min_compactions=1)
