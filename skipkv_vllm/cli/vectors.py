@@ -67,7 +67,7 @@ def extract_vector(
     options = command.Options(
         model=model,
         out=out,
-        layer=None if layer == command.AUTO else _numbers("--layer", layer, int)[0],
+        layer=None if layer == command.AUTO else _layer(layer),
         traces=traces,
         dataset=dataset,
         problems=problems,
@@ -115,6 +115,13 @@ def import_vector(
     vector = imports.import_vector(file, open_checkpoint(model), layer, sign)  # type: ignore[arg-type]
     vector.save(out)
     typer.echo(f"wrote {out}: layer {vector.layer} of {vector.num_layers}, norm {vector.norm:.4g}; {vector.method}")
+
+
+def _layer(text: str) -> int:
+    numbers = _numbers("--layer", text, int)
+    if len(numbers) > 1:
+        raise KVPolicyError(f"--layer {text!r} names several layers; name one, or --layer auto --layers {text}")
+    return numbers[0]
 
 
 def _numbers(flag: str, text: str, kind: type[N]) -> list[N]:

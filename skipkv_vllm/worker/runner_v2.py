@@ -63,6 +63,11 @@ class EvictingRunnerV2(_Base):
             self.runtime.finish_forward(state.input_batch.input_ids, state.hidden_states)
         return output
 
+    def capture_model(self, *args: Any, **kwargs: Any) -> Any:
+        # Warm-up ran steps without requests; what they need not do must be in the graphs all the same.
+        self.runtime.prepare_dummy()
+        return super().capture_model(*args, **kwargs)
+
     def num_evicted_tokens(self, input_batch: Any) -> np.ndarray | None:
         """Get ready for the forward pass; int32 `[R]` tokens that each request no longer holds, or None."""
         evicted = self._prepare(input_batch)
