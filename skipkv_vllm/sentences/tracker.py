@@ -151,21 +151,18 @@ class SentenceTracker:
         self._compare(torch.tensor([slot], device=self._count.device))
         return SentenceState(self._first[slot], self._ends[slot], self._penalties[slot])
 
-    def penalties(self, slots: Tensor, positions: Tensor, length: int) -> Tensor:
-        """Penalties of tokens of R requests, brought up to date: float32, of the positions' shape.
+    def penalties(self, slots: Tensor, length: int) -> Tensor:
+        """Penalties of R requests by position, brought up to date: float32 `[R, length]`.
 
         Args:
             slots: integer `[R]`.
-            positions: int32 `[R, ...]`; what lies past a request's tokens may be any number from 0.
             length: logical length of the longest of the requests.
         """
         rows = slots.long()
         self._compare(rows)
-        # Every position once: there are many times as many tokens as positions, one a layer and head.
         each = self._order[:length].repeat(len(rows), 1)
         number = torch.searchsorted(self._ends[rows], each)
-        by_position = torch.where(each >= self._first_of[rows, None], self._penalties[rows].gather(1, number), 0.0)
-        return by_position.gather(1, positions.flatten(1).clamp(max=length - 1).long()).view(positions.shape)
+        return torch.where(each >= self._first_of[rows, None], self._penalties[rows].gather(1, number), 0.0)
 
     def _compare(self, slots: Tensor) -> None:
         """Compare the sentences that were closed since the last time with the earlier ones."""

@@ -66,6 +66,11 @@ class _Batch(NamedTuple):
     positions: Tensor
     sentences: Tensor | None = None
 
+    @property
+    def longest(self) -> int:
+        """Logical length of the longest request."""
+        return max(order.num_logical for order, _ in self.jobs)
+
 
 class Moves(NamedTuple):
     """Move lists of R requests, as `select_keep` gives them."""
@@ -198,11 +203,10 @@ class Compactor:
         Returns:
             float32 `[2, R, longest]` by logical position.
         """
-        longest = max(order.num_logical for order, _ in batch.jobs)
-        said = torch.zeros(2, len(batch.jobs), longest, dtype=torch.float32, device=self.device)
+        said = torch.zeros(2, len(batch.jobs), batch.longest, dtype=torch.float32, device=self.device)
         if self._tracker is not None:
-            order = torch.arange(longest, dtype=torch.int32, device=self.device)
-            said[0] = self._tracker.penalties(batch.slot, order.expand(len(batch.jobs), -1), longest)
+            order = torch.arange(batch.longest, dtype=torch.int32, device=self.device)
+            said[0] = self._tracker.penalties(batch.slot, batch.longest)
             for r, (_, request) in enumerate(batch.jobs):
                 said[1, r] = self._tracker.state(request.slot).sentence_of(order)
         return self._ranks.from_last_stage(said)
@@ -211,11 +215,12 @@ class Compactor:
         """float32, of the shape of `batch.positions`."""
         if batch.sentences is None:
             assert self._tracker is not None
-            length = max(order.num_logical for order, _ in batch.jobs)
-            return self._tracker.penalties(batch.slot, batch.positions, length)
+            by_position = self._tracker.penalties(batch.slot, batch.longest)
+        else:
+            by_position = batch.sentences[0]
         # What lies past a shorter request's tokens means nothing, but must lie within the table.
-        flat = batch.positions.flatten(1).long().clamp(0, batch.sentences.shape[-1] - 1)
-        return batch.sentences[0].gather(1, flat).view(batch.positions.shape)
+        flat = batch.positions.flatten(1).clamp(0, batch.longest - 1).long()
+        return by_position.gather(1, flat).view(batch.positions.shape)
 
     def _numbers(self, batch: _Batch, r: int, positions: Tensor) -> Tensor:
         """Sentence numbers, int64, of positions of one request."""

@@ -45,6 +45,53 @@ class Evicted(NamedTuple):
     device: Tensor
 
 
+class RowSpans:
+    """Where the tokens of some requests of a batch lie, of each request from its first position on.
+
+    Args:
+        rows: int64 `[K]` rows of the requests in the batch, ascending.
+        slots: int64 `[K]` their state slots.
+        firsts: int64 `[K]` their first positions.
+        device: where the model runs.
+    """
+
+    def __init__(self, rows: np.ndarray, slots: np.ndarray, firsts: np.ndarray, device: torch.device) -> None:
+        self.rows, self._firsts, self._device = rows, firsts, device
+        self._begun = False
+        # Spans of a step that only decodes: all but the positions stay the same.
+        self._spans = np.ones((4, len(rows)), dtype=np.int64)
+        self._spans[0], self._spans[1] = slots, rows
+        self._shared_spans = torch.from_numpy(self._spans)
+
+    def of(self, batch: StepBatch) -> tuple[Tensor, int]:
+        """The spans of a step: int64 `[4, <= K]` on the device (state slot, first token in the step, number of tokens,
+        position of the first token), and how many tokens they have."""
+        if not batch.only_decodes or not self._has_begun(batch.starts):
+            return self._mixed(batch)
+        self._spans[3] = batch.starts if len(self.rows) == len(batch.starts) else batch.starts[self.rows]
+        on_device = self._shared_spans if self._device.type == "cpu" else self._to_device(self._spans)
+        return on_device, len(self.rows)
+
+    def _has_begun(self, starts: np.ndarray) -> bool:
+        """Whether every request is past its first position, which then stays so."""
+        if not self._begun:
+            self._begun = bool((starts[self.rows] >= self._firsts).all())
+        return self._begun
+
+    def _mixed(self, batch: StepBatch) -> tuple[Tensor, int]:
+        starts, counts = batch.starts[self.rows], batch.counts[self.rows]
+        # np.clip takes several times as long for the few requests of a step.
+        skipped = np.minimum(np.maximum(self._firsts - starts, 0), counts)
+        fresh, ends = counts - skipped, batch.counts.cumsum()[self.rows]
+        spans = np.array([self._spans[0], ends - fresh, fresh, starts + skipped], dtype=np.int64)
+        if not fresh.all():
+            spans = spans[:, fresh > 0]
+        return self._to_device(spans), int(fresh.sum())
+
+    def _to_device(self, spans: np.ndarray) -> Tensor:
+        return to_device(spans, torch.int64, self._device)
+
+
 class BatchRows:
     """What is known of the requests of a batch, by row.
 
@@ -68,40 +115,6 @@ class BatchRows:
     ) -> None:
         self.request_ids = request_ids
         self.observed_slots = np.where(observed, slots, -1)
-        self.evicted: Evicted | None = None
-        if evicted.any():
-            self.evicted = Evicted(evicted, to_device(evicted, torch.int32, device))
-        self._slots, self._first_tracked, self._device = slots, first_tracked, device
-        self._tracked = np.flatnonzero(first_tracked < NEVER)
-        self._all_tracked = len(self._tracked) == len(slots)
-        self._begun = False
-        # Spans of a step that only decodes: all but the positions stay the same.
-        self._spans = np.ones((4, len(self._tracked)), dtype=np.int64)
-        self._spans[0], self._spans[1] = slots[self._tracked], self._tracked
-        self._shared_spans = torch.from_numpy(self._spans)
-
-    def spans(self, batch: StepBatch) -> tuple[Tensor, int]:
-        """The tokens of a step that belong to sentences: `TrackedTokens.spans` on the device, and their number."""
-        if not batch.only_decodes or not self._has_begun(batch.starts):
-            return self._mixed_spans(batch)
-        self._spans[3] = batch.starts if self._all_tracked else batch.starts[self._tracked]
-        on_device = self._shared_spans if self._device.type == "cpu" else self._to_device(self._spans)
-        return on_device, self._spans.shape[1]
-
-    def _has_begun(self, starts: np.ndarray) -> bool:
-        """Whether every tracked request is past its first tracked position, which then stays so."""
-        if not self._begun:
-            self._begun = bool((starts >= self._first_tracked)[self._tracked].all())
-        return self._begun
-
-    def _mixed_spans(self, batch: StepBatch) -> tuple[Tensor, int]:
-        # np.clip takes several times as long for the few requests of a step.
-        skipped = np.minimum(np.maximum(self._first_tracked - batch.starts, 0), batch.counts)
-        fresh = batch.counts - skipped
-        spans = np.array([self._slots, batch.counts.cumsum() - fresh, fresh, batch.starts + skipped], dtype=np.int64)
-        if not fresh.all():
-            spans = spans[:, fresh > 0]
-        return self._to_device(spans), int(fresh.sum())
-
-    def _to_device(self, spans: np.ndarray) -> Tensor:
-        return to_device(spans, torch.int64, self._device)
+        self.evicted = Evicted(evicted, to_device(evicted, torch.int32, device)) if evicted.any() else None
+        tracked = np.flatnonzero(first_tracked < NEVER)
+        self.tracked = RowSpans(tracked, slots[tracked], first_tracked[tracked], device)

@@ -200,7 +200,7 @@ class EvictionRuntime:
         if self.tracker is None or batch is None:
             return
         assert self._rows is not None
-        spans, num_tokens = self._rows.spans(batch)
+        spans, num_tokens = self._rows.tracked.of(batch)
         if num_tokens:
             self.tracker.update(TrackedTokens(token_ids, spans, num_tokens, hidden))
 

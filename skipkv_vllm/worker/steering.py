@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,9 +21,7 @@ from ..ops.paging import to_device
 from ..steering.controller import SteeredRequest
 from ..steering.tables import ThoughtTables
 from ..steering.vectors import SteeringVector
-
-if TYPE_CHECKING:
-    from .rows import StepBatch
+from .rows import RowSpans, StepBatch
 
 LAYER_INPUTS = ("positions", "hidden_states", "residual")
 """First parameters of a decoder layer that carries the residual stream as a sum of two."""
@@ -99,10 +97,7 @@ class Steering:
         self._written = 0
         # Of the batch before, because most batches are the one before.
         self._request_ids: Sequence[str] | None = None
-        self._members = self._firsts = np.zeros(0, dtype=np.int64)
-        self._all_written = False
-        self._spans = np.zeros((4, 0), dtype=np.int64)
-        self._shared_spans = torch.from_numpy(self._spans)
+        self._steered = self._spans_of(())
 
     @property
     def nbytes(self) -> int:
@@ -170,22 +165,15 @@ class Steering:
             self._rest()
             return
         if batch.request_ids != self._request_ids:
-            self._new_batch(batch.request_ids)
-        if not self._members.size:
+            self._request_ids = list(batch.request_ids)
+            self._steered = self._spans_of(batch.request_ids)
+        spans, num_tokens = self._steered.of(batch)
+        if not num_tokens:
             self._rest()
             return
-        spans = self._shared_spans
-        total = batch.num_tokens
-        if self._all_written and batch.only_decodes:
-            self._spans[3] = batch.starts[self._members]
-        else:
-            spans = self._uneven_spans(batch)
-            if not spans.shape[1]:
-                self._rest()
-                return
         self._track(
             token_ids,
-            spans if self._device.type == "cpu" else to_device(spans, torch.int64, self._device),
+            spans,
             self._vocabulary,
             self._keywords,
             self._merge,
@@ -196,8 +184,8 @@ class Steering:
             self.row,
             self.coefficient,
         )
-        self._written = total
-        self.is_active = self._row_on_host is None or bool(self._row_on_host[:total].any())
+        self._written = batch.num_tokens
+        self.is_active = self._row_on_host is None or bool(self._row_on_host[: self._written].any())
 
     def prepare_dummy(self) -> None:
         """The coming forward pass has no requests, but a graph may be captured in it."""
@@ -210,25 +198,7 @@ class Steering:
             self._written = 0
         self.is_active = False
 
-    def _new_batch(self, request_ids: Sequence[str]) -> None:
-        self._request_ids = list(request_ids)
+    def _spans_of(self, request_ids: Sequence[str]) -> RowSpans:
         places = [i for i, request_id in enumerate(request_ids) if request_id in self._requests]
-        held = [self._requests[request_ids[i]] for i in places]
-        self._members = np.array(places, dtype=np.int64)
-        self._firsts = np.array([first for _, first in held], dtype=np.int64)
-        slots = [slot for slot, _ in held]
-        # One token a request: the spans of decoding, of which only the positions change.
-        self._spans = np.array([slots, places, [1] * len(places), [0] * len(places)], dtype=np.int64)
-        self._shared_spans = torch.from_numpy(self._spans)
-        self._all_written = False
-
-    def _uneven_spans(self, batch: StepBatch) -> Tensor:
-        """Spans of a step in which some request has several tokens, or tokens of its prompt."""
-        members = self._members
-        counts, starts = batch.counts[members], batch.starts[members]
-        skipped = np.minimum(np.maximum(self._firsts - starts, 0), counts)
-        begins = (batch.counts.cumsum() - batch.counts)[members] + skipped
-        fresh = counts - skipped
-        self._all_written = bool((starts + counts >= self._firsts).all())
-        spans = np.array([self._spans[0], begins, fresh, starts + skipped])
-        return torch.from_numpy(spans[:, fresh > 0])
+        held = np.array([self._requests[request_ids[i]] for i in places], dtype=np.int64).reshape(-1, 2)
+        return RowSpans(np.array(places, dtype=np.int64), held[:, 0], held[:, 1], self._device)
