@@ -10,6 +10,8 @@ import torch
 
 from skipkv_vllm.ops import KEYWORD_SHIFT, STATE, THOUGHT, batched
 
+from .token_steps import token_step
+
 VOCABULARY = 24
 STATES, CLASSES = 5, 4
 
@@ -40,21 +42,11 @@ def check_thoughts(module: ModuleType | Any, seed: int, device: str = "cpu", ste
     ]
     position, written = [draw.randint(0, 300) for _ in range(slots)], 0
     for _ in range(steps):
-        chosen = draw.sample(range(slots), draw.randint(1, slots))
-        spans, begin = [], 0
-        for slot in chosen:
-            begin += draw.randint(0, 3)  # tokens of others
-            number = draw.choice((1, 1, 2, 7, 40, 130))
-            spans.append((slot, begin, number, position[slot]))
-            position[slot] += number
-            begin += number
-        ids = torch.randint(VOCABULARY, (begin + 2,), generator=generator)
-        ids = ids.to(draw.choice((torch.int32, torch.int64)))
-        table = torch.tensor(spans).T.contiguous()
+        ids, table, end = token_step(draw, generator, position, VOCABULARY)
         for backend, where, *buffers in sides:
             inputs = (t.to(where) for t in (ids, table, vocabulary, keywords))
             backend.track_thoughts(*inputs, merge, interval, strengths.to(where), buffers[0], written, *buffers[1:])
-        written = begin
+        written = end
         wanted, got = sides[0][2:], [each.cpu() for each in sides[1][2:]]
         assert torch.equal(got[0], wanted[0])
         assert torch.equal(got[1], wanted[1])

@@ -10,6 +10,8 @@ import torch
 
 from skipkv_vllm.ops import batched
 
+from .token_steps import token_step
+
 VOCABULARY = 20
 
 
@@ -35,21 +37,11 @@ def check_tracking(module: ModuleType | Any, seed: int, device: str = "cpu", ste
     ]
     position = [draw.randint(0, 50) for _ in range(slots)]
     for _ in range(steps):
-        chosen = draw.sample(range(slots), draw.randint(1, slots))
-        spans, begin = [], 0
-        for slot in chosen:
-            begin += draw.randint(0, 3)  # tokens that nobody tracks
-            number = draw.choice((1, 1, 2, 7, 40, 130))
-            spans.append((slot, begin, number, position[slot]))
-            position[slot] += number
-            begin += number
-        ids = torch.randint(VOCABULARY, (begin + 2,), generator=generator)
-        ids = ids.to(draw.choice((torch.int32, torch.int64)))
-        hidden = torch.randn(begin + 2, width + 3, generator=generator)[:, 1:-2].to(dtype) if embeds else None
-        table = torch.tensor(spans).T.contiguous()
+        ids, table, _ = token_step(draw, generator, position, VOCABULARY)
+        hidden = torch.randn(len(ids), width + 3, generator=generator)[:, 1:-2].to(dtype) if embeds else None
         for backend, state in ((batched, states[0]), (module, states[1])):
             where = state[0].device
-            moved = (None if hidden is None else hidden.to(where), table.to(where), sum(span[2] for span in spans))
+            moved = (None if hidden is None else hidden.to(where), table.to(where), int(table[2].sum()))
             backend.track_sentences(ids.to(where), *moved, delimiters.to(where), merge, *state)
         wanted, got = states[0], [each.cpu() for each in states[1]]
         # The last column of the ends and the last row of the embeddings are nobody's.

@@ -41,6 +41,31 @@ inline void check(const Tensor& tensor, const char* name, ScalarType type, std::
   }
 }
 
+// The token ids of a step, whichever integer type the model runner uses.
+class TokenIds {
+ public:
+  explicit TokenIds(const Tensor& ids)
+      : data_(ids.const_data_ptr()), size_(ids.numel()), narrow_(ids.scalar_type() == ScalarType::Int) {
+    STD_TORCH_CHECK(ids.is_cpu() && ids.dim() == 1 && ids.is_contiguous() &&
+                        (narrow_ || ids.scalar_type() == ScalarType::Long),
+                    "skipkv_cpu: token_ids must be contiguous int32 or int64 [tokens] on the CPU");
+  }
+
+  int64_t size() const { return size_; }
+
+  // Token i, which must be one of a vocabulary's.
+  int64_t at(int64_t i, int64_t vocabulary) const {
+    const int64_t id = narrow_ ? static_cast<const int32_t*>(data_)[i] : static_cast<const int64_t*>(data_)[i];
+    STD_TORCH_CHECK(id >= 0 && id < vocabulary, "skipkv_cpu: token id ", id, " of ", vocabulary);
+    return id;
+  }
+
+ private:
+  const void* data_;
+  int64_t size_;
+  bool narrow_;
+};
+
 // Contiguous, or a copy.
 inline Tensor packed(const Tensor& tensor) {
   return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);

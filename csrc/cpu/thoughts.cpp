@@ -21,9 +21,7 @@ constexpr int64_t kStateSize = sizeof(State) / sizeof(int32_t);
 void track_thoughts(const Tensor& token_ids, const Tensor& spans, const Tensor& vocabulary, const Tensor& keywords,
                     bool merge, int64_t interval, const Tensor& strengths, const Tensor& state, int64_t written,
                     const Tensor& row, const Tensor& coefficient) {
-  STD_TORCH_CHECK(token_ids.is_cpu() && token_ids.dim() == 1 && token_ids.is_contiguous() &&
-                      (token_ids.scalar_type() == ScalarType::Int || token_ids.scalar_type() == ScalarType::Long),
-                  "skipkv_cpu: token_ids must be contiguous int32 or int64 [tokens] on the CPU");
+  const TokenIds ids(token_ids);
   check(spans, "spans", ScalarType::Long, {4, -1});
   check(vocabulary, "vocabulary", ScalarType::Int, {-1});
   check(keywords, "keywords", ScalarType::Int, {-1, -1});
@@ -38,9 +36,7 @@ void track_thoughts(const Tensor& token_ids, const Tensor& spans, const Tensor& 
   STD_TORCH_CHECK(interval > 0 && written >= 0 && written <= most, "skipkv_cpu: interval=", interval,
                   " must be positive and written=", written, " at most ", most);
   const Tensor table = packed(spans);
-  const int64_t requests = spans.size(1), tokens = token_ids.size(0);
-  const void* const ids = token_ids.const_data_ptr();
-  const bool narrow = token_ids.scalar_type() == ScalarType::Int;
+  const int64_t requests = spans.size(1), tokens = ids.size();
   const int64_t* const span = table.const_data_ptr<int64_t>();
   const int32_t* const flags_of = vocabulary.const_data_ptr<int32_t>();
   const int32_t* const machine = keywords.const_data_ptr<int32_t>();
@@ -57,9 +53,7 @@ void track_thoughts(const Tensor& token_ids, const Tensor& spans, const Tensor& 
     State& now = reinterpret_cast<State*>(state.mutable_data_ptr<int32_t>())[slot];
     const float* const strength = strengths.const_data_ptr<float>() + slot * 3;
     for (int64_t t = begin; t < begin + number; ++t) {
-      const int64_t id = narrow ? static_cast<const int32_t*>(ids)[t] : static_cast<const int64_t*>(ids)[t];
-      STD_TORCH_CHECK(id >= 0 && id < vocabulary.size(0), "skipkv_cpu: token id ", id, " of ", vocabulary.size(0));
-      const int32_t flags = flags_of[id], column = flags >> kKeywordShift;
+      const int32_t flags = flags_of[ids.at(t, vocabulary.size(0))], column = flags >> kKeywordShift;
       STD_TORCH_CHECK(column >= 0 && column < classes && now.machine >= 0 && now.machine < states,
                       "skipkv_cpu: keywords has no entry for state ", now.machine, " and class ", column);
       const int32_t step = machine[now.machine * classes + column];

@@ -3,23 +3,11 @@
 
 namespace skipkv {
 
-namespace {
-
-// The id of a token, whichever integer type the model runner uses.
-int64_t id_of(const Tensor& ids, const void* data, int64_t i) {
-  return ids.scalar_type() == ScalarType::Int ? static_cast<const int32_t*>(data)[i]
-                                              : static_cast<const int64_t*>(data)[i];
-}
-
-}  // namespace
-
 void track_sentences(const Tensor& token_ids, const std::optional<Tensor>& hidden, const Tensor& spans,
                      int64_t, const Tensor& delimiters, bool merge, const Tensor& ends, const Tensor& count,
                      const Tensor& after_delimiter, const Tensor& open_length, const Tensor& open_sum,
                      const Tensor& embeddings) {
-  STD_TORCH_CHECK(token_ids.is_cpu() && token_ids.dim() == 1 && token_ids.is_contiguous() &&
-                      (token_ids.scalar_type() == ScalarType::Int || token_ids.scalar_type() == ScalarType::Long),
-                  "skipkv_cpu: token_ids must be contiguous int32 or int64 [tokens] on the CPU");
+  const TokenIds ids(token_ids);
   check(spans, "spans", ScalarType::Long, {4, -1});
   check(delimiters, "delimiters", ScalarType::Bool, {-1});
   check(ends, "ends", ScalarType::Int, {-1, -1});
@@ -54,7 +42,6 @@ void track_sentences(const Tensor& token_ids, const std::optional<Tensor>& hidde
   const Tensor table = packed(spans);
   const int64_t requests = spans.size(1), vocabulary = delimiters.size(0), most = ends.size(1) - 1;
   const int64_t* const span = table.const_data_ptr<int64_t>();
-  const void* const ids = token_ids.const_data_ptr();
   const bool* const is_delimiter = delimiters.const_data_ptr<bool>();
   const int64_t unit_row = embeds ? width * static_cast<int64_t>(embeddings.element_size()) : 0;
   const Kernels& kernel = kernels();
@@ -62,7 +49,7 @@ void track_sentences(const Tensor& token_ids, const std::optional<Tensor>& hidde
     const int64_t slot = span[r], begin = span[requests + r], tokens = span[2 * requests + r];
     const int64_t position = span[3 * requests + r];
     STD_TORCH_CHECK(slot >= 0 && slot < num_slots, "skipkv_cpu: slot ", slot, " of ", num_slots);
-    STD_TORCH_CHECK(begin >= 0 && tokens >= 0 && begin + tokens <= token_ids.size(0) &&
+    STD_TORCH_CHECK(begin >= 0 && tokens >= 0 && begin + tokens <= ids.size() &&
                         (!embeds || begin + tokens <= hidden->size(0)),
                     "skipkv_cpu: a span of ", tokens, " tokens from ", begin, " exceeds the step");
     int32_t* const end = ends.mutable_data_ptr<int32_t>() + slot * ends.stride(0);
@@ -71,9 +58,7 @@ void track_sentences(const Tensor& token_ids, const std::optional<Tensor>& hidde
     float length = open_length.const_data_ptr<float>()[slot];
     float* const sum = embeds ? sums + slot * width : nullptr;
     for (int64_t t = 0; t < tokens; ++t) {
-      const int64_t id = id_of(token_ids, ids, begin + t);
-      STD_TORCH_CHECK(id >= 0 && id < vocabulary, "skipkv_cpu: token id ", id, " of ", vocabulary);
-      const bool delimiter = is_delimiter[id], closes = delimiter && !(merge && after);
+      const bool delimiter = is_delimiter[ids.at(begin + t, vocabulary)], closes = delimiter && !(merge && after);
       after = delimiter;
       if (embeds && (closes || !delimiter)) {
         kernel.accumulate(states + (begin + t) * hidden_row, from, sum, width);

@@ -9,6 +9,16 @@
 
 namespace skipkv {
 
+// The token ids of a step, whichever integer type the model runner uses.
+struct TokenIds {
+  const void* data;
+  bool wide;
+
+  __device__ int64_t operator[](int64_t i) const {
+    return wide ? static_cast<const int64_t*>(data)[i] : static_cast<const int*>(data)[i];
+  }
+};
+
 constexpr int kWarp = 32;
 constexpr unsigned kAllLanes = 0xffffffffu;
 

@@ -19,8 +19,7 @@ struct State {
 constexpr int64_t kStateSize = sizeof(State) / sizeof(int);
 
 struct Thoughts {
-  const void* token_ids;
-  bool wide_ids;
+  TokenIds ids;
   const int64_t* spans;
   int64_t requests;
   const int* vocabulary;
@@ -45,9 +44,7 @@ __global__ void __launch_bounds__(kThreads) track(Thoughts s) {
   for (int64_t first = 0; first < number; first += kThreads) {
     const int64_t own = begin + first + thread;
     if (first + thread < number) {
-      const int64_t id = s.wide_ids ? static_cast<const int64_t*>(s.token_ids)[own]
-                                    : static_cast<const int*>(s.token_ids)[own];
-      fetched[thread] = s.vocabulary[id];
+      fetched[thread] = s.vocabulary[s.ids[own]];
     }
     __syncthreads();
     const int count = static_cast<int>(number - first < kThreads ? number - first : kThreads);
@@ -103,7 +100,7 @@ void track_thoughts(const Tensor& token_ids, const Tensor& spans, const Tensor& 
   const cudaStream_t stream = current_stream(state);
   if (written > 0) clear_async(row.mutable_data_ptr(), static_cast<size_t>(written) * sizeof(int), stream);
   launch(track, requests, kThreads, 0, stream,
-         Thoughts{token_ids.const_data_ptr(), wide, data<const int64_t>(table), requests,
+         Thoughts{{token_ids.const_data_ptr(), wide}, data<const int64_t>(table), requests,
                   data<const int>(vocabulary), data<const int>(keywords), static_cast<int>(keywords.size(1)), merge,
                   interval, data<const float>(strengths), static_cast<State*>(state.mutable_data_ptr()),
                   data<int>(row), data<float>(coefficient)});

@@ -11,8 +11,7 @@ constexpr int kWarps = kThreads / kWarp;
 constexpr int kNone = INT32_MAX;
 
 struct Tracking {
-  const void* token_ids;
-  bool wide_ids;
+  TokenIds ids;
   const void* hidden;
   int64_t hidden_stride;
   const int64_t* spans;
@@ -32,11 +31,7 @@ struct Tracking {
   int width;
 };
 
-__device__ bool is_delimiter(const Tracking& s, int64_t token) {
-  const int64_t id = s.wide_ids ? static_cast<const int64_t*>(s.token_ids)[token]
-                                : static_cast<const int*>(s.token_ids)[token];
-  return s.delimiters[id];
-}
+__device__ bool is_delimiter(const Tracking& s, int64_t token) { return s.delimiters[s.ids[token]]; }
 
 // The first delimiter from `from` on of the tokens up to `end`, or kNone; the whole block takes part.
 __device__ int next_delimiter(const Tracking& s, int64_t begin, int from, int end, int* found) {
@@ -166,8 +161,7 @@ void track_sentences(const Tensor& token_ids, const std::optional<Tensor>& hidde
 
   Tracking s{};
   const Tensor table = packed(spans);
-  s.token_ids = token_ids.const_data_ptr();
-  s.wide_ids = wide;
+  s.ids = {token_ids.const_data_ptr(), wide};
   s.spans = data<const int64_t>(table);
   s.requests = requests;
   s.delimiters = data<const bool>(delimiters);
