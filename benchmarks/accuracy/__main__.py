@@ -91,22 +91,17 @@ def _parser() -> argparse.ArgumentParser:
     )
     tiny.set_defaults(action=_tiny)
     tiny.add_argument("--model", help="checkpoint; default: the bundled one")
-    tiny.add_argument("--split", default="held-out", choices=["held-out", "dev", "demo"])
+    _add_bundled(tiny, TINY_OUT)
     tiny.add_argument("--policies", nargs="+", default=list(TINY_POLICIES), metavar="POLICY")
     tiny.add_argument("--budgets", nargs="+", default=list(TINY_BUDGETS), metavar="B")
-    tiny.add_argument("--problems", type=int, default=200)
     tiny.add_argument("--problems-at-1", type=int, default=20, metavar="N", help="problems at batch size 1")
-    tiny.add_argument("--max-tokens", type=int, default=1600)
     tiny.add_argument("--buffer", type=int, default=128)
-    tiny.add_argument("--policy-config", type=_json_object, default=SKIPKV_PARAMETERS, metavar="JSON", help="of skipkv")
-    tiny.add_argument("--out", type=Path, default=TINY_OUT)
     tiny.add_argument(
         "--docs",
         type=Path,
         help=f"folder to write results.md and results/ into; default: {DOCS} for the bundled model on its held-out "
         "problems, else docs/ in --out",
     )
-    tiny.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)), help="engines at once")
 
     _add_steering(actions)
 
@@ -124,20 +119,27 @@ def _add_steering(actions: Any) -> None:
     )
     steering.set_defaults(action=_steering)
     steering.add_argument("--vector", help="vector file; default: the bundled one")
-    steering.add_argument("--split", default="held-out", choices=["held-out", "dev", "demo"])
+    _add_bundled(steering, STEERING_OUT)
     steering.add_argument("--alpha0", nargs="+", type=float, default=list(ALPHA0), metavar="A", help="strengths")
     steering.add_argument("--gamma", type=float, default=0.02, help="of dynamic strength")
     steering.add_argument("--shown", nargs="+", type=float, default=list(SHOWN), metavar="A", help="in the tables")
     steering.add_argument("--random", type=int, default=3, metavar="N", help="random vectors of the same norm")
     steering.add_argument("--budget", default="25%", metavar="B", help="of the arms with eviction")
-    steering.add_argument("--problems", type=int, default=200)
-    steering.add_argument("--max-tokens", type=int, default=1600)
-    steering.add_argument("--policy-config", type=_json_object, default=SKIPKV_PARAMETERS, metavar="JSON")
-    steering.add_argument("--out", type=Path, default=STEERING_OUT)
     steering.add_argument(
         "--docs", type=Path, help=f"default: {DOCS} for the bundled vector on held-out problems, else docs/ in --out"
     )
-    steering.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)), help="engines at once")
+
+
+def _add_bundled(parser: argparse.ArgumentParser, out: Path) -> None:
+    """Options of the runs on generated problems."""
+    parser.add_argument("--split", default="held-out", choices=["held-out", "dev", "demo"])
+    parser.add_argument("--problems", type=int, default=200)
+    parser.add_argument("--max-tokens", type=int, default=1600)
+    parser.add_argument(
+        "--policy-config", type=_json_object, default=SKIPKV_PARAMETERS, metavar="JSON", help="of skipkv"
+    )
+    parser.add_argument("--out", type=Path, default=out)
+    parser.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)), help="engines at once")
 
 
 REQUIRE_HELP = "fail if an answer differs between batch sizes"

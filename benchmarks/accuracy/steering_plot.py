@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from skipkv_vllm.cli.sweep_plot import label_axes
+
 from .plots import LOOK, pyplot, save, subtitle
 from .steering import KINDS, curve, plain_arms
 from .summary import Summary
@@ -42,11 +44,7 @@ def draw_steering(summary: Summary, path: Path) -> None:
         accuracies.axhline(100 * evicting["accuracy"], **plain | {"linestyle": ":", "color": "#009E73"})
         lengths.set_title("Length and accuracy against alpha0", pad=22)
         lengths.text(0, 1.04, subtitle(summary), transform=lengths.transAxes, color="#666666", fontsize=9)
-        lengths.set_ylabel("generated tokens, mean")
-        lengths.set_ylim(bottom=0)
-        accuracies.set_ylabel("right answers, %")
-        accuracies.set_ylim(0, 104)
-        accuracies.set_xlabel("alpha0")
+        label_axes(lengths, accuracies)
         lengths.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1.0, 0.5))
         save(canvas, path)
         plt.close(canvas)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from ..errors import KVPolicyError
 from ..steering.sweep import Cell
@@ -42,12 +43,17 @@ def plot(plain: Cell, cells: Sequence[Cell], path: Path) -> Path:
             accuracies.plot(alphas, [100 * c.accuracy for c in line], **look)
         lengths.axhline(plain.mean_length, color="#444444", linestyle="--", linewidth=1, label="not steered")
         accuracies.axhline(100 * plain.accuracy, color="#444444", linestyle="--", linewidth=1)
-        lengths.set_ylabel("generated tokens, mean")
-        lengths.set_ylim(bottom=0)
-        accuracies.set_ylabel("right answers, %")
-        accuracies.set_ylim(0, 104)
-        accuracies.set_xlabel("alpha0")
+        label_axes(lengths, accuracies)
         lengths.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
         canvas.savefig(path, metadata={"Date": None})
         plt.close(canvas)
     return path
+
+
+def label_axes(lengths: Any, accuracies: Any) -> None:
+    """Name and bound the axes of two plots over alpha0 that share it: length above, accuracy below."""
+    lengths.set_ylabel("generated tokens, mean")
+    lengths.set_ylim(bottom=0)
+    accuracies.set_ylabel("right answers, %")
+    accuracies.set_ylim(0, 104)
+    accuracies.set_xlabel("alpha0")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +9,7 @@ from ..config import KVPolicyConfig, RequestOptions
 from ..errors import KVPolicyError
 from ..scheduler.admission import limits_of, most_tokens
 from ..scheduler.planner import Limits, ceil_div
+from .wrap import wrap
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -22,19 +22,16 @@ def install_pool_check(
     """Let vLLM's start-up check ask for the bound instead of a whole `max_model_len`, on engines with a policy."""
     from vllm.v1.core import kv_cache_utils
 
-    original = kv_cache_utils._check_enough_kv_cache_memory
-    if hasattr(original, "_skipkv"):
-        return
+    def around(original: Callable[..., Any]) -> Callable[..., Any]:
+        def check(available_memory: int, get_needed_memory: Any, *args: Any) -> None:
+            vllm_config = get_needed_memory.args[0]
+            if available_memory <= 0 or not has_policy(vllm_config):
+                return original(available_memory, get_needed_memory, *args)
+            return _check_pool(vllm_config, policy_config(vllm_config), available_memory, get_needed_memory)
 
-    @functools.wraps(original)
-    def _check_enough_kv_cache_memory(available_memory: int, get_needed_memory: Any, *args: Any) -> None:
-        vllm_config = get_needed_memory.args[0]
-        if available_memory <= 0 or not has_policy(vllm_config):
-            return original(available_memory, get_needed_memory, *args)
-        return _check_pool(vllm_config, policy_config(vllm_config), available_memory, get_needed_memory)
+        return check
 
-    _check_enough_kv_cache_memory._skipkv = True  # type: ignore[attr-defined]
-    kv_cache_utils._check_enough_kv_cache_memory = _check_enough_kv_cache_memory
+    wrap(kv_cache_utils, "_check_enough_kv_cache_memory", around)
 
 
 def _check_pool(vllm_config: VllmConfig, config: KVPolicyConfig, available: int, get_needed_memory: Any) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import sys
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from ..config import CONFIG_KEY, KVPolicyConfig, RequestOptions
@@ -15,6 +17,7 @@ from .cli import add_flags, update_arguments
 from .gate import check_vllm
 from .public import PLUGIN, is_public
 from .refusals import check_config
+from .wrap import wrap
 
 if TYPE_CHECKING:
     from vllm import PoolingParams, SamplingParams
@@ -101,18 +104,15 @@ def install_client_check() -> None:
     """
     from vllm.v1.engine.input_processor import InputProcessor
 
-    original = InputProcessor.__init__
-    if hasattr(original, "_skipkv"):
-        return
+    def around(original: Callable[..., Any]) -> Callable[..., Any]:
+        def init(self: Any, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> None:
+            if has_policy(vllm_config):
+                enable(vllm_config)
+            original(self, vllm_config, *args, **kwargs)
 
-    @functools.wraps(original)
-    def __init__(self: Any, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> None:  # noqa: N807
-        if has_policy(vllm_config):
-            enable(vllm_config)
-        original(self, vllm_config, *args, **kwargs)
+        return init
 
-    __init__._skipkv = True  # type: ignore[attr-defined]
-    InputProcessor.__init__ = __init__
+    wrap(InputProcessor, "__init__", around)
 
 
 def enable(vllm_config: VllmConfig) -> None:
@@ -153,17 +153,15 @@ def _check_requests() -> None:
         if check_request not in InputProcessor.params_validators:
             InputProcessor.params_validators.append(check_request)
         return
-    original = InputProcessor._validate_params
-    if hasattr(original, "_skipkv"):
-        return
 
-    @functools.wraps(original)
-    def _validate_params(self: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
-        check_request(self.vllm_config, params)
-        return original(self, params, *args, **kwargs)
+    def around(original: Callable[..., Any]) -> Callable[..., Any]:
+        def validate(self: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
+            check_request(self.vllm_config, params)
+            return original(self, params, *args, **kwargs)
 
-    _validate_params._skipkv = True  # type: ignore[attr-defined]
-    InputProcessor._validate_params = _validate_params
+        return validate
+
+    wrap(InputProcessor, "_validate_params", around)
 
 
 def check_request(vllm_config: VllmConfig, params: SamplingParams | PoolingParams) -> None:
@@ -176,33 +174,33 @@ def check_request(vllm_config: VllmConfig, params: SamplingParams | PoolingParam
 
     if not has_policy(vllm_config) or not isinstance(params, SamplingParams):
         return
-    try:
+    with _as_bad_request("vllm_xargs"):
         RequestOptions.parse(params.extra_args, policy_config(vllm_config), vllm_config.model_config.max_model_len)
-    except KVPolicyError as error:
-        from vllm.exceptions import VLLMValidationError
-
-        raise VLLMValidationError(str(error), parameter="vllm_xargs") from None
 
 
 def _check_request_sizes() -> None:
     """Check a request against the pool once vLLM has settled its prompt and `max_tokens`; a bad one is HTTP 400."""
     from vllm.v1.engine.input_processor import InputProcessor
 
-    original = InputProcessor.process_inputs
-    if hasattr(original, "_skipkv"):
-        return
+    def around(original: Callable[..., Any]) -> Callable[..., Any]:
+        def process(self: Any, *args: Any, **kwargs: Any) -> Any:
+            request = original(self, *args, **kwargs)
+            if has_policy(self.vllm_config):
+                with _as_bad_request("max_tokens"):
+                    check_fits_alone(self.vllm_config, policy_config(self.vllm_config), request)
+            return request
 
-    @functools.wraps(original)
-    def process_inputs(self: Any, *args: Any, **kwargs: Any) -> Any:
-        request = original(self, *args, **kwargs)
-        if has_policy(self.vllm_config):
-            try:
-                check_fits_alone(self.vllm_config, policy_config(self.vllm_config), request)
-            except KVPolicyError as error:
-                from vllm.exceptions import VLLMValidationError
+        return process
 
-                raise VLLMValidationError(str(error), parameter="max_tokens") from None
-        return request
+    wrap(InputProcessor, "process_inputs", around)
 
-    process_inputs._skipkv = True  # type: ignore[attr-defined]
-    InputProcessor.process_inputs = process_inputs
+
+@contextlib.contextmanager
+def _as_bad_request(parameter: str) -> Iterator[None]:
+    """Errors of ours become those that vLLM's server answers with HTTP 400."""
+    try:
+        yield
+    except KVPolicyError as error:
+        from vllm.exceptions import VLLMValidationError
+
+        raise VLLMValidationError(str(error), parameter=parameter) from None
