@@ -8,6 +8,7 @@ from collections.abc import Callable
 from types import SimpleNamespace
 
 import pytest
+import vllm.envs
 from vllm.engine.arg_utils import EngineArgs
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
@@ -469,7 +470,8 @@ def test_a_model_may_be_spread_over_ranks(granularity, backend):
 
 
 def test_a_pipeline_on_rays_compiled_graphs_is_refused(monkeypatch):
-    monkeypatch.setenv("VLLM_USE_RAY_V2_EXECUTOR_BACKEND", "0")
+    # Not the environment variable itself: vLLM reads it once a process and keeps it when an engine has started.
+    monkeypatch.setitem(vars(vllm.envs), "VLLM_USE_RAY_V2_EXECUTOR_BACKEND", False)
     policy = KVPolicyConfig(kv_policy="rkv")
     on_ray = {"parallel_config__distributed_executor_backend": "ray"}
     compat.check_config(make_vllm_config(**on_ray), policy)
