@@ -181,7 +181,9 @@ class EvictionMixin(_Base):
         records_queries = self._observes or any(
             self.planner.needs_queries(r.request_id, r.num_computed_tokens) for r in self.running
         )
-        compat.send_orders(output, StepOrders(compactions, started, observations, records_queries, steered))
+        orders = StepOrders(compactions, started, observations, records_queries, steered)
+        if any(orders):
+            compat.send_orders(output, orders)
         pool = self.kv_cache_manager.block_pool
         self.eviction_stats.holding(pool.num_gpu_blocks - 1 - pool.get_num_free_blocks())
         if self.kv_policy.kv_check_integrity:
