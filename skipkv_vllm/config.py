@@ -336,6 +336,20 @@ class RequestOptions(BaseModel):
                         f"with 'steering': {', '.join(config.kv_steering_vectors) or 'none is registered'}"
                     )
 
+    def check_streaming(self) -> None:
+        """Refuse what a streaming-input session cannot do: its prompt grows, so it keeps everything unsteered.
+
+        Raises:
+            KVPolicyError: naming the options.
+        """
+        harmless = {"kv_policy": "full", "steering": OFF}
+        asked = self.model_dump(exclude_none=True)
+        if refused := [f"{name}={value!r}" for name, value in asked.items() if value != harmless.get(name)]:
+            raise KVPolicyError(
+                f"{', '.join(refused)} cannot be had in a streaming-input session, which keeps everything and is not "
+                "steered; leave it out, or send the input as separate requests"
+            )
+
     def vector(self, config: KVPolicyConfig) -> str | None:
         """Name of the vector that this request is steered with."""
         name = config.kv_steering_default if self.steering is None else self.steering

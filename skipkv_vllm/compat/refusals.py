@@ -111,7 +111,7 @@ def _check_steering(vllm_config: VllmConfig, policy: KVPolicyConfig) -> None:
             raise KVPolicyError(f"kv_steering_vectors: {name}: {error}") from None
 
 
-def check_kv_cache(kv_cache_config: KVCacheConfig) -> None:
+def check_kv_cache(kv_cache_config: KVCacheConfig, policy: KVPolicyConfig) -> None:
     """Refuse cache layouts other than one group of full-attention layers.
 
     Raises:
@@ -126,4 +126,5 @@ def check_kv_cache(kv_cache_config: KVCacheConfig) -> None:
             f"this model's KV cache ({found})",
             "it must be one group of full-attention layers",
             "Serve a decoder-only model with plain attention (Qwen2, Qwen3, Llama, ...)",
+            "--kv-policy" if policy.evicts else "--kv-steering-vectors",
         )

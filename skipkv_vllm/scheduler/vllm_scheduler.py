@@ -65,7 +65,7 @@ class EvictionMixin(_Base):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.kv_policy = compat.policy_config(self.vllm_config)
-        compat.check_kv_cache(self.kv_cache_config)
+        compat.check_kv_cache(self.kv_cache_config, self.kv_policy)
         (manager,) = self.kv_cache_manager.coordinator.single_type_managers
         # Where nothing is evicted, to promise the longest a request may get would admit fewer than stock vLLM.
         is_bounded = self.kv_policy.kv_admission == "bounded" and self.kv_policy.evicts

@@ -501,17 +501,19 @@ def test_cache_layouts_other_than_one_full_attention_group_are_refused():
 
     full = FullAttentionSpec(block_size=16, num_kv_heads=1, head_size=8, dtype=torch.float32)
     sliding = SlidingWindowSpec(block_size=16, num_kv_heads=1, head_size=8, dtype=torch.float32, sliding_window=64)
-    compat.check_kv_cache(cache_of(full))
+    evicts, steers = KVPolicyConfig(kv_policy="skipkv"), KVPolicyConfig()
+    compat.check_kv_cache(cache_of(full), evicts)
     for specs, names in (
         ((full, full), "FullAttentionSpec, FullAttentionSpec"),
         ((full, sliding), "FullAttentionSpec, SlidingWindowSpec"),
         ((sliding,), "SlidingWindowSpec"),
         ((), "none"),
     ):
-        with pytest.raises(KVPolicyError) as error:
-            compat.check_kv_cache(cache_of(*specs))
-        assert f"KV cache ({names})" in str(error.value)
-        assert "one group of full-attention layers" in str(error.value)
+        for policy, flag in ((evicts, "--kv-policy"), (steers, "--kv-steering-vectors")):
+            with pytest.raises(KVPolicyError) as error:
+                compat.check_kv_cache(cache_of(*specs), policy)
+            assert f"{flag} does not support this model's KV cache ({names})" in str(error.value)
+            assert "one group of full-attention layers" in str(error.value)
 
 
 @pytest.mark.parametrize(
