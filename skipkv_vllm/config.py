@@ -16,7 +16,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from .errors import KVPolicyError
-from .policies import Need, Policy, make_policy, policy_names
+from .policies import IN_THE_CACHE, Need, Policy, make_policy, policy_names
 from .steering import SteeringVector
 from .steering.controller import Strength
 
@@ -303,7 +303,7 @@ class RequestOptions(BaseModel):
                 f"kv_policy={options.kv_policy!r} is not served here, where nothing is evicted; start the server with "
                 "--kv-policy, or choose 'full'"
             )
-        missing = needs_of(policy, config.kv_granularity) & ~config.needs
+        missing = needs_of(policy, config.kv_granularity) & ~(config.needs | IN_THE_CACHE)
         if missing:
             raise KVPolicyError(
                 f"kv_policy={options.kv_policy!r} needs {_need_names(missing)}, which this server does not collect; "

@@ -20,6 +20,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
+from tests import dense_policies
+
 DELIMITER = re.compile(r" ?[.)?!\]}\"'”’。]*\n+")
 NUM_SINKS = {"streaming_llm": 4}
 MIX = 0.1
@@ -501,6 +503,8 @@ class Request:
             return torch.stack(
                 [snapkv_scores(q, layer.keys[0]) for q, layer in zip(self._queries, self._cache.layers, strict=True)]
             )
+        if self._settings.method not in ("rkv", "skipkv"):
+            return self._published_scores()
         scores = torch.stack(
             [rkv_scores(q, layer.keys[0]) for q, layer in zip(self._queries, self._cache.layers, strict=True)]
         )
@@ -510,6 +514,15 @@ class Request:
             for sentence, penalty in zip(sentences, sentence_penalties(sentences, self._hidden), strict=True):
                 penalties[sentence.start : sentence.end] = penalty
             scores = scores - penalties[self._positions]
+        return scores
+
+    def _published_scores(self) -> Tensor:
+        scores = torch.zeros(self._positions.shape)
+        for i, layer in enumerate(self._cache.layers):
+            queries = self._queries[i].unflatten(0, (layer.keys.shape[1], -1)).transpose(1, 2)  # [heads, W, group, D]
+            for head in range(len(queries)):
+                held = queries[head], layer.keys[0, head], layer.values[0, head], self._mass[i, head]
+                scores[i, head] = torch.tensor(dense_policies.score(self._settings.method, {}, *held))
         return scores
 
     def _select(self, keep: int) -> tuple[Tensor, Tensor]:

@@ -59,6 +59,13 @@ def test_engine_equals_reference(runner: str, granularity: str, references: Refe
     check(job, outcome, references, min_compactions=3)
 
 
+def test_methods_of_the_literature(references: ReferenceCache) -> None:
+    """Together, each with a prompt of its own; the pages they hold are counted by `check`."""
+    prompts = engines.demo_prompts(len(engines.PUBLISHED), at_least=LONG)
+    job = Job(prompts, list(engines.PUBLISHED), 250, every=3, arguments={"kv_granularity": "head"})
+    check(job, engines.run(job), references, min_compactions=2)
+
+
 def test_shared_pages_are_not_overwritten(granularity: str, references: ReferenceCache) -> None:
     """The second prompt holds pages with the first one's output, which the first one then compacts."""
     (first,) = engines.demo_prompts(1, at_least=LONG)
