@@ -45,8 +45,10 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
             options["choices"] = get_args(field.annotation)
         elif get_origin(field.annotation) is list:
             options |= {"nargs": "+", "metavar": "NAME"}
+        elif isinstance(default, int | float):
+            options |= {"type": type(default), "metavar": "N"}
         else:
-            options |= {"type": int, "metavar": "N"} if field.annotation is int else {"metavar": _METAVARS[name]}
+            options["metavar"] = _METAVARS[name]
         group.add_argument(flag, **options)
 
 
