@@ -4,8 +4,9 @@
 
 All requests are there at the start. A pool of 1 holds all of them at their full length; smaller ones have that share
 of its memory, and a policy pays for its positions out of it. Engines have a process each and take turns, one load at
-a time, so that a disturbance meets all alike: ratios mean more than rates. The steps of the two engines with the
-largest pool calibrate the simulator, which then predicts all engines; its error is printed.
+a time, so that a disturbance meets all alike: ratios mean more than rates. Where the memory holds one engine only, as
+on a GPU, `--one-by-one` ends each before the next starts. The steps of the two engines with the largest pool calibrate
+the simulator, which then predicts all engines; its error is printed.
 """
 
 from __future__ import annotations
@@ -120,6 +121,7 @@ def measure_pools(args: argparse.Namespace, load: Sequence[Offered], logs: Path)
         [Order(load, not args.natural_stop)],
         args.rounds,
         logs,
+        one_by_one=args.one_by_one,
     )
     rows = [_row(arm, [round_[0] for round_ in rounds]) for arm, rounds in runs.items()]
     by_arm = {(row["arm"], row["pool"]): row for row in rows}
@@ -143,7 +145,7 @@ def measure_grouping(args: argparse.Namespace, logs: Path) -> list[Row]:
     arguments = {arm: engine_arguments(mixed, arm, load, pages) for arm in arms}
     # A rank of data parallelism runs its own part; the whole is what one engine does.
     orders = [Order(part, True) for part in (load, *parts)]
-    runs = in_turns(arguments, orders, args.grouping_rounds, logs)
+    runs = in_turns(arguments, orders, args.grouping_rounds, logs, one_by_one=args.one_by_one)
     rows = []
     for arm, rounds in runs.items():
         row = _row(arm, [round_[0] for round_ in rounds])
@@ -158,9 +160,20 @@ def measure_grouping(args: argparse.Namespace, logs: Path) -> list[Row]:
 
 
 def in_turns(
-    arguments: Mapping[Arm, Mapping[str, Any]], orders: Sequence[Order], rounds: int, logs: Path
+    arguments: Mapping[Arm, Mapping[str, Any]],
+    orders: Sequence[Order],
+    rounds: int,
+    logs: Path,
+    *,
+    one_by_one: bool = False,
 ) -> dict[Arm, list[list[Run]]]:
-    """Runs by arm, round and order. The engines take turns, and the first to run changes from round to round."""
+    """Runs by arm, round and order. The engines take turns, and the first to run changes from round to round.
+
+    With `one_by_one` an engine has all its rounds before the next one starts.
+    """
+    if one_by_one and len(arguments) > 1:
+        alone = [in_turns({arm: each}, orders, rounds, logs) for arm, each in arguments.items()]
+        return {arm: each for runs in alone for arm, each in runs.items()}
     engines: dict[Arm, Remote] = {}
     runs: dict[Arm, list[list[Run]]] = {arm: [] for arm in arguments}
     try:
@@ -236,7 +249,14 @@ def predict(
             continue
         limits = Limits(config.kv_budget, config.kv_buffer, config.kv_window, 0) if arm.evicts else None
         pages = pool_pages(args, arm, int(arm.pool * needed))
-        setup = Setup(pages, args.block_size, args.max_num_seqs, args.max_num_batched_tokens, limits)
+        setup = Setup(
+            pages,
+            args.block_size,
+            args.max_num_seqs,
+            args.max_num_batched_tokens,
+            limits,
+            protect_prompt=config.kv_protect_prompt,
+        )
         outcome = Engine(load, setup).run(times[arm.evicts])
         measured = run.output_tokens / run.seconds
         rows.append(
@@ -315,6 +335,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--grouping-requests", type=int, default=96)
     parser.add_argument("--grouping-batch", type=int, default=8, help="requests at once")
     parser.add_argument("--grouping-ranks", type=int, default=2, help="data-parallel ranks whose padding is counted")
+    parser.add_argument(
+        "--one-by-one", action="store_true", help="one engine at a time, where the memory does not hold all of them"
+    )
     parser.add_argument("--note", default="", help="something that readers of the results should know")
     parser.add_argument("--logs", type=Path, help="keep the engines' logs in this folder")
     parser.add_argument("--out", type=Path, default=DOCS / THROUGHPUT)

@@ -19,7 +19,7 @@ POSITION_BYTES = 4
 
 @dataclass(frozen=True)
 class ModelShape:
-    """A model as one rank holds it.
+    """A model as one rank holds it: of a pipeline a stage's layers, of tensor parallelism a share of the heads.
 
     Attributes:
         num_layers: attention layers.
@@ -63,7 +63,11 @@ class ModelShape:
         return num_slots * slot + self.vocab_size + 4 * (max_length + 1) + 8 * kept
 
     def state_bytes(self, config: KVPolicyConfig, num_slots: int, max_length: int, max_tokens: int) -> int:
-        """All that the policy holds beside the cache, whatever runs: queries and sentences of `num_slots` requests."""
+        """All that the policy holds beside the cache, whatever runs: queries and sentences of `num_slots` requests.
+
+        Of a pipeline the last stage, which alone has the sentences. Steering is left out: its buffers are smaller than
+        a page, depend on the tokenizer, and are there with and without eviction.
+        """
         ring = self.ring_bytes(config.kv_window, num_slots, max_tokens) if config.needs & Need.QUERIES else 0
         return ring + (self.tracker_bytes(config, num_slots, max_length) if config.needs & Need.SENTENCES else 0)
 
@@ -102,8 +106,10 @@ class Capacity:
         request_pages: pages of that.
         request_pages_full: pages that a request of this length holds at its end without the policy.
         length: that length.
-        concurrency: requests at their bound that fit, at most `max_num_seqs`.
-        concurrency_full: the same without the policy, at their full length.
+        fit: requests at their bound that the pages hold.
+        fit_full: the same without the policy, at their full length.
+        concurrency: requests that run at once with the policy: those that fit, at most `max_num_seqs`.
+        concurrency_full: the same without it.
         break_even: shortest length from which a request costs less memory with the policy than without; a request
             that stays shorter pays for its state and saves nothing.
         is_capped: whether `max_num_seqs`, and not memory, limits the concurrency with the policy.
@@ -119,6 +125,8 @@ class Capacity:
     request_pages: int
     request_pages_full: int
     length: int
+    fit: int
+    fit_full: int
     concurrency: int
     concurrency_full: int
     break_even: int
@@ -126,14 +134,16 @@ class Capacity:
 
     def lines(self) -> list[str]:
         """For the banner and `skipkv plan`."""
-        cap = " (max_num_seqs)" if self.is_capped else ""
+        fits = f"{self.fit:,} such requests fit at once instead of {self.fit_full:,}"
+        if self.is_capped:
+            fits += f"; max_num_seqs lets {self.concurrency:,} run instead of {self.concurrency_full:,}"
         return [
             f"{self.kv_bytes:,} bytes of KV a token + {self.sidecar_bytes:,} for its position, "
             f"{self.state_bytes / 2**20:.2f} MiB of queries and sentences a request",
             f"{self.pages:,} pages of {self.page_size} tokens; the same memory without a policy: {self.pages_full:,}",
             f"a request of {self.length:,} tokens holds at most {self.request_pages:,} pages instead of "
             f"{self.request_pages_full:,}",
-            f"{self.concurrency:,}{cap} such requests fit at once instead of {self.concurrency_full:,}",
+            fits,
             f"break-even at {self.break_even:,} tokens (prompt and output): shorter requests hold more memory with "
             "the policy than without",
         ]
@@ -159,7 +169,7 @@ def capacity(
     state_of_one = ceil_div(state, pool.max_num_seqs)
     pages_full = (pool.num_pages * page * (kv + sidecar) + state) // (page * kv)
     request_pages, request_pages_full = ceil_div(min(bound, length), page), ceil_div(length, page)
-    by_memory = pool.num_pages // request_pages
+    fit, fit_full = pool.num_pages // request_pages, pages_full // request_pages_full
     bytes_of_one = ceil_div(bound, page) * page * (kv + sidecar) + state_of_one
     return Capacity(
         kv_bytes=kv,
@@ -172,10 +182,12 @@ def capacity(
         request_pages=request_pages,
         request_pages_full=request_pages_full,
         length=length,
-        concurrency=min(by_memory, pool.max_num_seqs),
-        concurrency_full=min(pages_full // request_pages_full, pool.max_num_seqs),
+        fit=fit,
+        fit_full=fit_full,
+        concurrency=min(fit, pool.max_num_seqs),
+        concurrency_full=min(fit_full, pool.max_num_seqs),
         break_even=bytes_of_one // (page * kv) * page + 1,
-        is_capped=by_memory > pool.max_num_seqs,
+        is_capped=fit > pool.max_num_seqs,
     )
 
 
@@ -196,18 +208,19 @@ def pages_with_policy(
     return ((memory - state) * kv // (kv + sidecar)) // (page_size * kv)
 
 
-def shape_of(text_config: Any, *, ranks: int, element_size: int) -> ModelShape:
+def shape_of(text_config: Any, *, ranks: int, element_size: int, stages: int = 1) -> ModelShape:
     """A model's shape from its Hugging Face configuration.
 
     Args:
         text_config: `transformers` configuration of the language model.
         ranks: tensor-parallel ranks; kv heads that are fewer are repeated, as vLLM does it.
         element_size: bytes of an element of KV.
+        stages: of a pipeline; the one with most layers is described.
     """
     heads = text_config.num_attention_heads
     kv_heads = getattr(text_config, "num_key_value_heads", None) or heads
     return ModelShape(
-        num_layers=text_config.num_hidden_layers,
+        num_layers=ceil_div(text_config.num_hidden_layers, stages),
         num_heads=heads // ranks,
         num_kv_heads=max(1, kv_heads // ranks),
         head_size=getattr(text_config, "head_dim", None) or text_config.hidden_size // heads,

@@ -45,6 +45,7 @@ def policy_config(args: argparse.Namespace) -> KVPolicyConfig:
             "kv_policy": args.policy,
             "kv_budget": args.budget,
             "kv_buffer": args.buffer,
+            "kv_protect_prompt": not args.no_protect_prompt,
             "kv_policy_config": args.policy_config,
         }
     )
@@ -86,11 +87,12 @@ def engine_arguments(args: argparse.Namespace, arm: Arm, load: Sequence[Offered]
     arguments |= {
         "max_num_seqs": args.max_num_seqs,
         "max_num_batched_tokens": args.max_num_batched_tokens,
-        "enable_prefix_caching": False,
+        "enable_prefix_caching": args.prefix_caching,
     }
     if arm.evicts:
         given = policy_config(args)
-        arguments |= {name: getattr(given, name) for name in ("kv_policy", "kv_budget", "kv_buffer")}
+        fields = ("kv_policy", "kv_budget", "kv_buffer", "kv_protect_prompt")
+        arguments |= {name: getattr(given, name) for name in fields}
         arguments["kv_policy_config"] = given.kv_policy_config
     if arm.name.endswith(GROUPED):
         arguments |= {
@@ -112,10 +114,14 @@ def add_engine_arguments(parser: argparse.ArgumentParser, model: str) -> None:
     group.add_argument("--block-size", type=int, default=32)
     group.add_argument("--max-num-seqs", type=int, default=64)
     group.add_argument("--max-num-batched-tokens", type=int, default=2048)
+    group.add_argument(
+        "--prefix-caching", action="store_true", help='also where the settings are the policy\'s; "production" has it'
+    )
     group.add_argument("--eager", action="store_true", help="no compilation and no graphs")
     group.add_argument("--policy", default="skipkv")
     group.add_argument("--policy-config", type=json.loads, default={}, metavar="JSON")
     group.add_argument("--budget", type=int, default=192)
     group.add_argument("--buffer", type=int, default=64)
+    group.add_argument("--no-protect-prompt", action="store_true", help="evict the prompt too, as the paper does")
     group.add_argument("--grouping-width", type=int, default=32)
     group.add_argument("--grouping-max-wait", type=float, default=1.0)

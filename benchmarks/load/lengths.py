@@ -47,7 +47,8 @@ def offered_load(args: argparse.Namespace) -> list[Offered]:
     prompts = args.prompt_median or shape.prompt_median
     prompt = random.lognormal(np.log(prompts), shape.prompt_spread, args.requests)
     output = random.lognormal(np.log(outputs), shape.output_spread, args.requests)
-    prompt, output = prompt.clip(8, args.prompt_max), output.clip(args.output_min, args.output_max)
+    prompt = prompt.clip(args.prompt_min, args.prompt_max)
+    output = output.clip(args.output_min, args.output_max)
     return [Offered(int(p), int(o)) for p, o in zip(prompt, output, strict=True)]
 
 
@@ -62,6 +63,7 @@ def add_length_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--requests", type=int, default=40, help="all are there at the start")
     group.add_argument("--lengths", choices=sorted(DISTRIBUTIONS), default="reasoning")
     group.add_argument("--prompt-median", type=int, help="default: that of --lengths")
+    group.add_argument("--prompt-min", type=int, default=8)
     group.add_argument("--prompt-max", type=int, default=512)
     group.add_argument("--output-median", type=int, help="default: that of --lengths")
     group.add_argument("--output-min", type=int, default=1024)
@@ -76,5 +78,5 @@ def check_length_arguments(args: argparse.Namespace, parser: argparse.ArgumentPa
         parser.error(f"--requests {args.requests} is out of range; allowed: 1 and more")
     if not 1 <= args.output_min <= args.output_max:
         parser.error(f"--output-min {args.output_min} must be 1 to --output-max {args.output_max}")
-    if args.prompt_max < 8:
-        parser.error(f"--prompt-max {args.prompt_max} is out of range; allowed: 8 and more")
+    if not 1 <= args.prompt_min <= args.prompt_max:
+        parser.error(f"--prompt-min {args.prompt_min} must be 1 to --prompt-max {args.prompt_max}")

@@ -19,16 +19,21 @@ def throughput_section(figures: Mapping[str, Any]) -> list[str]:
     """
     run, load, settings = figures["run"], figures["load"], figures["run"]["settings"]
     machine = run["machine"]
+    device = " and ".join(machine["gpus"]) or f"{machine['cores']} cores of {machine['cpu']}"
+    prompts = "evicted too" if settings["no_protect_prompt"] else "protected"
+    cache = "prefix caching too" if settings["prefix_caching"] else "no prefix cache"
+    turns = (
+        "Each engine has all its rounds before the next one starts" if settings["one_by_one"] else "Engines take turns"
+    )
     parts = [
         "## Throughput at equal memory, measured here",
         f"{load['requests']} requests that are all there at the start: {load['prompt_tokens']:,} prompt and "
         f"{load['output_tokens']:,} output tokens, at least {load['shortest_output']:,} a request. A pool of 1 holds "
         f"all of them at their full length ({load['pages']:,} pages of {settings['block_size']} tokens); a policy pays "
         f"for its positions out of its pool. `{settings['policy']}` with a budget of {settings['budget']} and a buffer "
-        f"of {settings['buffer']}, model `{settings['model']}` in {settings['dtype']}. *Production* is vLLM as it "
-        "starts by default; *same settings* has the policy's chunk size and number of requests, and no prefix cache. "
-        "Engines take turns; rates are medians of "
-        f"{settings['rounds']} rounds, ratios medians of the rounds' ratios.",
+        f"of {settings['buffer']}, prompts {prompts}, model `{settings['model']}` in {settings['dtype']}. *Production* "
+        "is vLLM as it starts by default; *same settings* has the policy's chunk size and number of requests, and "
+        f"{cache}. {turns}; rates are medians of {settings['rounds']} rounds, ratios medians of the rounds' ratios.",
         pools_table(figures["pools"]),
         f"![tokens per second over pool size](results/{FIGURE})",
         "*ITL* counts every pause between two tokens of a request, those with a compaction in them too. A first token "
@@ -53,8 +58,8 @@ def throughput_section(figures: Mapping[str, Any]) -> list[str]:
             prediction_table(figures["predictions"]),
         ]
     parts.append(
-        f"Made by `{shlex.join(run['command'])}` at commit `{run['commit']}` on {run['date']}, on {machine['cores']} "
-        f"cores of {machine['cpu']}.{' ' + run['note'] if run['note'] else ''}"
+        f"Made by `{shlex.join(run['command'])}` at commit `{run['commit']}` on {run['date']}, on {device}."
+        f"{' ' + run['note'] if run['note'] else ''}"
     )
     return parts
 

@@ -46,13 +46,13 @@ def _doctor() -> None:
 def _plan(
     model: Annotated[str, typer.Option(help="Folder with a config.json, or name on the hub.", metavar="MODEL")],
     gpu_memory: Annotated[float | None, typer.Option(help="Memory of one GPU.", metavar="GIB")] = None,
-    kv_policy: Annotated[str, typer.Option(metavar="NAME")] = "skipkv",
-    kv_budget: Annotated[int, typer.Option(metavar="N")] = 1024,
-    kv_buffer: Annotated[int, typer.Option(metavar="N")] = 128,
-    kv_window: Annotated[int, typer.Option(metavar="N")] = 8,
-    kv_granularity: Annotated[str, typer.Option(metavar="head|sentence")] = "head",
-    kv_protect_prompt: Annotated[bool, typer.Option()] = True,
-    kv_policy_config: Annotated[str, typer.Option(metavar="JSON")] = "{}",
+    kv_policy: Annotated[str, typer.Option(help="Eviction method.", metavar="NAME")] = "skipkv",
+    kv_budget: Annotated[int, typer.Option(help="Tokens a request is compacted to.", metavar="N")] = 1024,
+    kv_buffer: Annotated[int, typer.Option(help="Tokens it may grow beyond that.", metavar="N")] = 128,
+    kv_window: Annotated[int, typer.Option(help="Newest tokens that always survive.", metavar="N")] = 8,
+    kv_granularity: Annotated[str, typer.Option(help="What leaves together.", metavar="head|sentence")] = "head",
+    kv_protect_prompt: Annotated[bool, typer.Option(help="Never evict the prompt.")] = True,
+    kv_policy_config: Annotated[str, typer.Option(help="Parameters of the method.", metavar="JSON")] = "{}",
     length: Annotated[
         int | None, typer.Option(help="Prompt and output of a request. Default: the longest.", metavar="N")
     ] = None,
@@ -61,9 +61,10 @@ def _plan(
     max_num_seqs: Annotated[int | None, typer.Option(help="Requests at once. Default: vLLM's.", metavar="N")] = None,
     max_num_batched_tokens: Annotated[int | None, typer.Option(help="Default: vLLM's.", metavar="N")] = None,
     block_size: Annotated[int, typer.Option(help="Tokens of a page.", metavar="N")] = 16,
-    tensor_parallel_size: Annotated[int, typer.Option(metavar="N")] = 1,
-    dtype: Annotated[str, typer.Option()] = "auto",
-    gpu_memory_utilization: Annotated[float, typer.Option()] = 0.92,
+    tensor_parallel_size: Annotated[int, typer.Option(help="GPUs that share a layer.", metavar="N")] = 1,
+    pipeline_parallel_size: Annotated[int, typer.Option(help="Stages that share the layers.", metavar="N")] = 1,
+    dtype: Annotated[str, typer.Option(help="Of weights and KV: auto, bfloat16, float16, float32.")] = "auto",
+    gpu_memory_utilization: Annotated[float, typer.Option(help="Share that vLLM may use.", metavar="SHARE")] = 0.92,
     weight_memory: Annotated[
         float | None, typer.Option(help="All ranks together. Default: parameters x element size.", metavar="GIB")
     ] = None,
@@ -98,6 +99,7 @@ def _plan(
         gpu_memory=gpu_memory,
         utilization=gpu_memory_utilization,
         ranks=tensor_parallel_size,
+        stages=pipeline_parallel_size,
         dtype=dtype,
         page_size=block_size,
         max_model_len=max_model_len,

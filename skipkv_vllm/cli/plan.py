@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -15,8 +16,8 @@ from ..scheduler.planner import ceil_div
 
 GIB = 2**30
 DTYPES = {"bfloat16": 2, "float16": 2, "float32": 4}
-LARGE_GPU = 70
-"""GiB of memory from which vLLM 0.32 runs more requests and larger steps by default."""
+SERVER_DEFAULTS = {160: (1024, 16384), 70: (1024, 8192), 0: (256, 2048)}
+"""GiB of memory from which vLLM 0.32's API server runs so many requests, and so many tokens a step, by default."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class Machine:
         gpu_memory: GiB of one GPU.
         utilization: share of it that vLLM may use.
         ranks: tensor-parallel GPUs.
+        stages: of a pipeline, each of `ranks` GPUs.
         dtype: of weights and KV; "auto" for the model's own.
         page_size: tokens of a page.
         max_model_len: longest request; None for the model's own limit.
@@ -41,6 +43,7 @@ class Machine:
     gpu_memory: float | None
     utilization: float = 0.92
     ranks: int = 1
+    stages: int = 1
     dtype: str = "auto"
     page_size: int = 16
     max_model_len: int | None = None
@@ -52,13 +55,31 @@ class Machine:
     kv_memory: float | None = None
 
 
+FLAGS = {
+    "gpu_memory": "--gpu-memory",
+    "utilization": "--gpu-memory-utilization",
+    "ranks": "--tensor-parallel-size",
+    "stages": "--pipeline-parallel-size",
+    "page_size": "--block-size",
+    "max_model_len": "--max-model-len",
+    "max_num_seqs": "--max-num-seqs",
+    "max_tokens": "--max-num-batched-tokens",
+    "weights": "--weight-memory",
+    "activations": "--activation-memory",
+    "overhead": "--overhead-memory",
+    "kv_memory": "--kv-memory",
+}
+MAY_BE_NONE = {"activations", "overhead"}
+"""Of which 0 is an amount that makes sense."""
+
+
 @dataclass(frozen=True)
 class Plan:
     """What `plan` found: memory of one rank in bytes, and what fits into the part for KV."""
 
     model: str
     dtype: str
-    ranks: int
+    gpus: int
     memory: dict[str, int]
     state: int
     capacity: Capacity
@@ -67,11 +88,11 @@ class Plan:
 
     def lines(self) -> list[str]:
         """For people."""
-        ranks = f", each of {self.ranks} GPUs" if self.ranks > 1 else ""
-        rows = [f"  {name:34}{size / GIB:9.2f} GiB" for name, size in self.memory.items()]
-        rows.insert(-1, f"  {f'queries and sentences of {self.max_num_seqs} requests':34}{-self.state / GIB:9.2f} GiB")
+        gpus = f", each of {self.gpus} GPUs" if self.gpus > 1 else ""
+        rows = [f"  {name:40}{size / GIB:9.2f} GiB" for name, size in self.memory.items()]
+        rows.insert(-1, f"  {f'queries and sentences of {self.max_num_seqs} requests':40}{-self.state / GIB:9.2f} GiB")
         return [
-            f"{self.model}, {self.dtype}{ranks}",
+            f"{self.model}, {self.dtype}{gpus}",
             *rows,
             "",
             *self.capacity.lines(),
@@ -100,7 +121,7 @@ def plan(model: str, config: KVPolicyConfig, machine: Machine, *, length: int | 
     notes: list[str] = []
     _check(text, config, machine)
     dtype = _dtype(text, machine.dtype)
-    shape = shape_of(text, ranks=machine.ranks, element_size=DTYPES[dtype])
+    shape = shape_of(text, ranks=machine.ranks, stages=machine.stages, element_size=DTYPES[dtype])
     limit = getattr(text, "max_position_embeddings", None)
     max_length = machine.max_model_len or limit
     if max_length is None:
@@ -113,9 +134,13 @@ def plan(model: str, config: KVPolicyConfig, machine: Machine, *, length: int | 
     if not 0 <= prompt <= length:
         raise KVPolicyError(f"--prompt {prompt} is out of range; allowed: 0 to {length} (--length)")
 
-    large = (machine.gpu_memory or 0) >= LARGE_GPU
-    max_num_seqs = machine.max_num_seqs or (1024 if large else 256)
-    max_tokens = machine.max_tokens or (8192 if large else 2048)
+    seqs, tokens = next(each for low, each in SERVER_DEFAULTS.items() if (machine.gpu_memory or 0) >= low)
+    max_num_seqs, max_tokens = machine.max_num_seqs or seqs, machine.max_tokens or tokens
+    if machine.max_num_seqs is None or machine.max_tokens is None:
+        notes.append(
+            f"--max-num-seqs {max_num_seqs} and --max-num-batched-tokens {max_tokens}, where not given, are vLLM's "
+            "defaults of a server on such a GPU; it has lower ones for an A100 of 80 GiB"
+        )
     state = shape.state_bytes(config, max_num_seqs, max_length, max_tokens)
     if machine.kv_memory is not None:
         available, memory = int(machine.kv_memory * GIB), {}
@@ -132,16 +157,18 @@ def plan(model: str, config: KVPolicyConfig, machine: Machine, *, length: int | 
             f"{needed}. Memory of a rank in GiB: "
             + ", ".join(f"{name} {size / GIB:.2f}" for name, size in memory.items())
             + f", state of {max_num_seqs} requests {-state / GIB:.2f}. Lower --kv-budget or --max-num-seqs, or use "
-            "more GPUs (--tensor-parallel-size)"
+            "more GPUs (--tensor-parallel-size, --pipeline-parallel-size)"
         )
     found = capacity(config, shape, Pool(pages, max_tokens=max_tokens, **sizes), length=length, prompt=prompt)
+    if found.request_pages > pages:
+        notes.append(f"not one request of {length} tokens with a prompt of {prompt} fits; it would be refused")
     if found.bound >= length:
         notes.append(f"the bound of {found.bound} tokens is never reached at {length} tokens, so nothing is evicted")
     if found.request_pages_full > pages:
         notes.append(f"without the policy not one request of {length} tokens fits")
     if length < found.break_even:
         notes.append(f"at {length} tokens a request costs more with the policy than without")
-    return Plan(model, dtype, machine.ranks, memory, state, found, max_num_seqs, notes)
+    return Plan(model, dtype, machine.ranks * machine.stages, memory, state, found, max_num_seqs, notes)
 
 
 def _load(model: str) -> Any:
@@ -167,14 +194,25 @@ def _check(text: Any, config: KVPolicyConfig, machine: Machine) -> None:
         )
     if machine.gpu_memory is None and machine.kv_memory is None:
         raise KVPolicyError("give --gpu-memory, e.g. 80, or --kv-memory as a server's log states it")
-    for name, value in vars(machine).items():
-        if isinstance(value, int | float) and (value < 0 or (value == 0 and name != "overhead")):
-            raise KVPolicyError(f"{name}={value} is out of range; allowed: above 0")
+    for name, flag in FLAGS.items():
+        value = getattr(machine, name)
+        if value is not None and not (math.isfinite(value) and (value > 0 or (value == 0 and name in MAY_BE_NONE))):
+            allowed = "0 and more" if name in MAY_BE_NONE else "above 0"
+            raise KVPolicyError(f"{flag} {value:g} is out of range; allowed: {allowed}")
     if machine.utilization > 1:
         raise KVPolicyError(f"--gpu-memory-utilization {machine.utilization} is out of range; allowed: up to 1")
     if text.num_attention_heads % machine.ranks:
         raise KVPolicyError(
             f"--tensor-parallel-size {machine.ranks} does not divide the {text.num_attention_heads} query heads"
+        )
+    kv_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    if kv_heads % machine.ranks and machine.ranks % kv_heads:
+        raise KVPolicyError(
+            f"--tensor-parallel-size {machine.ranks} neither divides nor is a multiple of the {kv_heads} kv heads"
+        )
+    if machine.stages > text.num_hidden_layers:
+        raise KVPolicyError(
+            f"--pipeline-parallel-size {machine.stages} is more than the {text.num_hidden_layers} layers"
         )
 
 
@@ -195,6 +233,12 @@ def _memory(
     assert machine.gpu_memory is not None
     given = machine.weights
     weights = _num_parameters(text) * shape.element_size if given is None else int(given * GIB)
+    if machine.stages > 1:
+        # The first and the last stage hold token embeddings besides their layers.
+        embeddings = shape.vocab_size * shape.hidden_size * shape.element_size
+        layers = weights - embeddings * (1 if getattr(text, "tie_word_embeddings", False) else 2)
+        weights = max(layers, 0) * shape.num_layers // text.num_hidden_layers + embeddings
+        notes.append("the figures are of a stage with the most layers, embeddings and sentences, more than any one has")
     if machine.activations is not None:
         activations = int(machine.activations * GIB)
     else:

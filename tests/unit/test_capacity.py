@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from safetensors import safe_open
 from skipkv_vllm import bundled_model
 from skipkv_vllm.banner import banner
 from skipkv_vllm.capacity import ModelShape, Pool, capacity, pages_with_policy
-from skipkv_vllm.cli import main
+from skipkv_vllm.cli import _plan, main
 from skipkv_vllm.config import KVPolicyConfig
 from skipkv_vllm.policies import Need
 from skipkv_vllm.policies.base import SentenceOptions
@@ -58,12 +59,12 @@ def test_a_count_by_hand():
     assert found.kv_bytes == 28 * 4 * 128 * 2 * 2
     assert found.sidecar_bytes == 28 * 4 * 4
     assert (found.request_pages, found.request_pages_full) == (1152 // 16, 8192 // 16)
-    assert found.concurrency == 64  # 69 by memory
-    assert found.is_capped
+    assert (found.fit, found.concurrency, found.is_capped) == (69, 64, True)
+    assert "69 such requests fit at once instead of 10; max_num_seqs lets 64 run instead of 10" in found.lines()
     assert not capacity(CONFIG, SHAPE, replace(POOL, num_pages=4000), length=8192).is_capped
     memory = 5000 * 16 * (57344 + 448) + SHAPE.state_bytes(CONFIG, 64, 32768, 2048)
     assert found.pages_full == memory // (16 * 57344)
-    assert found.concurrency_full == found.pages_full // 512
+    assert found.concurrency_full == found.fit_full == found.pages_full // 512
 
 
 def test_a_long_protected_prompt_raises_the_bound():
@@ -107,6 +108,12 @@ def say(capsys: pytest.CaptureFixture, *arguments: str) -> tuple[int, str, str]:
     return int(stop.value.code or 0), said.out, said.err
 
 
+def test_flags_of_the_server_have_its_defaults():
+    options = inspect.signature(_plan).parameters
+    for name in ("kv_budget", "kv_buffer", "kv_window", "kv_granularity", "kv_protect_prompt"):
+        assert options[name].default == KVPolicyConfig.model_fields[name].default
+
+
 def test_plan_and_banner_share_their_numbers(capsys):
     code, out, _ = say(capsys, "--kv-memory", "0.25", "--dtype", "float32", "--block-size", "32", "--json")
     assert code == 0
@@ -134,13 +141,18 @@ def test_parameters_are_counted(capsys):
     [
         ([], "give --gpu-memory"),
         (["--gpu-memory", "1", "--overhead-memory", "2"], "0 pages of 16 tokens are left for KV"),
-        (["--gpu-memory", "-1"], "gpu_memory=-1.0 is out of range"),
+        (["--gpu-memory", "-1"], "--gpu-memory -1 is out of range"),
+        (["--gpu-memory", "nan"], "--gpu-memory nan is out of range"),
+        (["--kv-memory", "inf"], "--kv-memory inf is out of range"),
+        (["--gpu-memory", "8", "--block-size", "0"], "--block-size 0 is out of range"),
+        (["--gpu-memory", "8", "--activation-memory", "-1"], "-1 is out of range; allowed: 0 and more"),
         (["--gpu-memory", "8", "--length", "9999"], "--length 9999 is out of range; allowed: 1 to 4096"),
         (["--gpu-memory", "8", "--max-model-len", "9999"], "--max-model-len 9999 is out of range"),
         (["--gpu-memory", "8", "--prompt", "5000"], "--prompt 5000 is out of range"),
         (["--gpu-memory", "8", "--kv-policy", "full"], "nothing to plan"),
         (["--gpu-memory", "8", "--dtype", "int4"], "--dtype int4 is unknown"),
         (["--gpu-memory", "8", "--tensor-parallel-size", "3"], "does not divide the 4 query heads"),
+        (["--gpu-memory", "8", "--pipeline-parallel-size", "5"], "is more than the 4 layers"),
         (["--gpu-memory", "8", "--gpu-memory-utilization", "1.5"], "allowed: up to 1"),
     ],
 )
@@ -148,6 +160,37 @@ def test_bad_input_is_refused(capsys, arguments, said):
     code, _, err = say(capsys, *arguments)
     assert code == 2
     assert said in err
+
+
+def test_ranks_share_heads_and_stages_share_layers(capsys):
+    def told(*arguments: str) -> dict:
+        return json.loads(say(capsys, "--gpu-memory", "8", "--dtype", "float32", "--json", *arguments)[1])
+
+    alone, ranks, stages, both = (
+        told(*("--tensor-parallel-size", str(tensor), "--pipeline-parallel-size", str(pipeline)))
+        for tensor, pipeline in ((1, 1), (2, 1), (1, 3), (4, 2))
+    )
+    kv = alone["capacity"]["kv_bytes"]
+    # Three stages of four layers: the largest has two. Two kv heads on four ranks: each holds one.
+    assert [t["capacity"]["kv_bytes"] for t in (ranks, stages, both)] == [kv // 2, kv // 2, kv // 4]
+    assert [t["gpus"] for t in (alone, ranks, stages, both)] == [1, 2, 3, 8]
+    embeddings = 503 * 128 * 4
+    # The last stage holds half of the layers and one of the two embeddings.
+    assert stages["memory"]["weights"] == (alone["memory"]["weights"] + 2 * embeddings) // 2 - embeddings
+
+
+def test_kv_heads_that_cannot_be_shared_are_refused(capsys, tmp_path):
+    config = json.loads(Path(bundled_model(), "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"num_attention_heads": 6, "num_key_value_heads": 2}))
+    code, _, err = say(capsys, "--gpu-memory", "8", "--model", str(tmp_path), "--tensor-parallel-size", "3")
+    assert code == 2
+    assert "neither divides nor is a multiple of the 2 kv heads" in err
+
+
+def test_a_prompt_that_does_not_fit_is_said(capsys):
+    code, out, _ = say(capsys, "--kv-memory", "0.003", "--block-size", "32", "--length", "4000", "--prompt", "3000")
+    assert code == 0
+    assert "note: not one request of 4000 tokens with a prompt of 3000 fits" in out
 
 
 def test_models_that_policies_refuse_are_refused(capsys, tmp_path):

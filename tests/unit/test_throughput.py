@@ -27,6 +27,8 @@ def arguments(*given: str) -> argparse.Namespace:
 def test_a_load_is_drawn_once_and_keeps_its_limits():
     args = arguments("--requests", "500", "--lengths", "sharegpt", "--output-min", "16", "--prompt-max", "400")
     load = offered_load(args)
+    fixed = ["--prompt-min", "70", "--prompt-max", "70", "--output-min", "90", "--output-max", "90", "--requests", "3"]
+    assert offered_load(arguments(*fixed)) == [Offered(70, 90)] * 3
     assert load == offered_load(args)
     assert load != offered_load(arguments("--requests", "500", "--seed", "1"))
     assert {min(each.num_output for each in load), max(each.num_prompt for each in load)} == {16, 400}
@@ -81,6 +83,34 @@ def test_engines_have_equal_memory_and_two_baselines():
     }
     assert grouped.items() >= {"kv_batch_grouping": "prefill-length", "kv_grouping_width": 32}.items()
     assert production["max_model_len"] == 321
+    assert (policy["enable_prefix_caching"], policy["kv_protect_prompt"]) == (False, True)
+    changed = engine_arguments(arguments("--prefix-caching", "--no-protect-prompt"), Arm("skipkv", 0.5), load, 100)
+    assert (changed["enable_prefix_caching"], changed["kv_protect_prompt"]) == (True, False)
+
+
+@pytest.mark.parametrize("one_by_one", [False, True])
+def test_engines_take_turns_or_run_one_by_one(monkeypatch, tmp_path, one_by_one):
+    said = []
+
+    class Engine:
+        def __init__(self, arguments, log):
+            self.name = arguments["name"]
+            said.append(f"start {self.name}")
+
+        def answer(self, order):
+            said.append(self.name)
+            return Run(seconds=1.0)
+
+        def stop(self):
+            said.append(f"stop {self.name}")
+
+    monkeypatch.setattr(throughput, "Remote", Engine)
+    arms = {Arm("a", 1.0): {"name": "a"}, Arm("b", 1.0): {"name": "b"}}
+    runs = throughput.in_turns(arms, [throughput.Order([Offered(1, 1)], True)], 2, tmp_path, one_by_one=one_by_one)
+    assert {arm: len(rounds) for arm, rounds in runs.items()} == dict.fromkeys(arms, 2)
+    alone = [word for name in "ab" for word in (f"start {name}", name, name, name, f"stop {name}")]
+    together = ["start a", "a", "start b", "b", "a", "b", "b", "a", "stop a", "stop b"]
+    assert said == (alone if one_by_one else together)
 
 
 def rows(**changes: float) -> list[dict]:
@@ -111,6 +141,7 @@ def test_bars_take_the_harder_baseline_and_only_the_policys_preemptions():
         (["--output-min", "9", "--output-max", "8"], "--output-min 9 must be 1 to --output-max 8"),
         (["--budget", "3"], "kv_budget=3 is out of range"),
         (["--requests", "0"], "--requests 0 is out of range"),
+        (["--prompt-min", "600"], "--prompt-min 600 must be 1 to --prompt-max 512"),
     ],
 )
 def test_bad_arguments_are_refused(capsys, given, said):
@@ -147,7 +178,7 @@ def test_the_prompts_of_a_server_have_the_drawn_lengths(tmp_path):
 def test_the_page_reads_what_a_run_writes():
     run = {
         "command": ["python", "-m", "benchmarks.throughput"], "commit": "c", "date": "d", "note": "",
-        "machine": {"cores": 2, "cpu": "x"}, "settings": vars(arguments()) | {"rounds": 2, "grouping_ranks": 2},
+        "machine": {"cores": 2, "cpu": "x", "gpus": []}, "settings": vars(throughput._parser().parse_args([])),
     }  # fmt: skip
     load = {"requests": 1, "prompt_tokens": 2, "output_tokens": 3, "shortest_output": 3, "pages": 4}
     steps = np.ones((5, len(STEP_COLUMNS)))
@@ -155,5 +186,8 @@ def test_the_page_reads_what_a_run_writes():
     row = throughput._row(Arm("skipkv", 0.1), [measured])
     row |= {"of_same": 2.0, "of_production": 2.0, "of_full_at_largest": 1.0}
     figures = {"run": run, "load": load, "pools": [row], "grouping": [], "predictions": []}
-    text = "\n\n".join(throughput_section(json.loads(json.dumps(figures))))
+    text = "\n\n".join(throughput_section(json.loads(json.dumps(figures, default=str))))
+    assert "on d, on 2 cores of x." in text
+    run["machine"]["gpus"] = ["GPU A, 80 MiB"]
+    assert "on d, on GPU A, 80 MiB." in throughput_section(figures)[-1]
     assert "| 0.1 | skipkv | 3 | 1.00 | 2.00 | 2.00 | 1.00 |" in text
