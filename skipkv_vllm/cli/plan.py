@@ -136,10 +136,11 @@ def plan(model: str, config: KVPolicyConfig, machine: Machine, *, length: int | 
 
     seqs, tokens = next(each for low, each in SERVER_DEFAULTS.items() if (machine.gpu_memory or 0) >= low)
     max_num_seqs, max_tokens = machine.max_num_seqs or seqs, machine.max_tokens or tokens
-    if machine.max_num_seqs is None or machine.max_tokens is None:
+    taken = {"max_num_seqs": max_num_seqs, "max_tokens": max_tokens}
+    if assumed := [f"{FLAGS[name]} {value}" for name, value in taken.items() if getattr(machine, name) is None]:
         notes.append(
-            f"--max-num-seqs {max_num_seqs} and --max-num-batched-tokens {max_tokens}, where not given, are vLLM's "
-            "defaults of a server on such a GPU; it has lower ones for an A100 of 80 GiB"
+            f"{' and '.join(assumed)} as vLLM's server has it on such a GPU by default (on an A100 of 80 GiB: "
+            "256 and 2048)"
         )
     state = shape.state_bytes(config, max_num_seqs, max_length, max_tokens)
     if machine.kv_memory is not None:

@@ -187,6 +187,12 @@ def test_kv_heads_that_cannot_be_shared_are_refused(capsys, tmp_path):
     assert "neither divides nor is a multiple of the 2 kv heads" in err
 
 
+def test_assumed_settings_are_said(capsys):
+    large = ["--gpu-memory", "192", "--overhead-memory", "0", "--max-num-seqs", "16"]
+    assert "note: --max-num-batched-tokens 16384 as vLLM's server has it" in say(capsys, *large)[1]
+    assert "vLLM's server" not in say(capsys, *large, "--max-num-batched-tokens", "512")[1]
+
+
 def test_a_prompt_that_does_not_fit_is_said(capsys):
     code, out, _ = say(capsys, "--kv-memory", "0.003", "--block-size", "32", "--length", "4000", "--prompt", "3000")
     assert code == 0
