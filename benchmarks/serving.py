@@ -30,7 +30,7 @@ from skipkv_vllm import KVPolicyError, bundled_model
 
 from .accuracy.docs import write_summary
 from .accuracy.machine import commit, machine, relative, versions
-from .load.arms import PRODUCTION, SAME, Arm, add_engine_arguments, engine_arguments
+from .load.arms import PRODUCTION, SAME, Arm, add_engine_arguments, check_engine_arguments, engine_arguments
 from .load.lengths import Offered, add_length_arguments, check_length_arguments, offered_load, pages_needed
 from .server import ServerError, serve
 
@@ -53,6 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     args = parser.parse_args(arguments)
     check_length_arguments(args, parser)
+    check_engine_arguments(args, parser)
     if importlib.util.find_spec("pandas") is None:
         parser.error("`vllm bench serve` needs pandas to read prompts from a file; pip install pandas")
     load = offered_load(args)

@@ -33,6 +33,7 @@ from .load.arms import (
     SAME,
     Arm,
     add_engine_arguments,
+    check_engine_arguments,
     engine_arguments,
     model_shape,
     policy_config,
@@ -311,16 +312,9 @@ def check_bars(pools: Iterable[Row], grouping: Sequence[Row]) -> dict[str, tuple
 
 def _check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     check_length_arguments(args, parser)
-    if args.policy == "full":
-        parser.error("--policy full: full KV is measured anyway; name the method to compare it with")
-    if not all(pool > 0 for pool in args.pools):
-        parser.error(f"--pools {args.pools} must be above 0")
+    check_engine_arguments(args, parser)
     if args.rounds < 1 or args.grouping_rounds < 0:
         parser.error("--rounds must be 1 or more, --grouping-rounds 0 or more")
-    try:
-        policy_config(args)
-    except KVPolicyError as error:
-        parser.error(str(error))
 
 
 def _parser() -> argparse.ArgumentParser:

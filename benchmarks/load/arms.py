@@ -7,6 +7,7 @@ import json
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from skipkv_vllm import KVPolicyError
 from skipkv_vllm.capacity import ModelShape, shape_of
 from skipkv_vllm.cli.plan import DTYPES
 from skipkv_vllm.config import KVPolicyConfig
@@ -125,3 +126,15 @@ def add_engine_arguments(parser: argparse.ArgumentParser, model: str) -> None:
     group.add_argument("--no-protect-prompt", action="store_true", help="evict the prompt too, as the paper does")
     group.add_argument("--grouping-width", type=int, default=32)
     group.add_argument("--grouping-max-wait", type=float, default=1.0)
+
+
+def check_engine_arguments(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    """Exit with an error where the flags, `--pools` among them, make no engines that can be compared."""
+    if args.policy == "full":
+        parser.error("--policy full: full KV is measured anyway; name the method to compare it with")
+    if not all(pool > 0 for pool in args.pools):
+        parser.error(f"--pools {args.pools} must be above 0")
+    try:
+        policy_config(args)
+    except KVPolicyError as error:
+        parser.error(str(error))

@@ -8,15 +8,21 @@ import pytest
 from vllm import SamplingParams
 from vllm.v1.core.sched.request_queue import FCFSRequestQueue
 
+from skipkv_vllm import bundled_model
 from skipkv_vllm.scheduler.grouping import PrefillLengthQueue
 from tests.engines import assert_pool_empty, demo_prompts, engine, scheduler_of
 
 SHORT, LONG = demo_prompts(8)[:4], demo_prompts(8, at_least=160)[4:]
 
 
+GROUPING = {"kv_batch_grouping": "prefill-length", "kv_grouping_width": 64, "max_num_seqs": 2, "kv_trace_dir": None}
+PROMPTS = [p for pair in zip(SHORT, LONG, strict=True) for p in pair]
+BY_LENGTH = [0, 2, 4, 6, 1, 3, 5, 7]
+
+
 @pytest.fixture(scope="module")
 def llm():
-    return engine(kv_batch_grouping="prefill-length", kv_grouping_width=64, max_num_seqs=2, kv_trace_dir=None)
+    return engine(**GROUPING)
 
 
 def admissions(llm: Any, queue: Any, prompts: list[list[int]]) -> tuple[list[int], list[list[int]]]:
@@ -37,15 +43,14 @@ def admissions(llm: Any, queue: Any, prompts: list[list[int]]) -> tuple[list[int
 
 
 def test_requests_of_similar_length_run_together_and_answer_the_same(llm):
-    prompts = [p for pair in zip(SHORT, LONG, strict=True) for p in pair]
     assert type(scheduler_of(llm).waiting) is PrefillLengthQueue
     grouped = scheduler_of(llm).waiting
-    order, answers = admissions(llm, PrefillLengthQueue(64, 600.0), prompts)
-    assert order == [0, 2, 4, 6, 1, 3, 5, 7]
-    stock_order, stock_answers = admissions(llm, FCFSRequestQueue(), prompts)
+    order, answers = admissions(llm, PrefillLengthQueue(64, 600.0), PROMPTS)
+    assert order == BY_LENGTH
+    stock_order, stock_answers = admissions(llm, FCFSRequestQueue(), PROMPTS)
     assert stock_order == list(range(8))
     assert answers == stock_answers
-    at_once, _ = admissions(llm, PrefillLengthQueue(64, 0.0), prompts)
+    at_once, _ = admissions(llm, PrefillLengthQueue(64, 0.0), PROMPTS)
     assert at_once == stock_order
     scheduler_of(llm).waiting = grouped
 
@@ -53,3 +58,11 @@ def test_requests_of_similar_length_run_together_and_answer_the_same(llm):
 def test_the_flag_makes_the_queue(llm):
     queue = scheduler_of(llm).waiting
     assert (queue.width, queue.max_wait, queue.by_priority) == (64, 5.0, False)
+
+
+def test_a_server_that_only_steers_groups_too():
+    vector = f"{bundled_model()}-steering.safetensors"
+    only_steers = {"kv_policy": "full", "kv_policy_config": {}, "kv_request_policies": []}
+    llm = engine(**GROUPING, **only_steers, kv_steering_vectors={"math": vector}, kv_steering_default="math")
+    order, _ = admissions(llm, PrefillLengthQueue(64, 600.0), PROMPTS)
+    assert order == BY_LENGTH

@@ -151,6 +151,13 @@ def test_bad_arguments_are_refused(capsys, given, said):
     assert said in capsys.readouterr().err
 
 
+def test_bad_arguments_of_servers_are_refused(capsys):
+    with pytest.raises(SystemExit) as stop:
+        serving.main(["--policy", "nope"])
+    assert stop.value.code == 2
+    assert "kv_policy='nope' is unknown" in capsys.readouterr().err
+
+
 def test_servers_get_the_engines_arguments_as_flags():
     given = {
         "model": "m",
