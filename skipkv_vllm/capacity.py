@@ -98,6 +98,7 @@ class Capacity:
     Attributes:
         kv_bytes: KV of a token.
         sidecar_bytes: what the policy adds to it.
+        adds_attention: whether the attention mass is among that.
         state_bytes: queries and sentences of one request.
         page_size: tokens of a page.
         pages: pages with the policy.
@@ -117,6 +118,7 @@ class Capacity:
 
     kv_bytes: int
     sidecar_bytes: int
+    adds_attention: bool
     state_bytes: int
     page_size: int
     pages: int
@@ -137,8 +139,9 @@ class Capacity:
         fits = f"{self.fit:,} such requests fit at once instead of {self.fit_full:,}"
         if self.is_capped:
             fits += f"; max_num_seqs lets {self.concurrency:,} run instead of {self.concurrency_full:,}"
+        sidecar = "position and attention" if self.adds_attention else "position"
         return [
-            f"{self.kv_bytes:,} bytes of KV a token + {self.sidecar_bytes:,} for its position, "
+            f"{self.kv_bytes:,} bytes of KV a token + {self.sidecar_bytes:,} for its {sidecar}, "
             f"{self.state_bytes / 2**20:.2f} MiB of queries and sentences a request",
             f"{self.pages:,} pages of {self.page_size} tokens; the same memory without a policy: {self.pages_full:,}",
             f"a request of {self.length:,} tokens holds at most {self.request_pages:,} pages instead of "
@@ -174,6 +177,7 @@ def capacity(
     return Capacity(
         kv_bytes=kv,
         sidecar_bytes=sidecar,
+        adds_attention=bool(config.needs & Need.ATTENTION_MASS),
         state_bytes=state_of_one,
         page_size=page,
         pages=pool.num_pages,

@@ -83,8 +83,10 @@ def test_break_even_is_where_the_costs_cross():
 
 
 def test_a_policy_that_adds_attention_up_pays_for_it():
-    h2o = capacity(KVPolicyConfig(kv_policy="h2o"), SHAPE, POOL)
-    assert h2o.sidecar_bytes == 2 * capacity(CONFIG, SHAPE, POOL).sidecar_bytes
+    h2o, skipkv = capacity(KVPolicyConfig(kv_policy="h2o"), SHAPE, POOL), capacity(CONFIG, SHAPE, POOL)
+    assert h2o.sidecar_bytes == 2 * skipkv.sidecar_bytes
+    assert "+ 896 for its position and attention," in h2o.lines()[0]
+    assert "+ 448 for its position," in skipkv.lines()[0]
 
 
 def test_pages_and_their_memory_are_inverse():
