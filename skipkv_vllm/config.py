@@ -27,6 +27,7 @@ OFF = "off"
 """What `kv_steering_default` and a request's `steering` say for no steering."""
 
 MAX_ALPHA = 10.0
+GROUPING_WIDTH, GROUPING_MAX_WAIT = 256, 5.0
 _VECTOR_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 OPTIONAL_NEEDS = {"sentence": Need.SENTENCES, "head": Need.NOTHING}
@@ -86,6 +87,21 @@ class KVPolicyConfig(BaseModel):
         default_factory=list,
         description="Further methods that a request may choose with its `kv_policy`, on top of those whose inputs "
         "the server's own method collects anyway.",
+    )
+    kv_batch_grouping: Literal["off", "prefill-length"] = Field(
+        "off",
+        description='"prefill-length": waiting requests of similar prompt length are admitted together. '
+        "docs/scheduling.md says when that helps.",
+    )
+    kv_grouping_width: int = Field(
+        GROUPING_WIDTH, ge=1, strict=True, description="Tokens by which the prompts of a group may differ."
+    )
+    kv_grouping_max_wait: float = Field(
+        GROUPING_MAX_WAIT,
+        ge=0,
+        allow_inf_nan=False,
+        description="Seconds past its turn, in order of arrival, from which no later request is admitted before a "
+        "waiting one. 0 is order of arrival.",
     )
     kv_trace_dir: str | None = Field(
         None, description="Write one replayable <request-id>.safetensors per finished request into this folder."
@@ -198,6 +214,23 @@ class KVPolicyConfig(BaseModel):
             raise KVPolicyError(
                 f"kv_steering_default={self.kv_steering_default!r} is not registered; choose one of: "
                 f"{', '.join((OFF, *self.kv_steering_vectors))}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _grouping(self) -> KVPolicyConfig:
+        if self.kv_batch_grouping == "off":
+            defaults = {"kv_grouping_width": GROUPING_WIDTH, "kv_grouping_max_wait": GROUPING_MAX_WAIT}
+            for name, default in defaults.items():
+                if getattr(self, name) != default:
+                    raise KVPolicyError(
+                        f"{name}={getattr(self, name)} is given but kv_batch_grouping is 'off', so it would do "
+                        "nothing; add --kv-batch-grouping prefill-length"
+                    )
+        elif not self.is_active:
+            raise KVPolicyError(
+                "kv_batch_grouping is given but kv_policy is 'full' and nothing is steered, which leaves vLLM's "
+                "scheduler alone; name another --kv-policy or drop --kv-batch-grouping"
             )
         return self
 

@@ -25,7 +25,13 @@ _METAVARS = {
 }
 
 
-FOR_STEERING_TOO = {"kv_trace_dir", "kv_check_integrity"}
+FOR_STEERING_TOO = {
+    "kv_batch_grouping",
+    "kv_grouping_width",
+    "kv_grouping_max_wait",
+    "kv_trace_dir",
+    "kv_check_integrity",
+}
 """Fields that mean something on a server that only steers."""
 
 

@@ -20,6 +20,7 @@ from vllm.v1.request import Request, RequestStatus
 
 from .. import compat
 from ..banner import banner
+from ..capacity import Capacity, capacity
 from ..config import CONFIG_KEY, KVPolicyConfig, RequestOptions, needs_of
 from ..metrics import EvictionStats, RequestEvictions
 from ..policies import Need, Policy
@@ -29,6 +30,7 @@ from ..steering.tables import build_thought_tables
 from ..trace import TraceCollector
 from .admission import Demand, limits_of, most_tokens
 from .block_manager import CompactedPages, EvictingBlockManager
+from .grouping import PrefillLengthQueue
 from .messages import Started, StepOrders
 from .planner import Compaction, EvictionPlanner, Limits, Observation, PlannedCompaction, Residency
 
@@ -80,9 +82,20 @@ class EvictionMixin(_Base):
         self._evictions: dict[str, RequestEvictions] = {}
         self.steering = self._make_steering() if self.kv_policy.steers else None
         self._steered: dict[str, SteeredRequest] = {}
-        ledger = self.block_manager.ledger
-        for line in banner(self.kv_policy, ledger.page_size, self.max_model_len, ledger.num_pages):
+        if self.kv_policy.kv_batch_grouping != "off":
+            self.waiting = PrefillLengthQueue(
+                self.kv_policy.kv_grouping_width,
+                self.kv_policy.kv_grouping_max_wait,
+                by_priority=self.policy is SchedulingPolicy.PRIORITY,
+            )
+        found = self._capacity() if self.kv_policy.evicts else None
+        for line in banner(self.kv_policy, found, self.max_model_len):
             logger.info(line)
+
+    def _capacity(self) -> Capacity:
+        (group,) = self.kv_cache_config.kv_cache_groups
+        shape = compat.model_shape(self.vllm_config, len(group.layer_names))
+        return capacity(self.kv_policy, shape, compat.page_pool(self.vllm_config, self.kv_cache_config.num_blocks))
 
     def add_request(self, request: Request) -> None:
         if request.request_id not in self.requests:
