@@ -21,6 +21,8 @@ def banner(config: KVPolicyConfig, capacity: Capacity | None, max_model_len: int
             f"SkipKV: waiting requests grouped by prompt length, {config.kv_grouping_width} tokens a group; from "
             f"{config.kv_grouping_max_wait:g} s past its turn a request is no longer overtaken"
         )
+    if config.kv_prefix_eviction == "guard":
+        lines.append("SkipKV: cached prefixes give way by Guard instead of LRU")
     if config.steers:
         most = "" if config.kv_steering_alpha_max is None else f", at most {config.kv_steering_alpha_max}"
         lines.append(

@@ -103,6 +103,11 @@ class KVPolicyConfig(BaseModel):
         description="Seconds past its turn, in order of arrival, from which no later request is admitted before a "
         "waiting one. 0 is order of arrival.",
     )
+    kv_prefix_eviction: Literal["lru", "guard"] = Field(
+        "lru",
+        description='Which page of the prefix cache gives way to a new one: "lru", as in stock vLLM, or "guard", which '
+        "follows LRU where it is right and does not fail where prompts come round in turn.",
+    )
     kv_trace_dir: str | None = Field(
         None, description="Write one replayable <request-id>.safetensors per finished request into this folder."
     )
@@ -227,11 +232,12 @@ class KVPolicyConfig(BaseModel):
                         f"{name}={getattr(self, name)} is given but kv_batch_grouping is 'off', so it would do "
                         "nothing; add --kv-batch-grouping prefill-length"
                     )
-        elif not self.is_active:
-            raise KVPolicyError(
-                "kv_batch_grouping is given but kv_policy is 'full' and nothing is steered, which leaves vLLM's "
-                "scheduler alone; name another --kv-policy or drop --kv-batch-grouping"
-            )
+        for name, stock in {"kv_batch_grouping": "off", "kv_prefix_eviction": "lru"}.items():
+            if getattr(self, name) != stock and not self.is_active:
+                raise KVPolicyError(
+                    f"{name} is given but kv_policy is 'full' and nothing is steered, which leaves vLLM's "
+                    f"scheduler alone; name another --kv-policy or drop {flag_names()[name]}"
+                )
         return self
 
     @functools.cached_property

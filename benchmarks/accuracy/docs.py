@@ -12,6 +12,14 @@ from benchmarks.load.section import THROUGHPUT, throughput_section
 from benchmarks.simulate.section import SIMULATION, simulation_section
 
 from . import UsageError
+from .costs import (
+    OVERHEAD,
+    PREFIX_EVICTION,
+    STEERING_OVERHEAD,
+    overhead_section,
+    prefix_eviction_section,
+    steering_overhead_section,
+)
 from .plots import FIGURES
 from .report import NOTES, arms_table, batch_table, headline, provenance, setting, table, versus_table
 from .steering import read_section
@@ -43,8 +51,15 @@ def write_docs(docs: Path) -> Path:
 
 
 def measured_sections(docs: Path) -> list[str]:
-    """Paragraphs about steering, the operators, throughput and the simulator, as far as there are figures."""
-    sections = {KERNELS: kernels_section, THROUGHPUT: throughput_section, SIMULATION: simulation_section}
+    """Paragraphs about everything but accuracy, as far as there are figures."""
+    sections = {
+        STEERING_OVERHEAD: steering_overhead_section,
+        OVERHEAD: overhead_section,
+        KERNELS: kernels_section,
+        THROUGHPUT: throughput_section,
+        SIMULATION: simulation_section,
+        PREFIX_EVICTION: prefix_eviction_section,
+    }
     parts = read_section(docs)
     for name, section in sections.items():
         if (docs / name).exists():

@@ -29,6 +29,7 @@ FOR_STEERING_TOO = {
     "kv_batch_grouping",
     "kv_grouping_width",
     "kv_grouping_max_wait",
+    "kv_prefix_eviction",
     "kv_trace_dir",
     "kv_check_integrity",
 }

@@ -26,6 +26,11 @@ def check_config(vllm_config: VllmConfig, policy: KVPolicyConfig) -> None:
     Raises:
         KVPolicyError: for the first one found.
     """
+    if policy.kv_prefix_eviction != "lru" and not vllm_config.cache_config.enable_prefix_caching:
+        raise KVPolicyError(
+            f"kv_prefix_eviction={policy.kv_prefix_eviction!r} would do nothing without prefix caching; drop it or "
+            "--no-enable-prefix-caching"
+        )
     if policy.evicts:
         _check(vllm_config, policy, _refuse)
     if policy.steers:

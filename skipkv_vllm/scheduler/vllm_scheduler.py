@@ -33,6 +33,7 @@ from .block_manager import CompactedPages, EvictingBlockManager
 from .grouping import PrefillLengthQueue
 from .messages import Started, StepOrders
 from .planner import Compaction, EvictionPlanner, Limits, Observation, PlannedCompaction, Residency
+from .prefix_eviction import GuardQueue
 
 logger = init_logger("vllm.skipkv")
 
@@ -88,6 +89,9 @@ class EvictionMixin(_Base):
                 self.kv_policy.kv_grouping_max_wait,
                 by_priority=self.policy is SchedulingPolicy.PRIORITY,
             )
+        if self.kv_policy.kv_prefix_eviction == "guard":
+            pool = self.kv_cache_manager.block_pool
+            pool.free_block_queue = GuardQueue.adopt(pool.free_block_queue)
         found = self._capacity() if self.kv_policy.evicts else None
         for line in banner(self.kv_policy, found, self.max_model_len):
             logger.info(line)

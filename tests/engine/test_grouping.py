@@ -10,19 +10,21 @@ from vllm.v1.core.sched.request_queue import FCFSRequestQueue
 
 from skipkv_vllm import bundled_model
 from skipkv_vllm.scheduler.grouping import PrefillLengthQueue
+from skipkv_vllm.scheduler.prefix_eviction import GuardQueue
 from tests.engines import assert_pool_empty, demo_prompts, engine, scheduler_of
 
 SHORT, LONG = demo_prompts(8)[:4], demo_prompts(8, at_least=160)[4:]
 
 
 GROUPING = {"kv_batch_grouping": "prefill-length", "kv_grouping_width": 64, "max_num_seqs": 2, "kv_trace_dir": None}
+GUARD = {"kv_prefix_eviction": "guard"}
 PROMPTS = [p for pair in zip(SHORT, LONG, strict=True) for p in pair]
 BY_LENGTH = [0, 2, 4, 6, 1, 3, 5, 7]
 
 
 @pytest.fixture(scope="module")
 def llm():
-    return engine(**GROUPING)
+    return engine(**GROUPING, **GUARD)
 
 
 def admissions(llm: Any, queue: Any, prompts: list[list[int]]) -> tuple[list[int], list[list[int]]]:
@@ -58,6 +60,23 @@ def test_requests_of_similar_length_run_together_and_answer_the_same(llm):
 def test_the_flag_makes_the_queue(llm):
     queue = scheduler_of(llm).waiting
     assert (queue.width, queue.max_wait, queue.by_priority) == (64, 5.0, False)
+
+
+def test_the_other_flag_makes_the_queue_of_free_pages(llm):
+    """And it evicted pages: the pool is smaller than what all prompts and answers took."""
+    pool = scheduler_of(llm).kv_cache_manager.block_pool
+    assert type(pool.free_block_queue) is GuardQueue
+    params = SamplingParams(max_tokens=100, temperature=0, ignore_eos=True, detokenize=False)
+    answers = []
+    for _ in range(3):
+        # Three rounds of more prompts than the pool holds.
+        outputs = llm.generate(
+            [{"prompt_token_ids": p} for p in demo_prompts(40, at_least=160)], params, use_tqdm=False
+        )
+        answers.append([output.outputs[0].token_ids for output in outputs])
+    assert answers[0] == answers[1]
+    assert pool.free_block_queue._evicted or pool.free_block_queue._guarded
+    assert_pool_empty(llm)
 
 
 def test_a_server_that_only_steers_groups_too():
