@@ -73,6 +73,12 @@ class KVPolicyConfig(BaseModel):
     kv_protect_prompt: bool = Field(
         True, description="Never evict the prompt. Off reproduces the paper, which evicts it like any other text."
     )
+    kv_defer_prompt: bool = Field(
+        False,
+        description="With --no-kv-protect-prompt: hold a prompt longer than the bound whole until --kv-window more "
+        "tokens are written, and let their queries choose what stays of it. Off: it is compacted between chunks, which "
+        "bounds memory during prefill too.",
+    )
     kv_admission: Literal["bounded", "optimistic"] = Field(
         "bounded",
         description='"bounded": a request starts once all the pages it may ever hold fit beside those of the running '
@@ -219,6 +225,15 @@ class KVPolicyConfig(BaseModel):
             raise KVPolicyError(
                 f"kv_steering_default={self.kv_steering_default!r} is not registered; choose one of: "
                 f"{', '.join((OFF, *self.kv_steering_vectors))}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _deferral(self) -> KVPolicyConfig:
+        if self.kv_defer_prompt and self.kv_protect_prompt:
+            raise KVPolicyError(
+                "kv_defer_prompt is given but the prompt is protected, so it would do nothing; add "
+                "--no-kv-protect-prompt or drop --kv-defer-prompt"
             )
         return self
 

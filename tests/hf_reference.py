@@ -65,11 +65,17 @@ class Settings:
     buffer: int
     window: int = 8
     protect_prompt: bool = True
+    defer_prompt: bool = False
     steering: Steering | None = None
 
     def keep(self, num_prompt: int) -> int:
         """Tokens left by a compaction."""
         return max(self.budget, num_prompt + self.window) if self.protect_prompt else self.budget
+
+    def bound(self, num_prompt: int, is_first: bool) -> int:
+        """Tokens at which a compaction takes place."""
+        bound = self.keep(num_prompt) + self.buffer
+        return max(bound, num_prompt + self.window) if is_first and self.defer_prompt else bound
 
 
 @dataclass(frozen=True)
@@ -418,7 +424,7 @@ class Request:
     @torch.inference_mode()
     def run(self, num_new: int) -> Result:
         """Generate `num_new` tokens."""
-        first = self._settings.keep(self._num_prompt) + self._settings.buffer
+        first = self._settings.bound(self._num_prompt, is_first=True)
         logits = self._feed(self._text[:first])
         for token in self._text[first:]:
             self._compact_if_due()
@@ -465,7 +471,7 @@ class Request:
     def _compact_if_due(self) -> None:
         num_resident = self._positions.shape[2]
         keep = self._settings.keep(self._num_prompt)
-        if num_resident < keep + self._settings.buffer:
+        if num_resident < self._settings.bound(self._num_prompt, is_first=not self._result.events):
             return
         survives = self._arbitrated(*self._select(keep), keep)
         for layer, mask in zip(self._cache.layers, survives, strict=True):

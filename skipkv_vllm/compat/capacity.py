@@ -84,6 +84,9 @@ def check_fits_alone(vllm_config: VllmConfig, config: KVPolicyConfig, request: E
         cause = f"kv_policy='full' keeps everything: prompt of {num_prompt} + max_tokens={params.max_tokens}"
         remedy = f"set max_tokens to at most {room - num_prompt}, or" if num_prompt < room else "shorten the prompt, or"
         remedy += f" use kv_policy={config.kv_policy!r}"
+    elif limits.first_bound > limits.bound:
+        cause = f"kv_defer_prompt holds its prompt of {num_prompt} tokens whole"
+        remedy = f"shorten it to at most {room - limits.window} tokens"
     elif limits.keep > limits.budget:
         cause = f"its prompt of {num_prompt} tokens is protected and raises its bound to {limits.bound}"
         remedy = f"shorten it to at most {room - limits.window - limits.buffer} tokens"

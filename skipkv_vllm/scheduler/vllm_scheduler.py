@@ -32,7 +32,7 @@ from .admission import Demand, limits_of, most_tokens
 from .block_manager import CompactedPages, EvictingBlockManager
 from .grouping import PrefillLengthQueue
 from .messages import Started, StepOrders
-from .planner import Compaction, EvictionPlanner, Limits, Observation, PlannedCompaction, Residency
+from .planner import Compaction, EvictionPlanner, Limits, Observation, PlannedCompaction, Residency, ceil_div
 from .prefix_eviction import GuardQueue
 
 logger = init_logger("vllm.skipkv")
@@ -143,7 +143,7 @@ class EvictionMixin(_Base):
             most_cached = min(most_cached, limits.protected)
         if needs & Need.ATTENTION_MASS:
             # The query of the prompt's last token counts, or of the last one before the first compaction.
-            first_observed = min(request.num_prompt_tokens, limits.bound) - 1
+            first_observed = min(request.num_prompt_tokens, limits.first_bound) - 1
             most_cached = min(most_cached, first_observed)
         self.planner.start(request.request_id, limits, first_observed)
         page_size = self.block_manager.block_size
@@ -381,12 +381,12 @@ class EvictionMixin(_Base):
         self.block_manager.check_integrity()
         for request in self.running:
             request_id = request.request_id
-            limits = self.planner.limits(request_id)
-            if limits is None:
+            bound = self.planner.bound(request_id)
+            if bound is None:
                 continue
             resident = request.num_computed_tokens - self.block_manager.num_evicted(request_id)
-            assert resident <= limits.bound, f"{request_id} holds {resident} of at most {limits.bound} tokens"
-            pages, most = self.block_manager.num_pages(request_id), limits.bound_pages(self.block_manager.block_size)
+            assert resident <= bound, f"{request_id} holds {resident} of at most {bound} tokens"
+            pages, most = self.block_manager.num_pages(request_id), ceil_div(bound, self.block_manager.block_size)
             assert pages <= most, f"{request_id} holds {pages} of at most {most} pages"
 
 

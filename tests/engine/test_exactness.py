@@ -178,3 +178,18 @@ def test_long_unprotected_prompt(granularity: str, references: ReferenceCache) -
     for prompt, result in zip(prompts, results, strict=True):
         in_the_prompt = [e.num_logical for e in result.events if e.num_logical < len(prompt)]
         assert in_the_prompt == list(range(bound, len(prompt), UNPROTECTED["kv_buffer"]))
+
+
+def test_deferred_prompt(references: ReferenceCache) -> None:
+    """A long prompt is held whole until its window is written, whose queries choose what stays of it."""
+    prompts = engines.demo_prompts(4, at_least=LONG)
+    job = Job(
+        prompts, ["rkv", "skipkv", "snapkv", "h2o"], 120, every=3, arguments=UNPROTECTED | {"kv_defer_prompt": True}
+    )
+    outcome = engines.run(job)
+    results = check(job, outcome, references, min_compactions=3)
+    for prompt, result in zip(prompts, results, strict=True):
+        assert len(prompt) > UNPROTECTED["kv_budget"] + UNPROTECTED["kv_buffer"]
+        first, second = result.events[:2]
+        assert (first.num_logical, first.num_resident) == (len(prompt) + 8, len(prompt) + 8)
+        assert second.num_logical == first.num_logical + UNPROTECTED["kv_buffer"]

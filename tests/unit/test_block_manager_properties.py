@@ -368,7 +368,7 @@ class Engine:
             if tracked.limits is not None:
                 resident = tracked.request.num_computed_tokens - tracked.num_evicted
                 assert resident <= tracked.limits.bound
-                assert self.manager.num_pages(request_id) <= tracked.limits.bound_pages(PAGE)
+                assert self.manager.num_pages(request_id) <= ceil_div(tracked.limits.bound, PAGE)
 
     def _check_published(self) -> None:
         """Every page in the prefix cache holds the tokens its hash stands for."""

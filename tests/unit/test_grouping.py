@@ -241,6 +241,7 @@ def test_bound_and_conservation(operations, width, max_wait):
         ({"kv_policy": "full", "kv_prefix_eviction": "guard"}, "drop --kv-prefix-eviction"),
         ({"kv_batch_grouping": "prefill-length", "kv_grouping_width": 0}, "kv_grouping_width=0"),
         ({"kv_batch_grouping": "prefill-length", "kv_grouping_max_wait": -1.0}, "kv_grouping_max_wait=-1.0"),
+        ({"kv_defer_prompt": True}, "the prompt is protected"),
         ({"kv_batch_grouping": "length"}, "kv_batch_grouping='length'"),
     ],
 )
