@@ -248,7 +248,7 @@ def test_a_request_that_could_outgrow_the_pool_is_refused_with_the_remedy(vllm_c
 def test_a_deferred_prompt_counts_whole(vllm_config):
     config = KVPolicyConfig.parse(CONFIG.model_dump() | {"kv_protect_prompt": False, "kv_defer_prompt": True})
     check_fits_alone(vllm_config, config, request(616, 2000))
-    with pytest.raises(KVPolicyError, match="holds its prompt of 617 tokens whole.; shorten it to at most 616 tokens"):
+    with pytest.raises(KVPolicyError, match=r"holds its prompt of 617 tokens whole.; shorten it to at most 616 tokens"):
         check_fits_alone(vllm_config, config, request(617, 2000))
 
 
