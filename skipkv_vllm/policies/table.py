@@ -23,10 +23,10 @@ Generated from the code by `python -m skipkv_vllm.policies.table`; a test compar
 All methods share the engine's rules. **Trigger**: a request is compacted when it holds budget + buffer tokens, to
 exactly its budget; with `--kv-defer-prompt` a long unprotected prompt is first held whole until W more tokens are
 written, whose queries choose. **Pinned**: the protected prompt, the newest W tokens (`--kv-window`) and a method's
-sinks always stay. **Granularity** (`--kv-granularity`): by `head` every layer and kv head keeps its own tokens; by `sentence`
-whole sentences leave, the same ones for all layers and heads, by the mean score of their tokens. **Ties**: the earlier
-token stays. **Grouped queries**: what a method computes per query head is averaged over those of a kv head, unless its
-paper says otherwise. **Training**: none of these methods needs any.
+sinks always stay. **Granularity** (`--kv-granularity`): by `head` every layer and kv head keeps its own tokens; by
+`sentence` whole sentences leave, the same ones for all layers and heads, by the mean score of their tokens. **Ties**:
+the earlier token stays. **Grouped queries**: what a method computes per query head is averaged over those of a kv
+head, unless its paper says otherwise. **Training**: none of these methods needs any.
 
 Cost is that of one compaction per layer and kv head, with L held tokens, the window W, G query heads a kv head and head
 size D; memory is what a request takes beside its KV pages. "Native" methods are scored by fused operators (C++, CUDA,
