@@ -28,7 +28,8 @@ class ModelShape:
         head_size: elements of a key.
         hidden_size: elements of a hidden state (never split over ranks).
         vocab_size: token ids.
-        element_size: bytes of an element of KV, of a query and of a hidden state.
+        element_size: bytes of an element of a query and of a hidden state.
+        kv_element_size: of KV, where that differs.
     """
 
     num_layers: int
@@ -38,11 +39,13 @@ class ModelShape:
     hidden_size: int
     vocab_size: int
     element_size: int
+    kv_element_size: int | None = None
 
     @property
     def kv_bytes(self) -> int:
         """KV of one token."""
-        return 2 * self.num_layers * self.num_kv_heads * self.head_size * self.element_size
+        size = self.element_size if self.kv_element_size is None else self.kv_element_size
+        return 2 * self.num_layers * self.num_kv_heads * self.head_size * size
 
     def sidecar_bytes(self, needs: Need) -> int:
         """What a token of the cache costs on top of its KV: its position, and its attention mass where a policy adds
@@ -212,14 +215,17 @@ def pages_with_policy(
     return ((memory - state) * kv // (kv + sidecar)) // (page_size * kv)
 
 
-def shape_of(text_config: Any, *, ranks: int, element_size: int, stages: int = 1) -> ModelShape:
+def shape_of(
+    text_config: Any, *, ranks: int, element_size: int, stages: int = 1, kv_element_size: int | None = None
+) -> ModelShape:
     """A model's shape from its Hugging Face configuration.
 
     Args:
         text_config: `transformers` configuration of the language model.
         ranks: tensor-parallel ranks; kv heads that are fewer are repeated, as vLLM does it.
-        element_size: bytes of an element of KV.
+        element_size: bytes of an element of a weight.
         stages: of a pipeline; the one with most layers is described.
+        kv_element_size: bytes of an element of KV, where that differs.
     """
     heads = text_config.num_attention_heads
     kv_heads = getattr(text_config, "num_key_value_heads", None) or heads
@@ -231,6 +237,7 @@ def shape_of(text_config: Any, *, ranks: int, element_size: int, stages: int = 1
         hidden_size=text_config.hidden_size,
         vocab_size=text_config.vocab_size,
         element_size=element_size,
+        kv_element_size=kv_element_size,
     )
 
 

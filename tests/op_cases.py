@@ -161,7 +161,7 @@ class ScoreCase:
             table,
             positions_of(shape, self.lengths, self.positions, generator),
             torch.tensor(self.lengths, dtype=torch.int32),
-            queries.to(pages.dtype),
+            queries if pages.dtype.itemsize == 1 else queries.to(pages.dtype),
             torch.rand(shape, generator=generator) if self.penalty else None,
             self.pool,
             self.mix,

@@ -27,6 +27,24 @@ inline Dtype float_type(const Tensor& tensor, const char* name) {
   }
 }
 
+inline KeyType key_type(const Tensor& cache) {
+  switch (cache.scalar_type()) {
+    case ScalarType::Float:
+      return KeyType::kFloat32;
+    case ScalarType::BFloat16:
+      return KeyType::kBFloat16;
+    case ScalarType::Half:
+      return KeyType::kFloat16;
+    case ScalarType::Float8_e4m3fn:
+      return KeyType::kFloat8E4M3;
+    case ScalarType::Float8_e5m2:
+      return KeyType::kFloat8E5M2;
+    default:
+      STD_TORCH_CHECK(false, "skipkv_cpu: caches to score must be float32, bfloat16, float16, float8_e4m3fn or "
+                             "float8_e5m2");
+  }
+}
+
 inline void check(const Tensor& tensor, const char* name, ScalarType type, std::initializer_list<int64_t> sizes) {
   STD_TORCH_CHECK(tensor.is_cpu(), "skipkv_cpu: ", name, " must be on the CPU");
   STD_TORCH_CHECK(tensor.scalar_type() == type, "skipkv_cpu: ", name, " must be ", torch::headeronly::toString(type),

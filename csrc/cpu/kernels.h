@@ -12,17 +12,19 @@
 namespace skipkv {
 
 enum class Dtype : int { kFloat32, kBFloat16, kFloat16 };
+// Caches may also hold elements of 8 bits.
+enum class KeyType : int { kFloat32, kBFloat16, kFloat16, kFloat8E4M3, kFloat8E5M2 };
 
 // One row of `score_tokens`: a request's layer and kv head. L = length.
 struct ScoreRow {
   const Pages* pages;
   const void* cache;
-  Dtype dtype;
+  KeyType type;
   int64_t head;
   const int32_t* table;
   const int32_t* positions;
   int64_t length;
-  const void* queries;  // [W, Hq, D], at the first query head of the group
+  const void* queries;  // [W, Hq, D], at the first query head of the group; float32 for 8-bit caches, else as the cache
   int64_t window, group, query_stride;
   const float* penalty;  // or null
   int64_t pool;

@@ -96,7 +96,8 @@ void attention(const ScoreRow& row, const Scratch& s, int64_t old) {
   }
 }
 
-template <class T>
+// Keys of type T, queries of type Q.
+template <class T, class Q = T>
 void score_as(const ScoreRow& row, void* memory) {
   Arena arena(memory);
   const int64_t dim = row.pages->dim, length = row.length, old = length - row.window;
@@ -109,7 +110,7 @@ void score_as(const ScoreRow& row, void* memory) {
   read_keys<T>(row, s.rank, s.unit, s.stride);
   clear(s.norm + length, s.logits_stride - length);
   normalise(s.unit, length, s.stride, s.norm);
-  if (important) read_queries<T>(row, s);
+  if (important) read_queries<Q>(row, s);
 
   ExemptSearch search(s.unit, s.stride, length, row.threshold, s.exempt);
   for (int64_t first = s.logits_stride - kTileColumns; first >= 0; first -= kTileColumns) {
@@ -138,13 +139,17 @@ void score_as(const ScoreRow& row, void* memory) {
 }
 
 void score(const ScoreRow& row, void* scratch) {
-  switch (row.dtype) {
-    case Dtype::kFloat32:
+  switch (row.type) {
+    case KeyType::kFloat32:
       return score_as<Float32>(row, scratch);
-    case Dtype::kBFloat16:
+    case KeyType::kBFloat16:
       return score_as<BFloat16>(row, scratch);
-    case Dtype::kFloat16:
+    case KeyType::kFloat16:
       return score_as<Float16>(row, scratch);
+    case KeyType::kFloat8E4M3:
+      return score_as<Float8E4M3, Float32>(row, scratch);
+    case KeyType::kFloat8E5M2:
+      return score_as<Float8E5M2, Float32>(row, scratch);
   }
 }
 

@@ -30,13 +30,14 @@ Tensor score_tokens(const std::vector<Tensor>& caches, const Tensor&, int64_t la
                     const Tensor& positions, const Tensor& num_resident, const Tensor& queries,
                     const std::optional<Tensor>& penalty, int64_t pool, double mix, double threshold) {
   const Caches all(caches, layout);
-  const Dtype dtype = float_type(caches[0], "caches");
+  const KeyType type = key_type(caches[0]);
   const int64_t layers = all.num_layers(), heads = all.heads, dim = all.pages.dim;
   check(positions, "positions", ScalarType::Int, {-1, layers, heads, -1});
   const int64_t requests = positions.size(0), slots = positions.size(3);
   check(table, "table", ScalarType::Int, {requests, -1});
   check(num_resident, "num_resident", ScalarType::Int, {requests});
-  check(queries, "queries", caches[0].scalar_type(), {requests, layers, -1, -1, dim});
+  const bool narrow = all.pages.element_size == 1;
+  check(queries, "queries", narrow ? ScalarType::Float : caches[0].scalar_type(), {requests, layers, -1, -1, dim});
   const int64_t window = queries.size(2), query_heads = queries.size(3), group = query_heads / heads;
   STD_TORCH_CHECK(query_heads % heads == 0, "skipkv_cpu: ", query_heads, " query heads do not share ", heads,
                   " kv heads");
@@ -60,7 +61,7 @@ Tensor score_tokens(const std::vector<Tensor>& caches, const Tensor&, int64_t la
   const int32_t* const from_positions = all_positions.const_data_ptr<int32_t>();
   const float* const from_penalty = penalties ? penalties->const_data_ptr<float>() : nullptr;
   const char* const from_queries = static_cast<const char*>(all_queries.const_data_ptr());
-  const int64_t size = all.pages.element_size;
+  const int64_t size = static_cast<int64_t>(queries.element_size());
   const Kernels& kernel = kernels();
   const size_t bytes = longest == 0 ? 0 : kernel.score_scratch(longest, dim, window, group);
 
@@ -71,7 +72,7 @@ Tensor score_tokens(const std::vector<Tensor>& caches, const Tensor&, int64_t la
       ScoreRow job;
       job.pages = &all.pages;
       job.cache = all.layers[i];
-      job.dtype = dtype;
+      job.type = type;
       job.head = head;
       job.table = ids + r * width;
       job.positions = from_positions + row * slots;

@@ -90,6 +90,14 @@ struct BFloat16 {
 struct Float16 {
   uint16_t value;
 };
+// 4 bits of exponent and 3 of mantissa, without infinities: `torch.float8_e4m3fn`.
+struct Float8E4M3 {
+  uint8_t value;
+};
+// The upper half of a Float16: `torch.float8_e5m2`.
+struct Float8E5M2 {
+  uint8_t value;
+};
 
 inline float to_float(Float32 x) { return x.value; }
 inline float to_float(BFloat16 x) { return bits<float>(static_cast<uint32_t>(x.value) << 16); }
@@ -101,6 +109,16 @@ inline float to_float(Float16 x) {
   // A subnormal half is a normal float: build 2^-14 + it, then take 2^-14 away.
   const uint32_t small = bits<uint32_t>(bits<float>(rest + (113u << 23)) - bits<float>(113u << 23));
   const uint32_t magnitude = exponent == 0x0f800000u ? infinite : exponent == 0 ? small : normal;
+  return bits<float>(magnitude | sign);
+}
+inline float to_float(Float8E5M2 x) { return to_float(Float16{static_cast<uint16_t>(x.value << 8)}); }
+inline float to_float(Float8E4M3 x) {
+  const uint32_t sign = static_cast<uint32_t>(x.value & 0x80u) << 24;
+  const uint32_t rest = static_cast<uint32_t>(x.value & 0x7fu) << 20;
+  const uint32_t normal = rest + (120u << 23);
+  // As for a subnormal half, with 2^-6.
+  const uint32_t small = bits<uint32_t>(bits<float>(rest + (121u << 23)) - bits<float>(121u << 23));
+  const uint32_t magnitude = rest == (0x7fu << 20) ? 0x7fc00000u : rest < (8u << 20) ? small : normal;
   return bits<float>(magnitude | sign);
 }
 

@@ -136,6 +136,10 @@ void mean_cosine(const Scoring& s, ScalarType type, cudaStream_t stream) {
     launch(mean_of_cosines<float>, blocks, kThreads, 0, stream, s);
   } else if (type == ScalarType::Half) {
     launch(mean_of_cosines<__half>, blocks, kThreads, 0, stream, s);
+  } else if (type == ScalarType::Float8_e4m3fn) {
+    launch(mean_of_cosines<__nv_fp8_e4m3>, blocks, kThreads, 0, stream, s);
+  } else if (type == ScalarType::Float8_e5m2) {
+    launch(mean_of_cosines<__nv_fp8_e5m2>, blocks, kThreads, 0, stream, s);
   } else {
     launch(mean_of_cosines<__nv_bfloat16>, blocks, kThreads, 0, stream, s);
   }

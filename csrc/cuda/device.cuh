@@ -3,6 +3,7 @@
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#include <cuda_fp8.h>
 
 #include <cstdint>
 #include <cstring>
@@ -25,6 +26,12 @@ constexpr unsigned kAllLanes = 0xffffffffu;
 __device__ inline float to_float(float x) { return x; }
 __device__ inline float to_float(__half x) { return __half2float(x); }
 __device__ inline float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+
+// Keys of 8 bits become halves without rounding.
+__device__ inline __half to_half(__nv_fp8_e4m3 x) { return __half(__nv_cvt_fp8_to_halfraw(x.__x, __NV_E4M3)); }
+__device__ inline __half to_half(__nv_fp8_e5m2 x) { return __half(__nv_cvt_fp8_to_halfraw(x.__x, __NV_E5M2)); }
+__device__ inline float to_float(__nv_fp8_e4m3 x) { return __half2float(to_half(x)); }
+__device__ inline float to_float(__nv_fp8_e5m2 x) { return __half2float(to_half(x)); }
 
 template <class T>
 __device__ T from_float(float x);

@@ -87,9 +87,10 @@ __global__ void __launch_bounds__(kThreads) measure(Scoring s) {
   }
 
   const int own = thread % TILE, part = thread / TILE;
-  const T* queries = static_cast<const T*>(s.queries) +
-                     (static_cast<int64_t>(at.request) * s.pages.layers + at.layer) * s.window * s.pages.heads *
-                         s.group * dim;
+  using Query = typename Types<T>::Query;
+  const Query* queries = static_cast<const Query*>(s.queries) +
+                         (static_cast<int64_t>(at.request) * s.pages.layers + at.layer) * s.window * s.pages.heads *
+                             s.group * dim;
   for (int w0 = 0; w0 < s.window; w0 += kQueries) {
     float best[kEach];
     for (int i = 0; i < kEach; ++i) best[i] = -INFINITY;
@@ -141,6 +142,10 @@ void measure_keys(const Scoring& s, ScalarType type, cudaStream_t stream) {
     run<float>(s, stream);
   } else if (type == ScalarType::Half) {
     run<__half>(s, stream);
+  } else if (type == ScalarType::Float8_e4m3fn) {
+    run<__nv_fp8_e4m3>(s, stream);
+  } else if (type == ScalarType::Float8_e5m2) {
+    run<__nv_fp8_e5m2>(s, stream);
   } else {
     run<__nv_bfloat16>(s, stream);
   }

@@ -17,15 +17,16 @@ Tensor score_tokens(const std::vector<Tensor>& caches, const Tensor& pointers, i
                     const std::optional<Tensor>& penalty, int64_t pool, double mix, double threshold) {
   const Pages pages = pages_of(caches, pointers, layout);
   const ScalarType type = caches[0].scalar_type();
-  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Half || type == ScalarType::BFloat16,
-                  "skipkv_cuda: scoring reads float32, float16 or bfloat16 caches, not ",
+  const bool narrow = type == ScalarType::Float8_e4m3fn || type == ScalarType::Float8_e5m2;
+  STD_TORCH_CHECK(narrow || type == ScalarType::Float || type == ScalarType::Half || type == ScalarType::BFloat16,
+                  "skipkv_cuda: scoring reads float32, float16, bfloat16, float8_e4m3fn or float8_e5m2 caches, not ",
                   torch::headeronly::toString(type));
   STD_TORCH_CHECK(pages.dim <= kMaxDim, "skipkv_cuda: head size must be at most ", kMaxDim, ", not ", pages.dim);
   const int64_t requests = table.size(0), n = positions.size(-1);
   check(table, "table", ScalarType::Int, {requests, -1});
   check(positions, "positions", ScalarType::Int, {requests, pages.layers, pages.heads, n});
   check_vector(num_resident, "num_resident", ScalarType::Int, requests);
-  check(queries, "queries", type, {requests, pages.layers, -1, -1, pages.dim});
+  check(queries, "queries", narrow ? ScalarType::Float : type, {requests, pages.layers, -1, -1, pages.dim});
   STD_TORCH_CHECK(queries.size(3) % pages.heads == 0, "skipkv_cuda: ", queries.size(3),
                   " query heads are no multiple of ", pages.heads, " kv heads");
   STD_TORCH_CHECK(pool % 2 == 1 && pool > 0, "skipkv_cuda: pool must be odd, not ", pool);

@@ -17,6 +17,23 @@ constexpr float kFixed = 1099511627776.0f;
 constexpr int kTile = 64;
 constexpr int kMaxDim = 256;
 
+// What goes with keys of type T: the type of the queries, and the one that tensor cores multiply.
+template <class T>
+struct Types {
+  using Query = T;
+  using Factor = T;
+};
+template <>
+struct Types<__nv_fp8_e4m3> {
+  using Query = float;
+  using Factor = __half;
+};
+template <>
+struct Types<__nv_fp8_e5m2> {
+  using Query = float;
+  using Factor = __half;
+};
+
 // The arguments of a launch over `count` rows from `first` on. Scratch memory is numbered from 0.
 struct Scoring {
   Pages pages;

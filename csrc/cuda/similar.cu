@@ -1,4 +1,4 @@
-// The search for each key's last similar key, for 16-bit caches, on tensor cores.
+// The search for each key's last similar key, for caches of 16 and 8 bits, on tensor cores.
 #include "launch.cuh"
 #include "mma.cuh"
 #include "score.cuh"
@@ -9,10 +9,29 @@ namespace {
 constexpr int kThreads = 128;
 constexpr int kColumns = kTile / 8;
 
+// Eight features of a key that begin at a multiple of eight, as tensor cores take them.
+template <class T>
+__device__ Chunk<T> read_eight(const T* from) {
+  return read_chunk(from);
+}
+template <class T>
+__device__ Chunk<__half> read_narrow(const T* from) {
+  const uint2 bits = __ldg(reinterpret_cast<const uint2*>(from));
+  T narrow[8];
+  memcpy(narrow, &bits, sizeof(bits));
+  Chunk<__half> chunk;
+#pragma unroll
+  for (int e = 0; e < 8; ++e) chunk.values[e] = to_half(narrow[e]);
+  return chunk;
+}
+__device__ inline Chunk<__half> read_eight(const __nv_fp8_e4m3* from) { return read_narrow(from); }
+__device__ inline Chunk<__half> read_eight(const __nv_fp8_e5m2* from) { return read_narrow(from); }
+
 // Keys of `kTile` ranks from `start` on into shared memory, zero outside, with 1 / norm.
 template <class T, int STEPS>
-__device__ void load_tile(const Scoring& s, const T* pages, int64_t line, int start, int length, T* tile,
-                          float* inverse, int64_t* offsets) {
+__device__ void load_tile(const Scoring& s, const T* pages, int64_t line, int start, int length,
+                          typename Types<T>::Factor* tile, float* inverse, int64_t* offsets) {
+  using Factor = typename Types<T>::Factor;
   constexpr int kWidth = STEPS * 16, kStride = kWidth + 8;
   const int thread = static_cast<int>(threadIdx.x), dim = s.pages.dim;
   if (thread < kTile) {
@@ -27,14 +46,14 @@ __device__ void load_tile(const Scoring& s, const T* pages, int64_t line, int st
 #pragma unroll
     for (int i = 0; i < STEPS; ++i) {
       const int k = (i * kThreads + thread) / kChunks, d = (i * kThreads + thread) % kChunks * 8;
-      Chunk<T> chunk = {};
-      if (offsets[k] >= 0 && d < dim) chunk = read_chunk(pages + offsets[k] + d);
-      *reinterpret_cast<Chunk<T>*>(tile + k * kStride + d) = chunk;
+      Chunk<Factor> chunk = {};
+      if (offsets[k] >= 0 && d < dim) chunk = read_eight(pages + offsets[k] + d);
+      *reinterpret_cast<Chunk<Factor>*>(tile + k * kStride + d) = chunk;
     }
   } else {
     for (int i = thread; i < kTile * kWidth; i += kThreads) {
       const int k = i / kWidth, d = i % kWidth;
-      tile[k * kStride + d] = offsets[k] >= 0 && d < dim ? pages[offsets[k] + d] : from_float<T>(0.0f);
+      tile[k * kStride + d] = from_float<Factor>(offsets[k] >= 0 && d < dim ? to_float(pages[offsets[k] + d]) : 0.0f);
     }
   }
   __syncthreads();
@@ -47,7 +66,8 @@ __global__ void __launch_bounds__(kThreads) find_similar(Scoring s) {
   constexpr int kStride = STEPS * 16 + 8;
   __shared__ float inverse[kTile];
   __shared__ int64_t offsets[kTile];
-  T* tile = reinterpret_cast<T*>(dynamic_shared());
+  using Factor = typename Types<T>::Factor;
+  Factor* tile = reinterpret_cast<Factor*>(dynamic_shared());
 
   const int64_t blocks = s.blocks(kTile);
   const int64_t row = blockIdx.x / blocks;
@@ -63,7 +83,7 @@ __global__ void __launch_bounds__(kThreads) find_similar(Scoring s) {
   // The own keys stay in registers.
   load_tile<T, STEPS>(s, pages, line, start, length, tile, inverse, offsets);
   uint32_t a[STEPS][4];
-  const T* own = tile + (warp * 16 + g) * kStride + 2 * t;
+  const Factor* own = tile + (warp * 16 + g) * kStride + 2 * t;
 #pragma unroll
   for (int k = 0; k < STEPS; ++k) {
     a[k][0] = *reinterpret_cast<const uint32_t*>(own + k * 16);
@@ -86,14 +106,14 @@ __global__ void __launch_bounds__(kThreads) find_similar(Scoring s) {
   for (int column = (length - 1) / kTile * kTile; column >= 0; column -= kTile) {
     load_tile<T, STEPS>(s, pages, line, column, length, tile, inverse, offsets);
     float d[kColumns][4] = {};
-    const T* other = tile + g * kStride + 2 * t;
+    const Factor* other = tile + g * kStride + 2 * t;
 #pragma unroll
     for (int k = 0; k < STEPS; ++k) {
 #pragma unroll
       for (int c = 0; c < kColumns; ++c) {
         const uint32_t b0 = *reinterpret_cast<const uint32_t*>(other + c * 8 * kStride + k * 16);
         const uint32_t b1 = *reinterpret_cast<const uint32_t*>(other + c * 8 * kStride + k * 16 + 8);
-        multiply_add(d[c], a[k], b0, b1, T());
+        multiply_add(d[c], a[k], b0, b1, Factor());
       }
     }
 #pragma unroll
@@ -143,7 +163,7 @@ __global__ void __launch_bounds__(kThreads) find_similar(Scoring s) {
 
 template <class T, int STEPS>
 void start(const Scoring& s, cudaStream_t stream) {
-  const int64_t shared = kTile * (STEPS * 16 + 8) * static_cast<int64_t>(sizeof(T));
+  const int64_t shared = kTile * (STEPS * 16 + 8) * static_cast<int64_t>(sizeof(typename Types<T>::Factor));
   launch(find_similar<T, STEPS>, s.count * s.blocks(kTile), kThreads, shared, stream, s);
 }
 
@@ -170,6 +190,10 @@ void exempt_last_similar(const Scoring& s, ScalarType type, cudaStream_t stream)
     exempt_last_similar_float(s, stream);
   } else if (type == ScalarType::Half) {
     run<__half>(s, stream);
+  } else if (type == ScalarType::Float8_e4m3fn) {
+    run<__nv_fp8_e4m3>(s, stream);
+  } else if (type == ScalarType::Float8_e5m2) {
+    run<__nv_fp8_e5m2>(s, stream);
   } else {
     run<__nv_bfloat16>(s, stream);
   }

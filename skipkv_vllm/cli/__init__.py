@@ -64,6 +64,7 @@ def _plan(
     tensor_parallel_size: Annotated[int, typer.Option(help="GPUs that share a layer.", metavar="N")] = 1,
     pipeline_parallel_size: Annotated[int, typer.Option(help="Stages that share the layers.", metavar="N")] = 1,
     dtype: Annotated[str, typer.Option(help="Of weights and KV: auto, bfloat16, float16, float32.")] = "auto",
+    kv_cache_dtype: Annotated[str, typer.Option(help="Of KV: auto (as the weights), fp8, fp8_e5m2, ...")] = "auto",
     gpu_memory_utilization: Annotated[float, typer.Option(help="Share that vLLM may use.", metavar="SHARE")] = 0.92,
     weight_memory: Annotated[
         float | None, typer.Option(help="All ranks together. Default: parameters x element size.", metavar="GIB")
@@ -101,6 +102,7 @@ def _plan(
         ranks=tensor_parallel_size,
         stages=pipeline_parallel_size,
         dtype=dtype,
+        kv_dtype=kv_cache_dtype,
         page_size=block_size,
         max_model_len=max_model_len,
         max_num_seqs=max_num_seqs,

@@ -12,6 +12,7 @@ import torch
 from ..capacity import Capacity, ModelShape, Pool, capacity, pages_with_policy, shape_of
 from ..config import KVPolicyConfig
 from ..errors import KVPolicyError
+from ..ops.paging import FP8_CACHES
 from ..scheduler.planner import ceil_div
 
 GIB = 2**30
@@ -30,6 +31,7 @@ class Machine:
         ranks: tensor-parallel GPUs.
         stages: of a pipeline, each of `ranks` GPUs.
         dtype: of weights and KV; "auto" for the model's own.
+        kv_dtype: of KV; "auto" for the same.
         page_size: tokens of a page.
         max_model_len: longest request; None for the model's own limit.
         max_num_seqs: requests at once; None for vLLM's default of an API server.
@@ -45,6 +47,7 @@ class Machine:
     ranks: int = 1
     stages: int = 1
     dtype: str = "auto"
+    kv_dtype: str = "auto"
     page_size: int = 16
     max_model_len: int | None = None
     max_num_seqs: int | None = None
@@ -121,7 +124,13 @@ def plan(model: str, config: KVPolicyConfig, machine: Machine, *, length: int | 
     notes: list[str] = []
     _check(text, config, machine)
     dtype = _dtype(text, machine.dtype)
-    shape = shape_of(text, ranks=machine.ranks, stages=machine.stages, element_size=DTYPES[dtype])
+    shape = shape_of(
+        text,
+        ranks=machine.ranks,
+        stages=machine.stages,
+        element_size=DTYPES[dtype],
+        kv_element_size=_kv_element_size(machine.kv_dtype),
+    )
     limit = getattr(text, "max_position_embeddings", None)
     max_length = machine.max_model_len or limit
     if max_length is None:
@@ -225,6 +234,13 @@ def _dtype(text: Any, asked: str) -> str:
         return asked
     # As vLLM does on GPUs.
     return "bfloat16" if own == "float32" else own
+
+
+def _kv_element_size(asked: str) -> int | None:
+    known = {"auto": None} | DTYPES | {name: dtype.itemsize for name, dtype in FP8_CACHES.items()}
+    if asked not in known:
+        raise KVPolicyError(f"--kv-cache-dtype {asked} is unknown; choose from {', '.join(known)}")
+    return known[asked]
 
 
 def _memory(

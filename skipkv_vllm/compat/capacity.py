@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -12,6 +12,7 @@ from ..config import KVPolicyConfig, RequestOptions
 from ..errors import KVPolicyError
 from ..scheduler.admission import limits_of, most_tokens
 from ..scheduler.planner import Limits, ceil_div
+from .public import is_public
 from .wrap import wrap
 
 if TYPE_CHECKING:
@@ -25,19 +26,39 @@ def install_pool_check(
     """Let vLLM's start-up check ask for the bound instead of a whole `max_model_len`, on engines with a policy."""
     from vllm.v1.core import kv_cache_utils
 
+    is_enough = _PoolCheck(has_policy, policy_config)
+    if is_public("size of the pool"):
+        if is_enough not in kv_cache_utils.kv_cache_memory_checks:
+            kv_cache_utils.kv_cache_memory_checks.append(is_enough)
+        return
+
     def around(original: Callable[..., Any]) -> Callable[..., Any]:
         def check(available_memory: int, get_needed_memory: Any, *args: Any) -> None:
             vllm_config = get_needed_memory.args[0]
-            if available_memory <= 0 or not has_policy(vllm_config):
-                return original(available_memory, get_needed_memory, *args)
-            return _check_pool(vllm_config, policy_config(vllm_config), available_memory, get_needed_memory)
+            if available_memory <= 0 or not is_enough(vllm_config, available_memory, get_needed_memory):
+                original(available_memory, get_needed_memory, *args)
 
         return check
 
     wrap(kv_cache_utils, "_check_enough_kv_cache_memory", around)
 
 
-def _check_pool(vllm_config: VllmConfig, config: KVPolicyConfig, available: int, get_needed_memory: Any) -> None:
+class _PoolCheck(NamedTuple):
+    """Whether the memory is enough for a policy; False, for vLLM to decide, on engines without."""
+
+    has_policy: Callable[[VllmConfig], bool]
+    policy_config: Callable[[VllmConfig], KVPolicyConfig]
+
+    def __call__(self, vllm_config: VllmConfig, available: int, get_needed_memory: Callable[[], int]) -> bool:
+        if not self.has_policy(vllm_config):
+            return False
+        _check_pool(vllm_config, self.policy_config(vllm_config), available, get_needed_memory)
+        return True
+
+
+def _check_pool(
+    vllm_config: VllmConfig, config: KVPolicyConfig, available: int, get_needed_memory: Callable[[], int]
+) -> None:
     model = vllm_config.model_config
     limits = Limits(config.kv_budget, config.kv_buffer, config.kv_window, 0)
     longest, bound = model.max_model_len, most_tokens(limits, model.max_model_len)
@@ -97,8 +118,8 @@ def check_fits_alone(vllm_config: VllmConfig, config: KVPolicyConfig, request: E
     )
 
 
-def model_shape(vllm_config: VllmConfig, num_layers: int) -> ModelShape:
-    """The model as one rank holds it, with `num_layers` attention layers."""
+def model_shape(vllm_config: VllmConfig, num_layers: int, kv_dtype: torch.dtype) -> ModelShape:
+    """The model as one rank holds it, with `num_layers` attention layers whose caches have `kv_dtype`."""
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
     return ModelShape(
         num_layers=num_layers,
@@ -107,7 +128,8 @@ def model_shape(vllm_config: VllmConfig, num_layers: int) -> ModelShape:
         head_size=model.get_head_size(),
         hidden_size=model.get_hidden_size(),
         vocab_size=model.get_vocab_size(),
-        element_size=torch.empty((), dtype=model.dtype).element_size(),
+        element_size=model.dtype.itemsize,
+        kv_element_size=kv_dtype.itemsize,
     )
 
 

@@ -40,8 +40,8 @@ SEAMS = {
     ),
     "request check": Seam(
         "0002",
-        "vllm.v1.engine.input_processor:InputProcessor.params_validators",
-        "InputProcessor._validate_params is wrapped",
+        "vllm.v1.engine.input_processor:InputProcessor.request_validators",
+        "InputProcessor.process_inputs is wrapped, and __init__ for clients that another process configured",
     ),
     "orders to workers": Seam(
         "0003",
@@ -65,6 +65,11 @@ SEAMS = {
         "0007",
         "vllm.v1.worker.cpu_worker:CPUWorker._make_model_runner",
         "the runner that CPUWorker.init_device built is adapted afterwards",
+    ),
+    "size of the pool": Seam(
+        "0008",
+        "vllm.v1.core.kv_cache_utils:kv_cache_memory_checks",
+        "kv_cache_utils._check_enough_kv_cache_memory is wrapped",
     ),
 }
 

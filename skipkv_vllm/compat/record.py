@@ -45,7 +45,6 @@ WRAPPED_OR_CALLED = (
     "vllm.engine.arg_utils:EngineArgs.from_cli_args",
     "vllm.engine.arg_utils:EngineArgs.create_engine_config",
     "vllm.v1.engine.input_processor:InputProcessor.__init__",
-    "vllm.v1.engine.input_processor:InputProcessor._validate_params",
     "vllm.v1.engine.input_processor:InputProcessor.process_inputs",
     "vllm.v1.core.kv_cache_utils:_check_enough_kv_cache_memory",
     "vllm.v1.core.kv_cache_utils:get_kv_cache_configs",
@@ -95,8 +94,8 @@ def _load(name: str) -> Any:
 
 
 def _is_callable(marker: str) -> bool:
-    # Fields of classes are watched with their classes.
-    return not marker.endswith((".extra", ".params_validators"))
+    # Fields of classes are watched with their classes, and lists by what reads them.
+    return not marker.endswith((".extra", ".request_validators", ":kv_cache_memory_checks"))
 
 
 def _definition(base: type, attribute: str) -> str | None:

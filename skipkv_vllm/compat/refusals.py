@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from ..errors import KVPolicyError
+from ..ops.paging import FP8_CACHES
 from ..policies import Need
 
 if TYPE_CHECKING:
@@ -69,18 +70,35 @@ def _check(vllm_config: VllmConfig, policy: KVPolicyConfig, _refuse: Callable[..
         )
     if parallel.enable_dbo:
         raise _refuse("dual-batch overlap", "micro-batches see only part of a step", "Drop --enable-dbo")
-    if policy.evicts and vllm_config.cache_config.cache_dtype not in ("auto", "bfloat16", "float16", "float32"):
-        raise _refuse(
-            f"--kv-cache-dtype {vllm_config.cache_config.cache_dtype}",
-            "quantised keys cannot be scored",
-            "Use --kv-cache-dtype auto",
-        )
+    if policy.evicts:
+        _check_cache_dtype(vllm_config.cache_config.cache_dtype, _refuse)
     if policy.needs & Need.SENTENCES and model.skip_tokenizer_init:
         raise _refuse(
             "--skip-tokenizer-init",
             f"{policy.kv_policy!r} with granularity {policy.kv_granularity!r} finds sentences by the tokenizer",
             "Drop --skip-tokenizer-init",
         )
+
+
+def _check_cache_dtype(name: str, _refuse: Callable[..., KVPolicyError]) -> None:
+    from vllm.platforms import current_platform
+
+    if name in ("auto", "bfloat16", "float16", "float32"):
+        return
+    remedy = "Use --kv-cache-dtype auto"
+    if name not in FP8_CACHES:
+        raise _refuse(f"--kv-cache-dtype {name}", "only keys of one scale a layer can be scored", f"{remedy} or fp8")
+    if current_platform.is_fp8_fnuz():
+        raise _refuse(
+            f"--kv-cache-dtype {name} on this GPU", "it stores another float8 (fnuz), which cannot be scored", remedy
+        )
+    if current_platform.is_cpu():
+        import vllm._custom_ops as custom_ops
+
+        if custom_ops.cpu_has_amx_fp8():
+            raise _refuse(
+                f"--kv-cache-dtype {name} on this CPU", "how vLLM packs pages for AMX-FP8 is not known", remedy
+            )
 
 
 def _is_compiled_ray_graph(parallel: ParallelConfig) -> bool:

@@ -20,7 +20,6 @@ from .refusals import check_config
 from .wrap import wrap
 
 if TYPE_CHECKING:
-    from vllm import PoolingParams, SamplingParams
     from vllm.config import VllmConfig
     from vllm.v1.engine import EngineCoreRequest
 
@@ -99,10 +98,14 @@ def _wrap_engine_args(cls: Any, plugin: PolicyArguments) -> None:
 
 
 def install_client_check() -> None:
-    """Make every client of an engine with a policy switch the seams on.
+    """Get every client of an engine with a policy ready.
 
     Its configuration may have been made in another process, as Ray Serve does it.
     """
+    if is_public("request check") and is_public("reports to metrics"):
+        # All that a client needs, and without a policy it does nothing; the engine core has looked at vLLM.
+        _check_requests()
+        return
     from vllm.v1.engine.input_processor import InputProcessor
 
     def around(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -123,7 +126,6 @@ def enable(vllm_config: VllmConfig) -> None:
         _extend_scheduler_stats()
     install_pool_check(has_policy, policy_config)
     _check_requests()
-    _check_request_sizes()
 
 
 def _extend_scheduler_stats() -> None:
@@ -147,66 +149,41 @@ def _extend_scheduler_stats() -> None:
 
 
 def _check_requests() -> None:
-    """Check a request's options where vLLM checks its own, so that a bad one is HTTP 400."""
+    """Check a request once vLLM has settled its prompt, `max_tokens` and whether it goes on; a bad one is HTTP 400."""
     from vllm.v1.engine.input_processor import InputProcessor
 
     if is_public("request check"):
-        if check_request not in InputProcessor.params_validators:
-            InputProcessor.params_validators.append(check_request)
+        if check_request not in InputProcessor.request_validators:
+            InputProcessor.request_validators.append(check_request)
         return
-
-    def around(original: Callable[..., Any]) -> Callable[..., Any]:
-        def validate(self: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
-            check_request(self.vllm_config, params)
-            return original(self, params, *args, **kwargs)
-
-        return validate
-
-    wrap(InputProcessor, "_validate_params", around)
-
-
-def check_request(vllm_config: VllmConfig, params: SamplingParams | PoolingParams) -> None:
-    """Refuse a request with bad options of ours.
-
-    Raises:
-        VLLMValidationError: naming the field, the value and what is allowed.
-    """
-    from vllm import SamplingParams
-
-    if not has_policy(vllm_config) or not isinstance(params, SamplingParams):
-        return
-    with _as_bad_request("vllm_xargs"):
-        RequestOptions.parse(params.extra_args, policy_config(vllm_config), vllm_config.model_config.max_model_len)
-
-
-def check_streaming(vllm_config: VllmConfig, request: EngineCoreRequest) -> None:
-    """Refuse options of ours in a streaming-input session.
-
-    Raises:
-        KVPolicyError: see `RequestOptions.check_streaming`.
-    """
-    if request.resumable and request.sampling_params is not None:
-        options, length = request.sampling_params.extra_args, vllm_config.model_config.max_model_len
-        RequestOptions.parse(options, policy_config(vllm_config), length).check_streaming()
-
-
-def _check_request_sizes() -> None:
-    """Check a request once vLLM has settled its prompt, `max_tokens` and whether it goes on; a bad one is HTTP 400."""
-    from vllm.v1.engine.input_processor import InputProcessor
 
     def around(original: Callable[..., Any]) -> Callable[..., Any]:
         def process(self: Any, *args: Any, **kwargs: Any) -> Any:
             request = original(self, *args, **kwargs)
-            if has_policy(self.vllm_config):
-                with _as_bad_request("vllm_xargs"):
-                    check_streaming(self.vllm_config, request)
-                with _as_bad_request("max_tokens"):
-                    check_fits_alone(self.vllm_config, policy_config(self.vllm_config), request)
+            check_request(self.vllm_config, request)
             return request
 
         return process
 
     wrap(InputProcessor, "process_inputs", around)
+
+
+def check_request(vllm_config: VllmConfig, request: EngineCoreRequest) -> None:
+    """Refuse a request with bad options of ours, or one that could never be finished.
+
+    Raises:
+        VLLMValidationError: naming the field, the value and what is allowed.
+    """
+    params = request.sampling_params
+    if params is None or not has_policy(vllm_config):
+        return
+    config = policy_config(vllm_config)
+    with _as_bad_request("vllm_xargs"):
+        options = RequestOptions.parse(params.extra_args, config, vllm_config.model_config.max_model_len)
+        if request.resumable:
+            options.check_streaming()
+    with _as_bad_request("max_tokens"):
+        check_fits_alone(vllm_config, config, request)
 
 
 @contextlib.contextmanager

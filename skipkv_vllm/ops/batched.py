@@ -68,7 +68,8 @@ def score_tokens(
         table: int32 `[R, pages]`.
         positions: int32 `[R, L, H, N]`, different within a row.
         num_resident: int32 `[R]`, each above W and at most N.
-        queries: `[R, L, W, Hq, D]`, post-RoPE, in the dtype of the cache.
+        queries: `[R, L, W, Hq, D]`, post-RoPE, in the dtype of the cache; float32 where that has 8 bits. Keys are
+            taken as they are stored, so the scale of a quantised cache must have been multiplied into them.
         penalty: float32 `[R, L, H, N]`, or None for zero.
         pool: odd width of the max-pooling of importance.
         mix: weight of importance against redundancy.

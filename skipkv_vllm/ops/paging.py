@@ -29,6 +29,14 @@ class Layout(IntEnum):
     """CPU, AMX tiles: K `[P / 16, D / 2, 16, 2]`, V `[D / 16, P / 2, 16, 2]`"""
 
 
+FP8_CACHES = {
+    "fp8": torch.float8_e4m3fn,
+    "fp8_e4m3": torch.float8_e4m3fn,
+    "fp8_e5m2": torch.float8_e5m2,
+}
+"""vLLM's `--kv-cache-dtype` -> what the bytes mean that its tensors hold."""
+
+
 class TokenView(NamedTuple):
     """A strided view in which a token's elements are addressed by page, head and offset.
 
@@ -47,8 +55,10 @@ class TokenView(NamedTuple):
         return self.view.shape[4:]
 
     def read_pages(self, pages: Tensor, length: int) -> Tensor:
-        """The first `length` tokens of a request, `[H, length, D]`, in slot order."""
+        """The first `length` tokens of a request, `[H, length, D]`, in slot order; float32 where 8 bits are stored."""
         rows = self.view[pages].transpose(0, 1)
+        if rows.dtype in FP8_CACHES.values():
+            rows = rows.float()
         return rows.reshape(rows.shape[0], -1, self._features.numel())[:, :length]
 
     def gather(self, page: Tensor, head: Tensor, offset: Tensor) -> Tensor:

@@ -47,15 +47,17 @@ def score_tokens(
     mix: float,
     threshold: float,
 ) -> Tensor:
-    """See `batched.score_tokens`; caches in float32, float16 or bfloat16."""
+    """See `batched.score_tokens`; caches in float32, float16, bfloat16, float8_e4m3fn or float8_e5m2."""
     _check_pages(caches, layout)
     kernels, tl = _kernels("scoring"), import_module("triton.language")
-    elements = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+    narrow = {torch.float8_e4m3fn: tl.float8e4nv, torch.float8_e5m2: tl.float8e5}
+    elements = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16} | narrow
     cache = caches[0]
-    if cache.dtype not in elements or queries.dtype != cache.dtype:
+    is_narrow = cache.dtype in narrow
+    if cache.dtype not in elements or queries.dtype != (torch.float32 if is_narrow else cache.dtype):
         raise KVPolicyError(
             f"score_tokens: caches {cache.dtype} and queries {queries.dtype}; expected one of float32, float16 and "
-            "bfloat16 for both; start without --kv-cache-dtype"
+            "bfloat16 for both, or float8_e4m3fn or float8_e5m2 and float32; start without --kv-cache-dtype"
         )
     layers, heads, page_size = len(caches), *cache.shape[1:3]
     window, q_heads, dim = queries.shape[2:]
@@ -68,7 +70,7 @@ def score_tokens(
 
     element = elements[cache.dtype]
     # NumPy has no bfloat16, so the interpreter multiplies in float32.
-    multiply = tl.float32 if _interpreted() else element
+    multiply = tl.float32 if _interpreted() else tl.float16 if is_narrow else element
     dims, windows = max(16, _power_of_two(dim)), _power_of_two(window)
     block = 64 if dims <= 128 else 32
     blocks = _ceil_div(n, block)
@@ -98,7 +100,7 @@ def score_tokens(
             window=window,
             group=q_heads // heads,
             element=element,
-            multiply=multiply,
+            multiply=tl.float32 if is_narrow else multiply,  # the queries are float32 then
             block=block,
             dims=dims,
             windows=max(16, windows),

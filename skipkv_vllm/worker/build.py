@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from vllm.config import VllmConfig
 from vllm.distributed.parallel_state import get_pp_group, get_tp_group
 from vllm.logger import init_logger
@@ -14,7 +14,8 @@ from vllm.model_executor.models.utils import extract_layer_index
 from vllm.tokenizers import cached_tokenizer_from_config
 
 from .. import compat
-from ..ops.paging import Layout, PagedCache, cpu_layout
+from ..errors import KVPolicyError
+from ..ops.paging import FP8_CACHES, Layout, PagedCache, cpu_layout
 from ..policies import Need
 from ..sentences import build_tables
 from ..sentences.tracker import SentenceTracker
@@ -136,9 +137,32 @@ def bind_cache(runtime: EvictionRuntime, vllm_config: VllmConfig, kv_cache_confi
         return
     layers = attention_layers(vllm_config)
     (group,) = kv_cache_config.kv_cache_groups
-    names = [name for name in layers if name in set(group.layer_names)]
-    cache = PagedCache.of([layers[name].kv_cache for name in names], _layout(layers[names[0]]))
-    runtime.bind_cache(cache, group.kv_cache_spec.block_size)
+    bound = [layer for name, layer in layers.items() if name in set(group.layer_names)]
+    cache = PagedCache.of([_pages(layer) for layer in bound], _layout(bound[0]))
+    runtime.bind_cache(cache, group.kv_cache_spec.block_size, _key_scales(bound))
+
+
+def _pages(layer: Any) -> Tensor:
+    """A layer's pages with the dtype that their content has."""
+    pages: Tensor = layer.kv_cache
+    if pages.element_size() > 1:
+        return pages
+    # The layer knows it even where the checkpoint decided, not a flag.
+    if layer.kv_cache_dtype not in FP8_CACHES:
+        raise KVPolicyError(
+            f"--kv-policy does not support this model's {layer.kv_cache_dtype!r} KV cache (known: "
+            f"{', '.join(FP8_CACHES)}); use --kv-cache-dtype bfloat16, or start without --kv-policy"
+        )
+    return pages.view(FP8_CACHES[layer.kv_cache_dtype])
+
+
+def _key_scales(layers: list[Any]) -> Tensor | None:
+    """float32 `[layers, H]` by which stored keys must be multiplied; None where all of them are 1."""
+    if layers[0].kv_cache.element_size() > 1:
+        return None
+    # One number a layer, or one a head. Waits for the device, but only here.
+    scales = torch.stack([layer._k_scale.float().flatten().expand(layer.num_kv_heads) for layer in layers])
+    return None if bool((scales == 1).all()) else scales
 
 
 def _layout(layer: Any) -> Layout:
@@ -159,5 +183,6 @@ def without_sidecar(available: int, vllm_config: VllmConfig) -> int:
     config = compat.policy_config(vllm_config)
     if not config.evicts:
         return available
-    shape = compat.model_shape(vllm_config, len(attention_layers(vllm_config)))
+    layers = list(attention_layers(vllm_config).values())
+    shape = compat.model_shape(vllm_config, len(layers), layers[0].kv_cache_torch_dtype)
     return available * shape.kv_bytes // (shape.kv_bytes + shape.sidecar_bytes(config.needs))

@@ -93,6 +93,7 @@ class Compactor:
         cache: the KV pages.
         block_size: tokens of one of vLLM's blocks; a multiple of the kernels' page size.
         ring, tracker, mass: what the runtime collects.
+        key_scales: float32 `[layers, H]` by which stored keys must be multiplied, or None for 1.
         ranks: this worker's place among those that share the model.
     """
 
@@ -104,6 +105,7 @@ class Compactor:
         ring: QueryRing | None,
         tracker: SentenceTracker | None,
         mass: AttentionMass,
+        key_scales: Tensor | None = None,
         ranks: Ranks = ALONE,
     ) -> None:
         self.config = config
@@ -113,6 +115,7 @@ class Compactor:
         self.device = cache.pointers.device
         self._block_size = block_size
         self._pages_per_block = block_size // self.layers[0].page_size
+        self._key_scales = key_scales
         self._ring, self._tracker, self._mass, self._ranks = ring, tracker, mass, ranks
         ops.warn_if_slow(self.device.type)
 
@@ -125,6 +128,23 @@ class Compactor:
             return blocks
         within = torch.arange(ratio, dtype=torch.int32, device=self.device)
         return (blocks[..., None] * ratio + within).flatten(1)
+
+    def keys(self, layer: int, pages: Tensor, length: int) -> Tensor:
+        """The first `length` keys of a request in these kernel pages, `[H, length, D]` in slot order."""
+        held = self.layers[layer].keys.read_pages(pages, length)
+        return held if self._key_scales is None else held * self._key_scales[layer, :, None, None]
+
+    def _queries(self, batch: _Batch) -> Tensor:
+        """What `score_tokens` takes: `[R, layers, W, Hq, D]`."""
+        assert self._ring is not None
+        queries = self._ring.read_all(batch.slot, batch.num_logical)
+        if self.cache.caches[0].element_size() == 1:
+            queries = queries.float()
+        if self._key_scales is None:
+            return queries
+        # `q . (scale * k)` is `(scale * q) . k`, and cosines know no scale: so the operator reads keys as they are.
+        group = queries.shape[3] // self._key_scales.shape[1]
+        return queries * self._key_scales.repeat_interleave(group, dim=1)[:, None, :, None]
 
     def run(self, jobs: Sequence[Job]) -> None:
         """Carry out the compactions of a step, in order."""
@@ -236,14 +256,12 @@ class Compactor:
         policy = batch.jobs[0].request.policy
         penalty = self._penalties(batch) if policy.needs & Need.HIDDEN else None
         if (fused := policy.token_score) is not None:
-            assert self._ring is not None
-            queries = self._ring.read_all(batch.slot, batch.num_logical)
             return torch.ops.skipkv.score_tokens(
                 *self.cache,
                 batch.source_table,
                 batch.positions,
                 batch.num_resident,
-                queries,
+                self._queries(batch),
                 penalty,
                 fused.pool,
                 fused.mix,
@@ -265,11 +283,12 @@ class Compactor:
         if policy.needs & Need.ATTENTION_MASS:
             mass = self._mass.read(request.slot, positions).gather(-1, by_position)
         for i, layer in enumerate(self.layers):
-            keys, values = (
-                _in_order(cells.read_pages(pages, length), by_position[i]) if policy.needs & need else None
-                for need, cells in ((Need.KEYS, layer.keys), (Need.VALUES, layer.values))
-            )
-            queries = None
+            keys = values = queries = None
+            if policy.needs & Need.KEYS:
+                keys = _in_order(self.keys(i, pages, length), by_position[i])
+            if policy.needs & Need.VALUES:
+                # Their scale, where 8 bits are stored, is one for all tokens and changes no order.
+                values = _in_order(layer.values.read_pages(pages, length), by_position[i])
             if policy.needs & Need.QUERIES:
                 assert self._ring is not None
                 queries = self._ring.read(i, request.slot, order.num_logical)

@@ -112,6 +112,17 @@ class QueryRing:
         return self._rows[:, rows].transpose(0, 1).contiguous()
 
 
+def _dequantised(query: Tensor, scale: Tensor) -> Tensor:
+    """What vLLM quantised for an attention kernel that multiplies 8-bit queries with 8-bit keys; float32.
+
+    Args:
+        query: `[T, Hq, D]`.
+        scale: one number, or one for each group of query heads.
+    """
+    by_head = scale.flatten().repeat_interleave(query.shape[1] // scale.numel())
+    return query.float() * by_head[:, None]
+
+
 @functools.cache
 def _observing(cls: type) -> type:
     """The subclass of an attention implementation that records queries; one per class.
@@ -123,7 +134,9 @@ def _observing(cls: type) -> type:
     def forward(self: Any, layer: Any, query: Tensor, *args: Any, **kwargs: Any) -> Any:
         ring = self._skipkv_ring
         if ring.recording:
-            ring.observe(query, ring.index, self._skipkv_rows)
+            rows = self._skipkv_rows
+            seen = query if query.dtype is rows.dtype else _dequantised(query, layer._q_scale).to(rows.dtype)
+            ring.observe(seen, ring.index, rows)
         return cls.forward(self, layer, query, *args, **kwargs)  # type: ignore[attr-defined]
 
     return type(f"Observing{cls.__name__}", (cls,), {"forward": forward, "__slots__": ()})

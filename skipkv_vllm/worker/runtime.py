@@ -74,14 +74,16 @@ class EvictionRuntime:
         """of the batch of the last step; None where a request's state has changed since"""
         self.num_compactions = 0
 
-    def bind_cache(self, cache: PagedCache, block_size: int) -> None:
+    def bind_cache(self, cache: PagedCache, block_size: int, key_scales: Tensor | None = None) -> None:
         """Give the runtime the KV pages, once they are allocated.
 
         Args:
             cache: layers in model order.
             block_size: tokens of one of vLLM's blocks; a multiple of the kernels' page size.
+            key_scales: float32 `[layers, H]` by which stored keys must be multiplied, or None for 1.
         """
-        self._compactor = Compactor(self.config, cache, block_size, self.ring, self.tracker, self._mass, self._ranks)
+        collected = (self.ring, self.tracker, self._mass)
+        self._compactor = Compactor(self.config, cache, block_size, *collected, key_scales, self._ranks)
 
     # ---- before the forward pass
 
@@ -213,9 +215,9 @@ class EvictionRuntime:
         assert self.ring is not None
         positions, pages = self._positions(request, order.pages, order.num_resident)
         received = []
-        for i, layer in enumerate(self._compactor.layers):
+        for i in range(len(self._compactor.layers)):
             queries = self.ring.read(i, request.slot, order.num_logical)[-order.num_queries :]
-            keys = layer.keys.read_pages(pages, order.num_resident)
+            keys = self._compactor.keys(i, pages, order.num_resident)
             received.append(ops.attention_received(queries, keys, positions[i]))
         self._mass.add(request.slot, torch.stack(received))
 

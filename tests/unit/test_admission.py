@@ -9,11 +9,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from vllm.exceptions import VLLMValidationError
 from vllm.v1.core import kv_cache_utils
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
+from skipkv_vllm.compat import is_public
 from skipkv_vllm.compat.capacity import check_fits_alone, install_pool_check
-from skipkv_vllm.compat.seams import check_streaming, has_policy, policy_config
+from skipkv_vllm.compat.seams import check_request, has_policy, policy_config
 from skipkv_vllm.config import CONFIG_KEY, KVPolicyConfig, RequestOptions
 from skipkv_vllm.errors import KVPolicyError
 from skipkv_vllm.scheduler.admission import Demand, Ledger, limits_of, most_tokens
@@ -180,7 +182,8 @@ def check_pool(vllm_config, num_pages):
     spec = FullAttentionSpec(block_size=PAGE, num_kv_heads=2, head_size=32, dtype=torch.float32)
     needed = functools.partial(lambda config: spec.max_memory_usage_bytes(config), vllm_config)
     available = num_pages * spec.page_size_bytes
-    kv_cache_utils._check_enough_kv_cache_memory(available, needed, 2048, lambda memory: 77)
+    config = [vllm_config] if is_public("size of the pool") else []
+    kv_cache_utils._check_enough_kv_cache_memory(available, needed, 2048, lambda memory: 77, *config)
 
 
 def test_a_pool_smaller_than_the_longest_sequence_is_accepted_if_the_bound_fits(vllm_config):
@@ -257,10 +260,11 @@ def test_a_deferred_prompt_counts_whole(vllm_config):
     [({"kv_budget": 64}, "kv_budget=64"), ({"kv_policy": "rkv", "steering": "off"}, "kv_policy='rkv' cannot")],
 )
 def test_a_streaming_session_cannot_ask_for_what_it_does_not_get(vllm_config, options, named):
-    with pytest.raises(KVPolicyError, match=f"^{named}.*send the input as separate requests"):
-        check_streaming(vllm_config, request(20, 20, resumable=True, **options))
-    check_streaming(vllm_config, request(20, 20, **options))
-    check_streaming(vllm_config, request(20, 20, resumable=True, kv_policy="full", steering="off"))
+    vllm_config.cache_config.num_gpu_blocks = 129  # the whole of a sequence fits
+    with pytest.raises(VLLMValidationError, match=f"^{named}.*send the input as separate requests"):
+        check_request(vllm_config, request(20, 20, resumable=True, **options))
+    check_request(vllm_config, request(20, 20, **options))
+    check_request(vllm_config, request(20, 20, resumable=True, kv_policy="full", steering="off"))
 
 
 def test_with_data_parallelism_the_pool_of_one_engine_counts(vllm_config):

@@ -130,6 +130,14 @@ def test_plan_and_banner_share_their_numbers(capsys):
         assert f"SkipKV: {line}" in lines
 
 
+def test_a_cache_of_8_bits_holds_more(capsys):
+    def kv_bytes(*arguments):
+        _, out, _ = say(capsys, "--kv-memory", "0.25", "--dtype", "bfloat16", "--json", *arguments)
+        return json.loads(out)["capacity"]["kv_bytes"]
+
+    assert kv_bytes("--kv-cache-dtype", "fp8") * 2 == kv_bytes("--kv-cache-dtype", "bfloat16") == kv_bytes()
+
+
 def test_parameters_are_counted(capsys):
     _, out, _ = say(capsys, "--gpu-memory", "8", "--dtype", "float32", "--json")
     memory = json.loads(out)["memory"]
@@ -153,6 +161,7 @@ def test_parameters_are_counted(capsys):
         (["--gpu-memory", "8", "--prompt", "5000"], "--prompt 5000 is out of range"),
         (["--gpu-memory", "8", "--kv-policy", "full"], "nothing to plan"),
         (["--gpu-memory", "8", "--dtype", "int4"], "--dtype int4 is unknown"),
+        (["--gpu-memory", "8", "--kv-cache-dtype", "int4"], "--kv-cache-dtype int4 is unknown"),
         (["--gpu-memory", "8", "--tensor-parallel-size", "3"], "does not divide the 4 query heads"),
         (["--gpu-memory", "8", "--pipeline-parallel-size", "5"], "is more than the 4 layers"),
         (["--gpu-memory", "8", "--gpu-memory-utilization", "1.5"], "allowed: up to 1"),

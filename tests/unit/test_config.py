@@ -452,8 +452,8 @@ def make_vllm_config(**changes) -> SimpleNamespace:
         ({"parallel_config__decode_context_parallel_size": 2}, ["context parallelism", "Set its size to 1"]),
         ({"parallel_config__prefill_context_parallel_size": 2}, ["context parallelism", "Set its size to 1"]),
         ({"parallel_config__enable_dbo": True}, ["dual-batch overlap", "Drop --enable-dbo"]),
-        ({"cache_config__cache_dtype": "fp8"}, ["--kv-cache-dtype fp8", "Use --kv-cache-dtype auto"]),
-        ({"cache_config__cache_dtype": "fp8_e5m2"}, ["--kv-cache-dtype fp8_e5m2", "auto"]),
+        ({"cache_config__cache_dtype": "nvfp4"}, ["--kv-cache-dtype nvfp4", "Use --kv-cache-dtype auto or fp8"]),
+        ({"cache_config__cache_dtype": "fp8_per_token_head"}, ["--kv-cache-dtype fp8_per_token_head", "one scale"]),
         ({"model_config__skip_tokenizer_init": True}, ["--skip-tokenizer-init", "'skipkv'", "Drop"]),
     ],
 )
@@ -486,7 +486,23 @@ def test_a_pipeline_on_rays_compiled_graphs_is_refused(monkeypatch):
         compat.check_config(make_vllm_config(parallel_config__pipeline_parallel_size=2, **on_ray), policy)
 
 
-@pytest.mark.parametrize("dtype", ["auto", "bfloat16", "float16", "float32"])
+@pytest.mark.parametrize(
+    ("function", "reason"),
+    [
+        ("vllm.platforms.current_platform.is_fp8_fnuz", "on this GPU: it stores another float8"),
+        ("vllm._custom_ops.cpu_has_amx_fp8", "on this CPU: how vLLM packs pages for AMX-FP8"),
+    ],
+)
+def test_8_bits_are_refused_where_their_meaning_or_their_place_is_not_known(function, reason, monkeypatch):
+    config, policy = make_vllm_config(cache_config__cache_dtype="fp8"), KVPolicyConfig(kv_policy="rkv")
+    compat.check_config(config, policy)
+    monkeypatch.setattr(function, lambda: True)
+    with pytest.raises(KVPolicyError, match=f"--kv-cache-dtype fp8 {reason}.*Use --kv-cache-dtype auto, or"):
+        compat.check_config(config, policy)
+    compat.check_config(make_vllm_config(), policy)
+
+
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16", "float16", "float32", "fp8", "fp8_e4m3", "fp8_e5m2"])
 def test_a_plain_model_is_accepted(dtype):
     compat.check_config(make_vllm_config(cache_config__cache_dtype=dtype), KVPolicyConfig(kv_policy="skipkv"))
 

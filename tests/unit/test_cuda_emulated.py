@@ -28,6 +28,7 @@ if native.unavailable("cuda") is None:
     pytest.skip("the CUDA operators themselves can be loaded; test_ops_parity.py tests them", allow_module_level=True)
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+FP8 = [torch.float8_e4m3fn, torch.float8_e5m2]
 
 
 @pytest.fixture(scope="session")
@@ -48,7 +49,21 @@ def test_score_tokens(cuda, case):
     parity.check_score_case(cuda, case)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@rows(parity.BYTES_OF)
+def test_every_number_of_8_bits_is_read_as_it_is(cuda, case):
+    parity.check_every_byte(cuda, case)
+
+
+@pytest.mark.parametrize("dtype", FP8)
+def test_no_number_is_read_as_none(cuda, dtype):
+    parity.test_no_number_is_read_as_none(cuda, dtype)
+
+
+def test_queries_for_keys_of_8_bits_are_float32(cuda):
+    parity.test_queries_for_keys_of_8_bits_are_float32(cuda)
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, *FP8])
 @pytest.mark.parametrize("dim", [8, 32, 36, 64, 72, 80, 96, 112, 128, 192, 256])
 def test_scores_of_every_head_size(cuda, dtype, dim):
     case = ScoreCase(Pages(dtype=dtype, dim=dim, layers=1), (150, 65), window=11, keys="clusters", threshold=0.7)

@@ -19,12 +19,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from skipkv_vllm.errors import KVPolicyError
 from skipkv_vllm.ops import batched, native
 from skipkv_vllm.ops.paging import Layout
 from tests.op_backends import BACKENDS, INTERPRETED, Backend, cases, isa, on  # noqa: F401
-from tests.op_cases import CompactCase, Compaction, Pages, ScoreCase, positions_of
+from tests.op_cases import CompactCase, Compaction, Pages, ScoreCase, Scoring, positions_of
 
 FLOAT, BF16, HALF = torch.float32, torch.bfloat16, torch.float16
+FP8 = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
+
+
+def as_bytes(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().view(torch.uint8)
 
 
 # ---- score_tokens
@@ -45,7 +51,7 @@ def check_score_case(backend: Backend, case: ScoreCase) -> None:
     got = backend.module.score_tokens(*on(backend.device, arguments))
     tolerance = 1e-5 if case.pages.dtype is FLOAT else backend.tolerance
     check_scores(got, batched.score_tokens(*arguments), arguments.num_resident, tolerance)
-    assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(arguments.caches, before, strict=True))
+    assert all(torch.equal(as_bytes(a), as_bytes(b)) for a, b in zip(arguments.caches, before, strict=True))
 
 
 VEC, AMX = Pages(Layout.VEC), Pages(Layout.AMX, BF16, size=32)
@@ -77,6 +83,15 @@ SCORES = {
     **{f"bf16 {order}": ScoreCase(Pages(dtype=BF16, order=order)) for order in ("BHNC", "BNHC", "HBNC", "NBHC")},
     "half": ScoreCase(Pages(dtype=HALF)),
     **{f"vec {dtype}": ScoreCase(replace(VEC, dtype=dtype)) for dtype in (FLOAT, BF16, HALF)},
+    **{f"{name} {order}": ScoreCase(Pages(dtype=FP8[name], order=order)) for name in FP8 for order in ("BHNC", "NBHC")},
+    **{f"{name} vec": ScoreCase(replace(VEC, dtype=FP8[name], size=32, order="HBNC")) for name in FP8},
+    **{f"{name} amx": ScoreCase(replace(AMX, dtype=FP8[name])) for name in FP8},
+    **{
+        f"{name} clusters": ScoreCase(Pages(dtype=FP8[name], dim=128), (150, 65), penalty=True, keys="clusters")
+        for name in FP8
+    },
+    "e4m3, head size 36": ScoreCase(Pages(dtype=FP8["e4m3"], dim=36), keys="copies", threshold=0.5),
+    "e5m2, long": ScoreCase(Pages(dtype=FP8["e5m2"], layers=1, dim=80), lengths=(400,), keys="late", threshold=0.5),
     "vec, heads outside": ScoreCase(replace(VEC, order="HBNC", size=32)),
     "vec, pages of six": ScoreCase(replace(VEC, size=6)),
     **{f"amx {dtype}": ScoreCase(replace(AMX, dtype=dtype)) for dtype in (FLOAT, BF16, HALF)},
@@ -91,9 +106,77 @@ SCORES = {
 }
 
 
-@cases(SCORES, few=("plain", "penalty", "bf16 BNHC", "one key older than the window", "copies at 0.5", "zeros at -0.2"))
+FEW_SCORES = (
+    *("plain", "penalty", "bf16 BNHC", "one key older than the window", "copies at 0.5", "zeros at -0.2"),
+    *(f"{name} {kind}" for name in FP8 for kind in ("BHNC", "clusters")),
+    "e4m3, head size 36",
+)
+
+
+@cases(SCORES, few=FEW_SCORES)
 def test_score_tokens(backend, case):
     check_score_case(backend, case)
+
+
+@dataclass(frozen=True)
+class EveryByte:
+    """A call of `score_tokens` in which each key is one number of 8 bits, and importance says which."""
+
+    pages: Pages
+
+    def build(self) -> tuple[Scoring, Tensor]:
+        """The arguments, and what the logits are."""
+        bits = torch.arange(256, dtype=torch.uint8).view(self.pages.dtype)
+        values = bits.float()[bits.float().isfinite()]
+        keys = torch.zeros(1, 1, values.shape[0] + 1, self.pages.dim)
+        keys[0, 0, :-1, 5] = values
+        plain = ScoreCase(self.pages, (keys.shape[2],), 1, window=1, pool=1, mix=1.0, positions="sorted").build()
+        cache = self.pages.empty(int(plain.table.max()) + 1)
+        self.pages.write_keys(cache, plain.table[0], keys)
+        queries = torch.zeros_like(plain.queries)
+        # So that the largest number makes a logit of 10, and the smallest shows.
+        queries[..., 5] = 10 * self.pages.dim**0.5 / values.max()
+        arguments = plain._replace(caches=cache.caches, pointers=cache.pointers, queries=queries)
+        return arguments, (10 * values.double() / values.max().double())
+
+
+def check_every_byte(backend: Backend, case: EveryByte) -> None:
+    arguments, logits = case.build()
+    scores = backend.module.score_tokens(*on(backend.device, arguments)).cpu()[0, 0, 0, : logits.shape[0]]
+    torch.testing.assert_close(scores.double(), logits.softmax(0), rtol=3e-6, atol=0)
+
+
+BYTES_OF = {
+    f"{name} {Layout(k).name}": EveryByte(Pages(Layout(k), FP8[name], layers=1, heads=1, size=32))
+    for name in FP8
+    for k in Layout
+}
+
+
+@cases(BYTES_OF, few=[f"{name} ROWS" for name in FP8])
+def test_every_number_of_8_bits_is_read_as_it_is(backend, case):
+    check_every_byte(backend, case)
+
+
+@pytest.mark.parametrize("backend", BACKENDS, ids=str)
+@pytest.mark.parametrize("dtype", FP8.values(), ids=FP8)
+def test_no_number_is_read_as_none(backend, dtype):
+    """A key that is not a number makes no score that looks like one."""
+    arguments = ScoreCase(Pages(dtype=dtype, layers=1, heads=1), (40,), mix=0.0).build()
+    for cache in arguments.caches:
+        cache.view(torch.uint8).fill_(0x7F)
+    assert backend.module.score_tokens(*on(backend.device, arguments))[..., :32].isnan().all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS, ids=str)
+def test_queries_for_keys_of_8_bits_are_float32(backend):
+    arguments = ScoreCase(Pages(dtype=FP8["e4m3"])).build()
+    for wrong in (
+        arguments._replace(queries=arguments.queries.bfloat16()),
+        arguments._replace(caches=[c.view(torch.uint8) for c in arguments.caches]),
+    ):
+        with pytest.raises((RuntimeError, KVPolicyError), match=r"float32|Float"):
+            backend.module.score_tokens(*on(backend.device, wrong))
 
 
 @settings(max_examples=250, deadline=None, derandomize=True)
@@ -105,7 +188,7 @@ def test_score_tokens_anywhere(data):
     sizes = (16, 32, 64) if layout is Layout.AMX else (1, 2, 3, 16, 32)
     pages = Pages(
         layout,
-        data.draw(st.sampled_from((FLOAT, BF16, HALF))),
+        data.draw(st.sampled_from((FLOAT, BF16, HALF, *FP8.values()))),
         data.draw(st.sampled_from(("BHNC", "HBNC") if layout is not Layout.ROWS else ("BHNC", "BNHC", "HBNC", "NBHC"))),
         layers=data.draw(st.integers(1, 2)),
         heads=data.draw(st.integers(1, 8)),
@@ -245,7 +328,7 @@ def test_wrong_moves_are_noticed():
 
 def check_compaction(got: Compaction, wanted: Compaction) -> None:
     for i, (a, b) in enumerate(zip(got.caches, wanted.caches, strict=True)):
-        same = a.cpu().contiguous().view(torch.uint8) == b.contiguous().view(torch.uint8)
+        same = as_bytes(a.cpu()) == as_bytes(b)
         assert same.all(), f"layer {i}: pages {(~same).flatten(1).any(1).nonzero().flatten().tolist()} differ"
     assert torch.equal(got.sidecar.cpu(), wanted.sidecar)
 
@@ -264,19 +347,29 @@ COMPACTIONS = {
     "eight heads": CompactCase(Pages(heads=8)),
     **{
         f"{dtype} {order}": CompactCase(Pages(dtype=dtype, order=order))
-        for dtype in (BYTES, BF16, FLOAT)
+        for dtype in (BYTES, FP8["e4m3"], BF16, FLOAT)
         for order in ("BHNC", "BNHC", "HBNC", "NBHC")
     },
     **{
         f"{layout.name} {dtype} {order}": CompactCase(Pages(layout, dtype, order, size=32, dim=dim))
         for layout in (Layout.VEC, Layout.AMX)
-        for dtype, dim in ((BYTES, 32), (BF16, 128), (HALF, 48), (FLOAT, 64))
+        for dtype, dim in ((BYTES, 32), (FP8["e5m2"], 64), (BF16, 128), (HALF, 48), (FLOAT, 64))
         for order in ("BHNC", "HBNC")
     },
 }
 
 
-@cases(COMPACTIONS, few=("plain", "shared pages", "nothing leaves", "pages of five tokens", "torch.bfloat16 BNHC"))
+@cases(
+    COMPACTIONS,
+    few=(
+        "plain",
+        "shared pages",
+        "nothing leaves",
+        "pages of five tokens",
+        "torch.bfloat16 BNHC",
+        "torch.float8_e4m3fn BHNC",
+    ),
+)
 @pytest.mark.parametrize("seed", [0, 1])
 def test_compact_pages(backend, case, seed):
     wanted = replace(case, seed=seed).build()

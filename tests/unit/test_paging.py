@@ -13,9 +13,11 @@ from torch import Tensor
 from skipkv_vllm.config import CONFIG_KEY, KVPolicyConfig
 from skipkv_vllm.errors import KVPolicyError
 from skipkv_vllm.ops import paging
-from skipkv_vllm.ops.paging import LayerPages, PagedCache, layer_pages, to_device
+from skipkv_vllm.ops.paging import FP8_CACHES, LayerPages, PagedCache, layer_pages, to_device
+from skipkv_vllm.worker import build
 from skipkv_vllm.worker.build import without_sidecar
 from skipkv_vllm.worker.positions import PositionSidecar
+from tests.op_cases import Pages
 
 PAGES, HEADS = 5, 2
 
@@ -357,10 +359,47 @@ def test_positions_of_several_requests_are_read_at_once():
     assert torch.equal(got[1], read(side, [2, 4], 6, 0, 0))
 
 
+@pytest.mark.parametrize("layout", list(paging.Layout))
+@pytest.mark.parametrize("dtype", FP8_CACHES.values())
+def test_keys_of_8_bits_are_read_as_float32(layout, dtype):
+    pages = Pages(layout, dtype, size=32)
+    cache = pages.empty(3)
+    keys = torch.randn(2, 2, 40, 64)
+    pages.write_keys(cache, torch.tensor([2, 1]), keys)
+    for each, wanted in zip(cache.caches, keys, strict=True):
+        got = layer_pages(each, layout).keys.read_pages(torch.tensor([2, 1]), 40)
+        assert got.dtype is torch.float32
+        assert torch.equal(got, wanted.to(dtype).float())
+
+
+def attention_layer(kind: str, dtype: torch.dtype, *scale: float) -> Any:
+    pages = torch.zeros(3, 2, 4, 16, dtype=dtype)
+    return SimpleNamespace(kv_cache=pages, kv_cache_dtype=kind, num_kv_heads=2, _k_scale=torch.tensor(scale).squeeze())
+
+
+def test_bytes_get_their_meaning_from_the_layer():
+    for kind, meant in FP8_CACHES.items():
+        layer = attention_layer(kind, torch.uint8, 1.0)
+        assert build._pages(layer).dtype is meant
+        assert build._pages(layer).data_ptr() == layer.kv_cache.data_ptr()
+    layer = attention_layer("auto", torch.bfloat16, 1.0)
+    assert build._pages(layer) is layer.kv_cache
+    with pytest.raises(KVPolicyError, match=r"'fp8_per_token_head' KV cache.*use --kv-cache-dtype bfloat16"):
+        build._pages(attention_layer("fp8_per_token_head", torch.uint8, 1.0))
+
+
+def test_scales_of_keys():
+    one, two = attention_layer("fp8", torch.uint8, 0.5), attention_layer("fp8", torch.uint8, 2.0, 3.0)
+    assert torch.equal(build._key_scales([one, two]), torch.tensor([[0.5, 0.5], [2.0, 3.0]]))
+    assert build._key_scales([attention_layer("fp8", torch.uint8, 1.0)]) is None
+    # vLLM leaves whatever the checkpoint says where nothing is quantised.
+    assert build._key_scales([attention_layer("auto", torch.bfloat16, 0.5)]) is None
+
+
 @pytest.mark.parametrize(("policy", "extra", "left"), [("rkv", [], 64), ("rkv", ["h2o"], 63), ("h2o", [], 63)])
 def test_pages_leave_room_for_positions_and_for_the_attention_mass(policy, extra, left):
     # 2 layers x 2 heads x 2 * 62 elements of 2 bytes are 992 bytes a token; positions add 16, and the mass as many.
-    layer = SimpleNamespace(impl=None)
+    layer = SimpleNamespace(impl=None, kv_cache_torch_dtype=torch.bfloat16)
     model_config = SimpleNamespace(
         dtype=torch.bfloat16,
         get_num_attention_heads=lambda parallel: 2,

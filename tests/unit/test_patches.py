@@ -103,10 +103,11 @@ def test_with_the_seams_nothing_is_wrapped(patched):
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 from vllm.plugins.engine_args import engine_args_plugins
 from vllm.utils.argparse_utils import FlexibleArgumentParser
+from vllm.v1.core import kv_cache_utils
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.engine.input_processor import InputProcessor
 from vllm.v1.metrics.stats import SchedulerStats
-from skipkv_vllm import bundled_model, compat
+from skipkv_vllm import bundled_model, compat, metrics  # a client loads the last
 
 parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser())
 compat.install()  # plugins may be loaded several times
@@ -117,8 +118,9 @@ assert engine.additional_config["skipkv"]["kv_budget"] == 96
 assert "EvictingCPUWorker" in engine.worker_cls
 compat.enable(None)
 compat.enable(None)
-assert len(InputProcessor.params_validators) == 1
-for function in (EngineArgs.add_cli_args, EngineArgs.create_engine_config, InputProcessor._validate_params):
+assert len(InputProcessor.request_validators) == len(kv_cache_utils.kv_cache_memory_checks) == 1
+functions = EngineArgs.add_cli_args, EngineArgs.create_engine_config, InputProcessor.process_inputs
+for function in (*functions, InputProcessor.__init__, kv_cache_utils._check_enough_kv_cache_memory):
     assert not hasattr(function, "__wrapped__"), function
 assert "skipkv" not in SchedulerStats.__dataclass_fields__
 output, stats = SchedulerOutput.make_empty(), SchedulerStats()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -169,6 +171,23 @@ def test_attach_leaves_the_result_and_the_arguments_alone():
     result = impls[0].forward(None, query, key, value, scale=2.0)
     assert torch.equal(result, query * 2.0 + key + value)
     assert impls[0].seen[0] is query
+
+
+@pytest.mark.parametrize("scale", [torch.tensor(0.3), torch.tensor([0.3, 0.5, 2.0])], ids=["one", "by head"])
+def test_queries_that_vllm_quantised_are_recorded_as_they_were(scale):
+    class Kernel(FakeImpl):
+        def forward(self, layer, query):
+            self.seen.append(query)
+
+    ring, _ = make_ring()
+    impl: Any = Kernel()
+    ring.attach(1, impl)
+    ring.prepare(np.array([1]), np.array([2]), np.array([4]), 2)
+    queries = torch.randn(2, HEADS, DIM, generator=torch.Generator().manual_seed(0))
+    stored = (queries / scale.reshape(-1, 1)).to(torch.float8_e4m3fn)
+    impl.forward(SimpleNamespace(_q_scale=scale), stored)
+    torch.testing.assert_close(ring.read(1, 1, 6)[-2:], queries, rtol=2**-4, atol=2**-8)
+    assert impl.seen[0] is stored, "attention gets what it would have got"
 
 
 def test_attached_objects_stay_instances_of_their_class():

@@ -27,11 +27,21 @@ def _row_of(first, row, layers, heads):
 def _load_keys(
     pointers, layer, head, cell, valid, page_stride, head_stride, token_stride, page_size, dim, element, dims
 ):
-    """Keys `[ranks, dims]` in the cache's dtype, zero outside."""
+    """Keys `[ranks, dims]` in the cache's dtype, zero outside; those of 8 bits as float16, which holds them exactly."""
     d = tl.arange(0, dims)
-    base = tl.load(pointers + layer).to(tl.pointer_type(element)) + head.to(tl.int64) * head_stride
+    # Their bits, because compilers of older GPUs refuse the type itself.
+    stored: tl.constexpr = tl.uint8 if element.primitive_bitwidth == 8 else element
+    base = tl.load(pointers + layer).to(tl.pointer_type(stored)) + head.to(tl.int64) * head_stride
     offset = (cell // page_size).to(tl.int64) * page_stride + (cell % page_size).to(tl.int64) * token_stride
-    return tl.load(base + offset[:, None] + d[None, :], mask=valid[:, None] & (d < dim)[None, :], other=0.0)
+    key = tl.load(base + offset[:, None] + d[None, :], mask=valid[:, None] & (d < dim)[None, :], other=0)
+    if element == tl.float8e5:
+        return (key.to(tl.uint16) << 8).to(tl.float16, bitcast=True)
+    if element == tl.float8e4nv:
+        # Shifted by one bit less these are the bits of the 2^8th part; the largest magnitude is NaN.
+        bits = ((key & 0x80).to(tl.uint16) << 8) | ((key & 0x7F).to(tl.uint16) << 7)
+        value = bits.to(tl.float16, bitcast=True) * 256.0
+        return tl.where((key & 0x7F) == 0x7F, float("nan"), value).to(tl.float16)
+    return key
 
 
 @triton.jit

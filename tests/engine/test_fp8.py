@@ -1,0 +1,166 @@
+"""An 8-bit KV cache: nothing changes where nothing is evicted, and what is evicted follows from the dequantised keys.
+
+The pages are shadowed in float32 by what the model hands to vLLM to be cached; every compaction of every layer is
+compared with that: what its policy reads, and that cells moved where they should.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from skipkv_vllm.ops import batched
+from skipkv_vllm.ops.paging import FP8_CACHES, Layout
+from skipkv_vllm.worker.compaction import Compactor
+from tests import engines
+from tests.comparison import settings_of
+from tests.engines import PAGE, Job
+
+if not torch.cuda.is_available() and not torch.cpu._is_avx512_supported():
+    pytest.skip("vLLM's CPU attention reads 8-bit caches with AVX-512 or AMX only", allow_module_level=True)
+
+KINDS = [pytest.param("fp8", "float32", id="e4m3"), pytest.param("fp8_e5m2", "bfloat16", id="e5m2")]
+METHODS = ["skipkv", "rkv", "h2o", "snapkv", "streaming_llm"]
+SCALES = (0.25, 0.3, 0.8, 1.7)
+"""of keys, by layer in turn; checkpoints that were calibrated have such"""
+MANTISSA = {torch.float8_e4m3fn: (2**-3, 2**-9), torch.float8_e5m2: (2**-2, 2**-16)}
+"""Relative and absolute error of a number that vLLM cut to 8 bits; it does not round on CPUs."""
+
+
+@pytest.fixture
+def scaled(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Layers whose keys have scales, as a checkpoint would set them."""
+    from vllm.model_executor.layers.attention import attention
+
+    original, count = attention.set_default_quant_scales, iter(range(10**6))
+
+    def with_scales(layer: Any, register_buffer: bool = False) -> None:
+        original(layer, register_buffer)
+        layer._scale_number = getattr(layer, "_scale_number", None) or next(count) + 1
+        scale = SCALES[layer._scale_number % len(SCALES)]
+        layer._k_scale.fill_(scale)
+        layer._k_scale_float = scale
+
+    monkeypatch.setattr(attention, "set_default_quant_scales", with_scales)
+    engines.shutdown()
+    yield
+    engines.shutdown()  # nobody else may get this engine
+
+
+class Shadow:
+    """The keys that the model had cached, in pages of float32, and comparisons with the real ones."""
+
+    def __init__(self, llm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        runner = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
+        self.compactor: Compactor = runner.runtime._compactor
+        self.num_compared = 0
+        self.num_moves = 0
+        real = self.compactor.cache.caches
+        pages, heads, size, double = real[0].shape
+        self.caches = [torch.zeros(pages, heads, size, double) for _ in real]
+        context = runner.vllm_config.compilation_config.static_forward_context
+        self.scales = []
+        for layer, cache in zip(context.values(), self.caches, strict=True):
+            self._record(layer.impl, cache, monkeypatch)
+            self.scales.append(layer._k_scale_float)
+        for name in ("_scores", "_select_tokens"):
+            monkeypatch.setattr(self.compactor, name, getattr(self, name)(getattr(self.compactor, name)))
+
+    @staticmethod
+    def _record(impl: Any, cache: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+        update, size = impl.do_kv_cache_update, cache.shape[2]
+
+        def record(layer: Any, key: Tensor, value: Tensor, kv_cache: Tensor, slots: Tensor) -> None:
+            update(layer, key, value, kv_cache, slots)
+            held = slots >= 0
+            pages, offsets = slots[held] // size, slots[held] % size
+            cache[pages, :, offsets, : key.shape[2]] = key[: slots.shape[0]][held].float()
+
+        monkeypatch.setattr(impl, "do_kv_cache_update", record)
+
+    def _scores(self, original: Any) -> Any:
+        """Around `Compactor._scores`: the keys read are the ones cached, and the scores are their policy's."""
+
+        def scores(batch: Any) -> Tensor:
+            got = original(batch)
+            relative, least = MANTISSA[self.compactor.cache.caches[0].dtype]
+            for r, (order, request) in enumerate(batch.jobs):
+                length = order.num_resident
+                pages = batch.source_table[r, : -(-length // self.caches[0].shape[2])].long()
+                for i, cache in enumerate(self.caches):
+                    read = self.compactor.keys(i, pages, length)
+                    true = cache[pages].transpose(0, 1).flatten(1, 2)[:, :length, : read.shape[2]]
+                    assert ((read - true).abs() <= true.abs() * relative + least * self.scales[i]).all()
+                    self.num_compared += 1
+                if request.policy.token_score is None:
+                    continue
+                penalty = self.compactor._penalties(batch)[r] if request.policy.name == "skipkv" else None
+                wanted = torch.full_like(got[r], -torch.inf)
+                self.compactor._score_request(batch, r, penalty, wanted)
+                torch.testing.assert_close(got[r, ..., :length], wanted[..., :length], rtol=2e-4, atol=2e-6)
+            return got
+
+        return scores
+
+    def _select_tokens(self, original: Any) -> Any:
+        """Around `Compactor._select_tokens`: what will be moved moves here too."""
+
+        def select(batch: Any, scores: Tensor) -> Any:
+            moves = original(batch, scores)
+            pointers = torch.tensor([cache.data_ptr() for cache in self.caches])
+            tables = (batch.source_table, batch.target_table, batch.num_keep)
+            sidecar = self.compactor.positions.entries.clone()
+            batched.compact_pages(self.caches, pointers, Layout.ROWS, sidecar, batch.positions, *tables, *moves)
+            self.num_moves += int(moves.number.sum())
+            return moves
+
+        return select
+
+
+@pytest.mark.parametrize(("cache_dtype", "dtype"), KINDS)
+def test_equals_stock_where_nothing_is_evicted(cache_dtype: str, dtype: str) -> None:
+    prompts, arguments = engines.demo_prompts(4), {"kv_cache_dtype": cache_dtype, "dtype": dtype}
+    stock = engines.run(Job(prompts, [], 100, every=5, arguments=arguments, num_logprobs=3))
+
+    for more, policies in (({"kv_budget": 1024}, METHODS[:4]), ({}, ["full"] * 4)):
+        outcome = engines.run(Job(prompts, policies, 100, every=5, arguments=arguments | more, num_logprobs=3))
+        assert not any(len(trace.kept) for trace in outcome.traces)
+        assert outcome.tokens == stock.tokens
+        assert outcome.logprobs == stock.logprobs
+
+
+@pytest.mark.parametrize(("cache_dtype", "dtype"), KINDS)
+def test_survivors_follow_from_the_dequantised_keys(
+    scaled: None, cache_dtype: str, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = engines.demo_prompts(len(METHODS), at_least=100)
+    arguments = {"kv_cache_dtype": cache_dtype, "dtype": dtype}
+    job = Job(prompts, METHODS, 330, every=5, arguments=arguments)
+    llm = engines.engine(**arguments)
+    shadow = Shadow(llm, monkeypatch)
+    assert len(set(shadow.scales)) > 1
+
+    outcome = engines.run_on(llm, job)
+
+    assert shadow.compactor.cache.caches[0].dtype is FP8_CACHES[cache_dtype]
+    num_compactions = [len(trace.kept) for trace in outcome.traces]
+    assert min(num_compactions) >= 3
+    assert shadow.num_compared == sum(num_compactions) * len(shadow.caches)
+    assert shadow.num_moves > 0
+    for number, (prompt, trace) in enumerate(zip(prompts, outcome.traces, strict=True)):
+        settings = settings_of(job, number)
+        bound = settings.keep(len(prompt)) + settings.buffer
+        pages = [sample.num_pages for sample in outcome.samples if sample.request == number]
+        assert max(pages) <= -(-bound // PAGE)
+        assert any(later < earlier for earlier, later in itertools.pairwise(pages)), "no page was freed"
+        if METHODS[number] == "streaming_llm":
+            # What it keeps follows from positions alone.
+            for length, kept in zip(trace.logical_length.tolist(), trace.kept, strict=True):
+                newest = settings.keep(len(prompt)) - len(prompt)
+                wanted = [*range(len(prompt)), *range(length - newest, length)]
+                assert (torch.as_tensor(kept) == torch.tensor(wanted)).all()
