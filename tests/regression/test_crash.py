@@ -1,0 +1,158 @@
+"""A process of the server is killed, or clients leave: an error instead of a hang, and no page is lost."""
+
+from __future__ import annotations
+
+import random
+import signal
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+from openai import APIError, OpenAI
+
+from benchmarks.server import metrics, serve
+from benchmarks.tiny_reasoner.problems import problems
+from skipkv_vllm import bundled_model
+from tests import engines
+from tests.engine.test_server import free_port, vllm_metric
+
+LONG = 1900
+ARGUMENTS = (
+    "--served-model-name tiny --kv-policy skipkv --kv-budget 64 --kv-buffer 32 --block-size 32 --max-model-len 2048 "
+    "--num-gpu-blocks-override 128 --max-num-seqs 16 --dtype float32 --enforce-eager --kv-check-integrity "
+    "--tensor-parallel-size 2"
+).split()
+QUESTIONS = [problem.question for problem in problems("demo", 8)]
+PATIENCE = 60
+"""seconds until a client must have heard of a failure and the server must be gone"""
+
+
+class Server:
+    """A running server and its processes."""
+
+    def __init__(self, url: str, port: int) -> None:
+        self.url = url
+        self.client = OpenAI(base_url=f"{url}/v1", api_key="none", timeout=120, max_retries=0)
+        (self.process,) = [p for p in psutil.Process().children() if str(port) in p.cmdline()]
+
+    def child(self, title: str) -> psutil.Process:
+        """The process that vLLM gave this title."""
+        return next(p for p in self.process.children(recursive=True) if title in " ".join(p.cmdline()))
+
+    def stream(self, question: str, max_tokens: int):
+        return self.client.chat.completions.create(
+            model="tiny",
+            messages=[{"role": "user", "content": question}],
+            max_tokens=max_tokens,
+            temperature=0,
+            stream=True,
+            extra_body={"ignore_eos": True},
+        )
+
+
+@contextmanager
+def running(log: Path) -> Iterator[Server]:
+    port = free_port()
+    with serve(bundled_model(), ARGUMENTS, port=port, log=log) as url:
+        yield Server(url, port)
+
+
+@pytest.fixture(autouse=True)
+def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That of a user, with a thread for each of the two workers."""
+    engines.shutdown()
+    for name in ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_LOGGING_LEVEL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
+def leave_at_random(server: Server) -> None:
+    """Clients ask and hang up, in the queue, while their prompt is read, or later."""
+    chance = random.Random(0)
+    after = [chance.choice([0, 1, 5, 40, 120]) for _ in range(40)]
+
+    def ask(number: int) -> bool:
+        with server.stream(QUESTIONS[number % len(QUESTIONS)], 150) as stream:
+            for i, _ in enumerate(stream):
+                if i == after[number] and number % 4:
+                    return False
+        return True
+
+    with ThreadPoolExecutor(24) as clients:
+        assert sum(clients.map(ask, range(len(after)))) == len(after) / 4
+    deadline = time.monotonic() + 20
+    while vllm_metric(server.url, "vllm:num_requests_running") and time.monotonic() < deadline:
+        time.sleep(0.2)
+    # The gauges are those of the last step, so one more is needed.
+    (answer,) = [list(server.stream(QUESTIONS[0], 2))]
+    assert answer
+    time.sleep(1)
+    assert vllm_metric(server.url, "vllm:kv_cache_usage_perc") == 0
+    held = metrics(server.url)
+    assert held["skipkv_resident_tokens"] == held["skipkv_promised_pages"] == 0
+    assert held["skipkv_compactions_total"] > 20
+
+
+def kill_under_load(server: Server, title: str) -> None:
+    """Kill a process while clients wait: all get an error in time, the server ends and leaves no process."""
+
+    def read(number: int) -> int:
+        """Tokens until the answer broke off; the last one has no reason to finish."""
+        num_chunks, reason = 0, None
+        try:
+            for chunk in server.stream(QUESTIONS[number], LONG):
+                started[number].set_result(None) if not started[number].done() else None
+                num_chunks += 1
+                reason = chunk.choices[0].finish_reason or reason
+        except (APIError, OSError) as error:
+            print(f"client {number} after {num_chunks} chunks: {error!r}")
+            return num_chunks
+        assert reason is None, f"the stream ended as if the answer was complete: {reason}"
+        return num_chunks
+
+    def complete() -> None:
+        """A client that waits for the whole answer."""
+        with pytest.raises(APIError) as failed:
+            server.client.completions.create(
+                model="tiny", prompt="Hi", max_tokens=LONG, extra_body={"ignore_eos": True}
+            )
+        print(f"client that does not stream: {failed.value!r}")
+
+    started: list[Future[None]] = [Future() for _ in range(3)]
+    family = [server.process, *server.process.children(recursive=True)]
+    with ThreadPoolExecutor(4) as clients:
+        readers = [clients.submit(read, number) for number in range(len(started))]
+        waiting = clients.submit(complete)
+        for one in started:
+            one.result(timeout=PATIENCE)
+        server.child(title).send_signal(signal.SIGKILL)
+        killed = time.monotonic()
+        for reader in readers:
+            assert 0 < reader.result(timeout=PATIENCE) < LONG
+        waiting.result(timeout=PATIENCE)
+    print(f"all clients heard of it after {time.monotonic() - killed:.1f} s")
+    _, alive = psutil.wait_procs(family, timeout=PATIENCE)
+    assert not alive
+    print(f"the server was gone after {time.monotonic() - killed:.1f} s")
+    with pytest.raises(urllib.error.URLError):
+        urllib.request.urlopen(f"{server.url}/health", timeout=5)
+
+
+def test_a_killed_process_is_an_error_for_clients_and_a_restarted_server_works(tmp_path: Path) -> None:
+    """First a worker is killed, then the engine's core of the server that replaces it."""
+    with running(tmp_path / "first") as server:
+        leave_at_random(server)
+        expected = [chunk.choices[0].delta.content for chunk in server.stream(QUESTIONS[1], 150)]
+        kill_under_load(server, "Worker")
+    with running(tmp_path / "second") as server:
+        answer = [chunk.choices[0].delta.content for chunk in server.stream(QUESTIONS[1], 150)]
+        assert answer == expected
+        assert metrics(server.url)["skipkv_compactions_total"] > 0
+        kill_under_load(server, "EngineCore")
