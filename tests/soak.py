@@ -15,7 +15,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from tests import conftest, engines  # conftest sets the environment of engines in this process
+from tests import conftest, engines  # noqa: F401  conftest sets the environment of engines in this process
 
 if TYPE_CHECKING:
     import vllm
@@ -169,7 +169,11 @@ class Soak:
                     name, wanted = str(report.requests), self._draw()
                     running[name] = self._add(name, wanted), wanted, report.steps
                     report.requests += 1
-            late = [n for n, (_, w, at) in running.items() if w.abort_after is not None and report.steps - at > w.abort_after]
+            late = [
+                n
+                for n, (_, w, at) in running.items()
+                if w.abort_after is not None and report.steps - at > w.abort_after
+            ]
             engine.abort_request([running.pop(name)[0] for name in late], internal=True)
             report.aborted += len(late)
             for output in engine.step():

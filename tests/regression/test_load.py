@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests import engines
-from tests.soak import ENGINES, Report, Soak, check_nothing_left, drain, num_compactions, runtime_of
+from tests.soak import ENGINES, Report, Soak, check_nothing_left, drain, runtime_of
 
 if TYPE_CHECKING:
     import vllm
