@@ -15,6 +15,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from skipkv_vllm import bundled_vector
 from tests import conftest, engines  # noqa: F401  conftest sets the environment of engines in this process
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ ARGUMENTS: dict[str, Any] = {
     "max_num_batched_tokens": 512,
     "max_model_len": 512,
     "async_scheduling": True,
+    "kv_steering_vectors": [f"doubts={bundled_vector()}"],
 }
 ENGINES: dict[str, dict[str, Any]] = {
     # Requests wait for their pages; what they share of a prompt stays shared.
@@ -71,6 +73,7 @@ class Report:
         tokens: generated.
         compactions: carried out by the worker.
         compacted_requests: finished requests that were compacted, of `evicting_requests` that might have been.
+        steered_tokens: of finished requests.
         preemptions: of requests.
         shared_tokens: prompt tokens that were found in the prefix cache.
         repeated: requests whose answer was compared with one to the same request in other company.
@@ -85,6 +88,7 @@ class Report:
     compactions: int = 0
     compacted_requests: int = 0
     evicting_requests: int = 0
+    steered_tokens: int = 0
     preemptions: int = 0
     shared_tokens: int = 0
     repeated: int = 0
@@ -146,6 +150,8 @@ class Soak:
         budget = chance.choice(BUDGETS)
         if budget is not None and options["kv_policy"] != "full":
             options["kv_budget"] = budget
+        if chance.random() < 0.15:
+            options["steering"] = "doubts"
         max_tokens = chance.randrange(60, 140)
         abort_after = chance.randrange(max_tokens) if chance.random() < self.abort_share else None
         return Wanted(prompt, options, max_tokens, abort_after)
@@ -193,9 +199,11 @@ class Soak:
         report.finished += 1
         report.tokens += len(answer)
         report.shared_tokens += output.num_cached_tokens or 0
+        told = (output.kv_transfer_params or {}).get("skipkv", {})
+        report.steered_tokens += told.get("steering", {}).get("steered_tokens", 0)
         if wanted.options["kv_policy"] != "full":
             report.evicting_requests += 1
-            report.compacted_requests += output.kv_transfer_params["skipkv"]["compactions"] > 0
+            report.compacted_requests += told["compactions"] > 0
 
     def _ask_again(self) -> None:
         engine = self.llm.llm_engine
