@@ -260,7 +260,8 @@ def check_nothing_left(llm: vllm.LLM) -> None:
         "worker": [runtime._requests, runtime._mass._mass, runner.requests, runner.input_batch.req_id_to_index],
         "client": [llm.llm_engine.output_processor.request_states],
     }
-    assert not {where: found for where, every in left.items() if (found := [each for each in every if each])}
+    for where, every in left.items():
+        assert not any(every), f"{where} remembers {every}"
     assert ledger.num_promised == 0
     slots = llm.llm_engine.vllm_config.scheduler_config.max_num_seqs
     assert sorted(runtime._free_slots) == list(range(slots)), "a state slot was lost"

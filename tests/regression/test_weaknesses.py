@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from skipkv_vllm.ops import paging
 from skipkv_vllm.scheduler.planner import Residency
-from skipkv_vllm.worker import compaction, positions, queries, rows
+from skipkv_vllm.worker import compaction, positions, queries, rows, runtime
 from tests.engines import REPOSITORY
 from tests.unit import simulation
 from tests.unit.simulation import Simulation
@@ -33,6 +33,9 @@ class Operators(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.counts[str(func.overloadpacket)] += 1
+        if func.overloadpacket in (torch.ops.aten.index, torch.ops.aten.index_put_):
+            # The number of chosen elements must be known, so such an index is read.
+            self.counts["mask"] += any(index is not None and index.dtype == torch.bool for index in args[1])
         return func(*args, **(kwargs or {}))
 
 
@@ -148,7 +151,7 @@ def test_w5_scores_take_memory_by_the_token_not_by_the_pair():
 @pytest.mark.parametrize("policy", ["skipkv", "rkv", "h2o", "snapkv", "streaming_llm", "random"])
 def test_w6_no_step_waits_for_the_device(policy, monkeypatch):
     """On CPUs nothing waits, so whatever would read a value from a GPU is forbidden while the runtime works."""
-    waits = ("aten._local_scalar_dense", "aten.nonzero", "aten.masked_select", "aten.equal", "aten.is_nonzero")
+    waits = ("mask", *(f"aten.{x}" for x in ("_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero")))
     reading: list[str] = []
     is_inside = False
 
@@ -198,7 +201,7 @@ def test_w7_a_compaction_sends_nothing_about_other_requests(monkeypatch):
         @contextmanager
         def recording() -> Iterator[None]:
             with monkeypatch.context() as patch:
-                for module in (compaction, positions, queries, rows):
+                for module in (compaction, positions, queries, rows, runtime):
                     patch.setattr(module, "to_device", recorded, raising=False)
                 yield
 
