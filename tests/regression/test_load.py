@@ -93,5 +93,5 @@ def test_a_soak_loses_no_page_and_violates_nothing(llm: vllm.LLM, kind: str) -> 
     assert report.compactions > report.requests
     assert report.shared_tokens > 10 * report.requests
     assert report.repeated > 100
-    assert report.steered_tokens > report.requests
+    assert report.steered_tokens > report.requests / 2
     assert (report.preemptions > 100) == (kind == "optimistic")
