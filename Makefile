@@ -2,7 +2,7 @@
 PY := .venv/bin/python
 
 .PHONY: demo serve test test-patched soak lint setup dev train vector eval-tiny eval-steering build build-cuda sanitize \
-	bench-kernels clean
+	bench-kernels bench-throughput simulate clean
 
 demo: setup        ## serve the bundled model with SkipKV and show what it saved against full KV
 	@$(PY) -m benchmarks.demo
@@ -44,6 +44,12 @@ sanitize: dev      ## the operators' tests with AddressSanitizer and UndefinedBe
 
 bench-kernels: dev ## time the operators against PyTorch and R-KV-style code; writes docs/results/kernels.json
 	@$(PY) -m benchmarks.kernels
+
+bench-throughput: dev ## full KV and skipkv at equal memory, batch grouping, the simulator's error; writes docs/results/throughput.*
+	@$(PY) -m benchmarks.throughput
+
+simulate: dev      ## predict throughput of 7B to 70B on GPUs that are not here; writes docs/results/simulation.json
+	@$(PY) -m benchmarks.simulate
 
 train: dev         ## train the bundled model again (about 25 minutes on two cores)
 	@$(PY) -m benchmarks.tiny_reasoner.train

@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
+from .capacity import Capacity
 from .config import KVPolicyConfig
 from .scheduler.planner import Limits
 
 
-def banner(config: KVPolicyConfig, page_size: int, max_model_len: int, num_pages: int) -> list[str]:
-    """A few lines: policy, budget, bound, granularity, pages per request and in all, steering, and what is off."""
-    lines = _eviction(config, page_size, max_model_len, num_pages) if config.evicts else ["SkipKV: evicts nothing"]
+def banner(config: KVPolicyConfig, capacity: Capacity | None, max_model_len: int) -> list[str]:
+    """A few lines: policy, budget, bound, granularity, what fits, grouping, steering, and what is off.
+
+    Args:
+        config: an active policy, steering, or both.
+        capacity: what fits; None where nothing is evicted.
+        max_model_len: longest request.
+    """
+    lines = ["SkipKV: evicts nothing"] if capacity is None else _eviction(config, capacity, max_model_len)
+    if config.kv_batch_grouping != "off":
+        lines.append(
+            f"SkipKV: waiting requests grouped by prompt length, {config.kv_grouping_width} tokens a group; from "
+            f"{config.kv_grouping_max_wait:g} s past its turn a request is no longer overtaken"
+        )
+    if config.kv_prefix_eviction == "guard":
+        lines.append("SkipKV: cached prefixes give way by Guard instead of LRU")
     if config.steers:
         most = "" if config.kv_steering_alpha_max is None else f", at most {config.kv_steering_alpha_max}"
         lines.append(
@@ -21,26 +35,24 @@ def banner(config: KVPolicyConfig, page_size: int, max_model_len: int, num_pages
     return lines
 
 
-def _eviction(config: KVPolicyConfig, page_size: int, max_model_len: int, num_pages: int) -> list[str]:
+def _eviction(config: KVPolicyConfig, capacity: Capacity, max_model_len: int) -> list[str]:
     limits = Limits(config.kv_budget, config.kv_buffer, config.kv_window, 0)
-    pages, full = limits.bound_pages(page_size), -(-max_model_len // page_size)
     prompt = "protected, counts toward the budget" if config.kv_protect_prompt else "evicted like any other text"
+    if config.kv_defer_prompt:
+        prompt += f", from {config.kv_window} tokens after its end on"
+    admission = "none is ever preempted" if config.kv_admission == "bounded" else "more may start and be preempted"
     lines = [
         f"SkipKV: policy {config.policy!r}, granularity {config.kv_granularity}",
         f"SkipKV: budget {config.kv_budget} + buffer {config.kv_buffer} = bound {limits.bound} tokens a request, "
         f"newest {config.kv_window} always kept; prompt {prompt}",
-        f"SkipKV: at most {pages} pages of {page_size} tokens a request, instead of up to {full}",
+        *(f"SkipKV: {line}" for line in capacity.lines()),
         "SkipKV: vLLM features switched off: none",
+        f"SkipKV: admission {config.kv_admission}, {admission}",
     ]
-    admission = "none is ever preempted" if config.kv_admission == "bounded" else "more may start and be preempted"
-    lines.append(
-        f"SkipKV: {num_pages} pages hold {num_pages // pages} requests at their bound; "
-        f"admission {config.kv_admission}, {admission}"
-    )
-    if full > num_pages:
+    if capacity.request_pages_full > capacity.pages:
         lines.append(
-            f"SkipKV: a request that may come to hold more than {num_pages * page_size} tokens is refused: one with "
-            'kv_policy "full", with a large kv_budget or with a long protected prompt'
+            f"SkipKV: a request that may come to hold more than {capacity.pages * capacity.page_size} tokens is "
+            'refused: one with kv_policy "full", with a large kv_budget or with a long protected prompt'
         )
     if limits.bound >= max_model_len:
         lines.append(

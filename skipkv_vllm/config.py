@@ -16,7 +16,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from .errors import KVPolicyError
-from .policies import Need, Policy, make_policy, policy_names
+from .policies import IN_THE_CACHE, Need, Policy, make_policy, policy_names
 from .steering import SteeringVector
 from .steering.controller import Strength
 
@@ -27,6 +27,7 @@ OFF = "off"
 """What `kv_steering_default` and a request's `steering` say for no steering."""
 
 MAX_ALPHA = 10.0
+GROUPING_WIDTH, GROUPING_MAX_WAIT = 256, 5.0
 _VECTOR_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 OPTIONAL_NEEDS = {"sentence": Need.SENTENCES, "head": Need.NOTHING}
@@ -72,6 +73,12 @@ class KVPolicyConfig(BaseModel):
     kv_protect_prompt: bool = Field(
         True, description="Never evict the prompt. Off reproduces the paper, which evicts it like any other text."
     )
+    kv_defer_prompt: bool = Field(
+        False,
+        description="With --no-kv-protect-prompt: hold a prompt longer than the bound whole until --kv-window more "
+        "tokens are written, and let their queries choose what stays of it. Off: it is compacted between chunks, which "
+        "bounds memory during prefill too.",
+    )
     kv_admission: Literal["bounded", "optimistic"] = Field(
         "bounded",
         description='"bounded": a request starts once all the pages it may ever hold fit beside those of the running '
@@ -86,6 +93,26 @@ class KVPolicyConfig(BaseModel):
         default_factory=list,
         description="Further methods that a request may choose with its `kv_policy`, on top of those whose inputs "
         "the server's own method collects anyway.",
+    )
+    kv_batch_grouping: Literal["off", "prefill-length"] = Field(
+        "off",
+        description='"prefill-length": waiting requests of similar prompt length are admitted together. '
+        "docs/scheduling.md says when that helps.",
+    )
+    kv_grouping_width: int = Field(
+        GROUPING_WIDTH, ge=1, strict=True, description="Tokens by which the prompts of a group may differ."
+    )
+    kv_grouping_max_wait: float = Field(
+        GROUPING_MAX_WAIT,
+        ge=0,
+        allow_inf_nan=False,
+        description="Seconds past its turn, in order of arrival, from which no later request is admitted before a "
+        "waiting one. 0 is order of arrival.",
+    )
+    kv_prefix_eviction: Literal["lru", "guard"] = Field(
+        "lru",
+        description='Which page of the prefix cache gives way to a new one: "lru", as in stock vLLM, or "guard", which '
+        "follows LRU where it is right and does not fail where prompts come round in turn.",
     )
     kv_trace_dir: str | None = Field(
         None, description="Write one replayable <request-id>.safetensors per finished request into this folder."
@@ -201,6 +228,33 @@ class KVPolicyConfig(BaseModel):
             )
         return self
 
+    @model_validator(mode="after")
+    def _deferral(self) -> KVPolicyConfig:
+        if self.kv_defer_prompt and self.kv_protect_prompt:
+            raise KVPolicyError(
+                "kv_defer_prompt is given but the prompt is protected, so it would do nothing; add "
+                "--no-kv-protect-prompt or drop --kv-defer-prompt"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _grouping(self) -> KVPolicyConfig:
+        if self.kv_batch_grouping == "off":
+            defaults = {"kv_grouping_width": GROUPING_WIDTH, "kv_grouping_max_wait": GROUPING_MAX_WAIT}
+            for name, default in defaults.items():
+                if getattr(self, name) != default:
+                    raise KVPolicyError(
+                        f"{name}={getattr(self, name)} is given but kv_batch_grouping is 'off', so it would do "
+                        "nothing; add --kv-batch-grouping prefill-length"
+                    )
+        for name, stock in {"kv_batch_grouping": "off", "kv_prefix_eviction": "lru"}.items():
+            if getattr(self, name) != stock and not self.is_active:
+                raise KVPolicyError(
+                    f"{name} is given but kv_policy is 'full' and nothing is steered, which leaves vLLM's "
+                    f"scheduler alone; name another --kv-policy or drop {flag_names()[name]}"
+                )
+        return self
+
     @functools.cached_property
     def policy(self) -> Policy:
         """The configured method."""
@@ -303,7 +357,7 @@ class RequestOptions(BaseModel):
                 f"kv_policy={options.kv_policy!r} is not served here, where nothing is evicted; start the server with "
                 "--kv-policy, or choose 'full'"
             )
-        missing = needs_of(policy, config.kv_granularity) & ~config.needs
+        missing = needs_of(policy, config.kv_granularity) & ~(config.needs | IN_THE_CACHE)
         if missing:
             raise KVPolicyError(
                 f"kv_policy={options.kv_policy!r} needs {_need_names(missing)}, which this server does not collect; "
@@ -335,6 +389,20 @@ class RequestOptions(BaseModel):
                         f"{field}={getattr(self, field)} is given but this request is not steered; name a vector "
                         f"with 'steering': {', '.join(config.kv_steering_vectors) or 'none is registered'}"
                     )
+
+    def check_streaming(self) -> None:
+        """Refuse what a streaming-input session cannot do: its prompt grows, so it keeps everything unsteered.
+
+        Raises:
+            KVPolicyError: naming the options.
+        """
+        harmless = {"kv_policy": "full", "steering": OFF}
+        asked = self.model_dump(exclude_none=True)
+        if refused := [f"{name}={value!r}" for name, value in asked.items() if value != harmless.get(name)]:
+            raise KVPolicyError(
+                f"{', '.join(refused)} cannot be had in a streaming-input session, which keeps everything and is not "
+                "steered; leave it out, or send the input as separate requests"
+            )
 
     def vector(self, config: KVPolicyConfig) -> str | None:
         """Name of the vector that this request is steered with."""

@@ -30,6 +30,7 @@ def settings_of(job: Job, number: int) -> Settings:
         budget or arguments["kv_budget"],
         arguments["kv_buffer"],
         protect_prompt=arguments["kv_protect_prompt"],
+        defer_prompt=arguments.get("kv_defer_prompt", False),
     )
 
 
@@ -67,7 +68,7 @@ def check(job: Job, outcome: Outcome, references: ReferenceCache, min_compaction
         samples = [s for s in outcome.samples if s.request == number]
         assert sorted({s.num_evicted for s in samples}) == evicted, name
 
-        bound = settings.keep(len(prompt)) + settings.buffer
+        bound = settings.bound(len(prompt), is_first=True)
         for sample in samples:
             assert sample.num_resident <= bound, (name, sample)
             assert sample.num_pages <= -(-bound // PAGE), (name, sample)

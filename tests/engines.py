@@ -47,12 +47,13 @@ ENGINE_ARGUMENTS: dict[str, Any] = {
     "async_scheduling": False,
     "disable_log_stats": True,
 }
+PUBLISHED = ("tova", "knorm", "keydiff", "manifoldkv", "obcache", "caote", "vatp", "longflow")
 POLICY_ARGUMENTS: dict[str, Any] = {
     "kv_policy": "skipkv",
     "kv_budget": 224,
     "kv_buffer": 64,
     "kv_policy_config": {"similarity_threshold": 0.85},
-    "kv_request_policies": ["h2o", "snapkv", "random"],
+    "kv_request_policies": ["h2o", "snapkv", "random", *PUBLISHED],
     "kv_check_integrity": True,
 }
 

@@ -20,6 +20,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
+from tests import dense_policies
+
 DELIMITER = re.compile(r" ?[.)?!\]}\"'”’。]*\n+")
 NUM_SINKS = {"streaming_llm": 4}
 MIX = 0.1
@@ -63,11 +65,17 @@ class Settings:
     buffer: int
     window: int = 8
     protect_prompt: bool = True
+    defer_prompt: bool = False
     steering: Steering | None = None
 
     def keep(self, num_prompt: int) -> int:
         """Tokens left by a compaction."""
         return max(self.budget, num_prompt + self.window) if self.protect_prompt else self.budget
+
+    def bound(self, num_prompt: int, is_first: bool) -> int:
+        """Tokens at which a compaction takes place."""
+        bound = self.keep(num_prompt) + self.buffer
+        return max(bound, num_prompt + self.window) if is_first and self.defer_prompt else bound
 
 
 @dataclass(frozen=True)
@@ -416,7 +424,7 @@ class Request:
     @torch.inference_mode()
     def run(self, num_new: int) -> Result:
         """Generate `num_new` tokens."""
-        first = self._settings.keep(self._num_prompt) + self._settings.buffer
+        first = self._settings.bound(self._num_prompt, is_first=True)
         logits = self._feed(self._text[:first])
         for token in self._text[first:]:
             self._compact_if_due()
@@ -463,7 +471,7 @@ class Request:
     def _compact_if_due(self) -> None:
         num_resident = self._positions.shape[2]
         keep = self._settings.keep(self._num_prompt)
-        if num_resident < keep + self._settings.buffer:
+        if num_resident < self._settings.bound(self._num_prompt, is_first=not self._result.events):
             return
         survives = self._arbitrated(*self._select(keep), keep)
         for layer, mask in zip(self._cache.layers, survives, strict=True):
@@ -501,6 +509,8 @@ class Request:
             return torch.stack(
                 [snapkv_scores(q, layer.keys[0]) for q, layer in zip(self._queries, self._cache.layers, strict=True)]
             )
+        if self._settings.method not in ("rkv", "skipkv"):
+            return self._published_scores()
         scores = torch.stack(
             [rkv_scores(q, layer.keys[0]) for q, layer in zip(self._queries, self._cache.layers, strict=True)]
         )
@@ -510,6 +520,15 @@ class Request:
             for sentence, penalty in zip(sentences, sentence_penalties(sentences, self._hidden), strict=True):
                 penalties[sentence.start : sentence.end] = penalty
             scores = scores - penalties[self._positions]
+        return scores
+
+    def _published_scores(self) -> Tensor:
+        scores = torch.zeros(self._positions.shape)
+        for i, layer in enumerate(self._cache.layers):
+            queries = self._queries[i].unflatten(0, (layer.keys.shape[1], -1)).transpose(1, 2)  # [heads, W, group, D]
+            for head in range(len(queries)):
+                held = queries[head], layer.keys[0, head], layer.values[0, head], self._mass[i, head]
+                scores[i, head] = torch.tensor(dense_policies.score(self._settings.method, {}, *held))
         return scores
 
     def _select(self, keep: int) -> tuple[Tensor, Tensor]:

@@ -8,8 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.kernels.section import KERNELS, kernels_section
+from benchmarks.load.section import THROUGHPUT, throughput_section
+from benchmarks.simulate.section import SIMULATION, simulation_section
 
 from . import UsageError
+from .costs import (
+    OVERHEAD,
+    PREFIX_EVICTION,
+    STEERING_OVERHEAD,
+    overhead_section,
+    prefix_eviction_section,
+    steering_overhead_section,
+)
 from .plots import FIGURES
 from .report import NOTES, arms_table, batch_table, headline, provenance, setting, table, versus_table
 from .steering import read_section
@@ -27,7 +37,7 @@ ORIGIN = {
 
 
 def write_docs(docs: Path) -> Path:
-    """Write `results.md` from `results/tiny.json` and, where they are there, `steering.json` and `kernels.json`.
+    """Write `results.md` from `results/tiny.json` and those of the other figures that are there.
 
     Returns:
         The file.
@@ -36,14 +46,25 @@ def write_docs(docs: Path) -> Path:
         raise UsageError(f"{docs / TINY} does not exist; `make eval-tiny` writes it")
     page = docs / "results.md"
     tiny, paper = json.loads((docs / TINY).read_text()), json.loads(PAPER.read_text())
-    page.write_text(results_page(tiny, paper, read_section(docs), read_kernels(docs)))
+    page.write_text(results_page(tiny, paper, measured_sections(docs)))
     return page
 
 
-def read_kernels(docs: Path) -> dict[str, Any] | None:
-    """Figures of the operators' speed, None where they were not measured."""
-    file = docs / KERNELS
-    return json.loads(file.read_text()) if file.exists() else None
+def measured_sections(docs: Path) -> list[str]:
+    """Paragraphs about everything but accuracy, as far as there are figures."""
+    sections = {
+        STEERING_OVERHEAD: steering_overhead_section,
+        OVERHEAD: overhead_section,
+        KERNELS: kernels_section,
+        THROUGHPUT: throughput_section,
+        SIMULATION: simulation_section,
+        PREFIX_EVICTION: prefix_eviction_section,
+    }
+    parts = read_section(docs)
+    for name, section in sections.items():
+        if (docs / name).exists():
+            parts += section(json.loads((docs / name).read_text()))
+    return parts
 
 
 def write_summary(summary: Summary, path: Path) -> None:
@@ -59,16 +80,13 @@ def write_summary(summary: Summary, path: Path) -> None:
     path.write_text("{\n" + ",\n".join(parts) + "\n}\n")
 
 
-def results_page(
-    tiny: Summary, paper: dict[str, Any], steering: Sequence[str] = (), kernels: dict[str, Any] | None = None
-) -> str:
+def results_page(tiny: Summary, paper: dict[str, Any], measured: Sequence[str] = ()) -> str:
     """The page.
 
     Args:
         tiny: see `summary.summarise`.
         paper: contents of `paper.json`.
-        steering: the section about steering, if it was run.
-        kernels: what `python -m benchmarks.kernels` wrote, if anything.
+        measured: see `measured_sections`.
     """
     figures = [f"![{title}]({TINY.parent}/{TINY_FIGURES}{name}.svg)" for name, title in FIGURES.items()]
     parts = [
@@ -93,9 +111,8 @@ def results_page(
         parts += [f"### {OURS} against the others at equal budget", versus_table(tiny)]
     if tiny["batch_invariance"]:
         parts += ["### Does the batch size change an answer?", batch_table(tiny)]
-    parts += ["### How it was made", provenance(tiny), *steering]
-    if kernels is not None:
-        parts += kernels_section(kernels)
+    parts += ["### How it was made", provenance(tiny)]
+    parts += measured
     parts += _published(paper)
     return "\n\n".join(part for part in parts if part) + "\n"
 

@@ -42,6 +42,78 @@ def _doctor() -> None:
         raise typer.Exit(1)
 
 
+@app.command("plan")
+def _plan(
+    model: Annotated[str, typer.Option(help="Folder with a config.json, or name on the hub.", metavar="MODEL")],
+    gpu_memory: Annotated[float | None, typer.Option(help="Memory of one GPU.", metavar="GIB")] = None,
+    kv_policy: Annotated[str, typer.Option(help="Eviction method.", metavar="NAME")] = "skipkv",
+    kv_budget: Annotated[int, typer.Option(help="Tokens a request is compacted to.", metavar="N")] = 1024,
+    kv_buffer: Annotated[int, typer.Option(help="Tokens it may grow beyond that.", metavar="N")] = 128,
+    kv_window: Annotated[int, typer.Option(help="Newest tokens that always survive.", metavar="N")] = 8,
+    kv_granularity: Annotated[str, typer.Option(help="What leaves together.", metavar="head|sentence")] = "head",
+    kv_protect_prompt: Annotated[bool, typer.Option(help="Never evict the prompt.")] = True,
+    kv_policy_config: Annotated[str, typer.Option(help="Parameters of the method.", metavar="JSON")] = "{}",
+    length: Annotated[
+        int | None, typer.Option(help="Prompt and output of a request. Default: the longest.", metavar="N")
+    ] = None,
+    prompt: Annotated[int, typer.Option(help="Of that, the prompt.", metavar="N")] = 0,
+    max_model_len: Annotated[int | None, typer.Option(help="Default: the model's.", metavar="N")] = None,
+    max_num_seqs: Annotated[int | None, typer.Option(help="Requests at once. Default: vLLM's.", metavar="N")] = None,
+    max_num_batched_tokens: Annotated[int | None, typer.Option(help="Default: vLLM's.", metavar="N")] = None,
+    block_size: Annotated[int, typer.Option(help="Tokens of a page.", metavar="N")] = 16,
+    tensor_parallel_size: Annotated[int, typer.Option(help="GPUs that share a layer.", metavar="N")] = 1,
+    pipeline_parallel_size: Annotated[int, typer.Option(help="Stages that share the layers.", metavar="N")] = 1,
+    dtype: Annotated[str, typer.Option(help="Of weights and KV: auto, bfloat16, float16, float32.")] = "auto",
+    gpu_memory_utilization: Annotated[float, typer.Option(help="Share that vLLM may use.", metavar="SHARE")] = 0.92,
+    weight_memory: Annotated[
+        float | None, typer.Option(help="All ranks together. Default: parameters x element size.", metavar="GIB")
+    ] = None,
+    activation_memory: Annotated[
+        float | None, typer.Option(help="Of one rank. Default: an estimate.", metavar="GIB")
+    ] = None,
+    overhead_memory: Annotated[
+        float, typer.Option(help="CUDA's context, communication buffers and graphs of one rank.", metavar="GIB")
+    ] = 1.0,
+    kv_memory: Annotated[
+        float | None,
+        typer.Option(help="Memory for KV and the policy of one rank, instead of working it out.", metavar="GIB"),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Say how many requests fit on a GPU with and without a policy; reads a model's configuration, starts nothing."""
+    from ..config import KVPolicyConfig, parse_json_object
+    from .plan import Machine, plan
+
+    config = KVPolicyConfig.parse(
+        {
+            "kv_policy": kv_policy,
+            "kv_budget": kv_budget,
+            "kv_buffer": kv_buffer,
+            "kv_window": kv_window,
+            "kv_granularity": kv_granularity,
+            "kv_protect_prompt": kv_protect_prompt,
+            "kv_policy_config": parse_json_object("--kv-policy-config", kv_policy_config),
+        }
+    )
+    machine = Machine(
+        gpu_memory=gpu_memory,
+        utilization=gpu_memory_utilization,
+        ranks=tensor_parallel_size,
+        stages=pipeline_parallel_size,
+        dtype=dtype,
+        page_size=block_size,
+        max_model_len=max_model_len,
+        max_num_seqs=max_num_seqs,
+        max_tokens=max_num_batched_tokens,
+        weights=weight_memory,
+        activations=activation_memory,
+        overhead=overhead_memory,
+        kv_memory=kv_memory,
+    )
+    found = plan(model, config, machine, length=length, prompt=prompt)
+    typer.echo(found.json() if as_json else "\n".join(found.lines()))
+
+
 @trace_app.command("view")
 def _view(
     file: Annotated[Path, typer.Argument(help="A trace: one .safetensors file of the folder of --kv-trace-dir.")],

@@ -1,5 +1,6 @@
 """The one room that knows vLLM's private names. Everything here is checked against the version that was tested."""
 
+from .capacity import model_shape, page_pool
 from .cli import engine_arguments
 from .gate import SUPPORTED_VLLM, check_vllm
 from .public import is_public, received_orders, received_report, send_orders, send_report
@@ -17,6 +18,8 @@ __all__ = [
     "install",
     "install_client_check",
     "is_public",
+    "model_shape",
+    "page_pool",
     "policy_config",
     "received_orders",
     "received_report",

@@ -1,10 +1,13 @@
-"""How small the pool may be: the bound must fit it at start-up, and each request must fit it alone."""
+"""Sizes of the pool and the model as vLLM has them; how small the pool may be."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import torch
+
+from ..capacity import ModelShape, Pool
 from ..config import KVPolicyConfig, RequestOptions
 from ..errors import KVPolicyError
 from ..scheduler.admission import limits_of, most_tokens
@@ -81,6 +84,9 @@ def check_fits_alone(vllm_config: VllmConfig, config: KVPolicyConfig, request: E
         cause = f"kv_policy='full' keeps everything: prompt of {num_prompt} + max_tokens={params.max_tokens}"
         remedy = f"set max_tokens to at most {room - num_prompt}, or" if num_prompt < room else "shorten the prompt, or"
         remedy += f" use kv_policy={config.kv_policy!r}"
+    elif limits.first_bound > limits.bound:
+        cause = f"kv_defer_prompt holds its prompt of {num_prompt} tokens whole"
+        remedy = f"shorten it to at most {room - limits.window} tokens"
     elif limits.keep > limits.budget:
         cause = f"its prompt of {num_prompt} tokens is protected and raises its bound to {limits.bound}"
         remedy = f"shorten it to at most {room - limits.window - limits.buffer} tokens"
@@ -88,4 +94,30 @@ def check_fits_alone(vllm_config: VllmConfig, config: KVPolicyConfig, request: E
         cause, remedy = f"kv_budget={limits.budget}", f"set kv_budget to at most {room - limits.buffer}"
     raise KVPolicyError(
         f"this request may come to hold {most} tokens and the KV cache holds {room} ({cause}); {remedy}"
+    )
+
+
+def model_shape(vllm_config: VllmConfig, num_layers: int) -> ModelShape:
+    """The model as one rank holds it, with `num_layers` attention layers."""
+    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    return ModelShape(
+        num_layers=num_layers,
+        num_heads=model.get_num_attention_heads(parallel),
+        num_kv_heads=model.get_num_kv_heads(parallel),
+        head_size=model.get_head_size(),
+        hidden_size=model.get_hidden_size(),
+        vocab_size=model.get_vocab_size(),
+        element_size=torch.empty((), dtype=model.dtype).element_size(),
+    )
+
+
+def page_pool(vllm_config: VllmConfig, num_blocks: int) -> Pool:
+    """The pages of an engine with `num_blocks` blocks; one of them is vLLM's null block, which nobody gets."""
+    scheduling = vllm_config.scheduler_config
+    return Pool(
+        num_pages=num_blocks - 1,
+        page_size=vllm_config.cache_config.block_size,
+        max_num_seqs=scheduling.max_num_seqs,
+        max_length=vllm_config.model_config.max_model_len,
+        max_tokens=scheduling.max_num_batched_tokens,
     )

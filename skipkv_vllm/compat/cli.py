@@ -25,7 +25,14 @@ _METAVARS = {
 }
 
 
-FOR_STEERING_TOO = {"kv_trace_dir", "kv_check_integrity"}
+FOR_STEERING_TOO = {
+    "kv_batch_grouping",
+    "kv_grouping_width",
+    "kv_grouping_max_wait",
+    "kv_prefix_eviction",
+    "kv_trace_dir",
+    "kv_check_integrity",
+}
 """Fields that mean something on a server that only steers."""
 
 

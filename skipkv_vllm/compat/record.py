@@ -24,6 +24,7 @@ OVERRIDES = {
     "skipkv_vllm.scheduler.block_manager:EvictingBlockManager": (
         "vllm.v1.core.single_type_kv_cache_manager:FullAttentionManager",
     ),
+    "skipkv_vllm.scheduler.grouping:PrefillLengthQueue": ("vllm.v1.core.sched.request_queue:RequestQueue",),
     "skipkv_vllm.worker.runner_v1:EvictingRunnerV1": (
         "vllm.v1.worker.gpu_model_runner:GPUModelRunner",
         "vllm.v1.worker.cpu_model_runner:CPUModelRunner",

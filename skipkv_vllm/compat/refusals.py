@@ -26,6 +26,11 @@ def check_config(vllm_config: VllmConfig, policy: KVPolicyConfig) -> None:
     Raises:
         KVPolicyError: for the first one found.
     """
+    if policy.kv_prefix_eviction != "lru" and not vllm_config.cache_config.enable_prefix_caching:
+        raise KVPolicyError(
+            f"kv_prefix_eviction={policy.kv_prefix_eviction!r} would do nothing without prefix caching; drop it or "
+            "--no-enable-prefix-caching"
+        )
     if policy.evicts:
         _check(vllm_config, policy, _refuse)
     if policy.steers:
@@ -111,7 +116,7 @@ def _check_steering(vllm_config: VllmConfig, policy: KVPolicyConfig) -> None:
             raise KVPolicyError(f"kv_steering_vectors: {name}: {error}") from None
 
 
-def check_kv_cache(kv_cache_config: KVCacheConfig) -> None:
+def check_kv_cache(kv_cache_config: KVCacheConfig, policy: KVPolicyConfig) -> None:
     """Refuse cache layouts other than one group of full-attention layers.
 
     Raises:
@@ -126,4 +131,5 @@ def check_kv_cache(kv_cache_config: KVCacheConfig) -> None:
             f"this model's KV cache ({found})",
             "it must be one group of full-attention layers",
             "Serve a decoder-only model with plain attention (Qwen2, Qwen3, Llama, ...)",
+            "--kv-policy" if policy.evicts else "--kv-steering-vectors",
         )

@@ -22,6 +22,7 @@ from .wrap import wrap
 if TYPE_CHECKING:
     from vllm import PoolingParams, SamplingParams
     from vllm.config import VllmConfig
+    from vllm.v1.engine import EngineCoreRequest
 
 
 def has_policy(vllm_config: VllmConfig) -> bool:
@@ -178,14 +179,27 @@ def check_request(vllm_config: VllmConfig, params: SamplingParams | PoolingParam
         RequestOptions.parse(params.extra_args, policy_config(vllm_config), vllm_config.model_config.max_model_len)
 
 
+def check_streaming(vllm_config: VllmConfig, request: EngineCoreRequest) -> None:
+    """Refuse options of ours in a streaming-input session.
+
+    Raises:
+        KVPolicyError: see `RequestOptions.check_streaming`.
+    """
+    if request.resumable and request.sampling_params is not None:
+        options, length = request.sampling_params.extra_args, vllm_config.model_config.max_model_len
+        RequestOptions.parse(options, policy_config(vllm_config), length).check_streaming()
+
+
 def _check_request_sizes() -> None:
-    """Check a request against the pool once vLLM has settled its prompt and `max_tokens`; a bad one is HTTP 400."""
+    """Check a request once vLLM has settled its prompt, `max_tokens` and whether it goes on; a bad one is HTTP 400."""
     from vllm.v1.engine.input_processor import InputProcessor
 
     def around(original: Callable[..., Any]) -> Callable[..., Any]:
         def process(self: Any, *args: Any, **kwargs: Any) -> Any:
             request = original(self, *args, **kwargs)
             if has_policy(self.vllm_config):
+                with _as_bad_request("vllm_xargs"):
+                    check_streaming(self.vllm_config, request)
                 with _as_bad_request("max_tokens"):
                     check_fits_alone(self.vllm_config, policy_config(self.vllm_config), request)
             return request

@@ -7,7 +7,15 @@ request and layer that policies are written in.
 
 from .batched import KEYWORD_SHIFT, RULES, STATE, THOUGHT
 from .dispatch import function, report, warn_if_slow
-from .reference import EPSILON, attention_received, importance, move_list, redundancy, sentence_penalties
+from .reference import (
+    EPSILON,
+    attention_logits,
+    attention_received,
+    importance,
+    move_list,
+    redundancy,
+    sentence_penalties,
+)
 
 __all__ = [
     "EPSILON",
@@ -15,6 +23,7 @@ __all__ = [
     "RULES",
     "STATE",
     "THOUGHT",
+    "attention_logits",
     "attention_received",
     "function",
     "importance",

@@ -65,13 +65,14 @@ class LayerPages(NamedTuple):
 
     Attributes:
         raw: vLLM's tensor, for whole-page copies.
-        keys: the keys, for scoring.
+        keys, values: for scoring.
         cells: what must be moved for a token to move: K and V together, or one after the other.
         layout: how a page is packed.
     """
 
     raw: Tensor
     keys: TokenView
+    values: TokenView
     cells: tuple[TokenView, ...]
     layout: Layout
 
@@ -102,24 +103,25 @@ def layer_pages(kv_cache: Tensor, layout: Layout) -> LayerPages:
     dim = double // 2
     if layout is Layout.ROWS:
         together = TokenView(kv_cache.unsqueeze(3))
-        return LayerPages(kv_cache, TokenView(together.view[..., :dim]), (together,), layout)
+        keys, values = TokenView(together.view[..., :dim]), TokenView(together.view[..., dim:])
+        return LayerPages(kv_cache, keys, values, (together,), layout)
     # Within a (page, head) cell: K region of size * D elements, then the V region.
-    keys, values = kv_cache.view(n_pages, heads, 2 * size, dim).chunk(2, dim=2)
-    outer = (keys.stride(0), keys.stride(1))
+    k_region, v_region = kv_cache.view(n_pages, heads, 2 * size, dim).chunk(2, dim=2)
+    outer = (k_region.stride(0), k_region.stride(1))
     if layout is Layout.VEC:
         # K is stored transposed, `[D, size]`; V as it is.
-        k_view = keys.as_strided((n_pages, heads, size, 1, dim), (*outer, 1, 1, size))
-        v_view = values.unsqueeze(3)
+        k_view = k_region.as_strided((n_pages, heads, size, 1, dim), (*outer, 1, 1, size))
+        v_view = v_region.unsqueeze(3)
     else:
         # K `[size / 16, D / 2, 16 tokens, 2]`: pairs along D. V `[D / 16, size / 2, 16, 2 tokens]`: pairs of tokens.
-        k_view = keys.as_strided(
-            (n_pages, heads, size // 16, 16, dim // 2, 2), (*outer, 16 * dim, 2, 32, 1), keys.storage_offset()
+        k_view = k_region.as_strided(
+            (n_pages, heads, size // 16, 16, dim // 2, 2), (*outer, 16 * dim, 2, 32, 1), k_region.storage_offset()
         )
-        v_view = values.as_strided(
-            (n_pages, heads, size // 2, 2, dim // 16, 16), (*outer, 32, 1, 16 * size, 2), values.storage_offset()
+        v_view = v_region.as_strided(
+            (n_pages, heads, size // 2, 2, dim // 16, 16), (*outer, 32, 1, 16 * size, 2), v_region.storage_offset()
         )
-    k_tokens, v_tokens = TokenView(k_view), TokenView(v_view)
-    return LayerPages(kv_cache, k_tokens, (k_tokens, v_tokens), layout)
+    keys, values = TokenView(k_view), TokenView(v_view)
+    return LayerPages(kv_cache, keys, values, (keys, values), layout)
 
 
 def cpu_layout(isa: str) -> Layout:

@@ -42,6 +42,35 @@ def importance(queries: Tensor, keys: Tensor, *, window: int, pool: int) -> Tens
     return F.max_pool1d(attention.unsqueeze(0), pool, stride=1, padding=pool // 2).squeeze(0)
 
 
+def attention_logits(queries: Tensor, keys: Tensor, positions: Tensor) -> Tensor:
+    """Scaled logits of the last queries at each held token.
+
+    Args:
+        queries: post-RoPE queries `[n, Hq, D]` of the n newest tokens, oldest first.
+        keys: post-RoPE keys `[Hkv, L, D]`, in any order.
+        positions: logical position of each key, `[Hkv, L]`.
+
+    Returns:
+        float32 `[Hkv, Hq / Hkv, n, L]`, minus infinity for tokens in a query's future.
+
+    Raises:
+        KVPolicyError: shapes that do not fit each other.
+    """
+    n_queries, q_heads, dim = queries.shape
+    kv_heads, length, key_dim = keys.shape
+    if dim != key_dim or q_heads % kv_heads or positions.shape != (kv_heads, length) or n_queries > length:
+        raise KVPolicyError(
+            f"attention_logits: queries {tuple(queries.shape)}, keys {tuple(keys.shape)} and positions "
+            f"{tuple(positions.shape)} do not fit; expected [n, Hq, D], [Hkv, L, D], [Hkv, L], n <= L, Hkv | Hq"
+        )
+    grouped = queries.float().view(n_queries, kv_heads, q_heads // kv_heads, dim)
+    logits = torch.einsum("whgd,hld->hgwl", grouped, keys.float()) / dim**0.5
+    newest = positions.amax(dim=1)[:, None] - (n_queries - 1)
+    reach = newest + torch.arange(n_queries, device=positions.device)
+    future = positions[:, None, :] > reach[:, :, None]
+    return logits.masked_fill(future[:, None], -torch.inf)
+
+
 def attention_received(queries: Tensor, keys: Tensor, positions: Tensor) -> Tensor:
     """Attention that each held token receives from the last queries.
 
@@ -59,19 +88,7 @@ def attention_received(queries: Tensor, keys: Tensor, positions: Tensor) -> Tens
     Raises:
         KVPolicyError: shapes that do not fit each other.
     """
-    n_queries, q_heads, dim = queries.shape
-    kv_heads, length, key_dim = keys.shape
-    if dim != key_dim or q_heads % kv_heads or positions.shape != (kv_heads, length) or n_queries > length:
-        raise KVPolicyError(
-            f"attention_received: queries {tuple(queries.shape)}, keys {tuple(keys.shape)} and positions "
-            f"{tuple(positions.shape)} do not fit; expected [n, Hq, D], [Hkv, L, D], [Hkv, L], n <= L, Hkv | Hq"
-        )
-    grouped = queries.float().view(n_queries, kv_heads, q_heads // kv_heads, dim)
-    logits = torch.einsum("whgd,hld->hgwl", grouped, keys.float()) / dim**0.5
-    newest = positions.amax(dim=1)[:, None] - (n_queries - 1)
-    reach = newest + torch.arange(n_queries, device=positions.device)
-    future = positions[:, None, :] > reach[:, :, None]
-    return logits.masked_fill(future[:, None], -torch.inf).softmax(dim=-1).sum(dim=2).mean(dim=1)
+    return attention_logits(queries, keys, positions).softmax(dim=-1).sum(dim=2).mean(dim=1)
 
 
 def redundancy(keys: Tensor, *, threshold: float) -> Tensor:

@@ -1,6 +1,31 @@
 """Eviction methods, one file each. `CONTRIBUTING.md` says how to add one."""
 
-from . import full, h2o, random, rkv, skipkv, snapkv, streaming_llm  # noqa: F401  (importing registers them)
-from .base import Need, Policy, SentenceOptions, View, make_policy, policy_names, register_policy
+from . import (  # noqa: F401  (importing registers them)
+    caote,
+    full,
+    h2o,
+    keydiff,
+    knorm,
+    longflow,
+    manifoldkv,
+    obcache,
+    random,
+    rkv,
+    skipkv,
+    snapkv,
+    streaming_llm,
+    tova,
+    vatp,
+)
+from .base import IN_THE_CACHE, Need, Policy, SentenceOptions, View, make_policy, policy_names, register_policy
 
-__all__ = ["Need", "Policy", "SentenceOptions", "View", "make_policy", "policy_names", "register_policy"]
+__all__ = [
+    "IN_THE_CACHE",
+    "Need",
+    "Policy",
+    "SentenceOptions",
+    "View",
+    "make_policy",
+    "policy_names",
+    "register_policy",
+]

@@ -22,12 +22,18 @@ class Need(Flag):
     """the last W post-RoPE queries of every layer"""
     KEYS = auto()
     """the held keys, gathered in positional order"""
+    VALUES = auto()
+    """the held values, likewise"""
     SENTENCES = auto()
     """sentence boundaries (from token ids)"""
     HIDDEN = auto()
     """sentence embeddings and the penalties of repeated sentences (from last hidden states)"""
     ATTENTION_MASS = auto()
     """the attention that every held token has received so far; comes with the keys and queries it is made of"""
+
+
+IN_THE_CACHE = Need.KEYS | Need.VALUES
+"""What is there without being collected."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +47,7 @@ class View:
         layer: index of the layer in the model.
         first_head: index in the model of the first of these kv heads; others may be on other ranks.
         keys: post-RoPE keys `[L, H, D]`, or None unless `Need.KEYS`.
+        values: `[L, H, D]`, or None unless `Need.VALUES`.
         queries: the last W post-RoPE queries `[W, Hq, D]`, oldest first, or None unless `Need.QUERIES`.
         sentence_penalty: `[H, L]` float32, the similarity to the later sentence that repeats a token's
             sentence and 0 elsewhere, or None unless `Need.HIDDEN`.
@@ -55,6 +62,7 @@ class View:
     layer: int = 0
     first_head: int = 0
     keys: Tensor | None = None
+    values: Tensor | None = None
     queries: Tensor | None = None
     sentence_penalty: Tensor | None = None
     attention_mass: Tensor | None = None
@@ -70,15 +78,38 @@ class TokenScore:
 
 
 @dataclass(frozen=True)
+class About:
+    """What `docs/policies.md` says of a method beside what its code says.
+
+    Attributes:
+        paper: its name.
+        arxiv: number of the paper.
+        cost: of a compaction, per layer and kv head.
+        departs: where it does something else than its paper.
+    """
+
+    paper: str = "own"
+    arxiv: str = ""
+    cost: str = "?"
+    departs: str = ""
+
+
+@dataclass(frozen=True)
 class Policy(ABC):
     """An eviction method. Subclasses are frozen dataclasses whose fields are its hyper-parameters."""
 
     name: ClassVar[str]
+    about: ClassVar[About] = About()
     needs: ClassVar[Need] = Need.NOTHING
 
     @abstractmethod
     def score(self, view: View) -> Tensor:
         """Score every held token of one layer: float32 `[H, L]`, higher is kept longer."""
+
+    def weights(self, view: View) -> Tensor | None:
+        """How much attention every held token of one layer gets by this method's account: float32 `[H, L]`, not
+        negative, rows summing to 1; None where the method does not go by attention. Value-aware methods build on it."""
+        return None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -159,6 +190,17 @@ def make_policy(name: str, options: dict[str, object] | None = None) -> Policy:
                 f"kv_policy_config: {key}={value!r} must be of type {type(default).__name__} (default {default!r})"
             )
     return cls(**(options or {}))  # type: ignore[arg-type]
+
+
+def policies_with_weights() -> list[str]:
+    """Names of the methods that go by attention and can tell how much; see `Policy.weights`."""
+    return sorted(name for name, cls in _REGISTRY.items() if cls.weights is not Policy.weights)
+
+
+def check_choice(field: str, value: str, allowed: tuple[str, ...]) -> None:
+    """Raise `KVPolicyError` unless the value is one of those allowed."""
+    if value not in allowed:
+        raise KVPolicyError(f"kv_policy_config: {field}={value!r} is unknown; choose one of: {', '.join(allowed)}")
 
 
 def check_odd(field: str, value: int) -> None:

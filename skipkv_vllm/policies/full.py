@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from .base import Policy, View, register_policy
+from .base import About, Policy, View, register_policy
 
 
 @register_policy
@@ -16,6 +16,7 @@ class Full(Policy):
     """Full KV. The scheduler never compacts such a request, so there is nothing to score."""
 
     name: ClassVar[str] = "full"
+    about: ClassVar[About] = About("full KV", cost="none")
 
     def score(self, view: View) -> Tensor:
         raise NotImplementedError("policy 'full' evicts nothing and is never asked for a score")

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .base import Need, Policy, View, check_range, register_policy
+from .base import About, Need, Policy, View, check_range, register_policy
 
 RECENT = 1e6  # above any attention mass: a query gives at most 1
 
@@ -27,12 +27,23 @@ class H2O(Policy):
     """
 
     name: ClassVar[str] = "h2o"
+    about: ClassVar[About] = About(
+        "H2O",
+        "2306.14048",
+        "O(L), and O(W G L D) every W tokens",
+        "queries before the prompt's last token are not counted (where the prompt may be evicted: before the last one "
+        "ahead of the first compaction)",
+    )
     needs: ClassVar[Need] = Need.ATTENTION_MASS | Need.QUERIES | Need.KEYS
 
     recent_share: float = 0.5
 
     def __post_init__(self) -> None:
         check_range("recent_share", self.recent_share, 0.0, 1.0)
+
+    def weights(self, view: View) -> Tensor:
+        assert view.attention_mass is not None
+        return view.attention_mass / view.attention_mass.sum(dim=-1, keepdim=True)
 
     def score(self, view: View) -> Tensor:
         assert view.attention_mass is not None

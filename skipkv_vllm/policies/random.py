@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .base import Policy, View, check_range, register_policy
+from .base import About, Policy, View, check_range, register_policy
 
 _BITS = 2**32 - 1
 
@@ -31,6 +31,7 @@ class Random(Policy):
     """
 
     name: ClassVar[str] = "random"
+    about: ClassVar[About] = About("a control", cost="O(L)", departs="draws anew at every compaction")
 
     seed: int = 0
 

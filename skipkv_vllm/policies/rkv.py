@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from .base import Need, Policy, TokenScore, View, check_odd, check_range, register_policy
+from .base import About, Need, Policy, TokenScore, View, check_odd, check_range, register_policy
 
 
 @register_policy
@@ -24,6 +24,7 @@ class RKV(Policy):
     """
 
     name: ClassVar[str] = "rkv"
+    about: ClassVar[About] = About("R-KV", "2505.24133", "O(W G L D + L² D)")
     needs: ClassVar[Need] = Need.QUERIES | Need.KEYS
 
     mix: float = 0.1

@@ -8,7 +8,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from ..errors import KVPolicyError
-from .base import Need, SentenceOptions, TokenScore, View, check_range, register_policy
+from .base import About, Need, SentenceOptions, TokenScore, View, check_range, register_policy
 from .rkv import RKV
 
 
@@ -28,6 +28,12 @@ class SkipKV(RKV):
     """
 
     name: ClassVar[str] = "skipkv"
+    about: ClassVar[About] = About(
+        "SkipKV",
+        "2512.07993",
+        "as rkv, and O(S) cosines for each new sentence of S held ones",
+        'see docs/architecture.md, "Where we depart from the paper"',
+    )
     needs: ClassVar[Need] = RKV.needs | Need.SENTENCES | Need.HIDDEN
 
     similarity_threshold: float = 0.95

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from .base import Need, Policy, View, check_odd, check_range, register_policy
+from .base import About, Need, Policy, View, check_odd, check_range, register_policy
 
 
 @register_policy
@@ -25,6 +25,12 @@ class SnapKV(Policy):
     """
 
     name: ClassVar[str] = "snapkv"
+    about: ClassVar[About] = About(
+        "SnapKV",
+        "2404.14469",
+        "O(W G L D)",
+        "runs at every compaction, not once after the prompt; maximum over 7 neighbours as in R-KV's baseline",
+    )
     needs: ClassVar[Need] = Need.QUERIES | Need.KEYS
 
     pool: int = 7
@@ -33,10 +39,16 @@ class SnapKV(Policy):
         check_range("pool", self.pool, 1, 63)
         check_odd("pool", self.pool)
 
-    def score(self, view: View) -> Tensor:
+    def weights(self, view: View) -> Tensor:
+        return self._received(view) / view.window
+
+    def _received(self, view: View) -> Tensor:
         assert view.queries is not None
         assert view.keys is not None
-        received = ops.attention_received(view.queries, view.keys.transpose(0, 1), view.positions)
+        return ops.attention_received(view.queries, view.keys.transpose(0, 1), view.positions)
+
+    def score(self, view: View) -> Tensor:
+        received = self._received(view)
         old = received[:, : received.shape[1] - view.window]
         pooled = torch.nn.functional.max_pool1d(old[None], self.pool, stride=1, padding=self.pool // 2)[0]
         # The window is pinned by the runtime; its score only has to be a number.

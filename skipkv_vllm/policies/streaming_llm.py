@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from .base import Policy, View, check_range, register_policy
+from .base import About, Policy, View, check_range, register_policy
 
 
 @register_policy
@@ -16,6 +16,9 @@ class StreamingLLM(Policy):
     """Keep the first `sinks` tokens and the latest ones. Positions stay logical (keys are not re-rotated)."""
 
     name: ClassVar[str] = "streaming_llm"
+    about: ClassVar[About] = About(
+        "StreamingLLM", "2309.17453", "O(L)", "positions stay logical; the paper numbers the held tokens anew"
+    )
 
     sinks: int = 4
 

@@ -15,12 +15,13 @@ def limits_of(options: RequestOptions, config: KVPolicyConfig, num_prompt: int) 
     if options.resolve_policy(config).name == "full":
         return None
     budget = config.kv_budget if options.kv_budget is None else options.kv_budget
-    return Limits(budget, config.kv_buffer, config.kv_window, num_prompt if config.kv_protect_prompt else 0)
+    protected = num_prompt if config.kv_protect_prompt else 0
+    return Limits(budget, config.kv_buffer, config.kv_window, protected, num_prompt if config.kv_defer_prompt else 0)
 
 
 def most_tokens(limits: Limits | None, longest: int) -> int:
     """Tokens that a request of at most `longest` tokens ever holds at once."""
-    return longest if limits is None else min(limits.bound, longest)
+    return longest if limits is None else min(limits.first_bound, longest)
 
 
 class Demand(NamedTuple):

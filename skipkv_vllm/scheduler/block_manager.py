@@ -11,6 +11,7 @@ from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 
 from .admission import Ledger
 from .planner import PlannedCompaction, ceil_div
+from .prefix_eviction import GuardQueue
 
 
 class CompactedPages(NamedTuple):
@@ -184,7 +185,10 @@ class EvictingBlockManager(FullAttentionManager):
                 assert not block.is_null, f"{request_id} holds the null page"
                 assert pool.blocks[block.block_id] is block
                 holders[block.block_id] = holders.get(block.block_id, 0) + 1
-        free = {block.block_id for block in pool.free_block_queue.get_all_free_blocks()}
+        queue = pool.free_block_queue
+        free = {block.block_id for block in queue.get_all_free_blocks()}
+        if isinstance(queue, GuardQueue):
+            queue.check_integrity(free)
         assert len(free) == pool.get_num_free_blocks(), "the free list and its count disagree"
         for block in pool.blocks:
             if block.is_null:

@@ -22,12 +22,15 @@ class Limits:
         buffer: b, how far it may grow beyond that.
         window: W, newest tokens that always survive.
         protected: length of the prompt where it is protected, else 0.
+        deferred: length of the prompt where it is held whole until W more tokens are computed, whose queries then
+            choose; else 0.
     """
 
     budget: int
     buffer: int
     window: int
     protected: int
+    deferred: int = 0
 
     @property
     def keep(self) -> int:
@@ -36,17 +39,18 @@ class Limits:
 
     @property
     def bound(self) -> int:
-        """Resident length that triggers a compaction, and the most the request ever holds."""
+        """Resident length that triggers a compaction."""
         return self.keep + self.buffer
+
+    @property
+    def first_bound(self) -> int:
+        """Resident length that triggers the first compaction, and the most the request ever holds."""
+        return max(self.bound, self.deferred + self.window if self.deferred else 0)
 
     @property
     def cacheable(self) -> int:
         """Tokens it may take from the prefix cache: the last W before a compaction are computed, for their queries."""
-        return self.bound - self.window
-
-    def bound_pages(self, page_size: int) -> int:
-        """Pages that hold the bound."""
-        return ceil_div(self.bound, page_size)
+        return self.first_bound - self.window
 
 
 class Residency(NamedTuple):
@@ -119,6 +123,11 @@ class _Request:
     """tokens whose queries are counted in the attention mass; None where nobody reads it"""
     num_compactions: int = 0
 
+    @property
+    def bound(self) -> int:
+        """Resident length that triggers the next compaction."""
+        return self.limits.bound if self.num_compactions else self.limits.first_bound
+
 
 @dataclass
 class EvictionPlanner:
@@ -138,7 +147,7 @@ class EvictionPlanner:
                 request must not take that token from the prefix cache.
         """
         self._requests[request_id] = _Request(limits, first_observed, first_observed)
-        self.earliest[request_id] = limits.bound
+        self.earliest[request_id] = limits.first_bound
 
     def restart(self, request_id: str) -> None:
         """The request was preempted: when it resumes, it starts over with nothing computed."""
@@ -156,6 +165,11 @@ class EvictionPlanner:
         request = self._requests.get(request_id)
         return None if request is None else request.limits
 
+    def bound(self, request_id: str) -> int | None:
+        """Most tokens that a started request may hold now; None for one that keeps everything."""
+        request = self._requests.get(request_id)
+        return None if request is None else request.bound
+
     def num_compactions(self, request_id: str) -> int:
         """Compactions of this request since it started."""
         return self._requests[request_id].num_compactions
@@ -168,7 +182,7 @@ class EvictionPlanner:
             if request is None:
                 continue
             limits, num_resident = request.limits, num_logical - num_evicted
-            if num_resident >= limits.bound:
+            if num_resident >= request.bound:
                 planned.append(PlannedCompaction(request_id, num_resident, limits.keep, limits.protected))
         return planned
 
@@ -182,10 +196,10 @@ class EvictionPlanner:
         request = self._requests.get(request_id)
         if request is None:
             return sys.maxsize
-        room = request.limits.bound - (num_logical - num_evicted)
+        room = request.bound - (num_logical - num_evicted)
         if request.num_observed is not None:
             room = min(room, request.num_observed + request.limits.window - num_logical)
-        assert room > 0, f"{request_id} was not compacted at {request.limits.bound} tokens"
+        assert room > 0, f"{request_id} was not compacted at {request.bound} tokens"
         return room
 
     def observe(self, request_id: str, num_logical: int, is_compacted: bool) -> int:

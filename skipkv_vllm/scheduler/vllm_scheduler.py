@@ -20,6 +20,7 @@ from vllm.v1.request import Request, RequestStatus
 
 from .. import compat
 from ..banner import banner
+from ..capacity import Capacity, capacity
 from ..config import CONFIG_KEY, KVPolicyConfig, RequestOptions, needs_of
 from ..metrics import EvictionStats, RequestEvictions
 from ..policies import Need, Policy
@@ -29,8 +30,10 @@ from ..steering.tables import build_thought_tables
 from ..trace import TraceCollector
 from .admission import Demand, limits_of, most_tokens
 from .block_manager import CompactedPages, EvictingBlockManager
+from .grouping import PrefillLengthQueue
 from .messages import Started, StepOrders
-from .planner import Compaction, EvictionPlanner, Limits, Observation, PlannedCompaction, Residency
+from .planner import Compaction, EvictionPlanner, Limits, Observation, PlannedCompaction, Residency, ceil_div
+from .prefix_eviction import GuardQueue
 
 logger = init_logger("vllm.skipkv")
 
@@ -65,7 +68,7 @@ class EvictionMixin(_Base):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.kv_policy = compat.policy_config(self.vllm_config)
-        compat.check_kv_cache(self.kv_cache_config)
+        compat.check_kv_cache(self.kv_cache_config, self.kv_policy)
         (manager,) = self.kv_cache_manager.coordinator.single_type_managers
         # Where nothing is evicted, to promise the longest a request may get would admit fewer than stock vLLM.
         is_bounded = self.kv_policy.kv_admission == "bounded" and self.kv_policy.evicts
@@ -80,9 +83,23 @@ class EvictionMixin(_Base):
         self._evictions: dict[str, RequestEvictions] = {}
         self.steering = self._make_steering() if self.kv_policy.steers else None
         self._steered: dict[str, SteeredRequest] = {}
-        ledger = self.block_manager.ledger
-        for line in banner(self.kv_policy, ledger.page_size, self.max_model_len, ledger.num_pages):
+        if self.kv_policy.kv_batch_grouping != "off":
+            self.waiting = PrefillLengthQueue(
+                self.kv_policy.kv_grouping_width,
+                self.kv_policy.kv_grouping_max_wait,
+                by_priority=self.policy is SchedulingPolicy.PRIORITY,
+            )
+        if self.kv_policy.kv_prefix_eviction == "guard":
+            pool = self.kv_cache_manager.block_pool
+            pool.free_block_queue = GuardQueue.adopt(pool.free_block_queue)
+        found = self._capacity() if self.kv_policy.evicts else None
+        for line in banner(self.kv_policy, found, self.max_model_len):
             logger.info(line)
+
+    def _capacity(self) -> Capacity:
+        (group,) = self.kv_cache_config.kv_cache_groups
+        shape = compat.model_shape(self.vllm_config, len(group.layer_names))
+        return capacity(self.kv_policy, shape, compat.page_pool(self.vllm_config, self.kv_cache_config.num_blocks))
 
     def add_request(self, request: Request) -> None:
         if request.request_id not in self.requests:
@@ -126,7 +143,7 @@ class EvictionMixin(_Base):
             most_cached = min(most_cached, limits.protected)
         if needs & Need.ATTENTION_MASS:
             # The query of the prompt's last token counts, or of the last one before the first compaction.
-            first_observed = min(request.num_prompt_tokens, limits.bound) - 1
+            first_observed = min(request.num_prompt_tokens, limits.first_bound) - 1
             most_cached = min(most_cached, first_observed)
         self.planner.start(request.request_id, limits, first_observed)
         page_size = self.block_manager.block_size
@@ -181,7 +198,9 @@ class EvictionMixin(_Base):
         records_queries = self._observes or any(
             self.planner.needs_queries(r.request_id, r.num_computed_tokens) for r in self.running
         )
-        compat.send_orders(output, StepOrders(compactions, started, observations, records_queries, steered))
+        orders = StepOrders(compactions, started, observations, records_queries, steered)
+        if any(orders):
+            compat.send_orders(output, orders)
         pool = self.kv_cache_manager.block_pool
         self.eviction_stats.holding(pool.num_gpu_blocks - 1 - pool.get_num_free_blocks())
         if self.kv_policy.kv_check_integrity:
@@ -362,12 +381,12 @@ class EvictionMixin(_Base):
         self.block_manager.check_integrity()
         for request in self.running:
             request_id = request.request_id
-            limits = self.planner.limits(request_id)
-            if limits is None:
+            bound = self.planner.bound(request_id)
+            if bound is None:
                 continue
             resident = request.num_computed_tokens - self.block_manager.num_evicted(request_id)
-            assert resident <= limits.bound, f"{request_id} holds {resident} of at most {limits.bound} tokens"
-            pages, most = self.block_manager.num_pages(request_id), limits.bound_pages(self.block_manager.block_size)
+            assert resident <= bound, f"{request_id} holds {resident} of at most {bound} tokens"
+            pages, most = self.block_manager.num_pages(request_id), ceil_div(bound, self.block_manager.block_size)
             assert pages <= most, f"{request_id} holds {pages} of at most {most} pages"
 
 

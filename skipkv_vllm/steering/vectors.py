@@ -112,13 +112,15 @@ class SteeringVector:
         """Write the file; an older one is replaced as a whole.
 
         Raises:
-            KVPolicyError: the folder does not exist or cannot be written.
+            KVPolicyError: the path is a folder, or its folder does not exist or cannot be written.
         """
         path = Path(path)
         known = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "values"}
         metadata = {name: str(value) for name, value in known.items() if value is not None}
         metadata |= {"format_version": FORMAT_VERSION, "site": SITE, "sign": SIGN}
         metadata |= {"hidden_size": str(self.hidden_size), "norm": repr(self.norm)}
+        if path.is_dir():
+            raise KVPolicyError(f"cannot write the steering vector {path}: it is a folder; name a file in it")
         partial = path.with_name(f".{path.name}.partial")
         try:
             # Not save_file: its files can be read by their owner alone.

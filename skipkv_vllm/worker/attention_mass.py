@@ -18,11 +18,6 @@ class AttentionMass:
     def __init__(self) -> None:
         self._mass: dict[int, Tensor] = {}
 
-    @staticmethod
-    def bytes_per_token(num_layers: int, num_heads: int) -> int:
-        """Device memory per token held."""
-        return 4 * num_layers * num_heads
-
     def forget(self, slot: int) -> None:
         """The request in this state slot ended or starts over."""
         self._mass.pop(slot, None)

@@ -21,8 +21,6 @@ from ..sentences.tracker import SentenceTracker
 from ..steering import tokenizer_digest
 from ..steering.tables import build_thought_tables
 from ..trace import TraceWriter
-from .attention_mass import AttentionMass
-from .positions import PositionSidecar
 from .queries import QueryRing
 from .ranks import Ranks
 from .runtime import EvictionRuntime
@@ -158,14 +156,8 @@ def without_sidecar(available: int, vllm_config: VllmConfig) -> int:
         available: bytes that vLLM would use for KV pages.
         vllm_config: with the model loaded.
     """
-    if not compat.policy_config(vllm_config).evicts:
+    config = compat.policy_config(vllm_config)
+    if not config.evicts:
         return available
-    layers = list(attention_layers(vllm_config).values())
-    first = layers[0]
-    element = torch.empty((), dtype=vllm_config.model_config.dtype).element_size()
-    token = len(layers) * first.num_kv_heads * 2 * first.head_size * element
-    extra = PositionSidecar.bytes_per_token(len(layers), first.num_kv_heads)
-    if compat.policy_config(vllm_config).needs & Need.ATTENTION_MASS:
-        # Allocated as requests grow, so vLLM's profiling does not see it.
-        extra += AttentionMass.bytes_per_token(len(layers), first.num_kv_heads)
-    return available * token // (token + extra)
+    shape = compat.model_shape(vllm_config, len(attention_layers(vllm_config)))
+    return available * shape.kv_bytes // (shape.kv_bytes + shape.sidecar_bytes(config.needs))

@@ -265,10 +265,11 @@ class Compactor:
         if policy.needs & Need.ATTENTION_MASS:
             mass = self._mass.read(request.slot, positions).gather(-1, by_position)
         for i, layer in enumerate(self.layers):
-            keys = queries = None
-            if policy.needs & Need.KEYS:
-                held = layer.keys.read_pages(pages, length)
-                keys = held.gather(1, by_position[i][..., None].expand_as(held)).transpose(0, 1)
+            keys, values = (
+                _in_order(cells.read_pages(pages, length), by_position[i]) if policy.needs & need else None
+                for need, cells in ((Need.KEYS, layer.keys), (Need.VALUES, layer.values))
+            )
+            queries = None
             if policy.needs & Need.QUERIES:
                 assert self._ring is not None
                 queries = self._ring.read(i, request.slot, order.num_logical)
@@ -279,6 +280,7 @@ class Compactor:
                 layer=self._ranks.first_layer + i,
                 first_head=self._ranks.first_head,
                 keys=keys,
+                values=values,
                 queries=queries,
                 sentence_penalty=None if penalty is None else penalty[i, :, :length].gather(-1, by_position[i]),
                 attention_mass=None if mass is None else mass[i],
@@ -321,3 +323,8 @@ class Compactor:
             hole.int()[:, None, None].expand(*shape, -1).contiguous(),
             count.int()[:, None, None].expand(shape).contiguous(),
         )
+
+
+def _in_order(held: Tensor, by_position: Tensor) -> Tensor:
+    """Vectors `[H, L, D]` by slot as `[L, H, D]` in ascending position."""
+    return held.gather(1, by_position[..., None].expand_as(held)).transpose(0, 1)

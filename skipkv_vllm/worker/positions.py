@@ -18,11 +18,6 @@ class PositionSidecar:
         first = cache.caches[0]
         self.entries = torch.zeros(len(cache.caches), *first.shape[:3], dtype=torch.int32, device=first.device)
 
-    @staticmethod
-    def bytes_per_token(num_layers: int, num_heads: int) -> int:
-        """Device memory per token of the cache."""
-        return 4 * num_layers * num_heads
-
     def read(self, table: Tensor, length: int, num_placed: Tensor, num_evicted: Tensor) -> Tensor:
         """Logical positions of the tokens of R requests by slot, int32 `[R, layers, H, length]`.
 

@@ -42,6 +42,8 @@ class QueryRing:
         self.recording = True
         """False in a step whose queries nobody needs; a captured graph records them all the same, for nobody"""
         self.index = torch.full((max_tokens,), self._nobody, dtype=torch.int64, device=device)
+        # For the few numbers of a step NumPy takes a fraction of PyTorch's time.
+        self._index_on_host = self.index.numpy() if self.index.device.type == "cpu" else None
         self._num_set = 0
         """leading entries of the index that may name a row; the others name nobody's"""
 
@@ -77,7 +79,10 @@ class QueryRing:
         if num_tokens < self._num_set:
             self.index[num_tokens : self._num_set].fill_(self._nobody)
         self._num_set = num_tokens
-        self.index[:num_tokens].copy_(to_device(rows, torch.int64, self.index.device), non_blocking=True)
+        if self._index_on_host is None:
+            self.index[:num_tokens].copy_(to_device(rows, torch.int64, self.index.device), non_blocking=True)
+        else:
+            self._index_on_host[:num_tokens] = rows
         self.recording = True
 
     def skip(self) -> None:

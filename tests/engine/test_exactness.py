@@ -59,6 +59,13 @@ def test_engine_equals_reference(runner: str, granularity: str, references: Refe
     check(job, outcome, references, min_compactions=3)
 
 
+def test_methods_of_the_literature(references: ReferenceCache) -> None:
+    """Together, each with a prompt of its own; the pages they hold are counted by `check`."""
+    prompts = engines.demo_prompts(len(engines.PUBLISHED), at_least=LONG)
+    job = Job(prompts, list(engines.PUBLISHED), 250, every=3, arguments={"kv_granularity": "head"})
+    check(job, engines.run(job), references, min_compactions=2)
+
+
 def test_shared_pages_are_not_overwritten(granularity: str, references: ReferenceCache) -> None:
     """The second prompt holds pages with the first one's output, which the first one then compacts."""
     (first,) = engines.demo_prompts(1, at_least=LONG)
@@ -171,3 +178,18 @@ def test_long_unprotected_prompt(granularity: str, references: ReferenceCache) -
     for prompt, result in zip(prompts, results, strict=True):
         in_the_prompt = [e.num_logical for e in result.events if e.num_logical < len(prompt)]
         assert in_the_prompt == list(range(bound, len(prompt), UNPROTECTED["kv_buffer"]))
+
+
+def test_deferred_prompt(references: ReferenceCache) -> None:
+    """A long prompt is held whole until its window is written, whose queries choose what stays of it."""
+    prompts = engines.demo_prompts(4, at_least=LONG)
+    job = Job(
+        prompts, ["rkv", "skipkv", "snapkv", "h2o"], 120, every=3, arguments=UNPROTECTED | {"kv_defer_prompt": True}
+    )
+    outcome = engines.run(job)
+    results = check(job, outcome, references, min_compactions=3)
+    for prompt, result in zip(prompts, results, strict=True):
+        assert len(prompt) > UNPROTECTED["kv_budget"] + UNPROTECTED["kv_buffer"]
+        first, second = result.events[:2]
+        assert (first.num_logical, first.num_resident) == (len(prompt) + 8, len(prompt) + 8)
+        assert second.num_logical == first.num_logical + UNPROTECTED["kv_buffer"]

@@ -93,8 +93,12 @@ def post(url: str, path: str, body: dict) -> tuple[int, dict]:
 def test_the_banner_says_what_the_server_does(server):
     log = (server[1] / "log").read_text()
     assert f"budget {BUDGET} + buffer {BUFFER} = bound {BUDGET + BUFFER} tokens" in log
-    assert "at most 9 pages of 32 tokens a request, instead of up to 64" in log
-    assert "59 pages hold 6 requests at their bound; admission bounded, none is ever preempted" in log
+    assert "59 pages of 32 tokens" in log
+    assert "a request of 2,048 tokens holds at most 9 pages instead of 64" in log
+    assert "6 such requests fit at once instead of" in log
+    assert "2,048 bytes of KV a token + 64 for its position and attention" in log
+    assert "break-even at" in log
+    assert "admission bounded, none is ever preempted" in log
     assert "may come to hold more than 1888 tokens is refused" in log
     assert "features switched off: none" in log
 

@@ -25,6 +25,7 @@ from skipkv_vllm.sentences.tracker import SentenceTracker
 from skipkv_vllm.worker.queries import QueryRing
 from skipkv_vllm.worker.rows import StepBatch
 from skipkv_vllm.worker.runtime import EvictionRuntime
+from tests import dense_policies
 
 LAYERS, KV_HEADS, Q_HEADS, DIM, HIDDEN = 2, 2, 4, 8, 6
 DOT, WORDS = 9, (1, 2, 3, 4, 5)
@@ -542,6 +543,11 @@ class Simulation:
                     total[j] += weight
             old, reach = total[:-window], policy.pool // 2
             return [max(old[max(0, i - reach) : i + reach + 1]) for i in range(len(old))] + [0.0] * window
+        if policy.name not in ("rkv", "skipkv"):
+            values = torch.stack([cell.value for cell in cells])
+            mass = torch.tensor([request.mass.get((layer, head, cell.position), 0.0) for cell in cells])
+            options = {k: v for k, v in vars(policy).items() if v != getattr(type(policy), k)}
+            return dense_policies.score(policy.name, options, queries, keys, values, mass)
         importance = importance_of(queries, keys, window, policy.pool)
         redundancy = redundancy_of(keys, policy.redundancy_threshold)
         scores = [policy.mix * i - (1 - policy.mix) * r for i, r in zip(importance, redundancy, strict=False)]

@@ -12,13 +12,12 @@ from pathlib import Path
 import pytest
 
 from benchmarks.accuracy import __main__ as command_line
-from benchmarks.accuracy.docs import DOCS, PAPER, TINY, read_kernels, results_page, write_docs, write_summary
+from benchmarks.accuracy.docs import DOCS, PAPER, TINY, measured_sections, results_page, write_docs, write_summary
 from benchmarks.accuracy.grid import Settings
 from benchmarks.accuracy.plots import spread
 from benchmarks.accuracy.report import html, markdown, print_table, write_report
 from benchmarks.accuracy.samples import Sample
 from benchmarks.accuracy.stats import mcnemar, paired_difference, wilson
-from benchmarks.accuracy.steering import read_section
 from benchmarks.accuracy.summary import Summary, find, peak_tokens, summarise
 
 REPOSITORY = Path(__file__).parents[2]
@@ -279,6 +278,6 @@ def test_the_results_page_is_the_generated_one():
     tiny = json.loads((REPOSITORY / DOCS / TINY).read_text())
     page = (REPOSITORY / DOCS / "results.md").read_text()
     paper = json.loads(PAPER.read_text())
-    assert page == results_page(tiny, paper, read_section(REPOSITORY / DOCS), read_kernels(REPOSITORY / DOCS)), (
+    assert page == results_page(tiny, paper, measured_sections(REPOSITORY / DOCS)), (
         "run `python -m benchmarks.accuracy docs`"
     )

@@ -13,7 +13,7 @@ from vllm.v1.core import kv_cache_utils
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from skipkv_vllm.compat.capacity import check_fits_alone, install_pool_check
-from skipkv_vllm.compat.seams import has_policy, policy_config
+from skipkv_vllm.compat.seams import check_streaming, has_policy, policy_config
 from skipkv_vllm.config import CONFIG_KEY, KVPolicyConfig, RequestOptions
 from skipkv_vllm.errors import KVPolicyError
 from skipkv_vllm.scheduler.admission import Demand, Ledger, limits_of, most_tokens
@@ -243,6 +243,24 @@ def test_a_request_that_could_outgrow_the_pool_is_refused_with_the_remedy(vllm_c
     with pytest.raises(KVPolicyError, match=message) as refused:
         check_fits_alone(vllm_config, CONFIG, bad)
     assert "KV cache holds 624" in str(refused.value)
+
+
+def test_a_deferred_prompt_counts_whole(vllm_config):
+    config = KVPolicyConfig.parse(CONFIG.model_dump() | {"kv_protect_prompt": False, "kv_defer_prompt": True})
+    check_fits_alone(vllm_config, config, request(616, 2000))
+    with pytest.raises(KVPolicyError, match=r"holds its prompt of 617 tokens whole.; shorten it to at most 616 tokens"):
+        check_fits_alone(vllm_config, config, request(617, 2000))
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [({"kv_budget": 64}, "kv_budget=64"), ({"kv_policy": "rkv", "steering": "off"}, "kv_policy='rkv' cannot")],
+)
+def test_a_streaming_session_cannot_ask_for_what_it_does_not_get(vllm_config, options, named):
+    with pytest.raises(KVPolicyError, match=f"^{named}.*send the input as separate requests"):
+        check_streaming(vllm_config, request(20, 20, resumable=True, **options))
+    check_streaming(vllm_config, request(20, 20, **options))
+    check_streaming(vllm_config, request(20, 20, resumable=True, kv_policy="full", steering="off"))
 
 
 def test_with_data_parallelism_the_pool_of_one_engine_counts(vllm_config):

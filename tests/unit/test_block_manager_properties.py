@@ -33,6 +33,7 @@ from vllm.v1.request import Request, RequestStatus
 from skipkv_vllm.scheduler.admission import Demand, most_tokens
 from skipkv_vllm.scheduler.block_manager import EvictingBlockManager
 from skipkv_vllm.scheduler.planner import EvictionPlanner, Limits, PlannedCompaction, Residency, ceil_div
+from skipkv_vllm.scheduler.prefix_eviction import GuardQueue
 
 PAGE = 4
 MAX_MODEL_LEN = 400
@@ -87,7 +88,9 @@ class Tracked:
 class Engine:
     """The scheduler's and the worker's part that touches pages."""
 
-    def __init__(self, num_pages: int, seed: int, enable_caching: bool = True, is_bounded: bool = False) -> None:
+    def __init__(
+        self, num_pages: int, seed: int, enable_caching: bool = True, is_bounded: bool = False, is_guarded: bool = False
+    ) -> None:
         init_none_hash(sha256)
         self.random = random.Random(seed)
         spec = FullAttentionSpec(block_size=PAGE, num_kv_heads=1, head_size=8, dtype=torch.float32)
@@ -98,6 +101,8 @@ class Engine:
         (stock,) = self.kv.coordinator.single_type_managers
         self.manager = EvictingBlockManager.adopt(stock, is_bounded=is_bounded)
         self.pool = self.kv.block_pool
+        if is_guarded:
+            self.pool.free_block_queue = GuardQueue.adopt(self.pool.free_block_queue, seed)
         self.hasher = get_request_block_hasher(PAGE, sha256)
         self.planner = EvictionPlanner()
         self.tracked: dict[str, Tracked] = {}
@@ -363,7 +368,7 @@ class Engine:
             if tracked.limits is not None:
                 resident = tracked.request.num_computed_tokens - tracked.num_evicted
                 assert resident <= tracked.limits.bound
-                assert self.manager.num_pages(request_id) <= tracked.limits.bound_pages(PAGE)
+                assert self.manager.num_pages(request_id) <= ceil_div(tracked.limits.bound, PAGE)
 
     def _check_published(self) -> None:
         """Every page in the prefix cache holds the tokens its hash stands for."""
@@ -445,10 +450,11 @@ TOTALS: dict[str, int] = {}
     seed=st.integers(0, 2**16),
     caching=st.sampled_from([True, True, True, False]),
     bounded=st.booleans(),
+    guarded=st.booleans(),
     operations=st.lists(st.one_of(arrivals, arrivals, steps, steps, steps, others), min_size=20, max_size=50),
 )
-def run_traffic(num_pages, seed, caching, bounded, operations):
-    engine = Engine(num_pages, seed, caching, bounded)
+def run_traffic(num_pages, seed, caching, bounded, guarded, operations):
+    engine = Engine(num_pages, seed, caching, bounded, guarded)
     for operation in operations:
         apply(engine, operation)
         engine.check()

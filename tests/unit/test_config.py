@@ -36,7 +36,10 @@ def test_defaults_are_the_papers():
 
 
 def test_full_comes_first_in_the_list():
-    assert policy_names() == ["full", "h2o", "random", "rkv", "skipkv", "snapkv", "streaming_llm"]
+    first, *others = policy_names()
+    assert first == "full"
+    assert others == sorted(others)
+    assert {"skipkv", "rkv", "streaming_llm"} < set(others)
 
 
 def test_an_integer_is_fine_where_a_float_is_meant():
@@ -46,7 +49,7 @@ def test_an_integer_is_fine_where_a_float_is_meant():
 @pytest.mark.parametrize(
     ("name", "options", "parts"),
     [
-        ("nope", {}, ["kv_policy='nope'", "full, h2o, random, rkv, skipkv, snapkv, streaming_llm"]),
+        ("nope", {}, ["kv_policy='nope'", "full, caote, h2o", "skipkv, snapkv"]),
         ("rkv", {"mixx": 0.1}, ["'mixx'", "'rkv'", "mix, pool, redundancy_threshold"]),
         ("full", {"mix": 0.1}, ["'mix'", "'full'", "none"]),
         ("rkv", {"similarity_threshold": 0.9}, ["'similarity_threshold'", "'rkv'"]),
@@ -67,6 +70,10 @@ def test_an_integer_is_fine_where_a_float_is_meant():
         ("skipkv", {"compat": "paper"}, ["compat='paper'", "'default' or 'reference'"]),
         ("skipkv", {"compat": 1}, ["compat=1", "str"]),
         ("streaming_llm", {"sinks": -1}, ["sinks=-1", "0 to 4096"]),
+        ("caote", {"base": "rkv"}, ["base='rkv'", "h2o, snapkv, tova"]),
+        ("caote", {"form": "slow"}, ["form='slow'", "exact, fast"]),
+        ("obcache", {"form": "both"}, ["form='both'", "value, key, joint"]),
+        ("manifoldkv", {"centroid_window": -1}, ["centroid_window=-1", "0 to 1048576"]),
     ],
 )
 def test_a_bad_policy_parameter_is_refused(name, options, parts):
@@ -202,7 +209,7 @@ SERVER = KVPolicyConfig(kv_policy="rkv", kv_budget=100)
         ({"kv_budget": 0}, ["kv_budget=0", "9 to 500"]),
         ({"kv_budget": 501}, ["kv_budget=501", "9 to 500", "max_model_len"]),
         ({"kv_budget": 12, "kv_policy": "streaming_llm"}, ["kv_budget=12", "13 to 500", "4 sinks"]),
-        ({"kv_policy": "nope"}, ["kv_policy='nope'", "full, h2o"]),
+        ({"kv_policy": "nope"}, ["kv_policy='nope'", "full, caote"]),
         ({"kv_policy": 3}, ["kv_policy=3", "string"]),
         (
             {"kv_policy": "skipkv"},
@@ -262,7 +269,7 @@ def test_the_budget_of_the_server_must_hold_the_sinks_of_a_method_chosen():
 @pytest.mark.parametrize(
     ("policy", "names", "parts"),
     [
-        ("skipkv", ["h2o", "nope"], ["kv_request_policies", "'nope'", "h2o, random"]),
+        ("skipkv", ["h2o", "nope"], ["kv_request_policies", "'nope'", "h2o, keydiff"]),
         ("skipkv", ["h2o,random"], ["kv_request_policies", "'h2o,random'", "with spaces"]),
         ("full", ["h2o"], ["kv_request_policies", "'full'", "--kv-policy"]),
     ],
@@ -501,17 +508,19 @@ def test_cache_layouts_other_than_one_full_attention_group_are_refused():
 
     full = FullAttentionSpec(block_size=16, num_kv_heads=1, head_size=8, dtype=torch.float32)
     sliding = SlidingWindowSpec(block_size=16, num_kv_heads=1, head_size=8, dtype=torch.float32, sliding_window=64)
-    compat.check_kv_cache(cache_of(full))
+    evicts, steers = KVPolicyConfig(kv_policy="skipkv"), KVPolicyConfig()
+    compat.check_kv_cache(cache_of(full), evicts)
     for specs, names in (
         ((full, full), "FullAttentionSpec, FullAttentionSpec"),
         ((full, sliding), "FullAttentionSpec, SlidingWindowSpec"),
         ((sliding,), "SlidingWindowSpec"),
         ((), "none"),
     ):
-        with pytest.raises(KVPolicyError) as error:
-            compat.check_kv_cache(cache_of(*specs))
-        assert f"KV cache ({names})" in str(error.value)
-        assert "one group of full-attention layers" in str(error.value)
+        for policy, flag in ((evicts, "--kv-policy"), (steers, "--kv-steering-vectors")):
+            with pytest.raises(KVPolicyError) as error:
+                compat.check_kv_cache(cache_of(*specs), policy)
+            assert f"{flag} does not support this model's KV cache ({names})" in str(error.value)
+            assert "one group of full-attention layers" in str(error.value)
 
 
 @pytest.mark.parametrize(

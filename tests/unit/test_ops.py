@@ -413,5 +413,5 @@ def test_attention_received_is_the_definition_in_any_slot_order(seed, n, length,
     ],
 )
 def test_attention_received_refuses_shapes_that_do_not_fit(queries, keys, positions):
-    with pytest.raises(KVPolicyError, match="attention_received"):
+    with pytest.raises(KVPolicyError, match="attention_logits"):
         ops.attention_received(torch.zeros(queries), torch.zeros(keys), torch.zeros(positions, dtype=torch.int32))

@@ -357,17 +357,22 @@ def test_positions_of_several_requests_are_read_at_once():
     assert torch.equal(got[1], read(side, [2, 4], 6, 0, 0))
 
 
-def test_sidecar_memory_is_four_bytes_per_layer_and_head():
-    assert PositionSidecar.bytes_per_token(28, 4) == 448
-
-
 @pytest.mark.parametrize(("policy", "extra", "left"), [("rkv", [], 64), ("rkv", ["h2o"], 63), ("h2o", [], 63)])
 def test_pages_leave_room_for_positions_and_for_the_attention_mass(policy, extra, left):
     # 2 layers x 2 heads x 2 * 62 elements of 2 bytes are 992 bytes a token; positions add 16, and the mass as many.
-    layer = SimpleNamespace(impl=None, num_kv_heads=2, head_size=62)
+    layer = SimpleNamespace(impl=None)
+    model_config = SimpleNamespace(
+        dtype=torch.bfloat16,
+        get_num_attention_heads=lambda parallel: 2,
+        get_num_kv_heads=lambda parallel: 2,
+        get_head_size=lambda: 62,
+        get_hidden_size=lambda: 124,
+        get_vocab_size=lambda: 500,
+    )
     vllm_config: Any = SimpleNamespace(
         additional_config={CONFIG_KEY: KVPolicyConfig(kv_policy=policy, kv_request_policies=extra).model_dump()},
-        model_config=SimpleNamespace(dtype=torch.bfloat16),
+        model_config=model_config,
+        parallel_config=None,
         compilation_config=SimpleNamespace(static_forward_context={"a": layer, "b": layer}),
     )
     assert without_sidecar(63 * 1024, vllm_config) // 992 == left

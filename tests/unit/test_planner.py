@@ -18,7 +18,7 @@ def test_ceil_div(a, b, expected):
 
 def test_limits_of_a_short_prompt():
     limits = Limits(budget=100, buffer=16, window=8, protected=40)
-    assert (limits.keep, limits.bound, limits.bound_pages(16), limits.bound_pages(32)) == (100, 116, 8, 4)
+    assert (limits.keep, limits.bound, limits.first_bound) == (100, 116, 116)
 
 
 def test_a_protected_prompt_longer_than_the_budget_raises_the_bound():
@@ -36,6 +36,24 @@ def test_compacts_at_the_bound_and_not_before():
     planner.start("a", LIMITS)
     assert planner.plan([Residency("a", 115, 0)]) == []
     assert planner.plan([Residency("a", 116, 0)]) == [PlannedCompaction("a", 116, 100, 0)]
+
+
+@pytest.mark.parametrize(("num_prompt", "first"), [(50, 116), (108, 116), (109, 117), (400, 408)])
+def test_a_deferred_prompt_is_held_until_its_window_is_written(num_prompt, first):
+    limits = Limits(budget=100, buffer=16, window=8, protected=0, deferred=num_prompt)
+    assert (limits.first_bound, limits.cacheable) == (first, first - 8)
+    planner = EvictionPlanner()
+    planner.start("a", limits)
+    assert planner.room("a", 0, 0) == first
+    assert planner.plan([Residency("a", first - 1, 0)]) == []
+    assert planner.plan([Residency("a", first, 0)]) == [PlannedCompaction("a", first, 100, 0)]
+    planner.committed("a", first)
+    # From then on it is a request like any other, until it is preempted.
+    assert planner.bound("a") == 116
+    assert planner.plan([Residency("a", first + 15, first - 100)]) == []
+    assert planner.plan([Residency("a", first + 16, first - 100)]) == [PlannedCompaction("a", 116, 100, 0)]
+    planner.restart("a")
+    assert planner.bound("a") == first
 
 
 def test_counts_resident_not_logical_tokens():

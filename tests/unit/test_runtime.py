@@ -20,6 +20,35 @@ CASES = [
 ]
 
 
+METHODS: list[tuple[str, dict[str, object]]] = [
+    ("tova", {}),
+    ("knorm", {}),
+    ("keydiff", {}),
+    ("manifoldkv", {}),
+    ("manifoldkv", {"centroid_window": 8}),
+    ("obcache", {}),
+    ("obcache", {"form": "value"}),
+    ("obcache", {"form": "key"}),
+    *(("caote", {"form": form, "base": base}) for form in ("exact", "fast") for base in ("snapkv", "tova", "h2o")),
+    *((method, {"base": base}) for method in ("vatp", "longflow") for base in ("snapkv", "tova", "h2o")),
+]
+
+
+@pytest.mark.parametrize("layout", ["gpu strided", "vec"])
+@pytest.mark.parametrize(("policy", "parameters"), METHODS)
+def test_methods_of_the_literature_keep_what_their_formulas_say(policy, parameters, layout):
+    sim = Simulation(policy, parameters=parameters, layout=layout)
+    sim.start("a", num_prompt=13, budget=30)
+    sim.start("b", num_prompt=21, budget=26)
+    sim.step({"a": 13, "b": 10})
+    sim.step({"a": 1, "b": 11})
+    for _ in range(45):
+        sim.step({"b": 1, "a": 1})
+    for name in ("a", "b"):
+        assert sim.running[name].num_compactions >= 2
+        sim.check(name)
+
+
 @pytest.mark.parametrize("layout", ["gpu", "gpu strided", "vec"])
 @pytest.mark.parametrize(("policy", "granularity", "protect"), CASES)
 def test_interleaved_requests_keep_what_the_method_says(policy, granularity, protect, layout):

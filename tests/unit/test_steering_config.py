@@ -11,6 +11,7 @@ import torch
 
 from skipkv_vllm import compat
 from skipkv_vllm.banner import banner
+from skipkv_vllm.capacity import ModelShape, Pool, capacity
 from skipkv_vllm.compat.cli import SCHEDULER, STEERED_LAYERS_KEY
 from skipkv_vllm.config import KVPolicyConfig, RequestOptions
 from skipkv_vllm.errors import KVPolicyError
@@ -133,14 +134,28 @@ def test_traces_need_no_eviction(engine_args, math, tmp_path):  # noqa: F811
     assert not KVPolicyConfig.parse(args.additional_config["skipkv"]).evicts
 
 
+def test_waiting_requests_are_grouped_without_eviction(engine_args, math):  # noqa: F811
+    grouping = {"kv_batch_grouping": "prefill-length", "kv_grouping_width": 64, "kv_grouping_max_wait": 2.5}
+    flags = [word for name, value in grouping.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    args = engine_args("--kv-steering-vectors", f"math={math}", *flags)
+    config = KVPolicyConfig.parse(args.additional_config["skipkv"])
+    assert not config.evicts
+    assert {name: getattr(config, name) for name in grouping} == grouping
+    text = "\n".join(banner(config, None, 4096))
+    assert "evicts nothing" in text
+    assert "64 tokens a group; from 2.5 s past its turn" in text
+
+
 def test_the_banner_says_what_is_steered():
-    text = "\n".join(
-        banner(KVPolicyConfig(kv_steering_vectors={"math": "/m"}, kv_steering_alpha_max=2.0), 16, 4096, 99)
-    )
+    config = KVPolicyConfig(kv_steering_vectors={"math": "/m"}, kv_steering_alpha_max=2.0)
+    text = "\n".join(banner(config, None, 4096))
     assert "evicts nothing" in text
     assert "steering vectors math, default off; alpha 1.0 + 0.02 a thought" in text
     assert "at most 2.0" in text
-    assert "policy RKV" in "\n".join(banner(SERVER, 16, 4096, 99))
+    shape, pool = ModelShape(4, 4, 2, 32, 128, 503, 4), Pool(99, 16, 8, 4096, 2048)
+    text = "\n".join(banner(SERVER, capacity(SERVER, shape, pool), 4096))
+    assert "policy RKV" in text
+    assert "steering vectors math, code" in text
 
 
 # ---- a request

@@ -101,6 +101,14 @@ def test_a_folder_that_does_not_exist_is_named(tmp_path):
         vector().save(tmp_path / "missing" / "v.safetensors")
 
 
+def test_a_folder_is_not_a_file_to_write_a_vector_to(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder in (tmp_path, "."):
+        with pytest.raises(KVPolicyError, match="it is a folder"):
+            vector().save(folder)
+    assert not list(tmp_path.iterdir())
+
+
 def test_another_model_is_refused():
     whole = vector(tokenizer_sha="ab12")
     whole.check_fits(4, 3)

@@ -1,0 +1,239 @@
+"""What a request's KV costs and how many requests fit, with and without eviction: arithmetic on shapes.
+
+The banner, `skipkv plan` and the worker that takes the memory all count with these functions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from .config import KVPolicyConfig
+from .policies import Need
+from .scheduler.planner import Limits, ceil_div
+
+POSITION_BYTES = 4
+"""Of an entry of the position sidecar, and of the attention mass."""
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """A model as one rank holds it: of a pipeline a stage's layers, of tensor parallelism a share of the heads.
+
+    Attributes:
+        num_layers: attention layers.
+        num_heads: query heads.
+        num_kv_heads: kv heads.
+        head_size: elements of a key.
+        hidden_size: elements of a hidden state (never split over ranks).
+        vocab_size: token ids.
+        element_size: bytes of an element of KV, of a query and of a hidden state.
+    """
+
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_size: int
+    hidden_size: int
+    vocab_size: int
+    element_size: int
+
+    @property
+    def kv_bytes(self) -> int:
+        """KV of one token."""
+        return 2 * self.num_layers * self.num_kv_heads * self.head_size * self.element_size
+
+    def sidecar_bytes(self, needs: Need) -> int:
+        """What a token of the cache costs on top of its KV: its position, and its attention mass where a policy adds
+        that up (allocated as requests grow, so vLLM's profiling does not see it)."""
+        entry = POSITION_BYTES * self.num_layers * self.num_kv_heads
+        return entry * (2 if needs & Need.ATTENTION_MASS else 1)
+
+    def ring_bytes(self, window: int, num_slots: int, max_tokens: int) -> int:
+        """The ring of observation queries, with the index of a step of `max_tokens`; see `worker.queries`."""
+        rows = (num_slots * window + 1) * self.num_layers * self.num_heads * self.head_size
+        return rows * self.element_size + 8 * max_tokens
+
+    def tracker_bytes(self, config: KVPolicyConfig, num_slots: int, max_length: int) -> int:
+        """Sentence ends, penalties and embeddings of all slots; see `sentences.tracker`."""
+        hidden = self.hidden_size if config.needs & Need.HIDDEN else 0
+        kept = config.policy.sentence_options.max_sentences if hidden else 0
+        slot = 8 * (max_length + 1) + 3 * 8 + 1 + 4 + 4 * hidden + (kept + 1) * hidden * self.element_size
+        return num_slots * slot + self.vocab_size + 4 * (max_length + 1) + 8 * kept
+
+    def state_bytes(self, config: KVPolicyConfig, num_slots: int, max_length: int, max_tokens: int) -> int:
+        """All that the policy holds beside the cache, whatever runs: queries and sentences of `num_slots` requests.
+
+        Of a pipeline the last stage, which alone has the sentences. Steering is left out: its buffers are smaller than
+        a page, depend on the tokenizer, and are there with and without eviction.
+        """
+        ring = self.ring_bytes(config.kv_window, num_slots, max_tokens) if config.needs & Need.QUERIES else 0
+        return ring + (self.tracker_bytes(config, num_slots, max_length) if config.needs & Need.SENTENCES else 0)
+
+
+@dataclass(frozen=True)
+class Pool:
+    """The pages of one engine, and how it is to be used.
+
+    Attributes:
+        num_pages: KV pages with the policy on.
+        page_size: tokens of a page.
+        max_num_seqs: requests that may run at once.
+        max_length: longest request, prompt and output.
+        max_tokens: tokens of a step.
+    """
+
+    num_pages: int
+    page_size: int
+    max_num_seqs: int
+    max_length: int
+    max_tokens: int
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """What fits into a pool.
+
+    Attributes:
+        kv_bytes: KV of a token.
+        sidecar_bytes: what the policy adds to it.
+        adds_attention: whether the attention mass is among that.
+        state_bytes: queries and sentences of one request.
+        page_size: tokens of a page.
+        pages: pages with the policy.
+        pages_full: pages that the same memory would hold without it.
+        bound: tokens that a request of this prompt holds at most once it decodes.
+        request_pages: pages of that.
+        request_pages_full: pages that a request of this length holds at its end without the policy.
+        length: that length.
+        fit: requests at their bound that the pages hold.
+        fit_full: the same without the policy, at their full length.
+        concurrency: requests that run at once with the policy: those that fit, at most `max_num_seqs`.
+        concurrency_full: the same without it.
+        break_even: shortest length from which a request costs less memory with the policy than without; a request
+            that stays shorter pays for its state and saves nothing.
+        is_capped: whether `max_num_seqs`, and not memory, limits the concurrency with the policy.
+    """
+
+    kv_bytes: int
+    sidecar_bytes: int
+    adds_attention: bool
+    state_bytes: int
+    page_size: int
+    pages: int
+    pages_full: int
+    bound: int
+    request_pages: int
+    request_pages_full: int
+    length: int
+    fit: int
+    fit_full: int
+    concurrency: int
+    concurrency_full: int
+    break_even: int
+    is_capped: bool
+
+    def lines(self) -> list[str]:
+        """For the banner and `skipkv plan`."""
+        fits = f"{self.fit:,} such requests fit at once instead of {self.fit_full:,}"
+        if self.is_capped:
+            fits += f"; max_num_seqs lets {self.concurrency:,} run instead of {self.concurrency_full:,}"
+        sidecar = "position and attention" if self.adds_attention else "position"
+        return [
+            f"{self.kv_bytes:,} bytes of KV a token + {self.sidecar_bytes:,} for its {sidecar}, "
+            f"{self.state_bytes / 2**20:.2f} MiB of queries and sentences a request",
+            f"{self.pages:,} pages of {self.page_size} tokens; the same memory without a policy: {self.pages_full:,}",
+            f"a request of {self.length:,} tokens holds at most {self.request_pages:,} pages instead of "
+            f"{self.request_pages_full:,}",
+            fits,
+            f"break-even at {self.break_even:,} tokens (prompt and output): shorter requests hold more memory with "
+            "the policy than without",
+        ]
+
+
+def capacity(
+    config: KVPolicyConfig, shape: ModelShape, pool: Pool, *, length: int | None = None, prompt: int = 0
+) -> Capacity:
+    """How many requests fit.
+
+    Args:
+        config: an active policy.
+        shape: of one rank.
+        pool: of the engine.
+        length: tokens of a request at its end; the longest allowed by default.
+        prompt: its prompt, which raises its bound where it is protected and exceeds the budget.
+    """
+    length = pool.max_length if length is None else length
+    protected = prompt if config.kv_protect_prompt else 0
+    bound = Limits(config.kv_budget, config.kv_buffer, config.kv_window, protected).bound
+    kv, sidecar, page = shape.kv_bytes, shape.sidecar_bytes(config.needs), pool.page_size
+    state = shape.state_bytes(config, pool.max_num_seqs, pool.max_length, pool.max_tokens)
+    state_of_one = ceil_div(state, pool.max_num_seqs)
+    pages_full = (pool.num_pages * page * (kv + sidecar) + state) // (page * kv)
+    request_pages, request_pages_full = ceil_div(min(bound, length), page), ceil_div(length, page)
+    fit, fit_full = pool.num_pages // request_pages, pages_full // request_pages_full
+    bytes_of_one = ceil_div(bound, page) * page * (kv + sidecar) + state_of_one
+    return Capacity(
+        kv_bytes=kv,
+        sidecar_bytes=sidecar,
+        adds_attention=bool(config.needs & Need.ATTENTION_MASS),
+        state_bytes=state_of_one,
+        page_size=page,
+        pages=pool.num_pages,
+        pages_full=pages_full,
+        bound=bound,
+        request_pages=request_pages,
+        request_pages_full=request_pages_full,
+        length=length,
+        fit=fit,
+        fit_full=fit_full,
+        concurrency=min(fit, pool.max_num_seqs),
+        concurrency_full=min(fit_full, pool.max_num_seqs),
+        break_even=bytes_of_one // (page * kv) * page + 1,
+        is_capped=fit > pool.max_num_seqs,
+    )
+
+
+def pages_with_policy(
+    config: KVPolicyConfig,
+    shape: ModelShape,
+    memory: int,
+    *,
+    page_size: int,
+    max_num_seqs: int,
+    max_length: int,
+    max_tokens: int,
+) -> int:
+    """KV pages that remain of `memory` bytes, of which the policy's state and sidecar are taken; may be negative."""
+    state = shape.state_bytes(config, max_num_seqs, max_length, max_tokens)
+    # In the order of `worker.build.without_sidecar`: vLLM divides what that leaves into pages.
+    kv, sidecar = shape.kv_bytes, shape.sidecar_bytes(config.needs)
+    return ((memory - state) * kv // (kv + sidecar)) // (page_size * kv)
+
+
+def shape_of(text_config: Any, *, ranks: int, element_size: int, stages: int = 1) -> ModelShape:
+    """A model's shape from its Hugging Face configuration.
+
+    Args:
+        text_config: `transformers` configuration of the language model.
+        ranks: tensor-parallel ranks; kv heads that are fewer are repeated, as vLLM does it.
+        element_size: bytes of an element of KV.
+        stages: of a pipeline; the one with most layers is described.
+    """
+    heads = text_config.num_attention_heads
+    kv_heads = getattr(text_config, "num_key_value_heads", None) or heads
+    return ModelShape(
+        num_layers=ceil_div(text_config.num_hidden_layers, stages),
+        num_heads=heads // ranks,
+        num_kv_heads=max(1, kv_heads // ranks),
+        head_size=getattr(text_config, "head_dim", None) or text_config.hidden_size // heads,
+        hidden_size=text_config.hidden_size,
+        vocab_size=text_config.vocab_size,
+        element_size=element_size,
+    )
+
+
+def as_dict(found: Capacity) -> Mapping[str, int | bool]:
+    """For JSON."""
+    return dict(vars(found))

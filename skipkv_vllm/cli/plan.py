@@ -1,0 +1,265 @@
+"""`skipkv plan`: what fits on a GPU with and without a policy, from a model's configuration alone."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from ..capacity import Capacity, ModelShape, Pool, capacity, pages_with_policy, shape_of
+from ..config import KVPolicyConfig
+from ..errors import KVPolicyError
+from ..scheduler.planner import ceil_div
+
+GIB = 2**30
+DTYPES = {"bfloat16": 2, "float16": 2, "float32": 4}
+SERVER_DEFAULTS = {160: (1024, 16384), 70: (1024, 8192), 0: (256, 2048)}
+"""GiB of memory from which vLLM 0.32's API server runs so many requests, and so many tokens a step, by default."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where the model is to run, and how.
+
+    Attributes:
+        gpu_memory: GiB of one GPU.
+        utilization: share of it that vLLM may use.
+        ranks: tensor-parallel GPUs.
+        stages: of a pipeline, each of `ranks` GPUs.
+        dtype: of weights and KV; "auto" for the model's own.
+        page_size: tokens of a page.
+        max_model_len: longest request; None for the model's own limit.
+        max_num_seqs: requests at once; None for vLLM's default of an API server.
+        max_tokens: tokens of a step; None likewise.
+        weights: GiB of weights of all ranks together; None to count the parameters.
+        activations: GiB of one rank; None to estimate.
+        overhead: GiB of one rank for CUDA's context, communication buffers and graphs.
+        kv_memory: GiB for KV pages and the policy's state of one rank, as a server's log says; None to work it out.
+    """
+
+    gpu_memory: float | None
+    utilization: float = 0.92
+    ranks: int = 1
+    stages: int = 1
+    dtype: str = "auto"
+    page_size: int = 16
+    max_model_len: int | None = None
+    max_num_seqs: int | None = None
+    max_tokens: int | None = None
+    weights: float | None = None
+    activations: float | None = None
+    overhead: float = 1.0
+    kv_memory: float | None = None
+
+
+FLAGS = {
+    "gpu_memory": "--gpu-memory",
+    "utilization": "--gpu-memory-utilization",
+    "ranks": "--tensor-parallel-size",
+    "stages": "--pipeline-parallel-size",
+    "page_size": "--block-size",
+    "max_model_len": "--max-model-len",
+    "max_num_seqs": "--max-num-seqs",
+    "max_tokens": "--max-num-batched-tokens",
+    "weights": "--weight-memory",
+    "activations": "--activation-memory",
+    "overhead": "--overhead-memory",
+    "kv_memory": "--kv-memory",
+}
+MAY_BE_NONE = {"activations", "overhead"}
+"""Of which 0 is an amount that makes sense."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `plan` found: memory of one rank in bytes, and what fits into the part for KV."""
+
+    model: str
+    dtype: str
+    gpus: int
+    memory: dict[str, int]
+    state: int
+    capacity: Capacity
+    max_num_seqs: int
+    notes: list[str]
+
+    def lines(self) -> list[str]:
+        """For people."""
+        gpus = f", each of {self.gpus} GPUs" if self.gpus > 1 else ""
+        rows = [f"  {name:40}{size / GIB:9.2f} GiB" for name, size in self.memory.items()]
+        rows.insert(-1, f"  {f'queries and sentences of {self.max_num_seqs} requests':40}{-self.state / GIB:9.2f} GiB")
+        return [
+            f"{self.model}, {self.dtype}{gpus}",
+            *rows,
+            "",
+            *self.capacity.lines(),
+            *(f"note: {note}" for note in self.notes),
+        ]
+
+    def json(self) -> str:
+        """For programs."""
+        return json.dumps(asdict(self), indent=1)
+
+
+def plan(model: str, config: KVPolicyConfig, machine: Machine, *, length: int | None, prompt: int) -> Plan:
+    """Work out what fits.
+
+    Args:
+        model: folder or hub name; only its configuration is read.
+        config: an active policy.
+        machine: memory and vLLM's settings.
+        length: tokens of a request at its end; the longest allowed by default.
+        prompt: tokens of its prompt.
+
+    Raises:
+        KVPolicyError: a model that policies do not support, values out of range, or memory that does not suffice.
+    """
+    text = _load(model)
+    notes: list[str] = []
+    _check(text, config, machine)
+    dtype = _dtype(text, machine.dtype)
+    shape = shape_of(text, ranks=machine.ranks, stages=machine.stages, element_size=DTYPES[dtype])
+    limit = getattr(text, "max_position_embeddings", None)
+    max_length = machine.max_model_len or limit
+    if max_length is None:
+        raise KVPolicyError(f"{model} states no max_position_embeddings; give --max-model-len")
+    if limit is not None and max_length > limit:
+        raise KVPolicyError(f"--max-model-len {max_length} is out of range; allowed for {model}: up to {limit}")
+    length = max_length if length is None else length
+    if not 1 <= length <= max_length:
+        raise KVPolicyError(f"--length {length} is out of range; allowed: 1 to {max_length} (--max-model-len)")
+    if not 0 <= prompt <= length:
+        raise KVPolicyError(f"--prompt {prompt} is out of range; allowed: 0 to {length} (--length)")
+
+    seqs, tokens = next(each for low, each in SERVER_DEFAULTS.items() if (machine.gpu_memory or 0) >= low)
+    max_num_seqs, max_tokens = machine.max_num_seqs or seqs, machine.max_tokens or tokens
+    taken = {"max_num_seqs": max_num_seqs, "max_tokens": max_tokens}
+    if assumed := [f"{FLAGS[name]} {value}" for name, value in taken.items() if getattr(machine, name) is None]:
+        notes.append(
+            f"{' and '.join(assumed)} as vLLM's server has it on such a GPU by default (on an A100 of 80 GiB: "
+            "256 and 2048)"
+        )
+    state = shape.state_bytes(config, max_num_seqs, max_length, max_tokens)
+    if machine.kv_memory is not None:
+        available, memory = int(machine.kv_memory * GIB), {}
+    else:
+        memory = _memory(text, shape, machine, max_num_seqs, max_tokens, notes)
+        available = sum(memory.values())
+    memory["for KV, with positions"] = available - state
+    sizes = {"page_size": machine.page_size, "max_num_seqs": max_num_seqs, "max_length": max_length}
+    pages = pages_with_policy(config, shape, available, **sizes, max_tokens=max_tokens)
+    needed = ceil_div(min(config.kv_budget + config.kv_buffer, max_length), machine.page_size)
+    if pages < needed:
+        raise KVPolicyError(
+            f"{max(pages, 0)} pages of {machine.page_size} tokens are left for KV, and one request at its bound takes "
+            f"{needed}. Memory of a rank in GiB: "
+            + ", ".join(f"{name} {size / GIB:.2f}" for name, size in memory.items())
+            + f", state of {max_num_seqs} requests {-state / GIB:.2f}. Lower --kv-budget or --max-num-seqs, or use "
+            "more GPUs (--tensor-parallel-size, --pipeline-parallel-size)"
+        )
+    found = capacity(config, shape, Pool(pages, max_tokens=max_tokens, **sizes), length=length, prompt=prompt)
+    if found.request_pages > pages:
+        notes.append(f"not one request of {length} tokens with a prompt of {prompt} fits; it would be refused")
+    if found.bound >= length:
+        notes.append(f"the bound of {found.bound} tokens is never reached at {length} tokens, so nothing is evicted")
+    if found.request_pages_full > pages:
+        notes.append(f"without the policy not one request of {length} tokens fits")
+    if length < found.break_even:
+        notes.append(f"at {length} tokens a request costs more with the policy than without")
+    return Plan(model, dtype, machine.ranks * machine.stages, memory, state, found, max_num_seqs, notes)
+
+
+def _load(model: str) -> Any:
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(model).get_text_config()
+    except (OSError, ValueError) as error:
+        raise KVPolicyError(
+            f"--model {model}: no readable configuration ({str(error).splitlines()[0]}); give a folder with a "
+            "config.json or a name on the Hugging Face hub"
+        ) from None
+
+
+def _check(text: Any, config: KVPolicyConfig, machine: Machine) -> None:
+    if not config.evicts:
+        raise KVPolicyError("--kv-policy full evicts nothing, so there is nothing to plan; name another method")
+    kinds = set(getattr(text, "layer_types", None) or ["full_attention"])
+    if getattr(text, "kv_lora_rank", None) or kinds != {"full_attention"}:
+        raise KVPolicyError(
+            f"{text.model_type} models are not supported: a policy needs plain full attention in all layers, found "
+            f"{'MLA' if getattr(text, 'kv_lora_rank', None) else ', '.join(sorted(kinds))}"
+        )
+    if machine.gpu_memory is None and machine.kv_memory is None:
+        raise KVPolicyError("give --gpu-memory, e.g. 80, or --kv-memory as a server's log states it")
+    for name, flag in FLAGS.items():
+        value = getattr(machine, name)
+        if value is not None and not (math.isfinite(value) and (value > 0 or (value == 0 and name in MAY_BE_NONE))):
+            allowed = "0 and more" if name in MAY_BE_NONE else "above 0"
+            raise KVPolicyError(f"{flag} {value:g} is out of range; allowed: {allowed}")
+    if machine.utilization > 1:
+        raise KVPolicyError(f"--gpu-memory-utilization {machine.utilization} is out of range; allowed: up to 1")
+    if text.num_attention_heads % machine.ranks:
+        raise KVPolicyError(
+            f"--tensor-parallel-size {machine.ranks} does not divide the {text.num_attention_heads} query heads"
+        )
+    kv_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    if kv_heads % machine.ranks and machine.ranks % kv_heads:
+        raise KVPolicyError(
+            f"--tensor-parallel-size {machine.ranks} neither divides nor is a multiple of the {kv_heads} kv heads"
+        )
+    if machine.stages > text.num_hidden_layers:
+        raise KVPolicyError(
+            f"--pipeline-parallel-size {machine.stages} is more than the {text.num_hidden_layers} layers"
+        )
+
+
+def _dtype(text: Any, asked: str) -> str:
+    if asked not in ("auto", *DTYPES):
+        raise KVPolicyError(f"--dtype {asked} is unknown; choose from auto, {', '.join(DTYPES)}")
+    own = str(getattr(text, "dtype", None) or torch.bfloat16).removeprefix("torch.")
+    if asked != "auto":
+        return asked
+    # As vLLM does on GPUs.
+    return "bfloat16" if own == "float32" else own
+
+
+def _memory(
+    text: Any, shape: ModelShape, machine: Machine, max_num_seqs: int, max_tokens: int, notes: list[str]
+) -> dict[str, int]:
+    """Memory of one rank by use; what is used up counts negative."""
+    assert machine.gpu_memory is not None
+    given = machine.weights
+    weights = _num_parameters(text) * shape.element_size if given is None else int(given * GIB)
+    if machine.stages > 1:
+        # The first and the last stage hold token embeddings besides their layers.
+        embeddings = shape.vocab_size * shape.hidden_size * shape.element_size
+        layers = weights - embeddings * (1 if getattr(text, "tie_word_embeddings", False) else 2)
+        weights = max(layers, 0) * shape.num_layers // text.num_hidden_layers + embeddings
+        notes.append("the figures are of a stage with the most layers, embeddings and sentences, more than any one has")
+    if machine.activations is not None:
+        activations = int(machine.activations * GIB)
+    else:
+        wide = 3 * (getattr(text, "intermediate_size", None) or 4 * text.hidden_size) // machine.ranks
+        logits = max_num_seqs * shape.vocab_size * (shape.element_size + 8)
+        activations = max_tokens * (2 * text.hidden_size + wide) * shape.element_size + logits
+        notes.append("activations are estimated; --activation-memory takes the figure of a server's log")
+    return {
+        f"{machine.utilization:.0%} of {machine.gpu_memory:g} GiB": int(machine.gpu_memory * machine.utilization * GIB),
+        "weights": -(weights // machine.ranks),
+        "activations": -activations,
+        "CUDA, communication, graphs": -int(machine.overhead * GIB),
+    }
+
+
+def _num_parameters(text: Any) -> int:
+    from transformers import AutoModelForCausalLM
+
+    if getattr(text, "quantization_config", None):
+        raise KVPolicyError("this model is quantised, so its parameters do not tell its size; give --weight-memory")
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(text)
+    return sum(p.numel() for p in model.parameters())

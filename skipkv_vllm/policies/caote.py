@@ -1,0 +1,50 @@
+"""`caote`: the error that leaving a token out makes in the attention output (CAOTE, arXiv 2504.14051)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from .base import About, View, check_choice, register_policy
+from .value_aware import ValueAware, values_of
+
+# A token with all the attention cannot be left out: the error has no bound.
+LEAST_REST = 1e-6
+
+
+@register_policy
+@dataclass(frozen=True)
+class CAOTE(ValueAware):
+    """`a / (1 - a) * |o - v|` with a token's attention weight a, its value v and the output o of all held tokens.
+
+    The original removes one token after the other; here all that a compaction removes are scored at once.
+
+    Attributes:
+        base: whose attention weights.
+        form: "exact", or "fast" with the mean of all values instead of o.
+    """
+
+    name: ClassVar[str] = "caote"
+    about: ClassVar[About] = About(
+        "CAOTE",
+        "2504.14051",
+        "the base's, and O(L D)",
+        "all tokens of a compaction are scored at once, not one after the other",
+    )
+
+    form: str = "exact"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("form", self.form, ("exact", "fast"))
+
+    def score(self, view: View) -> Tensor:
+        weights, values = self.base_weights(view), values_of(view)
+        if self.form == "exact":
+            output = (weights[..., None] * values).sum(dim=1, keepdim=True)
+        else:
+            output = values.mean(dim=1, keepdim=True)
+        rest = (1 - weights).clamp(min=LEAST_REST)
+        return weights / rest * (output - values).norm(dim=-1)

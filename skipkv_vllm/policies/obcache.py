@@ -1,0 +1,67 @@
+"""`obcache`: second-order error of the attention output (OBCache, arXiv 2510.07651)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from .base import About, Need, Policy, View, check_choice, check_odd, check_range, register_policy
+from .value_aware import values_of
+
+
+@register_policy
+@dataclass(frozen=True)
+class OBCache(Policy):
+    """What pruning a token's value, key or both changes in the output of a query, to second order.
+
+    With attention A, logit z, value v and output o of a query: `A^2 |v|^2` (value), `(A z)^2 |v - o|^2` (key) and
+    `A^2 |v + z (v - o)|^2` (joint), summed over the queries and averaged over the query heads of a kv head.
+
+    Attributes:
+        form: "value", "key" or "joint".
+        queries: the newest queries that count; 0 for the whole window.
+        pool: width of the max-pooling, odd; 1 for none.
+    """
+
+    name: ClassVar[str] = "obcache"
+    about: ClassVar[About] = About(
+        "OBCache",
+        "2510.07651",
+        "O(W G L D)",
+        "over the window's queries or the newest ones, pooled as SnapKV; not accumulated over the whole text",
+    )
+    needs: ClassVar[Need] = Need.QUERIES | Need.KEYS | Need.VALUES
+
+    form: str = "joint"
+    queries: int = 0
+    pool: int = 7
+
+    def __post_init__(self) -> None:
+        check_choice("form", self.form, ("value", "key", "joint"))
+        check_range("queries", self.queries, 0, 4096)
+        check_range("pool", self.pool, 1, 63)
+        check_odd("pool", self.pool)
+
+    def score(self, view: View) -> Tensor:
+        assert view.queries is not None
+        assert view.keys is not None
+        queries, values = view.queries[-self.queries :], values_of(view)[:, None, None]
+        logits = ops.attention_logits(queries, view.keys.transpose(0, 1), view.positions)  # [H, G, n, L]
+        attention = logits.softmax(dim=-1)
+        if self.form == "value":
+            error = attention**2 * values.square().sum(dim=-1)
+        else:
+            # A token in a query's future has no part in its output.
+            logits = logits.masked_fill(logits == -torch.inf, 0.0)[..., None]
+            output = attention @ values[:, :, 0]
+            change = logits * (values - output[..., None, :])
+            error = attention**2 * (change + values if self.form == "joint" else change).square().sum(dim=-1)
+        total = error.sum(dim=2).mean(dim=1)
+        old = total[:, : total.shape[1] - view.window]
+        pooled = torch.nn.functional.max_pool1d(old[None], self.pool, stride=1, padding=self.pool // 2)[0]
+        # The window is pinned by the runtime; its score only has to be a number.
+        return torch.nn.functional.pad(pooled, (0, view.window))

@@ -1,0 +1,59 @@
+"""The methods as a Markdown document: `python -m skipkv_vllm.policies.table > docs/policies.md`."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from . import Need, Policy, make_policy, policy_names
+
+INPUTS = {
+    Need.QUERIES: ("last W queries", "W Hq D elements a layer"),
+    Need.KEYS: ("keys", ""),
+    Need.VALUES: ("values", ""),
+    Need.SENTENCES: ("sentence boundaries", "4 bytes a token"),
+    Need.HIDDEN: ("last hidden states", "`max_sentences` embeddings, 4 bytes a token"),
+    Need.ATTENTION_MASS: ("attention received so far", "4 bytes a held token, layer and kv head"),
+}
+"""What a method reads, and what a request's share of it takes in memory."""
+
+TEXT = """# Eviction methods
+
+Generated from the code by `python -m skipkv_vllm.policies.table`; a test compares.
+
+All methods share the engine's rules. **Trigger**: a request is compacted when it holds budget + buffer tokens, to
+exactly its budget; with `--kv-defer-prompt` a long unprotected prompt is first held whole until W more tokens are
+written, whose queries choose. **Pinned**: the protected prompt, the newest W tokens (`--kv-window`) and a method's
+sinks always stay. **Granularity** (`--kv-granularity`): by `head` every layer and kv head keeps its own tokens; by
+`sentence` whole sentences leave, the same ones for all layers and heads, by the mean score of their tokens. **Ties**:
+the earlier token stays. **Grouped queries**: what a method computes per query head is averaged over those of a kv
+head, unless its paper says otherwise. **Training**: none of these methods needs any.
+
+Cost is that of one compaction per layer and kv head, with L held tokens, the window W, G query heads a kv head and head
+size D; memory is what a request takes beside its KV pages. "Native" methods are scored by fused operators (C++, CUDA,
+Triton), the others by PyTorch.
+
+| method | paper | parameters | reads | cost | memory | departs from the paper |
+|---|---|---|---|---|---|---|
+"""
+
+
+def row(policy: Policy) -> str:
+    """A method's line of the table."""
+    about, reads = policy.about, [INPUTS[need] for need in Need if need in policy.needs]
+    paper = f"[{about.paper}](https://arxiv.org/abs/{about.arxiv})" if about.arxiv else about.paper
+    fields = ", ".join(f"`{f.name}` ({getattr(policy, f.name)})" for f in dataclasses.fields(policy)) or "none"
+    native = " (native)" if policy.token_score is not None else ""
+    inputs, memory = ("; ".join(filter(None, column)) for column in zip(*reads, strict=True)) if reads else ("none", "")
+    return (
+        f"| `{policy.name}` | {paper} | {fields} | {inputs} | {about.cost}{native} | {memory or 'none'} "
+        f"| {about.departs or ('nowhere that we know' if about.arxiv else '')} |"
+    )
+
+
+def document() -> str:
+    """All of `docs/policies.md`."""
+    return TEXT + "\n".join(row(make_policy(name)) for name in policy_names()) + "\n"
+
+
+if __name__ == "__main__":
+    print(document(), end="")

@@ -1,0 +1,88 @@
+"""Scores of published eviction methods, from their formulas, for one kv head, token by token, in double precision.
+
+Nothing is shared with the package. `queries` `[W, G, D]` are the newest W of the head's G query heads, oldest first;
+`keys` and `values` `[N, D]` are the held tokens by ascending position; `mass` `[N]` is the attention received so far.
+"""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+
+POOL = 7
+
+
+def attention(query: Tensor, keys: Tensor, num_seen: int) -> list[float]:
+    """Softmax of one query head `[D]` over the first `num_seen` tokens; 0 beyond."""
+    logits = [float(query @ key) / math.sqrt(len(query)) for key in keys[:num_seen]]
+    largest = max(logits)
+    weights = [math.exp(logit - largest) for logit in logits]
+    return [w / sum(weights) for w in weights] + [0.0] * (len(keys) - num_seen)
+
+
+def mean_attention(queries: Tensor, keys: Tensor) -> list[float]:
+    """Attention of the queries, averaged over them and the query heads."""
+    rows = [
+        attention(query, keys, len(keys) - len(queries) + w + 1) for w, heads in enumerate(queries) for query in heads
+    ]
+    return [sum(column) / len(rows) for column in zip(*rows, strict=True)]
+
+
+def pooled(scores: list[float], window: int) -> list[float]:
+    """Maximum over neighbours, of the tokens before the window; 0 for the window's."""
+    old, reach = scores[: len(scores) - window], POOL // 2
+    return [max(old[max(0, i - reach) : i + reach + 1]) for i in range(len(old))] + [0.0] * window
+
+
+def obcache(form: str, queries: Tensor, keys: Tensor, values: Tensor) -> list[float]:
+    """Second-order change of the output when a token's value, key or both are pruned."""
+    total = [0.0] * len(keys)
+    for w, heads in enumerate(queries):
+        num_seen = len(keys) - len(queries) + w + 1
+        for query in heads:
+            weights = attention(query, keys, num_seen)
+            output = sum(a * v for a, v in zip(weights, values, strict=True))
+            for i in range(num_seen):
+                z, v, a = float(query @ keys[i]) / math.sqrt(len(query)), values[i], weights[i]
+                of_value, of_key = a * v, a * z * (v - output)
+                change = {"value": of_value, "key": of_key, "joint": of_value + of_key}[form]
+                total[i] += float(change @ change) / queries.shape[1]
+    return pooled(total, len(queries))
+
+
+def caote(form: str, weights: list[float], values: Tensor) -> list[float]:
+    """Distance of the output with and without each token, which takes its weight along."""
+    output = sum(a * v for a, v in zip(weights, values, strict=True)) if form == "exact" else values.mean(0)
+    return [a / (1 - a) * float((output - v).norm()) for a, v in zip(weights, values, strict=True)]
+
+
+def score(
+    method: str, options: dict[str, object], queries: Tensor, keys: Tensor, values: Tensor, mass: Tensor
+) -> list[float]:
+    """Score of every held token; `options` are those that differ from the method's defaults."""
+    queries, keys, values = queries.double(), keys.double(), values.double()
+    if method == "knorm":
+        return [-math.sqrt(float(key @ key)) for key in keys]
+    if method == "keydiff":
+        unit = [key / key.norm() for key in keys]
+        anchor = sum(unit) / len(unit)
+        return [-float(u @ anchor / anchor.norm()) for u in unit]
+    if method == "manifoldkv":
+        size = int(options.get("centroid_window", 0)) or len(keys)
+        centres = [keys[i : i + size].mean(0) for i in range(0, len(keys), size)]
+        return [float((key - centres[i // size]).norm()) for i, key in enumerate(keys)]
+    if method == "obcache":
+        return obcache(str(options.get("form", "joint")), queries, keys, values)
+    base = str(options.get("base", {"tova": "tova", "longflow": "tova", "vatp": "h2o"}.get(method, "snapkv")))
+    if base == "h2o":
+        weights = (mass.double() / mass.double().sum()).tolist()
+    else:
+        weights = mean_attention(queries[-1:] if base == "tova" else queries, keys)
+    if method == "tova":
+        return weights
+    if method in ("vatp", "longflow"):
+        return [a * float(v.abs().sum()) for a, v in zip(weights, values, strict=True)]
+    if method == "caote":
+        return caote(str(options.get("form", "exact")), weights, values)
+    raise ValueError(method)

@@ -1,0 +1,210 @@
+"""The capacity arithmetic: against the buffers that are really allocated, a count by hand, and the command's words."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from skipkv_vllm import bundled_model
+from skipkv_vllm.banner import banner
+from skipkv_vllm.capacity import ModelShape, Pool, capacity, pages_with_policy
+from skipkv_vllm.cli import _plan, main
+from skipkv_vllm.config import KVPolicyConfig
+from skipkv_vllm.policies import Need
+from skipkv_vllm.policies.base import SentenceOptions
+from skipkv_vllm.sentences.tables import build_tables
+from skipkv_vllm.sentences.tracker import SentenceTracker
+from skipkv_vllm.worker.queries import QueryRing
+
+SHAPE = ModelShape(28, 28, 4, 128, 3584, 152064, 2)
+POOL = Pool(num_pages=5000, page_size=16, max_num_seqs=64, max_length=32768, max_tokens=2048)
+CONFIG = KVPolicyConfig(kv_policy="skipkv", kv_budget=1024)
+
+
+@pytest.mark.parametrize("window", [1, 8])
+@pytest.mark.parametrize("slots", [1, 7])
+def test_the_ring_takes_what_was_counted(window, slots):
+    ring = QueryRing(
+        num_layers=3, num_slots=slots, window=window, num_heads=6, head_size=16, max_tokens=50,
+        dtype=torch.bfloat16, device=torch.device("cpu"),
+    )  # fmt: skip
+    assert ModelShape(3, 6, 2, 16, 96, 500, 2).ring_bytes(window, slots, 50) == ring.nbytes
+
+
+@pytest.mark.parametrize("hidden", [0, 48])
+@pytest.mark.parametrize("slots", [1, 7])
+def test_the_tracker_takes_what_was_counted(hidden, slots):
+    from transformers import AutoTokenizer
+
+    tracker = SentenceTracker(
+        build_tables(AutoTokenizer.from_pretrained(bundled_model()), "default"), SentenceOptions(max_sentences=9),
+        num_slots=slots, max_length=100, hidden_size=hidden, vocab_size=503, dtype=torch.float32,
+        device=torch.device("cpu"),
+    )  # fmt: skip
+    policy = {"kv_policy": "skipkv", "kv_policy_config": {"max_sentences": 9}} if hidden else {"kv_policy": "rkv"}
+    config = KVPolicyConfig(kv_granularity="sentence", **policy)
+    assert bool(config.needs & Need.HIDDEN) == bool(hidden)
+    shape = ModelShape(2, 4, 2, 32, 48, 503, 4)
+    assert shape.tracker_bytes(config, slots, 100) == tracker.nbytes
+
+
+def test_a_count_by_hand():
+    found = capacity(CONFIG, SHAPE, POOL, length=8192, prompt=100)
+    assert found.kv_bytes == 28 * 4 * 128 * 2 * 2
+    assert found.sidecar_bytes == 28 * 4 * 4
+    assert (found.request_pages, found.request_pages_full) == (1152 // 16, 8192 // 16)
+    assert (found.fit, found.concurrency, found.is_capped) == (69, 64, True)
+    assert "69 such requests fit at once instead of 10; max_num_seqs lets 64 run instead of 10" in found.lines()
+    assert not capacity(CONFIG, SHAPE, replace(POOL, num_pages=4000), length=8192).is_capped
+    memory = 5000 * 16 * (57344 + 448) + SHAPE.state_bytes(CONFIG, 64, 32768, 2048)
+    assert found.pages_full == memory // (16 * 57344)
+    assert found.concurrency_full == found.fit_full == found.pages_full // 512
+
+
+def test_a_long_protected_prompt_raises_the_bound():
+    assert capacity(CONFIG, SHAPE, POOL, prompt=2000).bound == 2000 + 8 + 128
+    assert capacity(KVPolicyConfig(kv_policy="skipkv", kv_protect_prompt=False), SHAPE, POOL, prompt=2000).bound == 1152
+
+
+def test_break_even_is_where_the_costs_cross():
+    found = capacity(CONFIG, SHAPE, POOL)
+    with_policy = 72 * 16 * (found.kv_bytes + found.sidecar_bytes) + found.state_bytes
+
+    def without(length: int) -> int:
+        return -(-length // 16) * 16 * found.kv_bytes
+
+    assert without(found.break_even) > with_policy >= without(found.break_even - 1)
+
+
+def test_a_policy_that_adds_attention_up_pays_for_it():
+    h2o, skipkv = capacity(KVPolicyConfig(kv_policy="h2o"), SHAPE, POOL), capacity(CONFIG, SHAPE, POOL)
+    assert h2o.sidecar_bytes == 2 * skipkv.sidecar_bytes
+    assert "+ 896 for its position and attention," in h2o.lines()[0]
+    assert "+ 448 for its position," in skipkv.lines()[0]
+
+
+def test_pages_and_their_memory_are_inverse():
+    sizes = {"page_size": 16, "max_num_seqs": 64, "max_length": 32768, "max_tokens": 2048}
+    for memory in (10 * 2**30, 10 * 2**30 + 12345):
+        pages = pages_with_policy(CONFIG, SHAPE, memory, **sizes)
+        full = capacity(CONFIG, SHAPE, replace(POOL, num_pages=pages)).pages_full
+        assert memory // (16 * 57344) - full in (0, 1)
+
+
+# ---- the command
+
+
+TINY = ["plan", "--model", bundled_model(), "--kv-budget", "224", "--max-num-seqs", "16"]
+
+
+def say(capsys: pytest.CaptureFixture, *arguments: str) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as stop:
+        main([*TINY, *arguments])
+    said = capsys.readouterr()
+    return int(stop.value.code or 0), said.out, said.err
+
+
+def test_flags_of_the_server_have_its_defaults():
+    options = inspect.signature(_plan).parameters
+    for name in ("kv_budget", "kv_buffer", "kv_window", "kv_granularity", "kv_protect_prompt"):
+        assert options[name].default == KVPolicyConfig.model_fields[name].default
+
+
+def test_plan_and_banner_share_their_numbers(capsys):
+    code, out, _ = say(capsys, "--kv-memory", "0.25", "--dtype", "float32", "--block-size", "32", "--json")
+    assert code == 0
+    told = json.loads(out)["capacity"]
+    pool = Pool(told["pages"], 32, 16, 4096, 2048)
+    found = capacity(KVPolicyConfig(kv_policy="skipkv", kv_budget=224), ModelShape(4, 4, 2, 32, 128, 503, 4), pool)
+    assert vars(found) == told
+    _, out, _ = say(capsys, "--kv-memory", "0.25", "--dtype", "float32", "--block-size", "32")
+    lines = banner(KVPolicyConfig(kv_policy="skipkv", kv_budget=224), found, 4096)
+    for line in found.lines():
+        assert line in out
+        assert f"SkipKV: {line}" in lines
+
+
+def test_parameters_are_counted(capsys):
+    _, out, _ = say(capsys, "--gpu-memory", "8", "--dtype", "float32", "--json")
+    memory = json.loads(out)["memory"]
+    with safe_open(Path(bundled_model(), "model.safetensors"), "pt") as weights:
+        assert memory["weights"] == -sum(weights.get_tensor(name).nbytes for name in weights.keys())  # noqa: SIM118
+    assert memory["for KV, with positions"] < 8 * 2**30 * 0.92
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "give --gpu-memory"),
+        (["--gpu-memory", "1", "--overhead-memory", "2"], "0 pages of 16 tokens are left for KV"),
+        (["--gpu-memory", "-1"], "--gpu-memory -1 is out of range"),
+        (["--gpu-memory", "nan"], "--gpu-memory nan is out of range"),
+        (["--kv-memory", "inf"], "--kv-memory inf is out of range"),
+        (["--gpu-memory", "8", "--block-size", "0"], "--block-size 0 is out of range"),
+        (["--gpu-memory", "8", "--activation-memory", "-1"], "-1 is out of range; allowed: 0 and more"),
+        (["--gpu-memory", "8", "--length", "9999"], "--length 9999 is out of range; allowed: 1 to 4096"),
+        (["--gpu-memory", "8", "--max-model-len", "9999"], "--max-model-len 9999 is out of range"),
+        (["--gpu-memory", "8", "--prompt", "5000"], "--prompt 5000 is out of range"),
+        (["--gpu-memory", "8", "--kv-policy", "full"], "nothing to plan"),
+        (["--gpu-memory", "8", "--dtype", "int4"], "--dtype int4 is unknown"),
+        (["--gpu-memory", "8", "--tensor-parallel-size", "3"], "does not divide the 4 query heads"),
+        (["--gpu-memory", "8", "--pipeline-parallel-size", "5"], "is more than the 4 layers"),
+        (["--gpu-memory", "8", "--gpu-memory-utilization", "1.5"], "allowed: up to 1"),
+    ],
+)
+def test_bad_input_is_refused(capsys, arguments, said):
+    code, _, err = say(capsys, *arguments)
+    assert code == 2
+    assert said in err
+
+
+def test_ranks_share_heads_and_stages_share_layers(capsys):
+    def told(*arguments: str) -> dict:
+        return json.loads(say(capsys, "--gpu-memory", "8", "--dtype", "float32", "--json", *arguments)[1])
+
+    alone, ranks, stages, both = (
+        told(*("--tensor-parallel-size", str(tensor), "--pipeline-parallel-size", str(pipeline)))
+        for tensor, pipeline in ((1, 1), (2, 1), (1, 3), (4, 2))
+    )
+    kv = alone["capacity"]["kv_bytes"]
+    # Three stages of four layers: the largest has two. Two kv heads on four ranks: each holds one.
+    assert [t["capacity"]["kv_bytes"] for t in (ranks, stages, both)] == [kv // 2, kv // 2, kv // 4]
+    assert [t["gpus"] for t in (alone, ranks, stages, both)] == [1, 2, 3, 8]
+    embeddings = 503 * 128 * 4
+    # The last stage holds half of the layers and one of the two embeddings.
+    assert stages["memory"]["weights"] == (alone["memory"]["weights"] + 2 * embeddings) // 2 - embeddings
+
+
+def test_kv_heads_that_cannot_be_shared_are_refused(capsys, tmp_path):
+    config = json.loads(Path(bundled_model(), "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"num_attention_heads": 6, "num_key_value_heads": 2}))
+    code, _, err = say(capsys, "--gpu-memory", "8", "--model", str(tmp_path), "--tensor-parallel-size", "3")
+    assert code == 2
+    assert "neither divides nor is a multiple of the 2 kv heads" in err
+
+
+def test_assumed_settings_are_said(capsys):
+    large = ["--gpu-memory", "192", "--overhead-memory", "0", "--max-num-seqs", "16"]
+    assert "note: --max-num-batched-tokens 16384 as vLLM's server has it" in say(capsys, *large)[1]
+    assert "vLLM's server" not in say(capsys, *large, "--max-num-batched-tokens", "512")[1]
+
+
+def test_a_prompt_that_does_not_fit_is_said(capsys):
+    code, out, _ = say(capsys, "--kv-memory", "0.003", "--block-size", "32", "--length", "4000", "--prompt", "3000")
+    assert code == 0
+    assert "note: not one request of 4000 tokens with a prompt of 3000 fits" in out
+
+
+def test_models_that_policies_refuse_are_refused(capsys, tmp_path):
+    config = json.loads(Path(bundled_model(), "config.json").read_text())
+    config["layer_types"][1] = "sliding_attention"
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    code, _, err = say(capsys, "--gpu-memory", "8", "--model", str(tmp_path))
+    assert code == 2
+    assert "found full_attention, sliding_attention" in err

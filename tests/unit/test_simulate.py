@@ -1,0 +1,128 @@
+"""The simulator: counts that follow from the lengths, conservation of pages, fits that find what made the data."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from benchmarks.load.lengths import Offered
+from benchmarks.simulate.events import Engine, Setup
+from benchmarks.simulate.steptime import (
+    GPUS,
+    Efficiency,
+    Eviction,
+    StepLoad,
+    StepTime,
+    calibrated,
+    fit,
+    on_gpu,
+)
+from skipkv_vllm.capacity import ModelShape
+from skipkv_vllm.scheduler.planner import Limits
+
+SHAPE = ModelShape(28, 28, 4, 128, 3584, 152064, 2)
+UNIT = StepTime(1.0, 0.0, 0.0, 0.0, 0.0, 0.0)
+
+
+def test_one_request_takes_a_step_a_token():
+    outcome = Engine([Offered(100, 50)], Setup(100, 16, 8, 64)).run(UNIT)
+    # Two chunks of the prompt, of which the second gives the first token, and a step for each other token.
+    assert (outcome.steps, outcome.seconds, outcome.output_tokens) == (51, 51.0, 50)
+
+
+def test_compactions_follow_from_the_lengths():
+    setup = Setup(100, 16, 8, 512, limits=Limits(64, 32, 8, 0))
+    outcome = Engine([Offered(40, 500)], setup).run(UNIT)
+    # 539 tokens are computed; one compaction at 96 tokens and at every 32 after that, while some are still to come.
+    assert outcome.compactions == len(range(96, 539, 32))
+    assert outcome.preemptions == 0
+
+
+def test_full_kv_preempts_in_a_small_pool_and_eviction_does_not():
+    load = [Offered(32, 400)] * 6
+    small = Setup(60, 16, 8, 512)
+    full = Engine(load, small).run(UNIT)
+    assert full.preemptions > 0
+    assert full.peak_running > 60 // (432 // 16)
+    evicting = Engine(load, replace(small, limits=Limits(64, 32, 8, 0))).run(UNIT)
+    assert evicting.preemptions == 0
+    assert evicting.steps < full.steps
+    roomy = Engine(load, replace(small, num_pages=6 * 27)).run(UNIT)
+    assert (roomy.preemptions, roomy.peak_running) == (0, 6)
+
+
+def test_a_request_that_never_fits_is_refused():
+    with pytest.raises(ValueError, match="up to 32 pages and the pool has 31"):
+        Engine([Offered(112, 400)], Setup(31, 16, 8, 512))
+    Engine([Offered(112, 400)], Setup(31, 16, 8, 512, limits=Limits(64, 32, 8, 0)))
+
+
+def test_strides_change_little():
+    rng = np.random.default_rng(0)
+    load = [Offered(int(p), int(o)) for p, o in zip(rng.integers(20, 200, 40), rng.integers(300, 900, 40), strict=True)]
+    cost = StepTime(1e-3, 2e-3, 1e-5, 1e-5, 1e-7, 1e-4)
+    for setup in (Setup(400, 16, 16, 512), Setup(400, 16, 16, 512, limits=Limits(128, 32, 8, 0))):
+        exact = Engine(load, setup).run(cost)
+        quick = Engine(load, replace(setup, stride=16)).run(cost)
+        assert quick.seconds == pytest.approx(exact.seconds, rel=0.03)
+        assert quick.compactions == pytest.approx(exact.compactions, rel=0.03, abs=3)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(1, 80), st.integers(1, 120)), min_size=1, max_size=12),
+    st.integers(13, 60),
+    st.booleans(),
+    st.sampled_from([1, 4]),
+)
+def test_no_page_is_lost_and_everybody_ends(load, pages, evicts, stride):
+    limits = Limits(24, 16, 4, 0) if evicts else None
+    engine = Engine([Offered(*each) for each in load], Setup(pages, 16, 4, 64, limits=limits, stride=stride))
+    outcome = engine.run(UNIT)
+    assert engine.free == pages
+    assert engine.promised == 0
+    assert not engine.running
+    assert (engine.logical >= engine.prompt + engine.output - 1).all()
+    assert outcome.peak_running <= 4
+    assert not (evicts and outcome.preemptions)
+
+
+def test_a_fit_finds_the_costs():
+    rng = np.random.default_rng(1)
+    true = StepTime(1e-3, 0.0, 2e-6, 3e-5, 4e-8, 5e-4)
+    requests = rng.integers(1, 40, 4000)
+    prefill = np.where(rng.random(4000) < 0.1, rng.integers(1, 500, 4000), 0)
+    resident, compactions = requests * rng.integers(50, 3000, 4000), rng.integers(0, 4, 4000)
+    rows = [StepLoad(*row) for row in zip(requests, requests + prefill, resident, compactions, strict=True)]
+    seconds = np.array([true(row) for row in rows]) * rng.normal(1, 0.02, 4000)
+    found = fit(np.stack([seconds, requests, requests + prefill, prefill, resident, compactions], axis=1).astype(float))
+    for name, value in found.as_dict().items():
+        assert value == pytest.approx(getattr(true, name), rel=0.05, abs=1e-12), name
+    no_compactions = fit(np.stack([seconds, requests, requests, prefill * 0, resident, requests * 0], 1).astype(float))
+    assert no_compactions.per_compaction == 0
+    assert min(no_compactions.as_dict().values()) >= 0
+
+
+def test_calibration_finds_what_a_gpu_reached():
+    true = Efficiency(weights=0.7, attention=0.5, flops=0.4, host=1e-3, per_request=5e-6, compaction=3.0)
+    eviction = Eviction(1152, 128)
+    made = on_gpu(GPUS["H100"], SHAPE, 7.6e9, 1, true, eviction)
+    # In a fit the reading of the weights is part of the fixed cost.
+    measured = replace(made, fixed=made.fixed + made.weights, weights=0.0)
+    found = calibrated(measured, GPUS["H100"], SHAPE, 7.6e9, eviction, Efficiency())
+    for name in ("weights", "attention", "flops", "per_request", "compaction"):
+        assert getattr(found, name) == pytest.approx(getattr(true, name), rel=1e-6), name
+
+
+def test_a_gpus_step_has_the_right_size():
+    step = on_gpu(GPUS["H100"], SHAPE, 7.6e9, 1, Efficiency(1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 1.0))
+    assert step.weights == pytest.approx(15.2e9 / 3.35e12)
+    assert step(StepLoad(1, 1, 0, 0)) == pytest.approx(step.weights)
+    assert step(StepLoad(1, 1, 1_000_000, 0)) - step.weights == pytest.approx(57344e6 / 3.35e12)
+    halves = on_gpu(GPUS["H100"], replace(SHAPE, num_kv_heads=2, num_heads=14), 7.6e9, 2, Efficiency())
+    assert halves.weights == pytest.approx(step.weights / 2 / 0.8)
+    assert halves.fixed > 1e-3
