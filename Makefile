@@ -1,7 +1,7 @@
 # Every target sets up what it needs; see scripts/bootstrap.sh.
 PY := .venv/bin/python
 
-.PHONY: demo serve test test-patched lint setup dev train vector eval-tiny eval-steering build build-cuda sanitize \
+.PHONY: demo serve test test-patched soak lint setup dev train vector eval-tiny eval-steering build build-cuda sanitize \
 	bench-kernels bench-throughput simulate clean
 
 demo: setup        ## serve the bundled model with SkipKV and show what it saved against full KV
@@ -15,6 +15,11 @@ test: dev          ## run all tests
 
 test-patched: dev  ## run all tests with a patched copy of vLLM: its public seams instead of our runtime hooks
 	@PYTHONPATH=$$($(PY) patches/apply.py) $(PY) -m pytest
+
+REQUESTS := 2000
+SEED := 0
+soak: dev          ## random traffic on real engines until REQUESTS are answered; SEED=n draws others
+	@$(PY) -m tests.soak --requests $(REQUESTS) --seed $(SEED)
 
 lint: dev          ## ruff and mypy
 	@$(PY) -m ruff check .

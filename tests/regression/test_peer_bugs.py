@@ -1,11 +1,18 @@
-"""One small test per bug that other KV-eviction projects had, where it can be shown without an engine."""
+"""One small test per bug that other KV-eviction projects had, where it can be shown without an engine.
+
+`register.py` has them all, and where each is tested.
+"""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
+from benchmarks.accuracy.grid import Arm
+from benchmarks.accuracy.run import Run, load
 from skipkv_vllm import ops
 from skipkv_vllm.config import KVPolicyConfig
 from skipkv_vllm.ops.paging import Layout, PagedCache
@@ -16,6 +23,7 @@ from skipkv_vllm.worker.queries import QueryRing
 from skipkv_vllm.worker.rows import StepBatch
 from skipkv_vllm.worker.runtime import EvictionRuntime
 from tests.unit.simulation import KV_HEADS, LAYERS, Simulation
+from tests.unit.test_accuracy_run import SETTINGS, pool  # noqa: F401
 
 
 def decode(sim: Simulation, steps: int, *names: str) -> None:
@@ -253,3 +261,67 @@ def test_a_cache_view_that_is_not_contiguous():
         *(torch.tensor(x, dtype=torch.int32) for x in integers),
     )
     assert (physical[1, 3, 0] == 7.0).all()
+
+
+def test_a_row_of_the_batch_that_moved():
+    """R-KV: when vLLM closes a gap in the batch, the last request moves into it; its counters stayed behind."""
+    sim = Simulation("skipkv", num_slots=4)
+    prompts = {"a": 5, "b": 9, "c": 13}
+    for name, length in prompts.items():
+        sim.start(name, num_prompt=length, budget={"a": 25, "b": 20, "c": 33}[name])
+    sim.step(prompts)
+    decode(sim, 30, "a", "b", "c")
+    assert sim.running["b"].num_evicted > sim.running["c"].num_evicted > 0
+    # Two change places, and nothing else happens.
+    decode(sim, 1, "a", "c", "b")
+    # The first one ends, the last one takes its row, and a new one comes where the last one was.
+    sim.stop("a")
+    sim.start("d", num_prompt=7, budget=24)
+    sim.step({"c": 1, "b": 1, "d": 7})
+    assert sim.last_evicted.host.tolist() == [sim.running[name].num_evicted for name in ("c", "b", "d")]
+    assert sim.running["d"].num_evicted == 0
+    decode(sim, 36, "c", "b", "d")
+    for name in ("c", "b", "d"):
+        assert sim.running[name].num_compactions >= 2
+        sim.check(name)
+
+
+def test_more_tokens_held_than_a_step_may_have():
+    """R-KV: a map of the slots of all held tokens was as long as a step's tokens may be, and overflowed."""
+    sim = Simulation("skipkv", num_slots=8, max_tokens=16, num_blocks=200)
+    names = [str(i) for i in range(8)]
+    for name in names:
+        sim.start(name, num_prompt=16, budget=40)
+        sim.step({name: 16})
+    decode(sim, 60, *names)
+    assert sum(request.num_resident for request in sim.running.values()) > 20 * 16
+    for name in names:
+        assert sim.running[name].num_compactions >= 3
+        sim.check(name)
+
+
+def test_pages_are_held_although_their_tokens_are_gone():
+    """R-KV: attention was shortened, but no page was given back. Here it is, and by default."""
+    sim = Simulation("rkv", num_blocks=12)
+    sim.start("a", num_prompt=6, budget=20)
+    sim.step({"a": 6})
+    most = 0
+    # Eleven pages of four tokens, and far more tokens than they hold.
+    for _ in range(200):
+        sim.step({"a": 1})
+        most = max(most, len(sim.running["a"].pages))
+    assert most == (20 + 8) / sim.block_size
+    sim.stop("a")
+    assert sorted(sim.free) == list(range(1, 12))
+
+
+def test_an_evaluation_reads_only_the_answer_at_hand(tmp_path, pool, monkeypatch):  # noqa: F811
+    """R-KV: the script graded a field that was left of an earlier run, and accuracy stood still at 40 %."""
+    arms = {Arm("full", 0, 4), Arm("skipkv", 250, 4), Arm("skipkv", 300, 4)}
+    settings = replace(SETTINGS, batch_sizes=(4,), problems_at={})
+    for bad in arms:
+        monkeypatch.setattr(pool, "wrong", {bad})
+        folder = tmp_path / str(bad)
+        Run(settings, folder)()
+        graded = {(Arm(s.policy, s.budget, s.batch_size), s.correct) for s in load(folder)[2]}
+        assert graded == {(arm, arm != bad) for arm in arms}
