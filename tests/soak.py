@@ -16,13 +16,14 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from skipkv_vllm import bundled_vector
+from skipkv_vllm.policies import policy_names
 from tests import conftest, engines  # noqa: F401  conftest sets the environment of engines in this process
 
 if TYPE_CHECKING:
     import vllm
     from vllm import RequestOutput
 
-POLICIES = ["skipkv", "skipkv", "rkv", "streaming_llm", "h2o", "snapkv", "random", "full"]
+POLICIES = [*policy_names(), "skipkv", "skipkv"]
 BUDGETS = [None, None, 40, 96, 160]
 BUFFER = 32
 ARGUMENTS: dict[str, Any] = {

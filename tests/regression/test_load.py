@@ -92,6 +92,6 @@ def test_a_soak_loses_no_page_and_violates_nothing(llm: vllm.LLM, kind: str) -> 
     assert report.compacted_requests > 0.7 * report.evicting_requests
     assert report.compactions > report.requests
     assert report.shared_tokens > 10 * report.requests
-    assert report.repeated > 100
+    assert report.repeated > 60
     assert report.steered_tokens > report.requests / 2
     assert (report.preemptions > 100) == (kind == "optimistic")
