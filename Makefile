@@ -1,7 +1,7 @@
 # Every target sets up what it needs; see scripts/bootstrap.sh.
 PY := .venv/bin/python
 
-.PHONY: demo serve test test-patched lint setup dev train vector eval-tiny eval-steering build build-cuda sanitize \
+.PHONY: demo serve test test-patched gpu-test lint setup dev train vector eval-tiny eval-steering build build-cuda sanitize \
 	bench-kernels clean
 
 demo: setup        ## serve the bundled model with SkipKV and show what it saved against full KV
@@ -15,6 +15,9 @@ test: dev          ## run all tests
 
 test-patched: dev  ## run all tests with a patched copy of vLLM: its public seams instead of our runtime hooks
 	@PYTHONPATH=$$($(PY) patches/apply.py) $(PY) -m pytest
+
+gpu-test: dev      ## everything that needs a CUDA GPU: operators, engines on every backend, FP8, a short measurement
+	@PYTHON=$(PY) scripts/gpu_test.sh
 
 lint: dev          ## ruff and mypy
 	@$(PY) -m ruff check .
