@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -18,8 +18,11 @@ from skipkv_vllm.ops import batched
 from skipkv_vllm.ops.paging import FP8_CACHES, Layout
 from skipkv_vllm.worker.compaction import Compactor
 from tests import engines
-from tests.comparison import settings_of
+from tests.comparison import Tolerance, check_replayed, settings_of
 from tests.engines import PAGE, Job
+
+if TYPE_CHECKING:
+    from tests.hf_reference import ReferenceCache
 
 if not torch.cuda.is_available() and not torch.cpu._is_avx512_supported():
     pytest.skip("vLLM's CPU attention reads 8-bit caches with AVX-512 or AMX only", allow_module_level=True)
@@ -168,3 +171,16 @@ def test_survivors_follow_from_the_dequantised_keys(
                 newest = settings.keep(len(prompt)) - len(prompt)
                 wanted = [*range(len(prompt)), *range(length - newest, length)]
                 assert (torch.as_tensor(kept) == torch.tensor(wanted)).all()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu/test_engine_cuda.py runs it on a GPU")
+def test_runner_v2_compacts_8_bits_too(references: ReferenceCache) -> None:
+    """What keys of 8 bits do to the answer is bounded by the reference's doubts about it."""
+    prompts = engines.demo_prompts(3, at_least=100)
+    arguments = {"kv_cache_dtype": "fp8", "kv_budget": 176, "kv_buffer": 32}
+    job = Job(prompts, ["skipkv", "h2o", "streaming_llm"], 150, every=2, arguments=arguments, num_logprobs=1)
+
+    outcome = engines.run(job, "v2")
+
+    assert (outcome.is_v2, outcome.cache) == (True, "torch.uint8")
+    check_replayed(job, outcome, references.model, Tolerance(most=8.0, mean=0.2, survivors=0.15))
