@@ -1,8 +1,8 @@
 # Every target sets up what it needs; see scripts/bootstrap.sh.
 PY := .venv/bin/python
 
-.PHONY: demo serve test test-patched soak lint setup dev train vector eval-tiny eval-steering build build-cuda sanitize \
-	bench-kernels bench-throughput simulate clean
+.PHONY: demo serve test test-patched soak gpu-test lint setup dev train vector eval-tiny eval-steering build \
+	build-cuda sanitize bench-kernels bench-throughput simulate clean
 
 demo: setup        ## serve the bundled model with SkipKV and show what it saved against full KV
 	@$(PY) -m benchmarks.demo
@@ -20,6 +20,9 @@ REQUESTS := 2000
 SEED := 0
 soak: dev          ## random traffic on real engines until REQUESTS are answered; SEED=n draws others
 	@$(PY) -m tests.soak --requests $(REQUESTS) --seed $(SEED)
+
+gpu-test: dev      ## everything that needs a CUDA GPU: operators, engines on every backend, FP8, a short measurement
+	@PYTHON=$(PY) scripts/gpu_test.sh
 
 lint: dev          ## ruff and mypy
 	@$(PY) -m ruff check .

@@ -3,12 +3,29 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import NamedTuple
 
 from tests import engines
 from tests.engines import PAGE, Job, Outcome
-from tests.hf_reference import ReferenceCache, Result, Settings
+from tests.hf_reference import Model, ReferenceCache, Replays, Result, Settings
 
 MAX_TIE_SHARE = 1e-3
+BY_POSITION = ("streaming_llm", "random")
+
+
+class Tolerance(NamedTuple):
+    """What rounding may do.
+
+    Attributes:
+        most, mean: to the log probability of a token.
+        survivors: share of them that may differ.
+    """
+
+    most: float
+    mean: float
+    survivors: float
+
+
 UNPROTECTED = {"kv_protect_prompt": False, "kv_budget": 96, "kv_buffer": 32}
 
 
@@ -34,7 +51,13 @@ def settings_of(job: Job, number: int) -> Settings:
     )
 
 
-def check(job: Job, outcome: Outcome, references: ReferenceCache, min_compactions: int) -> list[Result]:
+def check(
+    job: Job,
+    outcome: Outcome,
+    references: ReferenceCache | Replays,
+    min_compactions: int,
+    max_tie_share: float = MAX_TIE_SHARE,
+) -> list[Result]:
     """Compare all requests of a job with the reference and with their limits.
 
     A request that was preempted made the same compactions again in each of its lives, as far as the life went.
@@ -77,5 +100,32 @@ def check(job: Job, outcome: Outcome, references: ReferenceCache, min_compaction
     num_selected = sum(result.num_selected for result in results)
     num_compactions = sum(len(result.events) for result in results)
     print(f"{num_ties} near ties of {num_selected} selections, {num_compactions} compactions")
-    assert num_ties <= MAX_TIE_SHARE * num_selected
+    assert num_ties <= max_tie_share * num_selected
+    return results
+
+
+def check_replayed(job: Job, outcome: Outcome, model: Model, tolerance: Tolerance) -> list[Result]:
+    """As `check`, for an engine that rounds more than float32 does: the reference follows its tokens and survivors.
+
+    Where rounding cannot matter (methods that choose by position) survivors are equal.
+    """
+    settings = [settings_of(job, number) for number in range(len(job.prompts))]
+    keys = [(tuple(prompt), each) for prompt, each in zip(job.prompts, settings, strict=True)]
+    assert len(set(keys)) == len(keys), "two requests would be mistaken for each other"
+    replays = Replays(model, dict(zip(keys, outcome.tokens, strict=True)))
+    results = check(job, outcome, replays, min_compactions=2, max_tie_share=tolerance.survivors)
+    for number, result in enumerate(results):
+        name = f"request {number} ({job.policies[number]})"
+        if job.policies[number] in BY_POSITION:
+            assert result.num_ties == 0, name
+        own = [by_token[token] for by_token, token in zip(outcome.logprobs[number], result.tokens, strict=True)]
+        error = [abs(a - b) for a, b in zip(own, result.logprobs, strict=True)]
+        print(
+            f"{name}: {len(result.events)} compactions, {result.num_ties} of {result.num_selected} survivors differ, "
+            f"log probabilities {sum(error) / len(error):.1e} off on average, {max(error):.1e} at most; "
+            f"likelier tokens by {max(result.gaps):.1e} at most"
+        )
+        assert max(result.gaps) <= tolerance.most, name
+        assert max(error) <= tolerance.most, name
+        assert sum(error) / len(error) <= tolerance.mean, name
     return results

@@ -351,6 +351,9 @@ class Outcome:
         skipped: how often the policy could not do as configured, by reason.
         is_v2: whether Model Runner V2 ran.
         is_async: whether scheduling was asynchronous.
+        attention: class of the attention implementation.
+        graphs: name of vLLM's CUDA graph mode.
+        cache: dtype of the KV pages.
     """
 
     tokens: list[list[int]]
@@ -363,6 +366,9 @@ class Outcome:
     skipped: dict[str, int]
     is_v2: bool
     is_async: bool
+    attention: str = ""
+    graphs: str = ""
+    cache: str = ""
 
 
 def run(job: Job, runner: str = "v1") -> Outcome:
@@ -374,19 +380,34 @@ def run_all(jobs: Sequence[Job], runner: str) -> list[Outcome]:
     """Run jobs one after the other, see `run`; those of "v2" in one child."""
     if runner == "v1":
         return [_run_here(job) for job in jobs]
+    return run_in_child(jobs, interpreted=True)
+
+
+def run_in_child(
+    jobs: Sequence[Job], environment: Mapping[str, str] | None = None, interpreted: bool = False
+) -> list[Outcome]:
+    """Run jobs one after the other in a process of their own.
+
+    Args:
+        jobs: what to run.
+        environment: variables that differ from this process's.
+        interpreted: on a CPU: Model Runner V2, in Triton's interpreter.
+    """
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "job")
         path.write_bytes(pickle.dumps(jobs))
-        code = f"from tests import engines; engines.run_as_child({str(path)!r})"
-        subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=True)
+        code = f"from tests import engines; engines.run_as_child({str(path)!r}, {interpreted})"
+        variables = os.environ | dict(environment or {})
+        subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=True, env=variables)
         return pickle.loads(path.with_suffix(".outcome").read_bytes())
 
 
-def run_as_child(path: str) -> None:
-    """Run the jobs in the file with Model Runner V2 and leave the outcomes next to it."""
-    from tests import triton_cpu
+def run_as_child(path: str, interpreted: bool) -> None:
+    """Run the jobs in the file, see `run_in_child`, and leave the outcomes next to it."""
+    if interpreted:
+        from tests import triton_cpu
 
-    triton_cpu.enable()
+        triton_cpu.enable()
     outcomes = [_run_here(job) for job in pickle.loads(Path(path).read_bytes())]
     Path(path).with_suffix(".outcome").write_bytes(pickle.dumps(outcomes))
     shutdown()
@@ -412,8 +433,9 @@ def run_on(llm: vllm.LLM, job: Job) -> Outcome:
         for i in range(len(job.prompts))
     ]
     skipped_before = _skipped(llm)
+    config = llm.llm_engine.vllm_config
     # vLLM compiles a helper for log probabilities even where the model runs eagerly, which takes a minute.
-    with torch.compiler.set_stance("force_eager"):
+    with torch.compiler.set_stance("force_eager" if config.model_config.enforce_eager else "default"):
         done = generate_staggered(llm, job.prompts, params, job.every, job.abort_at)
     assert_pool_empty(llm)
     tokens: list[list[int]] = []
@@ -430,6 +452,7 @@ def run_on(llm: vllm.LLM, job: Job) -> Outcome:
         traces = [Trace.load(Path(trace_folder(), f"{name}.safetensors")) for name in done.request_ids]
     from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 
+    layer = next(each for each in config.compilation_config.static_forward_context.values() if hasattr(each, "impl"))
     skipped = _skipped(llm) - skipped_before
     scheduler = scheduler_of(llm)
     return Outcome(
@@ -443,6 +466,9 @@ def run_on(llm: vllm.LLM, job: Job) -> Outcome:
         dict(skipped),
         scheduler.use_v2_model_runner,
         isinstance(scheduler, AsyncScheduler),
+        type(layer.impl).__mro__[1 if job.policies else 0].__name__,
+        config.compilation_config.cudagraph_mode.name,
+        str(layer.kv_cache.dtype),
     )
 
 

@@ -98,6 +98,8 @@ class Result:
     alphas: list[float] = field(default_factory=list)
     """by position, 0 where nothing was added"""
     logprobs: list[float] = field(default_factory=list)
+    gaps: list[float] = field(default_factory=list)
+    """by how much the likeliest token was likelier than the one taken, in logarithms; 0 unless an engine chose"""
 
 
 class SelectionError(AssertionError):
@@ -369,7 +371,9 @@ def select_sentences(scores: Tensor, pinned: Tensor, owner: Tensor, keep: int) -
     return select(by_sentence.sort(stable=True).indices, pinned, keep), by_sentence
 
 
-def arbitrate(survives: Tensor, scores: Tensor, pinned: Tensor, engine: Tensor, where: str) -> int:
+def arbitrate(
+    survives: Tensor, scores: Tensor, pinned: Tensor, engine: Tensor, where: str, tolerance: float = TIE_TOLERANCE
+) -> int:
     """Check that a different selection of the engine differs by near ties only.
 
     Args:
@@ -378,6 +382,7 @@ def arbitrate(survives: Tensor, scores: Tensor, pinned: Tensor, engine: Tensor, 
         pinned: bool `[held]`.
         engine: bool `[held]`, the engine's choice, of the same number of tokens.
         where: for the message.
+        tolerance: relative distance from the cut that is near.
 
     Returns:
         Survivors of the engine that the reference would have evicted.
@@ -392,7 +397,7 @@ def arbitrate(survives: Tensor, scores: Tensor, pinned: Tensor, engine: Tensor, 
         raise SelectionError(f"{where}: the engine evicted a pinned token")
     cut = (scores[survives & ~pinned].min() + scores[~survives].max()) / 2
     distance = (scores[differs] - cut).abs() / torch.maximum(scores[differs].abs(), cut.abs())
-    if float(distance.max()) > TIE_TOLERANCE:
+    if float(distance.max()) > tolerance:
         raise SelectionError(
             f"{where}: {int(differs.sum()) // 2} survivors differ, up to {float(distance.max()):.1e} from the cut: "
             f"reference keeps {(survives & ~engine).nonzero().flatten().tolist()}, "
@@ -406,6 +411,8 @@ def arbitrate(survives: Tensor, scores: Tensor, pinned: Tensor, engine: Tensor, 
 
 class Request:
     """Greedy generation of one request with eviction; the reference decides itself when and how many."""
+
+    tie_tolerance = TIE_TOLERANCE
 
     def __init__(self, model: Model, prompt: Sequence[int], settings: Settings, trace: EngineTrace | None) -> None:
         self._model = model
@@ -430,14 +437,18 @@ class Request:
             self._compact_if_due()
             logits = self._feed([token])
         while True:
-            token = int(logits.argmax())
+            token = self._choose(logits)
             self._result.tokens.append(token)
             self._result.logprobs.append(float(logits.log_softmax(-1)[token]))
+            self._result.gaps.append(float(logits.max() - logits[token]))
             if len(self._result.tokens) == num_new:
                 return self._result
             self._compact_if_due()
             self._text.append(token)
             logits = self._feed([token])
+
+    def _choose(self, logits: Tensor) -> int:
+        return int(logits.argmax())
 
     def _feed(self, token_ids: list[int]) -> Tensor:
         """Compute tokens and remember what eviction needs; logits of the last `[vocab]`."""
@@ -569,7 +580,8 @@ class Request:
             for head in range(heads if per_head else 1):
                 one = (layer, head)
                 self._result.num_ties += arbitrate(
-                    survives[one], scores[one], pinned[one], engine[one], f"{where}, layer {layer}, head {head}"
+                    *(survives[one], scores[one], pinned[one], engine[one], f"{where}, layer {layer}, head {head}"),
+                    self.tie_tolerance,
                 )
         return engine
 
@@ -590,6 +602,38 @@ def generate(
         SelectionError: the engine's choice differs from the reference's by more than a near tie.
     """
     return Request(model, prompt, settings, trace).run(num_new)
+
+
+class Replay(Request):
+    """Follows an engine that rounds more than float32 does: takes its tokens and survivors, and says how far off."""
+
+    tie_tolerance = float("inf")
+
+    def __init__(
+        self, model: Model, prompt: Sequence[int], settings: Settings, trace: EngineTrace, tokens: Sequence[int]
+    ) -> None:
+        super().__init__(model, prompt, settings, trace)
+        self._tokens = tokens
+
+    def _choose(self, logits: Tensor) -> int:
+        return self._tokens[len(self._result.tokens)]
+
+
+class Replays:
+    """In place of a `ReferenceCache`: replays of what an engine did.
+
+    Args:
+        model: the reference's.
+        tokens: by prompt and settings, what the engine wrote.
+    """
+
+    def __init__(self, model: Model, tokens: dict[tuple[tuple[int, ...], Settings], list[int]]) -> None:
+        self.model = model
+        self._tokens = tokens
+
+    def get(self, prompt: Sequence[int], num_new: int, settings: Settings, trace: EngineTrace) -> Result:
+        """What the reference thinks of the engine's answer."""
+        return Replay(self.model, prompt, settings, trace, self._tokens[tuple(prompt), settings]).run(num_new)
 
 
 class ReferenceCache:

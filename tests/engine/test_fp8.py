@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -18,13 +18,18 @@ from skipkv_vllm.ops import batched
 from skipkv_vllm.ops.paging import FP8_CACHES, Layout
 from skipkv_vllm.worker.compaction import Compactor
 from tests import engines
-from tests.comparison import settings_of
+from tests.comparison import Tolerance, check_replayed, settings_of
 from tests.engines import PAGE, Job
+
+if TYPE_CHECKING:
+    from tests.hf_reference import ReferenceCache
 
 if not torch.cuda.is_available() and not torch.cpu._is_avx512_supported():
     pytest.skip("vLLM's CPU attention reads 8-bit caches with AVX-512 or AMX only", allow_module_level=True)
 
-KINDS = [pytest.param("fp8", "float32", id="e4m3"), pytest.param("fp8_e5m2", "bfloat16", id="e5m2")]
+# Not every kernel of GPUs reads 8 bits beside float32.
+FIRST = "bfloat16" if torch.cuda.is_available() else "float32"
+KINDS = [pytest.param("fp8", FIRST, id="e4m3"), pytest.param("fp8_e5m2", "bfloat16", id="e5m2")]
 METHODS = ["skipkv", "rkv", "h2o", "snapkv", "streaming_llm"]
 SCALES = (0.25, 0.3, 0.8, 1.7)
 """of keys, by layer in turn; checkpoints that were calibrated have such"""
@@ -62,7 +67,9 @@ class Shadow:
         self.num_moves = 0
         real = self.compactor.cache.caches
         pages, heads, size, double = real[0].shape
-        self.caches = [torch.zeros(pages, heads, size, double) for _ in real]
+        self.device = real[0].device
+        # K in the first half of each token, whatever the real pages look like.
+        self.caches = [torch.zeros(pages, heads, size, double, device=self.device) for _ in real]
         context = runner.vllm_config.compilation_config.static_forward_context
         self.scales = []
         for layer, cache in zip(context.values(), self.caches, strict=True):
@@ -112,7 +119,7 @@ class Shadow:
 
         def select(batch: Any, scores: Tensor) -> Any:
             moves = original(batch, scores)
-            pointers = torch.tensor([cache.data_ptr() for cache in self.caches])
+            pointers = torch.tensor([cache.data_ptr() for cache in self.caches], device=self.device)
             tables = (batch.source_table, batch.target_table, batch.num_keep)
             sidecar = self.compactor.positions.entries.clone()
             batched.compact_pages(self.caches, pointers, Layout.ROWS, sidecar, batch.positions, *tables, *moves)
@@ -164,3 +171,16 @@ def test_survivors_follow_from_the_dequantised_keys(
                 newest = settings.keep(len(prompt)) - len(prompt)
                 wanted = [*range(len(prompt)), *range(length - newest, length)]
                 assert (torch.as_tensor(kept) == torch.tensor(wanted)).all()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu/test_engine_cuda.py runs it on a GPU")
+def test_runner_v2_compacts_8_bits_too(references: ReferenceCache) -> None:
+    """What keys of 8 bits do to the answer is bounded by the reference's doubts about it."""
+    prompts = engines.demo_prompts(3, at_least=100)
+    arguments = {"kv_cache_dtype": "fp8", "kv_budget": 176, "kv_buffer": 32}
+    job = Job(prompts, ["skipkv", "h2o", "streaming_llm"], 150, every=2, arguments=arguments, num_logprobs=1)
+
+    outcome = engines.run(job, "v2")
+
+    assert (outcome.is_v2, outcome.cache) == (True, "torch.uint8")
+    check_replayed(job, outcome, references.model, Tolerance(most=8.0, mean=0.2, survivors=0.15))
