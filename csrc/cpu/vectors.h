@@ -152,8 +152,9 @@ inline float exp_nonpositive(float x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * r * r + r + 1.0f;
-  const int32_t exponent = bits<int32_t>(shifted) - bits<int32_t>(12582912.0f);
-  return p * bits<float>((exponent + 127) << 23);
+  // Unsigned, or a NaN would shift what no signed shift can hold.
+  const uint32_t exponent = bits<uint32_t>(shifted) - bits<uint32_t>(12582912.0f);
+  return p * bits<float>((exponent + 127u) << 23);
 }
 
 inline float max_of(const float* x, int64_t n) {

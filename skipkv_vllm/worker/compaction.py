@@ -93,8 +93,8 @@ class Compactor:
         cache: the KV pages.
         block_size: tokens of one of vLLM's blocks; a multiple of the kernels' page size.
         ring, tracker, mass: what the runtime collects.
-        key_scales: float32 `[layers, H]` by which stored keys must be multiplied, or None for 1.
         ranks: this worker's place among those that share the model.
+        key_scales: float32 `[layers, H]` by which stored keys must be multiplied, or None for 1.
     """
 
     def __init__(
@@ -105,8 +105,8 @@ class Compactor:
         ring: QueryRing | None,
         tracker: SentenceTracker | None,
         mass: AttentionMass,
-        key_scales: Tensor | None = None,
         ranks: Ranks = ALONE,
+        key_scales: Tensor | None = None,
     ) -> None:
         self.config = config
         self.cache = cache

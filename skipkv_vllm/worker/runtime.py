@@ -83,7 +83,7 @@ class EvictionRuntime:
             key_scales: float32 `[layers, H]` by which stored keys must be multiplied, or None for 1.
         """
         collected = (self.ring, self.tracker, self._mass)
-        self._compactor = Compactor(self.config, cache, block_size, *collected, key_scales, self._ranks)
+        self._compactor = Compactor(self.config, cache, block_size, *collected, self._ranks, key_scales)
 
     # ---- before the forward pass
 
