@@ -103,7 +103,8 @@ class Engine:
             compactions = 0
             if evicted is not None:
                 resident -= sum(evicted(r.request_id) for r in running)
-                compactions = len(received_orders(output).compactions)
+                orders = received_orders(output)
+                compactions = len(orders.compactions) if orders else 0
             prefill = sum(count for count in counts.values() if count > 1)
             self.steps.append((started, len(counts), output.total_num_scheduled_tokens, prefill, resident, compactions))
             return output
