@@ -349,7 +349,9 @@ def main() -> int:
 def finish(args: argparse.Namespace, rows: list[dict[str, Any]]) -> int:
     """Write the figures, if asked for."""
     if args.out:
-        settings = vars(args) | {"model": relative(args.model), "out": str(args.out)}
+        # The vector is one of `short_vector`, in a folder that is gone by now.
+        settings = {k: v for k, v in vars(args).items() if k != "vector"}
+        settings |= {"model": relative(args.model), "out": str(args.out)}
         command = ["python", "-m", "benchmarks.overhead", *sys.argv[1:]]
         run = {"command": command, "commit": commit(), "machine": machine(), "versions": versions()}
         write_summary({"run": run | {"settings": settings}, "shapes": rows}, args.out)
