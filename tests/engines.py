@@ -452,7 +452,8 @@ def run_on(llm: vllm.LLM, job: Job) -> Outcome:
         traces = [Trace.load(Path(trace_folder(), f"{name}.safetensors")) for name in done.request_ids]
     from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 
-    layer = next(each for each in config.compilation_config.static_forward_context.values() if hasattr(each, "impl"))
+    # Where the model runs in other processes, its layers are not to be seen.
+    layers = [each for each in config.compilation_config.static_forward_context.values() if hasattr(each, "impl")]
     skipped = _skipped(llm) - skipped_before
     scheduler = scheduler_of(llm)
     return Outcome(
@@ -466,9 +467,9 @@ def run_on(llm: vllm.LLM, job: Job) -> Outcome:
         dict(skipped),
         scheduler.use_v2_model_runner,
         isinstance(scheduler, AsyncScheduler),
-        type(layer.impl).__mro__[1 if job.policies else 0].__name__,
+        type(layers[0].impl).__mro__[1 if job.policies else 0].__name__ if layers else "",
         config.compilation_config.cudagraph_mode.name,
-        str(layer.kv_cache.dtype),
+        str(layers[0].kv_cache.dtype) if layers else "",
     )
 
 
