@@ -35,7 +35,7 @@ from skipkv_vllm.ops import STATE
 from skipkv_vllm.steering import SteeringVector
 
 from .accuracy.docs import write_summary
-from .accuracy.machine import commit, machine, relative, versions
+from .accuracy.machine import provenance, relative
 
 ARMS = ("stock", "evicting")
 STEERING_ARMS = ("stock", "steered", "idle")
@@ -352,9 +352,7 @@ def finish(args: argparse.Namespace, rows: list[dict[str, Any]]) -> int:
         # The vector is one of `short_vector`, in a folder that is gone by now.
         settings = {k: v for k, v in vars(args).items() if k != "vector"}
         settings |= {"model": relative(args.model), "out": str(args.out)}
-        command = ["python", "-m", "benchmarks.overhead", *sys.argv[1:]]
-        run = {"command": command, "commit": commit(), "machine": machine(), "versions": versions()}
-        write_summary({"run": run | {"settings": settings}, "shapes": rows}, args.out)
+        write_summary({"run": provenance("benchmarks.overhead", settings), "shapes": rows}, args.out)
     return 0
 
 

@@ -20,7 +20,7 @@ from vllm.v1.core.kv_cache_utils import BlockHash, KVCacheBlock, make_block_hash
 from skipkv_vllm.scheduler.prefix_eviction import GuardQueue
 
 from .accuracy.docs import write_summary
-from .accuracy.machine import commit, machine, versions
+from .accuracy.machine import provenance
 
 Trace = list[list[str]]
 """Of each request the pages of its prompt, in order."""
@@ -132,9 +132,8 @@ def main() -> int:
         rows.append(row)
         print(f"{name:<8}{row['lru']:8.3f}{row['guard']:8.3f}{row['belady']:8.3f}")
     if args.out:
-        command = ["python", "-m", "benchmarks.prefix_eviction", *sys.argv[1:]]
-        run = {"command": command, "commit": commit(), "machine": machine(), "versions": versions()}
-        write_summary({"run": run | {"settings": vars(args) | {"out": str(args.out)}}, "traces": rows}, args.out)
+        run = provenance("benchmarks.prefix_eviction", vars(args) | {"out": str(args.out)})
+        write_summary({"run": run, "traces": rows}, args.out)
     return 0
 
 

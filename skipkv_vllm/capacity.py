@@ -53,6 +53,10 @@ class ModelShape:
         entry = POSITION_BYTES * self.num_layers * self.num_kv_heads
         return entry * (2 if needs & Need.ATTENTION_MASS else 1)
 
+    def left_for_kv(self, amount: int, needs: Need) -> int:
+        """Of an amount of memory, in any unit, what remains for KV beside the sidecar."""
+        return amount * self.kv_bytes // (self.kv_bytes + self.sidecar_bytes(needs))
+
     def ring_bytes(self, window: int, num_slots: int, max_tokens: int) -> int:
         """The ring of observation queries, with the index of a step of `max_tokens`; see `worker.queries`."""
         rows = (num_slots * window + 1) * self.num_layers * self.num_heads * self.head_size
@@ -211,8 +215,7 @@ def pages_with_policy(
     """KV pages that remain of `memory` bytes, of which the policy's state and sidecar are taken; may be negative."""
     state = shape.state_bytes(config, max_num_seqs, max_length, max_tokens)
     # In the order of `worker.build.without_sidecar`: vLLM divides what that leaves into pages.
-    kv, sidecar = shape.kv_bytes, shape.sidecar_bytes(config.needs)
-    return ((memory - state) * kv // (kv + sidecar)) // (page_size * kv)
+    return shape.left_for_kv(memory - state, config.needs) // (page_size * shape.kv_bytes)
 
 
 def shape_of(

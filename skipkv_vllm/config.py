@@ -238,7 +238,7 @@ class KVPolicyConfig(BaseModel):
         return self
 
     @model_validator(mode="after")
-    def _grouping(self) -> KVPolicyConfig:
+    def _scheduling(self) -> KVPolicyConfig:
         if self.kv_batch_grouping == "off":
             defaults = {"kv_grouping_width": GROUPING_WIDTH, "kv_grouping_max_wait": GROUPING_MAX_WAIT}
             for name, default in defaults.items():

@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .report import command_line, table
+from benchmarks.markdown import table
+
+from .report import command_line
 
 OVERHEAD = Path("results", "overhead.json")
 STEERING_OVERHEAD = Path("results", "steering-overhead.json")

@@ -9,6 +9,7 @@ from typing import Any
 
 from benchmarks.kernels.section import KERNELS, kernels_section
 from benchmarks.load.section import THROUGHPUT, throughput_section
+from benchmarks.markdown import table
 from benchmarks.simulate.section import SIMULATION, simulation_section
 
 from . import UsageError
@@ -21,7 +22,7 @@ from .costs import (
     steering_overhead_section,
 )
 from .plots import FIGURES
-from .report import NOTES, arms_table, batch_table, headline, provenance, setting, table, versus_table
+from .report import NOTES, arms_table, batch_table, headline, provenance, setting, versus_table
 from .steering import read_section
 from .summary import OURS, Summary
 

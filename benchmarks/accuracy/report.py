@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
+
+from benchmarks.markdown import table
 
 from . import UsageError
 from .grid import FULL
@@ -222,13 +224,6 @@ def command_line(command: Iterable[str]) -> str:
     import shlex
 
     return shlex.join(command)
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[Any]], left: int) -> str:
-    """A Markdown table; the first `left` columns are aligned to the left, the others to the right."""
-    rule = ["---" if i < left else "---:" for i in range(len(head))]
-    lines = [head, rule, *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
 def _budget(arm: Mapping[str, Any]) -> str:

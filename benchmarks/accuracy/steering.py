@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 
+from benchmarks.markdown import table
 from skipkv_vllm.steering import SteeringVector
 
 from .grid import FULL, Steer
-from .report import NOTES, arms_table, provenance, setting, table
+from .report import NOTES, arms_table, provenance, setting
 from .summary import OURS, Summary, find
 
 STEERING = Path("results", "steering.json")

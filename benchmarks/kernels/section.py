@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
+
+from benchmarks.markdown import table
 
 KERNELS = Path("results", "kernels.json")
 MIB = 2**20
@@ -54,7 +56,7 @@ def scoring_table(rows: Iterable[Mapping[str, Any]]) -> str:
         speed = [f"{row['gflops']:.0f}", f"{100 * row['of_matmul']:.0f}"] if "gflops" in row else ["", ""]
         memory = [_mib(row[key]) for key in ("ours_peak_bytes", "scratch_bytes", "rkv_peak_bytes")]
         lines.append([f"{row['length']:,}", row["keys"], *times, *ratios, *speed, *memory])
-    return _table(head, lines)
+    return table(head, lines)
 
 
 def compaction_table(rows: Iterable[Mapping[str, Any]]) -> str:
@@ -72,7 +74,7 @@ def compaction_table(rows: Iterable[Mapping[str, Any]]) -> str:
         selection = [_ms(row[key]) for key in ("select_ms", "select_pytorch_ms")]
         ratio = f"{row['speedup_over_rewrite']:.1f}x"
         lines.append([f"{row['budget']:,}", row["buffer"], *times, ratio, *moved, *speed, *selection])
-    return _table(head, lines)
+    return table(head, lines)
 
 
 def _ms(value: float) -> str:
@@ -81,8 +83,3 @@ def _ms(value: float) -> str:
 
 def _mib(value: float | None) -> str:
     return "" if value is None else f"{value / MIB:,.1f}"
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    lines = [head, ["---:"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)

@@ -56,8 +56,7 @@ def pool_pages(args: argparse.Namespace, arm: Arm, pages: int) -> int:
     """Pages of an arm whose pool has the memory of `pages` pages of full KV: with a policy, positions cost some."""
     if not arm.evicts:
         return pages
-    shape, needs = model_shape(args), policy_config(args).needs
-    return pages * shape.kv_bytes // (shape.kv_bytes + shape.sidecar_bytes(needs))
+    return model_shape(args).left_for_kv(pages, policy_config(args).needs)
 
 
 def engine_arguments(args: argparse.Namespace, arm: Arm, load: Sequence[Offered], pages: int) -> dict[str, Any]:

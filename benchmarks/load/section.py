@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
+
+from benchmarks.markdown import table
 
 THROUGHPUT = Path("results", "throughput.json")
 FIGURE = "throughput.svg"
@@ -78,7 +80,7 @@ def pools_table(rows: Iterable[Mapping[str, Any]]) -> str:
         counts = [f"{row[key]:,}" for key in ("peak_running", "preemptions", "compactions")]
         rates = [f"{row['tokens_per_second']:,.0f}", f"{row['requests_per_second']:.2f}"]
         lines.append([f"{row['pool']:g}", row["arm"], *rates, *ratios, *times, *counts])
-    return _table(head, lines)
+    return table(head, lines)
 
 
 def grouping_table(rows: Iterable[Mapping[str, Any]]) -> str:
@@ -95,7 +97,7 @@ def grouping_table(rows: Iterable[Mapping[str, Any]]) -> str:
         rates = [f"{row['tokens_per_second']:,.0f}", f"{row['of_ungrouped']:.3f}"]
         launches = f"{row['compactions_a_launch']:.2f}"
         lines.append([row["arm"], *rates, *padding, launches, *static, *bound, _ms(row["ttft_p99_ms"])])
-    return _table(head, lines)
+    return table(head, lines)
 
 
 def prediction_table(rows: Iterable[Mapping[str, Any]]) -> str:
@@ -112,13 +114,8 @@ def prediction_table(rows: Iterable[Mapping[str, Any]]) -> str:
         lines.append(
             [f"{row['pool']:g}", row["arm"], f"{row['measured']:,.0f}", f"{row['predicted']:,.0f}", error, *pairs]
         )
-    return _table(head, lines)
+    return table(head, lines)
 
 
 def _ms(value: float | None) -> str:
     return "" if value is None else f"{value:.3g}" if value < 1000 else f"{value:,.0f}"
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    lines = [head, ["---:"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)

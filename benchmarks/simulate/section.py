@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from benchmarks.markdown import table
+
 SIMULATION = Path("results", "simulation.json")
 
 
@@ -38,7 +40,7 @@ def simulation_table(rows: Iterable[Mapping[str, Any]]) -> str:
         "model", "output tokens", "GPUs", "a replica", "full KV, tokens/s", "at once", "preemptions",
         "policy, tokens/s", "at once", "ratio",
     )  # fmt: skip
-    lines = [list(head), ["---:"] * len(head)]
+    lines = []
     for row in rows:
         full, policy = row["full"], row["policy"]
         lines.append(
@@ -55,4 +57,4 @@ def simulation_table(rows: Iterable[Mapping[str, Any]]) -> str:
                 f"{row['ratio']:.1f}x",
             ]
         )
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return table(head, lines)

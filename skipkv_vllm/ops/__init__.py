@@ -13,6 +13,7 @@ from .reference import (
     attention_received,
     importance,
     move_list,
+    pooled,
     redundancy,
     sentence_penalties,
 )
@@ -28,6 +29,7 @@ __all__ = [
     "function",
     "importance",
     "move_list",
+    "pooled",
     "redundancy",
     "report",
     "sentence_penalties",

@@ -42,6 +42,14 @@ def importance(queries: Tensor, keys: Tensor, *, window: int, pool: int) -> Tens
     return F.max_pool1d(attention.unsqueeze(0), pool, stride=1, padding=pool // 2).squeeze(0)
 
 
+def pooled(scores: Tensor, window: int, pool: int) -> Tensor:
+    """Scores `[H, L]` as the maximum over `pool` neighbours older than the window; 0 for the window's own, which the
+    runtime pins: they only have to be numbers."""
+    old = scores[:, : scores.shape[1] - window]
+    largest = F.max_pool1d(old.unsqueeze(0), pool, stride=1, padding=pool // 2).squeeze(0)
+    return F.pad(largest, (0, window))
+
+
 def attention_logits(queries: Tensor, keys: Tensor, positions: Tensor) -> Tensor:
     """Scaled logits of the last queries at each held token.
 

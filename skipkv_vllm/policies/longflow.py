@@ -5,15 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Tensor
-
-from .base import About, View, register_policy
-from .value_aware import ValueAware, values_of
+from .base import About, register_policy
+from .vatp import VATP
 
 
 @register_policy
 @dataclass(frozen=True)
-class LongFlow(ValueAware):
+class LongFlow(VATP):
     """Attention weight of the newest query times the l1 norm of the value.
 
     The original evicts one token at every step, the same one for all heads of a layer, inside its attention kernel;
@@ -32,6 +30,3 @@ class LongFlow(ValueAware):
     )
 
     base: str = "tova"
-
-    def score(self, view: View) -> Tensor:
-        return self.base_weights(view) * values_of(view).abs().sum(dim=-1)

@@ -60,8 +60,4 @@ class OBCache(Policy):
             output = attention @ values[:, :, 0]
             change = logits * (values - output[..., None, :])
             error = attention**2 * (change + values if self.form == "joint" else change).square().sum(dim=-1)
-        total = error.sum(dim=2).mean(dim=1)
-        old = total[:, : total.shape[1] - view.window]
-        pooled = torch.nn.functional.max_pool1d(old[None], self.pool, stride=1, padding=self.pool // 2)[0]
-        # The window is pinned by the runtime; its score only has to be a number.
-        return torch.nn.functional.pad(pooled, (0, view.window))
+        return ops.pooled(error.sum(dim=2).mean(dim=1), view.window, self.pool)

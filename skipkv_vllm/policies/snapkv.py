@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from .. import ops
@@ -48,8 +47,4 @@ class SnapKV(Policy):
         return ops.attention_received(view.queries, view.keys.transpose(0, 1), view.positions)
 
     def score(self, view: View) -> Tensor:
-        received = self._received(view)
-        old = received[:, : received.shape[1] - view.window]
-        pooled = torch.nn.functional.max_pool1d(old[None], self.pool, stride=1, padding=self.pool // 2)[0]
-        # The window is pinned by the runtime; its score only has to be a number.
-        return torch.nn.functional.pad(pooled, (0, view.window))
+        return ops.pooled(self._received(view), view.window, self.pool)

@@ -185,4 +185,4 @@ def without_sidecar(available: int, vllm_config: VllmConfig) -> int:
         return available
     layers = list(attention_layers(vllm_config).values())
     shape = compat.model_shape(vllm_config, len(layers), layers[0].kv_cache_torch_dtype)
-    return available * shape.kv_bytes // (shape.kv_bytes + shape.sidecar_bytes(config.needs))
+    return shape.left_for_kv(available, config.needs)
