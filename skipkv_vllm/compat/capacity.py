@@ -77,7 +77,9 @@ def _check_pool(
         )
 
 
-def check_fits_alone(vllm_config: VllmConfig, config: KVPolicyConfig, request: EngineCoreRequest) -> None:
+def check_fits_alone(
+    vllm_config: VllmConfig, config: KVPolicyConfig, request: EngineCoreRequest, options: RequestOptions
+) -> None:
     """Refuse a request that could outgrow the pool even if it ran alone: it could never be finished.
 
     Raises:
@@ -93,7 +95,6 @@ def check_fits_alone(vllm_config: VllmConfig, config: KVPolicyConfig, request: E
     limits = None
     if not request.resumable:
         longest = min(num_prompt + (params.max_tokens or 0), longest)
-        options = RequestOptions.parse(params.extra_args, config, vllm_config.model_config.max_model_len)
         limits = limits_of(options, config, num_prompt)
     most = most_tokens(limits, longest)
     if ceil_div(most, cache.block_size) <= num_pages:

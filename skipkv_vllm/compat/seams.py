@@ -183,7 +183,7 @@ def check_request(vllm_config: VllmConfig, request: EngineCoreRequest) -> None:
         if request.resumable:
             options.check_streaming()
     with _as_bad_request("max_tokens"):
-        check_fits_alone(vllm_config, config, request)
+        check_fits_alone(vllm_config, config, request, options)
 
 
 @contextlib.contextmanager

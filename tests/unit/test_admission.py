@@ -13,8 +13,8 @@ from vllm.exceptions import VLLMValidationError
 from vllm.v1.core import kv_cache_utils
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
-from skipkv_vllm.compat import is_public
-from skipkv_vllm.compat.capacity import check_fits_alone, install_pool_check
+from skipkv_vllm.compat import capacity, is_public
+from skipkv_vllm.compat.capacity import install_pool_check
 from skipkv_vllm.compat.seams import check_request, has_policy, policy_config
 from skipkv_vllm.config import CONFIG_KEY, KVPolicyConfig, RequestOptions
 from skipkv_vllm.errors import KVPolicyError
@@ -217,6 +217,11 @@ def request(num_prompt: int, max_tokens: int, resumable: bool = False, **options
     return SimpleNamespace(
         sampling_params=params, prompt_token_ids=[1] * num_prompt, prompt_embeds=None, resumable=resumable
     )
+
+
+def check_fits_alone(vllm_config, config, one: SimpleNamespace) -> None:
+    options = RequestOptions.parse(one.sampling_params.extra_args, config, vllm_config.model_config.max_model_len)
+    capacity.check_fits_alone(vllm_config, config, one, options)
 
 
 @pytest.mark.parametrize(
