@@ -16,7 +16,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from .errors import KVPolicyError
-from .policies import IN_THE_CACHE, Need, Policy, make_policy, policy_names
+from .policies import IN_THE_CACHE, Need, Policy, check_policy_name, make_policy, policy_names
 from .steering import SteeringVector
 from .steering.controller import Strength
 
@@ -164,11 +164,9 @@ class KVPolicyConfig(BaseModel):
     @classmethod
     def _known_policies(cls, value: list[str]) -> list[str]:
         for name in value:
-            if name not in policy_names():
-                raise KVPolicyError(
-                    f"kv_request_policies={value}: {name!r} is unknown; name some of: {', '.join(policy_names())}, "
-                    "with spaces between them"
-                )
+            if "," in name:
+                raise KVPolicyError(f"kv_request_policies={name!r} is no name; put names with spaces between them")
+            check_policy_name("kv_request_policies", name)
         return value
 
     @field_validator("kv_trace_dir")

@@ -10,6 +10,7 @@ from . import (  # noqa: F401  (importing registers them)
     manifoldkv,
     obcache,
     random,
+    refused,
     rkv,
     skipkv,
     snapkv,
@@ -17,7 +18,17 @@ from . import (  # noqa: F401  (importing registers them)
     tova,
     vatp,
 )
-from .base import IN_THE_CACHE, Need, Policy, SentenceOptions, View, make_policy, policy_names, register_policy
+from .base import (
+    IN_THE_CACHE,
+    Need,
+    Policy,
+    SentenceOptions,
+    View,
+    check_policy_name,
+    make_policy,
+    policy_names,
+    register_policy,
+)
 
 __all__ = [
     "IN_THE_CACHE",
@@ -25,6 +36,7 @@ __all__ = [
     "Policy",
     "SentenceOptions",
     "View",
+    "check_policy_name",
     "make_policy",
     "policy_names",
     "register_policy",

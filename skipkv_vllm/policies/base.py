@@ -150,7 +150,25 @@ class SentenceOptions:
     compat: str = "default"
 
 
+@dataclass(frozen=True)
+class Refusal:
+    """A published method that is not offered.
+
+    Attributes:
+        name: by which it may be asked for.
+        about: its paper.
+        reason: why it is not offered.
+        instead: what to use.
+    """
+
+    name: str
+    about: About
+    reason: str
+    instead: str
+
+
 _REGISTRY: dict[str, type[Policy]] = {}
+_REFUSED: dict[str, Refusal] = {}
 P = TypeVar("P", bound=type[Policy])
 
 
@@ -167,14 +185,35 @@ def policy_names() -> list[str]:
     return ["full", *sorted(n for n in _REGISTRY if n != "full")]
 
 
+def refuse_policy(refusal: Refusal) -> None:
+    """Make `check_policy_name` say why a method is not offered."""
+    _REFUSED[refusal.name] = refusal
+
+
+def refusals() -> list[Refusal]:
+    """All methods that are known and not offered."""
+    return [_REFUSED[name] for name in sorted(_REFUSED)]
+
+
+def check_policy_name(field: str, name: str) -> None:
+    """Raise `KVPolicyError`, with the reason where one is known, unless a policy of this name is registered."""
+    if name in _REFUSED:
+        refusal = _REFUSED[name]
+        raise KVPolicyError(
+            f"{field}={name!r} ({refusal.about.paper}, arXiv {refusal.about.arxiv}) is not offered: {refusal.reason}. "
+            f"Use {refusal.instead}"
+        )
+    if name not in _REGISTRY:
+        raise KVPolicyError(f"{field}={name!r} is unknown; choose one of: {', '.join(policy_names())}")
+
+
 def make_policy(name: str, options: dict[str, object] | None = None) -> Policy:
     """Build a policy from its name and the fields to override.
 
     Raises:
-        KVPolicyError: unknown name, unknown field, wrong type or a value out of range.
+        KVPolicyError: unknown or refused name, unknown field, wrong type or a value out of range.
     """
-    if name not in _REGISTRY:
-        raise KVPolicyError(f"kv_policy={name!r} is unknown; choose one of: {', '.join(policy_names())}")
+    check_policy_name("kv_policy", name)
     cls = _REGISTRY[name]
     fields = {f.name: f for f in dataclasses.fields(cls)}
     for key, value in (options or {}).items():

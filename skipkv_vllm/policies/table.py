@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from . import Need, Policy, make_policy, policy_names
+from .base import About, refusals
 
 INPUTS = {
     Need.QUERIES: ("last W queries", "W Hq D elements a layer"),
@@ -37,10 +38,24 @@ Triton), the others by PyTorch.
 """
 
 
+REFUSED = """
+## Known and not offered
+
+`--kv-policy` and a request's `kv_policy` refuse these with the reason.
+
+| method | paper | why not | use |
+|---|---|---|---|
+"""
+
+
+def _link(about: About) -> str:
+    return f"[{about.paper}](https://arxiv.org/abs/{about.arxiv})" if about.arxiv else about.paper
+
+
 def row(policy: Policy) -> str:
     """A method's line of the table."""
     about, reads = policy.about, [INPUTS[need] for need in Need if need in policy.needs]
-    paper = f"[{about.paper}](https://arxiv.org/abs/{about.arxiv})" if about.arxiv else about.paper
+    paper = _link(about)
     fields = ", ".join(f"`{f.name}` ({getattr(policy, f.name)})" for f in dataclasses.fields(policy)) or "none"
     native = " (native)" if policy.token_score is not None else ""
     inputs, memory = ("; ".join(filter(None, column)) for column in zip(*reads, strict=True)) if reads else ("none", "")
@@ -52,7 +67,9 @@ def row(policy: Policy) -> str:
 
 def document() -> str:
     """All of `docs/policies.md`."""
-    return TEXT + "\n".join(row(make_policy(name)) for name in policy_names()) + "\n"
+    refused = [f"| `{r.name}` | {_link(r.about)} | {r.reason} | {r.instead} |" for r in refusals()]
+    offered = [row(make_policy(name)) for name in policy_names()]
+    return TEXT + "\n".join(offered) + "\n" + REFUSED + "\n".join(refused) + "\n"
 
 
 if __name__ == "__main__":

@@ -271,6 +271,8 @@ def test_the_budget_of_the_server_must_hold_the_sinks_of_a_method_chosen():
     [
         ("skipkv", ["h2o", "nope"], ["kv_request_policies", "'nope'", "h2o, keydiff"]),
         ("skipkv", ["h2o,random"], ["kv_request_policies", "'h2o,random'", "with spaces"]),
+        ("skipkv", ["h2o", "epicache"], ["kv_request_policies", "'epicache'", "EpiCache", "2509.17396", "by layer"]),
+        ("adakv", [], ["kv_policy", "'adakv'", "AdaKV", "2407.11550", "by head", "block table", "Use snapkv"]),
         ("full", ["h2o"], ["kv_request_policies", "'full'", "--kv-policy"]),
     ],
 )
@@ -279,6 +281,12 @@ def test_bad_request_policies_are_refused(policy, names, parts):
         KVPolicyConfig.parse({"kv_policy": policy, "kv_request_policies": names})
     for part in parts:
         assert part in str(error.value)
+
+
+def test_a_request_is_told_why_a_method_is_not_offered():
+    server = KVPolicyConfig(kv_policy="rkv")
+    with pytest.raises(KVPolicyError, match=r"kv_policy='epicache' \(EpiCache, arXiv 2509.17396\) is not offered: "):
+        RequestOptions.parse({"kv_policy": "epicache"}, server, 500)
 
 
 # ---- flags on vLLM's own parser
