@@ -11,7 +11,7 @@ from benchmarks.kernels.section import KERNELS, kernels_section
 from benchmarks.load.section import THROUGHPUT, throughput_section
 from benchmarks.markdown import table
 from benchmarks.simulate.section import SIMULATION, simulation_section
-from benchmarks.unequal_budgets.section import UNEQUAL, unequal_section
+from benchmarks.unequal_budgets.section import AGAIN, UNEQUAL, again_section, unequal_section
 
 from . import UsageError
 from .costs import (
@@ -62,6 +62,7 @@ def measured_sections(docs: Path) -> list[str]:
         SIMULATION: simulation_section,
         PREFIX_EVICTION: prefix_eviction_section,
         UNEQUAL: unequal_section,
+        AGAIN: again_section,
     }
     parts = read_section(docs)
     for name, section in sections.items():

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import argparse
 import copy
+import re
 import sys
 import time
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from benchmarks.accuracy.docs import write_summary
 from benchmarks.accuracy.grid import Budget
 from benchmarks.accuracy.machine import provenance
-from benchmarks.accuracy.stats import paired_difference
 from benchmarks.tiny_reasoner import SKIPKV_PARAMETERS
 from benchmarks.tiny_reasoner.problems import Problem, extract_answer, problems
 from skipkv_vllm import bundled_model
@@ -37,7 +36,7 @@ from .section import UNEQUAL, unequal_table
 
 BASES = ("snapkv", "rkv", "skipkv")
 BUDGETS = ("10%", "25%", "40%", "60%")
-EXPONENTS = (0.5, 1.1, 2.0)  # 1.1 is EpiCache's for Llama
+SHARES = ("adakv", "epicache:0.5", "epicache:1.1", "epicache:2")  # 1.1 is EpiCache's for Llama
 
 
 class Bench:
@@ -53,7 +52,7 @@ class Bench:
         self.model = AutoModelForCausalLM.from_pretrained(
             bundled_model(), dtype=torch.float32, attn_implementation="held"
         ).eval()
-        self.problems = list(problems("dev", args.problems))
+        self.problems = list(problems("dev", args.skip + args.problems))[args.skip :]
         self.prompts = [self._prompt(problem) for problem in self.problems]
 
     def _prompt(self, problem: Problem) -> list[int]:
@@ -103,8 +102,10 @@ def run(bench: Bench) -> dict[str, Any]:
     """All arms; what a file of figures holds but for its provenance."""
     args = bench.args
     similarity = bench.similarity()
-    allocations: dict[str, Allocation] = {"equal": Equal(), "adakv": ByHead()}
-    allocations |= {f"epicache {exponent:g}": ByLayer(similarity, exponent) for exponent in args.exponents}
+    allocations: dict[str, Allocation] = {"equal": Equal()}
+    for each in args.shares:
+        name, _, exponent = each.partition(":")
+        allocations[each.replace(":", " ")] = ByLayer(similarity, float(exponent)) if exponent else ByHead()
     full = bench.rows()
     whole = copy.deepcopy(full)
     whole.advance(whole.last)
@@ -133,45 +134,32 @@ def run(bench: Bench) -> dict[str, Any]:
             | {name: each.weights()[i] for name, each in allocations.items() if isinstance(each, ByLayer)}
             for i in range(len(similarity))
         ],
-        "gains": gains(arms),
         "arms": arms,
     }
-
-
-def gains(arms: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Each way to share against equal shares, by base and budget and over all of them; in points, paired by problem."""
-    found = []
-    for name in dict.fromkeys(arm["shares"] for arm in arms):
-        ours = [arm for arm in arms if arm["shares"] == name]
-        equal = [
-            next(e for e in arms if (e["shares"], e["base"], e["budget"]) == ("equal", arm["base"], arm["budget"]))
-            for arm in ours
-        ]
-        cells = [*((arm["base"], arm["budget"], [arm], [other]) for arm, other in zip(ours, equal, strict=True))]
-        for base, budget, these, those in [("all", "all", ours, equal), *cells]:
-            right, wrong = (torch.tensor([a["correct"] for a in group]).double().mean(0) for group in (these, those))
-            gain = paired_difference(right.tolist(), wrong.tolist())
-            row = {"shares": name, "base": base, "budget": budget, "accuracy": float(right.mean())}
-            found.append(row | {"gain": 100 * gain.value, "low": 100 * gain.low, "high": 100 * gain.high})
-    return found
 
 
 def main() -> int:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--problems", type=int, default=100, help="of the dev split")
+    parser.add_argument("--skip", type=int, default=0, help="first problems of the split that are left out")
     parser.add_argument("--train", type=int, default=16, help="training problems of the profile")
     parser.add_argument("--bases", nargs="+", default=list(BASES), metavar="POLICY")
     parser.add_argument("--budgets", nargs="+", default=list(BUDGETS), metavar="B", help="tokens, or shares of full KV")
-    parser.add_argument("--exponents", nargs="+", type=float, default=list(EXPONENTS), help="of epicache")
+    parser.add_argument(
+        "--shares", nargs="+", default=list(SHARES), metavar="SHARES", help="adakv, or epicache:EXPONENT"
+    )
     parser.add_argument("--buffer", type=int, default=128)
     parser.add_argument("--window", type=int, default=8)
     parser.add_argument("--max-tokens", type=int, default=1600)
     parser.add_argument("--out", type=Path, default=Path("docs") / UNEQUAL)
     args = parser.parse_args()
-    for name in ("problems", "train", "buffer", "window"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} {getattr(args, name)} is out of range; allowed: at least 1")
+    for name, least in {"problems": 1, "skip": 0, "train": 1, "buffer": 1, "window": 1}.items():
+        if getattr(args, name) < least:
+            parser.error(f"--{name} {getattr(args, name)} is out of range; allowed: at least {least}")
+    for each in args.shares:
+        if not re.fullmatch(r"adakv|epicache:\d+(\.\d+)?", each):
+            parser.error(f"--shares {each!r} is neither adakv nor epicache:EXPONENT, e.g. epicache:1.1")
     scored = [name for name in policy_names() if name != "full" and not policy_of(name).needs & Need.ATTENTION_MASS]
     if unknown := [name for name in args.bases if name not in scored]:
         parser.error(f"--bases {' '.join(unknown)} cannot be used here; choose some of: {', '.join(scored)}")

@@ -2,19 +2,21 @@
 
 from .base import About, Refusal, refuse_policy
 
-_UNEQUAL = (
-    "one block table holds equally many tokens of every layer and head, and on the bundled model the same total, "
-    "shared out unequally, gained less than the 2 points that further tables would have to be worth (docs/results.md)"
-)
-
 refuse_policy(
-    Refusal("adakv", About("AdaKV", "2407.11550"), f"it budgets by head; {_UNEQUAL}", "snapkv, rkv or skipkv")
+    Refusal(
+        "adakv",
+        About("AdaKV", "2407.11550"),
+        "it budgets by head, and one block table holds equally many tokens of every head; tables by head would gain "
+        "nothing on the bundled model (docs/results.md)",
+        "snapkv, rkv or skipkv",
+    )
 )
 refuse_policy(
     Refusal(
         "epicache",
         About("EpiCache", "2509.17396"),
-        f"it budgets by layer; {_UNEQUAL}; and its episodes are the application's to route",
-        "snapkv, rkv or skipkv; for long prompts --no-kv-protect-prompt",
+        "it budgets by layer, and one block table holds equally many tokens of every layer; what tables by layer would "
+        "gain on the bundled model is in docs/results.md; and its episodes are the application's to route",
+        "rkv or skipkv, which gained least by unequal budgets",
     )
 )

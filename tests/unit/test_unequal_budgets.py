@@ -9,9 +9,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks.unequal_budgets.__main__ import Bench, gains, policy_of
+from benchmarks.unequal_budgets.__main__ import Bench, policy_of
 from benchmarks.unequal_budgets.allocation import ByHead, ByLayer, Equal, shares
-from benchmarks.unequal_budgets.section import unequal_section
+from benchmarks.unequal_budgets.section import again_section, gains, unequal_section
 from skipkv_vllm import bundled_model
 from tests import hf_reference
 
@@ -20,7 +20,7 @@ BUDGET, BUFFER, WINDOW, NUM_NEW = 90, 24, 8, 160
 
 @pytest.fixture(scope="module")
 def bench() -> Bench:
-    return Bench(argparse.Namespace(problems=2, train=2, window=WINDOW, buffer=BUFFER, max_tokens=NUM_NEW))
+    return Bench(argparse.Namespace(problems=2, skip=0, train=2, window=WINDOW, buffer=BUFFER, max_tokens=NUM_NEW))
 
 
 @pytest.fixture(scope="module")
@@ -122,16 +122,22 @@ def test_gains_and_verdict() -> None:
     wins, draws = [0] * 10 + [1] * 90, [0, 1] * 50
     arms = [arm("rkv", "equal", [0] * 50 + [1] * 50), arm("rkv", "adakv", wins)]
     arms += [arm("snapkv", "equal", draws), arm("snapkv", "adakv", draws)]
-    rows = {(row["shares"], row["base"]): row for row in gains(arms)}
-    assert rows["adakv", "rkv"]["gain"] == pytest.approx(40)
-    assert rows["adakv", "snapkv"]["gain"] == 0
-    assert rows["adakv", "all"]["gain"] == pytest.approx(20)
-    assert rows["adakv", "all"]["low"] > 0
+    rows = {(row["shares"], row["base"], row["budget"]): row for row in gains(arms)}
+    assert rows["adakv", "rkv", "25%"]["gain"] == rows["adakv", "rkv", "all"]["gain"] == pytest.approx(40)
+    assert rows["adakv", "snapkv", "25%"]["gain"] == 0
+    assert rows["adakv", "all", "all"]["gain"] == pytest.approx(20)
+    assert rows["adakv", "all", "all"]["low"] > 0
     machine = {"cores": 1, "cpu": "a CPU"}
-    run = {"settings": {"problems": 100, "train": 4}, "machine": machine, "command": ["python"], "commit": "c"}
+    run = {
+        "settings": {"problems": 100, "train": 4, "skip": 100},
+        "machine": machine,
+        "command": ["python"],
+        "commit": "c",
+    }
     profile = [{"layer": 0, "similarity": 1.0}]
-    figures = {"run": run, "full": {"accuracy": 1.0}, "profile": profile, "gains": gains(arms)}
+    figures = {"run": run, "full": {"accuracy": 1.0}, "profile": profile, "arms": arms}
     text = "\n".join(unequal_section(figures))
+    assert "from the 101st on" in "\n".join(again_section(figures))
     assert "it is met: `adakv` +20.0" in text
     assert "Of 2 single cells it is met in 1 (`adakv` with `rkv` at 25% (+40.0))" in text
     assert "| rkv | 25% | 50.0 | +40.0 [" in text
