@@ -15,8 +15,9 @@ refuse_policy(
     Refusal(
         "epicache",
         About("EpiCache", "2509.17396"),
-        "it budgets by layer, and one block table holds equally many tokens of every layer; what tables by layer would "
-        "gain on the bundled model is in docs/results.md; and its episodes are the application's to route",
-        "rkv or skipkv, which gained least by unequal budgets",
+        "it budgets by layer, and one block table holds equally many tokens of every layer; tables by layer, which are "
+        "not built, would be worth 2 to 3 points on the bundled model, with snapkv most and with skipkv nothing "
+        "(docs/results.md); and its episodes are the application's to route",
+        "skipkv, or snapkv and rkv with a larger budget",
     )
 )
