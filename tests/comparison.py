@@ -40,7 +40,7 @@ def settings_of(job: Job, number: int) -> Settings:
     arguments = engines.POLICY_ARGUMENTS | {"kv_granularity": "head", "kv_protect_prompt": True} | job.arguments
     if job.policies[number] == "full":
         return Settings("streaming_llm", "head", 10**6, 1)
-    budget = job.budgets[number] if job.budgets else None
+    budget, parameters = job.budgets[number] if job.budgets else None, arguments["kv_policy_config"]
     return Settings(
         job.policies[number],
         arguments["kv_granularity"],
@@ -48,6 +48,7 @@ def settings_of(job: Job, number: int) -> Settings:
         arguments["kv_buffer"],
         protect_prompt=arguments["kv_protect_prompt"],
         defer_prompt=arguments.get("kv_defer_prompt", False),
+        parameters=tuple(parameters.items()) if job.policies[number] == arguments["kv_policy"] else (),
     )
 
 

@@ -86,3 +86,88 @@ def score(
     if method == "caote":
         return caote(str(options.get("form", "exact")), weights, values)
     raise ValueError(method)
+
+
+# ---- ThinKV
+
+LADDER = (64, 32, 16, 8, 4)
+KINDS = ("transition", "execution", "reasoning", "unfinished")  # the least important first
+ROUNDS = 5
+
+
+def sparsity(queries: Tensor, keys: Tensor) -> float:
+    """Share of a kv head's attention weights below a hundredth of the largest of their row."""
+    shares = []
+    for w, heads in enumerate(queries.double()):
+        num_seen = len(keys) - len(queries) + w + 1
+        for query in heads:
+            weights = attention(query, keys.double(), num_seen)[:num_seen]
+            shares.append(sum(weight < 0.01 * max(weights) for weight in weights) / num_seen)
+    return sum(shares) / len(shares)
+
+
+def quotas(
+    sparsities: list[float], memory: list[int], sizes: list[int], num_free: int, above: float, below: float
+) -> tuple[list[int], list[int], list[int]]:
+    """Tokens of each segment that may stay, the order in which segments shrink, and the steps taken for want of room.
+
+    `sparsities` and `memory` are of the segments that are written or known; others are unfinished and new.
+    """
+    kinds = ["transition" if s > above else "execution" if s < below else "reasoning" for s in sparsities]
+    kinds = kinds[: len(sizes)] + ["unfinished"] * (len(sizes) - len(kinds))
+    memory = memory[: len(sizes)] + [0] * (len(sizes) - len(memory))
+    levels = [min(5, memory[i] + kinds[i + 1 :].count("transition")) for i in range(len(sizes))]
+
+    def held(i: int, level: int) -> int:
+        return min(sizes[i], LADDER[level - 1]) if level else sizes[i]
+
+    order = sorted(range(len(sizes)), key=lambda i: (KINDS.index(kinds[i]), i))
+    while sum(held(i, levels[i]) for i in range(len(sizes))) > num_free:
+        shrinking = [i for i in order if held(i, 5) < held(i, levels[i])]
+        if not shrinking:
+            break
+        i, before = shrinking[0], levels[shrinking[0]]
+        levels[i] = next(level for level in range(before + 1, 6) if held(i, level) < held(i, before))
+        memory[i] += levels[i] - before
+    memory = [0 if kind == "unfinished" else steps for kind, steps in zip(kinds, memory, strict=True)]
+    return [held(i, levels[i]) for i in range(len(sizes))], order, memory
+
+
+def _first_least(values: list[float]) -> int:
+    return values.index(min(values))
+
+
+def central(keys: Tensor, wanted: int) -> list[int]:
+    """Of the clusters that K-means finds, started from evenly spread tokens, the token nearest to each centroid."""
+    if len(keys) <= wanted:
+        return list(range(len(keys)))
+    keys = keys.double()
+    centroids = [keys[(2 * j + 1) * len(keys) // (2 * wanted)] for j in range(wanted)]
+
+    def distances(key: Tensor) -> list[float]:
+        return [float((key - centroid).norm()) for centroid in centroids]
+
+    for _ in range(ROUNDS):
+        nearest = [_first_least(distances(key)) for key in keys]
+        for j in range(wanted):
+            members = [key for key, cluster in zip(keys, nearest, strict=True) if cluster == j]
+            centroids[j] = sum(members) / len(members) if members else centroids[j]
+    table = [distances(key) for key in keys]
+    nearest = [_first_least(row) for row in table]
+    clusters = [[i for i in range(len(keys)) if nearest[i] == j] for j in range(wanted)]
+    # Both members of a cluster of two are equally far from its centroid; the earlier counts as nearer.
+    near = [min(table[i][j] for i in members) * (1 + 1e-4) if members else 0 for j, members in enumerate(clusters)]
+    return [next(i for i in members if table[i][j] <= near[j]) for j, members in enumerate(clusters) if members]
+
+
+def thinkv(keys: Tensor, segments: list[int | None], quota: list[int], order: list[int]) -> list[float]:
+    """Score of every held token of a kv head: central ones by the rank of their segment, the others by age.
+
+    `segments` has the number of each token's segment, None for tokens of none.
+    """
+    scores = [i / len(keys) for i in range(len(keys))]
+    for number, wanted in enumerate(quota):
+        members = [i for i, segment in enumerate(segments) if segment == number]
+        for i in central(keys[members], wanted) if members else []:
+            scores[members[i]] = 1.0 + order.index(number)
+    return scores

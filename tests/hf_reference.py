@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -67,6 +67,8 @@ class Settings:
     protect_prompt: bool = True
     defer_prompt: bool = False
     steering: Steering | None = None
+    parameters: tuple[tuple[str, Any], ...] = ()
+    """of the method, where they differ from its defaults; read by those that work on segments"""
 
     def keep(self, num_prompt: int) -> int:
         """Tokens left by a compaction."""
@@ -100,6 +102,8 @@ class Result:
     logprobs: list[float] = field(default_factory=list)
     gaps: list[float] = field(default_factory=list)
     """by how much the likeliest token was likelier than the one taken, in logarithms; 0 unless an engine chose"""
+    sparsities: list[float] = field(default_factory=list)
+    """of attention at the end of every segment, where the method asks for it"""
 
 
 class SelectionError(AssertionError):
@@ -427,6 +431,13 @@ class Request:
         self._positions = torch.empty(0, dtype=torch.int64)
         self._mass = torch.empty(0)
         self._result = Result([])
+        self._by_segment = dict(settings.parameters) if settings.method == "thinkv" else None
+        self._sparsities: list[float] = []
+        self._steps: list[int] = []
+        if self._by_segment is not None:
+            assert settings.protect_prompt, "segments begin behind the prompt here"
+            # Clusters of keys may come out differently in the last bits; the number of such tokens is still limited.
+            self.tie_tolerance = float("inf")
 
     @torch.inference_mode()
     def run(self, num_new: int) -> Result:
@@ -471,7 +482,19 @@ class Request:
         newest = newest.unflatten(1, (heads, -1)).mean(dim=2)
         self._mass = newest if self._num_computed == 0 else newest + F.pad(self._mass, (0, len(token_ids)))
         self._num_computed += len(token_ids)
+        written = self._num_computed - self._num_prompt
+        if self._by_segment is not None and written > 0 and written % self._by_segment["segment"] == 0:
+            layers = [int(number) for number in self._by_segment["layers"].split(",")]
+            heads = [(queries, keys) for queries, keys, (layer, _) in self._heads() if layer in layers]
+            self._sparsities.append(sum(dense_policies.sparsity(*each) for each in heads) / len(heads))
         return logits
+
+    def _heads(self) -> Iterator[tuple[Tensor, Tensor, tuple[int, int]]]:
+        """Of every layer and kv head: the last queries `[W, group, D]`, the held keys `[held, D]` and which it is."""
+        for i, layer in enumerate(self._cache.layers):
+            queries = self._queries[i].unflatten(0, (layer.keys.shape[1], -1)).transpose(1, 2)
+            for head in range(len(queries)):
+                yield queries[head], layer.keys[0, head], (i, head)
 
     def _steered(self, num_new: int, steering: Steering) -> Tensor:
         """What steering adds to the newest tokens, `[new, hidden]`."""
@@ -520,6 +543,8 @@ class Request:
             return torch.stack(
                 [snapkv_scores(q, layer.keys[0]) for q, layer in zip(self._queries, self._cache.layers, strict=True)]
             )
+        if self._by_segment is not None:
+            return self._segment_scores(**self._by_segment)
         if self._settings.method not in ("rkv", "skipkv"):
             return self._published_scores()
         scores = torch.stack(
@@ -535,11 +560,23 @@ class Request:
 
     def _published_scores(self) -> Tensor:
         scores = torch.zeros(self._positions.shape)
-        for i, layer in enumerate(self._cache.layers):
-            queries = self._queries[i].unflatten(0, (layer.keys.shape[1], -1)).transpose(1, 2)  # [heads, W, group, D]
-            for head in range(len(queries)):
-                held = queries[head], layer.keys[0, head], layer.values[0, head], self._mass[i, head]
-                scores[i, head] = torch.tensor(dense_policies.score(self._settings.method, {}, *held))
+        for queries, keys, (layer, head) in self._heads():
+            held = queries, keys, self._cache.layers[layer].values[0, head], self._mass[layer, head]
+            scores[layer, head] = torch.tensor(dense_policies.score(self._settings.method, {}, *held))
+        return scores
+
+    def _segment_scores(self, segment: int, transition_above: float, execution_below: float, **_: Any) -> Tensor:
+        first, end = self._num_prompt, self._num_computed - self._settings.window
+        sizes = [min(segment, end - start) for start in range(first, end, segment)]
+        num_free = self._settings.keep(first) - first - self._settings.window
+        bounds = transition_above, execution_below
+        self._result.sparsities = self._sparsities
+        quota, order, self._steps = dense_policies.quotas(self._sparsities, self._steps, sizes, num_free, *bounds)
+        scores = torch.zeros(self._positions.shape)
+        for _, keys, place in self._heads():
+            held = self._positions[place].tolist()
+            numbers = [(position - first) // segment if first <= position < end else None for position in held]
+            scores[place] = torch.tensor(dense_policies.thinkv(keys, numbers, quota, order))
         return scores
 
     def _select(self, keep: int) -> tuple[Tensor, Tensor]:

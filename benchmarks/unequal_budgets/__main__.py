@@ -25,7 +25,7 @@ from benchmarks.accuracy.machine import provenance
 from benchmarks.tiny_reasoner import SKIPKV_PARAMETERS
 from benchmarks.tiny_reasoner.problems import Problem, extract_answer, problems
 from skipkv_vllm import bundled_model
-from skipkv_vllm.policies import Need, Policy, make_policy, policy_names
+from skipkv_vllm.policies import OBSERVED, Policy, make_policy, policy_names
 from skipkv_vllm.scheduler.planner import Limits
 from skipkv_vllm.sentences import build_tables
 from skipkv_vllm.sentences.tracker import SentenceTracker
@@ -40,19 +40,20 @@ SHARES = ("adakv", "epicache:0.5", "epicache:1.1", "epicache:2")  # 1.1 is EpiCa
 
 
 class Bench:
-    """The bundled model and its dev problems.
+    """The bundled model and problems of a split.
 
     Args:
         args: of the command line.
+        split, skip: of the problems, and how many of the first are left out.
     """
 
-    def __init__(self, args: argparse.Namespace) -> None:
+    def __init__(self, args: argparse.Namespace, split: str = "dev", skip: int = 0) -> None:
         self.args = args
         self.tokenizer = AutoTokenizer.from_pretrained(bundled_model())
         self.model = AutoModelForCausalLM.from_pretrained(
             bundled_model(), dtype=torch.float32, attn_implementation="held"
         ).eval()
-        self.problems = list(problems("dev", args.skip + args.problems))[args.skip :]
+        self.problems = list(problems(split, skip + args.problems))[skip:]
         self.prompts = [self._prompt(problem) for problem in self.problems]
 
     def _prompt(self, problem: Problem) -> list[int]:
@@ -160,10 +161,10 @@ def main() -> int:
     for each in args.shares:
         if not re.fullmatch(r"adakv|epicache:\d+(\.\d+)?", each):
             parser.error(f"--shares {each!r} is neither adakv nor epicache:EXPONENT, e.g. epicache:1.1")
-    scored = [name for name in policy_names() if name != "full" and not policy_of(name).needs & Need.ATTENTION_MASS]
+    scored = [name for name in policy_names() if name != "full" and not policy_of(name).needs & OBSERVED]
     if unknown := [name for name in args.bases if name not in scored]:
         parser.error(f"--bases {' '.join(unknown)} cannot be used here; choose some of: {', '.join(scored)}")
-    figures = run(Bench(args))
+    figures = run(Bench(args, skip=args.skip))
     settings = vars(args) | {"out": str(args.out)}
     summary = {"run": provenance("benchmarks.unequal_budgets", settings)} | figures
     write_summary(summary, args.out)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import KVPolicyError
 from ..ops.paging import FP8_CACHES
-from ..policies import Need
+from ..policies import Need, make_policy
 
 if TYPE_CHECKING:
     from vllm.config import ParallelConfig, VllmConfig
@@ -72,6 +72,13 @@ def _check(vllm_config: VllmConfig, policy: KVPolicyConfig, _refuse: Callable[..
         raise _refuse("dual-batch overlap", "micro-batches see only part of a step", "Drop --enable-dbo")
     if policy.evicts:
         _check_cache_dtype(vllm_config.cache_config.cache_dtype, _refuse)
+    for each in (policy.policy, *map(make_policy, policy.kv_request_policies)):
+        chosen = each.segment_options.layers if each.needs & Need.SEGMENTS else ()
+        if chosen and chosen[-1] >= (num_layers := model.get_total_num_hidden_layers()):
+            raise KVPolicyError(
+                f"kv_policy={each.name!r}: layers={','.join(map(str, chosen))!r}, but this model has layers 0 to "
+                f"{num_layers - 1}; name some of these in kv_policy_config, or write 'all'"
+            )
     if policy.needs & Need.SENTENCES and model.skip_tokenizer_init:
         raise _refuse(
             "--skip-tokenizer-init",

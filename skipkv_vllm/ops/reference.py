@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -97,6 +99,28 @@ def attention_received(queries: Tensor, keys: Tensor, positions: Tensor) -> Tens
         KVPolicyError: shapes that do not fit each other.
     """
     return attention_logits(queries, keys, positions).softmax(dim=-1).sum(dim=2).mean(dim=1)
+
+
+def attention_sparsity(queries: Tensor, keys: Tensor, positions: Tensor, *, negligible: float) -> Tensor:
+    """Share of the attention weights that are negligible beside the largest of their row.
+
+    Args:
+        queries: post-RoPE queries `[n, Hq, D]` of the n newest tokens, oldest first.
+        keys: post-RoPE keys `[Hkv, L, D]`, in any order.
+        positions: logical position of each key, `[Hkv, L]`.
+        negligible: share of the largest weight below which another one is negligible.
+
+    Returns:
+        float32 `[Hkv]`, over the tokens that a query sees; averaged over queries and query heads.
+
+    Raises:
+        KVPolicyError: shapes that do not fit each other.
+    """
+    logits = attention_logits(queries, keys, positions)
+    sees = logits.isfinite()
+    # Weights of a row are to each other as the exponentials of their logits.
+    is_small = sees & (logits < logits.amax(dim=-1, keepdim=True) + math.log(negligible))
+    return (is_small.sum(dim=-1) / sees.sum(dim=-1)).mean(dim=(1, 2))
 
 
 def redundancy(keys: Tensor, *, threshold: float) -> Tensor:

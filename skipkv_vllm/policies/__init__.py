@@ -15,11 +15,13 @@ from . import (  # noqa: F401  (importing registers them)
     skipkv,
     snapkv,
     streaming_llm,
+    thinkv,
     tova,
     vatp,
 )
 from .base import (
     IN_THE_CACHE,
+    OBSERVED,
     Need,
     Policy,
     SentenceOptions,
@@ -32,6 +34,7 @@ from .base import (
 
 __all__ = [
     "IN_THE_CACHE",
+    "OBSERVED",
     "Need",
     "Policy",
     "SentenceOptions",

@@ -30,10 +30,37 @@ class Need(Flag):
     """sentence embeddings and the penalties of repeated sentences (from last hidden states)"""
     ATTENTION_MASS = auto()
     """the attention that every held token has received so far; comes with the keys and queries it is made of"""
+    SEGMENTS = auto()
+    """how sparse attention was at the end of every segment of the text, and a number that the method keeps of each;
+    not together with `ATTENTION_MASS`"""
 
 
 IN_THE_CACHE = Need.KEYS | Need.VALUES
 """What is there without being collected."""
+
+
+OBSERVED = Need.ATTENTION_MASS | Need.SEGMENTS
+"""What is made of the attention of queries while they are there."""
+
+
+@dataclass(frozen=True)
+class Segments:
+    """The S segments of a request's text behind the protected prompt and before the window; the same for all layers.
+
+    Attributes:
+        sparsity: float32 `[S]`, share of the attention weights of a segment's last queries that count as zero, averaged
+            over heads and the layers chosen; -1 where a segment is still being written.
+        memory: int64 `[S]`, what the method noted of each segment at the last compaction; 0 for new ones.
+        sizes: int64 `[S]`, tokens written of each.
+        num_free: tokens of them all that a head may keep.
+        longest: tokens of a whole segment.
+    """
+
+    sparsity: Tensor
+    memory: Tensor
+    sizes: Tensor
+    num_free: int
+    longest: int
 
 
 @dataclass(frozen=True)
@@ -54,6 +81,9 @@ class View:
         attention_mass: `[H, L]` float32, sum over all queries since the end of the prompt (its last token's
             included) of the attention paid to the token, averaged over the query heads of the kv head; or
             None unless `Need.ATTENTION_MASS`.
+        segment: int64 `[H, L]`, number of each token's segment, -1 in the protected prompt and S in the window; or None
+            unless `Need.SEGMENTS`.
+        segments: what is known of the segments, with what `Policy.remember` just noted; or None likewise.
     """
 
     positions: Tensor
@@ -66,6 +96,8 @@ class View:
     queries: Tensor | None = None
     sentence_penalty: Tensor | None = None
     attention_mass: Tensor | None = None
+    segment: Tensor | None = None
+    segments: Segments | None = None
 
 
 @dataclass(frozen=True)
@@ -133,6 +165,16 @@ class Policy(ABC):
         """How sentences are found and compared, for policies that need them."""
         return SentenceOptions()
 
+    @property
+    def segment_options(self) -> SegmentOptions:
+        """What a segment is and how its sparsity is measured, for policies that need segments."""
+        return SegmentOptions()
+
+    def remember(self, segments: Segments) -> Tensor:
+        """What to keep of each segment until the next compaction, int64 `[S]`; asked once a compaction, before any
+        layer is scored."""
+        return segments.memory
+
 
 @dataclass(frozen=True)
 class SentenceOptions:
@@ -148,6 +190,21 @@ class SentenceOptions:
     similarity_threshold: float = 0.95
     max_sentences: int = 256
     compat: str = "default"
+
+
+@dataclass(frozen=True)
+class SegmentOptions:
+    """What a segment is and how the sparsity of its attention is measured.
+
+    Attributes:
+        length: tokens of a segment.
+        negligible: share of the largest weight of a query's attention below which another weight counts as zero.
+        layers: indices in the model of the layers whose attention is looked at; empty for all.
+    """
+
+    length: int = 128
+    negligible: float = 0.01
+    layers: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ INPUTS = {
     Need.SENTENCES: ("sentence boundaries", "4 bytes a token"),
     Need.HIDDEN: ("last hidden states", "`max_sentences` embeddings, 4 bytes a token"),
     Need.ATTENTION_MASS: ("attention received so far", "4 bytes a held token, layer and kv head"),
+    Need.SEGMENTS: ("sparsity of attention at the end of each segment", "12 bytes a segment"),
 }
 """What a method reads, and what a request's share of it takes in memory."""
 
@@ -27,7 +28,8 @@ written, whose queries choose. **Pinned**: the protected prompt, the newest W to
 sinks always stay. **Granularity** (`--kv-granularity`): by `head` every layer and kv head keeps its own tokens; by
 `sentence` whole sentences leave, the same ones for all layers and heads, by the mean score of their tokens. **Ties**:
 the earlier token stays. **Grouped queries**: what a method computes per query head is averaged over those of a kv
-head, unless its paper says otherwise. **Training**: none of these methods needs any.
+head, unless its paper says otherwise. **Training**: none of these methods needs any, but the
+thresholds of `thinkv` depend on the model; the defaults are the bundled one's, by `python -m benchmarks.thinkv`.
 
 Cost is that of one compaction per layer and kv head, with L held tokens, the window W, G query heads a kv head and head
 size D; memory is what a request takes beside its KV pages. "Native" methods are scored by fused operators (C++, CUDA,

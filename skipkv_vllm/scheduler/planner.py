@@ -71,13 +71,14 @@ class PlannedCompaction(NamedTuple):
 
 
 class Observation(NamedTuple):
-    """An order to the workers: add the attention of the newest queries to the mass of the held tokens.
+    """An order to the workers: look at the attention of the newest queries. They add it to the mass of the held
+    tokens, or note how sparse it is, whichever the request's method needs.
 
     Attributes:
         request_id: whose cache.
         num_logical: tokens computed so far.
         num_resident: tokens held, in the first slots of `pages`.
-        num_queries: queries not yet counted, the newest; at most the window.
+        num_queries: queries to look at, the newest; at most the window.
         pages: block ids.
     """
 
@@ -119,14 +120,20 @@ class Compaction(NamedTuple):
 class _Request:
     limits: Limits
     first_observed: int | None
+    segment: int | None
     num_observed: int | None
-    """tokens whose queries are counted in the attention mass; None where nobody reads it"""
+    """tokens whose attention was looked at; None where nobody asks for it"""
     num_compactions: int = 0
 
     @property
     def bound(self) -> int:
         """Resident length that triggers the next compaction."""
         return self.limits.bound if self.num_compactions else self.limits.first_bound
+
+    @property
+    def interval(self) -> int:
+        """Tokens between two looks at the attention."""
+        return self.limits.window if self.segment is None else self.segment
 
 
 @dataclass
@@ -137,23 +144,26 @@ class EvictionPlanner:
     earliest: dict[str, int] = field(default_factory=dict)
     """logical length before which a started request is not due; spares most requests a closer look at most steps"""
 
-    def start(self, request_id: str, limits: Limits, first_observed: int | None = None) -> None:
+    def start(
+        self, request_id: str, limits: Limits, first_observed: int | None = None, segment: int | None = None
+    ) -> None:
         """A request arrives.
 
         Args:
             request_id: its id.
             limits: what it may hold.
-            first_observed: first token whose query counts in the attention mass; None where no mass is kept. The
-                request must not take that token from the prefix cache.
+            first_observed: first token whose attention is looked at; None where nobody asks for it. The request must
+                not take that token from the prefix cache.
+            segment: tokens after which the newest queries are looked at; None where every query counts.
         """
-        self._requests[request_id] = _Request(limits, first_observed, first_observed)
+        self._requests[request_id] = _Request(limits, first_observed, segment, first_observed)
         self.earliest[request_id] = limits.first_bound
 
     def restart(self, request_id: str) -> None:
         """The request was preempted: when it resumes, it starts over with nothing computed."""
         request = self._requests.get(request_id)
         if request is not None:
-            self.start(request_id, request.limits, request.first_observed)
+            self.start(request_id, request.limits, request.first_observed, request.segment)
 
     def stop(self, request_id: str) -> None:
         """The request finished or was aborted."""
@@ -191,31 +201,32 @@ class EvictionPlanner:
 
         A chunk of a prompt, or of the text of a resumed request, ends at the bound, so that the request is compacted
         at the very same tokens however its text is cut into chunks. Where attention is added up, a chunk has no more
-        tokens than the workers keep queries of.
+        tokens than the workers keep queries of; where it is looked at by segment, a chunk ends where a segment does.
         """
         request = self._requests.get(request_id)
         if request is None:
             return sys.maxsize
         room = request.bound - (num_logical - num_evicted)
         if request.num_observed is not None:
-            room = min(room, request.num_observed + request.limits.window - num_logical)
+            room = min(room, request.num_observed + request.interval - num_logical)
         assert room > 0, f"{request_id} was not compacted at {request.bound} tokens"
         return room
 
     def observe(self, request_id: str, num_logical: int, is_compacted: bool) -> int:
-        """Number of newest queries whose attention must be counted now, 0 if none; they then are counted.
+        """Number of newest queries whose attention must be looked at now, 0 if none; they then are.
 
-        The workers keep only the last W queries, so they are counted every W tokens; and before a
-        compaction, while all the tokens they saw are still held.
+        The workers keep only the last W queries. So where all of them count they are looked at every W tokens, and
+        before a compaction, while all the tokens they saw are still held; else at the end of every segment.
         """
         request = self._requests.get(request_id)
         if request is None or request.num_observed is None:
             return 0
-        pending, window = num_logical - request.num_observed, request.limits.window
-        if pending <= 0 or (pending < window and not is_compacted):
+        pending = num_logical - request.num_observed
+        is_due = pending >= request.interval or (request.segment is None and pending > 0 and is_compacted)
+        if not is_due:
             return 0
         request.num_observed = num_logical
-        return min(pending, window)
+        return min(pending, request.limits.window)
 
     def needs_queries(self, request_id: str, num_logical: int) -> bool:
         """Whether one of the newest queries will be among the last W when the request may next be compacted.

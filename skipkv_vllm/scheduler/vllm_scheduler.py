@@ -23,7 +23,7 @@ from ..banner import banner
 from ..capacity import Capacity, capacity
 from ..config import CONFIG_KEY, KVPolicyConfig, RequestOptions, needs_of
 from ..metrics import EvictionStats, RequestEvictions
-from ..policies import Need, Policy
+from ..policies import OBSERVED, Need, Policy
 from ..sentences import build_tables
 from ..steering.controller import SteeredRequest, SteeringController
 from ..steering.tables import build_thought_tables
@@ -74,7 +74,7 @@ class EvictionMixin(_Base):
         is_bounded = self.kv_policy.kv_admission == "bounded" and self.kv_policy.evicts
         self.block_manager = EvictingBlockManager.adopt(manager, is_bounded=is_bounded)
         self.planner = EvictionPlanner()
-        self._observes = bool(self.kv_policy.needs & Need.ATTENTION_MASS)
+        self._observes = bool(self.kv_policy.needs & OBSERVED)
         self.eviction_stats = EvictionStats()
         self.trace = self._make_trace() if self.kv_policy.kv_trace_dir else None
         self._terms: dict[str, Terms] = {}
@@ -137,15 +137,17 @@ class EvictionMixin(_Base):
             return None
         policy = options.resolve_policy(self.kv_policy)
         needs = needs_of(policy, self.kv_policy.kv_granularity)
-        most_cached, first_observed = limits.cacheable, None
-        if needs & Need.SENTENCES:
-            # Cached tokens have no hidden states, and the tracker never saw them: what may be evicted is computed.
+        most_cached, first_observed, segment = limits.cacheable, None, None
+        if needs & (Need.SENTENCES | Need.SEGMENTS):
+            # Cached tokens have no hidden states nor queries: what may be evicted is computed.
             most_cached = min(most_cached, limits.protected)
         if needs & Need.ATTENTION_MASS:
             # The query of the prompt's last token counts, or of the last one before the first compaction.
             first_observed = min(request.num_prompt_tokens, limits.first_bound) - 1
             most_cached = min(most_cached, first_observed)
-        self.planner.start(request.request_id, limits, first_observed)
+        if needs & Need.SEGMENTS:
+            first_observed, segment = limits.protected, policy.segment_options.length
+        self.planner.start(request.request_id, limits, first_observed, segment)
         page_size = self.block_manager.block_size
         return Terms(policy, limits, most_cached // page_size * page_size, needs)
 

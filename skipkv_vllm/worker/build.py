@@ -93,7 +93,8 @@ def place_of(vllm_config: VllmConfig, device: torch.device) -> Ranks:
     # A kv head may lie on several ranks, where there are more ranks than heads.
     first_head = get_tp_group().rank_in_group * vllm_config.model_config.get_total_num_kv_heads() // width
     first_layer = extract_layer_index(name) if num_stages > 1 else 0
-    talks = config.kv_granularity == "sentence" or (num_stages > 1 and config.needs & Need.HIDDEN)
+    talks = config.kv_granularity == "sentence" or config.needs & Need.SEGMENTS
+    talks = talks or (num_stages > 1 and config.needs & Need.HIDDEN)
     if num_ranks == 1 or not talks:
         return Ranks(first_layer=first_layer, first_head=first_head, num_stages=num_stages)
     # A group of our own: vLLM's sends between stages may wait for what we exchange. Its world may hold several

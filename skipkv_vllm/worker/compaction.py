@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -13,6 +14,7 @@ from .. import ops
 from ..config import KVPolicyConfig
 from ..ops.paging import LayerPages, PagedCache, layer_pages, to_device
 from ..policies import Need, Policy, View
+from ..policies.base import Segments
 from ..policies.selection import select_sentences
 from ..scheduler.planner import Compaction, ceil_div
 from ..sentences.tracker import SentenceTracker
@@ -20,6 +22,7 @@ from .attention_mass import AttentionMass
 from .positions import PositionSidecar
 from .queries import QueryRing
 from .ranks import ALONE, Ranks
+from .segments import SegmentTable
 
 
 @dataclass
@@ -92,7 +95,7 @@ class Compactor:
         config: the server's policy.
         cache: the KV pages.
         block_size: tokens of one of vLLM's blocks; a multiple of the kernels' page size.
-        ring, tracker, mass: what the runtime collects.
+        ring, tracker, mass, segments: what the runtime collects.
         ranks: this worker's place among those that share the model.
         key_scales: float32 `[layers, H]` by which stored keys must be multiplied, or None for 1.
     """
@@ -105,6 +108,7 @@ class Compactor:
         ring: QueryRing | None,
         tracker: SentenceTracker | None,
         mass: AttentionMass,
+        segments: SegmentTable,
         ranks: Ranks = ALONE,
         key_scales: Tensor | None = None,
     ) -> None:
@@ -116,7 +120,7 @@ class Compactor:
         self._block_size = block_size
         self._pages_per_block = block_size // self.layers[0].page_size
         self._key_scales = key_scales
-        self._ring, self._tracker, self._mass, self._ranks = ring, tracker, mass, ranks
+        self._ring, self._tracker, self._mass, self._segments, self._ranks = ring, tracker, mass, segments, ranks
         ops.warn_if_slow(self.device.type)
 
     def table(self, rows: Sequence[Sequence[int]]) -> Tensor:
@@ -282,6 +286,12 @@ class Compactor:
         mass = None
         if policy.needs & Need.ATTENTION_MASS:
             mass = self._mass.read(request.slot, positions).gather(-1, by_position)
+        numbers, segments = None, None
+        if policy.needs & Need.SEGMENTS:
+            segments = self._known_segments(order, request)
+            number = (positions - request.protected).div(segments.longest, rounding_mode="floor").clamp(min=-1)
+            in_window = positions >= order.num_logical - self.config.kv_window
+            numbers = torch.where(in_window, len(segments.sizes), number).long()
         for i, layer in enumerate(self.layers):
             keys = values = queries = None
             if policy.needs & Need.KEYS:
@@ -303,8 +313,25 @@ class Compactor:
                 queries=queries,
                 sentence_penalty=None if penalty is None else penalty[i, :, :length].gather(-1, by_position[i]),
                 attention_mass=None if mass is None else mass[i],
+                segment=None if numbers is None else numbers[i],
+                segments=segments,
             )
             scores[i, :, :length].scatter_(-1, by_position[i], policy.score(view))
+
+    def _known_segments(self, order: Compaction, request: Managed) -> Segments:
+        """What is known of a request's segments, once its method has noted what it keeps of them."""
+        policy, window = request.policy, self.config.kv_window
+        length, written = policy.segment_options.length, order.num_logical - window - request.protected
+        count = ceil_div(written, length)
+        known = Segments(
+            *self._segments.read(request.slot, count, self.device),
+            sizes=(written - length * torch.arange(count, device=self.device)).clamp(max=length),
+            num_free=order.num_keep - request.protected - window,
+            longest=length,
+        )
+        memory = policy.remember(known)
+        self._segments.remember(request.slot, memory)
+        return dataclasses.replace(known, memory=memory)
 
     # ---- selection
 

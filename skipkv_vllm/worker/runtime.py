@@ -5,7 +5,7 @@ The host knows all counts and never waits for the device. One `EvictionRuntime` 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from .compaction import Compactor, Job, Managed
 from .queries import QueryRing
 from .ranks import ALONE, Ranks
 from .rows import NEVER, BatchRows, Evicted, StepBatch
+from .segments import SegmentTable
 from .steering import Steering
 
 
@@ -67,6 +68,7 @@ class EvictionRuntime:
         self._observed = np.zeros(num_slots + 1, dtype=bool)
         self._first_tracked = np.full(num_slots + 1, NEVER, dtype=np.int64)
         self._mass = AttentionMass()
+        self._segments = SegmentTable()
         self._compactor: Compactor | None = None
         self._records_queries = True
         self._batch: StepBatch | None = None
@@ -82,7 +84,7 @@ class EvictionRuntime:
             block_size: tokens of one of vLLM's blocks; a multiple of the kernels' page size.
             key_scales: float32 `[layers, H]` by which stored keys must be multiplied, or None for 1.
         """
-        collected = (self.ring, self.tracker, self._mass)
+        collected = (self.ring, self.tracker, self._mass, self._segments)
         self._compactor = Compactor(self.config, cache, block_size, *collected, self._ranks, key_scales)
 
     # ---- before the forward pass
@@ -101,7 +103,7 @@ class EvictionRuntime:
             request = self._requests.pop(request_id, None)
             if request is not None:
                 self._free_slots.append(request.slot)
-                self._mass.forget(request.slot)
+                self._forget(request.slot)
         if self.trace is not None:
             self.trace.finished(finished)
         self._records_queries = orders is not None and orders.records_queries
@@ -127,7 +129,7 @@ class EvictionRuntime:
             protected=started.protected,
         )
         needs = self._requests[started.request_id].needs
-        self._mass.forget(slot)
+        self._forget(slot)
         self._evicted[slot] = 0
         self._observed[slot] = bool(needs & Need.QUERIES)
         self._first_tracked[slot] = started.first_tracked if needs & Need.SENTENCES else NEVER
@@ -135,6 +137,10 @@ class EvictionRuntime:
             self.tracker.reset(slot, started.first_tracked)
         if self.trace is not None:
             self.trace.started(started.request_id)
+
+    def _forget(self, slot: int) -> None:
+        self._mass.forget(slot)
+        self._segments.forget(slot)
 
     def prepare(self, batch: StepBatch) -> Evicted | None:
         """Get ready for the forward pass over a batch.
@@ -206,20 +212,38 @@ class EvictionRuntime:
         if num_tokens:
             self.tracker.update(TrackedTokens(token_ids, spans, num_tokens, hidden))
 
-    # ---- attention mass
+    # ---- attention
 
     def _observe(self, order: Observation) -> None:
-        """Add the attention of the newest queries to the mass of the tokens they saw."""
+        """Look at the attention of the newest queries, as far as the request's method asks for it."""
         request = self._requests[order.request_id]
+        if request.needs & Need.ATTENTION_MASS:
+            seen = self._seen(request, order)
+            self._mass.add(request.slot, torch.stack([ops.attention_received(*each) for _, each in seen]))
+        if request.needs & Need.SEGMENTS:
+            self._note_segment(request, order)
+
+    def _seen(self, request: Managed, order: Observation) -> Iterator[tuple[int, tuple[Tensor, Tensor, Tensor]]]:
+        """By layer: the newest queries, the keys they saw and the positions of these, for `ops.attention_...`."""
         assert self._compactor is not None
         assert self.ring is not None
         positions, pages = self._positions(request, order.pages, order.num_resident)
-        received = []
         for i in range(len(self._compactor.layers)):
             queries = self.ring.read(i, request.slot, order.num_logical)[-order.num_queries :]
-            keys = self._compactor.keys(i, pages, order.num_resident)
-            received.append(ops.attention_received(queries, keys, positions[i]))
-        self._mass.add(request.slot, torch.stack(received))
+            yield i, (queries, self._compactor.keys(i, pages, order.num_resident), positions[i])
+
+    def _note_segment(self, request: Managed, order: Observation) -> None:
+        """A segment of the request's text is written: note how sparse the attention of its newest queries is."""
+        options = request.policy.segment_options
+        # Of every layer and head its sparsity and whether it counts, both averaged over ranks: so all note the same.
+        found = []
+        for i, each in self._seen(request, order):
+            sparsity = ops.attention_sparsity(*each, negligible=options.negligible)
+            counts = not options.layers or self._ranks.first_layer + i in options.layers
+            found.append(torch.stack([sparsity, torch.ones_like(sparsity)], dim=-1) * counts)
+        mean = self._ranks.mean(torch.stack(found)[None])[0]
+        number = (order.num_logical - request.protected) // options.length - 1
+        self._segments.note(request.slot, number, mean[0] / mean[1])
 
     def _positions(self, request: Managed, pages: list[int], length: int) -> tuple[Tensor, Tensor]:
         """Positions `[layers, H, length]` by slot, and the kernel pages, int64, of one request."""

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from tests import engines
 from tests.comparison import UNPROTECTED, another_question, check
-from tests.engines import PAGE, Job
+from tests.engines import PAGE, Job, Outcome
 from tests.hf_reference import Settings, generate
 
 if TYPE_CHECKING:
@@ -64,6 +64,29 @@ def test_methods_of_the_literature(references: ReferenceCache) -> None:
     prompts = engines.demo_prompts(len(engines.PUBLISHED), at_least=LONG)
     job = Job(prompts, list(engines.PUBLISHED), 250, every=3, arguments={"kv_granularity": "head"})
     check(job, engines.run(job), references, min_compactions=2)
+
+
+def segment_job(**arguments: Any) -> Job:
+    """Requests whose segments shrink, beside one of another method; the last finds its prompt in the prefix cache."""
+    prompts = engines.demo_prompts(3, at_least=LONG)
+    parameters = {"segment": 32, "transition_above": 0.56, "execution_below": 0.54, "layers": "1,3"}
+    arguments |= {"kv_policy": "thinkv", "kv_policy_config": parameters, "kv_request_policies": ["rkv"]}
+    methods = ["thinkv", "thinkv", "rkv", "thinkv"]
+    return Job([*prompts, another_question(prompts[0])], methods, 260, every=7, arguments=arguments)
+
+
+def check_segments(job: Job, outcome: Outcome, references: ReferenceCache) -> None:
+    """Besides all that `check` does, every kind of segment must occur."""
+    assert outcome.num_cached[-1] >= 4 * PAGE
+    found = [sparsity for each in check(job, outcome, references, min_compactions=3) for sparsity in each.sparsities]
+    assert min(found) < 0.54
+    assert any(0.54 < sparsity < 0.56 for sparsity in found)
+    assert max(found) > 0.56
+
+
+def test_segments(references: ReferenceCache) -> None:
+    job = segment_job()
+    check_segments(job, engines.run(job), references)
 
 
 def test_shared_pages_are_not_overwritten(granularity: str, references: ReferenceCache) -> None:

@@ -23,7 +23,7 @@ from skipkv_vllm import bundled_model
 from skipkv_vllm.trace import Trace
 from tests import engines
 from tests.engine import test_steering as steering
-from tests.engine.test_exactness import another_question, check
+from tests.engine.test_exactness import another_question, check, check_segments, segment_job
 from tests.engine.test_server import free_port
 from tests.engines import PAGE, Job, Outcome
 
@@ -95,6 +95,13 @@ def test_pipeline_parallelism(granularity: str, references: ReferenceCache) -> N
 
 def test_both(references: ReferenceCache) -> None:
     run(job("sentence", **TENSOR, **PIPELINE), references)
+
+
+@pytest.mark.parametrize("size", [TENSOR, PIPELINE], ids=["tensor", "pipeline"])
+def test_segments(size: dict[str, int], references: ReferenceCache) -> None:
+    """Ranks agree what a segment is, though each sees the attention of its own heads and layers."""
+    segments = segment_job(**size)
+    check_segments(segments, engines.run(segments), references)
 
 
 @pytest.mark.parametrize("size", [TENSOR, PIPELINE], ids=["tensor", "pipeline"])

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from skipkv_vllm.config import KVPolicyConfig
 from skipkv_vllm.ops.paging import Layout, PagedCache, cpu_layout, layer_pages
-from skipkv_vllm.policies import Need
+from skipkv_vllm.policies import OBSERVED, Need
 from skipkv_vllm.scheduler.messages import Started, StepOrders
 from skipkv_vllm.scheduler.planner import Compaction, EvictionPlanner, Limits, Observation, ceil_div
 from skipkv_vllm.sentences import SentenceTables, segment_with
@@ -108,6 +108,12 @@ class Running:
     """`[layer][head]`, ascending positions"""
     mass: dict[tuple[int, int, int], float] = field(default_factory=dict)
     """attention received so far by (layer, head, position)"""
+    sparsities: list[float] = field(default_factory=list)
+    steps: list[int] = field(default_factory=list)
+    """by segment: how sparse its attention was, and how far it shrank for want of room"""
+    quota: list[int] = field(default_factory=list)
+    shrinks: list[int] = field(default_factory=list)
+    """of the latest compaction: tokens of each segment, and segments in the order in which they shrink"""
 
     @property
     def num_resident(self) -> int:
@@ -226,7 +232,10 @@ class Simulation:
         self._topic[name] = 0
         if request.managed:
             limits = Limits(budget, self.config.kv_buffer, self.config.kv_window, request.protected)
-            self.planner.start(name, limits, max(request.num_logical, num_prompt - 1))
+            first, segment = max(request.num_logical, num_prompt - 1), None
+            if self.config.needs & Need.SEGMENTS:
+                first, segment = request.protected, self.config.policy.segment_options.length
+            self.planner.start(name, limits, first, segment)
             self._starting.append(
                 Started(name, policy or self.config.kv_policy, num_prompt, request.protected, request.first_tracked)
             )
@@ -289,7 +298,12 @@ class Simulation:
     # ---- one step
 
     def step(self, counts: dict[str, int], *, compact: bool = True) -> list[Compaction]:
-        """Compact the requests that are due, then compute `counts` tokens of each request."""
+        """Compact the requests that are due, then compute `counts` tokens of each request, or up to a segment's end."""
+        if self.config.needs & Need.SEGMENTS:
+            length = self.config.policy.segment_options.length
+            for name in counts:
+                since = self.running[name].num_logical - self.running[name].protected
+                counts[name] = min(counts[name], -since if since < 0 else length - since % length)
         orders, observations = [], []
         if compact:
             for request in self.running.values():
@@ -304,7 +318,7 @@ class Simulation:
         compacted = {order.request_id for order in orders}
         before = {name: self.snapshot(name) for name in self.running if orders and name not in compacted}
         # As the scheduler does it, so that a query that is missing shows.
-        records = bool(self.runtime.config.needs & Need.ATTENTION_MASS) or any(
+        records = bool(self.runtime.config.needs & OBSERVED) or any(
             self.planner.needs_queries(name, self.running[name].num_logical + count) for name, count in counts.items()
         )
         step = StepOrders(orders, self._starting, observations, records)
@@ -320,13 +334,33 @@ class Simulation:
         return orders
 
     def _observe(self, request: Running, observations: list[Observation], is_compacted: bool) -> None:
-        if not self.runtime.config.needs & Need.ATTENTION_MASS or request.num_logical < request.num_prompt:
+        by_segment = bool(self.config.needs & Need.SEGMENTS)
+        if not self.config.needs & OBSERVED or (request.num_logical < request.num_prompt and not by_segment):
             return
         count = self.planner.observe(request.name, request.num_logical, is_compacted)
         if count:
             observations.append(
                 Observation(request.name, request.num_logical, request.num_resident, count, list(request.pages))
             )
+            if by_segment:
+                request.sparsities.append(self._sparsity(request, count))
+
+    def _sparsity(self, request: Running, count: int) -> float:
+        """Of the attention of the newest queries, over the layers that count."""
+        chosen = self.config.policy.segment_options.layers or range(LAYERS)
+        shares = []
+        for layer in chosen:
+            for head in range(KV_HEADS):
+                keys = torch.stack([cell.key for cell in request.dense[layer][head]])
+                shares.append(dense_policies.sparsity(self._grouped(request, layer, head, count), keys))
+        return sum(shares) / len(shares)
+
+    @staticmethod
+    def _grouped(request: Running, layer: int, head: int, count: int) -> Tensor:
+        """The newest queries of a kv head, `[count, group, D]`."""
+        group = Q_HEADS // KV_HEADS
+        newest = request.queries[request.num_logical - count : request.num_logical]
+        return torch.stack([query[layer, head * group : (head + 1) * group] for query in newest])
 
     def snapshot(self, name: str) -> Tensor:
         """Keys of a request, to see that nothing touches them."""
@@ -455,6 +489,8 @@ class Simulation:
 
     def _compact_densely(self, request: Running, order: Compaction) -> None:
         sentence, penalty = self._sentences(request)
+        if self.config.needs & Need.SEGMENTS:
+            self._shrink(request, order)
         scores = [
             [self._scores(request, layer, head, penalty, order) for head in range(KV_HEADS)] for layer in range(LAYERS)
         ]
@@ -489,6 +525,22 @@ class Simulation:
             for head in range(KV_HEADS):
                 cells = request.dense[layer][head]
                 request.dense[layer][head] = [cell for i, cell in enumerate(cells) if i not in gone]
+
+    def _segment(self, request: Running, position: int) -> int | None:
+        """Number of the segment of a token; None for the prompt's and the window's."""
+        if not request.protected <= position < request.num_logical - self.config.kv_window:
+            return None
+        return (position - request.protected) // self.config.policy.segment_options.length
+
+    def _shrink(self, request: Running, order: Compaction) -> None:
+        """How many tokens of each segment may stay."""
+        policy, window = self.config.policy, self.config.kv_window
+        numbers = [self._segment(request, position) for position in range(request.num_logical)]
+        sizes = [numbers.count(number) for number in sorted({n for n in numbers if n is not None})]
+        num_free = order.num_keep - request.protected - window
+        bounds = policy.transition_above, policy.execution_below
+        found = dense_policies.quotas(request.sparsities, request.steps, sizes, num_free, *bounds)
+        request.quota, request.shrinks, request.steps = found
 
     def _sentences(self, request: Running):
         """Functions position -> number of its sentence, and -> penalty of it."""
@@ -532,9 +584,10 @@ class Simulation:
             # The newest before the others, and before the heaviest.
             return [1e6 + c.position if c.position >= oldest_recent else m for c, m in zip(cells, masses, strict=True)]
         keys = torch.stack([cell.key for cell in cells])
-        group = Q_HEADS // KV_HEADS
-        observed = request.queries[num_logical - window : num_logical]
-        queries = torch.stack([q[layer, head * group : (head + 1) * group] for q in observed])
+        queries = self._grouped(request, layer, head, window)
+        if policy.name == "thinkv":
+            numbers = [self._segment(request, cell.position) for cell in cells]
+            return dense_policies.thinkv(keys, numbers, request.quota, request.shrinks)
         if policy.name == "snapkv":
             total = [0.0] * len(cells)
             for i, query in enumerate(queries):

@@ -10,6 +10,7 @@ from skipkv_vllm.policies import Need, make_policy
 from skipkv_vllm.scheduler.planner import Compaction
 from skipkv_vllm.worker.attention_mass import AttentionMass
 from skipkv_vllm.worker.compaction import Compactor, Job, Managed
+from skipkv_vllm.worker.segments import SegmentTable
 
 SIZE = 4
 STREAMING = make_policy("streaming_llm")
@@ -22,7 +23,8 @@ def job(name: str, source: list[int], target: list[int], *, protected: int = 0, 
 
 def parts(*jobs: Job) -> list[list[str]]:
     cache = PagedCache.of([torch.zeros(20, 1, SIZE, 8)], Layout.ROWS)
-    compactor = Compactor(KVPolicyConfig(kv_policy="streaming_llm"), cache, SIZE, None, None, AttentionMass())
+    collected = (None, None, AttentionMass(), SegmentTable())
+    compactor = Compactor(KVPolicyConfig(kv_policy="streaming_llm"), cache, SIZE, *collected)
     return [[each.order.request_id for each in part] for part in compactor._independent(jobs)]
 
 

@@ -446,6 +446,15 @@ def make_vllm_config(**changes) -> SimpleNamespace:
     return config
 
 
+def test_a_layer_that_the_model_does_not_have_is_refused():
+    config = make_vllm_config()
+    config.model_config.get_total_num_hidden_layers = lambda: 4
+    compat.check_config(config, KVPolicyConfig(kv_policy="rkv", kv_request_policies=["thinkv"]))
+    policy = KVPolicyConfig(kv_policy="thinkv", kv_policy_config={"layers": "9,1"})
+    with pytest.raises(KVPolicyError, match="kv_policy='thinkv': layers='1,9', but this model has layers 0 to 3; name"):
+        compat.check_config(config, policy)
+
+
 @pytest.mark.parametrize(
     ("changes", "parts"),
     [

@@ -191,6 +191,17 @@ def test_attention_is_counted_every_window_and_before_a_compaction():
     assert planner.observe("a", 71, is_compacted=True) == 0
 
 
+def test_attention_is_looked_at_by_segment_whatever_is_compacted():
+    planner = EvictionPlanner()
+    planner.start("a", LIMITS, first_observed=50, segment=32)
+    assert planner.room("a", 0, 0) == 82
+    looks = {n: planner.observe("a", n, is_compacted=n in (70, 114)) for n in range(51, 130)}
+    assert {n: count for n, count in looks.items() if count} == {82: 8, 114: 8}
+    assert planner.room("a", 116, 16) == 16
+    planner.restart("a")
+    assert planner.observe("a", 82, is_compacted=False) == 8
+
+
 def test_no_more_queries_are_counted_than_are_kept():
     planner = EvictionPlanner()
     planner.start("a", LIMITS, first_observed=49)

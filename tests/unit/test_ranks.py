@@ -21,6 +21,7 @@ from skipkv_vllm.worker.attention_mass import AttentionMass
 from skipkv_vllm.worker.compaction import Compactor, Job, Managed
 from skipkv_vllm.worker.queries import QueryRing
 from skipkv_vllm.worker.ranks import ALONE, Ranks
+from skipkv_vllm.worker.segments import SegmentTable
 
 LAYERS, HEADS, GROUP, DIM, HIDDEN = 4, 4, 2, 8, 6
 STAGES, WIDTH = 2, 2
@@ -91,7 +92,8 @@ def kept(policy: str, granularity: str, layers: slice, heads: slice, ranks: Rank
         for slot in (0, 1):
             tracker.reset(slot, 0)
         tracker.update(TrackedTokens(tokens, spans, total, topics[place // 5 % 3] + noise if size else None))
-    compactor = Compactor(config, PagedCache.of(caches, Layout.ROWS), PAGE, ring, tracker, AttentionMass(), ranks)
+    collected = (ring, tracker, AttentionMass(), SegmentTable())
+    compactor = Compactor(config, PagedCache.of(caches, Layout.ROWS), PAGE, *collected, ranks)
     jobs, first = [], 1
     for slot, (length, keep, number) in enumerate(zip(LENGTHS, KEEP, blocks, strict=True)):
         pages = list(range(first, first + number))

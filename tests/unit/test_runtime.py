@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from skipkv_vllm.policies import View, make_policy
+from skipkv_vllm.policies.thinkv import REASONING, TRANSITION
 from skipkv_vllm.scheduler.messages import Started, StepOrders
 from skipkv_vllm.worker.rows import StepBatch
 
@@ -47,6 +48,44 @@ def test_methods_of_the_literature_keep_what_their_formulas_say(policy, paramete
     for name in ("a", "b"):
         assert sim.running[name].num_compactions >= 2
         sim.check(name)
+
+
+SEGMENTS = [
+    {"segment": 16, "transition_above": 0.045, "execution_below": 0.028, "layers": "all"},
+    {"segment": 32, "transition_above": 0.045, "execution_below": 0.028, "layers": "1"},
+]
+
+
+@pytest.mark.parametrize("layout", ["gpu strided", "vec"])
+@pytest.mark.parametrize("protect", [True, False])
+@pytest.mark.parametrize("parameters", SEGMENTS)
+def test_segments_shrink_as_the_text_turns(parameters, protect, layout):
+    sim = Simulation("thinkv", parameters=parameters, protect=protect, layout=layout, buffer=12)
+    sim.start("a", num_prompt=13, budget=60)
+    sim.start("b", num_prompt=30, budget=90)
+    # The prompt in pieces, as if it were text where it is not protected.
+    while any(request.num_logical < request.num_prompt for request in sim.running.values()):
+        sim.step({name: min(9, max(1, r.num_prompt - r.num_logical)) for name, r in sim.running.items()})
+    quotas = []
+    for _ in range(150):
+        sim.step({"b": 1, "a": 1})
+        quotas += [tuple(request.quota) for request in sim.running.values()]
+    for name, request in sim.running.items():
+        sim.check(name)
+        assert request.num_compactions >= 5
+        assert any(request.steps), "nothing shrank for want of room"
+        kinds = sim.config.policy.kinds(torch.tensor(request.sparsities)).tolist()
+        assert {TRANSITION, REASONING} <= set(kinds) if parameters["segment"] == 16 else TRANSITION in kinds
+    assert {8, 4} <= {tokens for quota in quotas for tokens in quota}
+    sim.stop("a", preempt=True)
+    sim.start("a", num_prompt=13, budget=60)
+    for _ in range(100):
+        sim.step({"a": 1, "b": 1})
+    sim.check("a")
+    assert (
+        len(sim.running["a"].sparsities)
+        == (sim.running["a"].num_logical - sim.running["a"].protected) // (parameters["segment"])
+    ), "the first life's segments count"
 
 
 @pytest.mark.parametrize("layout", ["gpu", "gpu strided", "vec"])

@@ -20,7 +20,7 @@ BUDGET, BUFFER, WINDOW, NUM_NEW = 90, 24, 8, 160
 
 @pytest.fixture(scope="module")
 def bench() -> Bench:
-    return Bench(argparse.Namespace(problems=2, skip=0, train=2, window=WINDOW, buffer=BUFFER, max_tokens=NUM_NEW))
+    return Bench(argparse.Namespace(problems=2, train=2, window=WINDOW, buffer=BUFFER, max_tokens=NUM_NEW))
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,171 @@
+"""`thinkv`: thoughts shrink when the train of thought turns (ThinKV's eviction, arXiv 2510.01290, ICLR 2026)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..errors import KVPolicyError
+from .base import About, Need, Policy, SegmentOptions, Segments, View, check_range, register_policy
+
+LADDER = (64, 32, 16, 8, 4)
+"""Tokens that a segment is cut to, step by step."""
+
+NEGLIGIBLE = 0.01
+"""Share of a row's largest attention weight below which another one counts as zero."""
+
+ROUNDS = 5
+"""Of K-means."""
+
+TIE = 1e-4
+"""Relative difference of distances that is none: both members of a cluster of two are equally far from its centroid."""
+
+TRANSITION, EXECUTION, REASONING, UNFINISHED = range(4)
+"""What a segment is, the least important first; one that is still being written goes last."""
+
+
+class _Quotas(NamedTuple):
+    """Of every segment, `[S]` each: tokens it may hold, its rank (the lowest leaves first) and steps taken for want
+    of room."""
+
+    tokens: Tensor
+    rank: Tensor
+    steps: Tensor
+
+
+@register_policy
+@dataclass(frozen=True)
+class ThinKV(Policy):
+    """Segments are reasoning, execution or transition by how sparse their attention is, and shrink step by step.
+
+    Every new transition moves all older segments one step down the ladder 64, 32, 16, 8, 4. Where that leaves too many
+    tokens, the oldest of the least important segments (transition, then execution, then reasoning) go down further, one
+    after the other. Of a segment those tokens stay that lie next to the centroids of its keys. Quantisation is not part
+    of it.
+
+    Attributes:
+        segment: tokens of a segment.
+        transition_above: sparsity above which a segment is a transition.
+        execution_below: sparsity below which a segment is execution; in between it is reasoning. Both depend on the
+            model; `python -m benchmarks.thinkv` finds those of the bundled one, which are the defaults.
+        layers: whose attention counts, e.g. "1,3"; "all" for every layer.
+    """
+
+    name: ClassVar[str] = "thinkv"
+    about: ClassVar[About] = About(
+        "ThinKV",
+        "2510.01290",
+        "O(T P D) with T tokens so far and P the length of a segment; O(W G L D) every P tokens",
+        "no quantisation; a compaction leaves exactly the budget, so heads are filled up with the newest tokens left "
+        "out; segments shrink at compactions; a segment's kind is told from its last W queries; where even 4 tokens a "
+        "segment are too many, the oldest of the least important segments leave",
+    )
+    needs: ClassVar[Need] = Need.KEYS | Need.QUERIES | Need.SEGMENTS
+
+    segment: int = 128
+    transition_above: float = 0.55
+    execution_below: float = 0.4905
+    layers: str = "1,3"
+
+    def __post_init__(self) -> None:
+        check_range("segment", self.segment, 16, 4096)
+        check_range("transition_above", self.transition_above, 0.0, 1.0)
+        check_range("execution_below", self.execution_below, 0.0, self.transition_above)
+        if self.layers != "all" and not all(part.strip().isdecimal() for part in self.layers.split(",")):
+            raise KVPolicyError(
+                f"kv_policy_config: layers={self.layers!r} is neither 'all' nor numbers of layers; write e.g. '1,3'"
+            )
+
+    @property
+    def segment_options(self) -> SegmentOptions:
+        chosen = () if self.layers == "all" else tuple(sorted({int(part) for part in self.layers.split(",")}))
+        return SegmentOptions(self.segment, NEGLIGIBLE, chosen)
+
+    def kinds(self, sparsity: Tensor) -> Tensor:
+        """What each segment is, int64 `[S]`, from its sparsity."""
+        kind = torch.full_like(sparsity, REASONING, dtype=torch.int64)
+        kind = torch.where(sparsity > self.transition_above, TRANSITION, kind)
+        kind = torch.where(sparsity < self.execution_below, EXECUTION, kind)
+        return torch.where(sparsity < 0, UNFINISHED, kind)
+
+    def _quotas(self, segments: Segments) -> _Quotas:
+        kind, age = self.kinds(segments.sparsity), torch.arange(len(segments.sizes), device=segments.sizes.device)
+        turns = (kind == TRANSITION).long()
+        later_turns = turns.sum() - turns.cumsum(0)
+        ladder = torch.tensor([segments.longest, *LADDER], device=age.device)
+        # What each segment would hold after every number of steps, those to shrink first in the first row.
+        order = (kind * len(age) + age).argsort()
+        level = (later_turns + segments.memory).clamp(max=len(LADDER))[order]
+        held = segments.sizes[order, None].minimum(ladder)
+        gain = held[:, :-1] - held[:, 1:]
+        step = torch.arange(len(LADDER), device=age.device)
+        gain = torch.where(step >= level[:, None], gain, 0)
+        excess = held.gather(1, level[:, None]).sum() - segments.num_free
+        saved_before = (gain.flatten().cumsum(0) - gain.flatten()).view(gain.shape)
+        taken = (saved_before < excess) & (gain > 0)
+        reached = torch.where(taken, step + 1, 0).amax(dim=1).maximum(level)
+        rank = torch.empty_like(age).scatter(0, order, age)
+        back = rank  # a segment's row
+        steps = torch.where(kind == UNFINISHED, 0, segments.memory + (reached - level)[back])
+        return _Quotas(held.gather(1, reached[:, None])[back, 0], rank, steps)
+
+    def remember(self, segments: Segments) -> Tensor:
+        return self._quotas(segments).steps
+
+    def score(self, view: View) -> Tensor:
+        assert view.keys is not None
+        assert view.segment is not None
+        assert view.segments is not None
+        quotas = self._quotas(view.segments)
+        chosen = _central(view.keys.float().transpose(0, 1), view.segment, quotas.tokens, view.segments.longest)
+        by_age = view.positions / (view.positions[:, -1:] + 1)
+        return torch.where(chosen, 1.0 + quotas.rank[view.segment.clamp(0, len(quotas.rank) - 1)], by_age)
+
+
+def _central(keys: Tensor, segment: Tensor, quota: Tensor, longest: int) -> Tensor:
+    """The tokens of each segment that stand for it: those nearest to the centroids of its keys, one a cluster, and
+    of equally near ones the earlier.
+
+    K-means starts from tokens that are evenly spread over the segment, so it is the same on every run. A segment that
+    holds no more than its quota is taken whole.
+
+    Args:
+        keys: float32 `[H, L, D]`.
+        segment: int64 `[H, L]`, ascending; -1 for tokens of none.
+        quota: int64 `[S]`, tokens wanted of each.
+        longest: most tokens of a segment.
+
+    Returns:
+        bool `[H, L]`.
+    """
+    numbers = torch.arange(len(quota), device=keys.device).expand(len(keys), -1).contiguous()
+    first = torch.searchsorted(segment.contiguous(), numbers)
+    count = torch.searchsorted(segment.contiguous(), numbers, right=True) - first
+    place = torch.arange(longest, device=keys.device)
+    exists = place < count[..., None]
+    index = (first[..., None] + place).clamp(max=segment.shape[1] - 1)  # [H, S, P]
+    points = keys.gather(1, index.flatten(1)[..., None].expand(-1, -1, keys.shape[2])).view(*index.shape, -1)
+    wanted = quota.minimum(count)
+    cluster = torch.arange(min(longest, LADDER[0]), device=keys.device)
+    used = cluster < wanted[..., None]
+    start = ((2 * cluster + 1) * count[..., None] // (2 * wanted[..., None]).clamp(min=1)).clamp(max=longest - 1)
+    centroids = points.gather(2, start[..., None].expand(*start.shape, points.shape[-1]))
+    distance = assigned = torch.empty(0)
+    for i in range(ROUNDS + 1):
+        distance = torch.cdist(points, centroids, compute_mode="donot_use_mm_for_euclid_dist")
+        distance = distance.masked_fill(~used[:, :, None], torch.inf)
+        assigned = distance.argmin(dim=-1).masked_fill(~exists, len(cluster))
+        if i < ROUNDS:
+            member = F.one_hot(assigned, len(cluster) + 1)[..., :-1].to(points.dtype)
+            size = member.sum(dim=2)[..., None]
+            centroids = torch.where(size > 0, member.mT @ points / size.clamp(min=1), centroids)
+    own = distance.masked_fill(assigned[..., None] != cluster, torch.inf)
+    near = own.isfinite() & (own <= own.amin(dim=2, keepdim=True) * (1 + TIE))
+    is_first = near & (near.cumsum(dim=2) == 1)
+    central = (is_first.any(dim=-1) | (count <= quota)[..., None]) & exists
+    found = torch.zeros_like(segment, dtype=torch.int64).scatter_add(1, index.flatten(1), central.long().flatten(1))
+    return found > 0
