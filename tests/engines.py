@@ -53,7 +53,7 @@ POLICY_ARGUMENTS: dict[str, Any] = {
     "kv_budget": 224,
     "kv_buffer": 64,
     "kv_policy_config": {"similarity_threshold": 0.85},
-    "kv_request_policies": ["h2o", "snapkv", "random", *PUBLISHED],
+    "kv_request_policies": ["h2o", "snapkv", "random", "thinkv", *PUBLISHED],
     "kv_check_integrity": True,
 }
 

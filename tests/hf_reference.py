@@ -434,8 +434,8 @@ class Request:
         self._by_segment = dict(settings.parameters) if settings.method == "thinkv" else None
         self._sparsities: list[float] = []
         self._steps: list[int] = []
+        self._first = len(prompt) if settings.protect_prompt else 0
         if self._by_segment is not None:
-            assert settings.protect_prompt, "segments begin behind the prompt here"
             # Clusters of keys may come out differently in the last bits; the number of such tokens is still limited.
             self.tie_tolerance = float("inf")
 
@@ -443,7 +443,10 @@ class Request:
     def run(self, num_new: int) -> Result:
         """Generate `num_new` tokens."""
         first = self._settings.bound(self._num_prompt, is_first=True)
-        logits = self._feed(self._text[:first])
+        # Segments of an unprotected prompt begin with it, and their last queries are needed.
+        piece = first if self._by_segment is None or self._first else self._by_segment["segment"]
+        for start in range(0, min(first, self._num_prompt), piece):
+            logits = self._feed(self._text[start : min(start + piece, first)])
         for token in self._text[first:]:
             self._compact_if_due()
             logits = self._feed([token])
@@ -482,7 +485,7 @@ class Request:
         newest = newest.unflatten(1, (heads, -1)).mean(dim=2)
         self._mass = newest if self._num_computed == 0 else newest + F.pad(self._mass, (0, len(token_ids)))
         self._num_computed += len(token_ids)
-        written = self._num_computed - self._num_prompt
+        written = self._num_computed - self._first
         if self._by_segment is not None and written > 0 and written % self._by_segment["segment"] == 0:
             layers = [int(number) for number in self._by_segment["layers"].split(",")]
             heads = [(queries, keys) for queries, keys, (layer, _) in self._heads() if layer in layers]
@@ -566,9 +569,9 @@ class Request:
         return scores
 
     def _segment_scores(self, segment: int, transition_above: float, execution_below: float, **_: Any) -> Tensor:
-        first, end = self._num_prompt, self._num_computed - self._settings.window
+        first, end = self._first, self._num_computed - self._settings.window
         sizes = [min(segment, end - start) for start in range(first, end, segment)]
-        num_free = self._settings.keep(first) - first - self._settings.window
+        num_free = self._settings.keep(self._num_prompt) - first - self._settings.window
         bounds = transition_above, execution_below
         self._result.sparsities = self._sparsities
         quota, order, self._steps = dense_policies.quotas(self._sparsities, self._steps, sizes, num_free, *bounds)

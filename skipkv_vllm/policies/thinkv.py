@@ -12,8 +12,8 @@ from torch import Tensor
 from ..errors import KVPolicyError
 from .base import About, Need, Policy, SegmentOptions, Segments, View, check_range, register_policy
 
-LADDER = (64, 32, 16, 8, 4)
-"""Tokens that a segment is cut to, step by step."""
+FIRST_STEP, NUM_STEPS = 64, 5
+"""A segment is cut to 64 tokens at first, and with every further step to half of that: 32, 16, 8, 4."""
 
 NEGLIGIBLE = 0.01
 """Share of a row's largest attention weight below which another one counts as zero."""
@@ -96,22 +96,23 @@ class ThinKV(Policy):
         kind, age = self.kinds(segments.sparsity), torch.arange(len(segments.sizes), device=segments.sizes.device)
         turns = (kind == TRANSITION).long()
         later_turns = turns.sum() - turns.cumsum(0)
-        ladder = torch.tensor([segments.longest, *LADDER], device=age.device)
+        # Made on the device, which a list from the host would make wait.
+        step = torch.arange(NUM_STEPS, device=age.device)
+        ladder = F.pad(FIRST_STEP >> step, (1, 0), value=segments.longest)
         # What each segment would hold after every number of steps, those to shrink first in the first row.
         order = (kind * len(age) + age).argsort()
-        level = (later_turns + segments.memory).clamp(max=len(LADDER))[order]
+        level = (later_turns + segments.memory).clamp(max=NUM_STEPS)[order]
         held = segments.sizes[order, None].minimum(ladder)
         gain = held[:, :-1] - held[:, 1:]
-        step = torch.arange(len(LADDER), device=age.device)
         gain = torch.where(step >= level[:, None], gain, 0)
         excess = held.gather(1, level[:, None]).sum() - segments.num_free
         saved_before = (gain.flatten().cumsum(0) - gain.flatten()).view(gain.shape)
         taken = (saved_before < excess) & (gain > 0)
         reached = torch.where(taken, step + 1, 0).amax(dim=1).maximum(level)
         rank = torch.empty_like(age).scatter(0, order, age)
-        back = rank  # a segment's row
-        steps = torch.where(kind == UNFINISHED, 0, segments.memory + (reached - level)[back])
-        return _Quotas(held.gather(1, reached[:, None])[back, 0], rank, steps)
+        # A segment's rank is its row in what is sorted.
+        steps = torch.where(kind == UNFINISHED, 0, segments.memory + (reached - level)[rank])
+        return _Quotas(held.gather(1, reached[:, None])[rank, 0], rank, steps)
 
     def remember(self, segments: Segments) -> Tensor:
         return self._quotas(segments).steps
@@ -150,7 +151,7 @@ def _central(keys: Tensor, segment: Tensor, quota: Tensor, longest: int) -> Tens
     index = (first[..., None] + place).clamp(max=segment.shape[1] - 1)  # [H, S, P]
     points = keys.gather(1, index.flatten(1)[..., None].expand(-1, -1, keys.shape[2])).view(*index.shape, -1)
     wanted = quota.minimum(count)
-    cluster = torch.arange(min(longest, LADDER[0]), device=keys.device)
+    cluster = torch.arange(min(longest, FIRST_STEP), device=keys.device)
     used = cluster < wanted[..., None]
     start = ((2 * cluster + 1) * count[..., None] // (2 * wanted[..., None]).clamp(min=1)).clamp(max=longest - 1)
     centroids = points.gather(2, start[..., None].expand(*start.shape, points.shape[-1]))
@@ -160,12 +161,12 @@ def _central(keys: Tensor, segment: Tensor, quota: Tensor, longest: int) -> Tens
         distance = distance.masked_fill(~used[:, :, None], torch.inf)
         assigned = distance.argmin(dim=-1).masked_fill(~exists, len(cluster))
         if i < ROUNDS:
-            member = F.one_hot(assigned, len(cluster) + 1)[..., :-1].to(points.dtype)
+            member = (assigned[..., None] == cluster).to(points.dtype)
             size = member.sum(dim=2)[..., None]
             centroids = torch.where(size > 0, member.mT @ points / size.clamp(min=1), centroids)
     own = distance.masked_fill(assigned[..., None] != cluster, torch.inf)
     near = own.isfinite() & (own <= own.amin(dim=2, keepdim=True) * (1 + TIE))
-    is_first = near & (near.cumsum(dim=2) == 1)
-    central = (is_first.any(dim=-1) | (count <= quota)[..., None]) & exists
-    found = torch.zeros_like(segment, dtype=torch.int64).scatter_add(1, index.flatten(1), central.long().flatten(1))
-    return found > 0
+    first_near = near.to(torch.uint8).argmax(dim=2, keepdim=True)
+    central = (near & (first_near == place[:, None])).any(dim=-1) | (count <= quota)[..., None]
+    chosen = (central & exists).long().flatten(1)
+    return torch.zeros_like(segment).scatter_add(1, index.flatten(1), chosen) > 0

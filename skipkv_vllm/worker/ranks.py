@@ -1,9 +1,9 @@
 """Where a worker stands among those that share a model, and what they tell each other at a compaction.
 
-With granularity "head" every rank decides for its own layers and heads. Only two things concern all of them: the
-worth of a sentence, which is a mean over all layers and heads, and sentences in a pipeline, which only the last
-stage can compare. Both travel as they are and are added up in the order of ranks, so that every rank holds the same
-bits, whatever algorithm the network library chooses.
+With granularity "head" every rank decides for its own layers and heads. Only three things concern all of them: the
+worth of a sentence and the sparsity of a segment's attention, which are means over all layers and heads, and sentences
+in a pipeline, which only the last stage can compare. They travel as they are and are added up in the order of ranks, so
+that every rank holds the same bits, whatever algorithm the network library chooses.
 """
 
 from __future__ import annotations
