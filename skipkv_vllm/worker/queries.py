@@ -46,6 +46,9 @@ class QueryRing:
         self._index_on_host = self.index.numpy() if self.index.device.type == "cpu" else None
         self._num_set = 0
         """leading entries of the index that may name a row; the others name nobody's"""
+        # Of the batch before, because most batches are the one before: first row and number of rows by request.
+        self._slots: np.ndarray | None = None
+        self._first_row = self._cycle = np.zeros(0, dtype=np.int64)
 
     @property
     def nbytes(self) -> int:
@@ -65,17 +68,21 @@ class QueryRing:
         """Say where the queries of the coming step go. R requests, their tokens contiguous.
 
         Args:
-            slots: int64 `[R]`, -1 for a request that is not observed.
+            slots: int64 `[R]`, -1 for a request that is not observed; never changed afterwards.
             counts: integer `[R]` tokens of each request in this step, at least one.
             starts: integer `[R]` logical position of each one's first token.
             num_tokens: sum of the counts.
         """
-        slot, position, observed = slots, starts, slots >= 0
-        if num_tokens > len(slots):
+        if slots is not self._slots:
+            self._slots, observed = slots, slots >= 0
+            self._first_row = np.where(observed, slots * self.window, self._nobody)
+            self._cycle = np.where(observed, self.window, 1)
+        if num_tokens == len(slots):
+            rows = self._first_row + starts % self._cycle
+        else:
             offsets = np.arange(num_tokens) - np.repeat(counts.cumsum() - counts, counts)
-            slot, start, count = (np.repeat(x, counts) for x in (slots, starts, counts))
-            position, observed = start + offsets, (slot >= 0) & (offsets >= count - self.window)
-        rows = np.where(observed, slot * self.window + position % self.window, self._nobody)
+            start, count, first, cycle = (np.repeat(x, counts) for x in (starts, counts, self._first_row, self._cycle))
+            rows = np.where(offsets >= count - self.window, first + (start + offsets) % cycle, self._nobody)
         if num_tokens < self._num_set:
             self.index[num_tokens : self._num_set].fill_(self._nobody)
         self._num_set = num_tokens

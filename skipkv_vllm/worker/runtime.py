@@ -107,12 +107,14 @@ class EvictionRuntime:
         self._records_queries = orders is not None and orders.records_queries
         if orders is None:
             return
-        if orders.compactions or orders.started:
+        if orders.started:
             self._rows = None
         for observation in orders.observations:
             self._observe(observation)
         if orders.compactions:
             self._compact(orders.compactions)
+            if self._rows is not None:
+                self._rows.set_evicted(self._evicted[self._rows.slots])
         for started in orders.started:
             self._start(started)
 
