@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -49,7 +50,7 @@ class _Batch(NamedTuple):
     Attributes:
         jobs: the requests.
         source_table, target_table: kernel pages before and after, `[R, pages]`.
-        num_resident, num_keep, pin_below, pin_from, slot, num_logical: `[R]`.
+        num_resident, num_keep, pin_below, pin_from, slot: `[R]`.
         positions: `[R, layers, H, N]` by slot.
         sentences: of every logical position, where they come from another stage; see `Compactor._announced`.
     """
@@ -62,7 +63,6 @@ class _Batch(NamedTuple):
     pin_below: Tensor
     pin_from: Tensor
     slot: Tensor
-    num_logical: Tensor
     positions: Tensor
     sentences: Tensor | None = None
 
@@ -117,6 +117,9 @@ class Compactor:
         self._pages_per_block = block_size // self.layers[0].page_size
         self._key_scales = key_scales
         self._ring, self._tracker, self._mass, self._ranks = ring, tracker, mass, ranks
+        self._score_tokens = ops.function("score_tokens", self.device)
+        self._select_keep = ops.function("select_keep", self.device)
+        self._compact_pages = ops.function("compact_pages", self.device)
         ops.warn_if_slow(self.device.type)
 
     def table(self, rows: Sequence[Sequence[int]]) -> Tensor:
@@ -137,7 +140,8 @@ class Compactor:
     def _queries(self, batch: _Batch) -> Tensor:
         """What `score_tokens` takes: `[R, layers, W, Hq, D]`."""
         assert self._ring is not None
-        queries = self._ring.read_all(batch.slot, batch.num_logical)
+        slots, lengths = [job.request.slot for job in batch.jobs], [job.order.num_logical for job in batch.jobs]
+        queries = self._ring.read_all(slots, lengths)
         if self.cache.caches[0].element_size() == 1:
             queries = queries.float()
         if self._key_scales is None:
@@ -179,7 +183,7 @@ class Compactor:
         scores = self._scores(batch)
         by_head = self.config.kv_granularity == "head"
         moves = self._select_tokens(batch, scores) if by_head else self._select_sentences(batch, scores)
-        torch.ops.skipkv.compact_pages(
+        self._compact_pages(
             *self.cache,
             self.positions.entries,
             batch.positions,
@@ -201,19 +205,18 @@ class Compactor:
                 max(request.protected, request.policy.num_sinks),
                 order.num_logical - self.config.kv_window,
                 request.slot,
-                order.num_logical,
                 request.num_placed,
                 request.num_evicted,
             )
             for order, request in jobs
         ]
-        columns = to_device(numbers, torch.int32, self.device).T.contiguous()
-        resident, keep, below, from_, slot, logical, num_placed, num_evicted = columns
+        columns = to_device(np.array(numbers, dtype=np.int32).T.copy(), torch.int32, self.device)
+        resident, keep, below, from_, slot, num_placed, num_evicted = columns.unbind()
         source_table = self.table([job.order.source_pages for job in jobs])
         length = max(job.order.num_resident for job in jobs)
         positions = self.positions.read(source_table, length, num_placed, num_evicted)
         target_table = self.table([job.order.target_pages for job in jobs])
-        return _Batch(jobs, source_table, target_table, resident, keep, below, from_, slot, logical, positions)
+        return _Batch(jobs, source_table, target_table, resident, keep, below, from_, slot, positions)
 
     # ---- sentences
 
@@ -226,7 +229,8 @@ class Compactor:
         said = torch.zeros(2, len(batch.jobs), batch.longest, dtype=torch.float32, device=self.device)
         if self._tracker is not None:
             order = torch.arange(batch.longest, dtype=torch.int32, device=self.device)
-            said[0] = self._tracker.penalties(batch.slot, batch.longest)
+            every = order.expand(len(batch.jobs), 1, 1, -1)
+            said[0] = self._tracker.penalties(batch.slot, every)[:, 0, 0]
             for r, (_, request) in enumerate(batch.jobs):
                 said[1, r] = self._tracker.state(request.slot).sentence_of(order)
         return self._ranks.from_last_stage(said)
@@ -235,12 +239,10 @@ class Compactor:
         """float32, of the shape of `batch.positions`."""
         if batch.sentences is None:
             assert self._tracker is not None
-            by_position = self._tracker.penalties(batch.slot, batch.longest)
-        else:
-            by_position = batch.sentences[0]
+            return self._tracker.penalties(batch.slot, batch.positions)
         # What lies past a shorter request's tokens means nothing, but must lie within the table.
         flat = batch.positions.flatten(1).clamp(0, batch.longest - 1).long()
-        return by_position.gather(1, flat).view(batch.positions.shape)
+        return batch.sentences[0].gather(1, flat).view(batch.positions.shape)
 
     def _numbers(self, batch: _Batch, r: int, positions: Tensor) -> Tensor:
         """Sentence numbers, int64, of positions of one request."""
@@ -256,7 +258,7 @@ class Compactor:
         policy = batch.jobs[0].request.policy
         penalty = self._penalties(batch) if policy.needs & Need.HIDDEN else None
         if (fused := policy.token_score) is not None:
-            return torch.ops.skipkv.score_tokens(
+            scores: Tensor = self._score_tokens(
                 *self.cache,
                 batch.source_table,
                 batch.positions,
@@ -267,6 +269,7 @@ class Compactor:
                 fused.mix,
                 fused.redundancy_threshold,
             )
+            return scores
         scores = torch.full(batch.positions.shape, -torch.inf, dtype=torch.float32, device=self.device)
         for r in range(len(batch.jobs)):
             self._score_request(batch, r, None if penalty is None else penalty[r], scores[r])
@@ -312,7 +315,7 @@ class Compactor:
         """Every layer and head keeps its own tokens."""
         most = max(min(o.num_keep, o.num_resident - o.num_keep) for o, _ in batch.jobs)
         numbers = (batch.num_resident, batch.num_keep, batch.pin_below, batch.pin_from)
-        return Moves(*torch.ops.skipkv.select_keep(scores, batch.positions, *numbers, most))
+        return Moves(*self._select_keep(scores, batch.positions, *numbers, most))
 
     def _select_sentences(self, batch: _Batch, scores: Tensor) -> Moves:
         """Whole sentences leave, the same for all layers and heads, so the first row speaks for all."""

@@ -7,6 +7,7 @@ the index is a persistent buffer too, refilled before each step.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -112,11 +113,12 @@ class QueryRing:
         rows = self._rows[layer_index, slot * self.window : (slot + 1) * self.window]
         return rows.roll(-(num_logical % self.window), dims=0)
 
-    def read_all(self, slots: Tensor, num_logical: Tensor) -> Tensor:
-        """The same for R requests and all layers: `[R, layers, W, Hq, D]`; slots and lengths integer `[R]`."""
-        age = torch.arange(self.window, device=slots.device)
-        rows = slots.long()[:, None] * self.window + (num_logical.long()[:, None] + age) % self.window
-        return self._rows[:, rows].transpose(0, 1).contiguous()
+    def read_all(self, slots: Sequence[int], num_logical: Sequence[int]) -> Tensor:
+        """The same for R requests and all layers: `[R, layers, W, Hq, D]`."""
+        first = np.array(slots)[:, None] * self.window
+        rows = first + (np.array(num_logical)[:, None] + np.arange(self.window)) % self.window
+        found = self._rows.index_select(1, to_device(rows.ravel(), torch.int64, self._rows.device))
+        return found.unflatten(1, rows.shape).transpose(0, 1).contiguous()
 
 
 def _dequantised(query: Tensor, scale: Tensor) -> Tensor:

@@ -101,7 +101,7 @@ def kept(policy: str, granularity: str, layers: slice, heads: slice, ranks: Rank
     compactor.run(jobs)
     result = []
     for order, _ in jobs:
-        placed = torch.tensor([[order.num_keep], [0]])
+        placed = torch.tensor([[order.num_keep], [0]], dtype=torch.int32)
         held = compactor.positions.read(compactor.table([order.target_pages]), order.num_keep, *placed)[0]
         result.append(held.sort(dim=-1).values)
     return result
