@@ -153,6 +153,11 @@ class Capacity:
     break_even: int
     is_capped: bool
 
+    @property
+    def state(self) -> str:
+        """What `state_bytes` are of."""
+        return "queries, sentences and gates" if "gate" in self.sidecars else "queries and sentences"
+
     def lines(self) -> list[str]:
         """For the banner and `skipkv plan`."""
         fits = f"{self.fit:,} such requests fit at once instead of {self.fit_full:,}"
@@ -160,7 +165,7 @@ class Capacity:
             fits += f"; max_num_seqs lets {self.concurrency:,} run instead of {self.concurrency_full:,}"
         return [
             f"{self.kv_bytes:,} bytes of KV a token + {self.sidecar_bytes:,} for its {' and '.join(self.sidecars)}, "
-            f"{self.state_bytes / 2**20:.2f} MiB of queries and sentences a request",
+            f"{self.state_bytes / 2**20:.2f} MiB of {self.state} a request",
             f"{self.pages:,} pages of {self.page_size} tokens; the same memory without a policy: {self.pages_full:,}",
             f"a request of {self.length:,} tokens holds at most {self.request_pages:,} pages instead of "
             f"{self.request_pages_full:,}",

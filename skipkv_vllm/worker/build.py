@@ -15,6 +15,7 @@ from vllm.tokenizers import cached_tokenizer_from_config
 
 from .. import compat
 from ..errors import KVPolicyError
+from ..gates import Gates
 from ..ops.paging import FP8_CACHES, Layout, PagedCache, cpu_layout
 from ..policies import Need
 from ..sentences import build_tables
@@ -77,12 +78,13 @@ def build_runtime(vllm_config: VllmConfig, model: nn.Module, device: torch.devic
             device=device,
         )
     if config.gates is not None:
-        gates = _build_gates(vllm_config, model, layers, ranks, device)
+        gates = _build_gates(config.gates, vllm_config, ranks, device)
+        gates.attach(attention_blocks(model, layers))
     if config.kv_trace_dir is not None:
         trace = TraceWriter(config.kv_trace_dir, vllm_config.parallel_config.rank)
     steering = _build_steering(vllm_config, model, device) if config.steers else None
     held = sum(part.nbytes for part in (ring, tracker, gates, steering) if part)
-    logger.info("SkipKV: %.1f MiB for queries, sentences and gates of %d requests", held / 2**20, num_slots)
+    logger.info("SkipKV: %.1f MiB for observation queries, sentences and gates of %d requests", held / 2**20, num_slots)
     return EvictionRuntime(config, num_slots, ring, tracker, gates, trace, device, ranks, steering)
 
 
@@ -119,22 +121,17 @@ def most_tokens(vllm_config: VllmConfig) -> int:
     return max(vllm_config.scheduler_config.max_num_batched_tokens, largest_graph)
 
 
-def _build_gates(
-    vllm_config: VllmConfig, model: nn.Module, layers: dict[str, Any], ranks: Ranks, device: torch.device
-) -> TokenGates:
-    learned, model_config = compat.policy_config(vllm_config).gates, vllm_config.model_config
-    assert learned is not None
-    gates = TokenGates(
+def _build_gates(learned: Gates, vllm_config: VllmConfig, ranks: Ranks, device: torch.device) -> TokenGates:
+    model_config, layers = vllm_config.model_config, list(attention_layers(vllm_config).values())
+    return TokenGates(
         learned.layers[ranks.first_layer : ranks.first_layer + len(layers)],
         first_head=ranks.first_head,
-        num_heads=next(iter(layers.values())).num_kv_heads,
+        num_heads=layers[0].num_kv_heads,
         activation=getattr(model_config.hf_text_config, "hidden_act", "unknown"),
         max_tokens=most_tokens(vllm_config),
         dtype=model_config.dtype,
         device=device,
     )
-    gates.attach(attention_blocks(model, layers))
-    return gates
 
 
 def _build_steering(vllm_config: VllmConfig, model: nn.Module, device: torch.device) -> Steering:

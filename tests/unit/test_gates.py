@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from skipkv_vllm import bundled_gates
+from skipkv_vllm import bundled_gates, compat
 from skipkv_vllm.capacity import ModelShape, Pool, capacity
 from skipkv_vllm.config import KVPolicyConfig, RequestOptions
 from skipkv_vllm.errors import KVPolicyError
@@ -19,6 +19,7 @@ from skipkv_vllm.worker.gates import TokenGates, attention_blocks
 from tests import dense_policies
 
 from .simulation import CPU, HIDDEN, KV_HEADS, LAYERS, FakeBlock, gates, gates_file
+from .test_steering_config import model_for
 
 FIRST = PREFIX.format(0)
 
@@ -135,6 +136,23 @@ def test_other_methods_have_none(policy):
     config = KVPolicyConfig(kv_policy=policy)
     assert config.gates is None
     assert not config.needs & Need.GATES
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_config__get_hidden_size": lambda: 8}, "hidden size is 6, but this model's is 8"),
+        ({"model_config__get_total_num_kv_heads": lambda: 4}, "number of kv heads is 2, but this model's is 4"),
+        ({"parallel_config__enable_hc_sp": True}, "--kv-policy trimkv does not support sequence parallelism"),
+    ],
+)
+def test_a_server_that_cannot_use_them_does_not_start(changes, message):
+    fits = {"get_total_num_hidden_layers": lambda: LAYERS, "get_total_num_kv_heads": lambda: KV_HEADS}
+    changed = {f"model_config__{name}": value for name, value in fits.items()}
+    policy = KVPolicyConfig(kv_policy="trimkv", kv_policy_config={"gates": gates_file()})
+    compat.check_config(model_for("", **changed)[0], policy)
+    with pytest.raises(KVPolicyError, match=message):
+        compat.check_config(model_for("", **(changed | changes))[0], policy)
 
 
 # ---- what they say
