@@ -202,7 +202,7 @@ def main() -> int:
     data = batches(args.tokens, tokenizer)
     last = train(student, data, steps=args.steps, lr=args.lr, capacity=args.capacity)
     told = {name: str(value) for name, value in vars(args).items() if name not in ("model", "out")}
-    told |= {name: f"{value.item():.4f}" for name, value in last._asdict().items()}
+    told |= {f"loss_{name}": f"{value.item():.4f}" for name, value in last._asdict().items()}
     made = {"method": "TRIM-KV, arXiv 2512.03324", "made_by": "python -m benchmarks.tiny_reasoner.train_gates"}
     made |= {"base_model": "tiny-reasoner", "data": "generated problems of the training split"}
     Gates([network.gate() for network in student.gates]).save(args.out, made | told)
