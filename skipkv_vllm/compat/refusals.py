@@ -73,7 +73,7 @@ def _check(vllm_config: VllmConfig, policy: KVPolicyConfig, _refuse: Callable[..
     if policy.evicts:
         _check_cache_dtype(vllm_config.cache_config.cache_dtype, _refuse)
     if policy.gates is not None:
-        _check_hooks(vllm_config, functools.partial(_refuse, flag=f"--kv-policy {policy.kv_policy}"), "what gates read")
+        _check_hooks(vllm_config, functools.partial(_refuse, flag=f"--kv-policy {policy.kv_policy}"), "what gates say")
         policy.gates.check_fits(
             hidden_size=model.get_hidden_size(),
             num_layers=model.get_total_num_hidden_layers(),
