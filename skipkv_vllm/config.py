@@ -16,6 +16,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from .errors import KVPolicyError
+from .gates import Gates
 from .policies import IN_THE_CACHE, Need, Policy, make_policy, policy_names
 from .steering import SteeringVector
 from .steering.controller import Strength
@@ -169,6 +170,7 @@ class KVPolicyConfig(BaseModel):
                     f"kv_request_policies={value}: {name!r} is unknown; name some of: {', '.join(policy_names())}, "
                     "with spaces between them"
                 )
+            make_policy(name).check_complete()
         return value
 
     @field_validator("kv_trace_dir")
@@ -206,6 +208,7 @@ class KVPolicyConfig(BaseModel):
 
     @model_validator(mode="after")
     def _consistent(self) -> KVPolicyConfig:
+        self.policy.check_complete()
         check_budget("kv_budget", self.kv_budget, self.policy, self.kv_window)
         if self.policy.name == "full" and self.kv_policy_config:
             raise KVPolicyError("kv_policy_config is given but kv_policy is 'full', which has no parameters")
@@ -290,6 +293,15 @@ class KVPolicyConfig(BaseModel):
         return vectors
 
     @functools.cached_property
+    def gates(self) -> Gates | None:
+        """The learned gates of the policy, None where it needs none.
+
+        Raises:
+            KVPolicyError: a file that is missing or holds no gates.
+        """
+        return Gates.load(self.policy.gates_file) if self.needs & Need.GATES else None
+
+    @functools.cached_property
     def needs(self) -> Need:
         """What the runtime of this server collects."""
         needs = needs_of(self.policy, self.kv_granularity)
@@ -351,6 +363,7 @@ class RequestOptions(BaseModel):
         except ValidationError as error:
             raise KVPolicyError(_describe(error)) from None
         policy = options.resolve_policy(config)
+        policy.check_complete()
         options._check_steering(config)
         if policy.name != "full" and not config.evicts:
             raise KVPolicyError(

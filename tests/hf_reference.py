@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from transformers.masking_utils import AttentionMaskInterface
@@ -128,6 +129,11 @@ AttentionInterface.register("recording", _recording_attention)
 AttentionMaskInterface.register("recording", lambda *args, **kwargs: None)
 
 
+def _record_input(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+    """Leave what enters an attention block, `[1, new, hidden]`, on it."""
+    module.recorded_input = kwargs["hidden_states"]
+
+
 class Model:
     """A float32 causal language model on the CPU and its sentence delimiters."""
 
@@ -139,13 +145,33 @@ class Model:
         self.texts = [tokenizer.decode([i]) for i in range(len(tokenizer))]
         self.delimiters = {i for i, text in enumerate(self.texts) if DELIMITER.fullmatch(text)}
         self.added: tuple[int, Tensor] | None = None
+        self.gates: list[list[Tensor]] = []
         for layer in self.lm.model.layers:
             layer.register_forward_pre_hook(self._add)
+            layer.self_attn.register_forward_pre_hook(_record_input, with_kwargs=True)
 
     def _add(self, layer: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
         if self.added is None or layer is not self.lm.model.layers[self.added[0]]:
             return None
         return (inputs[0] + self.added[1], *inputs[1:])
+
+    def load_gates(self, path: str) -> None:
+        """Read the learned gates of `trimkv`."""
+        tensors = load_file(path)
+        names = ("linear1.weight", "linear1.bias", "linear2.weight", "bias")
+        self.gates = [
+            [tensors[f"model.layers.{i}.self_attn.retention_gate.{name}"] for name in names]
+            for i in range(len(self.lm.model.layers))
+        ]
+
+    def log_betas(self) -> Tensor:
+        """What the gates say of the tokens fed last, `[layers, heads, new]`."""
+        entering = [layer.self_attn.recorded_input[0] for layer in self.lm.model.layers]
+        by_token = [
+            [dense_policies.log_beta(gate, hidden) for hidden in rows]
+            for gate, rows in zip(self.gates, entering, strict=True)
+        ]
+        return torch.tensor(by_token).transpose(1, 2)
 
     def forward(
         self,
@@ -426,6 +452,7 @@ class Request:
         self._queries = torch.empty(0)
         self._positions = torch.empty(0, dtype=torch.int64)
         self._mass = torch.empty(0)
+        self._log_betas = torch.empty(0)
         self._result = Result([])
 
     @torch.inference_mode()
@@ -470,6 +497,9 @@ class Request:
         newest = torch.cat([layer.self_attn.recorded_weights for layer in self._model.lm.model.layers])[:, :, -1]
         newest = newest.unflatten(1, (heads, -1)).mean(dim=2)
         self._mass = newest if self._num_computed == 0 else newest + F.pad(self._mass, (0, len(token_ids)))
+        if self._settings.method == "trimkv":
+            said = self._model.log_betas()
+            self._log_betas = said if self._num_computed == 0 else torch.cat([self._log_betas, said], dim=2)
         self._num_computed += len(token_ids)
         return logits
 
@@ -492,6 +522,8 @@ class Request:
         shape = (*survives.shape[:2], keep)
         self._positions = self._positions[survives].view(shape)
         self._mass = self._mass[survives].view(shape)
+        if self._settings.method == "trimkv":
+            self._log_betas = self._log_betas[survives].view(shape)
         self._result.events.append(Event(self._num_computed, num_resident, self._positions.clone()))
 
     def _pinned(self) -> Tensor:
@@ -520,6 +552,10 @@ class Request:
             return torch.stack(
                 [snapkv_scores(q, layer.keys[0]) for q, layer in zip(self._queries, self._cache.layers, strict=True)]
             )
+        if self._settings.method == "trimkv":
+            both = zip(self._log_betas.flatten(0, 1).tolist(), self._positions.flatten(0, 1).tolist(), strict=True)
+            scores = torch.tensor([dense_policies.trimkv(*row) for row in both])
+            return scores.view(self._positions.shape)
         if self._settings.method not in ("rkv", "skipkv"):
             return self._published_scores()
         scores = torch.stack(

@@ -72,6 +72,13 @@ def _check(vllm_config: VllmConfig, policy: KVPolicyConfig, _refuse: Callable[..
         raise _refuse("dual-batch overlap", "micro-batches see only part of a step", "Drop --enable-dbo")
     if policy.evicts:
         _check_cache_dtype(vllm_config.cache_config.cache_dtype, _refuse)
+    if policy.gates is not None:
+        _check_hooks(vllm_config, functools.partial(_refuse, flag=f"--kv-policy {policy.kv_policy}"), "what gates say")
+        policy.gates.check_fits(
+            hidden_size=model.get_hidden_size(),
+            num_layers=model.get_total_num_hidden_layers(),
+            num_kv_heads=model.get_total_num_kv_heads(),
+        )
     if policy.needs & Need.SENTENCES and model.skip_tokenizer_init:
         raise _refuse(
             "--skip-tokenizer-init",
@@ -108,12 +115,23 @@ def _is_compiled_ray_graph(parallel: ParallelConfig) -> bool:
 
 
 def _check_steering(vllm_config: VllmConfig, policy: KVPolicyConfig) -> None:
-    from vllm.platforms import current_platform
-
-    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    model = vllm_config.model_config
     refuse = functools.partial(_refuse, flag="--kv-steering-vectors")
     if model.skip_tokenizer_init:
         raise refuse("--skip-tokenizer-init", "thoughts are found by the tokenizer", "Drop --skip-tokenizer-init")
+    _check_hooks(vllm_config, refuse, "the coefficients")
+    for name, vector in zip(policy.kv_steering_vectors, policy.load_vectors(), strict=True):
+        try:
+            vector.check_fits(model.get_hidden_size(), model.get_total_num_hidden_layers())
+        except KVPolicyError as error:
+            raise KVPolicyError(f"kv_steering_vectors: {name}: {error}") from None
+
+
+def _check_hooks(vllm_config: VllmConfig, refuse: Callable[..., KVPolicyError], content: str) -> None:
+    """Refuse what hooks in the model cannot live with; `content` is what their buffers hold."""
+    from vllm.platforms import current_platform
+
+    parallel = vllm_config.parallel_config
     if parallel.use_sequence_parallel_moe or parallel.enable_hc_sp:
         raise refuse(
             "sequence parallelism",
@@ -121,17 +139,12 @@ def _check_steering(vllm_config: VllmConfig, policy: KVPolicyConfig) -> None:
             "Use --tensor-parallel-size without expert parallelism",
         )
     autotunes = vllm_config.compilation_config.inductor_compile_config.get("max_autotune", False)
-    if autotunes and current_platform.is_cpu() and not model.enforce_eager:
+    if autotunes and current_platform.is_cpu() and not vllm_config.model_config.enforce_eager:
         raise refuse(
             "Inductor's max_autotune on CPUs",
-            "it freezes the buffers that hold the coefficients",
+            f"it freezes the buffers that hold {content}",
             "Drop it from the compilation config",
         )
-    for name, vector in zip(policy.kv_steering_vectors, policy.load_vectors(), strict=True):
-        try:
-            vector.check_fits(model.get_hidden_size(), model.get_total_num_hidden_layers())
-        except KVPolicyError as error:
-            raise KVPolicyError(f"kv_steering_vectors: {name}: {error}") from None
 
 
 def check_kv_cache(kv_cache_config: KVCacheConfig, policy: KVPolicyConfig) -> None:

@@ -15,6 +15,7 @@ from . import (  # noqa: F401  (importing registers them)
     snapkv,
     streaming_llm,
     tova,
+    trimkv,
     vatp,
 )
 from .base import IN_THE_CACHE, Need, Policy, SentenceOptions, View, make_policy, policy_names, register_policy

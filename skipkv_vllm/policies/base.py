@@ -30,6 +30,8 @@ class Need(Flag):
     """sentence embeddings and the penalties of repeated sentences (from last hidden states)"""
     ATTENTION_MASS = auto()
     """the attention that every held token has received so far; comes with the keys and queries it is made of"""
+    GATES = auto()
+    """what learned gates said of every held token when it was written; `Policy.gates_file` names them"""
 
 
 IN_THE_CACHE = Need.KEYS | Need.VALUES
@@ -54,6 +56,8 @@ class View:
         attention_mass: `[H, L]` float32, sum over all queries since the end of the prompt (its last token's
             included) of the attention paid to the token, averaged over the query heads of the kv head; or
             None unless `Need.ATTENTION_MASS`.
+        gates: `[H, L]` float32, what the learned gates said of the token when it was written (`log beta`, not
+            above 0), or None unless `Need.GATES`.
     """
 
     positions: Tensor
@@ -66,6 +70,7 @@ class View:
     queries: Tensor | None = None
     sentence_penalty: Tensor | None = None
     attention_mass: Tensor | None = None
+    gates: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -127,6 +132,15 @@ class Policy(ABC):
     def num_sinks(self) -> int:
         """Number of first tokens of the sequence that this method always keeps."""
         return 0
+
+    @property
+    def gates_file(self) -> str:
+        """Path of the learned gates that `Need.GATES` asks for; see `skipkv_vllm.gates`."""
+        return ""
+
+    def check_complete(self) -> None:
+        """Raise `KVPolicyError` if a parameter is missing that has no useful default; what serves a policy asks."""
+        return
 
     @property
     def sentence_options(self) -> SentenceOptions:

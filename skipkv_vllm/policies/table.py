@@ -13,6 +13,7 @@ INPUTS = {
     Need.SENTENCES: ("sentence boundaries", "4 bytes a token"),
     Need.HIDDEN: ("last hidden states", "`max_sentences` embeddings, 4 bytes a token"),
     Need.ATTENTION_MASS: ("attention received so far", "4 bytes a held token, layer and kv head"),
+    Need.GATES: ("what learned gates said of each token", "4 bytes a token, layer and kv head; the gates"),
 }
 """What a method reads, and what a request's share of it takes in memory."""
 
@@ -26,7 +27,8 @@ written, whose queries choose. **Pinned**: the protected prompt, the newest W to
 sinks always stay. **Granularity** (`--kv-granularity`): by `head` every layer and kv head keeps its own tokens; by
 `sentence` whole sentences leave, the same ones for all layers and heads, by the mean score of their tokens. **Ties**:
 the earlier token stays. **Grouped queries**: what a method computes per query head is averaged over those of a kv
-head, unless its paper says otherwise. **Training**: none of these methods needs any.
+head, unless its paper says otherwise. **Training**: only methods that read learned gates need any; they come with the
+model that is served, as a file (`skipkv_vllm/gates.py` says what is in it), and so only as the server's own method.
 
 Cost is that of one compaction per layer and kv head, with L held tokens, the window W, G query heads a kv head and head
 size D; memory is what a request takes beside its KV pages. "Native" methods are scored by fused operators (C++, CUDA,
@@ -41,7 +43,8 @@ def row(policy: Policy) -> str:
     """A method's line of the table."""
     about, reads = policy.about, [INPUTS[need] for need in Need if need in policy.needs]
     paper = f"[{about.paper}](https://arxiv.org/abs/{about.arxiv})" if about.arxiv else about.paper
-    fields = ", ".join(f"`{f.name}` ({getattr(policy, f.name)})" for f in dataclasses.fields(policy)) or "none"
+    given = {f.name: getattr(policy, f.name) for f in dataclasses.fields(policy)}
+    fields = ", ".join(f"`{name}` ({'required' if value == '' else value})" for name, value in given.items()) or "none"
     native = " (native)" if policy.token_score is not None else ""
     inputs, memory = ("; ".join(filter(None, column)) for column in zip(*reads, strict=True)) if reads else ("none", "")
     return (

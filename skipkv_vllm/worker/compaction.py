@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -18,6 +19,7 @@ from ..policies.selection import select_sentences
 from ..scheduler.planner import Compaction, ceil_div
 from ..sentences.tracker import SentenceTracker
 from .attention_mass import AttentionMass
+from .gates import TokenGates
 from .positions import PositionSidecar
 from .queries import QueryRing
 from .ranks import ALONE, Ranks
@@ -52,6 +54,7 @@ class _Batch(NamedTuple):
         source_table, target_table: kernel pages before and after, `[R, pages]`.
         num_resident, num_keep, pin_below, pin_from, slot: `[R]`.
         positions: `[R, layers, H, N]` by slot.
+        gates: `[R, layers, H, N]` by slot, where the policy reads them.
         sentences: of every logical position, where they come from another stage; see `Compactor._announced`.
     """
 
@@ -64,6 +67,7 @@ class _Batch(NamedTuple):
     pin_from: Tensor
     slot: Tensor
     positions: Tensor
+    gates: Tensor | None = None
     sentences: Tensor | None = None
 
     @property
@@ -92,7 +96,7 @@ class Compactor:
         config: the server's policy.
         cache: the KV pages.
         block_size: tokens of one of vLLM's blocks; a multiple of the kernels' page size.
-        ring, tracker, mass: what the runtime collects.
+        ring, tracker, gates, mass: what the runtime collects.
         ranks: this worker's place among those that share the model.
         key_scales: float32 `[layers, H]` by which stored keys must be multiplied, or None for 1.
     """
@@ -104,6 +108,7 @@ class Compactor:
         block_size: int,
         ring: QueryRing | None,
         tracker: SentenceTracker | None,
+        gates: TokenGates | None,
         mass: AttentionMass,
         ranks: Ranks = ALONE,
         key_scales: Tensor | None = None,
@@ -116,7 +121,7 @@ class Compactor:
         self._block_size = block_size
         self._pages_per_block = block_size // self.layers[0].page_size
         self._key_scales = key_scales
-        self._ring, self._tracker, self._mass, self._ranks = ring, tracker, mass, ranks
+        self._ring, self._tracker, self._gates, self._mass, self._ranks = ring, tracker, gates, mass, ranks
         self._score_tokens = ops.function("score_tokens", self.device)
         self._select_keep = ops.function("select_keep", self.device)
         self._compact_pages = ops.function("compact_pages", self.device)
@@ -193,9 +198,14 @@ class Compactor:
             *moves,
         )
         for r, (order, request) in enumerate(jobs):
+            follow = []
             if request.needs & Need.ATTENTION_MASS:
-                source, hole = moves.source[r].long(), moves.hole[r].long()
-                self._mass.move(request.slot, order.num_keep, source, hole, moves.valid[r])
+                follow.append(functools.partial(self._mass.move, request.slot))
+            if batch.gates is not None:
+                assert self._gates is not None
+                follow.append(functools.partial(self._gates.move, batch.gates[r], batch.target_table[r]))
+            for move in follow:
+                move(order.num_keep, moves.source[r].long(), moves.hole[r].long(), moves.valid[r])
 
     def _batch(self, jobs: Sequence[Job]) -> _Batch:
         numbers = [
@@ -216,7 +226,11 @@ class Compactor:
         length = max(job.order.num_resident for job in jobs)
         positions = self.positions.read(source_table, length, num_placed, num_evicted)
         target_table = self.table([job.order.target_pages for job in jobs])
-        return _Batch(jobs, source_table, target_table, resident, keep, below, from_, slot, positions)
+        gates = None
+        if jobs[0].request.needs & Need.GATES:
+            assert self._gates is not None
+            gates = self._gates.read(source_table, length)
+        return _Batch(jobs, source_table, target_table, resident, keep, below, from_, slot, positions, gates)
 
     # ---- sentences
 
@@ -285,6 +299,7 @@ class Compactor:
         mass = None
         if policy.needs & Need.ATTENTION_MASS:
             mass = self._mass.read(request.slot, positions).gather(-1, by_position)
+        gates = None if batch.gates is None else batch.gates[r, ..., :length].gather(-1, by_position)
         for i, layer in enumerate(self.layers):
             keys = values = queries = None
             if policy.needs & Need.KEYS:
@@ -306,6 +321,7 @@ class Compactor:
                 queries=queries,
                 sentence_penalty=None if penalty is None else penalty[i, :, :length].gather(-1, by_position[i]),
                 attention_mass=None if mass is None else mass[i],
+                gates=None if gates is None else gates[i],
             )
             scores[i, :, :length].scatter_(-1, by_position[i], policy.score(view))
 

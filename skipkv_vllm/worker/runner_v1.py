@@ -52,6 +52,8 @@ class EvictingRunnerV1(_Base):
         if scheduler_output is not self._begun:
             self.begin_step(scheduler_output)
         output = super().execute_model(scheduler_output, *args, **kwargs)
+        if self.runtime.gates is not None:
+            self.runtime.gates.store(self.input_batch.block_table[0].slot_mapping.gpu)
         if self.execute_model_state is not None:
             self.runtime.finish_forward(self.input_ids.gpu, self.execute_model_state.hidden_states)
         return output

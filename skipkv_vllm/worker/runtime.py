@@ -21,6 +21,7 @@ from ..sentences.tracker import SentenceTracker, TrackedTokens
 from ..trace import TraceWriter
 from .attention_mass import AttentionMass
 from .compaction import Compactor, Job, Managed
+from .gates import TokenGates
 from .queries import QueryRing
 from .ranks import ALONE, Ranks
 from .rows import NEVER, BatchRows, Evicted, StepBatch
@@ -35,6 +36,7 @@ class EvictionRuntime:
         num_slots: requests that can run at once.
         ring: observation queries, or None where no policy reads them.
         tracker: sentences, or None where no policy reads them.
+        gates: learned gates, or None where no policy reads them.
         trace: writes what was kept, or None.
         device: where the model runs.
         ranks: this worker's place among those that share the model.
@@ -47,6 +49,7 @@ class EvictionRuntime:
         num_slots: int,
         ring: QueryRing | None,
         tracker: SentenceTracker | None,
+        gates: TokenGates | None,
         trace: TraceWriter | None,
         device: torch.device,
         ranks: Ranks = ALONE,
@@ -55,6 +58,7 @@ class EvictionRuntime:
         self.config = config
         self.ring = ring
         self.tracker = tracker
+        self.gates = gates
         self.trace = trace
         self._device = device
         self._ranks = ranks
@@ -82,7 +86,9 @@ class EvictionRuntime:
             block_size: tokens of one of vLLM's blocks; a multiple of the kernels' page size.
             key_scales: float32 `[layers, H]` by which stored keys must be multiplied, or None for 1.
         """
-        collected = (self.ring, self.tracker, self._mass)
+        if self.gates is not None:
+            self.gates.bind_cache(cache)
+        collected = (self.ring, self.tracker, self.gates, self._mass)
         self._compactor = Compactor(self.config, cache, block_size, *collected, self._ranks, key_scales)
 
     # ---- before the forward pass
@@ -154,6 +160,8 @@ class EvictionRuntime:
                 self.ring.prepare(rows.observed_slots, batch.counts, batch.starts, batch.num_tokens)
             else:
                 self.ring.skip()
+        if self.gates is not None:
+            self.gates.prepare(batch.num_tokens)
         return rows.evicted
 
     def steer(self, batch: StepBatch, token_ids: Tensor) -> None:
@@ -173,6 +181,8 @@ class EvictionRuntime:
             self.steering.prepare_dummy()
         if self.ring is not None:
             self.ring.idle()
+        if self.gates is not None:
+            self.gates.prepare(0)
 
     def num_evicted(self, request_id: str) -> int:
         """Tokens of this request that are no longer held."""

@@ -7,7 +7,11 @@ Beside that it does every compaction a second time, with loops over lists, from 
 
 from __future__ import annotations
 
+import atexit
+import functools
 import random
+import shutil
+import tempfile
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -16,12 +20,14 @@ import torch
 from torch import Tensor
 
 from skipkv_vllm.config import KVPolicyConfig
+from skipkv_vllm.gates import Gate, Gates
 from skipkv_vllm.ops.paging import Layout, PagedCache, cpu_layout, layer_pages
 from skipkv_vllm.policies import Need
 from skipkv_vllm.scheduler.messages import Started, StepOrders
 from skipkv_vllm.scheduler.planner import Compaction, EvictionPlanner, Limits, Observation, ceil_div
 from skipkv_vllm.sentences import SentenceTables, segment_with
 from skipkv_vllm.sentences.tracker import SentenceTracker
+from skipkv_vllm.worker.gates import TokenGates
 from skipkv_vllm.worker.queries import QueryRing
 from skipkv_vllm.worker.rows import StepBatch
 from skipkv_vllm.worker.runtime import EvictionRuntime
@@ -71,17 +77,41 @@ def hashed(seed: int, layer: int, head: int, position: int, length: int) -> floa
     return state / 2**32
 
 
+@functools.cache
+def gates() -> Gates:
+    """Random gates for what the simulation calls a model; most tokens last about ten steps."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((5, HIDDEN), (5,), (KV_HEADS, 5), (KV_HEADS,))
+    layers = [Gate(*(torch.randn(*shape, generator=generator) for shape in shapes)) for _ in range(LAYERS)]
+    return Gates([gate._replace(bias2=gate.bias2 + 2) for gate in layers])
+
+
+@functools.cache
+def gates_file() -> str:
+    """The same as a file."""
+    folder = tempfile.mkdtemp(prefix="skipkv-gates-")
+    atexit.register(shutil.rmtree, folder)
+    gates().save(f"{folder}/gates.safetensors", {})
+    return f"{folder}/gates.safetensors"
+
+
 class Cell(NamedTuple):
     """One token in one layer and head."""
 
     position: int
     key: Tensor
     value: Tensor
+    log_beta: float
 
 
 class FakeAttention:
     def forward(self, layer: object, query: Tensor) -> Tensor:
         return query
+
+
+class FakeBlock(torch.nn.Module):
+    def forward(self, positions: Tensor, hidden_states: Tensor) -> Tensor:
+        return hidden_states
 
 
 @dataclass
@@ -149,7 +179,7 @@ class Simulation:
             kv_window=window,
             kv_granularity=granularity,
             kv_protect_prompt=protect,
-            kv_policy_config=parameters or {},
+            kv_policy_config=parameters or ({"gates": gates_file()} if policy == "trimkv" else {}),
             kv_check_integrity=True,
         )
         self.chance = random.Random(seed)
@@ -157,7 +187,7 @@ class Simulation:
         self.block_size = page_size * ratio
         self.raw = [self._cache(layout, num_blocks * ratio, page_size) for _ in range(LAYERS)]
         needs = self.config.needs
-        ring = tracker = None
+        ring = tracker = token_gates = None
         self.impls = [FakeAttention() for _ in range(LAYERS)]
         if needs & Need.QUERIES:
             ring = QueryRing(
@@ -183,7 +213,19 @@ class Simulation:
                 dtype=torch.float32,
                 device=CPU,
             )
-        self.runtime = EvictionRuntime(self.config, num_slots, ring, tracker, None, CPU)
+        self.blocks = [FakeBlock() for _ in range(LAYERS)]
+        if self.config.gates is not None:
+            token_gates = TokenGates(
+                self.config.gates.layers,
+                first_head=0,
+                num_heads=KV_HEADS,
+                activation="silu",
+                max_tokens=max_tokens,
+                dtype=torch.float32,
+                device=CPU,
+            )
+            token_gates.attach(self.blocks)
+        self.runtime = EvictionRuntime(self.config, num_slots, ring, tracker, token_gates, None, CPU)
         packing = Layout.ROWS if layout.startswith("gpu") else cpu_layout(layout)
         self.layers = [layer_pages(raw, packing) for raw in self.raw]
         self.runtime.bind_cache(PagedCache.of(self.raw, packing), self.block_size)
@@ -361,6 +403,9 @@ class Simulation:
         token_ids, hidden = [], []
         for layer, impl in enumerate(self.impls):
             impl.forward(None, queries[layer])
+        entering, slots = self.random(LAYERS, total, HIDDEN), []
+        for layer, block in enumerate(self.blocks):
+            block(positions=None, hidden_states=entering[layer])
         row = 0
         for name in names:
             request = self.running[name]
@@ -374,9 +419,11 @@ class Simulation:
                 request.tokens.append(token)
                 request.hidden.append(state)
                 request.queries.append(queries[:, row])
-                self._append(request, keys[:, row], values[:, row])
+                slots.append(self._append(request, keys[:, row], values[:, row], entering[:, row]))
                 self._weigh(request)
                 row += 1
+        if self.runtime.gates is not None:
+            self.runtime.gates.store(torch.tensor(slots + [-1]))
         padding = 3
         self.runtime.finish_forward(
             torch.tensor(token_ids + [DOT] * padding), torch.stack([*hidden, *(torch.ones(HIDDEN),) * padding])
@@ -395,7 +442,8 @@ class Simulation:
                     key = (layer, head, cell.position)
                     request.mass[key] = request.mass.get(key, 0.0) + weight
 
-    def _append(self, request: Running, key: Tensor, value: Tensor) -> None:
+    def _append(self, request: Running, key: Tensor, value: Tensor, hidden: Tensor) -> int:
+        """Write a token; the slot of the cache that it got."""
         slot = request.num_resident
         if slot == len(request.pages) * self.block_size:
             request.pages.append(self._allocate())
@@ -403,15 +451,19 @@ class Simulation:
         assert self.references[block] == 1, "a shared page is written"
         size = self.layers[0].page_size
         page = torch.tensor(block * self.ratio + offset // size)
+        read = self.config.gates is not None
         for layer, pages in enumerate(self.layers):
+            betas = dense_policies.log_beta(gates().layers[layer], hidden[layer]) if read else [0.0] * KV_HEADS
             content = (
                 [torch.cat([key[layer], value[layer]], -1)] if len(pages.cells) == 1 else [key[layer], value[layer]]
             )
             for cell, vectors in zip(pages.cells, content, strict=True):
                 cell.scatter(page, torch.arange(KV_HEADS), torch.tensor(offset % size), vectors)
             for head in range(KV_HEADS):
-                request.dense[layer][head].append(Cell(request.num_logical, key[layer, head], value[layer, head]))
+                cell = Cell(request.num_logical, key[layer, head], value[layer, head], betas[head])
+                request.dense[layer][head].append(cell)
         request.num_logical += 1
+        return block * self.block_size + offset
 
     # ---- reading the cache
 
@@ -450,6 +502,14 @@ class Simulation:
                 assert positions[layer, head][order].tolist() == [cell.position for cell in cells], name
                 assert torch.equal(keys[head][order], torch.stack([cell.key for cell in cells])), name
                 assert torch.equal(values[head][order], torch.stack([cell.value for cell in cells])), name
+        # What gates said follows the tokens of requests that read it, and of others until they are compacted.
+        state = self.runtime._requests.get(name)
+        if self.runtime.gates is not None and (not request.num_evicted or state.needs & Need.GATES):
+            assert self.runtime._compactor is not None
+            said = self.runtime.gates.read(self.runtime._compactor.table([request.pages]), length)[0]
+            said = said.gather(-1, positions.argsort(dim=-1))
+            wanted = [[[cell.log_beta for cell in cells] for cells in heads] for heads in request.dense]
+            torch.testing.assert_close(said, torch.tensor(wanted), rtol=1e-5, atol=1e-6)
 
     # ---- the dense reference
 
@@ -531,6 +591,8 @@ class Simulation:
             masses = [request.mass.get((layer, head, cell.position), 0.0) for cell in cells]
             # The newest before the others, and before the heaviest.
             return [1e6 + c.position if c.position >= oldest_recent else m for c, m in zip(cells, masses, strict=True)]
+        if policy.name == "trimkv":
+            return dense_policies.trimkv([cell.log_beta for cell in cells], [cell.position for cell in cells])
         keys = torch.stack([cell.key for cell in cells])
         group = Q_HEADS // KV_HEADS
         observed = request.queries[num_logical - window : num_logical]

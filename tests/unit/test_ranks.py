@@ -91,7 +91,7 @@ def kept(policy: str, granularity: str, layers: slice, heads: slice, ranks: Rank
         for slot in (0, 1):
             tracker.reset(slot, 0)
         tracker.update(TrackedTokens(tokens, spans, total, topics[place // 5 % 3] + noise if size else None))
-    compactor = Compactor(config, PagedCache.of(caches, Layout.ROWS), PAGE, ring, tracker, AttentionMass(), ranks)
+    compactor = Compactor(config, PagedCache.of(caches, Layout.ROWS), PAGE, ring, tracker, None, AttentionMass(), ranks)
     jobs, first = [], 1
     for slot, (length, keep, number) in enumerate(zip(LENGTHS, KEEP, blocks, strict=True)):
         pages = list(range(first, first + number))

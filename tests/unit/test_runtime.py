@@ -10,11 +10,11 @@ from skipkv_vllm.policies import View, make_policy
 from skipkv_vllm.scheduler.messages import Started, StepOrders
 from skipkv_vllm.worker.rows import StepBatch
 
-from .simulation import DOT, Simulation
+from .simulation import DOT, HIDDEN, Simulation
 
 CASES = [
     (policy, granularity, protect)
-    for policy in ("streaming_llm", "rkv", "skipkv", "random", "snapkv", "h2o")
+    for policy in ("streaming_llm", "rkv", "skipkv", "random", "snapkv", "h2o", "trimkv")
     for granularity in ("head", "sentence")
     for protect in (True, False)
 ]
@@ -91,6 +91,35 @@ def test_shared_pages_are_replaced_and_their_other_reader_sees_no_change(policy,
     assert sim.running["a"].num_compactions >= 2
     assert sim.running["b"].num_compactions >= 2
     assert (sim.num_replaced > 0) == (not protect)
+
+
+def test_what_gates_said_is_found_in_pages_that_another_method_wrote():
+    sim = Simulation("trimkv", protect=False)
+    sim.start("writer", num_prompt=26, budget=30, policy="streaming_llm")
+    sim.start("plain", num_prompt=3, budget=1, policy="none")
+    sim.step({"writer": 26, "plain": 3})
+    sim.start("reader", num_prompt=23, budget=26, shared_with="writer")
+    assert sim.running["reader"].num_logical == 20
+    sim.step({"writer": 1, "reader": 3, "plain": 1})
+    for _ in range(30):
+        sim.step({"writer": 1, "reader": 1})
+    assert sim.num_replaced
+    for name in sim.running:
+        sim.check(name)
+    assert min(sim.running[name].num_compactions for name in ("writer", "reader")) >= 2
+
+
+def test_a_dummy_pass_leaves_what_gates_said_alone():
+    sim = Simulation("trimkv")
+    sim.start("a", num_prompt=9, budget=30)
+    sim.step({"a": 9})
+    before = sim.runtime.gates._entries.clone()
+    sim.runtime.prepare_dummy()
+    for block in sim.blocks:
+        block(torch.zeros(9), torch.ones(9, HIDDEN))
+    sim.runtime.gates.store(torch.arange(9))
+    assert torch.equal(sim.runtime.gates._entries, before)
+    assert before.any()
 
 
 def test_flagged_sentences_leave_before_anything_else():
@@ -183,7 +212,7 @@ def test_a_request_may_use_another_method_than_the_server():
     assert not sim.runtime.ring.read(0, sim.runtime._requests["other"].slot, 48).any()
 
 
-@pytest.mark.parametrize("policy", ["skipkv", "h2o"])
+@pytest.mark.parametrize("policy", ["skipkv", "h2o", "trimkv"])
 def test_a_preempted_request_starts_over_with_a_clean_state(policy):
     sim = Simulation(policy, protect=False, num_slots=2)
     sim.start("a", num_prompt=8, budget=24)
@@ -203,7 +232,7 @@ def test_a_preempted_request_starts_over_with_a_clean_state(policy):
         assert sim.running["a"].num_compactions >= 1
 
 
-@pytest.mark.parametrize("policy", ["skipkv", "h2o"])
+@pytest.mark.parametrize("policy", ["skipkv", "h2o", "trimkv"])
 def test_slots_are_reused_without_leaking_state(policy):
     sim = Simulation(policy, protect=False, num_slots=2, num_blocks=40)
     for i in range(6):
