@@ -57,6 +57,17 @@ def caote(form: str, weights: list[float], values: Tensor) -> list[float]:
     return [a / (1 - a) * float((output - v).norm()) for a, v in zip(weights, values, strict=True)]
 
 
+def finch(queries: Tensor, keys: Tensor) -> list[float]:
+    """Attention of the queries times the number of tokens that each sees, averaged over them and the query heads."""
+    total = [0.0] * len(keys)
+    for w, heads in enumerate(queries.double()):
+        num_seen = len(keys) - len(queries) + w + 1
+        for query in heads:
+            for i, weight in enumerate(attention(query, keys.double(), num_seen)):
+                total[i] += weight * num_seen / queries.shape[:2].numel()
+    return total
+
+
 def score(
     method: str, options: dict[str, object], queries: Tensor, keys: Tensor, values: Tensor, mass: Tensor
 ) -> list[float]:

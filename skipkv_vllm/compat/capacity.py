@@ -108,7 +108,7 @@ def check_fits_alone(
         remedy += f" use kv_policy={config.kv_policy!r}"
     elif limits.first_bound > limits.bound:
         cause = f"kv_defer_prompt holds its prompt of {num_prompt} tokens whole"
-        remedy = f"shorten it to at most {room - limits.window} tokens"
+        remedy = f"shorten it to at most {room - (limits.first_bound - num_prompt)} tokens"
     elif limits.keep > limits.budget:
         cause = f"its prompt of {num_prompt} tokens is protected and raises its bound to {limits.bound}"
         remedy = f"shorten it to at most {room - limits.window - limits.buffer} tokens"

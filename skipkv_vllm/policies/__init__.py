@@ -2,6 +2,7 @@
 
 from . import (  # noqa: F401  (importing registers them)
     caote,
+    finch,
     full,
     h2o,
     keydiff,

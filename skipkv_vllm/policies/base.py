@@ -44,6 +44,8 @@ class View:
         positions: logical positions `[H, L]`, int32.
         window: W, the number of newest tokens, which always survive.
         num_keep: tokens that will be kept of each head.
+        num_logical: tokens computed so far; the newest held one has position `num_logical - 1`.
+        num_prompt: length of the prompt.
         layer: index of the layer in the model.
         first_head: index in the model of the first of these kv heads; others may be on other ranks.
         keys: post-RoPE keys `[L, H, D]`, or None unless `Need.KEYS`.
@@ -59,6 +61,8 @@ class View:
     positions: Tensor
     window: int
     num_keep: int = 0
+    num_logical: int = 0
+    num_prompt: int = 0
     layer: int = 0
     first_head: int = 0
     keys: Tensor | None = None
@@ -101,6 +105,9 @@ class Policy(ABC):
     name: ClassVar[str]
     about: ClassVar[About] = About()
     needs: ClassVar[Need] = Need.NOTHING
+    compacts_prompt: ClassVar[bool] = False
+    """whether a prompt longer than the budget is compacted as soon as it is computed, not only at the bound; such a
+    method is about the prompt, which then must not be protected"""
 
     @abstractmethod
     def score(self, view: View) -> Tensor:
@@ -127,6 +134,21 @@ class Policy(ABC):
     def num_sinks(self) -> int:
         """Number of first tokens of the sequence that this method always keeps."""
         return 0
+
+    def num_task(self, window: int) -> int:
+        """Number of last tokens of the prompt that this method always keeps and by which it scores the others: the
+        question; at most the window."""
+        return 0
+
+    def with_task(self, num_task: int) -> Policy:
+        """This method with another length of the question.
+
+        Raises:
+            KVPolicyError: the method knows no question.
+        """
+        raise KVPolicyError(
+            f"kv_task_tokens={num_task} is given but policy {self.name!r} does not score by a question; leave it out"
+        )
 
     @property
     def sentence_options(self) -> SentenceOptions:

@@ -22,8 +22,9 @@ Generated from the code by `python -m skipkv_vllm.policies.table`; a test compar
 
 All methods share the engine's rules. **Trigger**: a request is compacted when it holds budget + buffer tokens, to
 exactly its budget; with `--kv-defer-prompt` a long unprotected prompt is first held whole until W more tokens are
-written, whose queries choose. **Pinned**: the protected prompt, the newest W tokens (`--kv-window`) and a method's
-sinks always stay. **Granularity** (`--kv-granularity`): by `head` every layer and kv head keeps its own tokens; by
+written, whose queries choose. Methods about the prompt (PROMPT) also compact one longer than the budget as soon
+as it is computed, which is what `--kv-defer-prompt` then waits for; they need `--no-kv-protect-prompt`. **Pinned**: the
+protected prompt, the newest W tokens (`--kv-window`) and a method's sinks always stay. **Granularity** (`--kv-granularity`): by `head` every layer and kv head keeps its own tokens; by
 `sentence` whole sentences leave, the same ones for all layers and heads, by the mean score of their tokens. **Ties**:
 the earlier token stays. **Grouped queries**: what a method computes per query head is averaged over those of a kv
 head, unless its paper says otherwise. **Training**: none of these methods needs any.
@@ -52,7 +53,9 @@ def row(policy: Policy) -> str:
 
 def document() -> str:
     """All of `docs/policies.md`."""
-    return TEXT + "\n".join(row(make_policy(name)) for name in policy_names()) + "\n"
+    methods = [make_policy(name) for name in policy_names()]
+    about_prompts = ", ".join(f"`{method.name}`" for method in methods if method.compacts_prompt)
+    return TEXT.replace("PROMPT", about_prompts) + "\n".join(map(row, methods)) + "\n"
 
 
 if __name__ == "__main__":

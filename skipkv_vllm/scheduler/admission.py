@@ -12,11 +12,16 @@ from .planner import Limits, ceil_div
 
 def limits_of(options: RequestOptions, config: KVPolicyConfig, num_prompt: int) -> Limits | None:
     """What a request may hold; None for one that keeps everything."""
-    if options.resolve_policy(config).name == "full":
+    policy = options.resolve_policy(config)
+    if policy.name == "full":
         return None
     budget = config.kv_budget if options.kv_budget is None else options.kv_budget
     protected = num_prompt if config.kv_protect_prompt else 0
-    return Limits(budget, config.kv_buffer, config.kv_window, protected, num_prompt if config.kv_defer_prompt else 0)
+    prompt_end = num_prompt if policy.compacts_prompt else 0
+    deferred = prompt_end or num_prompt + config.kv_window
+    return Limits(
+        budget, config.kv_buffer, config.kv_window, protected, deferred if config.kv_defer_prompt else 0, prompt_end
+    )
 
 
 def most_tokens(limits: Limits | None, longest: int) -> int:

@@ -22,8 +22,9 @@ class Limits:
         buffer: b, how far it may grow beyond that.
         window: W, newest tokens that always survive.
         protected: length of the prompt where it is protected, else 0.
-        deferred: length of the prompt where it is held whole until W more tokens are computed, whose queries then
-            choose; else 0.
+        deferred: tokens that are held whole at first, before anything is evicted, where that is more than the bound.
+        prompt_end: length of a prompt that is compacted as soon as it is computed, if it is longer than what is kept;
+            else 0.
     """
 
     budget: int
@@ -31,6 +32,7 @@ class Limits:
     window: int
     protected: int
     deferred: int = 0
+    prompt_end: int = 0
 
     @property
     def keep(self) -> int:
@@ -44,13 +46,18 @@ class Limits:
 
     @property
     def first_bound(self) -> int:
-        """Resident length that triggers the first compaction, and the most the request ever holds."""
-        return max(self.bound, self.deferred + self.window if self.deferred else 0)
+        """Resident length that triggers the first compaction at the latest, and the most the request ever holds."""
+        return max(self.bound, self.deferred)
+
+    @property
+    def first_due(self) -> int:
+        """Length at which the first compaction takes place."""
+        return min(self.first_bound, self.prompt_end if self.prompt_end > self.keep else self.first_bound)
 
     @property
     def cacheable(self) -> int:
         """Tokens it may take from the prefix cache: the last W before a compaction are computed, for their queries."""
-        return self.first_bound - self.window
+        return self.first_due - self.window
 
 
 class Residency(NamedTuple):
@@ -128,6 +135,11 @@ class _Request:
         """Resident length that triggers the next compaction."""
         return self.limits.bound if self.num_compactions else self.limits.first_bound
 
+    def is_due(self, num_logical: int, num_resident: int) -> bool:
+        """Whether it is compacted now."""
+        at_prompt_end = num_logical == self.limits.prompt_end and num_resident > self.limits.keep
+        return num_resident >= self.bound or at_prompt_end
+
 
 @dataclass
 class EvictionPlanner:
@@ -147,7 +159,7 @@ class EvictionPlanner:
                 request must not take that token from the prefix cache.
         """
         self._requests[request_id] = _Request(limits, first_observed, first_observed)
-        self.earliest[request_id] = limits.first_bound
+        self.earliest[request_id] = limits.first_due
 
     def restart(self, request_id: str) -> None:
         """The request was preempted: when it resumes, it starts over with nothing computed."""
@@ -182,7 +194,7 @@ class EvictionPlanner:
             if request is None:
                 continue
             limits, num_resident = request.limits, num_logical - num_evicted
-            if num_resident >= request.bound:
+            if request.is_due(num_logical, num_resident):
                 planned.append(PlannedCompaction(request_id, num_resident, limits.keep, limits.protected))
         return planned
 
@@ -197,6 +209,9 @@ class EvictionPlanner:
         if request is None:
             return sys.maxsize
         room = request.bound - (num_logical - num_evicted)
+        if num_logical < request.limits.prompt_end:
+            # A resumed request has more text than its prompt.
+            room = min(room, request.limits.prompt_end - num_logical)
         if request.num_observed is not None:
             room = min(room, request.num_observed + request.limits.window - num_logical)
         assert room > 0, f"{request_id} was not compacted at {request.bound} tokens"
@@ -231,4 +246,5 @@ class EvictionPlanner:
         """The planned compaction was carried out when `num_logical` tokens were computed."""
         request = self._requests[request_id]
         request.num_compactions += 1
-        self.earliest[request_id] = num_logical + request.limits.buffer
+        due, prompt_end = num_logical + request.limits.buffer, request.limits.prompt_end
+        self.earliest[request_id] = min(due, prompt_end) if num_logical < prompt_end else due

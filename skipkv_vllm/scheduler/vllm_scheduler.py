@@ -52,12 +52,14 @@ class Terms(NamedTuple):
         limits: what it may hold.
         most_cached: tokens it may take from the prefix cache, whole pages.
         needs: what the workers collect for it.
+        num_task: length of the question, where the request gave it; else 0.
     """
 
     policy: Policy
     limits: Limits
     most_cached: int
     needs: Need
+    num_task: int
 
 
 class EvictionMixin(_Base):
@@ -147,7 +149,7 @@ class EvictionMixin(_Base):
             most_cached = min(most_cached, first_observed)
         self.planner.start(request.request_id, limits, first_observed)
         page_size = self.block_manager.block_size
-        return Terms(policy, limits, most_cached // page_size * page_size, needs)
+        return Terms(policy, limits, most_cached // page_size * page_size, needs, options.kv_task_tokens or 0)
 
     def _get_local_prefix_cache_hit(self, request: Request) -> Any:
         blocks, num_cached, *others = super()._get_local_prefix_cache_hit(request)
@@ -286,7 +288,7 @@ class EvictionMixin(_Base):
         # A preempted request keeps its count: what was evicted in its first life was evicted.
         self._evictions.setdefault(request_id, RequestEvictions(terms.policy.name))
         num_prompt = self.requests[request_id].num_prompt_tokens
-        return Started(request_id, terms.policy.name, num_prompt, limits.protected, limits.protected)
+        return Started(request_id, terms.policy.name, num_prompt, limits.protected, limits.protected, terms.num_task)
 
     def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
         super()._preempt_request(request, *args, **kwargs)

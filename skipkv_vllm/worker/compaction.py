@@ -34,6 +34,7 @@ class Managed:
     num_placed: int = 0
     """slots whose positions are in the sidecar; later slots follow in order"""
     num_compactions: int = 0
+    num_prompt: int = 0
 
 
 class Job(NamedTuple):
@@ -296,6 +297,8 @@ class Compactor:
                 positions=positions[i],
                 window=self.config.kv_window,
                 num_keep=order.num_keep,
+                num_logical=order.num_logical,
+                num_prompt=request.num_prompt,
                 layer=self._ranks.first_layer + i,
                 first_head=self._ranks.first_head,
                 keys=keys,

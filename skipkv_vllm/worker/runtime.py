@@ -118,6 +118,8 @@ class EvictionRuntime:
 
     def _start(self, started: Started) -> None:
         policy = self.config.policy if started.policy == self.config.kv_policy else make_policy(started.policy)
+        if started.num_task:
+            policy = policy.with_task(started.num_task)
         old = self._requests.pop(started.request_id, None)
         slot = self._free_slots.pop() if old is None else old.slot
         self._requests[started.request_id] = Managed(
@@ -125,6 +127,7 @@ class EvictionRuntime:
             policy=policy,
             needs=needs_of(policy, self.config.kv_granularity),
             protected=started.protected,
+            num_prompt=started.num_prompt,
         )
         needs = self._requests[started.request_id].needs
         self._mass.forget(slot)

@@ -225,7 +225,13 @@ class Simulation:
         self.running[name] = request
         self._topic[name] = 0
         if request.managed:
-            limits = Limits(budget, self.config.kv_buffer, self.config.kv_window, request.protected)
+            limits = Limits(
+                budget,
+                self.config.kv_buffer,
+                self.config.kv_window,
+                request.protected,
+                prompt_end=self.prompt_end_of(request),
+            )
             self.planner.start(name, limits, max(request.num_logical, num_prompt - 1))
             self._starting.append(
                 Started(name, policy or self.config.kv_policy, num_prompt, request.protected, request.first_tracked)
@@ -266,6 +272,10 @@ class Simulation:
     def keep_of(self, request: Running) -> int:
         return max(request.budget, request.protected + self.config.kv_window)
 
+    def prompt_end_of(self, request: Running) -> int:
+        """Length of a prompt that is compacted as soon as it is computed, else 0."""
+        return request.num_prompt if self.config.policy.compacts_prompt else 0
+
     def order(self, request: Running) -> Compaction:
         """Plan a compaction: shared pages that are not wholly protected are replaced."""
         keep = self.keep_of(request)
@@ -293,7 +303,9 @@ class Simulation:
         orders, observations = [], []
         if compact:
             for request in self.running.values():
-                due = request.num_resident >= self.keep_of(request) + self.config.kv_buffer
+                due = request.num_resident >= self.keep_of(request) + self.config.kv_buffer or (
+                    self.prompt_end_of(request) == request.num_logical and request.num_resident > self.keep_of(request)
+                )
                 enough = sum(q is not None for q in request.queries) >= self.config.kv_window
                 if request.managed and due and enough and request.num_logical >= request.num_prompt:
                     self._observe(request, observations, True)
@@ -461,9 +473,10 @@ class Simulation:
         policy = self.runtime._requests[request.name].policy if request.name in self.runtime._requests else None
         policy = policy or self.config.policy
         first = max(request.protected, policy.num_sinks)
+        question = range(request.num_prompt - policy.num_task(self.config.kv_window), request.num_prompt)
 
         def pinned(position: int) -> bool:
-            return position < first or position >= order.num_logical - self.config.kv_window
+            return position < first or position in question or position >= order.num_logical - self.config.kv_window
 
         if self.config.kv_granularity == "head":
             for layer in range(LAYERS):
@@ -543,6 +556,9 @@ class Simulation:
                     total[j] += weight
             old, reach = total[:-window], policy.pool // 2
             return [max(old[max(0, i - reach) : i + reach + 1]) for i in range(len(old))] + [0.0] * window
+        if policy.name == "finch":
+            in_prompt = num_logical <= request.num_prompt
+            return dense_policies.finch(queries[-policy.num_task(window) :] if in_prompt else queries, keys)
         if policy.name not in ("rkv", "skipkv"):
             values = torch.stack([cell.value for cell in cells])
             mass = torch.tensor([request.mass.get((layer, head, cell.position), 0.0) for cell in cells])

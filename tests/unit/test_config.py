@@ -49,7 +49,7 @@ def test_an_integer_is_fine_where_a_float_is_meant():
 @pytest.mark.parametrize(
     ("name", "options", "parts"),
     [
-        ("nope", {}, ["kv_policy='nope'", "full, caote, h2o", "skipkv, snapkv"]),
+        ("nope", {}, ["kv_policy='nope'", "full, caote, finch", "skipkv, snapkv"]),
         ("rkv", {"mixx": 0.1}, ["'mixx'", "'rkv'", "mix, pool, redundancy_threshold"]),
         ("full", {"mix": 0.1}, ["'mix'", "'full'", "none"]),
         ("rkv", {"similarity_threshold": 0.9}, ["'similarity_threshold'", "'rkv'"]),
@@ -95,6 +95,11 @@ def test_a_bad_policy_parameter_is_refused(name, options, parts):
         (
             {"kv_policy": "streaming_llm", "kv_budget": 12},
             ["kv_budget=12", "at least 13", "window of 8", "4 sinks"],
+        ),
+        ({"kv_policy": "finch"}, ["'finch' compacts the prompt", "protected", "--no-kv-protect-prompt"]),
+        (
+            {"kv_policy": "finch", "kv_protect_prompt": False, "kv_policy_config": {"task_tokens": 9}},
+            ["task_tokens=9", "1 to 8", "--kv-window"],
         ),
         ({"kv_policy": "rkv", "kv_budget": 1}, ["kv_budget=1", "greater than or equal to 2"]),
         ({"kv_policy": "rkv", "kv_budget": -5}, ["kv_budget=-5", "greater than or equal to 2"]),
@@ -211,6 +216,9 @@ SERVER = KVPolicyConfig(kv_policy="rkv", kv_budget=100)
         ({"kv_budget": 12, "kv_policy": "streaming_llm"}, ["kv_budget=12", "13 to 500", "4 sinks"]),
         ({"kv_policy": "nope"}, ["kv_policy='nope'", "full, caote"]),
         ({"kv_policy": 3}, ["kv_policy=3", "string"]),
+        ({"kv_policy": "finch"}, ["'finch' compacts the prompt", "protected", "--no-kv-protect-prompt"]),
+        ({"kv_task_tokens": 4}, ["kv_task_tokens=4", "'rkv' does not score by a question"]),
+        ({"kv_task_tokens": 0, "kv_policy": "finch"}, ["kv_task_tokens=0", "greater than or equal to 1"]),
         (
             {"kv_policy": "skipkv"},
             ["kv_policy='skipkv'", "sentences and hidden", "--kv-request-policies skipkv", "'rkv' or 'full'"],
@@ -220,6 +228,24 @@ SERVER = KVPolicyConfig(kv_policy="rkv", kv_budget=100)
 def test_a_bad_request_option_is_refused(extra, parts):
     with pytest.raises(KVPolicyError) as error:
         RequestOptions.parse(extra, SERVER, 500)
+    for part in parts:
+        assert part in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("extra", "parts"),
+    [
+        ({"kv_task_tokens": 9}, ["kv_task_tokens=9", "1 to 8", "--kv-window"]),
+        ({"kv_budget": 16}, ["kv_budget=16", "17 to 500", "window of 8", "question of 8"]),
+        ({"kv_budget": 12, "kv_task_tokens": 4}, ["kv_budget=12", "13 to 500", "question of 4"]),
+    ],
+)
+def test_a_question_must_fit_the_window_and_the_budget(extra, parts):
+    server = KVPolicyConfig(kv_policy="finch", kv_protect_prompt=False, kv_budget=100)
+    assert RequestOptions.parse({"kv_task_tokens": 3}, server, 500).resolve_policy(server).num_task(8) == 3
+    assert RequestOptions.parse({}, server, 500).resolve_policy(server).num_task(8) == 8
+    with pytest.raises(KVPolicyError) as error:
+        RequestOptions.parse(extra, server, 500)
     for part in parts:
         assert part in str(error.value)
 
@@ -272,6 +298,7 @@ def test_the_budget_of_the_server_must_hold_the_sinks_of_a_method_chosen():
         ("skipkv", ["h2o", "nope"], ["kv_request_policies", "'nope'", "h2o, keydiff"]),
         ("skipkv", ["h2o,random"], ["kv_request_policies", "'h2o,random'", "with spaces"]),
         ("full", ["h2o"], ["kv_request_policies", "'full'", "--kv-policy"]),
+        ("skipkv", ["finch"], ["'finch' compacts the prompt", "--no-kv-protect-prompt"]),
     ],
 )
 def test_bad_request_policies_are_refused(policy, names, parts):

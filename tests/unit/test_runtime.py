@@ -49,6 +49,29 @@ def test_methods_of_the_literature_keep_what_their_formulas_say(policy, paramete
         sim.check(name)
 
 
+@pytest.mark.parametrize("layout", ["gpu strided", "vec"])
+@pytest.mark.parametrize("num_task", [0, 1, 3])
+def test_a_prompt_is_compacted_by_its_question_as_soon_as_it_is_computed(num_task, layout):
+    sim = Simulation("finch", protect=False, parameters={"task_tokens": num_task}, layout=layout)
+    # One is longer than its bound, one than its budget only, one shorter than its question, one than its budget.
+    prompts, budgets = {"a": 45, "b": 27, "c": 2, "d": 15}, {"a": 26, "b": 26, "c": 26, "d": 20}
+    for name, num_prompt in prompts.items():
+        sim.start(name, num_prompt=num_prompt, budget=budgets[name])
+    sim.step({"a": 30, "b": 27, "c": 2, "d": 10})
+    sim.step({"a": 15, "b": 1, "d": 5})
+    assert [sim.running[name].num_compactions for name in prompts] == [0, 1, 0, 0]
+    sim.step(dict.fromkeys(prompts, 1))
+    assert [sim.running[name].num_compactions for name in prompts] == [1, 1, 0, 0]
+    assert sim.running["a"].num_resident == 27
+    for _ in range(40):
+        sim.step(dict.fromkeys(prompts, 1))
+    for name, num_prompt in prompts.items():
+        assert sim.running[name].num_compactions >= 2
+        # Whatever was written since, the question is held.
+        question = set(range(max(0, num_prompt - (num_task or 4)), num_prompt))
+        assert all(question <= set(held) for held in sim.positions(name).flatten(0, 1).tolist())
+
+
 @pytest.mark.parametrize("layout", ["gpu", "gpu strided", "vec"])
 @pytest.mark.parametrize(("policy", "granularity", "protect"), CASES)
 def test_interleaved_requests_keep_what_the_method_says(policy, granularity, protect, layout):

@@ -1,0 +1,61 @@
+"""`finch`: what the question at the end of the prompt attends to (Finch, Corallo and Papotti, arXiv 2408.00167)."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from .base import About, Need, Policy, View, check_range, register_policy
+
+PINNED = 1e9  # above any score: an attention weight is at most 1, and there are fewer tokens
+
+
+@register_policy
+@dataclass(frozen=True)
+class Finch(Policy):
+    """Attention of the question, times the number of tokens each of its queries sees, averaged over them and the query
+    heads of a kv head. The question itself always stays. What the model writes is scored the same way by the newest W.
+
+    Attributes:
+        task_tokens: length of the question, the last tokens of the prompt; 0 for the window. A request gives its own
+            with `kv_task_tokens`.
+    """
+
+    name: ClassVar[str] = "finch"
+    about: ClassVar[About] = About(
+        "Finch",
+        "2408.00167",
+        "O(W G L D)",
+        "the question is at most W tokens; keys keep their positions, the paper turns them to contiguous ones; between "
+        "the chunks of a prompt longer than the bound the newest tokens score, where the paper appends the question to "
+        "each chunk (`--kv-defer-prompt` holds the prompt whole instead)",
+    )
+    needs: ClassVar[Need] = Need.QUERIES | Need.KEYS
+    compacts_prompt: ClassVar[bool] = True
+
+    task_tokens: int = 0
+
+    def __post_init__(self) -> None:
+        check_range("task_tokens", self.task_tokens, 0, 64)
+
+    def num_task(self, window: int) -> int:
+        return self.task_tokens or window
+
+    def with_task(self, num_task: int) -> Finch:
+        return dataclasses.replace(self, task_tokens=num_task)
+
+    def score(self, view: View) -> Tensor:
+        assert view.queries is not None
+        assert view.keys is not None
+        num_task = self.num_task(view.window)
+        queries = view.queries if view.num_logical > view.num_prompt else view.queries[-num_task:]
+        logits = ops.attention_logits(queries, view.keys.transpose(0, 1), view.positions)  # [H, G, n, L]
+        num_seen = (logits > -torch.inf).sum(dim=-1, keepdim=True)
+        attention = (logits.softmax(dim=-1) * num_seen).mean(dim=(1, 2))
+        is_task = (view.positions >= view.num_prompt - num_task) & (view.positions < view.num_prompt)
+        return attention + PINNED * is_task
