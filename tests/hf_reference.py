@@ -29,6 +29,8 @@ SIMILAR_KEYS = 0.5
 # Repeats of a sentence in the bundled model's thoughts have a cosine of 0.74 to 0.87.
 SIMILAR_SENTENCES = 0.85
 POOL_KERNEL = 7
+LOOKAHEAD = 8
+ABOUT_PROMPTS = ("finch", "laq")
 EPSILON = 1e-8
 H2O_RECENT_SHARE = 0.5
 HASH_STEPS = ((16, 0x21F0AAAD), (15, 0x735A2D97))
@@ -66,6 +68,9 @@ class Settings:
     window: int = 8
     protect_prompt: bool = True
     defer_prompt: bool = False
+    num_task: int = 8
+    lookahead: int = LOOKAHEAD
+    with_window: bool = False
     steering: Steering | None = None
 
     def keep(self, num_prompt: int) -> int:
@@ -75,7 +80,13 @@ class Settings:
     def bound(self, num_prompt: int, is_first: bool) -> int:
         """Tokens at which a compaction takes place."""
         bound = self.keep(num_prompt) + self.buffer
-        return max(bound, num_prompt + self.window) if is_first and self.defer_prompt else bound
+        if not (is_first and self.defer_prompt):
+            return bound
+        return max(bound, num_prompt if self.method in ABOUT_PROMPTS else num_prompt + self.window)
+
+    def ends_prompt(self, num_prompt: int, num_computed: int, num_resident: int) -> bool:
+        """Whether a prompt has just been computed that is compacted there."""
+        return self.method in ABOUT_PROMPTS and num_computed == num_prompt and num_resident > self.keep(num_prompt)
 
 
 @dataclass(frozen=True)
@@ -426,6 +437,7 @@ class Request:
         self._queries = torch.empty(0)
         self._positions = torch.empty(0, dtype=torch.int64)
         self._mass = torch.empty(0)
+        self._logits = torch.empty(0)
         self._result = Result([])
 
     @torch.inference_mode()
@@ -471,6 +483,7 @@ class Request:
         newest = newest.unflatten(1, (heads, -1)).mean(dim=2)
         self._mass = newest if self._num_computed == 0 else newest + F.pad(self._mass, (0, len(token_ids)))
         self._num_computed += len(token_ids)
+        self._logits = logits
         return logits
 
     def _steered(self, num_new: int, steering: Steering) -> Tensor:
@@ -482,23 +495,47 @@ class Request:
     def _compact_if_due(self) -> None:
         num_resident = self._positions.shape[2]
         keep = self._settings.keep(self._num_prompt)
-        if num_resident < self._settings.bound(self._num_prompt, is_first=not self._result.events):
+        is_at_bound = num_resident >= self._settings.bound(self._num_prompt, is_first=not self._result.events)
+        if not is_at_bound and not self._settings.ends_prompt(self._num_prompt, self._num_computed, num_resident):
             return
         survives = self._arbitrated(*self._select(keep), keep)
-        for layer, mask in zip(self._cache.layers, survives, strict=True):
-            index = torch.stack([row.nonzero().flatten() for row in mask])[None, :, :, None]
-            layer.keys = layer.keys.gather(2, index.expand(-1, -1, -1, layer.keys.shape[3]))
-            layer.values = layer.values.gather(2, index.expand(-1, -1, -1, layer.values.shape[3]))
+        self._cache = self._held_by(survives)
         shape = (*survives.shape[:2], keep)
         self._positions = self._positions[survives].view(shape)
         self._mass = self._mass[survives].view(shape)
         self._result.events.append(Event(self._num_computed, num_resident, self._positions.clone()))
 
+    def _held_by(self, survives: Tensor) -> DynamicCache:
+        """A cache of the tokens `[layers, heads, held]`, as many of each head."""
+        cache = DynamicCache()
+        for i, (layer, mask) in enumerate(zip(self._cache.layers, survives, strict=True)):
+            index = torch.stack([row.nonzero().flatten() for row in mask])[None, :, :, None]
+            index = index.expand(-1, -1, -1, layer.keys.shape[3])
+            cache.update(layer.keys.gather(2, index), layer.values.gather(2, index), i)
+        return cache
+
     def _pinned(self) -> Tensor:
         """Tokens that always stay, bool `[layers, heads, held]`."""
         first = self._num_prompt if self._settings.protect_prompt else 0
         first = max(first, NUM_SINKS.get(self._settings.method, 0))
-        return (self._positions < first) | (self._positions >= self._num_computed - self._settings.window)
+        pinned = (self._positions < first) | (self._positions >= self._num_computed - self._settings.window)
+        if self._settings.method == "finch":
+            task = self._num_prompt - self._settings.num_task
+            pinned |= (self._positions >= task) & (self._positions < self._num_prompt)
+        return pinned
+
+    def _lookahead(self) -> Tensor:
+        """Post-RoPE queries `[layers, Hq, n, D]` of a draft answer, decoded on a cache that SnapKV has compacted."""
+        keep, pinned = self._settings.keep(self._num_prompt), self._pinned()
+        survives = torch.zeros_like(pinned)
+        for i, (queries, layer) in enumerate(zip(self._queries, self._cache.layers, strict=True)):
+            for head, scores in enumerate(snapkv_scores(queries, layer.keys[0])):
+                survives[i, head] = select_tokens(scores, pinned[i, head], keep)
+        cache, logits, found = self._held_by(survives), self._logits, []
+        for i in range(self._settings.lookahead):
+            logits, _, queries = self._model.forward([int(logits.argmax())], self._num_computed + i, cache)
+            found.append(queries)
+        return torch.cat(found, dim=2)
 
     def _sentences(self) -> tuple[list[Sentence], int]:
         first = self._num_prompt if self._settings.protect_prompt else 0
@@ -517,9 +554,11 @@ class Request:
             above = 1e6 if self._settings.granularity == "sentence" else float(self._mass.max()) + 1
             return torch.where(is_recent, self._positions + above, self._mass)
         if self._settings.method == "snapkv":
-            return torch.stack(
-                [snapkv_scores(q, layer.keys[0]) for q, layer in zip(self._queries, self._cache.layers, strict=True)]
-            )
+            return self._snapkv_scores()
+        if self._settings.method == "finch":
+            return self._finch_scores()
+        if self._settings.method == "laq":
+            return self._laq_scores()
         if self._settings.method not in ("rkv", "skipkv"):
             return self._published_scores()
         scores = torch.stack(
@@ -531,6 +570,33 @@ class Request:
             for sentence, penalty in zip(sentences, sentence_penalties(sentences, self._hidden), strict=True):
                 penalties[sentence.start : sentence.end] = penalty
             scores = scores - penalties[self._positions]
+        return scores
+
+    def _snapkv_scores(self) -> Tensor:
+        return torch.stack(
+            [snapkv_scores(q, layer.keys[0]) for q, layer in zip(self._queries, self._cache.layers, strict=True)]
+        )
+
+    def _finch_scores(self) -> Tensor:
+        scores, in_prompt = torch.zeros(self._positions.shape), self._num_computed <= self._num_prompt
+        for i, layer in enumerate(self._cache.layers):
+            queries = self._queries[i].unflatten(0, (layer.keys.shape[1], -1)).transpose(1, 2)  # [heads, W, group, D]
+            asking = queries[:, -self._settings.num_task :] if in_prompt else queries
+            for head in range(len(queries)):
+                scores[i, head] = torch.tensor(dense_policies.finch(asking[head], layer.keys[0, head]))
+        return scores
+
+    def _laq_scores(self) -> Tensor:
+        window = self._settings.window
+        if self._num_computed != self._num_prompt or not self._settings.lookahead:
+            return self._snapkv_scores()
+        scores, ahead = torch.zeros(self._positions.shape), self._lookahead()
+        for i, layer in enumerate(self._cache.layers):
+            heads = layer.keys.shape[1]
+            drafted, last = (q[i].unflatten(0, (heads, -1)).transpose(1, 2) for q in (ahead, self._queries))
+            for head in range(heads):
+                asking = last[head] if self._settings.with_window else last[head, :0]
+                scores[i, head] = torch.tensor(dense_policies.laq(drafted[head], asking, layer.keys[0, head], window))
         return scores
 
     def _published_scores(self) -> Tensor:

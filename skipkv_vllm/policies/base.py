@@ -30,6 +30,8 @@ class Need(Flag):
     """sentence embeddings and the penalties of repeated sentences (from last hidden states)"""
     ATTENTION_MASS = auto()
     """the attention that every held token has received so far; comes with the keys and queries it is made of"""
+    PROBE = auto()
+    """queries of tokens that are decoded ahead, see `Probe`"""
 
 
 IN_THE_CACHE = Need.KEYS | Need.VALUES
@@ -56,6 +58,8 @@ class View:
         attention_mass: `[H, L]` float32, sum over all queries since the end of the prompt (its last token's
             included) of the attention paid to the token, averaged over the query heads of the kv head; or
             None unless `Need.ATTENTION_MASS`.
+        probe: post-RoPE queries `[n, Hq, D]` of the tokens that `Policy.probe` decoded after the prompt, which see all
+            held tokens; None but at the end of a prompt, and where no pages were free for them.
     """
 
     positions: Tensor
@@ -70,6 +74,7 @@ class View:
     queries: Tensor | None = None
     sentence_penalty: Tensor | None = None
     attention_mass: Tensor | None = None
+    probe: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -79,6 +84,19 @@ class TokenScore:
     pool: int
     mix: float
     redundancy_threshold: float
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Tokens that are decoded greedily from the end of a prompt for their queries alone, and then forgotten.
+
+    Attributes:
+        num_tokens: how many, at most; fewer where the model's length ends before.
+        draft: method that compacts the temporary copy of the cache on which they are decoded.
+    """
+
+    num_tokens: int
+    draft: Policy
 
 
 @dataclass(frozen=True)
@@ -134,6 +152,11 @@ class Policy(ABC):
     def num_sinks(self) -> int:
         """Number of first tokens of the sequence that this method always keeps."""
         return 0
+
+    @property
+    def probe(self) -> Probe | None:
+        """What is decoded ahead, for policies that need it and compact the prompt at its end."""
+        return None
 
     def num_task(self, window: int) -> int:
         """Number of last tokens of the prompt that this method always keeps and by which it scores the others: the

@@ -13,6 +13,7 @@ INPUTS = {
     Need.SENTENCES: ("sentence boundaries", "4 bytes a token"),
     Need.HIDDEN: ("last hidden states", "`max_sentences` embeddings, 4 bytes a token"),
     Need.ATTENTION_MASS: ("attention received so far", "4 bytes a held token, layer and kv head"),
+    Need.PROBE: ("queries of tokens decoded ahead", "for one step pages for a second budget and those tokens"),
 }
 """What a method reads, and what a request's share of it takes in memory."""
 
@@ -24,10 +25,11 @@ All methods share the engine's rules. **Trigger**: a request is compacted when i
 exactly its budget; with `--kv-defer-prompt` a long unprotected prompt is first held whole until W more tokens are
 written, whose queries choose. Methods about the prompt (PROMPT) also compact one longer than the budget as soon
 as it is computed, which is what `--kv-defer-prompt` then waits for; they need `--no-kv-protect-prompt`. **Pinned**: the
-protected prompt, the newest W tokens (`--kv-window`) and a method's sinks always stay. **Granularity** (`--kv-granularity`): by `head` every layer and kv head keeps its own tokens; by
-`sentence` whole sentences leave, the same ones for all layers and heads, by the mean score of their tokens. **Ties**:
-the earlier token stays. **Grouped queries**: what a method computes per query head is averaged over those of a kv
-head, unless its paper says otherwise. **Training**: none of these methods needs any.
+protected prompt, the newest W tokens (`--kv-window`) and a method's sinks always stay. **Granularity**
+(`--kv-granularity`): by `head` every layer and kv head keeps its own tokens; by `sentence` whole sentences leave, the
+same ones for all layers and heads, by the mean score of their tokens. **Ties**: the earlier token stays. **Grouped
+queries**: what a method computes per query head is averaged over those of a kv head, unless its paper says otherwise.
+**Training**: none of these methods needs any.
 
 Cost is that of one compaction per layer and kv head, with L held tokens, the window W, G query heads a kv head and head
 size D; memory is what a request takes beside its KV pages. "Native" methods are scored by fused operators (C++, CUDA,

@@ -25,6 +25,7 @@ class Limits:
         deferred: tokens that are held whole at first, before anything is evicted, where that is more than the bound.
         prompt_end: length of a prompt that is compacted as soon as it is computed, if it is longer than what is kept;
             else 0.
+        num_ahead: tokens that are decoded ahead at that compaction.
     """
 
     budget: int
@@ -33,6 +34,7 @@ class Limits:
     protected: int
     deferred: int = 0
     prompt_end: int = 0
+    num_ahead: int = 0
 
     @property
     def keep(self) -> int:
@@ -55,6 +57,13 @@ class Limits:
         return min(self.first_bound, self.prompt_end if self.prompt_end > self.keep else self.first_bound)
 
     @property
+    def probing(self) -> tuple[int, int]:
+        """Most tokens held when tokens are decoded ahead, and tokens of the temporary copy then; 0 where none are."""
+        if not self.num_ahead or self.prompt_end <= self.keep:
+            return 0, 0
+        return min(self.prompt_end, self.first_bound), self.keep + self.num_ahead
+
+    @property
     def cacheable(self) -> int:
         """Tokens it may take from the prefix cache: the last W before a compaction are computed, for their queries."""
         return self.first_due - self.window
@@ -69,12 +78,14 @@ class Residency(NamedTuple):
 
 
 class PlannedCompaction(NamedTuple):
-    """Compact `request_id` from `num_resident` to exactly `num_keep` tokens."""
+    """Compact `request_id` from `num_resident` to exactly `num_keep` tokens; `num_scratch` are those of a temporary
+    copy of its cache on which tokens are decoded ahead, else 0."""
 
     request_id: str
     num_resident: int
     num_keep: int
     protected: int
+    num_scratch: int = 0
 
 
 class Observation(NamedTuple):
@@ -106,6 +117,8 @@ class Compaction(NamedTuple):
         source_pages: block ids before.
         target_pages: block ids afterwards, a page each either the same as before or fresh.
         ordinal: number of compactions of this request before this one.
+        scratch_pages: block ids for a temporary copy of its cache, where tokens are decoded ahead; nobody holds them,
+            and other orders of the step do not use them.
     """
 
     request_id: str
@@ -115,6 +128,7 @@ class Compaction(NamedTuple):
     source_pages: list[int]
     target_pages: list[int]
     ordinal: int
+    scratch_pages: list[int] = []
 
     @property
     def num_evicted_before(self) -> int:
@@ -195,7 +209,8 @@ class EvictionPlanner:
                 continue
             limits, num_resident = request.limits, num_logical - num_evicted
             if request.is_due(num_logical, num_resident):
-                planned.append(PlannedCompaction(request_id, num_resident, limits.keep, limits.protected))
+                num_scratch = limits.probing[1] if num_logical == limits.prompt_end else 0
+                planned.append(PlannedCompaction(request_id, num_resident, limits.keep, limits.protected, num_scratch))
         return planned
 
     def room(self, request_id: str, num_logical: int, num_evicted: int) -> int:

@@ -35,6 +35,10 @@ class Managed:
     """slots whose positions are in the sidecar; later slots follow in order"""
     num_compactions: int = 0
     num_prompt: int = 0
+    first_ahead: Tensor | None = None
+    """likeliest token after the prompt, where tokens are decoded ahead from it"""
+    probe: Tensor | None = None
+    """queries of those tokens `[layers, n, Hq, D]`, for the compaction under way"""
 
 
 class Job(NamedTuple):
@@ -306,6 +310,7 @@ class Compactor:
                 queries=queries,
                 sentence_penalty=None if penalty is None else penalty[i, :, :length].gather(-1, by_position[i]),
                 attention_mass=None if mass is None else mass[i],
+                probe=None if request.probe is None else request.probe[i],
             )
             scores[i, :, :length].scatter_(-1, by_position[i], policy.score(view))
 

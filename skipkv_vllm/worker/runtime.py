@@ -6,6 +6,8 @@ The host knows all counts and never waits for the device. One `EvictionRuntime` 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -14,7 +16,7 @@ from torch import Tensor
 from .. import ops
 from ..config import KVPolicyConfig, needs_of
 from ..ops.paging import PagedCache, to_device
-from ..policies import Need, make_policy
+from ..policies import Need, Probe, make_policy
 from ..scheduler.messages import Started, StepOrders
 from ..scheduler.planner import Compaction, Observation
 from ..sentences.tracker import SentenceTracker, TrackedTokens
@@ -25,6 +27,9 @@ from .queries import QueryRing
 from .ranks import ALONE, Ranks
 from .rows import NEVER, BatchRows, Evicted, StepBatch
 from .steering import Steering
+
+if TYPE_CHECKING:
+    from .probe import Prober
 
 
 class EvictionRuntime:
@@ -67,6 +72,8 @@ class EvictionRuntime:
         self._observed = np.zeros(num_slots + 1, dtype=bool)
         self._first_tracked = np.full(num_slots + 1, NEVER, dtype=np.int64)
         self._mass = AttentionMass()
+        self.prober: Prober | None = None
+        """decodes tokens ahead, where a policy needs their queries"""
         self._compactor: Compactor | None = None
         self._records_queries = True
         self._batch: StepBatch | None = None
@@ -194,15 +201,25 @@ class EvictionRuntime:
 
     # ---- after the forward pass
 
-    def finish_forward(self, token_ids: Tensor, hidden: Tensor) -> None:
-        """Let the sentence tracker read what the forward pass produced.
+    def finish_forward(self, token_ids: Tensor, hidden: Tensor, logits: Tensor | None = None) -> None:
+        """Read what the forward pass produced: sentences, and what follows prompts that are complete now.
 
         Args:
             token_ids: `[>= T]` the step's input ids on the device.
             hidden: `[>= T, E]` last hidden states, after the final norm.
+            logits: `[R, V]` of each request's last token, where tokens are decoded ahead.
         """
         batch, self._batch = self._batch, None
-        if self.tracker is None or batch is None:
+        if batch is None:
+            return
+        if self.prober is not None:
+            assert logits is not None
+            ends = (batch.starts + batch.counts).tolist()
+            for row, request_id in enumerate(batch.request_ids):
+                request = self._requests.get(request_id)
+                if request is not None and request.policy.probe is not None and ends[row] == request.num_prompt:
+                    request.first_ahead = logits[row].argmax()
+        if self.tracker is None:
             return
         assert self._rows is not None
         spans, num_tokens = self._rows.tracked.of(batch)
@@ -244,8 +261,11 @@ class EvictionRuntime:
                     f"tokens in {order.ordinal} compactions by the scheduler, {request.num_evicted} in "
                     f"{request.num_compactions} here"
                 )
+        if ahead := [job for job in jobs if job.order.scratch_pages]:
+            self._decode_ahead(ahead)
         self._compactor.run(jobs)
         for order, request in jobs:
+            request.probe = request.first_ahead = None
             request.num_evicted += order.num_resident - order.num_keep
             self._evicted[request.slot] = request.num_evicted
             request.num_placed = order.num_keep
@@ -256,6 +276,39 @@ class EvictionRuntime:
                 self.trace.compacted(order, held.sort(dim=-1).values, self.tracker, request.slot)
             if self.config.kv_check_integrity:
                 self.check_integrity(order)
+
+    def _decode_ahead(self, jobs: Sequence[Job]) -> None:
+        """Decode what follows each prompt on a temporary copy of its cache, for the queries."""
+        assert self._compactor is not None
+        assert self.prober is not None
+        groups: dict[tuple[Probe, int], list[Job]] = {}
+        for job in jobs:
+            probe = job.request.policy.probe
+            assert probe is not None
+            # Each request for itself: what is decoded for it must not depend on the others.
+            num_tokens = min(probe.num_tokens, self.prober.max_length - job.order.num_logical)
+            groups.setdefault((probe, num_tokens), []).append(job)
+        for (probe, num_tokens), group in groups.items():
+            needs = needs_of(probe.draft, self.config.kv_granularity)
+            copies = [
+                Job(
+                    order._replace(target_pages=order.scratch_pages[: len(order.target_pages)]),
+                    replace(request, policy=probe.draft, needs=needs),
+                )
+                for order, request in group
+            ]
+            self._compactor.run(copies)
+            firsts = [request.first_ahead for _, request in group]
+            queries = self.prober.decode(
+                torch.stack([first for first in firsts if first is not None]),
+                [order.num_logical for order, _ in group],
+                [order.num_keep for order, _ in group],
+                self._compactor.table([order.scratch_pages for order, _ in group]),
+                self._compactor.layers[0].page_size,
+                num_tokens,
+            )
+            for (_, request), each in zip(group, queries, strict=True):
+                request.probe = each
 
     # ---- checks
 

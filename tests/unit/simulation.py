@@ -85,6 +85,29 @@ class FakeAttention:
 
 
 @dataclass
+class FakeProber:
+    """Stands in for the model that decodes ahead: checks what it is given, and returns queries drawn before."""
+
+    sim: Simulation
+    max_length: int
+
+    def decode(
+        self, tokens: Tensor, starts: list[int], num_held: list[int], table: Tensor, page_size: int, num_tokens: int
+    ) -> Tensor:
+        found = []
+        for r, start in enumerate(starts):
+            (request,) = (each for each in self.sim.running.values() if each.num_logical == each.num_prompt == start)
+            assert tokens[r] == request.logits.argmax()
+            assert request.probe.shape[1] == num_tokens
+            assert table[r].unique().numel() * page_size >= num_held[r] + num_tokens
+            for layer, pages in enumerate(self.sim.layers):
+                held = pages.keys.read_pages(table[r, : ceil_div(num_held[r], page_size)].long(), num_held[r])
+                assert [sorted(head) for head in held.tolist()] == request.copy[layer]
+            found.append(request.probe)
+        return torch.stack(found)
+
+
+@dataclass
 class Running:
     """A request as the simulation knows it."""
 
@@ -106,6 +129,11 @@ class Running:
         default_factory=lambda: [[[] for _ in range(KV_HEADS)] for _ in range(LAYERS)]
     )
     """`[layer][head]`, ascending positions"""
+    logits: Tensor | None = None
+    probe: Tensor | None = None
+    """queries of the tokens decoded ahead, `[layers, n, Hq, D]`"""
+    copy: list[list[list[list[float]]]] = field(default_factory=list)
+    """keys of the temporary copy on which they were decoded, by layer and head, sorted"""
     mass: dict[tuple[int, int, int], float] = field(default_factory=dict)
     """attention received so far by (layer, head, position)"""
 
@@ -184,6 +212,9 @@ class Simulation:
                 device=CPU,
             )
         self.runtime = EvictionRuntime(self.config, num_slots, ring, tracker, None, CPU)
+        if needs & Need.PROBE:
+            self.runtime.prober = FakeProber(self, max_length)
+        self._lent: list[int] = []
         packing = Layout.ROWS if layout.startswith("gpu") else cpu_layout(layout)
         self.layers = [layer_pages(raw, packing) for raw in self.raw]
         self.runtime.bind_cache(PagedCache.of(self.raw, packing), self.block_size)
@@ -199,6 +230,8 @@ class Simulation:
         self.topics = torch.randn(3, HIDDEN, generator=torch.Generator().manual_seed(1))
         self._topic: dict[str, int] = {}
         self.num_replaced = 0
+        self.has_spare_pages = True
+        """False: no temporary copies"""
         self._steps = 0
         self.last_evicted: np.ndarray | None = None
 
@@ -294,7 +327,29 @@ class Simulation:
             list(request.pages),
             target,
             request.num_compactions,
+            self._lend(request, keep),
         )
+
+    def _lend(self, request: Running, keep: int) -> list[int]:
+        """Pages for a temporary copy, where tokens are decoded ahead; their queries are drawn here."""
+        probe, request.probe = self.config.policy.probe, None
+        if probe is None or request.num_logical != request.num_prompt or not self.has_spare_pages:
+            return []
+        num_tokens = min(probe.num_tokens, self.runtime.prober.max_length - request.num_logical)
+        request.probe = self.random(LAYERS, num_tokens, Q_HEADS, DIM)
+        request.copy = []
+        for layer in range(LAYERS):
+            request.copy.append([])
+            for head in range(KV_HEADS):
+                cells = request.dense[layer][head]
+                scores = self._snapkv(request, layer, head, request.num_logical, probe.draft.pool)
+                ranked = sorted(range(len(cells) - self.config.kv_window), key=lambda i: (-scores[i], i))
+                kept = ranked[: keep - self.config.kv_window]
+                kept += range(len(cells) - self.config.kv_window, len(cells))
+                request.copy[-1].append(sorted(cells[i].key.tolist() for i in kept))
+        pages = [self.free.pop() for _ in range(ceil_div(keep + probe.num_tokens, self.block_size))]
+        self._lent += pages
+        return pages
 
     # ---- one step
 
@@ -321,6 +376,8 @@ class Simulation:
         )
         step = StepOrders(orders, self._starting, observations, records)
         self.runtime.begin_step(step, self._finished, self._preempted)
+        self.free += self._lent
+        self._lent = []
         self._starting, self._finished, self._preempted = [], [], []
         for name, content in before.items():
             assert torch.equal(self.snapshot(name), content), f"a compaction changed the cache of {name}"
@@ -389,9 +446,15 @@ class Simulation:
                 self._append(request, keys[:, row], values[:, row])
                 self._weigh(request)
                 row += 1
-        padding = 3
+        padding, logits = 3, None
+        if self.config.needs & Need.PROBE:
+            logits = self.random(len(names), 16)
+            for name, each in zip(names, logits, strict=True):
+                self.running[name].logits = (
+                    each if self.running[name].num_logical == self.running[name].num_prompt else None
+                )
         self.runtime.finish_forward(
-            torch.tensor(token_ids + [DOT] * padding), torch.stack([*hidden, *(torch.ones(HIDDEN),) * padding])
+            torch.tensor(token_ids + [DOT] * padding), torch.stack([*hidden, *(torch.ones(HIDDEN),) * padding]), logits
         )
 
     def _weigh(self, request: Running) -> None:
@@ -530,6 +593,17 @@ class Simulation:
 
         return number, penalty
 
+    def _snapkv(self, request: Running, layer: int, head: int, num_logical: int, pool: int) -> list[float]:
+        cells, window, group = request.dense[layer][head], self.config.kv_window, Q_HEADS // KV_HEADS
+        total = [0.0] * len(cells)
+        for position in range(num_logical - window, num_logical):
+            query = request.queries[position][layer, head * group : (head + 1) * group]
+            seen = [cell.key for cell in cells if cell.position <= position]
+            for j, weight in enumerate(attention_of(query, seen)):
+                total[j] += weight
+        old, reach = total[:-window], pool // 2
+        return [max(old[max(0, i - reach) : i + reach + 1]) for i in range(len(old))] + [0.0] * window
+
     def _scores(self, request: Running, layer: int, head: int, penalty, order: Compaction) -> list[float]:
         state = self.runtime._requests.get(request.name)
         policy = self.config.policy if state is None else state.policy
@@ -548,14 +622,11 @@ class Simulation:
         group = Q_HEADS // KV_HEADS
         observed = request.queries[num_logical - window : num_logical]
         queries = torch.stack([q[layer, head * group : (head + 1) * group] for q in observed])
-        if policy.name == "snapkv":
-            total = [0.0] * len(cells)
-            for i, query in enumerate(queries):
-                seen = [cell.key for cell in cells if cell.position <= num_logical - window + i]
-                for j, weight in enumerate(attention_of(query, seen)):
-                    total[j] += weight
-            old, reach = total[:-window], policy.pool // 2
-            return [max(old[max(0, i - reach) : i + reach + 1]) for i in range(len(old))] + [0.0] * window
+        if policy.name == "laq" and request.probe is not None:
+            drafted = request.probe[layer, :, head * group : (head + 1) * group]
+            return dense_policies.laq(drafted, queries if policy.with_window else queries[:0], keys, window)
+        if policy.name in ("snapkv", "laq"):
+            return self._snapkv(request, layer, head, num_logical, policy.pool)
         if policy.name == "finch":
             in_prompt = num_logical <= request.num_prompt
             return dense_policies.finch(queries[-policy.num_task(window) :] if in_prompt else queries, keys)

@@ -217,6 +217,7 @@ SERVER = KVPolicyConfig(kv_policy="rkv", kv_budget=100)
         ({"kv_policy": "nope"}, ["kv_policy='nope'", "full, caote"]),
         ({"kv_policy": 3}, ["kv_policy=3", "string"]),
         ({"kv_policy": "finch"}, ["'finch' compacts the prompt", "protected", "--no-kv-protect-prompt"]),
+        ({"kv_policy": "laq"}, ["'laq' compacts the prompt", "protected", "--no-kv-protect-prompt"]),
         ({"kv_task_tokens": 4}, ["kv_task_tokens=4", "'rkv' does not score by a question"]),
         ({"kv_task_tokens": 0, "kv_policy": "finch"}, ["kv_task_tokens=0", "greater than or equal to 1"]),
         (
@@ -248,6 +249,12 @@ def test_a_question_must_fit_the_window_and_the_budget(extra, parts):
         RequestOptions.parse(extra, server, 500)
     for part in parts:
         assert part in str(error.value)
+
+
+def test_a_server_that_does_not_decode_ahead_says_what_would():
+    server = KVPolicyConfig(kv_policy="finch", kv_protect_prompt=False)
+    with pytest.raises(KVPolicyError, match=r"'laq' needs probe, which this server .* --kv-request-policies laq"):
+        RequestOptions.parse({"kv_policy": "laq"}, server, 5000)
 
 
 @pytest.mark.parametrize("key", ["kv_window", "kv_buffer", "kv_granularity", "kv_protect_prompt", "kv_policy_config"])
@@ -441,18 +448,24 @@ def make_vllm_config(**changes) -> SimpleNamespace:
             is_attention_free=False,
             get_sliding_window=lambda: None,
             skip_tokenizer_init=False,
+            is_multimodal_model=False,
+            enable_prompt_embeds=False,
+            uses_mrope=False,
         ),
         parallel_config=SimpleNamespace(
             decode_context_parallel_size=1,
             prefill_context_parallel_size=1,
             pipeline_parallel_size=1,
             tensor_parallel_size=1,
+            data_parallel_size=1,
             distributed_executor_backend="mp",
             enable_dbo=False,
         ),
         cache_config=SimpleNamespace(cache_dtype="auto"),
         speculative_config=None,
         kv_transfer_config=None,
+        lora_config=None,
+        use_v2_model_runner=False,
         additional_config=None,
     )
     for path, value in changes.items():
@@ -490,6 +503,37 @@ def test_an_unsupported_feature_is_refused(changes, parts):
         compat.check_config(make_vllm_config(**changes), policy)
     for part in ("--kv-policy does not support", *parts, "or start without --kv-policy"):
         assert part in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "parts"),
+    [
+        ({"use_v2_model_runner": True}, ["Model Runner V2", "Set VLLM_USE_V2_MODEL_RUNNER=0"]),
+        ({"parallel_config__pipeline_parallel_size": 2}, ["pipeline parallelism", "--tensor-parallel-size"]),
+        ({"parallel_config__data_parallel_size": 2}, ["data parallelism", "several servers"]),
+        ({"lora_config": object()}, ["LoRA", "Drop --enable-lora"]),
+        ({"model_config__is_multimodal_model": True}, ["multimodal models", "text model"]),
+        ({"model_config__enable_prompt_embeds": True}, ["prompt embeddings", "text model"]),
+        ({"model_config__uses_mrope": True}, ["several dimensions", "text model"]),
+    ],
+)
+@pytest.mark.parametrize("is_own", [True, False])
+def test_what_tokens_decoded_ahead_cannot_go_through_is_refused(is_own, changes, parts):
+    chosen = {"kv_policy": "laq"} if is_own else {"kv_policy": "rkv", "kv_request_policies": ["finch", "laq"]}
+    policy = KVPolicyConfig(kv_protect_prompt=False, **chosen)
+    compat.check_config(make_vllm_config(parallel_config__tensor_parallel_size=2), policy)
+    compat.check_config(make_vllm_config(**changes), KVPolicyConfig(kv_policy="finch", kv_protect_prompt=False))
+    with pytest.raises(KVPolicyError) as error:
+        compat.check_config(make_vllm_config(**changes), policy)
+    flag = "--kv-policy laq" if is_own else "--kv-request-policies laq"
+    for part in (f"{flag} does not support", *parts, f"or start without {flag}"):
+        assert part in str(error.value)
+
+
+def test_a_server_that_steers_does_not_decode_ahead():
+    policy = KVPolicyConfig(kv_policy="laq", kv_protect_prompt=False, kv_steering_vectors={"a": "/nowhere"})
+    with pytest.raises(KVPolicyError, match=r"--kv-policy laq does not support steering.*Drop --kv-steering-vectors"):
+        compat.check_config(make_vllm_config(), policy)
 
 
 @pytest.mark.parametrize("granularity", ["head", "sentence"])
