@@ -498,7 +498,7 @@ class Request:
         is_at_bound = num_resident >= self._settings.bound(self._num_prompt, is_first=not self._result.events)
         if not is_at_bound and not self._settings.ends_prompt(self._num_prompt, self._num_computed, num_resident):
             return
-        survives = self._arbitrated(*self._select(keep), keep)
+        survives = self._arbitrated(*self._select(self._token_scores(), keep), keep)
         self._cache = self._held_by(survives)
         shape = (*survives.shape[:2], keep)
         self._positions = self._positions[survives].view(shape)
@@ -526,11 +526,7 @@ class Request:
 
     def _lookahead(self) -> Tensor:
         """Post-RoPE queries `[layers, Hq, n, D]` of a draft answer, decoded on a cache that SnapKV has compacted."""
-        keep, pinned = self._settings.keep(self._num_prompt), self._pinned()
-        survives = torch.zeros_like(pinned)
-        for i, (queries, layer) in enumerate(zip(self._queries, self._cache.layers, strict=True)):
-            for head, scores in enumerate(snapkv_scores(queries, layer.keys[0])):
-                survives[i, head] = select_tokens(scores, pinned[i, head], keep)
+        survives, _ = self._select(self._snapkv_scores(), self._settings.keep(self._num_prompt))
         cache, logits, found = self._held_by(survives), self._logits, []
         for i in range(self._settings.lookahead):
             logits, _, queries = self._model.forward([int(logits.argmax())], self._num_computed + i, cache)
@@ -608,9 +604,9 @@ class Request:
                 scores[i, head] = torch.tensor(dense_policies.score(self._settings.method, {}, *held))
         return scores
 
-    def _select(self, keep: int) -> tuple[Tensor, Tensor]:
-        """The reference's own survivors and the scores it chose by, both `[layers, heads, held]`."""
-        scores, pinned = self._token_scores(), self._pinned()
+    def _select(self, scores: Tensor, keep: int) -> tuple[Tensor, Tensor]:
+        """The reference's own survivors and the scores it chose by, both `[layers, heads, held]`, by token scores."""
+        pinned = self._pinned()
         survives = torch.zeros_like(pinned)
         if self._settings.granularity == "head":
             for index in torch.cartesian_prod(*(torch.arange(n) for n in scores.shape[:2])).tolist():

@@ -12,8 +12,6 @@ from torch import Tensor
 from .. import ops
 from .base import About, Need, Policy, View, check_range, register_policy
 
-PINNED = 1e9  # above any score: an attention weight is at most 1, and there are fewer tokens
-
 
 @register_policy
 @dataclass(frozen=True)
@@ -52,10 +50,8 @@ class Finch(Policy):
     def score(self, view: View) -> Tensor:
         assert view.queries is not None
         assert view.keys is not None
-        num_task = self.num_task(view.window)
-        queries = view.queries if view.num_logical > view.num_prompt else view.queries[-num_task:]
+        is_written = view.num_logical > view.num_prompt
+        queries = view.queries if is_written else view.queries[-self.num_task(view.window) :]
         logits = ops.attention_logits(queries, view.keys.transpose(0, 1), view.positions)  # [H, G, n, L]
         num_seen = (logits > -torch.inf).sum(dim=-1, keepdim=True)
-        attention = (logits.softmax(dim=-1) * num_seen).mean(dim=(1, 2))
-        is_task = (view.positions >= view.num_prompt - num_task) & (view.positions < view.num_prompt)
-        return attention + PINNED * is_task
+        return (logits.softmax(dim=-1) * num_seen).mean(dim=(1, 2))

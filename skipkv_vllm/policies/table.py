@@ -25,7 +25,7 @@ All methods share the engine's rules. **Trigger**: a request is compacted when i
 exactly its budget; with `--kv-defer-prompt` a long unprotected prompt is first held whole until W more tokens are
 written, whose queries choose. Methods about the prompt (PROMPT) also compact one longer than the budget as soon
 as it is computed, which is what `--kv-defer-prompt` then waits for; they need `--no-kv-protect-prompt`. **Pinned**: the
-protected prompt, the newest W tokens (`--kv-window`) and a method's sinks always stay. **Granularity**
+protected prompt, the newest W tokens (`--kv-window`) and a method's sinks and question always stay. **Granularity**
 (`--kv-granularity`): by `head` every layer and kv head keeps its own tokens; by `sentence` whole sentences leave, the
 same ones for all layers and heads, by the mean score of their tokens. **Ties**: the earlier token stays. **Grouped
 queries**: what a method computes per query head is averaged over those of a kv head, unless its paper says otherwise.

@@ -316,8 +316,20 @@ class Compactor:
 
     # ---- selection
 
+    def _num_task(self, batch: _Batch) -> int:
+        return batch.jobs[0].request.policy.num_task(self.config.kv_window)
+
+    def _is_question(self, batch: _Batch, positions: Tensor, num_prompt: Tensor | int) -> Tensor:
+        """Which positions the method keeps because they are the question, bool."""
+        return (positions >= num_prompt - self._num_task(batch)) & (positions < num_prompt)
+
     def _select_tokens(self, batch: _Batch, scores: Tensor) -> Moves:
         """Every layer and head keeps its own tokens."""
+        if self._num_task(batch):
+            # The operator pins both ends only.
+            ends = [[[[request.num_prompt]]] for _, request in batch.jobs]
+            question = self._is_question(batch, batch.positions, to_device(ends, torch.int32, self.device))
+            scores = scores.masked_fill(question, torch.finfo(scores.dtype).max)
         most = max(min(o.num_keep, o.num_resident - o.num_keep) for o, _ in batch.jobs)
         numbers = (batch.num_resident, batch.num_keep, batch.pin_below, batch.pin_from)
         return Moves(*torch.ops.skipkv.select_keep(scores, batch.positions, *numbers, most))
@@ -327,11 +339,13 @@ class Compactor:
         layers, heads = scores.shape[1:3]
         shared = self._ranks.mean(scores)
         rows = []
-        for r, (order, _) in enumerate(batch.jobs):
+        for r, (order, request) in enumerate(batch.jobs):
             length = order.num_resident
             by_position = batch.positions[r, 0, 0, :length].argsort()
             positions = batch.positions[r, 0, 0, :length][by_position]
             pinned = (positions < batch.pin_below[r]) | (positions >= batch.pin_from[r])
+            if self._num_task(batch):
+                pinned |= self._is_question(batch, positions, request.num_prompt)
             number = self._numbers(batch, r, positions)
             kept_sorted = select_sentences(shared[r, :length][by_position], pinned, number, order.num_keep)
             kept = torch.zeros_like(kept_sorted).scatter(0, by_position, kept_sorted)

@@ -328,6 +328,9 @@ class EvictionRuntime:
         expected = torch.arange(order.num_logical - self.config.kv_window, order.num_logical, device=held.device)
         assert (newest == expected).all(), "the observation window was evicted"
         assert ((held < request.protected).sum(-1) == request.protected).all(), "a protected prompt token was evicted"
+        first = max(0, request.num_prompt - request.policy.num_task(self.config.kv_window))
+        for position in range(first, min(request.num_prompt, order.num_logical)):
+            assert (held == position).any(-1).all(), "a token of the question was evicted"
         assert order.num_logical - request.num_evicted == order.num_keep
         slots = [r.slot for r in self._requests.values()]
         assert len(set(slots) | set(self._free_slots)) == len(slots) + len(self._free_slots), "a state slot was lost"

@@ -75,11 +75,38 @@ def test_methods_about_the_prompt_equal_the_reference(
         num_ahead += is_long and method == "laq"
     assert num_ahead == 4
     assert sum(batches) == num_ahead == counted(llm, "decoded_ahead") - before
-    assert outcome.skipped == {}
+    # By sentence, those of a prompt are computed although it lies in the cache.
+    assert outcome.skipped.keys() <= {"cached_prompt_sentences"}
     assert outcome.num_preemptions == [0] * len(job.prompts)
     if not arguments:
         assert max(batches) == 2, "no two prompts ended together"
-        assert outcome.num_cached[1] == 4 * PAGE
+        assert outcome.num_cached[1] == 5 * PAGE
+
+
+def test_a_question_on_runner_v2(references: ReferenceCache) -> None:
+    """The interpreter is slow: few tokens."""
+    prompts = engines.demo_prompts(2, at_least=150)
+    arguments = ARGUMENTS | {"kv_policy": "finch", "kv_request_policies": [], "kv_defer_prompt": True}
+    options = [{"kv_task_tokens": 5}, {}]
+    job = Job(prompts, ["finch", "finch"], 40, every=2, arguments=arguments, options=options)
+    results = check(job, engines.run(job, "v2"), references, min_compactions=2)
+    assert [result.events[0].num_logical for result in results] == [len(prompt) for prompt in prompts]
+
+
+def test_a_preempted_request_decodes_ahead_again(references: ReferenceCache) -> None:
+    """The first one grows until the second one has to go, which comes back when the first one has left."""
+    prompts = [*engines.demo_prompts(1, at_least=90), *engines.demo_prompts(1, at_least=150)]
+    arguments = ARGUMENTS | {"kv_admission": "optimistic", "num_gpu_blocks_override": 13, "async_scheduling": True}
+    job = Job(prompts, ["full", "laq"], 180, every=1, arguments=arguments)
+    llm = engines.engine(**arguments)
+    before = counted(llm, "decoded_ahead")
+
+    outcome = engines.run_on(llm, job)
+
+    assert outcome.num_preemptions == [0, 1]
+    assert counted(llm, "decoded_ahead") - before == 2
+    assert outcome.skipped == {}
+    check(job, outcome, references, min_compactions=1)
 
 
 def test_without_pages_to_decode_ahead_the_window_decides_and_that_is_counted(references: ReferenceCache) -> None:

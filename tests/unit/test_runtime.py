@@ -50,9 +50,11 @@ def test_methods_of_the_literature_keep_what_their_formulas_say(policy, paramete
 
 
 @pytest.mark.parametrize("layout", ["gpu strided", "vec"])
+@pytest.mark.parametrize("granularity", ["head", "sentence"])
 @pytest.mark.parametrize("num_task", [0, 1, 3])
-def test_a_prompt_is_compacted_by_its_question_as_soon_as_it_is_computed(num_task, layout):
-    sim = Simulation("finch", protect=False, parameters={"task_tokens": num_task}, layout=layout)
+def test_a_prompt_is_compacted_by_its_question_as_soon_as_it_is_computed(num_task, granularity, layout):
+    parameters = {"task_tokens": num_task}
+    sim = Simulation("finch", protect=False, parameters=parameters, layout=layout, granularity=granularity)
     # One is longer than its bound, one than its budget only, one shorter than its question, one than its budget.
     prompts, budgets = {"a": 45, "b": 27, "c": 2, "d": 15}, {"a": 26, "b": 26, "c": 26, "d": 20}
     for name, num_prompt in prompts.items():
