@@ -56,7 +56,7 @@ class EvictionStats:
         self._add("evicted_tokens", compaction.num_resident - compaction.num_keep)
         self._add("freed_pages", len(compaction.source_pages) - len(compaction.target_pages))
         if compaction.scratch_pages:
-            self._add("decoded_ahead", 1)
+            self._add("probes", 1)
 
     def skipped(self, reason: str) -> None:
         """Count something the policy should have done and could not, or not as configured."""
@@ -128,8 +128,8 @@ def _make_metrics() -> dict[str, Any]:
     return {
         "compactions": Counter("skipkv_compactions", "Compactions of running requests.", ["engine"]),
         "evicted_tokens": Counter("skipkv_evicted_tokens", "Tokens whose KV was evicted.", ["engine"]),
-        "decoded_ahead": Counter(
-            "skipkv_decoded_ahead", "Prompts compacted by queries of tokens that were decoded ahead.", ["engine"]
+        "probes": Counter(
+            "skipkv_probes", "Compactions by queries of tokens that were computed ahead and thrown away.", ["engine"]
         ),
         "freed_pages": Counter("skipkv_freed_pages", "KV pages given back by compactions.", ["engine"]),
         "skipped": Counter(

@@ -69,6 +69,7 @@ class Settings:
     protect_prompt: bool = True
     defer_prompt: bool = False
     num_task: int = 8
+    ask_chunks: bool = False
     lookahead: int = LOOKAHEAD
     with_window: bool = False
     steering: Steering | None = None
@@ -575,11 +576,18 @@ class Request:
 
     def _finch_scores(self) -> Tensor:
         scores, in_prompt = torch.zeros(self._positions.shape), self._num_computed <= self._num_prompt
-        for i, layer in enumerate(self._cache.layers):
-            queries = self._queries[i].unflatten(0, (layer.keys.shape[1], -1)).transpose(1, 2)  # [heads, W, group, D]
-            asking = queries[:, -self._settings.num_task :] if in_prompt else queries
+        cache, asking = self._cache, self._queries
+        if self._settings.ask_chunks and self._num_computed < self._num_prompt:
+            # The same cache with the question behind it.
+            cache = self._held_by(torch.ones(self._positions.shape, dtype=torch.bool))
+            question = self._text[self._num_prompt - self._settings.num_task : self._num_prompt]
+            _, _, asking = self._model.forward(question, self._num_computed, cache)
+        for i, layer in enumerate(cache.layers):
+            queries = asking[i].unflatten(0, (layer.keys.shape[1], -1)).transpose(1, 2)  # [heads, W, group, D]
+            queries = queries[:, -self._settings.num_task :] if in_prompt else queries
             for head in range(len(queries)):
-                scores[i, head] = torch.tensor(dense_policies.finch(asking[head], layer.keys[0, head]))
+                found = dense_policies.finch(queries[head], layer.keys[0, head])
+                scores[i, head] = torch.tensor(found[: scores.shape[2]])
         return scores
 
     def _laq_scores(self) -> Tensor:

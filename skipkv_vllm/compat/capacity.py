@@ -108,7 +108,7 @@ def check_fits_alone(
         remedy += f" use kv_policy={config.kv_policy!r}"
     elif ceil_div(most, cache.block_size) <= num_pages:
         most, (held, scratch) = sum(probing), probing
-        cause = f"at its prompt's end {held}, and a temporary copy of {scratch} to decode ahead on"
+        cause = f"while its prompt is compacted {held}, and pages for {scratch} to compute tokens ahead"
         remedy = "shorten the prompt or lower kv_budget"
     elif limits.first_bound > limits.bound:
         cause = f"kv_defer_prompt holds its prompt of {num_prompt} tokens whole"

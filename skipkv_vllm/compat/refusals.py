@@ -35,7 +35,7 @@ def check_config(vllm_config: VllmConfig, policy: KVPolicyConfig) -> None:
     if policy.evicts:
         _check(vllm_config, policy, _refuse)
     if policy.needs & Need.PROBE:
-        _check_decoding_ahead(vllm_config, policy)
+        _check_probes(vllm_config, policy)
     if policy.steers:
         _check(vllm_config, policy, functools.partial(_refuse, flag="--kv-steering-vectors"))
         _check_steering(vllm_config, policy)
@@ -82,7 +82,7 @@ def _check(vllm_config: VllmConfig, policy: KVPolicyConfig, _refuse: Callable[..
         )
 
 
-def _check_decoding_ahead(vllm_config: VllmConfig, policy: KVPolicyConfig) -> None:
+def _check_probes(vllm_config: VllmConfig, policy: KVPolicyConfig) -> None:
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
     own = policy.policy.probe is not None
     names = [name for name in policy.kv_request_policies if make_policy(name).probe is not None]
@@ -91,19 +91,19 @@ def _check_decoding_ahead(vllm_config: VllmConfig, policy: KVPolicyConfig) -> No
     if vllm_config.use_v2_model_runner:
         raise refuse(
             "Model Runner V2",
-            "it has no inputs for tokens that are decoded ahead of a step",
+            "it has no inputs for tokens that are computed ahead of a step",
             "Set VLLM_USE_V2_MODEL_RUNNER=0",
         )
     if parallel.pipeline_parallel_size > 1:
         raise refuse(
             "pipeline parallelism",
-            "tokens decoded ahead go through all layers at once",
+            "tokens computed ahead go through all layers at once",
             "Use --tensor-parallel-size",
         )
     if parallel.data_parallel_size > 1:
         raise refuse(
             "data parallelism",
-            "ranks run their forward passes together, and only some would decode ahead",
+            "ranks run their forward passes together, and only some would compute tokens ahead",
             "Start several servers",
         )
     if vllm_config.lora_config is not None:
@@ -116,7 +116,7 @@ def _check_decoding_ahead(vllm_config: VllmConfig, policy: KVPolicyConfig) -> No
         )
     if policy.steers:
         raise refuse(
-            "steering", "what is decoded ahead would not be steered as the answer is", "Drop --kv-steering-vectors"
+            "steering", "what is computed ahead would not be steered as the answer is", "Drop --kv-steering-vectors"
         )
 
 

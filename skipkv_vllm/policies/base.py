@@ -31,7 +31,7 @@ class Need(Flag):
     ATTENTION_MASS = auto()
     """the attention that every held token has received so far; comes with the keys and queries it is made of"""
     PROBE = auto()
-    """queries of tokens that are decoded ahead, see `Probe`"""
+    """queries of tokens that are computed ahead, see `Probe`"""
 
 
 IN_THE_CACHE = Need.KEYS | Need.VALUES
@@ -58,8 +58,8 @@ class View:
         attention_mass: `[H, L]` float32, sum over all queries since the end of the prompt (its last token's
             included) of the attention paid to the token, averaged over the query heads of the kv head; or
             None unless `Need.ATTENTION_MASS`.
-        probe: post-RoPE queries `[n, Hq, D]` of the tokens that `Policy.probe` decoded after the prompt, which see all
-            held tokens; None but at the end of a prompt, and where no pages were free for them.
+        probe: post-RoPE queries `[n, Hq, D]` of the beginning of an answer (see `Probe`), which see all held tokens;
+            None but at the end of a prompt, and where no pages were free for them.
     """
 
     positions: Tensor
@@ -88,15 +88,19 @@ class TokenScore:
 
 @dataclass(frozen=True)
 class Probe:
-    """Tokens that are decoded greedily from the end of a prompt for their queries alone, and then forgotten.
+    """Tokens that are computed ahead for their queries alone, and then forgotten.
+
+    Either the beginning of an answer: decoded greedily from the end of a prompt on a temporary copy of the cache. Or
+    the question (`Policy.num_task`): appended to each chunk of a longer prompt, wherever that is compacted before its
+    end; the policy then sees the cache as if it ended with the question.
 
     Attributes:
-        num_tokens: how many, at most; fewer where the model's length ends before.
-        draft: method that compacts the temporary copy of the cache on which they are decoded.
+        num_tokens: of the answer, at most; fewer where the model's length ends before. Of a question 0.
+        draft: method that compacts the temporary copy; None for a question.
     """
 
-    num_tokens: int
-    draft: Policy
+    num_tokens: int = 0
+    draft: Policy | None = None
 
 
 @dataclass(frozen=True)
@@ -155,7 +159,7 @@ class Policy(ABC):
 
     @property
     def probe(self) -> Probe | None:
-        """What is decoded ahead, for policies that need it and compact the prompt at its end."""
+        """What is computed ahead, for policies that need it and are about the prompt."""
         return None
 
     def num_task(self, window: int) -> int:

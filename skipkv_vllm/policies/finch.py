@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from .base import About, Need, Policy, View, check_range, register_policy
+from .base import About, Need, Policy, Probe, View, check_range, register_policy
 
 
 @register_policy
@@ -22,6 +22,8 @@ class Finch(Policy):
     Attributes:
         task_tokens: length of the question, the last tokens of the prompt; 0 for the window. A request gives its own
             with `kv_task_tokens`.
+        ask_chunks: compute the question after each chunk of a prompt longer than the bound and let it score there too,
+            as the original does. Off: there the newest tokens score.
     """
 
     name: ClassVar[str] = "finch"
@@ -30,16 +32,25 @@ class Finch(Policy):
         "2408.00167",
         "O(W G L D)",
         "the question is at most W tokens; keys keep their positions, the paper turns them to contiguous ones; between "
-        "the chunks of a prompt longer than the bound the newest tokens score, where the paper appends the question to "
-        "each chunk (`--kv-defer-prompt` holds the prompt whole instead)",
+        "chunks of a prompt longer than the bound the newest tokens score, unless `ask_chunks` appends the question to "
+        "each as the paper does, or `--kv-defer-prompt` holds the prompt whole",
     )
-    needs: ClassVar[Need] = Need.QUERIES | Need.KEYS
     compacts_prompt: ClassVar[bool] = True
 
     task_tokens: int = 0
+    ask_chunks: bool = False
 
     def __post_init__(self) -> None:
         check_range("task_tokens", self.task_tokens, 0, 64)
+
+    @property
+    def needs(self) -> Need:  # type: ignore[override]
+        """A question that is computed ahead takes more."""
+        return Need.QUERIES | Need.KEYS | (Need.PROBE if self.ask_chunks else Need.NOTHING)
+
+    @property
+    def probe(self) -> Probe | None:
+        return Probe() if self.ask_chunks else None
 
     def num_task(self, window: int) -> int:
         return self.task_tokens or window

@@ -46,12 +46,17 @@ class LAQ(Policy):
         check_odd("pool", self.pool)
 
     @property
+    def draft(self) -> SnapKV:
+        """Method of the copy, and of what the model writes."""
+        return SnapKV(self.pool)
+
+    @property
     def probe(self) -> Probe:
-        return Probe(self.lookahead, SnapKV(self.pool))
+        return Probe(self.lookahead, self.draft)
 
     def score(self, view: View) -> Tensor:
         if view.probe is None:
-            return self.probe.draft.score(view)
+            return self.draft.score(view)
         assert view.queries is not None
         assert view.keys is not None
         keys = view.keys.transpose(0, 1)

@@ -13,7 +13,7 @@ INPUTS = {
     Need.SENTENCES: ("sentence boundaries", "4 bytes a token"),
     Need.HIDDEN: ("last hidden states", "`max_sentences` embeddings, 4 bytes a token"),
     Need.ATTENTION_MASS: ("attention received so far", "4 bytes a held token, layer and kv head"),
-    Need.PROBE: ("queries of tokens decoded ahead", "for one step pages for a second budget and those tokens"),
+    Need.PROBE: ("queries of tokens computed ahead", "their pages, and `laq`'s copy, for one step"),
 }
 """What a method reads, and what a request's share of it takes in memory."""
 

@@ -27,6 +27,7 @@ def limits_of(options: RequestOptions, config: KVPolicyConfig, num_prompt: int) 
         deferred if config.kv_defer_prompt else 0,
         prompt_end,
         0 if policy.probe is None else policy.probe.num_tokens,
+        0 if policy.probe is None or policy.probe.draft is not None else policy.num_task(config.kv_window),
     )
 
 

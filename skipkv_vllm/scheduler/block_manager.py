@@ -172,7 +172,7 @@ class EvictingBlockManager(FullAttentionManager):
         return CompactedPages(source_pages, [b.block_id for b in target], len(blocks) - num_target)
 
     def borrow(self, num_tokens: int) -> list[int] | None:
-        """Pages that nobody holds, for a temporary copy of that many tokens, until `give_back`.
+        """Pages that nobody holds, for that many tokens, until `give_back`.
 
         Returns:
             Block ids, or None where not enough are free.

@@ -25,7 +25,8 @@ class Limits:
         deferred: tokens that are held whole at first, before anything is evicted, where that is more than the bound.
         prompt_end: length of a prompt that is compacted as soon as it is computed, if it is longer than what is kept;
             else 0.
-        num_ahead: tokens that are decoded ahead at that compaction.
+        num_ahead: tokens that are decoded ahead at that compaction, on a temporary copy.
+        num_asked: tokens of a question that is appended at each compaction before that one; else 0.
     """
 
     budget: int
@@ -35,6 +36,7 @@ class Limits:
     deferred: int = 0
     prompt_end: int = 0
     num_ahead: int = 0
+    num_asked: int = 0
 
     @property
     def keep(self) -> int:
@@ -58,10 +60,18 @@ class Limits:
 
     @property
     def probing(self) -> tuple[int, int]:
-        """Most tokens held when tokens are decoded ahead, and tokens of the temporary copy then; 0 where none are."""
-        if not self.num_ahead or self.prompt_end <= self.keep:
-            return 0, 0
-        return min(self.prompt_end, self.first_bound), self.keep + self.num_ahead
+        """Most tokens held when others are computed ahead, and those for which pages are lent then; else 0."""
+        if self.num_ahead and self.prompt_end > self.keep:
+            return min(self.prompt_end, self.first_bound), self.lent(self.prompt_end)
+        if self.num_asked and self.prompt_end > self.first_bound:
+            return self.first_bound, self.num_asked
+        return 0, 0
+
+    def lent(self, num_logical: int) -> int:
+        """Tokens for which pages are lent at a compaction: those computed ahead, and what is copied for them."""
+        if num_logical < self.prompt_end:
+            return self.num_asked
+        return self.keep + self.num_ahead if self.num_ahead and num_logical == self.prompt_end else 0
 
     @property
     def cacheable(self) -> int:
@@ -78,8 +88,7 @@ class Residency(NamedTuple):
 
 
 class PlannedCompaction(NamedTuple):
-    """Compact `request_id` from `num_resident` to exactly `num_keep` tokens; `num_scratch` are those of a temporary
-    copy of its cache on which tokens are decoded ahead, else 0."""
+    """Compact `request_id` from `num_resident` to exactly `num_keep` tokens, with pages lent for `num_scratch`."""
 
     request_id: str
     num_resident: int
@@ -117,8 +126,8 @@ class Compaction(NamedTuple):
         source_pages: block ids before.
         target_pages: block ids afterwards, a page each either the same as before or fresh.
         ordinal: number of compactions of this request before this one.
-        scratch_pages: block ids for a temporary copy of its cache, where tokens are decoded ahead; nobody holds them,
-            and other orders of the step do not use them.
+        scratch_pages: block ids for tokens that are computed ahead, and for the copy of the cache that this takes, see
+            `policies.Probe`; nobody holds them, and other orders of the step do not use them.
     """
 
     request_id: str
@@ -209,8 +218,8 @@ class EvictionPlanner:
                 continue
             limits, num_resident = request.limits, num_logical - num_evicted
             if request.is_due(num_logical, num_resident):
-                num_scratch = limits.probing[1] if num_logical == limits.prompt_end else 0
-                planned.append(PlannedCompaction(request_id, num_resident, limits.keep, limits.protected, num_scratch))
+                lent = limits.lent(num_logical)
+                planned.append(PlannedCompaction(request_id, num_resident, limits.keep, limits.protected, lent))
         return planned
 
     def room(self, request_id: str, num_logical: int, num_evicted: int) -> int:

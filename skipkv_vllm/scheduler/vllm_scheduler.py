@@ -246,7 +246,7 @@ class EvictionMixin(_Base):
         return compactions, observations
 
     def _borrow(self, planned: list[PlannedCompaction]) -> dict[str, list[int]]:
-        """Pages, by request, for the temporary copies on which tokens are decoded ahead.
+        """Pages, by request, for tokens that are computed ahead.
 
         With bounded admission they were promised. With optimistic admission they may not be there; then the request is
         compacted without those tokens' queries, and that is counted.
@@ -257,7 +257,7 @@ class EvictionMixin(_Base):
                 continue
             found = self.block_manager.borrow(plan.num_scratch)
             if found is None:
-                self.eviction_stats.skipped("no_pages_to_decode_ahead")
+                self.eviction_stats.skipped("no_pages_for_probe")
             else:
                 pages[plan.request_id] = found
         return pages

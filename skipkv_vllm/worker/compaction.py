@@ -38,7 +38,9 @@ class Managed:
     first_ahead: Tensor | None = None
     """likeliest token after the prompt, where tokens are decoded ahead from it"""
     probe: Tensor | None = None
-    """queries of those tokens `[layers, n, Hq, D]`, for the compaction under way"""
+    """queries of tokens computed ahead `[layers, n, Hq, D]`, for the compaction under way"""
+    num_asked: int = 0
+    """how many of them lie behind the held tokens, for the policy to see"""
 
 
 class Job(NamedTuple):
@@ -215,7 +217,7 @@ class Compactor:
         columns = to_device(numbers, torch.int32, self.device).T.contiguous()
         resident, keep, below, from_, slot, logical, num_placed, num_evicted = columns
         source_table = self.table([job.order.source_pages for job in jobs])
-        length = max(job.order.num_resident for job in jobs)
+        length = max(job.order.num_resident + job.request.num_asked for job in jobs)
         positions = self.positions.read(source_table, length, num_placed, num_evicted)
         target_table = self.table([job.order.target_pages for job in jobs])
         return _Batch(jobs, source_table, target_table, resident, keep, below, from_, slot, logical, positions)
@@ -280,7 +282,7 @@ class Compactor:
     def _score_request(self, batch: _Batch, r: int, penalty: Tensor | None, scores: Tensor) -> None:
         """Let the policy score one request layer by layer, in ascending position; `scores` `[layers, H, N]` by slot."""
         order, request = batch.jobs[r]
-        policy, length = request.policy, order.num_resident
+        policy, length = request.policy, order.num_resident + request.num_asked
         by_position = batch.positions[r, ..., :length].argsort(dim=-1)
         positions = batch.positions[r, ..., :length].gather(-1, by_position)
         pages = batch.source_table[r, : ceil_div(length, self.layers[0].page_size)].long()
@@ -297,6 +299,9 @@ class Compactor:
             if policy.needs & Need.QUERIES:
                 assert self._ring is not None
                 queries = self._ring.read(i, request.slot, order.num_logical)
+            probe = None if request.probe is None else request.probe[i]
+            if request.num_asked:
+                queries, probe = probe, None
             view = View(
                 positions=positions[i],
                 window=self.config.kv_window,
@@ -310,7 +315,7 @@ class Compactor:
                 queries=queries,
                 sentence_penalty=None if penalty is None else penalty[i, :, :length].gather(-1, by_position[i]),
                 attention_mass=None if mass is None else mass[i],
-                probe=None if request.probe is None else request.probe[i],
+                probe=probe,
             )
             scores[i, :, :length].scatter_(-1, by_position[i], policy.score(view))
 

@@ -1,4 +1,4 @@
-"""Decoding ahead on temporary copies of caches: the target model is its own draft model, for its queries only."""
+"""Computing tokens ahead, for their queries only: the target model is its own draft model."""
 
 from __future__ import annotations
 
@@ -36,52 +36,71 @@ class Prober:
         num_held: Sequence[int],
         table: Tensor,
         page_size: int,
-        num_tokens: int,
+        num_tokens: int = 0,
     ) -> Tensor:
-        """Decode greedily for R requests.
+        """Read tokens of R requests, then decode more of them greedily.
 
         Args:
-            tokens: integer `[R]`, the first token of each.
-            starts: its logical position.
+            tokens: integer `[R, n]`.
+            starts: logical position of the first one.
             num_held: tokens in the pages so far.
             table: int32 `[R, pages]` kernel pages with room for the tokens.
             page_size: tokens of such a page.
-            num_tokens: of each request; the last one's logits are not needed.
+            num_tokens: how many to decode; the last one is not even read.
 
         Returns:
-            Post-RoPE queries of the tokens, `[R, layers, num_tokens, Hq, D]`.
+            Post-RoPE queries of all tokens that were read, `[R, layers, n + max(num_tokens - 1, 0), Hq, D]`.
         """
-        runner, device, num_requests = self._runner, table.device, len(starts)
+        firsts, held = to_device([list(starts), list(num_held)], torch.int64, table.device)
+        hidden, queries = self._read(tokens, firsts, held, max(num_held), table, page_size)
+        every, num_read = [queries], tokens.shape[1]
+        for i in range(num_read, num_read + num_tokens - 1):
+            following = self._runner.model.compute_logits(hidden).argmax(dim=-1, keepdim=True)
+            hidden, queries = self._read(following, firsts + i, held + i, max(num_held) + i, table, page_size)
+            every.append(queries)
+        return torch.cat(every, dim=2)
+
+    def _read(
+        self, tokens: Tensor, firsts: Tensor, held: Tensor, most_held: int, table: Tensor, page_size: int
+    ) -> tuple[Tensor, Tensor]:
+        """One forward pass; see `decode`, `firsts` and `held` int64 `[R]`.
+
+        Returns:
+            Hidden states of each request's last token `[R, E]`, and queries `[R, layers, n, Hq, D]`.
+        """
+        runner, device = self._runner, table.device
+        num_requests, num_tokens = tokens.shape
+        total, order = num_requests * num_tokens, torch.arange(num_tokens, device=device)
+        places = held[:, None] + order
+        slots = table.long().gather(1, places // page_size) * page_size + places % page_size
+        ends = torch.arange(num_requests + 1, dtype=torch.int32) * num_tokens
+        common = CommonAttentionMetadata(
+            query_start_loc=ends.to(device),
+            query_start_loc_cpu=ends,
+            seq_lens=(held + num_tokens).int(),
+            num_reqs=num_requests,
+            num_actual_tokens=total,
+            max_query_len=num_tokens,
+            max_seq_len=most_held + num_tokens,
+            block_table_tensor=table,
+            slot_mapping=slots.flatten(),
+            seq_lens_cpu_upper_bound=torch.full((num_requests,), most_held + num_tokens, dtype=torch.int32),
+            is_prefilling=torch.zeros(num_requests, dtype=torch.bool),
+        )
         ((group,),) = runner.attn_groups
-        first, held = to_device([list(starts), list(num_held)], torch.int32, device)
-        each = torch.arange(num_requests + 1, dtype=torch.int32)
-        queries = []
-        for i in range(num_tokens):
-            page = table.gather(1, ((held + i) // page_size)[:, None].long())[:, 0].long()
-            slots = page * page_size + (held + i) % page_size
-            common = CommonAttentionMetadata(
-                query_start_loc=each.to(device),
-                query_start_loc_cpu=each,
-                seq_lens=held + (i + 1),
-                num_reqs=num_requests,
-                num_actual_tokens=num_requests,
-                max_query_len=1,
-                max_seq_len=max(num_held) + i + 1,
-                block_table_tensor=table,
-                slot_mapping=slots,
-                seq_lens_cpu_upper_bound=torch.tensor(num_held, dtype=torch.int32) + (i + 1),
-                is_prefilling=torch.zeros(num_requests, dtype=torch.bool),
-            )
-            metadata = group.get_metadata_builder().build(0, common)
-            context = set_forward_context(
-                dict.fromkeys(group.layer_names, metadata),
-                runner.vllm_config,
-                num_tokens=num_requests,
-                slot_mapping=dict.fromkeys(group.layer_names, slots),
-            )
-            with context, self._ring.handing_out() as seen:
-                hidden = runner.model(input_ids=tokens.int(), positions=first.long() + i)
-            queries.append(torch.stack(seen))
-            if i + 1 < num_tokens:
-                tokens = runner.model.compute_logits(hidden).argmax(dim=-1)
-        return torch.stack(queries).permute(2, 1, 0, 3, 4)
+        metadata = group.get_metadata_builder().build(0, common)
+        context = set_forward_context(
+            dict.fromkeys(group.layer_names, metadata),
+            runner.vllm_config,
+            num_tokens=total,
+            slot_mapping=dict.fromkeys(group.layer_names, common.slot_mapping),
+        )
+        positions = (firsts[:, None] + order).flatten()
+        with context, self._ring.handing_out() as seen:
+            hidden = runner.model(input_ids=tokens.flatten().int(), positions=positions)
+        queries = torch.stack(seen).unflatten(1, (num_requests, num_tokens)).transpose(0, 1)
+        return hidden.unflatten(0, (num_requests, num_tokens))[:, -1], queries
+
+    def question(self, request_id: str, num_tokens: int) -> list[int]:
+        """Last tokens of a request's prompt."""
+        return self._runner.requests[request_id].prompt_token_ids[-num_tokens:]

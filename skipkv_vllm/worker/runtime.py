@@ -16,7 +16,7 @@ from torch import Tensor
 from .. import ops
 from ..config import KVPolicyConfig, needs_of
 from ..ops.paging import PagedCache, to_device
-from ..policies import Need, Probe, make_policy
+from ..policies import Need, Policy, Probe, make_policy
 from ..scheduler.messages import Started, StepOrders
 from ..scheduler.planner import Compaction, Observation
 from ..sentences.tracker import SentenceTracker, TrackedTokens
@@ -73,7 +73,7 @@ class EvictionRuntime:
         self._first_tracked = np.full(num_slots + 1, NEVER, dtype=np.int64)
         self._mass = AttentionMass()
         self.prober: Prober | None = None
-        """decodes tokens ahead, where a policy needs their queries"""
+        """computes tokens ahead, where a policy needs their queries"""
         self._compactor: Compactor | None = None
         self._records_queries = True
         self._batch: StepBatch | None = None
@@ -207,7 +207,7 @@ class EvictionRuntime:
         Args:
             token_ids: `[>= T]` the step's input ids on the device.
             hidden: `[>= T, E]` last hidden states, after the final norm.
-            logits: `[R, V]` of each request's last token, where tokens are decoded ahead.
+            logits: `[R, V]` of each request's last token, where tokens are computed ahead.
         """
         batch, self._batch = self._batch, None
         if batch is None:
@@ -261,11 +261,11 @@ class EvictionRuntime:
                     f"tokens in {order.ordinal} compactions by the scheduler, {request.num_evicted} in "
                     f"{request.num_compactions} here"
                 )
-        if ahead := [job for job in jobs if job.order.scratch_pages]:
-            self._decode_ahead(ahead)
+        if any(order.scratch_pages for order in orders):
+            jobs = self._probe(jobs)
         self._compactor.run(jobs)
         for order, request in jobs:
-            request.probe = request.first_ahead = None
+            request.probe, request.first_ahead, request.num_asked = None, None, 0
             request.num_evicted += order.num_resident - order.num_keep
             self._evicted[request.slot] = request.num_evicted
             request.num_placed = order.num_keep
@@ -277,38 +277,77 @@ class EvictionRuntime:
             if self.config.kv_check_integrity:
                 self.check_integrity(order)
 
-    def _decode_ahead(self, jobs: Sequence[Job]) -> None:
-        """Decode what follows each prompt on a temporary copy of its cache, for the queries."""
-        assert self._compactor is not None
+    def _probe(self, jobs: Sequence[Job]) -> list[Job]:
+        """Compute tokens ahead for those that have pages for it; the jobs with what that changes of their orders."""
         assert self.prober is not None
         groups: dict[tuple[Probe, int], list[Job]] = {}
         for job in jobs:
-            probe = job.request.policy.probe
-            assert probe is not None
-            # Each request for itself: what is decoded for it must not depend on the others.
-            num_tokens = min(probe.num_tokens, self.prober.max_length - job.order.num_logical)
-            groups.setdefault((probe, num_tokens), []).append(job)
+            probe, window = job.request.policy.probe, self.config.kv_window
+            if job.order.scratch_pages and probe is not None:
+                num_tokens = job.request.policy.num_task(window) if probe.draft is None else probe.num_tokens
+                # Each request for itself: what is computed for it must not depend on the others.
+                num_tokens = min(num_tokens, self.prober.max_length - job.order.num_logical)
+                groups.setdefault((probe, num_tokens), []).append(job)
+        asked: dict[str, Job] = {}
         for (probe, num_tokens), group in groups.items():
-            needs = needs_of(probe.draft, self.config.kv_granularity)
-            copies = [
-                Job(
-                    order._replace(target_pages=order.scratch_pages[: len(order.target_pages)]),
-                    replace(request, policy=probe.draft, needs=needs),
-                )
-                for order, request in group
-            ]
-            self._compactor.run(copies)
-            firsts = [request.first_ahead for _, request in group]
-            queries = self.prober.decode(
-                torch.stack([first for first in firsts if first is not None]),
-                [order.num_logical for order, _ in group],
-                [order.num_keep for order, _ in group],
-                self._compactor.table([order.scratch_pages for order, _ in group]),
-                self._compactor.layers[0].page_size,
-                num_tokens,
+            if probe.draft is None:
+                asked |= {job.order.request_id: job for job in self._ask(group, num_tokens)}
+            else:
+                self._decode_ahead(group, probe.draft, num_tokens)
+        return [asked.get(job.order.request_id, job) for job in jobs]
+
+    def _ask(self, jobs: Sequence[Job], num_tokens: int) -> list[Job]:
+        """Append the question to each cache, in pages that the compaction then reads as well."""
+        assert self.prober is not None
+        asked = [
+            Job(order._replace(source_pages=order.source_pages + order.scratch_pages), request)
+            for order, request in jobs
+        ]
+        questions = [self.prober.question(order.request_id, num_tokens) for order, _ in jobs]
+        tokens = to_device(questions, torch.int64, self._device)
+        self._compute_ahead(asked, tokens, [o.num_resident for o, _ in jobs], [o.source_pages for o, _ in asked])
+        for _, request in jobs:
+            request.num_asked = num_tokens
+        return asked
+
+    def _decode_ahead(self, jobs: Sequence[Job], draft: Policy, num_tokens: int) -> None:
+        """Decode what follows each prompt on a temporary copy of its cache."""
+        assert self._compactor is not None
+        assert self.prober is not None
+        needs = needs_of(draft, self.config.kv_granularity)
+        copies = [
+            Job(
+                order._replace(target_pages=order.scratch_pages[: len(order.target_pages)]),
+                replace(request, policy=draft, needs=needs),
             )
-            for (_, request), each in zip(group, queries, strict=True):
-                request.probe = each
+            for order, request in jobs
+        ]
+        self._compactor.run(copies)
+        firsts = [request.first_ahead for _, request in jobs if request.first_ahead is not None]
+        held, pages = [order.num_keep for order, _ in jobs], [order.scratch_pages for order, _ in jobs]
+        self._compute_ahead(jobs, torch.stack(firsts)[:, None], held, pages, num_tokens)
+
+    def _compute_ahead(
+        self,
+        jobs: Sequence[Job],
+        tokens: Tensor,
+        num_held: Sequence[int],
+        pages: Sequence[Sequence[int]],
+        num_tokens: int = 0,
+    ) -> None:
+        """See `Prober.decode`."""
+        assert self._compactor is not None
+        assert self.prober is not None
+        queries = self.prober.decode(
+            tokens,
+            [order.num_logical for order, _ in jobs],
+            num_held,
+            self._compactor.table(pages),
+            self._compactor.layers[0].page_size,
+            num_tokens,
+        )
+        for (_, request), each in zip(jobs, queries, strict=True):
+            request.probe = each
 
     # ---- checks
 

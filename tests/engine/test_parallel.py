@@ -93,7 +93,7 @@ def test_tokens_are_decoded_ahead_on_all_ranks(references: ReferenceCache) -> No
     one = prompt_methods.make_job(max_model_len=512, **TENSOR)
     outcome = engines.run(one)
     check(one, outcome, references, min_compactions=1)
-    assert prompt_methods.counted(engines.engine(**one.arguments), "decoded_ahead") == 4
+    assert prompt_methods.counted(engines.engine(**one.arguments), "probes") == 4
     assert outcome.skipped == {}
 
 

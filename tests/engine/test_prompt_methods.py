@@ -48,8 +48,14 @@ def make_job(**arguments: Any) -> Job:
         # Requests have to wait for their pages.
         {"num_gpu_blocks_override": 25, "async_scheduling": True, "enable_prefix_caching": False},
         {"enforce_eager": False, "kv_granularity": "sentence"},
+        {
+            "kv_policy": "finch",
+            "kv_policy_config": {"ask_chunks": True},
+            "kv_request_policies": ["laq", "snapkv"],
+            "async_scheduling": True,
+        },
     ],
-    ids=["chunks", "whole", "tight", "compiled"],
+    ids=["chunks", "whole", "tight", "compiled", "asked"],
 )
 def test_methods_about_the_prompt_equal_the_reference(
     arguments: dict[str, Any], references: ReferenceCache, monkeypatch: pytest.MonkeyPatch
@@ -59,12 +65,12 @@ def test_methods_about_the_prompt_equal_the_reference(
     prober, batches = runtime_of(llm).prober, []
     decode = prober.decode
     monkeypatch.setattr(prober, "decode", lambda tokens, *rest: batches.append(len(tokens)) or decode(tokens, *rest))
-    before = counted(llm, "decoded_ahead")
+    before = counted(llm, "probes")
 
     outcome = engines.run_on(llm, job)
 
     results = check(job, outcome, references, min_compactions=1)
-    num_ahead = 0
+    num_ahead = num_asked = 0
     for number, (prompt, method, result) in enumerate(zip(job.prompts, job.policies, results, strict=True)):
         settings = settings_of(job, number)
         is_long = len(prompt) > settings.budget
@@ -73,8 +79,11 @@ def test_methods_about_the_prompt_equal_the_reference(
         if "kv_defer_prompt" in arguments and at_end:
             assert result.events[0].num_resident == len(prompt)
         num_ahead += is_long and method == "laq"
+        if method == "finch" and settings.ask_chunks:
+            num_asked += sum(e.num_logical < len(prompt) for e in result.events)
     assert num_ahead == 4
-    assert sum(batches) == num_ahead == counted(llm, "decoded_ahead") - before
+    assert (num_asked > 5) == (arguments.get("kv_policy") == "finch")
+    assert sum(batches) == num_ahead + num_asked == counted(llm, "probes") - before
     # By sentence, those of a prompt are computed although it lies in the cache.
     assert outcome.skipped.keys() <= {"cached_prompt_sentences"}
     assert outcome.num_preemptions == [0] * len(job.prompts)
@@ -99,12 +108,12 @@ def test_a_preempted_request_decodes_ahead_again(references: ReferenceCache) -> 
     arguments = ARGUMENTS | {"kv_admission": "optimistic", "num_gpu_blocks_override": 13, "async_scheduling": True}
     job = Job(prompts, ["full", "laq"], 180, every=1, arguments=arguments)
     llm = engines.engine(**arguments)
-    before = counted(llm, "decoded_ahead")
+    before = counted(llm, "probes")
 
     outcome = engines.run_on(llm, job)
 
-    assert outcome.num_preemptions == [0, 1]
-    assert counted(llm, "decoded_ahead") - before == 2
+    assert outcome.num_preemptions[0] == 0 < outcome.num_preemptions[1]
+    assert counted(llm, "probes") - before >= 2
     assert outcome.skipped == {}
     check(job, outcome, references, min_compactions=1)
 
@@ -114,16 +123,16 @@ def test_without_pages_to_decode_ahead_the_window_decides_and_that_is_counted(re
     arguments = ARGUMENTS | {"kv_admission": "optimistic", "num_gpu_blocks_override": 13}
     job = Job(prompts, ["full", "laq"], 30, every=4, arguments=arguments)
     llm = engines.engine(**arguments)
-    before = counted(llm, "decoded_ahead")
+    before = counted(llm, "probes")
 
     outcome = engines.run_on(llm, job)
 
-    assert outcome.skipped == {"no_pages_to_decode_ahead": 1}
-    assert counted(llm, "decoded_ahead") == before
+    assert outcome.skipped == {"no_pages_for_probe": 1}
+    assert counted(llm, "probes") == before
     settings = settings_of(job, 1)
     windowed = type(settings)(**vars(settings) | {"lookahead": 0})
     assert outcome.tokens[1] == references.get(prompts[1], 30, windowed, outcome.traces[1]).tokens
     with pytest.raises(
-        VLLMValidationError, match=r"end 232, and a temporary copy of 208 to decode ahead on.*lower kv_b"
+        VLLMValidationError, match=r"compacted 232, and pages for 208 to compute tokens ahead.*lower kv_b"
     ):
         engines.run_on(llm, Job([prompts[0] * 3], ["laq"], 900, 1, arguments, budgets=[200]))

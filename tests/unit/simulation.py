@@ -92,19 +92,39 @@ class FakeProber:
     max_length: int
 
     def decode(
-        self, tokens: Tensor, starts: list[int], num_held: list[int], table: Tensor, page_size: int, num_tokens: int
+        self, tokens: Tensor, starts: list[int], num_held: list[int], table: Tensor, page_size: int, num_tokens: int = 0
     ) -> Tensor:
         found = []
         for r, start in enumerate(starts):
-            (request,) = (each for each in self.sim.running.values() if each.num_logical == each.num_prompt == start)
-            assert tokens[r] == request.logits.argmax()
-            assert request.probe.shape[1] == num_tokens
-            assert table[r].unique().numel() * page_size >= num_held[r] + num_tokens
+            (request,) = (each for each in self.sim.running.values() if each.num_logical == start)
+            num_read = request.probe.shape[1]
+            if num_tokens:
+                assert start == request.num_prompt
+                assert tokens[r] == request.logits.argmax()
+                assert num_read == num_tokens
+            else:
+                assert start < request.num_prompt
+                assert tokens[r].tolist() == request.question[-num_read:]
+                self._append(request, table[r], page_size, num_held[r])
+            assert table[r].unique().numel() * page_size >= num_held[r] + num_read
             for layer, pages in enumerate(self.sim.layers):
                 held = pages.keys.read_pages(table[r, : ceil_div(num_held[r], page_size)].long(), num_held[r])
                 assert [sorted(head) for head in held.tolist()] == request.copy[layer]
             found.append(request.probe)
         return torch.stack(found)
+
+    def _append(self, request: Running, table: Tensor, page_size: int, num_held: int) -> None:
+        """Write the question's keys behind the held tokens."""
+        for i in range(request.asked.shape[1]):
+            page, offset = table[(num_held + i) // page_size].long(), torch.tensor((num_held + i) % page_size)
+            for layer, pages in enumerate(self.sim.layers):
+                key = request.asked[layer, i]
+                content = [torch.cat([key, key], -1)] if len(pages.cells) == 1 else [key, key]
+                for cell, vectors in zip(pages.cells, content, strict=True):
+                    cell.scatter(page, torch.arange(KV_HEADS), offset, vectors)
+
+    def question(self, request_id: str, num_tokens: int) -> list[int]:
+        return self.sim.running[request_id].question[-num_tokens:]
 
 
 @dataclass
@@ -133,7 +153,10 @@ class Running:
     probe: Tensor | None = None
     """queries of the tokens decoded ahead, `[layers, n, Hq, D]`"""
     copy: list[list[list[list[float]]]] = field(default_factory=list)
-    """keys of the temporary copy on which they were decoded, by layer and head, sorted"""
+    """keys of the cache behind which they were computed, by layer and head, sorted"""
+    question: list[int] = field(default_factory=lambda: list(range(20, 30)))
+    asked: Tensor | None = None
+    """keys of the question, `[layers, n, H, D]`"""
     mass: dict[tuple[int, int, int], float] = field(default_factory=dict)
     """attention received so far by (layer, head, position)"""
 
@@ -332,13 +355,21 @@ class Simulation:
 
     def _lend(self, request: Running, keep: int) -> list[int]:
         """Pages for a temporary copy, where tokens are decoded ahead; their queries are drawn here."""
-        probe, request.probe = self.config.policy.probe, None
-        if probe is None or request.num_logical != request.num_prompt or not self.has_spare_pages:
+        probe, request.probe, request.asked = self.config.policy.probe, None, None
+        if probe is None or not self.has_spare_pages or request.num_logical > request.num_prompt:
             return []
-        num_tokens = min(probe.num_tokens, self.runtime.prober.max_length - request.num_logical)
+        is_question = probe.draft is None
+        if is_question == (request.num_logical == request.num_prompt):
+            return []
+        num_tokens = self.config.policy.num_task(self.config.kv_window) if is_question else probe.num_tokens
+        num_pages = ceil_div(num_tokens if is_question else keep + num_tokens, self.block_size)
+        num_tokens = min(num_tokens, self.runtime.prober.max_length - request.num_logical)
         request.probe = self.random(LAYERS, num_tokens, Q_HEADS, DIM)
         request.copy = []
-        for layer in range(LAYERS):
+        if is_question:
+            request.asked = self.random(LAYERS, num_tokens, KV_HEADS, DIM)
+            request.copy = [[sorted(c.key.tolist() for c in cells) for cells in heads] for heads in request.dense]
+        for layer in range(0 if is_question else LAYERS):
             request.copy.append([])
             for head in range(KV_HEADS):
                 cells = request.dense[layer][head]
@@ -347,7 +378,7 @@ class Simulation:
                 kept = ranked[: keep - self.config.kv_window]
                 kept += range(len(cells) - self.config.kv_window, len(cells))
                 request.copy[-1].append(sorted(cells[i].key.tolist() for i in kept))
-        pages = [self.free.pop() for _ in range(ceil_div(keep + probe.num_tokens, self.block_size))]
+        pages = [self.free.pop() for _ in range(num_pages)]
         self._lent += pages
         return pages
 
@@ -362,7 +393,9 @@ class Simulation:
                     self.prompt_end_of(request) == request.num_logical and request.num_resident > self.keep_of(request)
                 )
                 enough = sum(q is not None for q in request.queries) >= self.config.kv_window
-                if request.managed and due and enough and request.num_logical >= request.num_prompt:
+                # Most methods are tested on answers; what a prompt takes from others has no queries.
+                started = request.num_logical >= request.num_prompt or self.config.policy.compacts_prompt
+                if request.managed and due and enough and started:
                     self._observe(request, observations, True)
                     orders.append(self.order(request))
                     self._apply_order(request, orders[-1])
@@ -629,6 +662,10 @@ class Simulation:
             return self._snapkv(request, layer, head, num_logical, policy.pool)
         if policy.name == "finch":
             in_prompt = num_logical <= request.num_prompt
+            if request.asked is not None:
+                asking = request.probe[layer, :, head * group : (head + 1) * group]
+                extended = torch.cat([keys, request.asked[layer, :, head]])
+                return dense_policies.finch(asking, extended)[: len(cells)]
             return dense_policies.finch(queries[-policy.num_task(window) :] if in_prompt else queries, keys)
         if policy.name not in ("rkv", "skipkv"):
             values = torch.stack([cell.value for cell in cells])

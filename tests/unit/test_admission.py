@@ -71,6 +71,21 @@ def test_a_method_that_decodes_ahead_needs_room_for_a_copy(num_prompt, is_deferr
     assert limits_of(RequestOptions(kv_policy="rkv"), config, num_prompt).probing == (0, 0)
 
 
+@pytest.mark.parametrize(
+    ("num_prompt", "is_deferred", "probing"), [(128, False, (0, 0)), (129, False, (128, 5)), (400, True, (0, 0))]
+)
+def test_a_question_needs_room_behind_the_bound(num_prompt, is_deferred, probing):
+    config = KVPolicyConfig(
+        kv_policy="finch",
+        kv_policy_config={"ask_chunks": True},
+        kv_budget=96,
+        kv_buffer=32,
+        kv_protect_prompt=False,
+        kv_defer_prompt=is_deferred,
+    )
+    assert limits_of(RequestOptions(kv_task_tokens=5), config, num_prompt).probing == probing
+
+
 def test_a_request_holds_its_bound_or_its_whole_text():
     limits = Limits(96, 32, 8, 0)
     assert [most_tokens(limits, longest) for longest in (100, 128, 4000)] == [100, 128, 128]

@@ -41,7 +41,7 @@ def test_prompts_that_were_compacted_by_tokens_decoded_ahead_are_counted():
     stats.compacted(compaction(144, 16, 9, 1)._replace(scratch_pages=[20, 21]))
     stats.compacted(compaction(144, 16, 9, 1))
     report = stats.take(0, 0, 0)
-    assert (report["compactions"], report["decoded_ahead"]) == (2, 1)
+    assert (report["compactions"], report["probes"]) == (2, 1)
 
 
 def test_the_peak_of_pages_outlives_reports():

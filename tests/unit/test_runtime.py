@@ -75,6 +75,30 @@ def test_a_prompt_is_compacted_by_its_question_as_soon_as_it_is_computed(num_tas
 
 
 @pytest.mark.parametrize("layout", ["gpu strided", "vec"])
+@pytest.mark.parametrize("has_spare_pages", [True, False])
+def test_a_question_is_asked_after_each_chunk(has_spare_pages, layout):
+    parameters = {"ask_chunks": True, "task_tokens": 3}
+    sim = Simulation("finch", protect=False, parameters=parameters, layout=layout, ratio=2, max_length=66)
+    sim.has_spare_pages = has_spare_pages
+    # The question would end behind the model's longest text in the last chunk of "a".
+    prompts, budgets = {"a": 65, "b": 47}, {"a": 24, "b": 26}
+    for name, num_prompt in prompts.items():
+        sim.start(name, num_prompt=num_prompt, budget=budgets[name])
+    sim.step({"a": 32, "b": 34})
+    chunks = {"a": [8, 8, 8, 8, 1], "b": [8, 5]}
+    num_asked = []
+    while any(chunks.values()):
+        sim.step({name: each.pop(0) for name, each in chunks.items() if each})
+        num_asked.append([0 if r.asked is None else r.asked.shape[1] for r in sim.running.values()])
+    expected = [[3, 3], [3, 3], [3, 0], [3, 0], [2, 0]] if has_spare_pages else [[0, 0]] * 5
+    assert num_asked == expected
+    sim.step({"a": 0})
+    assert [sim.running[name].num_compactions for name in prompts] == [6, 3]
+    for name in prompts:
+        sim.check(name)
+
+
+@pytest.mark.parametrize("layout", ["gpu strided", "vec"])
 @pytest.mark.parametrize("with_window", [False, True])
 @pytest.mark.parametrize("has_spare_pages", [True, False])
 def test_a_prompt_is_compacted_by_tokens_that_are_decoded_ahead(with_window, has_spare_pages, layout):
