@@ -28,6 +28,8 @@ class Prober:
     def __init__(self, runner: GPUModelRunner, ring: QueryRing) -> None:
         self._runner, self._ring = runner, ring
         self.max_length: int = runner.max_model_len
+        self.max_tokens: int = runner.max_num_tokens
+        """of a forward pass"""
 
     def decode(
         self,
@@ -51,19 +53,19 @@ class Prober:
         Returns:
             Post-RoPE queries of all tokens that were read, `[R, layers, n + max(num_tokens - 1, 0), Hq, D]`.
         """
-        firsts, held = to_device([list(starts), list(num_held)], torch.int64, table.device)
-        hidden, queries = self._read(tokens, firsts, held, max(num_held), table, page_size)
+        hidden, queries = self._read(tokens, starts, num_held, table, page_size)
         every, num_read = [queries], tokens.shape[1]
         for i in range(num_read, num_read + num_tokens - 1):
             following = self._runner.model.compute_logits(hidden).argmax(dim=-1, keepdim=True)
-            hidden, queries = self._read(following, firsts + i, held + i, max(num_held) + i, table, page_size)
+            places = [start + i for start in starts], [held + i for held in num_held]
+            hidden, queries = self._read(following, *places, table, page_size)
             every.append(queries)
         return torch.cat(every, dim=2)
 
     def _read(
-        self, tokens: Tensor, firsts: Tensor, held: Tensor, most_held: int, table: Tensor, page_size: int
+        self, tokens: Tensor, starts: Sequence[int], num_held: Sequence[int], table: Tensor, page_size: int
     ) -> tuple[Tensor, Tensor]:
-        """One forward pass; see `decode`, `firsts` and `held` int64 `[R]`.
+        """One forward pass; see `decode`.
 
         Returns:
             Hidden states of each request's last token `[R, E]`, and queries `[R, layers, n, Hq, D]`.
@@ -71,6 +73,8 @@ class Prober:
         runner, device = self._runner, table.device
         num_requests, num_tokens = tokens.shape
         total, order = num_requests * num_tokens, torch.arange(num_tokens, device=device)
+        lengths = torch.tensor(num_held, dtype=torch.int32) + num_tokens
+        first, held = to_device([list(starts), list(num_held)], torch.int64, device)
         places = held[:, None] + order
         slots = table.long().gather(1, places // page_size) * page_size + places % page_size
         ends = torch.arange(num_requests + 1, dtype=torch.int32) * num_tokens
@@ -78,13 +82,13 @@ class Prober:
             query_start_loc=ends.to(device),
             query_start_loc_cpu=ends,
             seq_lens=(held + num_tokens).int(),
+            seq_lens_cpu_upper_bound=lengths,  # exact, because some backends plan pages from it
             num_reqs=num_requests,
             num_actual_tokens=total,
             max_query_len=num_tokens,
-            max_seq_len=most_held + num_tokens,
+            max_seq_len=max(num_held) + num_tokens,
             block_table_tensor=table,
             slot_mapping=slots.flatten(),
-            seq_lens_cpu_upper_bound=torch.full((num_requests,), most_held + num_tokens, dtype=torch.int32),
             is_prefilling=torch.zeros(num_requests, dtype=torch.bool),
         )
         ((group,),) = runner.attn_groups
@@ -95,7 +99,7 @@ class Prober:
             num_tokens=total,
             slot_mapping=dict.fromkeys(group.layer_names, common.slot_mapping),
         )
-        positions = (firsts[:, None] + order).flatten()
+        positions = (first[:, None] + order).flatten()
         with context, self._ring.handing_out() as seen:
             hidden = runner.model(input_ids=tokens.flatten().int(), positions=positions)
         queries = torch.stack(seen).unflatten(1, (num_requests, num_tokens)).transpose(0, 1)

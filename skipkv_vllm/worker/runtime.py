@@ -290,10 +290,12 @@ class EvictionRuntime:
                 groups.setdefault((probe, num_tokens), []).append(job)
         asked: dict[str, Job] = {}
         for (probe, num_tokens), group in groups.items():
-            if probe.draft is None:
-                asked |= {job.order.request_id: job for job in self._ask(group, num_tokens)}
-            else:
+            if probe.draft is not None:
                 self._decode_ahead(group, probe.draft, num_tokens)
+                continue
+            most = max(1, self.prober.max_tokens // num_tokens)
+            for i in range(0, len(group), most):
+                asked |= {job.order.request_id: job for job in self._ask(group[i : i + most], num_tokens)}
         return [asked.get(job.order.request_id, job) for job in jobs]
 
     def _ask(self, jobs: Sequence[Job], num_tokens: int) -> list[Job]:

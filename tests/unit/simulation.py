@@ -90,11 +90,13 @@ class FakeProber:
 
     sim: Simulation
     max_length: int
+    max_tokens: int = 5
 
     def decode(
         self, tokens: Tensor, starts: list[int], num_held: list[int], table: Tensor, page_size: int, num_tokens: int = 0
     ) -> Tensor:
         found = []
+        assert tokens.numel() <= self.max_tokens
         for r, start in enumerate(starts):
             (request,) = (each for each in self.sim.running.values() if each.num_logical == start)
             num_read = request.probe.shape[1]
