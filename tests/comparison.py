@@ -48,6 +48,8 @@ def settings_of(job: Job, number: int) -> Settings:
         arguments["kv_buffer"],
         protect_prompt=arguments["kv_protect_prompt"],
         defer_prompt=arguments.get("kv_defer_prompt", False),
+        num_task=(job.options[number] if job.options else {}).get("kv_task_tokens", 8),
+        **(arguments["kv_policy_config"] if job.policies[number] == arguments["kv_policy"] in ("laq", "finch") else {}),
     )
 
 

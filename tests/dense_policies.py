@@ -72,6 +72,28 @@ def trimkv(betas: Sequence[float], positions: Sequence[int]) -> list[float]:
     return [(positions[-1] + 1 - p) * beta for p, beta in zip(positions, betas, strict=True)]
 
 
+def finch(queries: Tensor, keys: Tensor) -> list[float]:
+    """Attention of the queries times the number of tokens that each sees, averaged over them and the query heads."""
+    total = [0.0] * len(keys)
+    for w, heads in enumerate(queries.double()):
+        num_seen = len(keys) - len(queries) + w + 1
+        for query in heads:
+            for i, weight in enumerate(attention(query, keys.double(), num_seen)):
+                total[i] += weight * num_seen / queries.shape[:2].numel()
+    return total
+
+
+def laq(drafted: Tensor, last: Tensor, keys: Tensor, window: int) -> list[float]:
+    """Attention of queries `[n, G, D]` after all tokens and of their `last`, summed, averaged over the query heads."""
+    total = [0.0] * len(keys)
+    for queries, num_before in ((drafted, len(keys)), (last, len(keys) - len(last) + 1)):
+        for w, heads in enumerate(queries.double()):
+            for query in heads:
+                for i, weight in enumerate(attention(query, keys.double(), min(num_before + w, len(keys)))):
+                    total[i] += weight / len(heads)
+    return pooled(total, window)
+
+
 def score(
     method: str, options: dict[str, object], queries: Tensor, keys: Tensor, values: Tensor, mass: Tensor
 ) -> list[float]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import KVPolicyError
 from ..ops.paging import FP8_CACHES
-from ..policies import Need
+from ..policies import Need, make_policy
 
 if TYPE_CHECKING:
     from vllm.config import ParallelConfig, VllmConfig
@@ -34,6 +34,8 @@ def check_config(vllm_config: VllmConfig, policy: KVPolicyConfig) -> None:
         )
     if policy.evicts:
         _check(vllm_config, policy, _refuse)
+    if policy.needs & Need.PROBE:
+        _check_probes(vllm_config, policy)
     if policy.steers:
         _check(vllm_config, policy, functools.partial(_refuse, flag="--kv-steering-vectors"))
         _check_steering(vllm_config, policy)
@@ -84,6 +86,44 @@ def _check(vllm_config: VllmConfig, policy: KVPolicyConfig, _refuse: Callable[..
             "--skip-tokenizer-init",
             f"{policy.kv_policy!r} with granularity {policy.kv_granularity!r} finds sentences by the tokenizer",
             "Drop --skip-tokenizer-init",
+        )
+
+
+def _check_probes(vllm_config: VllmConfig, policy: KVPolicyConfig) -> None:
+    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    own = policy.policy.probe is not None
+    names = [name for name in policy.kv_request_policies if make_policy(name).probe is not None]
+    flag = f"--kv-policy {policy.kv_policy}" if own else f"--kv-request-policies {' '.join(names)}"
+    refuse = functools.partial(_refuse, flag=flag)
+    if vllm_config.use_v2_model_runner:
+        raise refuse(
+            "Model Runner V2",
+            "it has no inputs for tokens that are computed ahead of a step",
+            "Set VLLM_USE_V2_MODEL_RUNNER=0",
+        )
+    if parallel.pipeline_parallel_size > 1:
+        raise refuse(
+            "pipeline parallelism",
+            "tokens computed ahead go through all layers at once",
+            "Use --tensor-parallel-size",
+        )
+    if parallel.data_parallel_size > 1:
+        raise refuse(
+            "data parallelism",
+            "ranks run their forward passes together, and only some would compute tokens ahead",
+            "Start several servers",
+        )
+    if vllm_config.lora_config is not None:
+        raise refuse("LoRA", "adapters are chosen for the tokens of a step only", "Drop --enable-lora")
+    if model.is_multimodal_model or model.enable_prompt_embeds or model.uses_mrope:
+        raise refuse(
+            "multimodal models and prompt embeddings",
+            "their inputs are not token ids, and positions may have several dimensions",
+            "Serve a text model",
+        )
+    if policy.steers:
+        raise refuse(
+            "steering", "what is computed ahead would not be steered as the answer is", "Drop --kv-steering-vectors"
         )
 
 

@@ -2,10 +2,12 @@
 
 from . import (  # noqa: F401  (importing registers them)
     caote,
+    finch,
     full,
     h2o,
     keydiff,
     knorm,
+    laq,
     longflow,
     manifoldkv,
     obcache,
@@ -18,12 +20,13 @@ from . import (  # noqa: F401  (importing registers them)
     trimkv,
     vatp,
 )
-from .base import IN_THE_CACHE, Need, Policy, SentenceOptions, View, make_policy, policy_names, register_policy
+from .base import IN_THE_CACHE, Need, Policy, Probe, SentenceOptions, View, make_policy, policy_names, register_policy
 
 __all__ = [
     "IN_THE_CACHE",
     "Need",
     "Policy",
+    "Probe",
     "SentenceOptions",
     "View",
     "make_policy",

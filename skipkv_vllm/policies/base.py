@@ -32,6 +32,8 @@ class Need(Flag):
     """the attention that every held token has received so far; comes with the keys and queries it is made of"""
     GATES = auto()
     """what learned gates said of every held token when it was written; `Policy.gates_file` names them"""
+    PROBE = auto()
+    """queries of tokens that are computed ahead, see `Probe`"""
 
 
 IN_THE_CACHE = Need.KEYS | Need.VALUES
@@ -46,6 +48,8 @@ class View:
         positions: logical positions `[H, L]`, int32.
         window: W, the number of newest tokens, which always survive.
         num_keep: tokens that will be kept of each head.
+        num_logical: tokens computed so far; the newest held one has position `num_logical - 1`.
+        num_prompt: length of the prompt.
         layer: index of the layer in the model.
         first_head: index in the model of the first of these kv heads; others may be on other ranks.
         keys: post-RoPE keys `[L, H, D]`, or None unless `Need.KEYS`.
@@ -58,11 +62,15 @@ class View:
             None unless `Need.ATTENTION_MASS`.
         gates: `[H, L]` float32, what the learned gates said of the token when it was written (`log beta`, not
             above 0), or None unless `Need.GATES`.
+        probe: post-RoPE queries `[n, Hq, D]` of the beginning of an answer (see `Probe`), which see all held tokens;
+            None but at the end of a prompt, and where no pages were free for them.
     """
 
     positions: Tensor
     window: int
     num_keep: int = 0
+    num_logical: int = 0
+    num_prompt: int = 0
     layer: int = 0
     first_head: int = 0
     keys: Tensor | None = None
@@ -71,6 +79,7 @@ class View:
     sentence_penalty: Tensor | None = None
     attention_mass: Tensor | None = None
     gates: Tensor | None = None
+    probe: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -80,6 +89,23 @@ class TokenScore:
     pool: int
     mix: float
     redundancy_threshold: float
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Tokens that are computed ahead for their queries alone, and then forgotten.
+
+    Either the beginning of an answer: decoded greedily from the end of a prompt on a temporary copy of the cache. Or
+    the question (`Policy.num_task`): appended to each chunk of a longer prompt, wherever that is compacted before its
+    end; the policy then sees the cache as if it ended with the question.
+
+    Attributes:
+        num_tokens: of the answer, at most; fewer where the model's length ends before. Of a question 0.
+        draft: method that compacts the temporary copy; None for a question.
+    """
+
+    num_tokens: int = 0
+    draft: Policy | None = None
 
 
 @dataclass(frozen=True)
@@ -106,6 +132,9 @@ class Policy(ABC):
     name: ClassVar[str]
     about: ClassVar[About] = About()
     needs: ClassVar[Need] = Need.NOTHING
+    compacts_prompt: ClassVar[bool] = False
+    """whether a prompt longer than the budget is compacted as soon as it is computed, not only at the bound; such a
+    method is about the prompt, which then must not be protected"""
 
     @abstractmethod
     def score(self, view: View) -> Tensor:
@@ -141,6 +170,26 @@ class Policy(ABC):
     def check_complete(self) -> None:
         """Raise `KVPolicyError` if a parameter is missing that has no useful default; what serves a policy asks."""
         return
+
+    @property
+    def probe(self) -> Probe | None:
+        """What is computed ahead, for policies that need it and are about the prompt."""
+        return None
+
+    def num_task(self, window: int) -> int:
+        """Number of last tokens of the prompt that this method always keeps and by which it scores the others: the
+        question; at most the window."""
+        return 0
+
+    def with_task(self, num_task: int) -> Policy:
+        """This method with another length of the question.
+
+        Raises:
+            KVPolicyError: the method knows no question.
+        """
+        raise KVPolicyError(
+            f"kv_task_tokens={num_task} is given but policy {self.name!r} does not score by a question; leave it out"
+        )
 
     @property
     def sentence_options(self) -> SentenceOptions:

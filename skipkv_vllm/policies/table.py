@@ -14,6 +14,7 @@ INPUTS = {
     Need.HIDDEN: ("last hidden states", "`max_sentences` embeddings, 4 bytes a token"),
     Need.ATTENTION_MASS: ("attention received so far", "4 bytes a held token, layer and kv head"),
     Need.GATES: ("what learned gates said of each token", "4 bytes a token, layer and kv head; the gates"),
+    Need.PROBE: ("queries of tokens computed ahead", "their pages, and `laq`'s copy, for one step"),
 }
 """What a method reads, and what a request's share of it takes in memory."""
 
@@ -23,12 +24,14 @@ Generated from the code by `python -m skipkv_vllm.policies.table`; a test compar
 
 All methods share the engine's rules. **Trigger**: a request is compacted when it holds budget + buffer tokens, to
 exactly its budget; with `--kv-defer-prompt` a long unprotected prompt is first held whole until W more tokens are
-written, whose queries choose. **Pinned**: the protected prompt, the newest W tokens (`--kv-window`) and a method's
-sinks always stay. **Granularity** (`--kv-granularity`): by `head` every layer and kv head keeps its own tokens; by
-`sentence` whole sentences leave, the same ones for all layers and heads, by the mean score of their tokens. **Ties**:
-the earlier token stays. **Grouped queries**: what a method computes per query head is averaged over those of a kv
-head, unless its paper says otherwise. **Training**: only methods that read learned gates need any; they come with the
-model that is served, as a file (`skipkv_vllm/gates.py` says what is in it), and so only as the server's own method.
+written, whose queries choose. Methods about the prompt (PROMPT) also compact one longer than the budget as soon
+as it is computed, which is what `--kv-defer-prompt` then waits for; they need `--no-kv-protect-prompt`. **Pinned**: the
+protected prompt, the newest W tokens (`--kv-window`) and a method's sinks and question always stay. **Granularity**
+(`--kv-granularity`): by `head` every layer and kv head keeps its own tokens; by `sentence` whole sentences leave, the
+same ones for all layers and heads, by the mean score of their tokens. **Ties**: the earlier token stays. **Grouped
+queries**: what a method computes per query head is averaged over those of a kv head, unless its paper says otherwise.
+**Training**: only methods that read learned gates need any; they come with the model that is served, as a file
+(`skipkv_vllm/gates.py` says what is in it), and so only as the server's own method.
 
 Cost is that of one compaction per layer and kv head, with L held tokens, the window W, G query heads a kv head and head
 size D; memory is what a request takes beside its KV pages. "Native" methods are scored by fused operators (C++, CUDA,
@@ -55,7 +58,9 @@ def row(policy: Policy) -> str:
 
 def document() -> str:
     """All of `docs/policies.md`."""
-    return TEXT + "\n".join(row(make_policy(name)) for name in policy_names()) + "\n"
+    methods = [make_policy(name) for name in policy_names()]
+    about_prompts = ", ".join(f"`{method.name}`" for method in methods if method.compacts_prompt)
+    return TEXT.replace("PROMPT", about_prompts) + "\n".join(map(row, methods)) + "\n"
 
 
 if __name__ == "__main__":

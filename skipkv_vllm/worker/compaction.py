@@ -37,6 +37,13 @@ class Managed:
     num_placed: int = 0
     """slots whose positions are in the sidecar; later slots follow in order"""
     num_compactions: int = 0
+    num_prompt: int = 0
+    first_ahead: Tensor | None = None
+    """likeliest token after the prompt, where tokens are decoded ahead from it"""
+    probe: Tensor | None = None
+    """queries of tokens computed ahead `[layers, n, Hq, D]`, for the compaction under way"""
+    num_asked: int = 0
+    """how many of them lie behind the held tokens, for the policy to see"""
 
 
 class Job(NamedTuple):
@@ -223,7 +230,7 @@ class Compactor:
         columns = to_device(np.array(numbers, dtype=np.int32).T.copy(), torch.int32, self.device)
         resident, keep, below, from_, slot, num_placed, num_evicted = columns.unbind()
         source_table = self.table([job.order.source_pages for job in jobs])
-        length = max(job.order.num_resident for job in jobs)
+        length = max(job.order.num_resident + job.request.num_asked for job in jobs)
         positions = self.positions.read(source_table, length, num_placed, num_evicted)
         target_table = self.table([job.order.target_pages for job in jobs])
         gates = None
@@ -292,7 +299,7 @@ class Compactor:
     def _score_request(self, batch: _Batch, r: int, penalty: Tensor | None, scores: Tensor) -> None:
         """Let the policy score one request layer by layer, in ascending position; `scores` `[layers, H, N]` by slot."""
         order, request = batch.jobs[r]
-        policy, length = request.policy, order.num_resident
+        policy, length = request.policy, order.num_resident + request.num_asked
         by_position = batch.positions[r, ..., :length].argsort(dim=-1)
         positions = batch.positions[r, ..., :length].gather(-1, by_position)
         pages = batch.source_table[r, : ceil_div(length, self.layers[0].page_size)].long()
@@ -310,10 +317,15 @@ class Compactor:
             if policy.needs & Need.QUERIES:
                 assert self._ring is not None
                 queries = self._ring.read(i, request.slot, order.num_logical)
+            probe = None if request.probe is None else request.probe[i]
+            if request.num_asked:
+                queries, probe = probe, None
             view = View(
                 positions=positions[i],
                 window=self.config.kv_window,
                 num_keep=order.num_keep,
+                num_logical=order.num_logical,
+                num_prompt=request.num_prompt,
                 layer=self._ranks.first_layer + i,
                 first_head=self._ranks.first_head,
                 keys=keys,
@@ -322,13 +334,26 @@ class Compactor:
                 sentence_penalty=None if penalty is None else penalty[i, :, :length].gather(-1, by_position[i]),
                 attention_mass=None if mass is None else mass[i],
                 gates=None if gates is None else gates[i],
+                probe=probe,
             )
             scores[i, :, :length].scatter_(-1, by_position[i], policy.score(view))
 
     # ---- selection
 
+    def _num_task(self, batch: _Batch) -> int:
+        return batch.jobs[0].request.policy.num_task(self.config.kv_window)
+
+    def _is_question(self, batch: _Batch, positions: Tensor, num_prompt: Tensor | int) -> Tensor:
+        """Which positions the method keeps because they are the question, bool."""
+        return (positions >= num_prompt - self._num_task(batch)) & (positions < num_prompt)
+
     def _select_tokens(self, batch: _Batch, scores: Tensor) -> Moves:
         """Every layer and head keeps its own tokens."""
+        if self._num_task(batch):
+            # The operator pins both ends only.
+            ends = [[[[request.num_prompt]]] for _, request in batch.jobs]
+            question = self._is_question(batch, batch.positions, to_device(ends, torch.int32, self.device))
+            scores = scores.masked_fill(question, torch.finfo(scores.dtype).max)
         most = max(min(o.num_keep, o.num_resident - o.num_keep) for o, _ in batch.jobs)
         numbers = (batch.num_resident, batch.num_keep, batch.pin_below, batch.pin_from)
         return Moves(*self._select_keep(scores, batch.positions, *numbers, most))
@@ -338,11 +363,13 @@ class Compactor:
         layers, heads = scores.shape[1:3]
         shared = self._ranks.mean(scores)
         rows = []
-        for r, (order, _) in enumerate(batch.jobs):
+        for r, (order, request) in enumerate(batch.jobs):
             length = order.num_resident
             by_position = batch.positions[r, 0, 0, :length].argsort()
             positions = batch.positions[r, 0, 0, :length][by_position]
             pinned = (positions < batch.pin_below[r]) | (positions >= batch.pin_from[r])
+            if self._num_task(batch):
+                pinned |= self._is_question(batch, positions, request.num_prompt)
             number = self._numbers(batch, r, positions)
             kept_sorted = select_sentences(shared[r, :length][by_position], pinned, number, order.num_keep)
             kept = torch.zeros_like(kept_sorted).scatter(0, by_position, kept_sorted)

@@ -7,7 +7,8 @@ the index is a persistent buffer too, refilled before each step.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -103,6 +104,17 @@ class QueryRing:
         """The coming forward pass is a dummy: what it records is for nobody, but a graph may be captured in it."""
         self._clear()
         self.recording = True
+
+    @contextmanager
+    def handing_out(self) -> Iterator[list[Tensor]]:
+        """Collect the queries of an eager forward pass, `[T, Hq, D]` by layer, instead of recording them."""
+        seen: list[Tensor] = []
+        observe, recording = self.observe, self.recording
+        self.observe, self.recording = lambda query, index, rows: seen.append(query.clone()), True
+        try:
+            yield seen
+        finally:
+            self.observe, self.recording = observe, recording
 
     def _clear(self) -> None:
         self.index[: self._num_set].fill_(self._nobody)

@@ -6,6 +6,8 @@ The host knows all counts and never waits for the device. One `EvictionRuntime` 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -14,7 +16,7 @@ from torch import Tensor
 from .. import ops
 from ..config import KVPolicyConfig, needs_of
 from ..ops.paging import PagedCache, to_device
-from ..policies import Need, make_policy
+from ..policies import Need, Policy, Probe, make_policy
 from ..scheduler.messages import Started, StepOrders
 from ..scheduler.planner import Compaction, Observation
 from ..sentences.tracker import SentenceTracker, TrackedTokens
@@ -26,6 +28,9 @@ from .queries import QueryRing
 from .ranks import ALONE, Ranks
 from .rows import NEVER, BatchRows, Evicted, StepBatch
 from .steering import Steering
+
+if TYPE_CHECKING:
+    from .probe import Prober
 
 
 class EvictionRuntime:
@@ -71,6 +76,8 @@ class EvictionRuntime:
         self._observed = np.zeros(num_slots + 1, dtype=bool)
         self._first_tracked = np.full(num_slots + 1, NEVER, dtype=np.int64)
         self._mass = AttentionMass()
+        self.prober: Prober | None = None
+        """computes tokens ahead, where a policy needs their queries"""
         self._compactor: Compactor | None = None
         self._records_queries = True
         self._batch: StepBatch | None = None
@@ -126,6 +133,8 @@ class EvictionRuntime:
 
     def _start(self, started: Started) -> None:
         policy = self.config.policy if started.policy == self.config.kv_policy else make_policy(started.policy)
+        if started.num_task:
+            policy = policy.with_task(started.num_task)
         old = self._requests.pop(started.request_id, None)
         slot = self._free_slots.pop() if old is None else old.slot
         self._requests[started.request_id] = Managed(
@@ -133,6 +142,7 @@ class EvictionRuntime:
             policy=policy,
             needs=needs_of(policy, self.config.kv_granularity),
             protected=started.protected,
+            num_prompt=started.num_prompt,
         )
         needs = self._requests[started.request_id].needs
         self._mass.forget(slot)
@@ -203,15 +213,25 @@ class EvictionRuntime:
 
     # ---- after the forward pass
 
-    def finish_forward(self, token_ids: Tensor, hidden: Tensor) -> None:
-        """Let the sentence tracker read what the forward pass produced.
+    def finish_forward(self, token_ids: Tensor, hidden: Tensor, logits: Tensor | None = None) -> None:
+        """Read what the forward pass produced: sentences, and what follows prompts that are complete now.
 
         Args:
             token_ids: `[>= T]` the step's input ids on the device.
             hidden: `[>= T, E]` last hidden states, after the final norm.
+            logits: `[R, V]` of each request's last token, where tokens are computed ahead.
         """
         batch, self._batch = self._batch, None
-        if self.tracker is None or batch is None:
+        if batch is None:
+            return
+        if self.prober is not None:
+            assert logits is not None
+            ends = (batch.starts + batch.counts).tolist()
+            for row, request_id in enumerate(batch.request_ids):
+                request = self._requests.get(request_id)
+                if request is not None and request.policy.probe is not None and ends[row] == request.num_prompt:
+                    request.first_ahead = logits[row].argmax()
+        if self.tracker is None:
             return
         assert self._rows is not None
         spans, num_tokens = self._rows.tracked.of(batch)
@@ -253,8 +273,11 @@ class EvictionRuntime:
                     f"tokens in {order.ordinal} compactions by the scheduler, {request.num_evicted} in "
                     f"{request.num_compactions} here"
                 )
+        if any(order.scratch_pages for order in orders):
+            jobs = self._probe(jobs)
         self._compactor.run(jobs)
         for order, request in jobs:
+            request.probe, request.first_ahead, request.num_asked = None, None, 0
             request.num_evicted += order.num_resident - order.num_keep
             self._evicted[request.slot] = request.num_evicted
             request.num_placed = order.num_keep
@@ -265,6 +288,80 @@ class EvictionRuntime:
                 self.trace.compacted(order, held.sort(dim=-1).values, self.tracker, request.slot)
             if self.config.kv_check_integrity:
                 self.check_integrity(order)
+
+    def _probe(self, jobs: Sequence[Job]) -> list[Job]:
+        """Compute tokens ahead for those that have pages for it; the jobs with what that changes of their orders."""
+        assert self.prober is not None
+        groups: dict[tuple[Probe, int], list[Job]] = {}
+        for job in jobs:
+            probe, window = job.request.policy.probe, self.config.kv_window
+            if job.order.scratch_pages and probe is not None:
+                num_tokens = job.request.policy.num_task(window) if probe.draft is None else probe.num_tokens
+                # Each request for itself: what is computed for it must not depend on the others.
+                num_tokens = min(num_tokens, self.prober.max_length - job.order.num_logical)
+                groups.setdefault((probe, num_tokens), []).append(job)
+        asked: dict[str, Job] = {}
+        for (probe, num_tokens), group in groups.items():
+            if probe.draft is not None:
+                self._decode_ahead(group, probe.draft, num_tokens)
+                continue
+            most = max(1, self.prober.max_tokens // num_tokens)
+            for i in range(0, len(group), most):
+                asked |= {job.order.request_id: job for job in self._ask(group[i : i + most], num_tokens)}
+        return [asked.get(job.order.request_id, job) for job in jobs]
+
+    def _ask(self, jobs: Sequence[Job], num_tokens: int) -> list[Job]:
+        """Append the question to each cache, in pages that the compaction then reads as well."""
+        assert self.prober is not None
+        asked = [
+            Job(order._replace(source_pages=order.source_pages + order.scratch_pages), request)
+            for order, request in jobs
+        ]
+        questions = [self.prober.question(order.request_id, num_tokens) for order, _ in jobs]
+        tokens = to_device(questions, torch.int64, self._device)
+        self._compute_ahead(asked, tokens, [o.num_resident for o, _ in jobs], [o.source_pages for o, _ in asked])
+        for _, request in jobs:
+            request.num_asked = num_tokens
+        return asked
+
+    def _decode_ahead(self, jobs: Sequence[Job], draft: Policy, num_tokens: int) -> None:
+        """Decode what follows each prompt on a temporary copy of its cache."""
+        assert self._compactor is not None
+        assert self.prober is not None
+        needs = needs_of(draft, self.config.kv_granularity)
+        copies = [
+            Job(
+                order._replace(target_pages=order.scratch_pages[: len(order.target_pages)]),
+                replace(request, policy=draft, needs=needs),
+            )
+            for order, request in jobs
+        ]
+        self._compactor.run(copies)
+        firsts = [request.first_ahead for _, request in jobs if request.first_ahead is not None]
+        held, pages = [order.num_keep for order, _ in jobs], [order.scratch_pages for order, _ in jobs]
+        self._compute_ahead(jobs, torch.stack(firsts)[:, None], held, pages, num_tokens)
+
+    def _compute_ahead(
+        self,
+        jobs: Sequence[Job],
+        tokens: Tensor,
+        num_held: Sequence[int],
+        pages: Sequence[Sequence[int]],
+        num_tokens: int = 0,
+    ) -> None:
+        """See `Prober.decode`."""
+        assert self._compactor is not None
+        assert self.prober is not None
+        queries = self.prober.decode(
+            tokens,
+            [order.num_logical for order, _ in jobs],
+            num_held,
+            self._compactor.table(pages),
+            self._compactor.layers[0].page_size,
+            num_tokens,
+        )
+        for (_, request), each in zip(jobs, queries, strict=True):
+            request.probe = each
 
     # ---- checks
 
@@ -284,6 +381,9 @@ class EvictionRuntime:
         expected = torch.arange(order.num_logical - self.config.kv_window, order.num_logical, device=held.device)
         assert (newest == expected).all(), "the observation window was evicted"
         assert ((held < request.protected).sum(-1) == request.protected).all(), "a protected prompt token was evicted"
+        first = max(0, request.num_prompt - request.policy.num_task(self.config.kv_window))
+        for position in range(first, min(request.num_prompt, order.num_logical)):
+            assert (held == position).any(-1).all(), "a token of the question was evicted"
         assert order.num_logical - request.num_evicted == order.num_keep
         slots = [r.slot for r in self._requests.values()]
         assert len(set(slots) | set(self._free_slots)) == len(slots) + len(self._free_slots), "a state slot was lost"

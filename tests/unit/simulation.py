@@ -115,6 +115,51 @@ class FakeBlock(torch.nn.Module):
 
 
 @dataclass
+class FakeProber:
+    """Stands in for the model that decodes ahead: checks what it is given, and returns queries drawn before."""
+
+    sim: Simulation
+    max_length: int
+    max_tokens: int = 5
+
+    def decode(
+        self, tokens: Tensor, starts: list[int], num_held: list[int], table: Tensor, page_size: int, num_tokens: int = 0
+    ) -> Tensor:
+        found = []
+        assert tokens.numel() <= self.max_tokens
+        for r, start in enumerate(starts):
+            (request,) = (each for each in self.sim.running.values() if each.num_logical == start)
+            num_read = request.probe.shape[1]
+            if num_tokens:
+                assert start == request.num_prompt
+                assert tokens[r] == request.logits.argmax()
+                assert num_read == num_tokens
+            else:
+                assert start < request.num_prompt
+                assert tokens[r].tolist() == request.question[-num_read:]
+                self._append(request, table[r], page_size, num_held[r])
+            assert table[r].unique().numel() * page_size >= num_held[r] + num_read
+            for layer, pages in enumerate(self.sim.layers):
+                held = pages.keys.read_pages(table[r, : ceil_div(num_held[r], page_size)].long(), num_held[r])
+                assert [sorted(head) for head in held.tolist()] == request.copy[layer]
+            found.append(request.probe)
+        return torch.stack(found)
+
+    def _append(self, request: Running, table: Tensor, page_size: int, num_held: int) -> None:
+        """Write the question's keys behind the held tokens."""
+        for i in range(request.asked.shape[1]):
+            page, offset = table[(num_held + i) // page_size].long(), torch.tensor((num_held + i) % page_size)
+            for layer, pages in enumerate(self.sim.layers):
+                key = request.asked[layer, i]
+                content = [torch.cat([key, key], -1)] if len(pages.cells) == 1 else [key, key]
+                for cell, vectors in zip(pages.cells, content, strict=True):
+                    cell.scatter(page, torch.arange(KV_HEADS), offset, vectors)
+
+    def question(self, request_id: str, num_tokens: int) -> list[int]:
+        return self.sim.running[request_id].question[-num_tokens:]
+
+
+@dataclass
 class Running:
     """A request as the simulation knows it."""
 
@@ -136,6 +181,14 @@ class Running:
         default_factory=lambda: [[[] for _ in range(KV_HEADS)] for _ in range(LAYERS)]
     )
     """`[layer][head]`, ascending positions"""
+    logits: Tensor | None = None
+    probe: Tensor | None = None
+    """queries of the tokens decoded ahead, `[layers, n, Hq, D]`"""
+    copy: list[list[list[list[float]]]] = field(default_factory=list)
+    """keys of the cache behind which they were computed, by layer and head, sorted"""
+    question: list[int] = field(default_factory=lambda: list(range(20, 30)))
+    asked: Tensor | None = None
+    """keys of the question, `[layers, n, H, D]`"""
     mass: dict[tuple[int, int, int], float] = field(default_factory=dict)
     """attention received so far by (layer, head, position)"""
 
@@ -226,6 +279,9 @@ class Simulation:
             )
             token_gates.attach(self.blocks)
         self.runtime = EvictionRuntime(self.config, num_slots, ring, tracker, token_gates, None, CPU)
+        if needs & Need.PROBE:
+            self.runtime.prober = FakeProber(self, max_length)
+        self._lent: list[int] = []
         packing = Layout.ROWS if layout.startswith("gpu") else cpu_layout(layout)
         self.layers = [layer_pages(raw, packing) for raw in self.raw]
         self.runtime.bind_cache(PagedCache.of(self.raw, packing), self.block_size)
@@ -241,6 +297,8 @@ class Simulation:
         self.topics = torch.randn(3, HIDDEN, generator=torch.Generator().manual_seed(1))
         self._topic: dict[str, int] = {}
         self.num_replaced = 0
+        self.has_spare_pages = True
+        """False: no temporary copies"""
         self._steps = 0
         self.last_evicted: np.ndarray | None = None
 
@@ -267,7 +325,13 @@ class Simulation:
         self.running[name] = request
         self._topic[name] = 0
         if request.managed:
-            limits = Limits(budget, self.config.kv_buffer, self.config.kv_window, request.protected)
+            limits = Limits(
+                budget,
+                self.config.kv_buffer,
+                self.config.kv_window,
+                request.protected,
+                prompt_end=self.prompt_end_of(request),
+            )
             self.planner.start(name, limits, max(request.num_logical, num_prompt - 1))
             self._starting.append(
                 Started(name, policy or self.config.kv_policy, num_prompt, request.protected, request.first_tracked)
@@ -308,6 +372,10 @@ class Simulation:
     def keep_of(self, request: Running) -> int:
         return max(request.budget, request.protected + self.config.kv_window)
 
+    def prompt_end_of(self, request: Running) -> int:
+        """Length of a prompt that is compacted as soon as it is computed, else 0."""
+        return request.num_prompt if self.config.policy.compacts_prompt else 0
+
     def order(self, request: Running) -> Compaction:
         """Plan a compaction: shared pages that are not wholly protected are replaced."""
         keep = self.keep_of(request)
@@ -326,7 +394,37 @@ class Simulation:
             list(request.pages),
             target,
             request.num_compactions,
+            self._lend(request, keep),
         )
+
+    def _lend(self, request: Running, keep: int) -> list[int]:
+        """Pages for a temporary copy, where tokens are decoded ahead; their queries are drawn here."""
+        probe, request.probe, request.asked = self.config.policy.probe, None, None
+        if probe is None or not self.has_spare_pages or request.num_logical > request.num_prompt:
+            return []
+        is_question = probe.draft is None
+        if is_question == (request.num_logical == request.num_prompt):
+            return []
+        num_tokens = self.config.policy.num_task(self.config.kv_window) if is_question else probe.num_tokens
+        num_pages = ceil_div(num_tokens if is_question else keep + num_tokens, self.block_size)
+        num_tokens = min(num_tokens, self.runtime.prober.max_length - request.num_logical)
+        request.probe = self.random(LAYERS, num_tokens, Q_HEADS, DIM)
+        request.copy = []
+        if is_question:
+            request.asked = self.random(LAYERS, num_tokens, KV_HEADS, DIM)
+            request.copy = [[sorted(c.key.tolist() for c in cells) for cells in heads] for heads in request.dense]
+        for layer in range(0 if is_question else LAYERS):
+            request.copy.append([])
+            for head in range(KV_HEADS):
+                cells = request.dense[layer][head]
+                scores = self._snapkv(request, layer, head, request.num_logical, probe.draft.pool)
+                ranked = sorted(range(len(cells) - self.config.kv_window), key=lambda i: (-scores[i], i))
+                kept = ranked[: keep - self.config.kv_window]
+                kept += range(len(cells) - self.config.kv_window, len(cells))
+                request.copy[-1].append(sorted(cells[i].key.tolist() for i in kept))
+        pages = [self.free.pop() for _ in range(num_pages)]
+        self._lent += pages
+        return pages
 
     # ---- one step
 
@@ -335,9 +433,13 @@ class Simulation:
         orders, observations = [], []
         if compact:
             for request in self.running.values():
-                due = request.num_resident >= self.keep_of(request) + self.config.kv_buffer
+                due = request.num_resident >= self.keep_of(request) + self.config.kv_buffer or (
+                    self.prompt_end_of(request) == request.num_logical and request.num_resident > self.keep_of(request)
+                )
                 enough = sum(q is not None for q in request.queries) >= self.config.kv_window
-                if request.managed and due and enough and request.num_logical >= request.num_prompt:
+                # Most methods are tested on answers; what a prompt takes from others has no queries.
+                started = request.num_logical >= request.num_prompt or self.config.policy.compacts_prompt
+                if request.managed and due and enough and started:
                     self._observe(request, observations, True)
                     orders.append(self.order(request))
                     self._apply_order(request, orders[-1])
@@ -351,6 +453,8 @@ class Simulation:
         )
         step = StepOrders(orders, self._starting, observations, records)
         self.runtime.begin_step(step, self._finished, self._preempted)
+        self.free += self._lent
+        self._lent = []
         self._starting, self._finished, self._preempted = [], [], []
         for name, content in before.items():
             assert torch.equal(self.snapshot(name), content), f"a compaction changed the cache of {name}"
@@ -425,8 +529,15 @@ class Simulation:
         if self.runtime.gates is not None:
             self.runtime.gates.store(torch.tensor(slots + [-1]))
         padding = 3
+        padding, logits = 3, None
+        if self.config.needs & Need.PROBE:
+            logits = self.random(len(names), 16)
+            for name, each in zip(names, logits, strict=True):
+                self.running[name].logits = (
+                    each if self.running[name].num_logical == self.running[name].num_prompt else None
+                )
         self.runtime.finish_forward(
-            torch.tensor(token_ids + [DOT] * padding), torch.stack([*hidden, *(torch.ones(HIDDEN),) * padding])
+            torch.tensor(token_ids + [DOT] * padding), torch.stack([*hidden, *(torch.ones(HIDDEN),) * padding]), logits
         )
 
     def _weigh(self, request: Running) -> None:
@@ -521,9 +632,10 @@ class Simulation:
         policy = self.runtime._requests[request.name].policy if request.name in self.runtime._requests else None
         policy = policy or self.config.policy
         first = max(request.protected, policy.num_sinks)
+        question = range(request.num_prompt - policy.num_task(self.config.kv_window), request.num_prompt)
 
         def pinned(position: int) -> bool:
-            return position < first or position >= order.num_logical - self.config.kv_window
+            return position < first or position in question or position >= order.num_logical - self.config.kv_window
 
         if self.config.kv_granularity == "head":
             for layer in range(LAYERS):
@@ -577,6 +689,17 @@ class Simulation:
 
         return number, penalty
 
+    def _snapkv(self, request: Running, layer: int, head: int, num_logical: int, pool: int) -> list[float]:
+        cells, window, group = request.dense[layer][head], self.config.kv_window, Q_HEADS // KV_HEADS
+        total = [0.0] * len(cells)
+        for position in range(num_logical - window, num_logical):
+            query = request.queries[position][layer, head * group : (head + 1) * group]
+            seen = [cell.key for cell in cells if cell.position <= position]
+            for j, weight in enumerate(attention_of(query, seen)):
+                total[j] += weight
+        old, reach = total[:-window], pool // 2
+        return [max(old[max(0, i - reach) : i + reach + 1]) for i in range(len(old))] + [0.0] * window
+
     def _scores(self, request: Running, layer: int, head: int, penalty, order: Compaction) -> list[float]:
         state = self.runtime._requests.get(request.name)
         policy = self.config.policy if state is None else state.policy
@@ -597,14 +720,18 @@ class Simulation:
         group = Q_HEADS // KV_HEADS
         observed = request.queries[num_logical - window : num_logical]
         queries = torch.stack([q[layer, head * group : (head + 1) * group] for q in observed])
-        if policy.name == "snapkv":
-            total = [0.0] * len(cells)
-            for i, query in enumerate(queries):
-                seen = [cell.key for cell in cells if cell.position <= num_logical - window + i]
-                for j, weight in enumerate(attention_of(query, seen)):
-                    total[j] += weight
-            old, reach = total[:-window], policy.pool // 2
-            return [max(old[max(0, i - reach) : i + reach + 1]) for i in range(len(old))] + [0.0] * window
+        if policy.name == "laq" and request.probe is not None:
+            drafted = request.probe[layer, :, head * group : (head + 1) * group]
+            return dense_policies.laq(drafted, queries if policy.with_window else queries[:0], keys, window)
+        if policy.name in ("snapkv", "laq"):
+            return self._snapkv(request, layer, head, num_logical, policy.pool)
+        if policy.name == "finch":
+            in_prompt = num_logical <= request.num_prompt
+            if request.asked is not None:
+                asking = request.probe[layer, :, head * group : (head + 1) * group]
+                extended = torch.cat([keys, request.asked[layer, :, head]])
+                return dense_policies.finch(asking, extended)[: len(cells)]
+            return dense_policies.finch(queries[-policy.num_task(window) :] if in_prompt else queries, keys)
         if policy.name not in ("rkv", "skipkv"):
             values = torch.stack([cell.value for cell in cells])
             mass = torch.tensor([request.mass.get((layer, head, cell.position), 0.0) for cell in cells])

@@ -49,6 +49,100 @@ def test_methods_of_the_literature_keep_what_their_formulas_say(policy, paramete
         sim.check(name)
 
 
+@pytest.mark.parametrize("layout", ["gpu strided", "vec"])
+@pytest.mark.parametrize("granularity", ["head", "sentence"])
+@pytest.mark.parametrize("num_task", [0, 1, 3])
+def test_a_prompt_is_compacted_by_its_question_as_soon_as_it_is_computed(num_task, granularity, layout):
+    parameters = {"task_tokens": num_task}
+    sim = Simulation("finch", protect=False, parameters=parameters, layout=layout, granularity=granularity)
+    # One is longer than its bound, one than its budget only, one shorter than its question, one than its budget.
+    prompts, budgets = {"a": 45, "b": 27, "c": 2, "d": 15}, {"a": 26, "b": 26, "c": 26, "d": 20}
+    for name, num_prompt in prompts.items():
+        sim.start(name, num_prompt=num_prompt, budget=budgets[name])
+    sim.step({"a": 30, "b": 27, "c": 2, "d": 10})
+    sim.step({"a": 15, "b": 1, "d": 5})
+    assert [sim.running[name].num_compactions for name in prompts] == [0, 1, 0, 0]
+    sim.step(dict.fromkeys(prompts, 1))
+    assert [sim.running[name].num_compactions for name in prompts] == [1, 1, 0, 0]
+    assert sim.running["a"].num_resident == 27
+    for _ in range(40):
+        sim.step(dict.fromkeys(prompts, 1))
+    for name, num_prompt in prompts.items():
+        assert sim.running[name].num_compactions >= 2
+        # Whatever was written since, the question is held.
+        question = set(range(max(0, num_prompt - (num_task or 4)), num_prompt))
+        assert all(question <= set(held) for held in sim.positions(name).flatten(0, 1).tolist())
+
+
+@pytest.mark.parametrize("layout", ["gpu strided", "vec"])
+@pytest.mark.parametrize("has_spare_pages", [True, False])
+def test_a_question_is_asked_after_each_chunk(has_spare_pages, layout):
+    parameters = {"ask_chunks": True, "task_tokens": 3}
+    sim = Simulation("finch", protect=False, parameters=parameters, layout=layout, ratio=2, max_length=66)
+    sim.has_spare_pages = has_spare_pages
+    # The question would end behind the model's longest text in the last chunk of "a".
+    prompts, budgets = {"a": 65, "b": 47}, {"a": 24, "b": 26}
+    for name, num_prompt in prompts.items():
+        sim.start(name, num_prompt=num_prompt, budget=budgets[name])
+    sim.step({"a": 32, "b": 34})
+    chunks = {"a": [8, 8, 8, 8, 1], "b": [8, 5]}
+    num_asked = []
+    while any(chunks.values()):
+        sim.step({name: each.pop(0) for name, each in chunks.items() if each})
+        num_asked.append([0 if r.asked is None else r.asked.shape[1] for r in sim.running.values()])
+    expected = [[3, 3], [3, 3], [3, 0], [3, 0], [2, 0]] if has_spare_pages else [[0, 0]] * 5
+    assert num_asked == expected
+    sim.step({"a": 0})
+    assert [sim.running[name].num_compactions for name in prompts] == [6, 3]
+    for name in prompts:
+        sim.check(name)
+
+
+@pytest.mark.parametrize("layout", ["gpu strided", "vec"])
+@pytest.mark.parametrize("with_window", [False, True])
+@pytest.mark.parametrize("has_spare_pages", [True, False])
+def test_a_prompt_is_compacted_by_tokens_that_are_decoded_ahead(with_window, has_spare_pages, layout):
+    parameters = {"with_window": with_window, "lookahead": 6}
+    sim = Simulation("laq", protect=False, parameters=parameters, layout=layout, ratio=2, max_length=50)
+    sim.has_spare_pages = has_spare_pages
+    prompts = {"a": 45, "b": 27, "c": 15, "d": 29}
+    for name, num_prompt in prompts.items():
+        sim.start(name, num_prompt=num_prompt, budget=26)
+    sim.start("plain", num_prompt=9, budget=1, policy="none")
+    # Two prompts end in the same step, one after two chunks; the model's length ends after five tokens of "a".
+    sim.step({"a": 20, "b": 27, "c": 15, "plain": 9})
+    sim.step({"plain": 1, "a": 25, "c": 1, "d": 29})
+    assert [sim.running[name].num_compactions for name in prompts] == [0, 1, 0, 0]
+    free = sorted(sim.free)
+    sim.step(dict.fromkeys(prompts, 0))
+    assert [sim.running[name].num_compactions for name in prompts] == [1, 1, 0, 1]
+    assert sorted(set(free) & set(sim.free)) == free, "a page was lost"
+    ahead = {name: sim.running[name].probe for name in prompts}
+    if has_spare_pages:
+        assert [0 if each is None else each.shape[1] for each in ahead.values()] == [5, 6, 0, 6]
+    else:
+        assert not any(each is not None for each in ahead.values())
+    for _ in range(24):
+        sim.step(dict.fromkeys(prompts, 1))
+    for name in (*prompts, "plain"):
+        sim.check(name)
+    assert [sim.running[name].num_compactions for name in prompts] == [3, 3, 1, 3]
+    assert all(sim.running[name].probe is None for name in prompts)
+
+
+def test_queries_of_tokens_decoded_ahead_decide_other_than_the_window():
+    """Or the comparison above would say little."""
+    kept = []
+    for has_spare_pages in (True, False):
+        sim = Simulation("laq", protect=False)
+        sim.has_spare_pages = has_spare_pages
+        sim.start("a", num_prompt=45, budget=26)
+        sim.step({"a": 45})
+        sim.step({"a": 0})
+        kept.append(sim.positions("a").sort(-1).values)
+    assert (kept[0] != kept[1]).any(dim=-1).all()
+
+
 @pytest.mark.parametrize("layout", ["gpu", "gpu strided", "vec"])
 @pytest.mark.parametrize(("policy", "granularity", "protect"), CASES)
 def test_interleaved_requests_keep_what_the_method_says(policy, granularity, protect, layout):
