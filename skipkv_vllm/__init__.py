@@ -17,7 +17,15 @@ try:
 except PackageNotFoundError:  # a source tree on the path, not installed
     __version__ = "0.0.0"
 
-__all__ = ["LLM", "KVPolicyError", "__version__", "bundled_model", "bundled_vector", "engine_arguments"]
+__all__ = [
+    "LLM",
+    "KVPolicyError",
+    "__version__",
+    "bundled_gates",
+    "bundled_model",
+    "bundled_vector",
+    "engine_arguments",
+]
 
 
 def bundled_model() -> str:
@@ -29,6 +37,11 @@ def bundled_vector() -> str:
     """The bundled model's steering vector, for `kv_steering_vectors`."""
     # Beside the folder: vLLM takes every .safetensors file inside for weights.
     return f"{bundled_model()}-steering.safetensors"
+
+
+def bundled_gates() -> str:
+    """The bundled model's learned gates, for the `gates` of policy `trimkv`."""
+    return f"{bundled_model()}-gates.safetensors"
 
 
 def __getattr__(name: str) -> Any:

@@ -38,7 +38,9 @@ def banner(config: KVPolicyConfig, capacity: Capacity | None, max_model_len: int
 def _eviction(config: KVPolicyConfig, capacity: Capacity, max_model_len: int) -> list[str]:
     limits = Limits(config.kv_budget, config.kv_buffer, config.kv_window, 0)
     prompt = "protected, counts toward the budget" if config.kv_protect_prompt else "evicted like any other text"
-    if config.kv_defer_prompt:
+    if config.policy.compacts_prompt:
+        prompt = "compacted as soon as it is computed" + (", whole until then" if config.kv_defer_prompt else "")
+    elif config.kv_defer_prompt:
         prompt += f", from {config.kv_window} tokens after its end on"
     admission = "none is ever preempted" if config.kv_admission == "bounded" else "more may start and be preempted"
     lines = [

@@ -14,7 +14,13 @@ from .policies import Need
 from .scheduler.planner import Limits, ceil_div
 
 POSITION_BYTES = 4
-"""Of an entry of the position sidecar, and of the attention mass."""
+"""Of an entry of the position sidecar, and of any other."""
+
+
+def sidecars(needs: Need) -> list[str]:
+    """What is kept beside the KV of each token, layer and kv head: its position, and what policies ask for."""
+    optional = {Need.ATTENTION_MASS: "attention", Need.GATES: "gate"}
+    return ["position", *(name for need, name in optional.items() if need & needs)]
 
 
 @dataclass(frozen=True)
@@ -48,10 +54,9 @@ class ModelShape:
         return 2 * self.num_layers * self.num_kv_heads * self.head_size * size
 
     def sidecar_bytes(self, needs: Need) -> int:
-        """What a token of the cache costs on top of its KV: its position, and its attention mass where a policy adds
-        that up (allocated as requests grow, so vLLM's profiling does not see it)."""
-        entry = POSITION_BYTES * self.num_layers * self.num_kv_heads
-        return entry * (2 if needs & Need.ATTENTION_MASS else 1)
+        """What a token of the cache costs on top of its KV: an entry each for what `sidecars` names. vLLM's profiling
+        does not see them: attention masses grow with their requests, the others come with the cache."""
+        return POSITION_BYTES * self.num_layers * self.num_kv_heads * len(sidecars(needs))
 
     def left_for_kv(self, amount: int, needs: Need) -> int:
         """Of an amount of memory, in any unit, what remains for KV beside the sidecar."""
@@ -67,16 +72,23 @@ class ModelShape:
         hidden = self.hidden_size if config.needs & Need.HIDDEN else 0
         kept = config.policy.sentence_options.max_sentences if hidden else 0
         slot = 8 * (max_length + 1) + 3 * 8 + 1 + 4 + 4 * hidden + (kept + 1) * hidden * self.element_size
-        return num_slots * slot + self.vocab_size + 4 * (max_length + 1) + 8 * kept
+        return num_slots * slot + self.vocab_size + 8 * kept
+
+    def gate_bytes(self, width: int, max_tokens: int) -> int:
+        """Learned gates with `width` hidden units, and what they say of a step of `max_tokens`; see `worker.gates`."""
+        first, second = width * (self.hidden_size + 1), self.num_kv_heads * (width + 1)
+        return self.num_layers * (first * self.element_size + 4 * (second + max_tokens * self.num_kv_heads))
 
     def state_bytes(self, config: KVPolicyConfig, num_slots: int, max_length: int, max_tokens: int) -> int:
-        """All that the policy holds beside the cache, whatever runs: queries and sentences of `num_slots` requests.
+        """All that the policy holds beside the cache, whatever runs: queries and sentences of `num_slots` requests, and
+        learned gates.
 
         Of a pipeline the last stage, which alone has the sentences. Steering is left out: its buffers are smaller than
         a page, depend on the tokenizer, and are there with and without eviction.
         """
         ring = self.ring_bytes(config.kv_window, num_slots, max_tokens) if config.needs & Need.QUERIES else 0
-        return ring + (self.tracker_bytes(config, num_slots, max_length) if config.needs & Need.SENTENCES else 0)
+        tracker = self.tracker_bytes(config, num_slots, max_length) if config.needs & Need.SENTENCES else 0
+        return ring + tracker + (0 if config.gates is None else self.gate_bytes(config.gates.width, max_tokens))
 
 
 @dataclass(frozen=True)
@@ -105,8 +117,8 @@ class Capacity:
     Attributes:
         kv_bytes: KV of a token.
         sidecar_bytes: what the policy adds to it.
-        adds_attention: whether the attention mass is among that.
-        state_bytes: queries and sentences of one request.
+        sidecars: what that is, see `sidecars`.
+        state_bytes: queries, sentences and gates, by request.
         page_size: tokens of a page.
         pages: pages with the policy.
         pages_full: pages that the same memory would hold without it.
@@ -125,7 +137,7 @@ class Capacity:
 
     kv_bytes: int
     sidecar_bytes: int
-    adds_attention: bool
+    sidecars: list[str]
     state_bytes: int
     page_size: int
     pages: int
@@ -141,15 +153,19 @@ class Capacity:
     break_even: int
     is_capped: bool
 
+    @property
+    def state(self) -> str:
+        """What `state_bytes` are of."""
+        return "queries, sentences and gates" if "gate" in self.sidecars else "queries and sentences"
+
     def lines(self) -> list[str]:
         """For the banner and `skipkv plan`."""
         fits = f"{self.fit:,} such requests fit at once instead of {self.fit_full:,}"
         if self.is_capped:
             fits += f"; max_num_seqs lets {self.concurrency:,} run instead of {self.concurrency_full:,}"
-        sidecar = "position and attention" if self.adds_attention else "position"
         return [
-            f"{self.kv_bytes:,} bytes of KV a token + {self.sidecar_bytes:,} for its {sidecar}, "
-            f"{self.state_bytes / 2**20:.2f} MiB of queries and sentences a request",
+            f"{self.kv_bytes:,} bytes of KV a token + {self.sidecar_bytes:,} for its {' and '.join(self.sidecars)}, "
+            f"{self.state_bytes / 2**20:.2f} MiB of {self.state} a request",
             f"{self.pages:,} pages of {self.page_size} tokens; the same memory without a policy: {self.pages_full:,}",
             f"a request of {self.length:,} tokens holds at most {self.request_pages:,} pages instead of "
             f"{self.request_pages_full:,}",
@@ -184,7 +200,7 @@ def capacity(
     return Capacity(
         kv_bytes=kv,
         sidecar_bytes=sidecar,
-        adds_attention=bool(config.needs & Need.ATTENTION_MASS),
+        sidecars=sidecars(config.needs),
         state_bytes=state_of_one,
         page_size=page,
         pages=pool.num_pages,
@@ -244,6 +260,6 @@ def shape_of(
     )
 
 
-def as_dict(found: Capacity) -> Mapping[str, int | bool]:
+def as_dict(found: Capacity) -> Mapping[str, int | bool | list[str]]:
     """For JSON."""
     return dict(vars(found))

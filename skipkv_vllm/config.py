@@ -16,6 +16,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from .errors import KVPolicyError
+from .gates import Gates
 from .policies import IN_THE_CACHE, Need, Policy, check_policy_name, make_policy, policy_names
 from .steering import SteeringVector
 from .steering.controller import Strength
@@ -76,8 +77,8 @@ class KVPolicyConfig(BaseModel):
     kv_defer_prompt: bool = Field(
         False,
         description="With --no-kv-protect-prompt: hold a prompt longer than the bound whole until --kv-window more "
-        "tokens are written, and let their queries choose what stays of it. Off: it is compacted between chunks, which "
-        "bounds memory during prefill too.",
+        "tokens are written, and let their queries choose what stays of it; methods about the prompt choose as soon as "
+        "it is computed. Off: it is compacted between chunks, which bounds memory during prefill too.",
     )
     kv_admission: Literal["bounded", "optimistic"] = Field(
         "bounded",
@@ -167,6 +168,7 @@ class KVPolicyConfig(BaseModel):
             if "," in name:
                 raise KVPolicyError(f"kv_request_policies={name!r} is no name; put names with spaces between them")
             check_policy_name("kv_request_policies", name)
+            make_policy(name).check_complete()
         return value
 
     @field_validator("kv_trace_dir")
@@ -204,7 +206,11 @@ class KVPolicyConfig(BaseModel):
 
     @model_validator(mode="after")
     def _consistent(self) -> KVPolicyConfig:
+        self.policy.check_complete()
         check_budget("kv_budget", self.kv_budget, self.policy, self.kv_window)
+        for policy in (self.policy, *map(make_policy, self.kv_request_policies)):
+            check_prompt(policy, self.kv_protect_prompt)
+        check_task("kv_policy_config: task_tokens", self.policy, self.kv_window)
         if self.policy.name == "full" and self.kv_policy_config:
             raise KVPolicyError("kv_policy_config is given but kv_policy is 'full', which has no parameters")
         if self.policy.name == "full" and self.kv_request_policies:
@@ -288,6 +294,15 @@ class KVPolicyConfig(BaseModel):
         return vectors
 
     @functools.cached_property
+    def gates(self) -> Gates | None:
+        """The learned gates of the policy, None where it needs none.
+
+        Raises:
+            KVPolicyError: a file that is missing or holds no gates.
+        """
+        return Gates.load(self.policy.gates_file) if self.needs & Need.GATES else None
+
+    @functools.cached_property
     def needs(self) -> Need:
         """What the runtime of this server collects."""
         needs = needs_of(self.policy, self.kv_granularity)
@@ -317,6 +332,11 @@ class RequestOptions(BaseModel):
         None, description='Method for this request; "full" keeps everything. Default: the server\'s.'
     )
     kv_budget: int | None = Field(None, description="Budget of this request. Default: the server's.")
+    kv_task_tokens: int | None = Field(
+        None,
+        ge=1,
+        description="Tokens of the question at the prompt's end, for methods that score by it. Default: the method's.",
+    )
     steering: str | None = Field(
         None, description='Name of a registered steering vector, or "off". Default: the server\'s.'
     )
@@ -349,7 +369,10 @@ class RequestOptions(BaseModel):
         except ValidationError as error:
             raise KVPolicyError(_describe(error)) from None
         policy = options.resolve_policy(config)
+        policy.check_complete()
         options._check_steering(config)
+        check_prompt(policy, config.kv_protect_prompt)
+        check_task("kv_task_tokens", policy, config.kv_window)
         if policy.name != "full" and not config.evicts:
             raise KVPolicyError(
                 f"kv_policy={options.kv_policy!r} is not served here, where nothing is evicted; start the server with "
@@ -417,9 +440,9 @@ class RequestOptions(BaseModel):
 
     def resolve_policy(self, config: KVPolicyConfig) -> Policy:
         """The method of this request: the server's own, or another one with its default parameters."""
-        if self.kv_policy is None or self.kv_policy == config.kv_policy:
-            return config.policy
-        return make_policy(self.kv_policy)
+        own = self.kv_policy is None or self.kv_policy == config.kv_policy
+        policy = config.policy if own else make_policy(str(self.kv_policy))
+        return policy if self.kv_task_tokens is None else policy.with_task(self.kv_task_tokens)
 
 
 def needs_of(policy: Policy, granularity: str) -> Need:
@@ -429,14 +452,34 @@ def needs_of(policy: Policy, granularity: str) -> Need:
 
 def check_budget(field: str, budget: int, policy: Policy, window: int, high: int | None = None) -> None:
     """Raise `KVPolicyError` unless the budget holds the window, the sinks and at least one more token."""
-    low = window + policy.num_sinks + 1
+    low = window + policy.num_sinks + policy.num_task(window) + 1
     if budget < low or (high is not None and budget > high):
         allowed = f"at least {low}" if high is None else f"{low} to {high}"
         sinks = f" + {policy.num_sinks} sinks" if policy.num_sinks else ""
+        if num_task := policy.num_task(window):
+            sinks += f" + question of {num_task}"
         raise KVPolicyError(
             f"{field}={budget} is out of range; allowed: {allowed} (window of {window} tokens{sinks} + 1"
             + ("" if high is None else ", up to max_model_len")
             + ")"
+        )
+
+
+def check_prompt(policy: Policy, is_protected: bool) -> None:
+    """Raise `KVPolicyError` for a method about the prompt where that is protected."""
+    if policy.compacts_prompt and is_protected:
+        raise KVPolicyError(
+            f"kv_policy={policy.name!r} compacts the prompt, which is protected; start the server with "
+            "--no-kv-protect-prompt, or choose a method that evicts what the model writes"
+        )
+
+
+def check_task(field: str, policy: Policy, window: int) -> None:
+    """Raise `KVPolicyError` unless the window holds the question: it is scored by queries of the window."""
+    if (num_task := policy.num_task(window)) > window:
+        raise KVPolicyError(
+            f"{field}={num_task} is out of range; allowed: 1 to {window} (kv_window, whose queries are kept); raise "
+            "--kv-window or name fewer tokens"
         )
 
 

@@ -55,6 +55,8 @@ class EvictionStats:
         self._add("compactions", 1)
         self._add("evicted_tokens", compaction.num_resident - compaction.num_keep)
         self._add("freed_pages", len(compaction.source_pages) - len(compaction.target_pages))
+        if compaction.scratch_pages:
+            self._add("probes", 1)
 
     def skipped(self, reason: str) -> None:
         """Count something the policy should have done and could not, or not as configured."""
@@ -126,6 +128,9 @@ def _make_metrics() -> dict[str, Any]:
     return {
         "compactions": Counter("skipkv_compactions", "Compactions of running requests.", ["engine"]),
         "evicted_tokens": Counter("skipkv_evicted_tokens", "Tokens whose KV was evicted.", ["engine"]),
+        "probes": Counter(
+            "skipkv_probes", "Compactions by queries of tokens that were computed ahead and thrown away.", ["engine"]
+        ),
         "freed_pages": Counter("skipkv_freed_pages", "KV pages given back by compactions.", ["engine"]),
         "skipped": Counter(
             "skipkv_skipped", "Things the policy could not do as configured, by reason.", ["engine", "reason"]

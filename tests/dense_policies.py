@@ -7,6 +7,7 @@ Nothing is shared with the package. `queries` `[W, G, D]` are the newest W of th
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from torch import Tensor
 
@@ -55,6 +56,42 @@ def caote(form: str, weights: list[float], values: Tensor) -> list[float]:
     """Distance of the output with and without each token, which takes its weight along."""
     output = sum(a * v for a, v in zip(weights, values, strict=True)) if form == "exact" else values.mean(0)
     return [a / (1 - a) * float((output - v).norm()) for a, v in zip(weights, values, strict=True)]
+
+
+def log_beta(gate: Sequence[Tensor], hidden: Tensor) -> list[float]:
+    """What a gate (W1, b1, W2, b2) with SiLU says of one token `[E]`, by kv head."""
+    weight1, bias1, weight2, bias2 = (tensor.double() for tensor in gate)
+    inner = [float(row @ hidden.double() + bias) for row, bias in zip(weight1, bias1, strict=True)]
+    inner = [x / (1 + math.exp(-x)) for x in inner]
+    logits = [sum(w * x for w, x in zip(row, inner, strict=True)) for row in weight2.tolist()]
+    return [-math.log1p(math.exp(-logit - float(bias))) for logit, bias in zip(logits, bias2, strict=True)]
+
+
+def trimkv(betas: Sequence[float], positions: Sequence[int]) -> list[float]:
+    """Logarithm of what is left of each token for the query after the newest one."""
+    return [(positions[-1] + 1 - p) * beta for p, beta in zip(positions, betas, strict=True)]
+
+
+def finch(queries: Tensor, keys: Tensor) -> list[float]:
+    """Attention of the queries times the number of tokens that each sees, averaged over them and the query heads."""
+    total = [0.0] * len(keys)
+    for w, heads in enumerate(queries.double()):
+        num_seen = len(keys) - len(queries) + w + 1
+        for query in heads:
+            for i, weight in enumerate(attention(query, keys.double(), num_seen)):
+                total[i] += weight * num_seen / queries.shape[:2].numel()
+    return total
+
+
+def laq(drafted: Tensor, last: Tensor, keys: Tensor, window: int) -> list[float]:
+    """Attention of queries `[n, G, D]` after all tokens and of their `last`, summed, averaged over the query heads."""
+    total = [0.0] * len(keys)
+    for queries, num_before in ((drafted, len(keys)), (last, len(keys) - len(last) + 1)):
+        for w, heads in enumerate(queries.double()):
+            for query in heads:
+                for i, weight in enumerate(attention(query, keys.double(), min(num_before + w, len(keys)))):
+                    total[i] += weight / len(heads)
+    return pooled(total, window)
 
 
 def score(

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from transformers.masking_utils import AttentionMaskInterface
@@ -29,6 +30,8 @@ SIMILAR_KEYS = 0.5
 # Repeats of a sentence in the bundled model's thoughts have a cosine of 0.74 to 0.87.
 SIMILAR_SENTENCES = 0.85
 POOL_KERNEL = 7
+LOOKAHEAD = 8
+ABOUT_PROMPTS = ("finch", "laq")
 EPSILON = 1e-8
 H2O_RECENT_SHARE = 0.5
 HASH_STEPS = ((16, 0x21F0AAAD), (15, 0x735A2D97))
@@ -66,6 +69,10 @@ class Settings:
     window: int = 8
     protect_prompt: bool = True
     defer_prompt: bool = False
+    num_task: int = 8
+    ask_chunks: bool = False
+    lookahead: int = LOOKAHEAD
+    with_window: bool = False
     steering: Steering | None = None
     parameters: tuple[tuple[str, Any], ...] = ()
     """of the method, where they differ from its defaults; read by those that work on segments"""
@@ -77,7 +84,13 @@ class Settings:
     def bound(self, num_prompt: int, is_first: bool) -> int:
         """Tokens at which a compaction takes place."""
         bound = self.keep(num_prompt) + self.buffer
-        return max(bound, num_prompt + self.window) if is_first and self.defer_prompt else bound
+        if not (is_first and self.defer_prompt):
+            return bound
+        return max(bound, num_prompt if self.method in ABOUT_PROMPTS else num_prompt + self.window)
+
+    def ends_prompt(self, num_prompt: int, num_computed: int, num_resident: int) -> bool:
+        """Whether a prompt has just been computed that is compacted there."""
+        return self.method in ABOUT_PROMPTS and num_computed == num_prompt and num_resident > self.keep(num_prompt)
 
 
 @dataclass(frozen=True)
@@ -132,6 +145,11 @@ AttentionInterface.register("recording", _recording_attention)
 AttentionMaskInterface.register("recording", lambda *args, **kwargs: None)
 
 
+def _record_input(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+    """Leave what enters an attention block, `[1, new, hidden]`, on it."""
+    module.recorded_input = kwargs["hidden_states"]
+
+
 class Model:
     """A float32 causal language model on the CPU and its sentence delimiters."""
 
@@ -143,13 +161,33 @@ class Model:
         self.texts = [tokenizer.decode([i]) for i in range(len(tokenizer))]
         self.delimiters = {i for i, text in enumerate(self.texts) if DELIMITER.fullmatch(text)}
         self.added: tuple[int, Tensor] | None = None
+        self.gates: list[list[Tensor]] = []
         for layer in self.lm.model.layers:
             layer.register_forward_pre_hook(self._add)
+            layer.self_attn.register_forward_pre_hook(_record_input, with_kwargs=True)
 
     def _add(self, layer: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
         if self.added is None or layer is not self.lm.model.layers[self.added[0]]:
             return None
         return (inputs[0] + self.added[1], *inputs[1:])
+
+    def load_gates(self, path: str) -> None:
+        """Read the learned gates of `trimkv`."""
+        tensors = load_file(path)
+        names = ("linear1.weight", "linear1.bias", "linear2.weight", "bias")
+        self.gates = [
+            [tensors[f"model.layers.{i}.self_attn.retention_gate.{name}"] for name in names]
+            for i in range(len(self.lm.model.layers))
+        ]
+
+    def log_betas(self) -> Tensor:
+        """What the gates say of the tokens fed last, `[layers, heads, new]`."""
+        entering = [layer.self_attn.recorded_input[0] for layer in self.lm.model.layers]
+        by_token = [
+            [dense_policies.log_beta(gate, hidden) for hidden in rows]
+            for gate, rows in zip(self.gates, entering, strict=True)
+        ]
+        return torch.tensor(by_token).transpose(1, 2)
 
     def forward(
         self,
@@ -430,6 +468,8 @@ class Request:
         self._queries = torch.empty(0)
         self._positions = torch.empty(0, dtype=torch.int64)
         self._mass = torch.empty(0)
+        self._log_betas = torch.empty(0)
+        self._logits = torch.empty(0)
         self._result = Result([])
         self._by_segment = dict(settings.parameters) if settings.method == "thinkv" else None
         self._sparsities: list[float] = []
@@ -484,12 +524,16 @@ class Request:
         newest = torch.cat([layer.self_attn.recorded_weights for layer in self._model.lm.model.layers])[:, :, -1]
         newest = newest.unflatten(1, (heads, -1)).mean(dim=2)
         self._mass = newest if self._num_computed == 0 else newest + F.pad(self._mass, (0, len(token_ids)))
+        if self._settings.method == "trimkv":
+            said = self._model.log_betas()
+            self._log_betas = said if self._num_computed == 0 else torch.cat([self._log_betas, said], dim=2)
         self._num_computed += len(token_ids)
         written = self._num_computed - self._first
         if self._by_segment is not None and written > 0 and written % self._by_segment["segment"] == 0:
             layers = [int(number) for number in self._by_segment["layers"].split(",")]
             heads = [(queries, keys) for queries, keys, (layer, _) in self._heads() if layer in layers]
             self._sparsities.append(sum(dense_policies.sparsity(*each) for each in heads) / len(heads))
+        self._logits = logits
         return logits
 
     def _heads(self) -> Iterator[tuple[Tensor, Tensor, tuple[int, int]]]:
@@ -508,23 +552,45 @@ class Request:
     def _compact_if_due(self) -> None:
         num_resident = self._positions.shape[2]
         keep = self._settings.keep(self._num_prompt)
-        if num_resident < self._settings.bound(self._num_prompt, is_first=not self._result.events):
+        is_at_bound = num_resident >= self._settings.bound(self._num_prompt, is_first=not self._result.events)
+        if not is_at_bound and not self._settings.ends_prompt(self._num_prompt, self._num_computed, num_resident):
             return
-        survives = self._arbitrated(*self._select(keep), keep)
-        for layer, mask in zip(self._cache.layers, survives, strict=True):
-            index = torch.stack([row.nonzero().flatten() for row in mask])[None, :, :, None]
-            layer.keys = layer.keys.gather(2, index.expand(-1, -1, -1, layer.keys.shape[3]))
-            layer.values = layer.values.gather(2, index.expand(-1, -1, -1, layer.values.shape[3]))
+        survives = self._arbitrated(*self._select(self._token_scores(), keep), keep)
+        self._cache = self._held_by(survives)
         shape = (*survives.shape[:2], keep)
         self._positions = self._positions[survives].view(shape)
         self._mass = self._mass[survives].view(shape)
+        if self._settings.method == "trimkv":
+            self._log_betas = self._log_betas[survives].view(shape)
         self._result.events.append(Event(self._num_computed, num_resident, self._positions.clone()))
+
+    def _held_by(self, survives: Tensor) -> DynamicCache:
+        """A cache of the tokens `[layers, heads, held]`, as many of each head."""
+        cache = DynamicCache()
+        for i, (layer, mask) in enumerate(zip(self._cache.layers, survives, strict=True)):
+            index = torch.stack([row.nonzero().flatten() for row in mask])[None, :, :, None]
+            index = index.expand(-1, -1, -1, layer.keys.shape[3])
+            cache.update(layer.keys.gather(2, index), layer.values.gather(2, index), i)
+        return cache
 
     def _pinned(self) -> Tensor:
         """Tokens that always stay, bool `[layers, heads, held]`."""
         first = self._num_prompt if self._settings.protect_prompt else 0
         first = max(first, NUM_SINKS.get(self._settings.method, 0))
-        return (self._positions < first) | (self._positions >= self._num_computed - self._settings.window)
+        pinned = (self._positions < first) | (self._positions >= self._num_computed - self._settings.window)
+        if self._settings.method == "finch":
+            task = self._num_prompt - self._settings.num_task
+            pinned |= (self._positions >= task) & (self._positions < self._num_prompt)
+        return pinned
+
+    def _lookahead(self) -> Tensor:
+        """Post-RoPE queries `[layers, Hq, n, D]` of a draft answer, decoded on a cache that SnapKV has compacted."""
+        survives, _ = self._select(self._snapkv_scores(), self._settings.keep(self._num_prompt))
+        cache, logits, found = self._held_by(survives), self._logits, []
+        for i in range(self._settings.lookahead):
+            logits, _, queries = self._model.forward([int(logits.argmax())], self._num_computed + i, cache)
+            found.append(queries)
+        return torch.cat(found, dim=2)
 
     def _sentences(self) -> tuple[list[Sentence], int]:
         first = self._num_prompt if self._settings.protect_prompt else 0
@@ -542,12 +608,18 @@ class Request:
             # For single tokens any number above the masses will do; a small one leaves near ties near.
             above = 1e6 if self._settings.granularity == "sentence" else float(self._mass.max()) + 1
             return torch.where(is_recent, self._positions + above, self._mass)
-        if self._settings.method == "snapkv":
-            return torch.stack(
-                [snapkv_scores(q, layer.keys[0]) for q, layer in zip(self._queries, self._cache.layers, strict=True)]
-            )
         if self._by_segment is not None:
             return self._segment_scores(**self._by_segment)
+        if self._settings.method == "snapkv":
+            return self._snapkv_scores()
+        if self._settings.method == "trimkv":
+            both = zip(self._log_betas.flatten(0, 1).tolist(), self._positions.flatten(0, 1).tolist(), strict=True)
+            scores = torch.tensor([dense_policies.trimkv(*row) for row in both])
+            return scores.view(self._positions.shape)
+        if self._settings.method == "finch":
+            return self._finch_scores()
+        if self._settings.method == "laq":
+            return self._laq_scores()
         if self._settings.method not in ("rkv", "skipkv"):
             return self._published_scores()
         scores = torch.stack(
@@ -559,6 +631,40 @@ class Request:
             for sentence, penalty in zip(sentences, sentence_penalties(sentences, self._hidden), strict=True):
                 penalties[sentence.start : sentence.end] = penalty
             scores = scores - penalties[self._positions]
+        return scores
+
+    def _snapkv_scores(self) -> Tensor:
+        return torch.stack(
+            [snapkv_scores(q, layer.keys[0]) for q, layer in zip(self._queries, self._cache.layers, strict=True)]
+        )
+
+    def _finch_scores(self) -> Tensor:
+        scores, in_prompt = torch.zeros(self._positions.shape), self._num_computed <= self._num_prompt
+        cache, asking = self._cache, self._queries
+        if self._settings.ask_chunks and self._num_computed < self._num_prompt:
+            # The same cache with the question behind it.
+            cache = self._held_by(torch.ones(self._positions.shape, dtype=torch.bool))
+            question = self._text[self._num_prompt - self._settings.num_task : self._num_prompt]
+            _, _, asking = self._model.forward(question, self._num_computed, cache)
+        for i, layer in enumerate(cache.layers):
+            queries = asking[i].unflatten(0, (layer.keys.shape[1], -1)).transpose(1, 2)  # [heads, W, group, D]
+            queries = queries[:, -self._settings.num_task :] if in_prompt else queries
+            for head in range(len(queries)):
+                found = dense_policies.finch(queries[head], layer.keys[0, head])
+                scores[i, head] = torch.tensor(found[: scores.shape[2]])
+        return scores
+
+    def _laq_scores(self) -> Tensor:
+        window = self._settings.window
+        if self._num_computed != self._num_prompt or not self._settings.lookahead:
+            return self._snapkv_scores()
+        scores, ahead = torch.zeros(self._positions.shape), self._lookahead()
+        for i, layer in enumerate(self._cache.layers):
+            heads = layer.keys.shape[1]
+            drafted, last = (q[i].unflatten(0, (heads, -1)).transpose(1, 2) for q in (ahead, self._queries))
+            for head in range(heads):
+                asking = last[head] if self._settings.with_window else last[head, :0]
+                scores[i, head] = torch.tensor(dense_policies.laq(drafted[head], asking, layer.keys[0, head], window))
         return scores
 
     def _published_scores(self) -> Tensor:
@@ -582,9 +688,9 @@ class Request:
             scores[place] = torch.tensor(dense_policies.thinkv(keys, numbers, quota, order))
         return scores
 
-    def _select(self, keep: int) -> tuple[Tensor, Tensor]:
-        """The reference's own survivors and the scores it chose by, both `[layers, heads, held]`."""
-        scores, pinned = self._token_scores(), self._pinned()
+    def _select(self, scores: Tensor, keep: int) -> tuple[Tensor, Tensor]:
+        """The reference's own survivors and the scores it chose by, both `[layers, heads, held]`, by token scores."""
+        pinned = self._pinned()
         survives = torch.zeros_like(pinned)
         if self._settings.granularity == "head":
             for index in torch.cartesian_prod(*(torch.arange(n) for n in scores.shape[:2])).tolist():

@@ -16,6 +16,8 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from skipkv_vllm import bundled_vector
+from skipkv_vllm.config import KVPolicyConfig, RequestOptions
+from skipkv_vllm.errors import KVPolicyError
 from skipkv_vllm.policies import policy_names
 from tests import conftest, engines  # noqa: F401  conftest sets the environment of engines in this process
 
@@ -23,7 +25,6 @@ if TYPE_CHECKING:
     import vllm
     from vllm import RequestOutput
 
-POLICIES = [*policy_names(), "skipkv", "skipkv"]
 BUDGETS = [None, None, 40, 96, 160]
 BUFFER = 32
 ARGUMENTS: dict[str, Any] = {
@@ -115,6 +116,8 @@ class Soak:
 
     def __post_init__(self) -> None:
         self._chance = random.Random(self.seed)
+        self._config: KVPolicyConfig = engines.scheduler_of(self.llm).kv_policy
+        self._policies = ["skipkv", "skipkv"] + [name for name in policy_names() if serves(self._config, name)]
         self._texts = engines.demo_prompts(12) + engines.demo_prompts(4, at_least=100)
         self._answered: list[tuple[Wanted, list[int]]] = []
         self._first: dict[str, list[int]] = {}
@@ -147,11 +150,11 @@ class Soak:
             # A conversation goes on, after an answer that was evicted in part.
             wanted, answer = chance.choice(self._answered)
             prompt = (wanted.prompt + answer)[:220] + list(chance.choice(self._texts))[-12:]
-        options: dict[str, Any] = {"kv_policy": chance.choice(POLICIES)}
+        options: dict[str, Any] = {"kv_policy": chance.choice(self._policies)}
         budget = chance.choice(BUDGETS)
         if budget is not None and options["kv_policy"] != "full":
             options["kv_budget"] = budget
-        if chance.random() < 0.15:
+        if chance.random() < 0.15 and self._config.steers:
             options["steering"] = "doubts"
         max_tokens = chance.randrange(60, 140)
         abort_after = chance.randrange(max_tokens) if chance.random() < self.abort_share else None
@@ -223,6 +226,15 @@ class Soak:
         if first is not answer:
             assert all(a == b for a, b in zip(first, answer, strict=False)), f"{wanted} got {first} and {answer}"
             self.report.repeated += 1
+
+
+def serves(config: KVPolicyConfig, name: str) -> bool:
+    """Whether a server lets a request choose a method."""
+    try:
+        RequestOptions.parse({"kv_policy": name}, config, ARGUMENTS["max_model_len"])
+    except KVPolicyError:
+        return False
+    return True
 
 
 def runtime_of(llm: vllm.LLM) -> Any:

@@ -7,10 +7,12 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from benchmarks.tiny_reasoner import SKIPKV_PARAMETERS
+from skipkv_vllm import bundled_gates
 from skipkv_vllm.errors import KVPolicyError
 from skipkv_vllm.policies import make_policy, policy_names
 
@@ -27,6 +29,13 @@ from .summary import OURS, Summary, summarise
 from .tasks import DATA_SETS
 
 TINY_POLICIES = (FULL, "skipkv", "rkv", "h2o", "snapkv", "streaming_llm", "random")
+OTHERS_BUDGETS = ("25%", "60%")
+OTHERS_OWN: dict[str, dict[str, Any]] = {
+    # Gates are of a server, and methods about the prompt evict from it.
+    "trimkv": {"policy_config": {"gates": relative(bundled_gates())}},
+    "finch": {"protect_prompt": False},
+    "laq": {"protect_prompt": False},
+}
 TINY_BUDGETS = ("10%", "25%", "40%", "60%")
 # For a model this small the engine's own work is most of a step: vLLM's C++ operators instead of PyTorch's, and no
 # queue between the scheduler and a worker in the same thread.
@@ -94,6 +103,15 @@ def _parser() -> argparse.ArgumentParser:
     _add_bundled(tiny, TINY_OUT)
     tiny.add_argument("--policies", nargs="+", default=list(TINY_POLICIES), metavar="POLICY")
     tiny.add_argument("--budgets", nargs="+", default=list(TINY_BUDGETS), metavar="B")
+    tiny.add_argument(
+        "--others",
+        nargs="*",
+        default=[name for name in policy_names() if name not in TINY_POLICIES],
+        metavar="POLICY",
+        help="methods that are shown in a table of their own",
+    )
+    tiny.add_argument("--others-budgets", nargs="+", default=list(OTHERS_BUDGETS), metavar="B", help="of --budgets")
+    tiny.add_argument("--others-problems", type=int, default=100, metavar="N", help="problems of --others")
     tiny.add_argument("--problems-at-1", type=int, default=20, metavar="N", help="problems at batch size 1")
     tiny.add_argument("--buffer", type=int, default=128)
     tiny.add_argument(
@@ -180,6 +198,14 @@ def _add_grid(parser: argparse.ArgumentParser) -> None:
         help="parameters of the first policy that is not full; the others keep their defaults",
     )
     group.add_argument(
+        "--own",
+        type=_json_object,
+        default={},
+        metavar="JSON",
+        help='policies that need a server of their own: {"trimkv": {"policy_config": {"gates": "FILE"}}, "finch": '
+        '{"protect_prompt": false}}',
+    )
+    group.add_argument(
         "--steering-vectors", nargs="+", default=[], metavar="NAME=FILE", help="steering vectors, for --steering"
     )
     group.add_argument(
@@ -236,6 +262,7 @@ def _run(args: argparse.Namespace, command: Sequence[str]) -> int:
         granularity=args.granularity,
         protect_prompt=not args.no_protect_prompt,
         policy_config=args.policy_config,
+        own=args.own,
         separate_arms=args.separate_arms,
         engine=args.engine,
         vectors=_vectors(args.steering_vectors),
@@ -253,7 +280,8 @@ def _execute(settings: Settings, out: Path, processes: int, allow_code: bool, co
     if settings.model.startswith(("/", ".")) and not Path(settings.model).is_dir():
         raise UsageError(f"--model {settings.model}: there is no such folder; give a checkpoint's folder or its name")
     for name in settings.policies:
-        make_policy(name, settings.policy_config if settings.evicting[:1] == (name,) else {})
+        served = settings.of(name) if name in settings.own else settings.shared
+        make_policy(name, served.policy_config if served.evicting[:1] == (name,) else {}).check_complete()
     Run(settings, out, processes=processes, allow_code_execution=allow_code, command=command)()
 
 
@@ -291,6 +319,8 @@ def _tiny(args: argparse.Namespace, command: Sequence[str]) -> int:
     )
     _execute(settings, args.out, args.processes, False, command)
     summary = _load_summary(args.out)
+    if args.others:
+        summary["others"] = _tiny_others(args, settings, summary, command)
     published = args.model is None and args.split == "held-out"
     args.docs = args.docs or (DOCS if published else args.out / "docs")
     results = args.docs / TINY.parent
@@ -298,8 +328,29 @@ def _tiny(args: argparse.Namespace, command: Sequence[str]) -> int:
     write_summary(summary, args.docs / TINY)
     write_report(summary, args.out)
     print_table(summary, print)
+    if args.others:
+        print_table(summary["others"], print)
     print(f"\nreport: {args.out / 'report.html'}; docs: {write_docs(args.docs)}")
     return _batch_invariance(summary, required=True)
+
+
+def _tiny_others(args: argparse.Namespace, main: Settings, summary: Summary, command: Sequence[str]) -> Summary:
+    """Run the methods that have a table of their own, at budgets of the main run."""
+    tokens = summary["run"]["budgets"]
+    if unknown := [text for text in args.others_budgets if text not in tokens]:
+        raise UsageError(f"--others-budgets {' '.join(unknown)}: name some of --budgets: {', '.join(tokens)}")
+    settings = replace(
+        main,
+        policies=tuple(args.others),
+        budgets=tuple(str(tokens[text]) for text in args.others_budgets),
+        problems=min(args.others_problems, args.problems),
+        problems_at={1: min(2, args.problems_at_1)},
+        policy_config={},
+        own={name: own for name, own in OTHERS_OWN.items() if name in args.others},
+    )
+    out = args.out / "others"
+    _execute(settings, out, args.processes, False, command)
+    return _load_summary(out)
 
 
 def _steering(args: argparse.Namespace, command: Sequence[str]) -> int:

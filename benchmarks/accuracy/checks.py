@@ -20,7 +20,7 @@ def must_have_compacted(sample: Sample, settings: Settings) -> bool:
     """
     if sample.policy == FULL:
         return False
-    bound = settings.limits(sample.budget, sample.prompt_tokens).bound
+    bound = settings.limits(sample.policy, sample.budget, sample.prompt_tokens).bound
     return sample.prompt_tokens + sample.completion_tokens - 2 >= bound
 
 
@@ -33,7 +33,7 @@ def failures(samples: Iterable[Sample], settings: Settings) -> list[str]:
         if sample.policy == FULL and sample.compactions:
             found.append(f"{sample.arm}, {sample.problem}: full KV reports {sample.compactions} compactions")
         if not sample.compactions and must_have_compacted(sample, settings):
-            bound = settings.limits(sample.budget, sample.prompt_tokens).bound
+            bound = settings.limits(sample.policy, sample.budget, sample.prompt_tokens).bound
             found.append(
                 f"{sample.arm}, {sample.problem}, sample {sample.number}: no compaction, although "
                 f"{sample.prompt_tokens} + {sample.completion_tokens} tokens are beyond its bound of {bound}"

@@ -37,6 +37,11 @@ ORIGIN = {
     "table": "From a table of the paper.",
 }
 
+OTHERS = """The same problems, fewer of them and at fewer budgets; methods at their defaults. The gates of `trimkv` were
+trained on the model (`python -m benchmarks.tiny_reasoner.train_gates`), the thresholds of `thinkv` calibrated on it at
+the budget of 25 %. Prompts are shorter than every budget here, so `finch` and `laq`, which are about prompts, only show
+how they go on in decode."""
+
 
 def write_docs(docs: Path) -> Path:
     """Write `results.md` from `results/tiny.json` and those of the other figures that are there.
@@ -111,6 +116,8 @@ def results_page(tiny: Summary, paper: dict[str, Any], measured: Sequence[str] =
         arms_table(tiny),
         NOTES,
     ]
+    if others := tiny.get("others"):
+        parts += ["### The other methods of the literature", setting(others), OTHERS, arms_table(others)]
     if tiny["versus"]:
         parts += [f"### {OURS} against the others at equal budget", versus_table(tiny)]
     if tiny["batch_invariance"]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, NamedTuple
 
 from skipkv_vllm.scheduler.planner import Limits
@@ -110,6 +110,7 @@ class Settings:
             belongs to the first policy that is not `full`.
         separate_arms: run one arm after the other, so that each has a time of its own.
         engine: further arguments of `vllm.LLM`.
+        own: policy -> its values of `OWN`; it is served by an engine of its own, because others cannot share them.
         vectors: name -> file of the steering vectors.
         steering: every policy and budget is also run with each of these, see `Steer.parse`.
     """
@@ -135,10 +136,12 @@ class Settings:
     policy_config: dict[str, Any] = field(default_factory=dict)
     separate_arms: bool = False
     engine: dict[str, Any] = field(default_factory=dict)
+    own: dict[str, dict[str, Any]] = field(default_factory=dict)
     vectors: dict[str, str] = field(default_factory=dict)
     steering: tuple[str, ...] = ()
 
     GROWS = ("policies", "budgets", "batch_sizes", "steering")
+    OWN = ("policy_config", "protect_prompt")
 
     def __post_init__(self) -> None:
         for flag, values in (("--policies", self.policies), ("--batch-sizes", self.batch_sizes)):
@@ -173,6 +176,11 @@ class Settings:
             )
         for text in self.steering:
             self._check_steering(text)
+        for name, own in self.own.items():
+            if name == FULL or name not in self.policies:
+                raise UsageError(f"--own: {name!r} is not one of the evicting --policies")
+            if not isinstance(own, dict) or set(own) - set(self.OWN):
+                raise UsageError(f"--own: {name}={own!r} may have {', '.join(self.OWN)}, and nothing else")
 
     def _check_steering(self, text: str) -> None:
         steer = Steer.parse(text)
@@ -186,6 +194,17 @@ class Settings:
     def evicting(self) -> tuple[str, ...]:
         """The policies that are not `full`."""
         return tuple(name for name in self.policies if name != FULL)
+
+    @property
+    def shared(self) -> Settings:
+        """What the engine serves that all policies share but those with one of their own."""
+        policies = tuple(name for name in self.policies if name not in self.own) or (FULL,)
+        return replace(self, policies=policies, own={}) if self.own else self
+
+    def of(self, policy: str) -> Settings:
+        """What the engine serves that a policy has for itself."""
+        alone = tuple(name for name in self.policies if name in (FULL, policy))
+        return replace(self, policies=alone, own={}, steering=(), **self.own[policy])
 
     def count(self, batch_size: int, available: int) -> int:
         """Problems at a batch size."""
@@ -211,9 +230,10 @@ class Settings:
             arm._replace(steering=str(steer)) for steer in steers for arm in plain if steer.policy in (None, arm.policy)
         ]
 
-    def limits(self, budget: int, prompt_tokens: int) -> Limits:
+    def limits(self, policy: str, budget: int, prompt_tokens: int) -> Limits:
         """What a request may hold."""
-        return Limits(budget, self.buffer, self.window, prompt_tokens if self.protect_prompt else 0)
+        protects = self.own.get(policy, {}).get("protect_prompt", self.protect_prompt)
+        return Limits(budget, self.buffer, self.window, prompt_tokens if protects else 0)
 
     def to_json(self) -> dict[str, Any]:
         """For `run_info.json`; `from_json` reads it."""

@@ -100,6 +100,9 @@ def setting(summary: Summary) -> str:
     first = next((policy for policy in settings["policies"] if policy != FULL), "")
     parameters = f" `{first}` has {', '.join(f'{k} {v}' for k, v in config.items())}" if config else ""
     parameters += ", the others their defaults." if config else ""
+    for policy, own in settings.get("own", {}).items():
+        values = own.get("policy_config", {}) | {k: v for k, v in own.items() if k != "policy_config"}
+        parameters += f" `{policy}` is served by itself, with {', '.join(f'{k} {v}' for k, v in values.items())}."
     return (
         f"{len(summary['problems'])} problems{split}, {settings['samples']} sample(s) each, {how}, at most "
         f"{settings['max_tokens']:,} tokens{full}. Buffer {settings['buffer']} tokens, window {settings['window']}, "

@@ -159,15 +159,23 @@ class Run:
         arms = len(first) + len(settings.arms(batch_size, range(len(settings.budgets))))
         done = sum(key[0].batch_size == batch_size for key in self.samples)
         bar = tqdm(total=max(arms * count, done), initial=done, desc=f"batch {batch_size}", unit="answer")
-        with bar, self._workers(batch_size) as workers:
-            for stage in stages:
-                if stage is None:
-                    length = mean(self.samples[key].completion_tokens for key in self._keys(first[0]))
-                    budgets = self.info["budgets"] = settings.tokens(length)
-                    self.info["full_mean_length"] = length
-                    stage = settings.arms(batch_size, list(budgets.values()))
-                for part in [[arm] for arm in stage] if settings.separate_arms else [stage]:
-                    self._run_arms(part, workers, writer, bar)
+        with bar:
+            with self._workers(settings.shared, batch_size) as workers:
+                for stage in stages:
+                    if stage is None:
+                        length = mean(self.samples[key].completion_tokens for key in self._keys(first[0]))
+                        budgets = self.info["budgets"] = settings.tokens(length)
+                        self.info["full_mean_length"] = length
+                        stage = settings.arms(batch_size, list(budgets.values()))
+                    self._run_stage([arm for arm in stage if arm.policy not in settings.own], workers, writer, bar)
+            for policy in settings.own:
+                with self._workers(settings.of(policy), batch_size) as workers:
+                    stage = settings.arms(batch_size, list(self.info["budgets"].values()))
+                    self._run_stage([arm for arm in stage if arm.policy == policy], workers, writer, bar)
+
+    def _run_stage(self, arms: Sequence[Arm], workers: Pool, writer: SampleWriter, bar: Any) -> None:
+        for part in [[arm] for arm in arms] if self.settings.separate_arms else [arms]:
+            self._run_arms(part, workers, writer, bar)
 
     def _run_arms(self, arms: Sequence[Arm], workers: Pool, writer: SampleWriter, bar: Any) -> None:
         missing = self._missing(arms)
@@ -194,8 +202,8 @@ class Run:
             self.info["arm_seconds"][str(arms[0])] = round(time.monotonic() - started, 2)
 
     @contextmanager
-    def _workers(self, batch_size: int) -> Iterator[Pool]:
-        pool = Pool(self.settings, batch_size, self.processes, self.cores, self.out)
+    def _workers(self, settings: Settings, batch_size: int) -> Iterator[Pool]:
+        pool = Pool(settings, batch_size, self.processes, self.cores, self.out)
         try:
             yield pool
         except BaseException:

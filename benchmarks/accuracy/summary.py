@@ -69,7 +69,7 @@ def peak_tokens(sample: Sample, settings: Settings) -> int:
     total = sample.prompt_tokens + sample.completion_tokens
     if not sample.compactions:
         return total
-    return min(total, settings.limits(sample.budget, sample.prompt_tokens).bound)
+    return min(total, settings.limits(sample.policy, sample.budget, sample.prompt_tokens).bound)
 
 
 def find(summary: Summary, policy: str, budget: int, batch_size: int, steering: str = "") -> dict[str, Any] | None:

@@ -179,7 +179,8 @@ class Rows:
             layer.only(rows)
         penalties = None
         if policy.needs & Need.HIDDEN:
-            penalties = self.tracker.penalties(self.row, self.num_logical)
+            every = torch.arange(self.num_logical, dtype=torch.int32).expand(len(self.row), 1, 1, -1)
+            penalties = self.tracker.penalties(self.row, every)[:, 0, 0]
         scores, pinned = [], []
         for layer in self.layers:
             length = int(layer.counts.max())

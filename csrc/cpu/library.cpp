@@ -19,6 +19,8 @@ STABLE_TORCH_LIBRARY(skipkv_cpu, m) {
   m.def(
       "sentence_similarity(Tensor embeddings, Tensor slots, Tensor count, Tensor(a!) compared, "
       "Tensor(b!) penalties, float threshold, int rule) -> ()");
+  m.def("held_positions(Tensor sidecar, Tensor table, Tensor num_placed, Tensor num_evicted, int length) -> Tensor");
+  m.def("token_penalties(Tensor ends, Tensor penalties, Tensor first, Tensor slots, Tensor positions) -> Tensor");
   m.def("observe_queries(Tensor query, Tensor index, Tensor(a!) rows) -> ()");
   m.def(
       "track_thoughts(Tensor token_ids, Tensor spans, Tensor vocabulary, Tensor keywords, bool merge, int interval, "
@@ -34,6 +36,8 @@ STABLE_TORCH_LIBRARY_IMPL(skipkv_cpu, CPU, m) {
   m.impl("compact_pages", TORCH_BOX(&skipkv::compact_pages));
   m.impl("track_sentences", TORCH_BOX(&skipkv::track_sentences));
   m.impl("sentence_similarity", TORCH_BOX(&skipkv::sentence_similarity));
+  m.impl("held_positions", TORCH_BOX(&skipkv::held_positions));
+  m.impl("token_penalties", TORCH_BOX(&skipkv::token_penalties));
   m.impl("observe_queries", TORCH_BOX(&skipkv::observe_queries));
   m.impl("track_thoughts", TORCH_BOX(&skipkv::track_thoughts));
   m.impl("steer_add", TORCH_BOX(&skipkv::steer_add));

@@ -12,15 +12,16 @@
 namespace skipkv {
 
 // Runs `worker(next)` on as many threads as are useful; `next()` hands out the numbers below `count` in order, then
-// -1. Rows differ in length and cost, so they are not divided beforehand.
+// -1. Rows differ in length and cost, so they are not divided beforehand. `most` limits the threads: waking one takes
+// tens of microseconds.
 template <class Worker>
-void parallel_rows(int64_t count, const Worker& worker) {
+void parallel_rows(int64_t count, const Worker& worker, int64_t most = INT64_MAX) {
   std::atomic<int64_t> taken{0};
   const auto next = [&taken, count]() -> int64_t {
     const int64_t row = taken.fetch_add(1, std::memory_order_relaxed);
     return row < count ? row : -1;
   };
-  const int64_t threads = std::min<int64_t>(count, torch::stable::get_num_threads());
+  const int64_t threads = std::min<int64_t>({count, most, torch::stable::get_num_threads()});
   if (threads <= 1) {
     if (count > 0) worker(next);
     return;

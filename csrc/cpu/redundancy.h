@@ -13,14 +13,12 @@ namespace {
 
 struct ExemptScratch {
   int32_t *last, *earlier, *active, *furthest;
-  float* tile;
 
   ExemptScratch(Arena& arena, int64_t length)
       : last(arena.take<int32_t>(length)),
         earlier(arena.take<int32_t>(length)),
         active(arena.take<int32_t>(length)),
-        furthest(arena.take<int32_t>(length / kTileColumns + 1)),
-        tile(arena.take<float>(kTileRows * kTileColumns)) {}
+        furthest(arena.take<int32_t>(length / kTileColumns + 1)) {}
 };
 
 class ExemptSearch {
@@ -39,11 +37,12 @@ class ExemptSearch {
     const int64_t end = first + kTileColumns < length_ ? first + kTileColumns : length_;
     while (num_active_ > 0 && s_.active[num_active_ - 1] >= end) --num_active_;
     const float* rows[kTileRows];
+    uint64_t above[kTileRows];
     for (int64_t a = 0; a < num_active_; a += kTileRows) {
       gather(a, num_active_, rows);
-      multiply(rows, panel, stride_, s_.tile);
+      if (!products_above(rows, panel, stride_, threshold_, above)) continue;
       for (int64_t m = 0; m < kTileRows && a + m < num_active_; ++m) {
-        uint64_t hits = mask_above(s_.tile + m * kTileColumns, threshold_) & columns(end - first);
+        uint64_t hits = above[m] & columns(end - first);
         if (hits == 0) continue;
         const int32_t i = s_.active[a + m];
         if (i >= first) hits &= ~columns(i + 1 - first);
@@ -95,6 +94,7 @@ class ExemptSearch {
       }
     }
     const float* rows[kTileRows];
+    uint64_t above[kTileRows];
     for (int64_t p = panels - 1; p >= 0; --p) {
       const int64_t first = p * kTileColumns;
       int64_t count = 0;
@@ -106,9 +106,9 @@ class ExemptSearch {
       pack_panel(unit_, stride_, first, length_, stride_, panel);
       for (int64_t a = 0; a < count; a += kTileRows) {
         gather(a, count, rows);
-        multiply(rows, panel, stride_, s_.tile);
+        if (!products_above(rows, panel, stride_, threshold_, above)) continue;
         for (int64_t m = 0; m < kTileRows && a + m < count; ++m) {
-          uint64_t hits = mask_above(s_.tile + m * kTileColumns, threshold_);
+          uint64_t hits = above[m];
           if (hits == 0) continue;
           const int32_t j = s_.active[a + m];
           if (j < first + kTileColumns) hits &= columns(j - first);

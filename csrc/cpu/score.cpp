@@ -60,7 +60,7 @@ void panel_logits(const ScoreRow& row, const Scratch& s, int64_t first) {
   const int64_t count = row.window * row.group;
   for (int64_t q = 0; q < count; q += kTileRows) {
     for (int64_t m = 0; m < kTileRows; ++m) rows[m] = s.queries + (q + m < count ? q + m : q) * s.stride;
-    multiply(rows, s.panel, s.stride, s.tile);
+    products(rows, s.panel, s.stride, s.tile);
     for (int64_t m = 0; m < kTileRows && q + m < count; ++m) {
       const float* const from = s.tile + m * kTileColumns;
       float* const to = s.logits + (q + m) / row.group * s.logits_stride + first;

@@ -83,8 +83,10 @@ void sentence_similarity(const Tensor& embeddings, const Tensor& slots, const Te
   int64_t* const seen = compared.mutable_data_ptr<int64_t>();
   float* const penalty = penalties.mutable_data_ptr<float>();
   const int64_t requests = slots.size(0), stride = penalties.stride(0);
+  int64_t products = 0;
   for (int64_t r = 0; r < requests; ++r) {
     STD_TORCH_CHECK(slot_of[r] >= 0 && slot_of[r] < num_slots, "skipkv_cpu: slot ", slot_of[r], " of ", num_slots);
+    products += (closed[slot_of[r]] - seen[slot_of[r]]) * std::min(held, closed[slot_of[r]]) * width;
     STD_TORCH_CHECK(closed[slot_of[r]] <= penalties.size(1), "skipkv_cpu: count=", closed[slot_of[r]], " exceeds the ",
                     penalties.size(1), " penalties of a slot");
   }
@@ -111,7 +113,7 @@ void sentence_similarity(const Tensor& embeddings, const Tensor& slots, const Te
       float& known = penalty[slot * stride + i];
       known = rule == 1 ? (found ? best : known) : std::max(known, best);
     }
-  });
+  }, products / 1'000'000 + 1);
   for (int64_t r = 0; r < requests; ++r) seen[slot_of[r]] = closed[slot_of[r]];
 }
 

@@ -67,13 +67,12 @@ inline float sum_lanes(Vector v) { return Lanes<kLanes>::sum(v); }
 
 // Bit k says whether lane k of a is greater than that of b.
 inline uint64_t mask_greater(Vector a, Vector b) {
-  const auto greater = a > b;
 #if defined(__AVX512F__)
-  const __m512i lanes = bits<__m512i>(greater);
-  return _mm512_test_epi32_mask(lanes, lanes);
+  return _mm512_cmp_ps_mask(bits<__m512>(a), bits<__m512>(b), _CMP_GT_OQ);
 #elif defined(__AVX2__)
-  return static_cast<uint64_t>(_mm256_movemask_ps(bits<__m256>(greater)));
+  return static_cast<uint64_t>(_mm256_movemask_ps(bits<__m256>(a > b)));
 #else
+  const auto greater = a > b;
   uint64_t mask = 0;
   for (int64_t k = 0; k < kLanes; ++k) mask |= static_cast<uint64_t>(greater[k] & 1) << k;
   return mask;

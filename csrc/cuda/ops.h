@@ -29,6 +29,12 @@ void track_sentences(const Tensor& token_ids, const std::optional<Tensor>& hidde
 void sentence_similarity(const Tensor& embeddings, const Tensor& slots, const Tensor& count, const Tensor& compared,
                          const Tensor& penalties, double threshold, int64_t rule);
 
+Tensor held_positions(const Tensor& sidecar, const Tensor& table, const Tensor& num_placed, const Tensor& num_evicted,
+                      int64_t length);
+
+Tensor token_penalties(const Tensor& ends, const Tensor& penalties, const Tensor& first, const Tensor& slots,
+                       const Tensor& positions);
+
 void observe_queries(const Tensor& query, const Tensor& index, const Tensor& rows);
 
 void track_thoughts(const Tensor& token_ids, const Tensor& spans, const Tensor& vocabulary, const Tensor& keywords,

@@ -93,7 +93,7 @@ class Plan:
         """For people."""
         gpus = f", each of {self.gpus} GPUs" if self.gpus > 1 else ""
         rows = [f"  {name:40}{size / GIB:9.2f} GiB" for name, size in self.memory.items()]
-        rows.insert(-1, f"  {f'queries and sentences of {self.max_num_seqs} requests':40}{-self.state / GIB:9.2f} GiB")
+        rows.insert(-1, f"  {f'{self.capacity.state} of {self.max_num_seqs} requests':40}{-self.state / GIB:9.2f} GiB")
         return [
             f"{self.model}, {self.dtype}{gpus}",
             *rows,

@@ -10,7 +10,7 @@ import torch
 from ..capacity import ModelShape, Pool
 from ..config import KVPolicyConfig, RequestOptions
 from ..errors import KVPolicyError
-from ..scheduler.admission import limits_of, most_tokens
+from ..scheduler.admission import Demand, limits_of, most_tokens
 from ..scheduler.planner import Limits, ceil_div
 from .public import is_public
 from .wrap import wrap
@@ -96,8 +96,8 @@ def check_fits_alone(
     if not request.resumable:
         longest = min(num_prompt + (params.max_tokens or 0), longest)
         limits = limits_of(options, config, num_prompt)
-    most = most_tokens(limits, longest)
-    if ceil_div(most, cache.block_size) <= num_pages:
+    most, probing = most_tokens(limits, longest), (0, 0) if limits is None else limits.probing
+    if Demand(most, 0, probing).num_pages(cache.block_size) <= num_pages:
         return
     room = num_pages * cache.block_size
     if request.resumable:
@@ -106,9 +106,13 @@ def check_fits_alone(
         cause = f"kv_policy='full' keeps everything: prompt of {num_prompt} + max_tokens={params.max_tokens}"
         remedy = f"set max_tokens to at most {room - num_prompt}, or" if num_prompt < room else "shorten the prompt, or"
         remedy += f" use kv_policy={config.kv_policy!r}"
+    elif ceil_div(most, cache.block_size) <= num_pages:
+        most, (held, scratch) = sum(probing), probing
+        cause = f"while its prompt is compacted {held}, and pages for {scratch} to compute tokens ahead"
+        remedy = "shorten the prompt or lower kv_budget"
     elif limits.first_bound > limits.bound:
         cause = f"kv_defer_prompt holds its prompt of {num_prompt} tokens whole"
-        remedy = f"shorten it to at most {room - limits.window} tokens"
+        remedy = f"shorten it to at most {room - (limits.first_bound - num_prompt)} tokens"
     elif limits.keep > limits.budget:
         cause = f"its prompt of {num_prompt} tokens is protected and raises its bound to {limits.bound}"
         remedy = f"shorten it to at most {room - limits.window - limits.buffer} tokens"

@@ -11,6 +11,7 @@ from ..errors import KVPolicyError
 from .gate import check_vllm
 
 STEERED_LAYERS_KEY = f"{CONFIG_KEY}_steered_layers"
+GATES_WIDTH_KEY = f"{CONFIG_KEY}_gates_width"
 SCHEDULER = "skipkv_vllm.scheduler.vllm_scheduler.make_scheduler"
 WORKERS = {
     "cpu": "skipkv_vllm.worker.cpu_worker.EvictingCPUWorker",
@@ -123,9 +124,11 @@ def engine_arguments(given: dict[str, Any], engine: dict[str, Any]) -> dict[str,
 
     additional = dict(engine.get("additional_config") or {})
     additional[CONFIG_KEY] = config.model_dump()
+    # What is compiled depends on these, and vLLM finds compiled code by the configuration.
     if config.steers:
-        # What is compiled depends on it, and vLLM finds compiled code by the configuration.
         additional[STEERED_LAYERS_KEY] = sorted({vector.layer for vector in config.load_vectors()})
+    if config.gates is not None:
+        additional[GATES_WIDTH_KEY] = config.gates.width
     return engine | {
         "additional_config": additional,
         "scheduler_cls": SCHEDULER,

@@ -34,6 +34,8 @@ def check_config(vllm_config: VllmConfig, policy: KVPolicyConfig) -> None:
         )
     if policy.evicts:
         _check(vllm_config, policy, _refuse)
+    if policy.needs & Need.PROBE:
+        _check_probes(vllm_config, policy)
     if policy.steers:
         _check(vllm_config, policy, functools.partial(_refuse, flag="--kv-steering-vectors"))
         _check_steering(vllm_config, policy)
@@ -79,11 +81,56 @@ def _check(vllm_config: VllmConfig, policy: KVPolicyConfig, _refuse: Callable[..
                 f"kv_policy={each.name!r}: layers={','.join(map(str, chosen))!r}, but this model has layers 0 to "
                 f"{num_layers - 1}; name some of these in kv_policy_config, or write 'all'"
             )
+    if policy.gates is not None:
+        _check_hooks(vllm_config, functools.partial(_refuse, flag=f"--kv-policy {policy.kv_policy}"), "what gates say")
+        policy.gates.check_fits(
+            hidden_size=model.get_hidden_size(),
+            num_layers=model.get_total_num_hidden_layers(),
+            num_kv_heads=model.get_total_num_kv_heads(),
+        )
     if policy.needs & Need.SENTENCES and model.skip_tokenizer_init:
         raise _refuse(
             "--skip-tokenizer-init",
             f"{policy.kv_policy!r} with granularity {policy.kv_granularity!r} finds sentences by the tokenizer",
             "Drop --skip-tokenizer-init",
+        )
+
+
+def _check_probes(vllm_config: VllmConfig, policy: KVPolicyConfig) -> None:
+    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    own = policy.policy.probe is not None
+    names = [name for name in policy.kv_request_policies if make_policy(name).probe is not None]
+    flag = f"--kv-policy {policy.kv_policy}" if own else f"--kv-request-policies {' '.join(names)}"
+    refuse = functools.partial(_refuse, flag=flag)
+    if vllm_config.use_v2_model_runner:
+        raise refuse(
+            "Model Runner V2",
+            "it has no inputs for tokens that are computed ahead of a step",
+            "Set VLLM_USE_V2_MODEL_RUNNER=0",
+        )
+    if parallel.pipeline_parallel_size > 1:
+        raise refuse(
+            "pipeline parallelism",
+            "tokens computed ahead go through all layers at once",
+            "Use --tensor-parallel-size",
+        )
+    if parallel.data_parallel_size > 1:
+        raise refuse(
+            "data parallelism",
+            "ranks run their forward passes together, and only some would compute tokens ahead",
+            "Start several servers",
+        )
+    if vllm_config.lora_config is not None:
+        raise refuse("LoRA", "adapters are chosen for the tokens of a step only", "Drop --enable-lora")
+    if model.is_multimodal_model or model.enable_prompt_embeds or model.uses_mrope:
+        raise refuse(
+            "multimodal models and prompt embeddings",
+            "their inputs are not token ids, and positions may have several dimensions",
+            "Serve a text model",
+        )
+    if policy.steers:
+        raise refuse(
+            "steering", "what is computed ahead would not be steered as the answer is", "Drop --kv-steering-vectors"
         )
 
 
@@ -115,12 +162,23 @@ def _is_compiled_ray_graph(parallel: ParallelConfig) -> bool:
 
 
 def _check_steering(vllm_config: VllmConfig, policy: KVPolicyConfig) -> None:
-    from vllm.platforms import current_platform
-
-    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    model = vllm_config.model_config
     refuse = functools.partial(_refuse, flag="--kv-steering-vectors")
     if model.skip_tokenizer_init:
         raise refuse("--skip-tokenizer-init", "thoughts are found by the tokenizer", "Drop --skip-tokenizer-init")
+    _check_hooks(vllm_config, refuse, "the coefficients")
+    for name, vector in zip(policy.kv_steering_vectors, policy.load_vectors(), strict=True):
+        try:
+            vector.check_fits(model.get_hidden_size(), model.get_total_num_hidden_layers())
+        except KVPolicyError as error:
+            raise KVPolicyError(f"kv_steering_vectors: {name}: {error}") from None
+
+
+def _check_hooks(vllm_config: VllmConfig, refuse: Callable[..., KVPolicyError], content: str) -> None:
+    """Refuse what hooks in the model cannot live with; `content` is what their buffers hold."""
+    from vllm.platforms import current_platform
+
+    parallel = vllm_config.parallel_config
     if parallel.use_sequence_parallel_moe or parallel.enable_hc_sp:
         raise refuse(
             "sequence parallelism",
@@ -128,17 +186,12 @@ def _check_steering(vllm_config: VllmConfig, policy: KVPolicyConfig) -> None:
             "Use --tensor-parallel-size without expert parallelism",
         )
     autotunes = vllm_config.compilation_config.inductor_compile_config.get("max_autotune", False)
-    if autotunes and current_platform.is_cpu() and not model.enforce_eager:
+    if autotunes and current_platform.is_cpu() and not vllm_config.model_config.enforce_eager:
         raise refuse(
             "Inductor's max_autotune on CPUs",
-            "it freezes the buffers that hold the coefficients",
+            f"it freezes the buffers that hold {content}",
             "Drop it from the compilation config",
         )
-    for name, vector in zip(policy.kv_steering_vectors, policy.load_vectors(), strict=True):
-        try:
-            vector.check_fits(model.get_hidden_size(), model.get_total_num_hidden_layers())
-        except KVPolicyError as error:
-            raise KVPolicyError(f"kv_steering_vectors: {name}: {error}") from None
 
 
 def check_kv_cache(kv_cache_config: KVCacheConfig, policy: KVPolicyConfig) -> None:

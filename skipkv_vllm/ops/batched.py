@@ -368,6 +368,45 @@ def track_thoughts(
         state[slot] = torch.tensor(list(now.values()), dtype=torch.int32)
 
 
+def held_positions(sidecar: Tensor, table: Tensor, num_placed: Tensor, num_evicted: Tensor, length: int) -> Tensor:
+    """Logical positions of the tokens that R requests hold, by slot.
+
+    Args:
+        sidecar: int32 `[L, pages, H, P]`, as `compact_pages` leaves it.
+        table: int32 `[R, pages]`, padded with any page.
+        num_placed: int32 `[R]` leading slots that the last compaction filled.
+        num_evicted: int32 `[R]` tokens evicted so far; later slots hold position slot + num_evicted.
+        length: resident length of the longest request; what lies past a shorter one's means nothing.
+
+    Returns:
+        int32 `[R, L, H, length]`.
+    """
+    slot = torch.arange(length, dtype=torch.int32, device=sidecar.device)
+    by_request = sidecar[:, table.long()].permute(1, 0, 3, 2, 4)  # [R, L, H, pages, P]
+    stored = by_request.flatten(3)[..., :length]
+    placed, evicted = (x.view(-1, 1, 1, 1) for x in (num_placed, num_evicted))
+    return torch.where(slot < placed, stored, slot + evicted)
+
+
+def token_penalties(ends: Tensor, penalties: Tensor, first: Tensor, slots: Tensor, positions: Tensor) -> Tensor:
+    """The penalty of the sentence that holds each token, SkipKV eq. 3.
+
+    Args:
+        ends: int32 `[slots, most + 1]`, see `track_sentences`; past the closed sentences the largest int32.
+        penalties: float32 `[slots, most + 1]` by sentence number.
+        first: int64 `[slots]`; tokens at lower positions belong to no sentence.
+        slots: int64 `[R]`.
+        positions: int32 `[R, L, H, N]`; what a negative one or one past the longest sequence gets means nothing.
+
+    Returns:
+        float32, of the shape of `positions`; 0 for tokens of no sentence.
+    """
+    flat = positions.flatten(1)
+    number = torch.searchsorted(ends[slots], flat)
+    found = torch.where(flat >= first[slots, None], penalties[slots].gather(1, number), 0.0)
+    return found.view(positions.shape)
+
+
 def observe_queries(query: Tensor, index: Tensor, rows: Tensor) -> None:
     """Copy each token's query to its place in the ring.
 

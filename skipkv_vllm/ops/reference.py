@@ -52,13 +52,14 @@ def pooled(scores: Tensor, window: int, pool: int) -> Tensor:
     return F.pad(largest, (0, window))
 
 
-def attention_logits(queries: Tensor, keys: Tensor, positions: Tensor) -> Tensor:
+def attention_logits(queries: Tensor, keys: Tensor, positions: Tensor, ahead: int = 0) -> Tensor:
     """Scaled logits of the last queries at each held token.
 
     Args:
         queries: post-RoPE queries `[n, Hq, D]` of the n newest tokens, oldest first.
         keys: post-RoPE keys `[Hkv, L, D]`, in any order.
         positions: logical position of each key, `[Hkv, L]`.
+        ahead: by how many tokens the last query is newer than the newest key.
 
     Returns:
         float32 `[Hkv, Hq / Hkv, n, L]`, minus infinity for tokens in a query's future.
@@ -75,13 +76,13 @@ def attention_logits(queries: Tensor, keys: Tensor, positions: Tensor) -> Tensor
         )
     grouped = queries.float().view(n_queries, kv_heads, q_heads // kv_heads, dim)
     logits = torch.einsum("whgd,hld->hgwl", grouped, keys.float()) / dim**0.5
-    newest = positions.amax(dim=1)[:, None] - (n_queries - 1)
+    newest = positions.amax(dim=1)[:, None] + ahead - (n_queries - 1)
     reach = newest + torch.arange(n_queries, device=positions.device)
     future = positions[:, None, :] > reach[:, :, None]
     return logits.masked_fill(future[:, None], -torch.inf)
 
 
-def attention_received(queries: Tensor, keys: Tensor, positions: Tensor) -> Tensor:
+def attention_received(queries: Tensor, keys: Tensor, positions: Tensor, ahead: int = 0) -> Tensor:
     """Attention that each held token receives from the last queries.
 
     Softmax in float32 over the held tokens that are not in a query's future; sum over the queries; mean over
@@ -91,6 +92,7 @@ def attention_received(queries: Tensor, keys: Tensor, positions: Tensor) -> Tens
         queries: post-RoPE queries `[n, Hq, D]` of the n newest tokens, oldest first.
         keys: post-RoPE keys `[Hkv, L, D]`, in any order.
         positions: logical position of each key, `[Hkv, L]`.
+        ahead: by how many tokens the last query is newer than the newest key.
 
     Returns:
         float32 `[Hkv, L]`, rows summing to n.
@@ -98,7 +100,7 @@ def attention_received(queries: Tensor, keys: Tensor, positions: Tensor) -> Tens
     Raises:
         KVPolicyError: shapes that do not fit each other.
     """
-    return attention_logits(queries, keys, positions).softmax(dim=-1).sum(dim=2).mean(dim=1)
+    return attention_logits(queries, keys, positions, ahead).softmax(dim=-1).sum(dim=2).mean(dim=1)
 
 
 def attention_sparsity(queries: Tensor, keys: Tensor, positions: Tensor, *, negligible: float) -> Tensor:

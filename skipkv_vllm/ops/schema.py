@@ -43,6 +43,8 @@ SCHEMAS = {
         "(Tensor embeddings, Tensor slots, Tensor count, Tensor(a!) compared, Tensor(b!) penalties, "
         "float threshold, int rule) -> ()"
     ),
+    "held_positions": ("(Tensor sidecar, Tensor table, Tensor num_placed, Tensor num_evicted, int length) -> Tensor"),
+    "token_penalties": "(Tensor ends, Tensor penalties, Tensor first, Tensor slots, Tensor positions) -> Tensor",
     "observe_queries": "(Tensor query, Tensor index, Tensor(a!) rows) -> ()",
     "track_thoughts": (
         "(Tensor token_ids, Tensor spans, Tensor vocabulary, Tensor keywords, bool merge, int interval, "
@@ -87,6 +89,17 @@ def _fake_nothing(*args: Any) -> None:
     return None
 
 
+def _fake_held_positions(
+    sidecar: Tensor, table: Tensor, num_placed: Tensor, num_evicted: Tensor, length: int
+) -> Tensor:
+    layers, _, heads, _ = sidecar.shape
+    return sidecar.new_empty(table.shape[0], layers, heads, length)
+
+
+def _fake_token_penalties(ends: Tensor, penalties: Tensor, first: Tensor, slots: Tensor, positions: Tensor) -> Tensor:
+    return torch.empty_like(positions, dtype=torch.float32)
+
+
 def _fake_steer_add(hidden: Tensor, coefficient: Tensor, row: Tensor, vectors: Tensor) -> Tensor:
     return torch.empty_like(hidden)
 
@@ -97,6 +110,8 @@ FAKES: dict[str, Callable[..., Any]] = {
     "compact_pages": _fake_nothing,
     "track_sentences": _fake_nothing,
     "sentence_similarity": _fake_nothing,
+    "held_positions": _fake_held_positions,
+    "token_penalties": _fake_token_penalties,
     "observe_queries": _fake_nothing,
     "track_thoughts": _fake_nothing,
     "steer_add": _fake_steer_add,

@@ -282,6 +282,42 @@ def sentence_similarity(
     compared.index_copy_(0, slots, count.index_select(0, slots))
 
 
+def held_positions(sidecar: Tensor, table: Tensor, num_placed: Tensor, num_evicted: Tensor, length: int) -> Tensor:
+    """See `batched.held_positions`."""
+    layers, pages, heads, size = sidecar.shape
+    out = sidecar.new_empty(table.shape[0], layers, heads, length)
+    if not sidecar.is_contiguous():
+        raise KVPolicyError(f"held_positions: sidecar has strides {sidecar.stride()}; expected a contiguous tensor")
+    if out.numel() > 0:
+        _kernels("held").read_positions[(_ceil_div(out.numel(), 1024),)](
+            *(sidecar, table.contiguous(), num_placed.contiguous(), num_evicted.contiguous(), out),
+            *(out.numel(), length, layers, heads, pages, table.shape[1]),
+            size=size,
+            block=1024,
+        )
+    return out
+
+
+def token_penalties(ends: Tensor, penalties: Tensor, first: Tensor, slots: Tensor, positions: Tensor) -> Tensor:
+    """See `batched.token_penalties`."""
+    positions = positions.contiguous()
+    out = torch.empty_like(positions, dtype=torch.float32)
+    most = ends.shape[1]
+    if ends.stride(1) != 1 or penalties.stride(1) != 1:
+        raise KVPolicyError(
+            f"token_penalties: ends have strides {ends.stride()} and penalties {penalties.stride()}; "
+            "expected a contiguous last dimension"
+        )
+    if out.numel() > 0:
+        _kernels("held").look_up_penalties[(_ceil_div(out.numel(), 1024),)](
+            *(ends, penalties, first.contiguous(), slots.contiguous(), positions, out),
+            *(out.numel(), positions[0].numel(), most, ends.stride(0), penalties.stride(0)),
+            halvings=(most - 1).bit_length(),
+            block=1024,
+        )
+    return out
+
+
 def track_thoughts(
     token_ids: Tensor,
     spans: Tensor,

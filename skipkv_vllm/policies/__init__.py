@@ -2,10 +2,12 @@
 
 from . import (  # noqa: F401  (importing registers them)
     caote,
+    finch,
     full,
     h2o,
     keydiff,
     knorm,
+    laq,
     longflow,
     manifoldkv,
     obcache,
@@ -17,6 +19,7 @@ from . import (  # noqa: F401  (importing registers them)
     streaming_llm,
     thinkv,
     tova,
+    trimkv,
     vatp,
 )
 from .base import (
@@ -24,6 +27,7 @@ from .base import (
     OBSERVED,
     Need,
     Policy,
+    Probe,
     SentenceOptions,
     View,
     check_policy_name,
@@ -37,6 +41,7 @@ __all__ = [
     "OBSERVED",
     "Need",
     "Policy",
+    "Probe",
     "SentenceOptions",
     "View",
     "check_policy_name",

@@ -33,6 +33,10 @@ class Need(Flag):
     SEGMENTS = auto()
     """how sparse attention was at the end of every segment of the text, and a number that the method keeps of each;
     not together with `ATTENTION_MASS`"""
+    GATES = auto()
+    """what learned gates said of every held token when it was written; `Policy.gates_file` names them"""
+    PROBE = auto()
+    """queries of tokens that are computed ahead, see `Probe`"""
 
 
 IN_THE_CACHE = Need.KEYS | Need.VALUES
@@ -71,6 +75,8 @@ class View:
         positions: logical positions `[H, L]`, int32.
         window: W, the number of newest tokens, which always survive.
         num_keep: tokens that will be kept of each head.
+        num_logical: tokens computed so far; the newest held one has position `num_logical - 1`.
+        num_prompt: length of the prompt.
         layer: index of the layer in the model.
         first_head: index in the model of the first of these kv heads; others may be on other ranks.
         keys: post-RoPE keys `[L, H, D]`, or None unless `Need.KEYS`.
@@ -84,11 +90,17 @@ class View:
         segment: int64 `[H, L]`, number of each token's segment, -1 in the protected prompt and S in the window; or None
             unless `Need.SEGMENTS`.
         segments: what is known of the segments, with what `Policy.remember` just noted; or None likewise.
+        gates: `[H, L]` float32, what the learned gates said of the token when it was written (`log beta`, not
+            above 0), or None unless `Need.GATES`.
+        probe: post-RoPE queries `[n, Hq, D]` of the beginning of an answer (see `Probe`), which see all held tokens;
+            None but at the end of a prompt, and where no pages were free for them.
     """
 
     positions: Tensor
     window: int
     num_keep: int = 0
+    num_logical: int = 0
+    num_prompt: int = 0
     layer: int = 0
     first_head: int = 0
     keys: Tensor | None = None
@@ -98,6 +110,8 @@ class View:
     attention_mass: Tensor | None = None
     segment: Tensor | None = None
     segments: Segments | None = None
+    gates: Tensor | None = None
+    probe: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -107,6 +121,23 @@ class TokenScore:
     pool: int
     mix: float
     redundancy_threshold: float
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Tokens that are computed ahead for their queries alone, and then forgotten.
+
+    Either the beginning of an answer: decoded greedily from the end of a prompt on a temporary copy of the cache. Or
+    the question (`Policy.num_task`): appended to each chunk of a longer prompt, wherever that is compacted before its
+    end; the policy then sees the cache as if it ended with the question.
+
+    Attributes:
+        num_tokens: of the answer, at most; fewer where the model's length ends before. Of a question 0.
+        draft: method that compacts the temporary copy; None for a question.
+    """
+
+    num_tokens: int = 0
+    draft: Policy | None = None
 
 
 @dataclass(frozen=True)
@@ -133,6 +164,9 @@ class Policy(ABC):
     name: ClassVar[str]
     about: ClassVar[About] = About()
     needs: ClassVar[Need] = Need.NOTHING
+    compacts_prompt: ClassVar[bool] = False
+    """whether a prompt longer than the budget is compacted as soon as it is computed, not only at the bound; such a
+    method is about the prompt, which then must not be protected"""
 
     @abstractmethod
     def score(self, view: View) -> Tensor:
@@ -159,6 +193,35 @@ class Policy(ABC):
     def num_sinks(self) -> int:
         """Number of first tokens of the sequence that this method always keeps."""
         return 0
+
+    @property
+    def gates_file(self) -> str:
+        """Path of the learned gates that `Need.GATES` asks for; see `skipkv_vllm.gates`."""
+        return ""
+
+    def check_complete(self) -> None:
+        """Raise `KVPolicyError` if a parameter is missing that has no useful default; what serves a policy asks."""
+        return
+
+    @property
+    def probe(self) -> Probe | None:
+        """What is computed ahead, for policies that need it and are about the prompt."""
+        return None
+
+    def num_task(self, window: int) -> int:
+        """Number of last tokens of the prompt that this method always keeps and by which it scores the others: the
+        question; at most the window."""
+        return 0
+
+    def with_task(self, num_task: int) -> Policy:
+        """This method with another length of the question.
+
+        Raises:
+            KVPolicyError: the method knows no question.
+        """
+        raise KVPolicyError(
+            f"kv_task_tokens={num_task} is given but policy {self.name!r} does not score by a question; leave it out"
+        )
 
     @property
     def sentence_options(self) -> SentenceOptions:

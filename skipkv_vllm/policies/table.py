@@ -15,6 +15,8 @@ INPUTS = {
     Need.HIDDEN: ("last hidden states", "`max_sentences` embeddings, 4 bytes a token"),
     Need.ATTENTION_MASS: ("attention received so far", "4 bytes a held token, layer and kv head"),
     Need.SEGMENTS: ("sparsity of attention at the end of each segment", "12 bytes a segment"),
+    Need.GATES: ("what learned gates said of each token", "4 bytes a token, layer and kv head; the gates"),
+    Need.PROBE: ("queries of tokens computed ahead", "their pages, and `laq`'s copy, for one step"),
 }
 """What a method reads, and what a request's share of it takes in memory."""
 
@@ -24,12 +26,15 @@ Generated from the code by `python -m skipkv_vllm.policies.table`; a test compar
 
 All methods share the engine's rules. **Trigger**: a request is compacted when it holds budget + buffer tokens, to
 exactly its budget; with `--kv-defer-prompt` a long unprotected prompt is first held whole until W more tokens are
-written, whose queries choose. **Pinned**: the protected prompt, the newest W tokens (`--kv-window`) and a method's
-sinks always stay. **Granularity** (`--kv-granularity`): by `head` every layer and kv head keeps its own tokens; by
-`sentence` whole sentences leave, the same ones for all layers and heads, by the mean score of their tokens. **Ties**:
-the earlier token stays. **Grouped queries**: what a method computes per query head is averaged over those of a kv
-head, unless its paper says otherwise. **Training**: none of these methods needs any, but the
-thresholds of `thinkv` depend on the model; the defaults are the bundled one's, by `python -m benchmarks.thinkv`.
+written, whose queries choose. Methods about the prompt (PROMPT) also compact one longer than the budget as soon
+as it is computed, which is what `--kv-defer-prompt` then waits for; they need `--no-kv-protect-prompt`. **Pinned**: the
+protected prompt, the newest W tokens (`--kv-window`) and a method's sinks and question always stay. **Granularity**
+(`--kv-granularity`): by `head` every layer and kv head keeps its own tokens; by `sentence` whole sentences leave, the
+same ones for all layers and heads, by the mean score of their tokens. **Ties**: the earlier token stays. **Grouped
+queries**: what a method computes per query head is averaged over those of a kv head, unless its paper says otherwise.
+**Training**: only methods that read learned gates need any; they come with the model that is served, as a file
+(`skipkv_vllm/gates.py` says what is in it), and so only as the server's own method. The thresholds of `thinkv` depend
+on the model; the defaults are the bundled one's, by `python -m benchmarks.thinkv`.
 
 Cost is that of one compaction per layer and kv head, with L held tokens, the window W, G query heads a kv head and head
 size D; memory is what a request takes beside its KV pages. "Native" methods are scored by fused operators (C++, CUDA,
@@ -58,7 +63,8 @@ def row(policy: Policy) -> str:
     """A method's line of the table."""
     about, reads = policy.about, [INPUTS[need] for need in Need if need in policy.needs]
     paper = _link(about)
-    fields = ", ".join(f"`{f.name}` ({getattr(policy, f.name)})" for f in dataclasses.fields(policy)) or "none"
+    given = {f.name: getattr(policy, f.name) for f in dataclasses.fields(policy)}
+    fields = ", ".join(f"`{name}` ({'required' if value == '' else value})" for name, value in given.items()) or "none"
     native = " (native)" if policy.token_score is not None else ""
     inputs, memory = ("; ".join(filter(None, column)) for column in zip(*reads, strict=True)) if reads else ("none", "")
     return (
@@ -70,8 +76,10 @@ def row(policy: Policy) -> str:
 def document() -> str:
     """All of `docs/policies.md`."""
     refused = [f"| `{r.name}` | {_link(r.about)} | {r.reason} | {r.instead} |" for r in refusals()]
-    offered = [row(make_policy(name)) for name in policy_names()]
-    return TEXT + "\n".join(offered) + "\n" + REFUSED + "\n".join(refused) + "\n"
+    methods = [make_policy(name) for name in policy_names()]
+    about_prompts = ", ".join(f"`{method.name}`" for method in methods if method.compacts_prompt)
+    text = TEXT.replace("PROMPT", about_prompts) + "\n".join(map(row, methods)) + "\n"
+    return text + REFUSED + "\n".join(refused) + "\n"
 
 
 if __name__ == "__main__":

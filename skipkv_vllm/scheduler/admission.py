@@ -12,11 +12,23 @@ from .planner import Limits, ceil_div
 
 def limits_of(options: RequestOptions, config: KVPolicyConfig, num_prompt: int) -> Limits | None:
     """What a request may hold; None for one that keeps everything."""
-    if options.resolve_policy(config).name == "full":
+    policy = options.resolve_policy(config)
+    if policy.name == "full":
         return None
     budget = config.kv_budget if options.kv_budget is None else options.kv_budget
     protected = num_prompt if config.kv_protect_prompt else 0
-    return Limits(budget, config.kv_buffer, config.kv_window, protected, num_prompt if config.kv_defer_prompt else 0)
+    prompt_end = num_prompt if policy.compacts_prompt else 0
+    deferred = prompt_end or num_prompt + config.kv_window
+    return Limits(
+        budget,
+        config.kv_buffer,
+        config.kv_window,
+        protected,
+        deferred if config.kv_defer_prompt else 0,
+        prompt_end,
+        0 if policy.probe is None else policy.probe.num_tokens,
+        0 if policy.probe is None or policy.probe.draft is not None else policy.num_task(config.kv_window),
+    )
 
 
 def most_tokens(limits: Limits | None, longest: int) -> int:
@@ -30,10 +42,17 @@ class Demand(NamedTuple):
     Attributes:
         num_tokens: most tokens it ever holds.
         num_intact: leading pages that it will never write to if it finds them in the prefix cache.
+        probing: `Limits.probing`.
     """
 
     num_tokens: int
     num_intact: int
+    probing: tuple[int, int] = (0, 0)
+
+    def num_pages(self, page_size: int) -> int:
+        """Most pages that it takes at once."""
+        held, scratch = self.probing
+        return max(ceil_div(self.num_tokens, page_size), ceil_div(held, page_size) + ceil_div(scratch, page_size))
 
 
 @dataclass
@@ -85,7 +104,7 @@ class Ledger:
             return True
         demand = self._demands[request_id]
         shared = cached[: demand.num_intact]
-        needed = ceil_div(demand.num_tokens, self.page_size) - len(shared)
+        needed = demand.num_pages(self.page_size) - len(shared)
         # Each page is looked up only where the sum without them already fits.
         room = self.num_pages - self.num_promised - needed
         return room >= len(shared) or (room >= 0 and room >= sum(page not in self._holders for page in shared))
@@ -94,7 +113,7 @@ class Ledger:
         """Promise a request its pages; see `fits`."""
         demand = self._demands[request_id]
         shared = cached[: demand.num_intact]
-        own = ceil_div(demand.num_tokens, self.page_size) - len(shared)
+        own = demand.num_pages(self.page_size) - len(shared)
         self._own[request_id], self._shared[request_id] = own, shared
         self.num_promised += own
         for page in shared:

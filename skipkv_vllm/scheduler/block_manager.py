@@ -40,6 +40,7 @@ class EvictingBlockManager(FullAttentionManager):
     """by request that holds pages"""
     _num_intact: dict[str, int]
     """leading pages of each compacted request that were never written to"""
+    _borrowed: list[KVCacheBlock]
     _private_from: dict[str, int]
     """position from which the tokens of a steered request are computed as no other's"""
 
@@ -58,6 +59,7 @@ class EvictingBlockManager(FullAttentionManager):
         manager.ledger = Ledger(manager.block_pool.num_gpu_blocks - 1, manager.block_size, is_bounded)
         manager._evicted = {}
         manager._num_intact = {}
+        manager._borrowed = []
         manager._private_from = {}
         return manager
 
@@ -168,6 +170,25 @@ class EvictingBlockManager(FullAttentionManager):
         self.num_cached_block[plan.request_id] = len(target)
         self.block_pool.free_blocks(reversed(dropped))
         return CompactedPages(source_pages, [b.block_id for b in target], len(blocks) - num_target)
+
+    def borrow(self, num_tokens: int) -> list[int] | None:
+        """Pages that nobody holds, for that many tokens, until `give_back`.
+
+        Returns:
+            Block ids, or None where not enough are free.
+        """
+        num_pages = ceil_div(num_tokens, self.block_size)
+        if num_pages > self.block_pool.get_num_free_blocks():
+            return None
+        blocks = self.block_pool.get_new_blocks(num_pages)
+        self._borrowed += blocks
+        return [block.block_id for block in blocks]
+
+    def give_back(self) -> None:
+        """Free all pages that were borrowed. The workers use them before they do anything else of a step, so the very
+        step that borrows them may give them to requests."""
+        self.block_pool.free_blocks(self._borrowed)
+        self._borrowed = []
 
     def check_integrity(self) -> None:
         """Verify every page's bookkeeping.

@@ -17,6 +17,7 @@ class Started(NamedTuple):
         num_prompt: prompt length.
         protected: prompt tokens that must survive.
         first_tracked: logical position from which its sentences are tracked.
+        num_task: last tokens of the prompt that are its question, where the request says so itself; else 0.
     """
 
     request_id: str
@@ -24,6 +25,7 @@ class Started(NamedTuple):
     num_prompt: int
     protected: int
     first_tracked: int
+    num_task: int = 0
 
 
 class StepOrders(NamedTuple):

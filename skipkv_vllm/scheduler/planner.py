@@ -22,8 +22,11 @@ class Limits:
         buffer: b, how far it may grow beyond that.
         window: W, newest tokens that always survive.
         protected: length of the prompt where it is protected, else 0.
-        deferred: length of the prompt where it is held whole until W more tokens are computed, whose queries then
-            choose; else 0.
+        deferred: tokens that are held whole at first, before anything is evicted, where that is more than the bound.
+        prompt_end: length of a prompt that is compacted as soon as it is computed, if it is longer than what is kept;
+            else 0.
+        num_ahead: tokens that are decoded ahead at that compaction, on a temporary copy.
+        num_asked: tokens of a question that is appended at each compaction before that one; else 0.
     """
 
     budget: int
@@ -31,6 +34,9 @@ class Limits:
     window: int
     protected: int
     deferred: int = 0
+    prompt_end: int = 0
+    num_ahead: int = 0
+    num_asked: int = 0
 
     @property
     def keep(self) -> int:
@@ -44,13 +50,33 @@ class Limits:
 
     @property
     def first_bound(self) -> int:
-        """Resident length that triggers the first compaction, and the most the request ever holds."""
-        return max(self.bound, self.deferred + self.window if self.deferred else 0)
+        """Resident length that triggers the first compaction at the latest, and the most the request ever holds."""
+        return max(self.bound, self.deferred)
+
+    @property
+    def first_due(self) -> int:
+        """Length at which the first compaction takes place."""
+        return min(self.first_bound, self.prompt_end if self.prompt_end > self.keep else self.first_bound)
+
+    @property
+    def probing(self) -> tuple[int, int]:
+        """Most tokens held when others are computed ahead, and those for which pages are lent then; else 0."""
+        if self.num_ahead and self.prompt_end > self.keep:
+            return min(self.prompt_end, self.first_bound), self.lent(self.prompt_end)
+        if self.num_asked and self.prompt_end > self.first_bound:
+            return self.first_bound, self.num_asked
+        return 0, 0
+
+    def lent(self, num_logical: int) -> int:
+        """Tokens for which pages are lent at a compaction: those computed ahead, and what is copied for them."""
+        if num_logical < self.prompt_end:
+            return self.num_asked
+        return self.keep + self.num_ahead if self.num_ahead and num_logical == self.prompt_end else 0
 
     @property
     def cacheable(self) -> int:
         """Tokens it may take from the prefix cache: the last W before a compaction are computed, for their queries."""
-        return self.first_bound - self.window
+        return self.first_due - self.window
 
 
 class Residency(NamedTuple):
@@ -62,12 +88,13 @@ class Residency(NamedTuple):
 
 
 class PlannedCompaction(NamedTuple):
-    """Compact `request_id` from `num_resident` to exactly `num_keep` tokens."""
+    """Compact `request_id` from `num_resident` to exactly `num_keep` tokens, with pages lent for `num_scratch`."""
 
     request_id: str
     num_resident: int
     num_keep: int
     protected: int
+    num_scratch: int = 0
 
 
 class Observation(NamedTuple):
@@ -100,6 +127,8 @@ class Compaction(NamedTuple):
         source_pages: block ids before.
         target_pages: block ids afterwards, a page each either the same as before or fresh.
         ordinal: number of compactions of this request before this one.
+        scratch_pages: block ids for tokens that are computed ahead, and for the copy of the cache that this takes, see
+            `policies.Probe`; nobody holds them, and other orders of the step do not use them.
     """
 
     request_id: str
@@ -109,6 +138,7 @@ class Compaction(NamedTuple):
     source_pages: list[int]
     target_pages: list[int]
     ordinal: int
+    scratch_pages: list[int] = []
 
     @property
     def num_evicted_before(self) -> int:
@@ -135,6 +165,11 @@ class _Request:
         """Tokens between two looks at the attention."""
         return self.limits.window if self.segment is None else self.segment
 
+    def is_due(self, num_logical: int, num_resident: int) -> bool:
+        """Whether it is compacted now."""
+        at_prompt_end = num_logical == self.limits.prompt_end and num_resident > self.limits.keep
+        return num_resident >= self.bound or at_prompt_end
+
 
 @dataclass
 class EvictionPlanner:
@@ -157,7 +192,7 @@ class EvictionPlanner:
             segment: tokens after which the newest queries are looked at; None where every query counts.
         """
         self._requests[request_id] = _Request(limits, first_observed, segment, first_observed)
-        self.earliest[request_id] = limits.first_bound
+        self.earliest[request_id] = limits.first_due
 
     def restart(self, request_id: str) -> None:
         """The request was preempted: when it resumes, it starts over with nothing computed."""
@@ -192,8 +227,9 @@ class EvictionPlanner:
             if request is None:
                 continue
             limits, num_resident = request.limits, num_logical - num_evicted
-            if num_resident >= request.bound:
-                planned.append(PlannedCompaction(request_id, num_resident, limits.keep, limits.protected))
+            if request.is_due(num_logical, num_resident):
+                lent = limits.lent(num_logical)
+                planned.append(PlannedCompaction(request_id, num_resident, limits.keep, limits.protected, lent))
         return planned
 
     def room(self, request_id: str, num_logical: int, num_evicted: int) -> int:
@@ -207,6 +243,9 @@ class EvictionPlanner:
         if request is None:
             return sys.maxsize
         room = request.bound - (num_logical - num_evicted)
+        if num_logical < request.limits.prompt_end:
+            # A resumed request has more text than its prompt.
+            room = min(room, request.limits.prompt_end - num_logical)
         if request.num_observed is not None:
             room = min(room, request.num_observed + request.interval - num_logical)
         assert room > 0, f"{request_id} was not compacted at {request.bound} tokens"
@@ -242,4 +281,5 @@ class EvictionPlanner:
         """The planned compaction was carried out when `num_logical` tokens were computed."""
         request = self._requests[request_id]
         request.num_compactions += 1
-        self.earliest[request_id] = num_logical + request.limits.buffer
+        due, prompt_end = num_logical + request.limits.buffer, request.limits.prompt_end
+        self.earliest[request_id] = min(due, prompt_end) if num_logical < prompt_end else due

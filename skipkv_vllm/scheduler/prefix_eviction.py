@@ -51,7 +51,9 @@ class GuardQueue(FreeKVCacheBlockQueue):
     def popleft(self) -> KVCacheBlock:
         first = self.fake_free_list_head.next_free_block
         if first is None or first.block_hash is None:
-            return super().popleft()
+            block = super().popleft()
+            self._forget(block)  # where the whole cache was reset, old pages have lost their hashes
+            return block
         victim = self._victim(first)
         self._forget(victim)
         self._guarded.discard(victim.block_id)

@@ -52,12 +52,14 @@ class Terms(NamedTuple):
         limits: what it may hold.
         most_cached: tokens it may take from the prefix cache, whole pages.
         needs: what the workers collect for it.
+        num_task: length of the question, where the request gave it; else 0.
     """
 
     policy: Policy
     limits: Limits
     most_cached: int
     needs: Need
+    num_task: int
 
 
 class EvictionMixin(_Base):
@@ -109,7 +111,7 @@ class EvictionMixin(_Base):
     def _declare(self, request: Request) -> None:
         """Settle what a new request may hold, before anything of it is scheduled."""
         request_id, page_size = request.request_id, self.block_manager.block_size
-        terms, longest, num_intact = None, self.max_model_len, sys.maxsize
+        terms, longest, num_intact, probing = None, self.max_model_len, sys.maxsize, (0, 0)
         if request.resumable:
             # A session that grows its prompt rewrites tokens and hashes; it keeps everything.
             self.eviction_stats.skipped("streaming_input")
@@ -120,7 +122,7 @@ class EvictionMixin(_Base):
             self._start_steering(request, options)
         if terms is not None:
             self._terms[request_id] = terms
-            num_intact = terms.limits.protected // page_size
+            num_intact, probing = terms.limits.protected // page_size, terms.limits.probing
         num_tokens = most_tokens(None if terms is None else terms.limits, longest)
         ledger = self.block_manager.ledger
         if num_tokens > (room := ledger.num_pages * page_size):
@@ -128,7 +130,7 @@ class EvictionMixin(_Base):
             logger.warning("SkipKV: request %s ends at %d tokens: the KV cache holds no more", request_id, room)
             request.max_tokens = max(1, room - request.num_prompt_tokens)
             num_tokens = room
-        ledger.declare(request_id, Demand(num_tokens, num_intact))
+        ledger.declare(request_id, Demand(num_tokens, num_intact, probing))
 
     def _terms_of(self, request: Request, options: RequestOptions) -> Terms | None:
         """The terms of a request; None for one that keeps everything."""
@@ -149,7 +151,7 @@ class EvictionMixin(_Base):
             first_observed, segment = limits.protected, policy.segment_options.length
         self.planner.start(request.request_id, limits, first_observed, segment)
         page_size = self.block_manager.block_size
-        return Terms(policy, limits, most_cached // page_size * page_size, needs)
+        return Terms(policy, limits, most_cached // page_size * page_size, needs, options.kv_task_tokens or 0)
 
     def _get_local_prefix_cache_hit(self, request: Request) -> Any:
         blocks, num_cached, *others = super()._get_local_prefix_cache_hit(request)
@@ -221,6 +223,8 @@ class EvictionMixin(_Base):
             return [], []
         compactions, planned = [], self.planner.plan(candidates)
         observations = self._observe(candidates, {plan.request_id for plan in planned})
+        # Before any page is freed, so that none of them is still to be read.
+        scratch = self._borrow(planned)
         for plan in planned:
             pages = self._compact_request(plan)
             if pages is None:
@@ -235,10 +239,30 @@ class EvictionMixin(_Base):
                     source_pages=pages.source_pages,
                     target_pages=pages.target_pages,
                     ordinal=self.planner.num_compactions(plan.request_id),
+                    scratch_pages=scratch.get(plan.request_id, []),
                 )
             )
             self.planner.committed(plan.request_id, num_logical)
+        if scratch:
+            self.block_manager.give_back()
         return compactions, observations
+
+    def _borrow(self, planned: list[PlannedCompaction]) -> dict[str, list[int]]:
+        """Pages, by request, for tokens that are computed ahead.
+
+        With bounded admission they were promised. With optimistic admission they may not be there; then the request is
+        compacted without those tokens' queries, and that is counted.
+        """
+        pages = {}
+        for plan in planned:
+            if not plan.num_scratch:
+                continue
+            found = self.block_manager.borrow(plan.num_scratch)
+            if found is None:
+                self.eviction_stats.skipped("no_pages_for_probe")
+            else:
+                pages[plan.request_id] = found
+        return pages
 
     def _compact_request(self, plan: PlannedCompaction) -> CompactedPages | None:
         """Take a request's pages away; None if the request itself was preempted.
@@ -288,7 +312,7 @@ class EvictionMixin(_Base):
         # A preempted request keeps its count: what was evicted in its first life was evicted.
         self._evictions.setdefault(request_id, RequestEvictions(terms.policy.name))
         num_prompt = self.requests[request_id].num_prompt_tokens
-        return Started(request_id, terms.policy.name, num_prompt, limits.protected, limits.protected)
+        return Started(request_id, terms.policy.name, num_prompt, limits.protected, limits.protected, terms.num_task)
 
     def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
         super()._preempt_request(request, *args, **kwargs)

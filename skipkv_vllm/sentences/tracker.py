@@ -41,11 +41,6 @@ class SentenceState(NamedTuple):
         number = torch.searchsorted(self.ends, positions.contiguous()) + 1
         return torch.where(positions >= self.first, number, 0)
 
-    def penalty_of(self, positions: Tensor) -> Tensor:
-        """Penalty of each position's sentence, float32, of the positions' shape."""
-        number = self.sentence_of(positions)
-        return torch.where(number > 0, self.penalties[(number - 1).clamp(min=0)], 0.0)
-
 
 class TrackedTokens(NamedTuple):
     """The tokens of one step that belong to sentences, of R requests.
@@ -108,9 +103,10 @@ class SentenceTracker:
         self._open_sum = torch.zeros(num_slots, hidden_size, dtype=torch.float32, device=device)
         kept = options.max_sentences if self.has_embeddings else 0
         self._embeddings = torch.zeros(num_slots, kept + 1, hidden_size, dtype=dtype, device=device)
-        self._order = torch.arange(max_length + 1, dtype=torch.int32, device=device)
         self._kept_order = torch.arange(kept, dtype=torch.int64, device=device)
         self._track = ops.function("track_sentences", device)
+        self._similarity = ops.function("sentence_similarity", device)
+        self._look_up = ops.function("token_penalties", device)
 
     @property
     def nbytes(self) -> int:
@@ -151,24 +147,23 @@ class SentenceTracker:
         self._compare(torch.tensor([slot], device=self._count.device))
         return SentenceState(self._first[slot], self._ends[slot], self._penalties[slot])
 
-    def penalties(self, slots: Tensor, length: int) -> Tensor:
-        """Penalties of R requests by position, brought up to date: float32 `[R, length]`.
+    def penalties(self, slots: Tensor, positions: Tensor) -> Tensor:
+        """Penalties of tokens of R requests, brought up to date: float32, of the shape of the positions.
 
         Args:
             slots: integer `[R]`.
-            length: logical length of the longest of the requests.
+            positions: int32 `[R, L, H, N]`; see `ops.batched.token_penalties`.
         """
         rows = slots.long()
         self._compare(rows)
-        each = self._order[:length].repeat(len(rows), 1)
-        number = torch.searchsorted(self._ends[rows], each)
-        return torch.where(each >= self._first_of[rows, None], self._penalties[rows].gather(1, number), 0.0)
+        found: Tensor = self._look_up(self._ends, self._penalties, self._first_of, rows, positions)
+        return found
 
     def _compare(self, slots: Tensor) -> None:
         """Compare the sentences that were closed since the last time with the earlier ones."""
         if self.has_embeddings:
             rule = ops.RULES.index(self.tables.penalty_rule)
-            torch.ops.skipkv.sentence_similarity(
+            self._similarity(
                 self._embeddings,
                 slots,
                 self._count,

@@ -15,6 +15,7 @@ from vllm.tokenizers import cached_tokenizer_from_config
 
 from .. import compat
 from ..errors import KVPolicyError
+from ..gates import Gates
 from ..ops.paging import FP8_CACHES, Layout, PagedCache, cpu_layout
 from ..policies import Need
 from ..sentences import build_tables
@@ -22,6 +23,7 @@ from ..sentences.tracker import SentenceTracker
 from ..steering import tokenizer_digest
 from ..steering.tables import build_thought_tables
 from ..trace import TraceWriter
+from .gates import TokenGates, attention_blocks
 from .queries import QueryRing
 from .ranks import Ranks
 from .runtime import EvictionRuntime
@@ -48,7 +50,7 @@ def build_runtime(vllm_config: VllmConfig, model: nn.Module, device: torch.devic
     layers = attention_layers(vllm_config)
     num_slots = scheduling.max_num_seqs
     ranks = place_of(vllm_config, device)
-    ring = tracker = trace = None
+    ring = tracker = gates = trace = None
     if config.needs & Need.QUERIES:
         first = next(iter(layers.values()))
         ring = QueryRing(
@@ -75,12 +77,15 @@ def build_runtime(vllm_config: VllmConfig, model: nn.Module, device: torch.devic
             dtype=model_config.dtype,
             device=device,
         )
+    if config.gates is not None:
+        gates = _build_gates(config.gates, vllm_config, ranks, device)
+        gates.attach(attention_blocks(model, layers))
     if config.kv_trace_dir is not None:
         trace = TraceWriter(config.kv_trace_dir, vllm_config.parallel_config.rank)
     steering = _build_steering(vllm_config, model, device) if config.steers else None
-    held = sum(part.nbytes for part in (ring, tracker, steering) if part)
-    logger.info("SkipKV: %.1f MiB for observation queries and sentences of %d requests", held / 2**20, num_slots)
-    return EvictionRuntime(config, num_slots, ring, tracker, trace, device, ranks, steering)
+    held = sum(part.nbytes for part in (ring, tracker, gates, steering) if part)
+    logger.info("SkipKV: %.1f MiB for observation queries, sentences and gates of %d requests", held / 2**20, num_slots)
+    return EvictionRuntime(config, num_slots, ring, tracker, gates, trace, device, ranks, steering)
 
 
 def place_of(vllm_config: VllmConfig, device: torch.device) -> Ranks:
@@ -111,6 +116,25 @@ def place_of(vllm_config: VllmConfig, device: torch.device) -> Ranks:
     return Ranks(int(count), first_layer, first_head, num_stages, own, speaker)
 
 
+def most_tokens(vllm_config: VllmConfig) -> int:
+    """Tokens of the largest forward pass, padding included."""
+    largest_graph = vllm_config.compilation_config.max_cudagraph_capture_size or 0
+    return max(vllm_config.scheduler_config.max_num_batched_tokens, largest_graph)
+
+
+def _build_gates(learned: Gates, vllm_config: VllmConfig, ranks: Ranks, device: torch.device) -> TokenGates:
+    model_config, layers = vllm_config.model_config, list(attention_layers(vllm_config).values())
+    return TokenGates(
+        learned.layers[ranks.first_layer : ranks.first_layer + len(layers)],
+        first_head=ranks.first_head,
+        num_heads=layers[0].num_kv_heads,
+        activation=getattr(model_config.hf_text_config, "hidden_act", "unknown"),
+        max_tokens=most_tokens(vllm_config),
+        dtype=model_config.dtype,
+        device=device,
+    )
+
+
 def _build_steering(vllm_config: VllmConfig, model: nn.Module, device: torch.device) -> Steering:
     config = compat.policy_config(vllm_config)
     model_config, scheduling = vllm_config.model_config, vllm_config.scheduler_config
@@ -123,9 +147,7 @@ def _build_steering(vllm_config: VllmConfig, model: nn.Module, device: torch.dev
         vectors,
         interval=config.kv_steering_interval,
         num_slots=scheduling.max_num_seqs,
-        max_tokens=max(
-            scheduling.max_num_batched_tokens, vllm_config.compilation_config.max_cudagraph_capture_size or 0
-        ),
+        max_tokens=most_tokens(vllm_config),
         device=device,
     )
     steering.attach(decoder_layers(model, num_layers))
@@ -174,8 +196,8 @@ def _layout(layer: Any) -> Layout:
 
 
 def without_sidecar(available: int, vllm_config: VllmConfig) -> int:
-    """Memory left for KV pages when each token also needs its entry in the position sidecar, and in the attention
-    mass where a policy adds it up.
+    """Memory left for KV pages when each token also needs its entry in the position sidecar, and in those that
+    policies ask for.
 
     Args:
         available: bytes that vLLM would use for KV pages.

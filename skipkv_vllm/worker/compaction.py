@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,6 +21,7 @@ from ..policies.selection import select_sentences
 from ..scheduler.planner import Compaction, ceil_div
 from ..sentences.tracker import SentenceTracker
 from .attention_mass import AttentionMass
+from .gates import TokenGates
 from .positions import PositionSidecar
 from .queries import QueryRing
 from .ranks import ALONE, Ranks
@@ -37,6 +40,13 @@ class Managed:
     num_placed: int = 0
     """slots whose positions are in the sidecar; later slots follow in order"""
     num_compactions: int = 0
+    num_prompt: int = 0
+    first_ahead: Tensor | None = None
+    """likeliest token after the prompt, where tokens are decoded ahead from it"""
+    probe: Tensor | None = None
+    """queries of tokens computed ahead `[layers, n, Hq, D]`, for the compaction under way"""
+    num_asked: int = 0
+    """how many of them lie behind the held tokens, for the policy to see"""
 
 
 class Job(NamedTuple):
@@ -52,8 +62,9 @@ class _Batch(NamedTuple):
     Attributes:
         jobs: the requests.
         source_table, target_table: kernel pages before and after, `[R, pages]`.
-        num_resident, num_keep, pin_below, pin_from, slot, num_logical: `[R]`.
+        num_resident, num_keep, pin_below, pin_from, slot: `[R]`.
         positions: `[R, layers, H, N]` by slot.
+        gates: `[R, layers, H, N]` by slot, where the policy reads them.
         sentences: of every logical position, where they come from another stage; see `Compactor._announced`.
     """
 
@@ -65,8 +76,8 @@ class _Batch(NamedTuple):
     pin_below: Tensor
     pin_from: Tensor
     slot: Tensor
-    num_logical: Tensor
     positions: Tensor
+    gates: Tensor | None = None
     sentences: Tensor | None = None
 
     @property
@@ -95,7 +106,7 @@ class Compactor:
         config: the server's policy.
         cache: the KV pages.
         block_size: tokens of one of vLLM's blocks; a multiple of the kernels' page size.
-        ring, tracker, mass, segments: what the runtime collects.
+        ring, tracker, gates, mass, segments: what the runtime collects.
         ranks: this worker's place among those that share the model.
         key_scales: float32 `[layers, H]` by which stored keys must be multiplied, or None for 1.
     """
@@ -107,6 +118,7 @@ class Compactor:
         block_size: int,
         ring: QueryRing | None,
         tracker: SentenceTracker | None,
+        gates: TokenGates | None,
         mass: AttentionMass,
         segments: SegmentTable,
         ranks: Ranks = ALONE,
@@ -120,7 +132,11 @@ class Compactor:
         self._block_size = block_size
         self._pages_per_block = block_size // self.layers[0].page_size
         self._key_scales = key_scales
-        self._ring, self._tracker, self._mass, self._segments, self._ranks = ring, tracker, mass, segments, ranks
+        self._ring, self._tracker, self._gates, self._ranks = ring, tracker, gates, ranks
+        self._mass, self._segments = mass, segments
+        self._score_tokens = ops.function("score_tokens", self.device)
+        self._select_keep = ops.function("select_keep", self.device)
+        self._compact_pages = ops.function("compact_pages", self.device)
         ops.warn_if_slow(self.device.type)
 
     def table(self, rows: Sequence[Sequence[int]]) -> Tensor:
@@ -141,7 +157,8 @@ class Compactor:
     def _queries(self, batch: _Batch) -> Tensor:
         """What `score_tokens` takes: `[R, layers, W, Hq, D]`."""
         assert self._ring is not None
-        queries = self._ring.read_all(batch.slot, batch.num_logical)
+        slots, lengths = [job.request.slot for job in batch.jobs], [job.order.num_logical for job in batch.jobs]
+        queries = self._ring.read_all(slots, lengths)
         if self.cache.caches[0].element_size() == 1:
             queries = queries.float()
         if self._key_scales is None:
@@ -183,7 +200,7 @@ class Compactor:
         scores = self._scores(batch)
         by_head = self.config.kv_granularity == "head"
         moves = self._select_tokens(batch, scores) if by_head else self._select_sentences(batch, scores)
-        torch.ops.skipkv.compact_pages(
+        self._compact_pages(
             *self.cache,
             self.positions.entries,
             batch.positions,
@@ -193,9 +210,14 @@ class Compactor:
             *moves,
         )
         for r, (order, request) in enumerate(jobs):
+            follow = []
             if request.needs & Need.ATTENTION_MASS:
-                source, hole = moves.source[r].long(), moves.hole[r].long()
-                self._mass.move(request.slot, order.num_keep, source, hole, moves.valid[r])
+                follow.append(functools.partial(self._mass.move, request.slot))
+            if batch.gates is not None:
+                assert self._gates is not None
+                follow.append(functools.partial(self._gates.move, batch.gates[r], batch.target_table[r]))
+            for move in follow:
+                move(order.num_keep, moves.source[r].long(), moves.hole[r].long(), moves.valid[r])
 
     def _batch(self, jobs: Sequence[Job]) -> _Batch:
         numbers = [
@@ -205,19 +227,22 @@ class Compactor:
                 max(request.protected, request.policy.num_sinks),
                 order.num_logical - self.config.kv_window,
                 request.slot,
-                order.num_logical,
                 request.num_placed,
                 request.num_evicted,
             )
             for order, request in jobs
         ]
-        columns = to_device(numbers, torch.int32, self.device).T.contiguous()
-        resident, keep, below, from_, slot, logical, num_placed, num_evicted = columns
+        columns = to_device(np.array(numbers, dtype=np.int32).T.copy(), torch.int32, self.device)
+        resident, keep, below, from_, slot, num_placed, num_evicted = columns.unbind()
         source_table = self.table([job.order.source_pages for job in jobs])
-        length = max(job.order.num_resident for job in jobs)
+        length = max(job.order.num_resident + job.request.num_asked for job in jobs)
         positions = self.positions.read(source_table, length, num_placed, num_evicted)
         target_table = self.table([job.order.target_pages for job in jobs])
-        return _Batch(jobs, source_table, target_table, resident, keep, below, from_, slot, logical, positions)
+        gates = None
+        if jobs[0].request.needs & Need.GATES:
+            assert self._gates is not None
+            gates = self._gates.read(source_table, length)
+        return _Batch(jobs, source_table, target_table, resident, keep, below, from_, slot, positions, gates)
 
     # ---- sentences
 
@@ -230,7 +255,8 @@ class Compactor:
         said = torch.zeros(2, len(batch.jobs), batch.longest, dtype=torch.float32, device=self.device)
         if self._tracker is not None:
             order = torch.arange(batch.longest, dtype=torch.int32, device=self.device)
-            said[0] = self._tracker.penalties(batch.slot, batch.longest)
+            every = order.expand(len(batch.jobs), 1, 1, -1)
+            said[0] = self._tracker.penalties(batch.slot, every)[:, 0, 0]
             for r, (_, request) in enumerate(batch.jobs):
                 said[1, r] = self._tracker.state(request.slot).sentence_of(order)
         return self._ranks.from_last_stage(said)
@@ -239,12 +265,10 @@ class Compactor:
         """float32, of the shape of `batch.positions`."""
         if batch.sentences is None:
             assert self._tracker is not None
-            by_position = self._tracker.penalties(batch.slot, batch.longest)
-        else:
-            by_position = batch.sentences[0]
+            return self._tracker.penalties(batch.slot, batch.positions)
         # What lies past a shorter request's tokens means nothing, but must lie within the table.
         flat = batch.positions.flatten(1).clamp(0, batch.longest - 1).long()
-        return by_position.gather(1, flat).view(batch.positions.shape)
+        return batch.sentences[0].gather(1, flat).view(batch.positions.shape)
 
     def _numbers(self, batch: _Batch, r: int, positions: Tensor) -> Tensor:
         """Sentence numbers, int64, of positions of one request."""
@@ -260,7 +284,7 @@ class Compactor:
         policy = batch.jobs[0].request.policy
         penalty = self._penalties(batch) if policy.needs & Need.HIDDEN else None
         if (fused := policy.token_score) is not None:
-            return torch.ops.skipkv.score_tokens(
+            scores: Tensor = self._score_tokens(
                 *self.cache,
                 batch.source_table,
                 batch.positions,
@@ -271,6 +295,7 @@ class Compactor:
                 fused.mix,
                 fused.redundancy_threshold,
             )
+            return scores
         scores = torch.full(batch.positions.shape, -torch.inf, dtype=torch.float32, device=self.device)
         for r in range(len(batch.jobs)):
             self._score_request(batch, r, None if penalty is None else penalty[r], scores[r])
@@ -279,7 +304,7 @@ class Compactor:
     def _score_request(self, batch: _Batch, r: int, penalty: Tensor | None, scores: Tensor) -> None:
         """Let the policy score one request layer by layer, in ascending position; `scores` `[layers, H, N]` by slot."""
         order, request = batch.jobs[r]
-        policy, length = request.policy, order.num_resident
+        policy, length = request.policy, order.num_resident + request.num_asked
         by_position = batch.positions[r, ..., :length].argsort(dim=-1)
         positions = batch.positions[r, ..., :length].gather(-1, by_position)
         pages = batch.source_table[r, : ceil_div(length, self.layers[0].page_size)].long()
@@ -292,6 +317,7 @@ class Compactor:
             number = (positions - request.protected).div(segments.longest, rounding_mode="floor").clamp(min=-1)
             in_window = positions >= order.num_logical - self.config.kv_window
             numbers = torch.where(in_window, len(segments.sizes), number).long()
+        gates = None if batch.gates is None else batch.gates[r, ..., :length].gather(-1, by_position)
         for i, layer in enumerate(self.layers):
             keys = values = queries = None
             if policy.needs & Need.KEYS:
@@ -302,10 +328,15 @@ class Compactor:
             if policy.needs & Need.QUERIES:
                 assert self._ring is not None
                 queries = self._ring.read(i, request.slot, order.num_logical)
+            probe = None if request.probe is None else request.probe[i]
+            if request.num_asked:
+                queries, probe = probe, None
             view = View(
                 positions=positions[i],
                 window=self.config.kv_window,
                 num_keep=order.num_keep,
+                num_logical=order.num_logical,
+                num_prompt=request.num_prompt,
                 layer=self._ranks.first_layer + i,
                 first_head=self._ranks.first_head,
                 keys=keys,
@@ -315,6 +346,8 @@ class Compactor:
                 attention_mass=None if mass is None else mass[i],
                 segment=None if numbers is None else numbers[i],
                 segments=segments,
+                gates=None if gates is None else gates[i],
+                probe=probe,
             )
             scores[i, :, :length].scatter_(-1, by_position[i], policy.score(view))
 
@@ -335,22 +368,36 @@ class Compactor:
 
     # ---- selection
 
+    def _num_task(self, batch: _Batch) -> int:
+        return batch.jobs[0].request.policy.num_task(self.config.kv_window)
+
+    def _is_question(self, batch: _Batch, positions: Tensor, num_prompt: Tensor | int) -> Tensor:
+        """Which positions the method keeps because they are the question, bool."""
+        return (positions >= num_prompt - self._num_task(batch)) & (positions < num_prompt)
+
     def _select_tokens(self, batch: _Batch, scores: Tensor) -> Moves:
         """Every layer and head keeps its own tokens."""
+        if self._num_task(batch):
+            # The operator pins both ends only.
+            ends = [[[[request.num_prompt]]] for _, request in batch.jobs]
+            question = self._is_question(batch, batch.positions, to_device(ends, torch.int32, self.device))
+            scores = scores.masked_fill(question, torch.finfo(scores.dtype).max)
         most = max(min(o.num_keep, o.num_resident - o.num_keep) for o, _ in batch.jobs)
         numbers = (batch.num_resident, batch.num_keep, batch.pin_below, batch.pin_from)
-        return Moves(*torch.ops.skipkv.select_keep(scores, batch.positions, *numbers, most))
+        return Moves(*self._select_keep(scores, batch.positions, *numbers, most))
 
     def _select_sentences(self, batch: _Batch, scores: Tensor) -> Moves:
         """Whole sentences leave, the same for all layers and heads, so the first row speaks for all."""
         layers, heads = scores.shape[1:3]
         shared = self._ranks.mean(scores)
         rows = []
-        for r, (order, _) in enumerate(batch.jobs):
+        for r, (order, request) in enumerate(batch.jobs):
             length = order.num_resident
             by_position = batch.positions[r, 0, 0, :length].argsort()
             positions = batch.positions[r, 0, 0, :length][by_position]
             pinned = (positions < batch.pin_below[r]) | (positions >= batch.pin_from[r])
+            if self._num_task(batch):
+                pinned |= self._is_question(batch, positions, request.num_prompt)
             number = self._numbers(batch, r, positions)
             kept_sorted = select_sentences(shared[r, :length][by_position], pinned, number, order.num_keep)
             kept = torch.zeros_like(kept_sorted).scatter(0, by_position, kept_sorted)

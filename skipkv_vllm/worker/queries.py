@@ -7,6 +7,8 @@ the index is a persistent buffer too, refilled before each step.
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -46,6 +48,9 @@ class QueryRing:
         self._index_on_host = self.index.numpy() if self.index.device.type == "cpu" else None
         self._num_set = 0
         """leading entries of the index that may name a row; the others name nobody's"""
+        # Of the batch before, because most batches are the one before: first row and number of rows by request.
+        self._slots: np.ndarray | None = None
+        self._first_row = self._cycle = np.zeros(0, dtype=np.int64)
 
     @property
     def nbytes(self) -> int:
@@ -65,17 +70,21 @@ class QueryRing:
         """Say where the queries of the coming step go. R requests, their tokens contiguous.
 
         Args:
-            slots: int64 `[R]`, -1 for a request that is not observed.
+            slots: int64 `[R]`, -1 for a request that is not observed; never changed afterwards.
             counts: integer `[R]` tokens of each request in this step, at least one.
             starts: integer `[R]` logical position of each one's first token.
             num_tokens: sum of the counts.
         """
-        slot, position, observed = slots, starts, slots >= 0
-        if num_tokens > len(slots):
+        if slots is not self._slots:
+            self._slots, observed = slots, slots >= 0
+            self._first_row = np.where(observed, slots * self.window, self._nobody)
+            self._cycle = np.where(observed, self.window, 1)
+        if num_tokens == len(slots):
+            rows = self._first_row + starts % self._cycle
+        else:
             offsets = np.arange(num_tokens) - np.repeat(counts.cumsum() - counts, counts)
-            slot, start, count = (np.repeat(x, counts) for x in (slots, starts, counts))
-            position, observed = start + offsets, (slot >= 0) & (offsets >= count - self.window)
-        rows = np.where(observed, slot * self.window + position % self.window, self._nobody)
+            start, count, first, cycle = (np.repeat(x, counts) for x in (starts, counts, self._first_row, self._cycle))
+            rows = np.where(offsets >= count - self.window, first + (start + offsets) % cycle, self._nobody)
         if num_tokens < self._num_set:
             self.index[num_tokens : self._num_set].fill_(self._nobody)
         self._num_set = num_tokens
@@ -96,6 +105,17 @@ class QueryRing:
         self._clear()
         self.recording = True
 
+    @contextmanager
+    def handing_out(self) -> Iterator[list[Tensor]]:
+        """Collect the queries of an eager forward pass, `[T, Hq, D]` by layer, instead of recording them."""
+        seen: list[Tensor] = []
+        observe, recording = self.observe, self.recording
+        self.observe, self.recording = lambda query, index, rows: seen.append(query.clone()), True
+        try:
+            yield seen
+        finally:
+            self.observe, self.recording = observe, recording
+
     def _clear(self) -> None:
         self.index[: self._num_set].fill_(self._nobody)
         self._num_set = 0
@@ -105,11 +125,12 @@ class QueryRing:
         rows = self._rows[layer_index, slot * self.window : (slot + 1) * self.window]
         return rows.roll(-(num_logical % self.window), dims=0)
 
-    def read_all(self, slots: Tensor, num_logical: Tensor) -> Tensor:
-        """The same for R requests and all layers: `[R, layers, W, Hq, D]`; slots and lengths integer `[R]`."""
-        age = torch.arange(self.window, device=slots.device)
-        rows = slots.long()[:, None] * self.window + (num_logical.long()[:, None] + age) % self.window
-        return self._rows[:, rows].transpose(0, 1).contiguous()
+    def read_all(self, slots: Sequence[int], num_logical: Sequence[int]) -> Tensor:
+        """The same for R requests and all layers: `[R, layers, W, Hq, D]`."""
+        first = np.array(slots)[:, None] * self.window
+        rows = first + (np.array(num_logical)[:, None] + np.arange(self.window)) % self.window
+        found = self._rows.index_select(1, to_device(rows.ravel(), torch.int64, self._rows.device))
+        return found.unflatten(1, rows.shape).transpose(0, 1).contiguous()
 
 
 def _dequantised(query: Tensor, scale: Tensor) -> Tensor:

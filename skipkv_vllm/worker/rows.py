@@ -32,11 +32,6 @@ class StepBatch(NamedTuple):
     starts: np.ndarray
     num_tokens: int
 
-    @property
-    def only_decodes(self) -> bool:
-        """Whether every request has one token."""
-        return self.num_tokens == len(self.request_ids)
-
 
 class Evicted(NamedTuple):
     """Tokens that each request of a batch has evicted, int32 `[R]`; the same object as long as nothing changes."""
@@ -57,26 +52,27 @@ class RowSpans:
 
     def __init__(self, rows: np.ndarray, slots: np.ndarray, firsts: np.ndarray, device: torch.device) -> None:
         self.rows, self._firsts, self._device = rows, firsts, device
-        self._begun = False
         # Spans of a step that only decodes: all but the positions stay the same.
         self._spans = np.ones((4, len(rows)), dtype=np.int64)
         self._spans[0], self._spans[1] = slots, rows
-        self._shared_spans = torch.from_numpy(self._spans)
+        self._positions = self._spans[3]
+        self._on_host = torch.from_numpy(self._spans) if device.type == "cpu" else None
+        self._have_begun = False
 
     def of(self, batch: StepBatch) -> tuple[Tensor, int]:
         """The spans of a step: int64 `[4, <= K]` on the device (state slot, first token in the step, number of tokens,
         position of the first token), and how many tokens they have."""
-        if not batch.only_decodes or not self._has_begun(batch.starts):
+        number = len(self.rows)
+        if batch.num_tokens > len(batch.request_ids):
             return self._mixed(batch)
-        self._spans[3] = batch.starts if len(self.rows) == len(batch.starts) else batch.starts[self.rows]
-        on_device = self._shared_spans if self._device.type == "cpu" else self._to_device(self._spans)
-        return on_device, len(self.rows)
-
-    def _has_begun(self, starts: np.ndarray) -> bool:
-        """Whether every request is past its first position, which then stays so."""
-        if not self._begun:
-            self._begun = bool((starts[self.rows] >= self._firsts).all())
-        return self._begun
+        starts = batch.starts if number == len(batch.starts) else batch.starts[self.rows]
+        if not self._have_begun:
+            # Once every request is past its first position it stays so.
+            self._have_begun = bool((starts >= self._firsts).all())
+            if not self._have_begun:
+                return self._mixed(batch)
+        self._positions[:] = starts
+        return self._to_device(self._spans) if self._on_host is None else self._on_host, number
 
     def _mixed(self, batch: StepBatch) -> tuple[Tensor, int]:
         starts, counts = batch.starts[self.rows], batch.counts[self.rows]
@@ -113,8 +109,13 @@ class BatchRows:
         first_tracked: np.ndarray,
         device: torch.device,
     ) -> None:
-        self.request_ids = request_ids
+        self.request_ids, self.slots, self._device = request_ids, slots, device
         self.observed_slots = np.where(observed, slots, -1)
-        self.evicted = Evicted(evicted, to_device(evicted, torch.int32, device)) if evicted.any() else None
+        self.set_evicted(evicted)
         tracked = np.flatnonzero(first_tracked < NEVER)
         self.tracked = RowSpans(tracked, slots[tracked], first_tracked[tracked], device)
+
+    def set_evicted(self, evicted: np.ndarray) -> None:
+        """Note how many tokens each request has evicted, int32 `[R]`."""
+        on_device = to_device(evicted, torch.int32, self._device) if evicted.any() else None
+        self.evicted = None if on_device is None else Evicted(evicted, on_device)

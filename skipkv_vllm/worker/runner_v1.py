@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from .. import compat
+from ..policies import Need
 from .build import bind_cache, build_runtime
+from .probe import Prober
 from .rows import Evicted, StepBatch
 from .runtime import EvictionRuntime
 
@@ -34,6 +36,9 @@ class EvictingRunnerV1(_Base):
         super().initialize_kv_cache(kv_cache_config, *args, **kwargs)
         if not kwargs.get("is_profiling", bool(args and args[0])):
             bind_cache(self.runtime, self.vllm_config, kv_cache_config)
+            if self.runtime.config.needs & Need.PROBE:
+                assert self.runtime.ring is not None
+                self.runtime.prober = Prober(self, self.runtime.ring)
 
     def begin_step(self, scheduler_output: Any) -> None:
         """Carry out a step's orders; `execute_model` does it unless it was done before."""
@@ -52,8 +57,11 @@ class EvictingRunnerV1(_Base):
         if scheduler_output is not self._begun:
             self.begin_step(scheduler_output)
         output = super().execute_model(scheduler_output, *args, **kwargs)
+        if self.runtime.gates is not None:
+            self.runtime.gates.store(self.input_batch.block_table[0].slot_mapping.gpu)
         if self.execute_model_state is not None:
-            self.runtime.finish_forward(self.input_ids.gpu, self.execute_model_state.hidden_states)
+            state = self.execute_model_state
+            self.runtime.finish_forward(self.input_ids.gpu, state.hidden_states, state.logits)
         return output
 
     def num_evicted_tokens(self, num_scheduled_tokens: np.ndarray) -> np.ndarray | None:

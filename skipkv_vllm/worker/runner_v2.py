@@ -58,6 +58,8 @@ class EvictingRunnerV2(_Base):
         if scheduler_output is not self._begun:
             self.begin_step(scheduler_output)
         output = super().execute_model(scheduler_output, *args, dummy_run=False, **kwargs)
+        if self.runtime.gates is not None:
+            self.runtime.gates.store(self.block_tables.slot_mappings[0])
         state = self.execute_model_state
         if state is not None and state.hidden_states is not None:
             self.runtime.finish_forward(state.input_batch.input_ids, state.hidden_states)

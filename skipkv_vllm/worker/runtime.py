@@ -6,6 +6,8 @@ The host knows all counts and never waits for the device. One `EvictionRuntime` 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -14,18 +16,22 @@ from torch import Tensor
 from .. import ops
 from ..config import KVPolicyConfig, needs_of
 from ..ops.paging import PagedCache, to_device
-from ..policies import Need, make_policy
+from ..policies import Need, Policy, Probe, make_policy
 from ..scheduler.messages import Started, StepOrders
 from ..scheduler.planner import Compaction, Observation
 from ..sentences.tracker import SentenceTracker, TrackedTokens
 from ..trace import TraceWriter
 from .attention_mass import AttentionMass
 from .compaction import Compactor, Job, Managed
+from .gates import TokenGates
 from .queries import QueryRing
 from .ranks import ALONE, Ranks
 from .rows import NEVER, BatchRows, Evicted, StepBatch
 from .segments import SegmentTable
 from .steering import Steering
+
+if TYPE_CHECKING:
+    from .probe import Prober
 
 
 class EvictionRuntime:
@@ -36,6 +42,7 @@ class EvictionRuntime:
         num_slots: requests that can run at once.
         ring: observation queries, or None where no policy reads them.
         tracker: sentences, or None where no policy reads them.
+        gates: learned gates, or None where no policy reads them.
         trace: writes what was kept, or None.
         device: where the model runs.
         ranks: this worker's place among those that share the model.
@@ -48,6 +55,7 @@ class EvictionRuntime:
         num_slots: int,
         ring: QueryRing | None,
         tracker: SentenceTracker | None,
+        gates: TokenGates | None,
         trace: TraceWriter | None,
         device: torch.device,
         ranks: Ranks = ALONE,
@@ -56,6 +64,7 @@ class EvictionRuntime:
         self.config = config
         self.ring = ring
         self.tracker = tracker
+        self.gates = gates
         self.trace = trace
         self._device = device
         self._ranks = ranks
@@ -69,6 +78,8 @@ class EvictionRuntime:
         self._first_tracked = np.full(num_slots + 1, NEVER, dtype=np.int64)
         self._mass = AttentionMass()
         self._segments = SegmentTable()
+        self.prober: Prober | None = None
+        """computes tokens ahead, where a policy needs their queries"""
         self._compactor: Compactor | None = None
         self._records_queries = True
         self._batch: StepBatch | None = None
@@ -84,7 +95,9 @@ class EvictionRuntime:
             block_size: tokens of one of vLLM's blocks; a multiple of the kernels' page size.
             key_scales: float32 `[layers, H]` by which stored keys must be multiplied, or None for 1.
         """
-        collected = (self.ring, self.tracker, self._mass, self._segments)
+        if self.gates is not None:
+            self.gates.bind_cache(cache)
+        collected = (self.ring, self.tracker, self.gates, self._mass, self._segments)
         self._compactor = Compactor(self.config, cache, block_size, *collected, self._ranks, key_scales)
 
     # ---- before the forward pass
@@ -109,17 +122,21 @@ class EvictionRuntime:
         self._records_queries = orders is not None and orders.records_queries
         if orders is None:
             return
-        if orders.compactions or orders.started:
+        if orders.started:
             self._rows = None
         for observation in orders.observations:
             self._observe(observation)
         if orders.compactions:
             self._compact(orders.compactions)
+            if self._rows is not None:
+                self._rows.set_evicted(self._evicted[self._rows.slots])
         for started in orders.started:
             self._start(started)
 
     def _start(self, started: Started) -> None:
         policy = self.config.policy if started.policy == self.config.kv_policy else make_policy(started.policy)
+        if started.num_task:
+            policy = policy.with_task(started.num_task)
         old = self._requests.pop(started.request_id, None)
         slot = self._free_slots.pop() if old is None else old.slot
         self._requests[started.request_id] = Managed(
@@ -127,6 +144,7 @@ class EvictionRuntime:
             policy=policy,
             needs=needs_of(policy, self.config.kv_granularity),
             protected=started.protected,
+            num_prompt=started.num_prompt,
         )
         needs = self._requests[started.request_id].needs
         self._forget(slot)
@@ -158,6 +176,8 @@ class EvictionRuntime:
                 self.ring.prepare(rows.observed_slots, batch.counts, batch.starts, batch.num_tokens)
             else:
                 self.ring.skip()
+        if self.gates is not None:
+            self.gates.prepare(batch.num_tokens)
         return rows.evicted
 
     def steer(self, batch: StepBatch, token_ids: Tensor) -> None:
@@ -177,6 +197,8 @@ class EvictionRuntime:
             self.steering.prepare_dummy()
         if self.ring is not None:
             self.ring.idle()
+        if self.gates is not None:
+            self.gates.prepare(0)
 
     def num_evicted(self, request_id: str) -> int:
         """Tokens of this request that are no longer held."""
@@ -197,15 +219,25 @@ class EvictionRuntime:
 
     # ---- after the forward pass
 
-    def finish_forward(self, token_ids: Tensor, hidden: Tensor) -> None:
-        """Let the sentence tracker read what the forward pass produced.
+    def finish_forward(self, token_ids: Tensor, hidden: Tensor, logits: Tensor | None = None) -> None:
+        """Read what the forward pass produced: sentences, and what follows prompts that are complete now.
 
         Args:
             token_ids: `[>= T]` the step's input ids on the device.
             hidden: `[>= T, E]` last hidden states, after the final norm.
+            logits: `[R, V]` of each request's last token, where tokens are computed ahead.
         """
         batch, self._batch = self._batch, None
-        if self.tracker is None or batch is None:
+        if batch is None:
+            return
+        if self.prober is not None:
+            assert logits is not None
+            ends = (batch.starts + batch.counts).tolist()
+            for row, request_id in enumerate(batch.request_ids):
+                request = self._requests.get(request_id)
+                if request is not None and request.policy.probe is not None and ends[row] == request.num_prompt:
+                    request.first_ahead = logits[row].argmax()
+        if self.tracker is None:
             return
         assert self._rows is not None
         spans, num_tokens = self._rows.tracked.of(batch)
@@ -265,8 +297,11 @@ class EvictionRuntime:
                     f"tokens in {order.ordinal} compactions by the scheduler, {request.num_evicted} in "
                     f"{request.num_compactions} here"
                 )
+        if any(order.scratch_pages for order in orders):
+            jobs = self._probe(jobs)
         self._compactor.run(jobs)
         for order, request in jobs:
+            request.probe, request.first_ahead, request.num_asked = None, None, 0
             request.num_evicted += order.num_resident - order.num_keep
             self._evicted[request.slot] = request.num_evicted
             request.num_placed = order.num_keep
@@ -277,6 +312,80 @@ class EvictionRuntime:
                 self.trace.compacted(order, held.sort(dim=-1).values, self.tracker, request.slot)
             if self.config.kv_check_integrity:
                 self.check_integrity(order)
+
+    def _probe(self, jobs: Sequence[Job]) -> list[Job]:
+        """Compute tokens ahead for those that have pages for it; the jobs with what that changes of their orders."""
+        assert self.prober is not None
+        groups: dict[tuple[Probe, int], list[Job]] = {}
+        for job in jobs:
+            probe, window = job.request.policy.probe, self.config.kv_window
+            if job.order.scratch_pages and probe is not None:
+                num_tokens = job.request.policy.num_task(window) if probe.draft is None else probe.num_tokens
+                # Each request for itself: what is computed for it must not depend on the others.
+                num_tokens = min(num_tokens, self.prober.max_length - job.order.num_logical)
+                groups.setdefault((probe, num_tokens), []).append(job)
+        asked: dict[str, Job] = {}
+        for (probe, num_tokens), group in groups.items():
+            if probe.draft is not None:
+                self._decode_ahead(group, probe.draft, num_tokens)
+                continue
+            most = max(1, self.prober.max_tokens // num_tokens)
+            for i in range(0, len(group), most):
+                asked |= {job.order.request_id: job for job in self._ask(group[i : i + most], num_tokens)}
+        return [asked.get(job.order.request_id, job) for job in jobs]
+
+    def _ask(self, jobs: Sequence[Job], num_tokens: int) -> list[Job]:
+        """Append the question to each cache, in pages that the compaction then reads as well."""
+        assert self.prober is not None
+        asked = [
+            Job(order._replace(source_pages=order.source_pages + order.scratch_pages), request)
+            for order, request in jobs
+        ]
+        questions = [self.prober.question(order.request_id, num_tokens) for order, _ in jobs]
+        tokens = to_device(questions, torch.int64, self._device)
+        self._compute_ahead(asked, tokens, [o.num_resident for o, _ in jobs], [o.source_pages for o, _ in asked])
+        for _, request in jobs:
+            request.num_asked = num_tokens
+        return asked
+
+    def _decode_ahead(self, jobs: Sequence[Job], draft: Policy, num_tokens: int) -> None:
+        """Decode what follows each prompt on a temporary copy of its cache."""
+        assert self._compactor is not None
+        assert self.prober is not None
+        needs = needs_of(draft, self.config.kv_granularity)
+        copies = [
+            Job(
+                order._replace(target_pages=order.scratch_pages[: len(order.target_pages)]),
+                replace(request, policy=draft, needs=needs),
+            )
+            for order, request in jobs
+        ]
+        self._compactor.run(copies)
+        firsts = [request.first_ahead for _, request in jobs if request.first_ahead is not None]
+        held, pages = [order.num_keep for order, _ in jobs], [order.scratch_pages for order, _ in jobs]
+        self._compute_ahead(jobs, torch.stack(firsts)[:, None], held, pages, num_tokens)
+
+    def _compute_ahead(
+        self,
+        jobs: Sequence[Job],
+        tokens: Tensor,
+        num_held: Sequence[int],
+        pages: Sequence[Sequence[int]],
+        num_tokens: int = 0,
+    ) -> None:
+        """See `Prober.decode`."""
+        assert self._compactor is not None
+        assert self.prober is not None
+        queries = self.prober.decode(
+            tokens,
+            [order.num_logical for order, _ in jobs],
+            num_held,
+            self._compactor.table(pages),
+            self._compactor.layers[0].page_size,
+            num_tokens,
+        )
+        for (_, request), each in zip(jobs, queries, strict=True):
+            request.probe = each
 
     # ---- checks
 
@@ -296,6 +405,9 @@ class EvictionRuntime:
         expected = torch.arange(order.num_logical - self.config.kv_window, order.num_logical, device=held.device)
         assert (newest == expected).all(), "the observation window was evicted"
         assert ((held < request.protected).sum(-1) == request.protected).all(), "a protected prompt token was evicted"
+        first = max(0, request.num_prompt - request.policy.num_task(self.config.kv_window))
+        for position in range(first, min(request.num_prompt, order.num_logical)):
+            assert (held == position).any(-1).all(), "a token of the question was evicted"
         assert order.num_logical - request.num_evicted == order.num_keep
         slots = [r.slot for r in self._requests.values()]
         assert len(set(slots) | set(self._free_slots)) == len(slots) + len(self._free_slots), "a state slot was lost"

@@ -22,6 +22,7 @@ from benchmarks.server import serve
 from skipkv_vllm import bundled_model
 from skipkv_vllm.trace import Trace
 from tests import engines
+from tests.engine import test_prompt_methods as prompt_methods
 from tests.engine import test_steering as steering
 from tests.engine.test_exactness import another_question, check, check_segments, segment_job
 from tests.engine.test_server import free_port
@@ -86,6 +87,14 @@ def test_tensor_parallelism(is_async: bool, references: ReferenceCache) -> None:
         assert config.scheduler_config.async_scheduling == is_async
         assert config.parallel_config.world_size == 2
         assert outcome.num_cached[-1] >= 4 * PAGE if is_cached else outcome.num_cached[-1] == 0
+
+
+def test_tokens_are_decoded_ahead_on_all_ranks(references: ReferenceCache) -> None:
+    one = prompt_methods.make_job(max_model_len=512, **TENSOR)
+    outcome = engines.run(one)
+    check(one, outcome, references, min_compactions=1)
+    assert prompt_methods.counted(engines.engine(**one.arguments), "probes") == 4
+    assert outcome.skipped == {}
 
 
 @pytest.mark.parametrize("granularity", ["head", "sentence"])

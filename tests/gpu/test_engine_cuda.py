@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 
-from skipkv_vllm import bundled_model
+from skipkv_vllm import bundled_gates, bundled_model
 from tests import engines
 from tests.comparison import Tolerance, check_replayed
 from tests.engines import Job, Outcome
@@ -72,7 +72,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def reference(model: str) -> Model:
-    return Model(model)
+    model_with_gates = Model(model)
+    model_with_gates.load_gates(bundled_gates())
+    return model_with_gates
 
 
 def missing(backend: str) -> str | None:
@@ -124,6 +126,7 @@ def test_equals_the_reference(backend: str, graphs: str, runner: str, model: str
     jobs = [
         evicting(dtype=first, async_scheduling=True),
         evicting(["skipkv", "rkv"], dtype=first, kv_granularity="sentence"),
+        evicting(["trimkv", "rkv"], dtype=first, kv_policy="trimkv", kv_policy_config={"gates": bundled_gates()}),
         *(evicting(dtype=dtype) for dtype in others),
     ]
 

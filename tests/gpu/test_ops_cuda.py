@@ -223,12 +223,16 @@ def every_operator(module: ModuleType) -> list[Callable[[], Any]]:
     steered = (numbers(0, 0, 0, 0, 0), torch.zeros(5, device=CUDA))
     steering = (torch.randn(5, 512, device=CUDA), torch.ones(5, device=CUDA), numbers(0, 1, 2, 0, 1))
     vectors = torch.randn(3, 512, device=CUDA)
+    sidecar = torch.zeros(2, 4, 2, 16, dtype=torch.int32, device=CUDA)
+    held = (sidecar, numbers(3, 0, 1)[None], numbers(20), numbers(7))
     return [
         lambda: module.score_tokens(*arguments),
         lambda: module.select_keep(*selection),
         lambda: module.compact_pages(*moves),
         lambda: module.track_sentences(ids, states, spans, 5, is_delimiter, True, ends, *tracker, open_sum, unit),
         lambda: module.sentence_similarity(unit, slots, count, compared, penalties, 0.1, 0),
+        lambda: module.held_positions(*held, 40),
+        lambda: module.token_penalties(ends, penalties, count, slots, positions),
         lambda: module.observe_queries(query, index, rows),
         lambda: module.track_thoughts(ids, *thoughts, True, 128, strengths, thinking, 5, *steered),
         lambda: module.steer_add(*steering, vectors),

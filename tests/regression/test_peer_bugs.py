@@ -230,7 +230,7 @@ def test_evicted_before_a_window_was_observed():
 def test_a_stale_count_is_not_carried_out():
     """R-KV: step N + 1 used the count of step N - 1 and overwrote live tokens. Here a wrong count is an error."""
     config = KVPolicyConfig(kv_policy="streaming_llm", kv_budget=16, kv_window=4)
-    runtime = EvictionRuntime(config, 2, None, None, None, torch.device("cpu"))
+    runtime = EvictionRuntime(config, 2, None, None, None, None, torch.device("cpu"))
     raw = torch.randn(8, 1, 4, 16)
     before = raw.clone()
     runtime.bind_cache(PagedCache.of([raw], Layout.ROWS), 4)

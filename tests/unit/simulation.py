@@ -7,7 +7,11 @@ Beside that it does every compaction a second time, with loops over lists, from 
 
 from __future__ import annotations
 
+import atexit
+import functools
 import random
+import shutil
+import tempfile
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -16,12 +20,14 @@ import torch
 from torch import Tensor
 
 from skipkv_vllm.config import KVPolicyConfig
+from skipkv_vllm.gates import Gate, Gates
 from skipkv_vllm.ops.paging import Layout, PagedCache, cpu_layout, layer_pages
 from skipkv_vllm.policies import OBSERVED, Need
 from skipkv_vllm.scheduler.messages import Started, StepOrders
 from skipkv_vllm.scheduler.planner import Compaction, EvictionPlanner, Limits, Observation, ceil_div
 from skipkv_vllm.sentences import SentenceTables, segment_with
 from skipkv_vllm.sentences.tracker import SentenceTracker
+from skipkv_vllm.worker.gates import TokenGates
 from skipkv_vllm.worker.queries import QueryRing
 from skipkv_vllm.worker.rows import StepBatch
 from skipkv_vllm.worker.runtime import EvictionRuntime
@@ -71,17 +77,86 @@ def hashed(seed: int, layer: int, head: int, position: int, length: int) -> floa
     return state / 2**32
 
 
+@functools.cache
+def gates() -> Gates:
+    """Random gates for what the simulation calls a model; most tokens last about ten steps."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((5, HIDDEN), (5,), (KV_HEADS, 5), (KV_HEADS,))
+    layers = [Gate(*(torch.randn(*shape, generator=generator) for shape in shapes)) for _ in range(LAYERS)]
+    return Gates([gate._replace(bias2=gate.bias2 + 2) for gate in layers])
+
+
+@functools.cache
+def gates_file() -> str:
+    """The same as a file."""
+    folder = tempfile.mkdtemp(prefix="skipkv-gates-")
+    atexit.register(shutil.rmtree, folder)
+    gates().save(f"{folder}/gates.safetensors", {})
+    return f"{folder}/gates.safetensors"
+
+
 class Cell(NamedTuple):
     """One token in one layer and head."""
 
     position: int
     key: Tensor
     value: Tensor
+    log_beta: float
 
 
 class FakeAttention:
     def forward(self, layer: object, query: Tensor) -> Tensor:
         return query
+
+
+class FakeBlock(torch.nn.Module):
+    def forward(self, positions: Tensor, hidden_states: Tensor) -> Tensor:
+        return hidden_states
+
+
+@dataclass
+class FakeProber:
+    """Stands in for the model that decodes ahead: checks what it is given, and returns queries drawn before."""
+
+    sim: Simulation
+    max_length: int
+    max_tokens: int = 5
+
+    def decode(
+        self, tokens: Tensor, starts: list[int], num_held: list[int], table: Tensor, page_size: int, num_tokens: int = 0
+    ) -> Tensor:
+        found = []
+        assert tokens.numel() <= self.max_tokens
+        for r, start in enumerate(starts):
+            (request,) = (each for each in self.sim.running.values() if each.num_logical == start)
+            num_read = request.probe.shape[1]
+            if num_tokens:
+                assert start == request.num_prompt
+                assert tokens[r] == request.logits.argmax()
+                assert num_read == num_tokens
+            else:
+                assert start < request.num_prompt
+                assert tokens[r].tolist() == request.question[-num_read:]
+                self._append(request, table[r], page_size, num_held[r])
+            assert table[r].unique().numel() * page_size >= num_held[r] + num_read
+            for layer, pages in enumerate(self.sim.layers):
+                held = pages.keys.read_pages(table[r, : ceil_div(num_held[r], page_size)].long(), num_held[r])
+                assert [sorted(head) for head in held.tolist()] == request.copy[layer]
+            found.append(request.probe)
+        return torch.stack(found)
+
+    def _append(self, request: Running, table: Tensor, page_size: int, num_held: int) -> None:
+        """Write the question's keys behind the held tokens."""
+        for i in range(request.asked.shape[1]):
+            page, offset = table[(num_held + i) // page_size].long(), torch.tensor((num_held + i) % page_size)
+            for layer, pages in enumerate(self.sim.layers):
+                key = request.asked[layer, i]
+                content = [torch.cat([key, key], -1)] if len(pages.cells) == 1 else [key, key]
+                for cell, vectors in zip(pages.cells, content, strict=True):
+                    cell.scatter(page, torch.arange(KV_HEADS), offset, vectors)
+
+    def question(self, request_id: str, num_tokens: int) -> list[int]:
+        return self.sim.running[request_id].question[-num_tokens:]
 
 
 @dataclass
@@ -106,6 +181,14 @@ class Running:
         default_factory=lambda: [[[] for _ in range(KV_HEADS)] for _ in range(LAYERS)]
     )
     """`[layer][head]`, ascending positions"""
+    logits: Tensor | None = None
+    probe: Tensor | None = None
+    """queries of the tokens decoded ahead, `[layers, n, Hq, D]`"""
+    copy: list[list[list[list[float]]]] = field(default_factory=list)
+    """keys of the cache behind which they were computed, by layer and head, sorted"""
+    question: list[int] = field(default_factory=lambda: list(range(20, 30)))
+    asked: Tensor | None = None
+    """keys of the question, `[layers, n, H, D]`"""
     mass: dict[tuple[int, int, int], float] = field(default_factory=dict)
     """attention received so far by (layer, head, position)"""
     sparsities: list[float] = field(default_factory=list)
@@ -155,7 +238,7 @@ class Simulation:
             kv_window=window,
             kv_granularity=granularity,
             kv_protect_prompt=protect,
-            kv_policy_config=parameters or {},
+            kv_policy_config=parameters or ({"gates": gates_file()} if policy == "trimkv" else {}),
             kv_check_integrity=True,
         )
         self.chance = random.Random(seed)
@@ -163,7 +246,7 @@ class Simulation:
         self.block_size = page_size * ratio
         self.raw = [self._cache(layout, num_blocks * ratio, page_size) for _ in range(LAYERS)]
         needs = self.config.needs
-        ring = tracker = None
+        ring = tracker = token_gates = None
         self.impls = [FakeAttention() for _ in range(LAYERS)]
         if needs & Need.QUERIES:
             ring = QueryRing(
@@ -189,7 +272,22 @@ class Simulation:
                 dtype=torch.float32,
                 device=CPU,
             )
-        self.runtime = EvictionRuntime(self.config, num_slots, ring, tracker, None, CPU)
+        self.blocks = [FakeBlock() for _ in range(LAYERS)]
+        if self.config.gates is not None:
+            token_gates = TokenGates(
+                self.config.gates.layers,
+                first_head=0,
+                num_heads=KV_HEADS,
+                activation="silu",
+                max_tokens=max_tokens,
+                dtype=torch.float32,
+                device=CPU,
+            )
+            token_gates.attach(self.blocks)
+        self.runtime = EvictionRuntime(self.config, num_slots, ring, tracker, token_gates, None, CPU)
+        if needs & Need.PROBE:
+            self.runtime.prober = FakeProber(self, max_length)
+        self._lent: list[int] = []
         packing = Layout.ROWS if layout.startswith("gpu") else cpu_layout(layout)
         self.layers = [layer_pages(raw, packing) for raw in self.raw]
         self.runtime.bind_cache(PagedCache.of(self.raw, packing), self.block_size)
@@ -205,6 +303,8 @@ class Simulation:
         self.topics = torch.randn(3, HIDDEN, generator=torch.Generator().manual_seed(1))
         self._topic: dict[str, int] = {}
         self.num_replaced = 0
+        self.has_spare_pages = True
+        """False: no temporary copies"""
         self._steps = 0
         self.last_evicted: np.ndarray | None = None
 
@@ -231,7 +331,13 @@ class Simulation:
         self.running[name] = request
         self._topic[name] = 0
         if request.managed:
-            limits = Limits(budget, self.config.kv_buffer, self.config.kv_window, request.protected)
+            limits = Limits(
+                budget,
+                self.config.kv_buffer,
+                self.config.kv_window,
+                request.protected,
+                prompt_end=self.prompt_end_of(request),
+            )
             first, segment = max(request.num_logical, num_prompt - 1), None
             if self.config.needs & Need.SEGMENTS:
                 first, segment = request.protected, self.config.policy.segment_options.length
@@ -275,6 +381,10 @@ class Simulation:
     def keep_of(self, request: Running) -> int:
         return max(request.budget, request.protected + self.config.kv_window)
 
+    def prompt_end_of(self, request: Running) -> int:
+        """Length of a prompt that is compacted as soon as it is computed, else 0."""
+        return request.num_prompt if self.config.policy.compacts_prompt else 0
+
     def order(self, request: Running) -> Compaction:
         """Plan a compaction: shared pages that are not wholly protected are replaced."""
         keep = self.keep_of(request)
@@ -293,7 +403,37 @@ class Simulation:
             list(request.pages),
             target,
             request.num_compactions,
+            self._lend(request, keep),
         )
+
+    def _lend(self, request: Running, keep: int) -> list[int]:
+        """Pages for a temporary copy, where tokens are decoded ahead; their queries are drawn here."""
+        probe, request.probe, request.asked = self.config.policy.probe, None, None
+        if probe is None or not self.has_spare_pages or request.num_logical > request.num_prompt:
+            return []
+        is_question = probe.draft is None
+        if is_question == (request.num_logical == request.num_prompt):
+            return []
+        num_tokens = self.config.policy.num_task(self.config.kv_window) if is_question else probe.num_tokens
+        num_pages = ceil_div(num_tokens if is_question else keep + num_tokens, self.block_size)
+        num_tokens = min(num_tokens, self.runtime.prober.max_length - request.num_logical)
+        request.probe = self.random(LAYERS, num_tokens, Q_HEADS, DIM)
+        request.copy = []
+        if is_question:
+            request.asked = self.random(LAYERS, num_tokens, KV_HEADS, DIM)
+            request.copy = [[sorted(c.key.tolist() for c in cells) for cells in heads] for heads in request.dense]
+        for layer in range(0 if is_question else LAYERS):
+            request.copy.append([])
+            for head in range(KV_HEADS):
+                cells = request.dense[layer][head]
+                scores = self._snapkv(request, layer, head, request.num_logical, probe.draft.pool)
+                ranked = sorted(range(len(cells) - self.config.kv_window), key=lambda i: (-scores[i], i))
+                kept = ranked[: keep - self.config.kv_window]
+                kept += range(len(cells) - self.config.kv_window, len(cells))
+                request.copy[-1].append(sorted(cells[i].key.tolist() for i in kept))
+        pages = [self.free.pop() for _ in range(num_pages)]
+        self._lent += pages
+        return pages
 
     # ---- one step
 
@@ -307,9 +447,13 @@ class Simulation:
         orders, observations = [], []
         if compact:
             for request in self.running.values():
-                due = request.num_resident >= self.keep_of(request) + self.config.kv_buffer
+                due = request.num_resident >= self.keep_of(request) + self.config.kv_buffer or (
+                    self.prompt_end_of(request) == request.num_logical and request.num_resident > self.keep_of(request)
+                )
                 enough = sum(q is not None for q in request.queries) >= self.config.kv_window
-                if request.managed and due and enough and request.num_logical >= request.num_prompt:
+                # Most methods are tested on answers; what a prompt takes from others has no queries.
+                started = request.num_logical >= request.num_prompt or self.config.policy.compacts_prompt
+                if request.managed and due and enough and started:
                     self._observe(request, observations, True)
                     orders.append(self.order(request))
                     self._apply_order(request, orders[-1])
@@ -323,6 +467,8 @@ class Simulation:
         )
         step = StepOrders(orders, self._starting, observations, records)
         self.runtime.begin_step(step, self._finished, self._preempted)
+        self.free += self._lent
+        self._lent = []
         self._starting, self._finished, self._preempted = [], [], []
         for name, content in before.items():
             assert torch.equal(self.snapshot(name), content), f"a compaction changed the cache of {name}"
@@ -395,6 +541,9 @@ class Simulation:
         token_ids, hidden = [], []
         for layer, impl in enumerate(self.impls):
             impl.forward(None, queries[layer])
+        entering, slots = self.random(LAYERS, total, HIDDEN), []
+        for layer, block in enumerate(self.blocks):
+            block(positions=None, hidden_states=entering[layer])
         row = 0
         for name in names:
             request = self.running[name]
@@ -408,12 +557,21 @@ class Simulation:
                 request.tokens.append(token)
                 request.hidden.append(state)
                 request.queries.append(queries[:, row])
-                self._append(request, keys[:, row], values[:, row])
+                slots.append(self._append(request, keys[:, row], values[:, row], entering[:, row]))
                 self._weigh(request)
                 row += 1
+        if self.runtime.gates is not None:
+            self.runtime.gates.store(torch.tensor(slots + [-1]))
         padding = 3
+        padding, logits = 3, None
+        if self.config.needs & Need.PROBE:
+            logits = self.random(len(names), 16)
+            for name, each in zip(names, logits, strict=True):
+                self.running[name].logits = (
+                    each if self.running[name].num_logical == self.running[name].num_prompt else None
+                )
         self.runtime.finish_forward(
-            torch.tensor(token_ids + [DOT] * padding), torch.stack([*hidden, *(torch.ones(HIDDEN),) * padding])
+            torch.tensor(token_ids + [DOT] * padding), torch.stack([*hidden, *(torch.ones(HIDDEN),) * padding]), logits
         )
 
     def _weigh(self, request: Running) -> None:
@@ -429,7 +587,8 @@ class Simulation:
                     key = (layer, head, cell.position)
                     request.mass[key] = request.mass.get(key, 0.0) + weight
 
-    def _append(self, request: Running, key: Tensor, value: Tensor) -> None:
+    def _append(self, request: Running, key: Tensor, value: Tensor, hidden: Tensor) -> int:
+        """Write a token; the slot of the cache that it got."""
         slot = request.num_resident
         if slot == len(request.pages) * self.block_size:
             request.pages.append(self._allocate())
@@ -437,15 +596,19 @@ class Simulation:
         assert self.references[block] == 1, "a shared page is written"
         size = self.layers[0].page_size
         page = torch.tensor(block * self.ratio + offset // size)
+        read = self.config.gates is not None
         for layer, pages in enumerate(self.layers):
+            betas = dense_policies.log_beta(gates().layers[layer], hidden[layer]) if read else [0.0] * KV_HEADS
             content = (
                 [torch.cat([key[layer], value[layer]], -1)] if len(pages.cells) == 1 else [key[layer], value[layer]]
             )
             for cell, vectors in zip(pages.cells, content, strict=True):
                 cell.scatter(page, torch.arange(KV_HEADS), torch.tensor(offset % size), vectors)
             for head in range(KV_HEADS):
-                request.dense[layer][head].append(Cell(request.num_logical, key[layer, head], value[layer, head]))
+                cell = Cell(request.num_logical, key[layer, head], value[layer, head], betas[head])
+                request.dense[layer][head].append(cell)
         request.num_logical += 1
+        return block * self.block_size + offset
 
     # ---- reading the cache
 
@@ -484,6 +647,14 @@ class Simulation:
                 assert positions[layer, head][order].tolist() == [cell.position for cell in cells], name
                 assert torch.equal(keys[head][order], torch.stack([cell.key for cell in cells])), name
                 assert torch.equal(values[head][order], torch.stack([cell.value for cell in cells])), name
+        # What gates said follows the tokens of requests that read it, and of others until they are compacted.
+        state = self.runtime._requests.get(name)
+        if self.runtime.gates is not None and (not request.num_evicted or state.needs & Need.GATES):
+            assert self.runtime._compactor is not None
+            said = self.runtime.gates.read(self.runtime._compactor.table([request.pages]), length)[0]
+            said = said.gather(-1, positions.argsort(dim=-1))
+            wanted = [[[cell.log_beta for cell in cells] for cells in heads] for heads in request.dense]
+            torch.testing.assert_close(said, torch.tensor(wanted), rtol=1e-5, atol=1e-6)
 
     # ---- the dense reference
 
@@ -497,9 +668,10 @@ class Simulation:
         policy = self.runtime._requests[request.name].policy if request.name in self.runtime._requests else None
         policy = policy or self.config.policy
         first = max(request.protected, policy.num_sinks)
+        question = range(request.num_prompt - policy.num_task(self.config.kv_window), request.num_prompt)
 
         def pinned(position: int) -> bool:
-            return position < first or position >= order.num_logical - self.config.kv_window
+            return position < first or position in question or position >= order.num_logical - self.config.kv_window
 
         if self.config.kv_granularity == "head":
             for layer in range(LAYERS):
@@ -569,6 +741,17 @@ class Simulation:
 
         return number, penalty
 
+    def _snapkv(self, request: Running, layer: int, head: int, num_logical: int, pool: int) -> list[float]:
+        cells, window, group = request.dense[layer][head], self.config.kv_window, Q_HEADS // KV_HEADS
+        total = [0.0] * len(cells)
+        for position in range(num_logical - window, num_logical):
+            query = request.queries[position][layer, head * group : (head + 1) * group]
+            seen = [cell.key for cell in cells if cell.position <= position]
+            for j, weight in enumerate(attention_of(query, seen)):
+                total[j] += weight
+        old, reach = total[:-window], pool // 2
+        return [max(old[max(0, i - reach) : i + reach + 1]) for i in range(len(old))] + [0.0] * window
+
     def _scores(self, request: Running, layer: int, head: int, penalty, order: Compaction) -> list[float]:
         state = self.runtime._requests.get(request.name)
         policy = self.config.policy if state is None else state.policy
@@ -583,19 +766,26 @@ class Simulation:
             masses = [request.mass.get((layer, head, cell.position), 0.0) for cell in cells]
             # The newest before the others, and before the heaviest.
             return [1e6 + c.position if c.position >= oldest_recent else m for c, m in zip(cells, masses, strict=True)]
+        if policy.name == "trimkv":
+            return dense_policies.trimkv([cell.log_beta for cell in cells], [cell.position for cell in cells])
         keys = torch.stack([cell.key for cell in cells])
         queries = self._grouped(request, layer, head, window)
         if policy.name == "thinkv":
             numbers = [self._segment(request, cell.position) for cell in cells]
             return dense_policies.thinkv(keys, numbers, request.quota, request.shrinks)
-        if policy.name == "snapkv":
-            total = [0.0] * len(cells)
-            for i, query in enumerate(queries):
-                seen = [cell.key for cell in cells if cell.position <= num_logical - window + i]
-                for j, weight in enumerate(attention_of(query, seen)):
-                    total[j] += weight
-            old, reach = total[:-window], policy.pool // 2
-            return [max(old[max(0, i - reach) : i + reach + 1]) for i in range(len(old))] + [0.0] * window
+        group = Q_HEADS // KV_HEADS
+        if policy.name == "laq" and request.probe is not None:
+            drafted = request.probe[layer, :, head * group : (head + 1) * group]
+            return dense_policies.laq(drafted, queries if policy.with_window else queries[:0], keys, window)
+        if policy.name in ("snapkv", "laq"):
+            return self._snapkv(request, layer, head, num_logical, policy.pool)
+        if policy.name == "finch":
+            in_prompt = num_logical <= request.num_prompt
+            if request.asked is not None:
+                asking = request.probe[layer, :, head * group : (head + 1) * group]
+                extended = torch.cat([keys, request.asked[layer, :, head]])
+                return dense_policies.finch(asking, extended)[: len(cells)]
+            return dense_policies.finch(queries[-policy.num_task(window) :] if in_prompt else queries, keys)
         if policy.name not in ("rkv", "skipkv"):
             values = torch.stack([cell.value for cell in cells])
             mass = torch.tensor([request.mass.get((layer, head, cell.position), 0.0) for cell in cells])

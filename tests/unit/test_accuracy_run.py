@@ -95,6 +95,9 @@ def test_settings_survive_json():
         ({"steering": ("v:1:2:3",), "vectors": {"v": "f"}}, "is not [POLICY/]VECTOR:ALPHA0[:GAMMA]"),
         ({"steering": ("v:x",), "vectors": {"v": "f"}}, "is not [POLICY/]VECTOR:ALPHA0[:GAMMA]"),
         ({"steering": ("rkv/v:1",), "vectors": {"v": "f"}}, "'rkv' is not one of --policies"),
+        ({"own": {"rkv": {}}}, "--own: 'rkv' is not one of the evicting --policies"),
+        ({"own": {"skipkv": {"buffer": 3}}}, "may have policy_config, protect_prompt, and nothing else"),
+        ({"own": {"skipkv": 3}}, "may have policy_config, protect_prompt, and nothing else"),
     ],
 )
 def test_bad_settings(changes, said):
@@ -111,6 +114,30 @@ def test_one_engine_serves_all_policies():
     assert arguments["max_num_seqs"] == 4
     assert arguments["dtype"] == "float32"
     assert "kv_policy" not in worker.engine_arguments(replace(SETTINGS, policies=("full",), budgets=()), 4)
+
+
+OWN = replace(
+    SETTINGS,
+    policies=("full", "rkv", "trimkv", "finch"),
+    own={"trimkv": {"policy_config": {"gates": "g"}}, "finch": {"protect_prompt": False}},
+)
+
+
+def test_a_policy_may_have_an_engine_of_its_own():
+    shared = worker.engine_arguments(OWN.shared, 4)
+    assert (shared["kv_policy"], shared["kv_request_policies"], shared["kv_protect_prompt"]) == ("rkv", [], True)
+    trimkv, finch = (worker.engine_arguments(OWN.of(name), 4) for name in ("trimkv", "finch"))
+    assert (trimkv["kv_policy"], trimkv["kv_policy_config"], trimkv["kv_protect_prompt"]) == (
+        "trimkv",
+        {"gates": "g"},
+        True,
+    )
+    assert (finch["kv_policy"], finch["kv_policy_config"], finch["kv_protect_prompt"]) == ("finch", {}, False)
+    # A prompt that is not protected does not raise the bound.
+    assert [OWN.limits(name, 50, 100).bound for name in ("rkv", "finch")] == [236, 178]
+    assert Settings.from_json(json.loads(json.dumps(OWN.to_json()))) == OWN
+    alone = replace(OWN, policies=("full", "trimkv"), own={"trimkv": {}})
+    assert alone.shared.policies == ("full",)
 
 
 STEERED = replace(SETTINGS, vectors={"v": "v.safetensors"}, steering=("v:1:0.02", "full/v:0.5"))
@@ -232,6 +259,32 @@ def test_full_runs_first_and_settles_the_budgets(pool, tmp_path):
     assert info["failures"] == []
     assert len(samples) == 3 * 6 + 3 * 2
     assert all(s.correct for s in samples)
+
+
+def test_each_engine_is_asked_for_its_policies(pool, tmp_path, monkeypatch):
+    started = []
+
+    class Recorded(FakePool):
+        def __init__(self, settings: Settings, *rest: Any) -> None:
+            super().__init__(settings, *rest)
+            self.settings = settings
+
+        def answers(self, shares):
+            policies = {request.arm.policy for share in shares for request in share}
+            started.append((policies, self.settings.policies, self.settings.protect_prompt))
+            yield from super().answers(shares)
+
+    monkeypatch.setattr(run, "Pool", Recorded)
+    Run(replace(OWN, batch_sizes=(4,), problems_at={}), tmp_path)()
+    assert started == [
+        ({"full"}, ("full", "rkv"), True),
+        ({"rkv"}, ("full", "rkv"), True),
+        ({"trimkv"}, ("full", "trimkv"), True),
+        ({"finch"}, ("full", "finch"), False),
+    ]
+    _, info, samples = load(tmp_path)
+    assert info["failures"] == []
+    assert len(samples) == 7 * 6
 
 
 def test_steered_arms_are_run_and_kept(pool, tmp_path):

@@ -23,7 +23,7 @@ def job(name: str, source: list[int], target: list[int], *, protected: int = 0, 
 
 def parts(*jobs: Job) -> list[list[str]]:
     cache = PagedCache.of([torch.zeros(20, 1, SIZE, 8)], Layout.ROWS)
-    collected = (None, None, AttentionMass(), SegmentTable())
+    collected = (None, None, None, AttentionMass(), SegmentTable())
     compactor = Compactor(KVPolicyConfig(kv_policy="streaming_llm"), cache, SIZE, *collected)
     return [[each.order.request_id for each in part] for part in compactor._independent(jobs)]
 

@@ -49,7 +49,7 @@ def test_an_integer_is_fine_where_a_float_is_meant():
 @pytest.mark.parametrize(
     ("name", "options", "parts"),
     [
-        ("nope", {}, ["kv_policy='nope'", "full, caote, h2o", "skipkv, snapkv"]),
+        ("nope", {}, ["kv_policy='nope'", "full, caote, finch", "skipkv, snapkv"]),
         ("rkv", {"mixx": 0.1}, ["'mixx'", "'rkv'", "mix, pool, redundancy_threshold"]),
         ("full", {"mix": 0.1}, ["'mix'", "'full'", "none"]),
         ("rkv", {"similarity_threshold": 0.9}, ["'similarity_threshold'", "'rkv'"]),
@@ -95,6 +95,11 @@ def test_a_bad_policy_parameter_is_refused(name, options, parts):
         (
             {"kv_policy": "streaming_llm", "kv_budget": 12},
             ["kv_budget=12", "at least 13", "window of 8", "4 sinks"],
+        ),
+        ({"kv_policy": "finch"}, ["'finch' compacts the prompt", "protected", "--no-kv-protect-prompt"]),
+        (
+            {"kv_policy": "finch", "kv_protect_prompt": False, "kv_policy_config": {"task_tokens": 9}},
+            ["task_tokens=9", "1 to 8", "--kv-window"],
         ),
         ({"kv_policy": "rkv", "kv_budget": 1}, ["kv_budget=1", "greater than or equal to 2"]),
         ({"kv_policy": "rkv", "kv_budget": -5}, ["kv_budget=-5", "greater than or equal to 2"]),
@@ -211,6 +216,10 @@ SERVER = KVPolicyConfig(kv_policy="rkv", kv_budget=100)
         ({"kv_budget": 12, "kv_policy": "streaming_llm"}, ["kv_budget=12", "13 to 500", "4 sinks"]),
         ({"kv_policy": "nope"}, ["kv_policy='nope'", "full, caote"]),
         ({"kv_policy": 3}, ["kv_policy=3", "string"]),
+        ({"kv_policy": "finch"}, ["'finch' compacts the prompt", "protected", "--no-kv-protect-prompt"]),
+        ({"kv_policy": "laq"}, ["'laq' compacts the prompt", "protected", "--no-kv-protect-prompt"]),
+        ({"kv_task_tokens": 4}, ["kv_task_tokens=4", "'rkv' does not score by a question"]),
+        ({"kv_task_tokens": 0, "kv_policy": "finch"}, ["kv_task_tokens=0", "greater than or equal to 1"]),
         (
             {"kv_policy": "skipkv"},
             ["kv_policy='skipkv'", "sentences and hidden", "--kv-request-policies skipkv", "'rkv' or 'full'"],
@@ -222,6 +231,30 @@ def test_a_bad_request_option_is_refused(extra, parts):
         RequestOptions.parse(extra, SERVER, 500)
     for part in parts:
         assert part in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("extra", "parts"),
+    [
+        ({"kv_task_tokens": 9}, ["kv_task_tokens=9", "1 to 8", "--kv-window"]),
+        ({"kv_budget": 16}, ["kv_budget=16", "17 to 500", "window of 8", "question of 8"]),
+        ({"kv_budget": 12, "kv_task_tokens": 4}, ["kv_budget=12", "13 to 500", "question of 4"]),
+    ],
+)
+def test_a_question_must_fit_the_window_and_the_budget(extra, parts):
+    server = KVPolicyConfig(kv_policy="finch", kv_protect_prompt=False, kv_budget=100)
+    assert RequestOptions.parse({"kv_task_tokens": 3}, server, 500).resolve_policy(server).num_task(8) == 3
+    assert RequestOptions.parse({}, server, 500).resolve_policy(server).num_task(8) == 8
+    with pytest.raises(KVPolicyError) as error:
+        RequestOptions.parse(extra, server, 500)
+    for part in parts:
+        assert part in str(error.value)
+
+
+def test_a_server_that_does_not_decode_ahead_says_what_would():
+    server = KVPolicyConfig(kv_policy="finch", kv_protect_prompt=False)
+    with pytest.raises(KVPolicyError, match=r"'laq' needs probe, which this server .* --kv-request-policies laq"):
+        RequestOptions.parse({"kv_policy": "laq"}, server, 5000)
 
 
 @pytest.mark.parametrize("key", ["kv_window", "kv_buffer", "kv_granularity", "kv_protect_prompt", "kv_policy_config"])
@@ -274,6 +307,7 @@ def test_the_budget_of_the_server_must_hold_the_sinks_of_a_method_chosen():
         ("skipkv", ["h2o", "epicache"], ["kv_request_policies", "'epicache'", "EpiCache", "2509.17396", "by layer"]),
         ("adakv", [], ["kv_policy", "'adakv'", "AdaKV", "2407.11550", "by head", "block table", "Use snapkv"]),
         ("full", ["h2o"], ["kv_request_policies", "'full'", "--kv-policy"]),
+        ("skipkv", ["finch"], ["'finch' compacts the prompt", "--no-kv-protect-prompt"]),
     ],
 )
 def test_bad_request_policies_are_refused(policy, names, parts):
@@ -422,18 +456,24 @@ def make_vllm_config(**changes) -> SimpleNamespace:
             is_attention_free=False,
             get_sliding_window=lambda: None,
             skip_tokenizer_init=False,
+            is_multimodal_model=False,
+            enable_prompt_embeds=False,
+            uses_mrope=False,
         ),
         parallel_config=SimpleNamespace(
             decode_context_parallel_size=1,
             prefill_context_parallel_size=1,
             pipeline_parallel_size=1,
             tensor_parallel_size=1,
+            data_parallel_size=1,
             distributed_executor_backend="mp",
             enable_dbo=False,
         ),
         cache_config=SimpleNamespace(cache_dtype="auto"),
         speculative_config=None,
         kv_transfer_config=None,
+        lora_config=None,
+        use_v2_model_runner=False,
         additional_config=None,
     )
     for path, value in changes.items():
@@ -480,6 +520,37 @@ def test_an_unsupported_feature_is_refused(changes, parts):
         compat.check_config(make_vllm_config(**changes), policy)
     for part in ("--kv-policy does not support", *parts, "or start without --kv-policy"):
         assert part in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "parts"),
+    [
+        ({"use_v2_model_runner": True}, ["Model Runner V2", "Set VLLM_USE_V2_MODEL_RUNNER=0"]),
+        ({"parallel_config__pipeline_parallel_size": 2}, ["pipeline parallelism", "--tensor-parallel-size"]),
+        ({"parallel_config__data_parallel_size": 2}, ["data parallelism", "several servers"]),
+        ({"lora_config": object()}, ["LoRA", "Drop --enable-lora"]),
+        ({"model_config__is_multimodal_model": True}, ["multimodal models", "text model"]),
+        ({"model_config__enable_prompt_embeds": True}, ["prompt embeddings", "text model"]),
+        ({"model_config__uses_mrope": True}, ["several dimensions", "text model"]),
+    ],
+)
+@pytest.mark.parametrize("is_own", [True, False])
+def test_what_tokens_decoded_ahead_cannot_go_through_is_refused(is_own, changes, parts):
+    chosen = {"kv_policy": "laq"} if is_own else {"kv_policy": "rkv", "kv_request_policies": ["finch", "laq"]}
+    policy = KVPolicyConfig(kv_protect_prompt=False, **chosen)
+    compat.check_config(make_vllm_config(parallel_config__tensor_parallel_size=2), policy)
+    compat.check_config(make_vllm_config(**changes), KVPolicyConfig(kv_policy="finch", kv_protect_prompt=False))
+    with pytest.raises(KVPolicyError) as error:
+        compat.check_config(make_vllm_config(**changes), policy)
+    flag = "--kv-policy laq" if is_own else "--kv-request-policies laq"
+    for part in (f"{flag} does not support", *parts, f"or start without {flag}"):
+        assert part in str(error.value)
+
+
+def test_a_server_that_steers_does_not_decode_ahead():
+    policy = KVPolicyConfig(kv_policy="laq", kv_protect_prompt=False, kv_steering_vectors={"a": "/nowhere"})
+    with pytest.raises(KVPolicyError, match=r"--kv-policy laq does not support steering.*Drop --kv-steering-vectors"):
+        compat.check_config(make_vllm_config(), policy)
 
 
 @pytest.mark.parametrize("granularity", ["head", "sentence"])

@@ -101,6 +101,16 @@ def test_sentence_similarity(cuda, case):
     tokens.test_sentence_similarity(cuda, case)
 
 
+@rows(tokens.HELD)
+def test_held_positions(cuda, case):
+    tokens.test_held_positions(cuda, case)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_token_penalties(cuda, seed):
+    tokens.test_token_penalties(cuda, seed)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", tokens.STRIDES)
 def test_tokens(cuda, dtype, kind):

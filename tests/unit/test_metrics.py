@@ -36,6 +36,14 @@ def test_compactions_are_counted_and_reported_once():
     assert (again["logical_tokens"], again["resident_tokens"]) == (5, 4)
 
 
+def test_prompts_that_were_compacted_by_tokens_decoded_ahead_are_counted():
+    stats = EvictionStats()
+    stats.compacted(compaction(144, 16, 9, 1)._replace(scratch_pages=[20, 21]))
+    stats.compacted(compaction(144, 16, 9, 1))
+    report = stats.take(0, 0, 0)
+    assert (report["compactions"], report["probes"]) == (2, 1)
+
+
 def test_the_peak_of_pages_outlives_reports():
     stats = EvictionStats()
     assert stats.take(0, 0, 0)["peak_pages"] == 0

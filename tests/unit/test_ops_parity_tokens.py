@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -156,6 +157,94 @@ def test_sentence_similarity(backend, case):
         batched.sentence_similarity(embeddings.cpu(), asked, count.cpu(), wanted_compared, wanted, *options)
         assert torch.equal(compared.cpu(), wanted_compared)
         torch.testing.assert_close(penalties.cpu(), wanted, rtol=1e-5, atol=1e-6)
+
+
+# ---- held_positions and token_penalties
+
+HELD = {
+    "plain": (4, [20, 13], [9, 0]),
+    "nothing was moved": (4, [0, 0], [0, 0]),
+    "everything was moved": (8, [40, 40], [7, 1]),
+    "pages of one token": (1, [5, 40], [3, 100_000]),
+    "more was moved than is asked for": (16, [64, 3], [2, 2]),
+}
+
+
+@cases(HELD)
+def test_held_positions(backend, case):
+    page_size, placed, evicted = case
+    generator = torch.Generator().manual_seed(0)
+    pages = 2 * 64 // page_size + 3
+    sidecar = torch.randint(100, (3, pages, 2, page_size), generator=generator, dtype=torch.int32)
+    table = torch.randperm(pages, generator=generator)[: pages - 3].view(2, -1).int()
+    arguments = (sidecar, table, torch.tensor(placed).int(), torch.tensor(evicted).int())
+    for length in (40, 1, 0):
+        got = backend.module.held_positions(*on(backend.device, arguments), length).cpu()
+        assert got.dtype is torch.int32
+        assert torch.equal(got, batched.held_positions(*arguments, length))
+    # From its definition, token by token.
+    whole = batched.held_positions(*arguments, 40)
+    for r, layer, head, slot in itertools.product(range(2), range(3), range(2), range(40)):
+        entry = sidecar[layer, table[r, slot // page_size], head, slot % page_size]
+        assert whole[r, layer, head, slot] == (entry if slot < placed[r] else slot + evicted[r])
+
+
+@each_backend
+@pytest.mark.parametrize("seed", range(6))
+def test_token_penalties(backend, seed):
+    generator = torch.Generator().manual_seed(seed)
+    most, slots = 90, 4
+    ends = torch.full((slots, most + 1), torch.iinfo(torch.int32).max, dtype=torch.int32)
+    penalties = torch.zeros(slots, most + 1)
+    first = torch.tensor([0, 7, 30, 85])
+    for slot, number in enumerate((12, 0, 20, most - 85)):
+        closed = first[slot] + torch.randperm(most - int(first[slot]), generator=generator)[:number].sort().values
+        ends[slot, :number] = closed.int()
+        penalties[slot, :number] = torch.rand(number, generator=generator)
+    asked = torch.tensor([2, 0, 3, 1])
+    positions = torch.randint(most, (4, 2, 3, 60), generator=generator, dtype=torch.int32)
+    positions[1, :, :, -2:] = torch.tensor([-3, -1], dtype=torch.int32)
+    arguments = (ends, penalties, first, asked, positions)
+    got = backend.module.token_penalties(*on(backend.device, arguments)).cpu()
+    assert torch.equal(got, batched.token_penalties(*arguments))
+    # Past the longest sequence any number will do, but nothing foreign may be read.
+    positions[:, :, :, -1] = 2**31 - 1
+    far = backend.module.token_penalties(*on(backend.device, arguments)).cpu()
+    assert torch.equal(far[..., :-1], got[..., :-1])
+    assert (got > 0).any()
+    for r, place in itertools.product(range(4), range(60)):
+        position = int(positions[r, 0, 0, place]) if place < 59 else -1
+        sentence = next(i for i, end in enumerate(ends[asked[r]].tolist()) if end >= position)
+        wanted = penalties[asked[r], sentence] if position >= first[asked[r]] else 0.0
+        assert place == 59 or got[r, 0, 0, place] == wanted
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("held_positions", {1: torch.full((1, 4), 9, dtype=torch.int32)}, "names page 9 of 6"),
+        ("held_positions", {2: torch.tensor([40], dtype=torch.int32)}, "table has 4 pages; 5 are needed"),
+        ("held_positions", {4: -1}, "length=-1"),
+        ("token_penalties", {3: torch.tensor([3])}, "slot 3 of 3"),
+        ("token_penalties", {1: torch.zeros(3, 8)}, "penalties must have size 9"),
+    ],
+)
+def test_bad_arguments_of_what_is_held_are_refused(name, change, message):
+    if why := native.unavailable("cpu"):
+        pytest.skip(why)
+    table, one = torch.arange(4, dtype=torch.int32)[None], torch.ones(1, dtype=torch.int32)
+    given: dict[str, list[Any]] = {
+        "held_positions": [torch.zeros(2, 6, 2, 4, dtype=torch.int32), table, one, one, 20],
+        "token_penalties": [
+            *(torch.zeros(3, 9, dtype=torch.int32), torch.zeros(3, 9), torch.zeros(3, dtype=torch.int64)),
+            *(torch.tensor([1]), torch.zeros(1, 2, 2, 4, dtype=torch.int32)),
+        ],
+    }
+    arguments = given[name]
+    for place, value in change.items():
+        arguments[place] = value
+    with pytest.raises(RuntimeError, match=message):
+        getattr(native, name)(*arguments)
 
 
 # ---- track_thoughts

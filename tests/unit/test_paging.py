@@ -332,8 +332,12 @@ def sidecar(size: int = 4, layers: int = 2) -> PositionSidecar:
     return PositionSidecar(PagedCache.of([torch.zeros(PAGES, HEADS, size, 16)] * layers, paging.Layout.ROWS))
 
 
+def whole(numbers: list[Any]) -> Tensor:
+    return torch.tensor(numbers, dtype=torch.int32)
+
+
 def read(side: PositionSidecar, pages: list[int], length: int, placed: int, evicted: int) -> Tensor:
-    return side.read(torch.tensor([pages]), length, torch.tensor([placed]), torch.tensor([evicted]))[0]
+    return side.read(whole([pages]), length, whole([placed]), whole([evicted]))[0]
 
 
 def test_positions_before_any_compaction_are_the_slots():
@@ -354,7 +358,7 @@ def test_positions_after_a_compaction():
 def test_positions_of_several_requests_are_read_at_once():
     side = sidecar()
     side.entries[:, 3] = torch.tensor([[0, 5, 2, 6], [0, 1, 2, 3]])
-    got = side.read(torch.tensor([[3, 1], [2, 0]]), 6, torch.tensor([4, 0]), torch.tensor([3, 0]))
+    got = side.read(whole([[3, 1], [2, 0]]), 6, whole([4, 0]), whole([3, 0]))
     assert torch.equal(got[0], read(side, [3, 1], 6, 4, 3))
     assert torch.equal(got[1], read(side, [2, 4], 6, 0, 0))
 

@@ -40,7 +40,7 @@ def test_compacts_at_the_bound_and_not_before():
 
 @pytest.mark.parametrize(("num_prompt", "first"), [(50, 116), (108, 116), (109, 117), (400, 408)])
 def test_a_deferred_prompt_is_held_until_its_window_is_written(num_prompt, first):
-    limits = Limits(budget=100, buffer=16, window=8, protected=0, deferred=num_prompt)
+    limits = Limits(budget=100, buffer=16, window=8, protected=0, deferred=num_prompt + 8)
     assert (limits.first_bound, limits.cacheable) == (first, first - 8)
     planner = EvictionPlanner()
     planner.start("a", limits)
@@ -54,6 +54,57 @@ def test_a_deferred_prompt_is_held_until_its_window_is_written(num_prompt, first
     assert planner.plan([Residency("a", first + 16, first - 100)]) == [PlannedCompaction("a", 116, 100, 0)]
     planner.restart("a")
     assert planner.bound("a") == first
+
+
+@pytest.mark.parametrize("num_prompt", [100, 101, 115, 116, 117, 150])
+@pytest.mark.parametrize("is_deferred", [False, True])
+def test_a_prompt_longer_than_the_budget_can_be_compacted_at_its_end(num_prompt, is_deferred):
+    limits = Limits(100, 16, 8, 0, deferred=num_prompt if is_deferred else 0, prompt_end=num_prompt)
+    planner = EvictionPlanner()
+    planner.start("a", limits)
+    for _ in range(2):
+        # It was preempted and has written 60 tokens; its text is computed again in chunks of at most 40.
+        num_logical = num_evicted = 0
+        at = []
+        while num_logical < num_prompt + 60:
+            if num_logical >= planner.earliest["a"]:
+                for plan in planner.plan([Residency("a", num_logical, num_evicted)]):
+                    at.append(num_logical)
+                    assert plan.num_resident == num_logical - num_evicted <= limits.first_bound
+                    num_evicted += plan.num_resident - plan.num_keep
+                    planner.committed("a", num_logical)
+                    # A step that does not run the request must not compact it again.
+                    assert planner.plan([Residency("a", num_logical, num_evicted)]) == []
+            num_logical += min(40, planner.room("a", num_logical, num_evicted))
+        if num_prompt == 100:
+            first = [116]
+        elif num_prompt <= 116 or is_deferred:
+            first = [num_prompt]
+        else:
+            first = [*range(116, num_prompt, 16), num_prompt]
+        assert limits.cacheable == first[0] - 8
+        assert at[: len(first)] == first
+        assert at[len(first) :] == list(range(first[-1] + 16, num_prompt + 60, 16))
+        planner.restart("a")
+
+
+def test_tokens_are_decoded_ahead_at_the_end_of_a_prompt_and_never_else():
+    planner = EvictionPlanner()
+    planner.start("a", Limits(100, 16, 8, 0, prompt_end=140, num_ahead=5))
+    assert planner.plan([Residency("a", 116, 0)]) == [PlannedCompaction("a", 116, 100, 0, 0)]
+    assert planner.plan([Residency("a", 140, 24)]) == [PlannedCompaction("a", 116, 100, 0, 105)]
+    assert planner.plan([Residency("a", 156, 40)]) == [PlannedCompaction("a", 116, 100, 0, 0)]
+    planner.start("b", Limits(100, 16, 8, 0, prompt_end=100, num_ahead=5))
+    assert planner.plan([Residency("b", 116, 0)]) == [PlannedCompaction("b", 116, 100, 0, 0)]
+
+
+def test_a_question_is_appended_before_the_end_of_a_prompt_and_not_at_it():
+    planner = EvictionPlanner()
+    planner.start("a", Limits(100, 16, 8, 0, prompt_end=140, num_asked=7))
+    assert planner.plan([Residency("a", 116, 0)]) == [PlannedCompaction("a", 116, 100, 0, 7)]
+    assert planner.plan([Residency("a", 139, 23)]) == [PlannedCompaction("a", 116, 100, 0, 7)]
+    assert planner.plan([Residency("a", 140, 24)]) == [PlannedCompaction("a", 116, 100, 0, 0)]
+    assert planner.plan([Residency("a", 156, 40)]) == [PlannedCompaction("a", 116, 100, 0, 0)]
 
 
 def test_counts_resident_not_logical_tokens():

@@ -107,6 +107,20 @@ def test_the_pool_stays_sound_whatever_is_asked_of_it(steps, seed):
         queue.check_integrity({b.block_id for b in free})
 
 
+def test_pages_that_were_old_are_new_when_the_cache_was_reset():
+    pool = BlockPool(5, enable_caching=True, hash_block_size=16)
+    queue = pool.free_block_queue = GuardQueue.adopt(pool.free_block_queue)
+    blocks = pool.get_new_blocks(4)
+    for i, block in enumerate(blocks):
+        pool._insert_block_hash(make_block_hash_with_group_id(BlockHash(str(i).encode()), 0), block, num_tokens=16)
+    pool.free_blocks(blocks)
+    pool.free_blocks(pool.get_new_blocks(1))  # a phase begins
+    assert len(queue._old) == 3
+    assert pool.reset_prefix_cache()
+    pool.get_new_blocks(4)
+    queue.check_integrity(set())
+
+
 def test_only_a_stock_queue_is_adopted():
     class Other(FreeKVCacheBlockQueue):
         pass

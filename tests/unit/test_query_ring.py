@@ -215,3 +215,20 @@ def test_attach_works_for_different_classes_at_once():
 def test_ring_memory():
     ring, _ = make_ring(window=8, slots=3, max_tokens=16)
     assert ring.nbytes == LAYERS * (3 * 8 + 1) * HEADS * DIM * 4 + 16 * 8
+
+
+def test_queries_can_be_handed_out_instead():
+    ring, impls = make_ring()
+    step(ring, impls, [(0, 0, 0, 4)])
+    ring.skip()
+    held = [ring.read(layer, 0, 4) for layer in range(LAYERS)]
+    with ring.handing_out() as seen:
+        for layer, impl in enumerate(impls):
+            query = torch.full((2, HEADS, DIM), float(layer))
+            impl.forward(None, query, query, query)
+            query += 5  # vLLM reuses its buffers
+    assert [each.unique().tolist() for each in seen] == [[0.0], [1.0]]
+    assert not ring.recording
+    step(ring, impls, [(1, 1, 0, 4)])
+    assert all(torch.equal(ring.read(layer, 0, 4), held[layer]) for layer in range(LAYERS))
+    assert len(seen) == LAYERS

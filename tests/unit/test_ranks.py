@@ -92,7 +92,7 @@ def kept(policy: str, granularity: str, layers: slice, heads: slice, ranks: Rank
         for slot in (0, 1):
             tracker.reset(slot, 0)
         tracker.update(TrackedTokens(tokens, spans, total, topics[place // 5 % 3] + noise if size else None))
-    collected = (ring, tracker, AttentionMass(), SegmentTable())
+    collected = (ring, tracker, None, AttentionMass(), SegmentTable())
     compactor = Compactor(config, PagedCache.of(caches, Layout.ROWS), PAGE, *collected, ranks)
     jobs, first = [], 1
     for slot, (length, keep, number) in enumerate(zip(LENGTHS, KEEP, blocks, strict=True)):
@@ -103,7 +103,7 @@ def kept(policy: str, granularity: str, layers: slice, heads: slice, ranks: Rank
     compactor.run(jobs)
     result = []
     for order, _ in jobs:
-        placed = torch.tensor([[order.num_keep], [0]])
+        placed = torch.tensor([[order.num_keep], [0]], dtype=torch.int32)
         held = compactor.positions.read(compactor.table([order.target_pages]), order.num_keep, *placed)[0]
         result.append(held.sort(dim=-1).values)
     return result

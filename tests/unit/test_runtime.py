@@ -11,11 +11,11 @@ from skipkv_vllm.policies.thinkv import REASONING, TRANSITION
 from skipkv_vllm.scheduler.messages import Started, StepOrders
 from skipkv_vllm.worker.rows import StepBatch
 
-from .simulation import DOT, Simulation
+from .simulation import DOT, HIDDEN, Simulation
 
 CASES = [
     (policy, granularity, protect)
-    for policy in ("streaming_llm", "rkv", "skipkv", "random", "snapkv", "h2o")
+    for policy in ("streaming_llm", "rkv", "skipkv", "random", "snapkv", "h2o", "trimkv")
     for granularity in ("head", "sentence")
     for protect in (True, False)
 ]
@@ -88,6 +88,100 @@ def test_segments_shrink_as_the_text_turns(parameters, protect, layout):
     ), "the first life's segments count"
 
 
+@pytest.mark.parametrize("layout", ["gpu strided", "vec"])
+@pytest.mark.parametrize("granularity", ["head", "sentence"])
+@pytest.mark.parametrize("num_task", [0, 1, 3])
+def test_a_prompt_is_compacted_by_its_question_as_soon_as_it_is_computed(num_task, granularity, layout):
+    parameters = {"task_tokens": num_task}
+    sim = Simulation("finch", protect=False, parameters=parameters, layout=layout, granularity=granularity)
+    # One is longer than its bound, one than its budget only, one shorter than its question, one than its budget.
+    prompts, budgets = {"a": 45, "b": 27, "c": 2, "d": 15}, {"a": 26, "b": 26, "c": 26, "d": 20}
+    for name, num_prompt in prompts.items():
+        sim.start(name, num_prompt=num_prompt, budget=budgets[name])
+    sim.step({"a": 30, "b": 27, "c": 2, "d": 10})
+    sim.step({"a": 15, "b": 1, "d": 5})
+    assert [sim.running[name].num_compactions for name in prompts] == [0, 1, 0, 0]
+    sim.step(dict.fromkeys(prompts, 1))
+    assert [sim.running[name].num_compactions for name in prompts] == [1, 1, 0, 0]
+    assert sim.running["a"].num_resident == 27
+    for _ in range(40):
+        sim.step(dict.fromkeys(prompts, 1))
+    for name, num_prompt in prompts.items():
+        assert sim.running[name].num_compactions >= 2
+        # Whatever was written since, the question is held.
+        question = set(range(max(0, num_prompt - (num_task or 4)), num_prompt))
+        assert all(question <= set(held) for held in sim.positions(name).flatten(0, 1).tolist())
+
+
+@pytest.mark.parametrize("layout", ["gpu strided", "vec"])
+@pytest.mark.parametrize("has_spare_pages", [True, False])
+def test_a_question_is_asked_after_each_chunk(has_spare_pages, layout):
+    parameters = {"ask_chunks": True, "task_tokens": 3}
+    sim = Simulation("finch", protect=False, parameters=parameters, layout=layout, ratio=2, max_length=66)
+    sim.has_spare_pages = has_spare_pages
+    # The question would end behind the model's longest text in the last chunk of "a".
+    prompts, budgets = {"a": 65, "b": 47}, {"a": 24, "b": 26}
+    for name, num_prompt in prompts.items():
+        sim.start(name, num_prompt=num_prompt, budget=budgets[name])
+    sim.step({"a": 32, "b": 34})
+    chunks = {"a": [8, 8, 8, 8, 1], "b": [8, 5]}
+    num_asked = []
+    while any(chunks.values()):
+        sim.step({name: each.pop(0) for name, each in chunks.items() if each})
+        num_asked.append([0 if r.asked is None else r.asked.shape[1] for r in sim.running.values()])
+    expected = [[3, 3], [3, 3], [3, 0], [3, 0], [2, 0]] if has_spare_pages else [[0, 0]] * 5
+    assert num_asked == expected
+    sim.step({"a": 0})
+    assert [sim.running[name].num_compactions for name in prompts] == [6, 3]
+    for name in prompts:
+        sim.check(name)
+
+
+@pytest.mark.parametrize("layout", ["gpu strided", "vec"])
+@pytest.mark.parametrize("with_window", [False, True])
+@pytest.mark.parametrize("has_spare_pages", [True, False])
+def test_a_prompt_is_compacted_by_tokens_that_are_decoded_ahead(with_window, has_spare_pages, layout):
+    parameters = {"with_window": with_window, "lookahead": 6}
+    sim = Simulation("laq", protect=False, parameters=parameters, layout=layout, ratio=2, max_length=50)
+    sim.has_spare_pages = has_spare_pages
+    prompts = {"a": 45, "b": 27, "c": 15, "d": 29}
+    for name, num_prompt in prompts.items():
+        sim.start(name, num_prompt=num_prompt, budget=26)
+    sim.start("plain", num_prompt=9, budget=1, policy="none")
+    # Two prompts end in the same step, one after two chunks; the model's length ends after five tokens of "a".
+    sim.step({"a": 20, "b": 27, "c": 15, "plain": 9})
+    sim.step({"plain": 1, "a": 25, "c": 1, "d": 29})
+    assert [sim.running[name].num_compactions for name in prompts] == [0, 1, 0, 0]
+    free = sorted(sim.free)
+    sim.step(dict.fromkeys(prompts, 0))
+    assert [sim.running[name].num_compactions for name in prompts] == [1, 1, 0, 1]
+    assert sorted(set(free) & set(sim.free)) == free, "a page was lost"
+    ahead = {name: sim.running[name].probe for name in prompts}
+    if has_spare_pages:
+        assert [0 if each is None else each.shape[1] for each in ahead.values()] == [5, 6, 0, 6]
+    else:
+        assert not any(each is not None for each in ahead.values())
+    for _ in range(24):
+        sim.step(dict.fromkeys(prompts, 1))
+    for name in (*prompts, "plain"):
+        sim.check(name)
+    assert [sim.running[name].num_compactions for name in prompts] == [3, 3, 1, 3]
+    assert all(sim.running[name].probe is None for name in prompts)
+
+
+def test_queries_of_tokens_decoded_ahead_decide_other_than_the_window():
+    """Or the comparison above would say little."""
+    kept = []
+    for has_spare_pages in (True, False):
+        sim = Simulation("laq", protect=False)
+        sim.has_spare_pages = has_spare_pages
+        sim.start("a", num_prompt=45, budget=26)
+        sim.step({"a": 45})
+        sim.step({"a": 0})
+        kept.append(sim.positions("a").sort(-1).values)
+    assert (kept[0] != kept[1]).any(dim=-1).all()
+
+
 @pytest.mark.parametrize("layout", ["gpu", "gpu strided", "vec"])
 @pytest.mark.parametrize(("policy", "granularity", "protect"), CASES)
 def test_interleaved_requests_keep_what_the_method_says(policy, granularity, protect, layout):
@@ -130,6 +224,35 @@ def test_shared_pages_are_replaced_and_their_other_reader_sees_no_change(policy,
     assert sim.running["a"].num_compactions >= 2
     assert sim.running["b"].num_compactions >= 2
     assert (sim.num_replaced > 0) == (not protect)
+
+
+def test_what_gates_said_is_found_in_pages_that_another_method_wrote():
+    sim = Simulation("trimkv", protect=False)
+    sim.start("writer", num_prompt=26, budget=30, policy="streaming_llm")
+    sim.start("plain", num_prompt=3, budget=1, policy="none")
+    sim.step({"writer": 26, "plain": 3})
+    sim.start("reader", num_prompt=23, budget=26, shared_with="writer")
+    assert sim.running["reader"].num_logical == 20
+    sim.step({"writer": 1, "reader": 3, "plain": 1})
+    for _ in range(30):
+        sim.step({"writer": 1, "reader": 1})
+    assert sim.num_replaced
+    for name in sim.running:
+        sim.check(name)
+    assert min(sim.running[name].num_compactions for name in ("writer", "reader")) >= 2
+
+
+def test_a_dummy_pass_leaves_what_gates_said_alone():
+    sim = Simulation("trimkv")
+    sim.start("a", num_prompt=9, budget=30)
+    sim.step({"a": 9})
+    before = sim.runtime.gates._entries.clone()
+    sim.runtime.prepare_dummy()
+    for block in sim.blocks:
+        block(torch.zeros(9), torch.ones(9, HIDDEN))
+    sim.runtime.gates.store(torch.arange(9))
+    assert torch.equal(sim.runtime.gates._entries, before)
+    assert before.any()
 
 
 def test_flagged_sentences_leave_before_anything_else():
@@ -222,7 +345,7 @@ def test_a_request_may_use_another_method_than_the_server():
     assert not sim.runtime.ring.read(0, sim.runtime._requests["other"].slot, 48).any()
 
 
-@pytest.mark.parametrize("policy", ["skipkv", "h2o"])
+@pytest.mark.parametrize("policy", ["skipkv", "h2o", "trimkv"])
 def test_a_preempted_request_starts_over_with_a_clean_state(policy):
     sim = Simulation(policy, protect=False, num_slots=2)
     sim.start("a", num_prompt=8, budget=24)
@@ -242,7 +365,7 @@ def test_a_preempted_request_starts_over_with_a_clean_state(policy):
         assert sim.running["a"].num_compactions >= 1
 
 
-@pytest.mark.parametrize("policy", ["skipkv", "h2o"])
+@pytest.mark.parametrize("policy", ["skipkv", "h2o", "trimkv"])
 def test_slots_are_reused_without_leaking_state(policy):
     sim = Simulation(policy, protect=False, num_slots=2, num_blocks=40)
     for i in range(6):

@@ -479,8 +479,9 @@ def test_sentence_numbers_and_penalties_of_positions():
     state = tracker.state(0)
     positions = torch.tensor([[0, 3, 4, 5, 6, 8], [9, 10, 11, 12, 4, 7]], dtype=torch.int32)
     assert state.sentence_of(positions).tolist() == [[0, 0, 1, 1, 2, 2], [3, 3, 4, 4, 1, 2]]
+    penalties = tracker.penalties(torch.tensor([0]), positions[None, None])[0, 0]
     torch.testing.assert_close(
-        state.penalty_of(positions), torch.tensor([[0.0, 0, 1, 1, 0, 0], [0, 0, 0, 0, 1, 0]]), rtol=1e-5, atol=1e-5
+        penalties, torch.tensor([[0.0, 0, 1, 1, 0, 0], [0, 0, 0, 0, 1, 0]]), rtol=1e-5, atol=1e-5
     )
 
 
@@ -489,7 +490,8 @@ def test_penalty_and_numbers_without_any_closed_sentence():
     tracker.reset(0, 2)
     state = tracker.state(0)
     assert state.sentence_of(torch.tensor([0, 2, 50])).tolist() == [0, 1, 1]
-    assert state.penalty_of(torch.tensor([0, 2, 50])).tolist() == [0.0, 0.0, 0.0]
+    positions = torch.tensor([[[[0, 2, 50]]]], dtype=torch.int32)
+    assert tracker.penalties(torch.tensor([0]), positions).tolist() == [[[[0.0, 0.0, 0.0]]]]
 
 
 def test_similar_pairs_are_the_pairs_above_the_threshold():

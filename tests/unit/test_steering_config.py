@@ -222,7 +222,7 @@ def model_for(math: str, **changes: Any) -> tuple[SimpleNamespace, KVPolicyConfi
     for path, new in changes.items():
         part, name = path.split("__")
         setattr(getattr(config, part), name, new)
-    return config, KVPolicyConfig(kv_steering_vectors={"math": math})
+    return config, KVPolicyConfig(kv_steering_vectors={"math": math} if math else {})
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,68 @@
+"""`finch`: what the question at the end of the prompt attends to (Finch, Corallo and Papotti, arXiv 2408.00167)."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from .base import About, Need, Policy, Probe, View, check_range, register_policy
+
+
+@register_policy
+@dataclass(frozen=True)
+class Finch(Policy):
+    """Attention of the question, times the number of tokens each of its queries sees, averaged over them and the query
+    heads of a kv head. The question itself always stays. What the model writes is scored the same way by the newest W.
+
+    Attributes:
+        task_tokens: length of the question, the last tokens of the prompt; 0 for the window. A request gives its own
+            with `kv_task_tokens`.
+        ask_chunks: compute the question after each chunk of a prompt longer than the bound and let it score there too,
+            as the original does. Off: there the newest tokens score.
+    """
+
+    name: ClassVar[str] = "finch"
+    about: ClassVar[About] = About(
+        "Finch",
+        "2408.00167",
+        "O(W G L D)",
+        "the question is at most W tokens; keys keep their positions, the paper turns them to contiguous ones; between "
+        "chunks of a prompt longer than the bound the newest tokens score, unless `ask_chunks` appends the question to "
+        "each as the paper does, or `--kv-defer-prompt` holds the prompt whole",
+    )
+    compacts_prompt: ClassVar[bool] = True
+
+    task_tokens: int = 0
+    ask_chunks: bool = False
+
+    def __post_init__(self) -> None:
+        check_range("task_tokens", self.task_tokens, 0, 64)
+
+    @property
+    def needs(self) -> Need:  # type: ignore[override]
+        """A question that is computed ahead takes more."""
+        return Need.QUERIES | Need.KEYS | (Need.PROBE if self.ask_chunks else Need.NOTHING)
+
+    @property
+    def probe(self) -> Probe | None:
+        return Probe() if self.ask_chunks else None
+
+    def num_task(self, window: int) -> int:
+        return self.task_tokens or window
+
+    def with_task(self, num_task: int) -> Finch:
+        return dataclasses.replace(self, task_tokens=num_task)
+
+    def score(self, view: View) -> Tensor:
+        assert view.queries is not None
+        assert view.keys is not None
+        is_written = view.num_logical > view.num_prompt
+        queries = view.queries if is_written else view.queries[-self.num_task(view.window) :]
+        logits = ops.attention_logits(queries, view.keys.transpose(0, 1), view.positions)  # [H, G, n, L]
+        num_seen = (logits > -torch.inf).sum(dim=-1, keepdim=True)
+        return (logits.softmax(dim=-1) * num_seen).mean(dim=(1, 2))

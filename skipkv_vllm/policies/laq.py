@@ -1,0 +1,66 @@
+"""`laq`: what the model will ask for when it begins to answer (Lookahead Q-Cache, Wang et al., arXiv 2505.20334)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from .. import ops
+from .base import About, Need, Policy, Probe, View, check_odd, check_range, register_policy
+from .snapkv import SnapKV
+
+
+@register_policy
+@dataclass(frozen=True)
+class LAQ(Policy):
+    """Attention of the first tokens of a draft answer, summed over them, averaged over the query heads of a kv head,
+    max-pooled. The draft is decoded greedily on a temporary copy of the cache that SnapKV has compacted, and thrown
+    away. What the model writes is scored as by SnapKV.
+
+    Attributes:
+        lookahead: tokens of the draft.
+        with_window: count the last W queries of the prompt as well (LAQ++).
+        pool: width of the max-pooling, odd.
+    """
+
+    name: ClassVar[str] = "laq"
+    about: ClassVar[About] = About(
+        "LAQ",
+        "2505.20334",
+        "O(W G L D); at the end of a prompt `lookahead` forward passes more, and O(n G L D) for their n queries",
+        "the copy keeps as many tokens as the request, by the window's queries; a prompt longer than the bound is "
+        "compacted between chunks as by SnapKV (`--kv-defer-prompt` holds it whole instead)",
+    )
+    needs: ClassVar[Need] = Need.QUERIES | Need.KEYS | Need.PROBE
+    compacts_prompt: ClassVar[bool] = True
+
+    lookahead: int = 8
+    with_window: bool = False
+    pool: int = 7
+
+    def __post_init__(self) -> None:
+        check_range("lookahead", self.lookahead, 1, 64)
+        check_range("pool", self.pool, 1, 63)
+        check_odd("pool", self.pool)
+
+    @property
+    def draft(self) -> SnapKV:
+        """Method of the copy, and of what the model writes."""
+        return SnapKV(self.pool)
+
+    @property
+    def probe(self) -> Probe:
+        return Probe(self.lookahead, self.draft)
+
+    def score(self, view: View) -> Tensor:
+        if view.probe is None:
+            return self.draft.score(view)
+        assert view.queries is not None
+        assert view.keys is not None
+        keys = view.keys.transpose(0, 1)
+        received = ops.attention_received(view.probe, keys, view.positions, ahead=len(view.probe))
+        if self.with_window:
+            received += ops.attention_received(view.queries, keys, view.positions)
+        return ops.pooled(received, view.window, self.pool)

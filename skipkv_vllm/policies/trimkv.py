@@ -1,0 +1,48 @@
+"""`trimkv`: how long a token counts is learned, and said when it is written (TRIM-KV, Bui et al., arXiv 2512.03324)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from ..errors import KVPolicyError
+from .base import About, Need, Policy, View, register_policy
+
+
+@register_policy
+@dataclass(frozen=True)
+class TrimKV(Policy):
+    """`(t + 1 - p) * log beta` of the token at position p, where t is the newest position and `log beta` is what the
+    layer's gate said when the token was written: the logarithm of what is left of it for the next query.
+
+    Attributes:
+        gates: file of the model's gates, see `skipkv_vllm.gates`.
+    """
+
+    name: ClassVar[str] = "trimkv"
+    about: ClassVar[About] = About(
+        "TRIM-KV",
+        "2512.03324",
+        "O(L); a gate of width 512 (published) or less at every token",
+        "pins the newest W tokens; its code counts one step more than its formula, which this follows",
+    )
+    needs: ClassVar[Need] = Need.GATES
+
+    gates: str = ""
+
+    @property
+    def gates_file(self) -> str:
+        return self.gates
+
+    def check_complete(self) -> None:
+        if not self.gates:
+            raise KVPolicyError(
+                f"kv_policy={self.name!r} needs the gates of the model that is served; start the server with "
+                f'--kv-policy {self.name} --kv-policy-config \'{{"gates": "/path/to/gates.safetensors"}}\''
+            )
+
+    def score(self, view: View) -> Tensor:
+        assert view.gates is not None
+        return (view.positions[:, -1:] + 1 - view.positions) * view.gates

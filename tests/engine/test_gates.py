@@ -1,0 +1,141 @@
+"""Learned gates in the engine: what they say is kept with the pages, and `trimkv` keeps what the formula says."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from benchmarks.tiny_reasoner.problems import extract_answer, problems
+from skipkv_vllm import bundled_gates
+from skipkv_vllm.errors import KVPolicyError
+from tests import engines
+from tests.comparison import UNPROTECTED, another_question, check
+from tests.engines import PAGE, Job
+
+if TYPE_CHECKING:
+    from tests.hf_reference import ReferenceCache
+
+LONG = 150
+GATES: dict[str, Any] = {"kv_policy": "trimkv", "kv_policy_config": {"gates": bundled_gates()}}
+SIZES = {"tensor": {"tensor_parallel_size": 2}, "pipeline": {"pipeline_parallel_size": 2}}
+PROBLEMS, BUDGET = 40, 198
+"""A quarter of full KV, the smallest budget that this model's task fits; see its README."""
+
+
+@pytest.fixture(autouse=True)
+def gated(references: ReferenceCache) -> None:
+    if not references.model.gates:
+        references.model.load_gates(bundled_gates())
+
+
+@pytest.mark.parametrize(
+    ("runner", "eager"),
+    [
+        pytest.param("v1", True, id="v1-eager"),
+        pytest.param("v1", False, id="v1-compiled"),
+        pytest.param("v2", True, id="v2"),
+    ],
+)
+def test_engine_equals_reference(runner: str, eager: bool, references: ReferenceCache) -> None:
+    """Prompts in one chunk and two, other methods beside it, and a prompt that is found in the prefix cache."""
+    long, *short = [*engines.demo_prompts(1, at_least=LONG), *engines.demo_prompts(4)]
+    prompts = [long, *short[:3], another_question(long), short[3]]
+    policies = ["trimkv", "trimkv", "h2o", "full", "trimkv", "rkv"]
+    arguments = GATES | {"kv_budget": 160, "kv_buffer": 32, "enforce_eager": eager}
+    job = Job(prompts, policies, 260 if runner == "v1" else 180, every=5, arguments=arguments)
+
+    outcome = engines.run(job, runner)
+
+    assert outcome.is_v2 == (runner == "v2")
+    assert outcome.num_cached[4] >= 4 * PAGE
+    check(job, outcome, references, min_compactions=2)
+
+
+def test_sentences_leave_by_what_gates_said(references: ReferenceCache) -> None:
+    prompts = engines.demo_prompts(2, at_least=LONG)
+    job = Job(prompts, ["trimkv"] * 2, 250, every=3, arguments=GATES | {"kv_granularity": "sentence"})
+    check(job, engines.run(job), references, min_compactions=2)
+
+
+@pytest.mark.parametrize("is_async", [False, True], ids=["sync", "async"])
+def test_shared_pages_carry_what_was_said(is_async: bool, references: ReferenceCache) -> None:
+    """Prompts are evicted by what gates said of them when another request, of another method, wrote their pages."""
+    (first,) = engines.demo_prompts(1, at_least=LONG)
+    prompts = [first, another_question(first), another_question(first), first]
+    arguments = GATES | UNPROTECTED | {"async_scheduling": is_async}
+    job = Job(prompts, ["rkv", "trimkv", "trimkv", "trimkv"], 150, every=1, arguments=arguments, budgets=[160] * 4)
+
+    outcome = engines.run(job)
+
+    assert outcome.is_async == is_async
+    assert min(outcome.num_cached[1:3]) >= 3 * PAGE
+    check(job, outcome, references, min_compactions=3)
+
+
+def test_preempted_requests_keep_the_same_again(references: ReferenceCache) -> None:
+    (long,) = engines.demo_prompts(1, at_least=100)
+    short = engines.demo_prompts(3)
+    arguments = GATES | UNPROTECTED | {"kv_admission": "optimistic", "num_gpu_blocks_override": 12}
+    arguments |= {"max_model_len": 256, "max_num_batched_tokens": 64}
+    job = Job(
+        [short[0], long, another_question(long), *short[1:]],
+        ["full", "trimkv", "trimkv", "trimkv", "h2o"],
+        100,
+        every=3,
+        arguments=arguments,
+        budgets=[None, 160, None, None, None],
+    )
+
+    outcome = engines.run(job)
+
+    preempted = {job.policies[i] for i, count in enumerate(outcome.num_preemptions) if count}
+    assert "trimkv" in preempted, "nobody that reads gates was preempted"
+    assert outcome.num_cached[2] == 3 * PAGE
+    check(job, outcome, references, min_compactions=1)
+
+
+@pytest.fixture
+def _one_thread_a_worker() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+        patch.setenv("OMP_NUM_THREADS", "1")
+        patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(engines.REPOSITORY), os.getenv("PYTHONPATH")])))
+        yield
+        engines.shutdown()
+
+
+@pytest.mark.usefixtures("_one_thread_a_worker")
+@pytest.mark.parametrize("size", SIZES.values(), ids=list(SIZES))
+def test_every_rank_has_the_gates_of_its_layers_and_heads(size: dict[str, int], references: ReferenceCache) -> None:
+    first, *others = engines.demo_prompts(3, at_least=LONG)
+    arguments = GATES | size | {"max_model_len": 512, "max_num_batched_tokens": 512}
+    policies = ["trimkv", "h2o", "trimkv", "trimkv"]
+    job = Job([first, *others, another_question(first)], policies, 200, every=7, arguments=arguments)
+    check(job, engines.run(job), references, min_compactions=2)
+
+
+def test_gates_of_another_model_are_refused_at_the_start() -> None:
+    with pytest.raises(KVPolicyError, match=r"gates '/nowhere\.safetensors': there is no such file"):
+        engines.engine(**GATES | {"kv_policy_config": {"gates": "/nowhere.safetensors"}})
+
+
+def test_learned_gates_choose_better_than_chance() -> None:
+    """On dev problems, at a budget where chance solves next to nothing and full KV all."""
+    from vllm import SamplingParams
+
+    tasks = list(problems("dev", PROBLEMS))
+    llm = engines.engine(**GATES | {"kv_budget": BUDGET, "kv_buffer": 128, "kv_check_integrity": False})
+    rates = {}
+    for policy in ("full", "random", "trimkv"):
+        params = SamplingParams(max_tokens=1200, temperature=0.0, extra_args={"kv_policy": policy})
+        prompts = [{"prompt_token_ids": engines.chat_prompt(task.question)} for task in tasks]
+        answers = [output.outputs[0].text for output in llm.generate(prompts, params, use_tqdm=False)]
+        right = [extract_answer(text) == task.answer for text, task in zip(answers, tasks, strict=True)]
+        rates[policy] = sum(right) / PROBLEMS
+    print(f"{PROBLEMS} dev problems at a budget of {BUDGET}: " + ", ".join(f"{k} {v:.1%}" for k, v in rates.items()))
+    assert rates["full"] >= 0.95
+    assert rates["random"] <= 0.3
+    assert rates["trimkv"] >= rates["random"] + 0.3
