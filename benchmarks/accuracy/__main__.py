@@ -110,6 +110,11 @@ def _parser() -> argparse.ArgumentParser:
         metavar="POLICY",
         help="methods that are shown in a table of their own",
     )
+    tiny.add_argument(
+        "--only-others",
+        action="store_true",
+        help="run --others alone; everything else stays as it stands in results/tiny.json",
+    )
     tiny.add_argument("--others-budgets", nargs="+", default=list(OTHERS_BUDGETS), metavar="B", help="of --budgets")
     tiny.add_argument("--others-problems", type=int, default=100, metavar="N", help="problems of --others")
     tiny.add_argument("--problems-at-1", type=int, default=20, metavar="N", help="problems at batch size 1")
@@ -317,17 +322,22 @@ def _tiny(args: argparse.Namespace, command: Sequence[str]) -> int:
         policy_config=args.policy_config,
         engine=TINY_ENGINE,
     )
-    _execute(settings, args.out, args.processes, False, command)
-    summary = _load_summary(args.out)
-    if args.others:
-        summary["others"] = _tiny_others(args, settings, summary, command)
     published = args.model is None and args.split == "held-out"
     args.docs = args.docs or (DOCS if published else args.out / "docs")
     results = args.docs / TINY.parent
-    draw(summary, results, TINY_FIGURES)
+    if args.only_others:
+        if not (args.docs / TINY).exists():
+            raise UsageError(f"--only-others adds to {args.docs / TINY}, which does not exist; leave it out")
+        summary = json.loads((args.docs / TINY).read_text())
+    else:
+        _execute(settings, args.out, args.processes, False, command)
+        summary = _load_summary(args.out)
+        draw(summary, results, TINY_FIGURES)
+        write_report(summary, args.out)
+        print_table(summary, print)
+    if args.others:
+        summary["others"] = _tiny_others(args, settings, summary, command)
     write_summary(summary, args.docs / TINY)
-    write_report(summary, args.out)
-    print_table(summary, print)
     if args.others:
         print_table(summary["others"], print)
     print(f"\nreport: {args.out / 'report.html'}; docs: {write_docs(args.docs)}")
