@@ -78,15 +78,21 @@ def measured_sections(docs: Path) -> list[str]:
 
 def write_summary(summary: Summary, path: Path) -> None:
     """Write figures as JSON with a line per arm, so that a change is readable in a diff."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(_lines(summary) + "\n")
+
+
+def _lines(summary: Summary) -> str:
     parts = []
     for key, value in summary.items():
         if isinstance(value, list) and value and isinstance(value[0], dict):
             rows = ",\n  ".join(json.dumps(row) for row in value)
             parts.append(f' "{key}": [\n  {rows}\n ]')
         else:
-            parts.append(f' "{key}": {json.dumps(value)}')
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("{\n" + ",\n".join(parts) + "\n}\n")
+            # A summary within a summary.
+            text = _lines(value) if isinstance(value, dict) and "arms" in value else json.dumps(value)
+            parts.append(f' "{key}": {text}')
+    return "{\n" + ",\n".join(parts) + "\n}"
 
 
 def results_page(tiny: Summary, paper: dict[str, Any], measured: Sequence[str] = ()) -> str:
@@ -117,7 +123,10 @@ def results_page(tiny: Summary, paper: dict[str, Any], measured: Sequence[str] =
         NOTES,
     ]
     if others := tiny.get("others"):
+        pairs = others["batch_invariance"]
+        compared, changed = (sum(row[key] for row in pairs) for key in ("compared", "other_answer"))
         parts += ["### The other methods of the literature", setting(others), OTHERS, arms_table(others)]
+        parts += [f"Of {compared} answers that were also given at batch size 1, {changed} differ."]
     if tiny["versus"]:
         parts += [f"### {OURS} against the others at equal budget", versus_table(tiny)]
     if tiny["batch_invariance"]:
