@@ -9,9 +9,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .config import KVPolicyConfig
+from .config import KVPolicyConfig, RequestOptions
 from .policies import Need
-from .scheduler.planner import Limits, ceil_div
+from .scheduler.admission import Demand, limits_of, most_tokens
+from .scheduler.planner import ceil_div
 
 POSITION_BYTES = 4
 """Of an entry of the position sidecar, and of any other."""
@@ -123,7 +124,7 @@ class Capacity:
         pages: pages with the policy.
         pages_full: pages that the same memory would hold without it.
         bound: tokens that a request of this prompt holds at most once it decodes.
-        request_pages: pages of that.
+        request_pages: pages that it holds at most, those included that are lent to it for tokens computed ahead.
         request_pages_full: pages that a request of this length holds at its end without the policy.
         length: that length.
         fit: requests at their bound that the pages hold.
@@ -185,18 +186,20 @@ def capacity(
         shape: of one rank.
         pool: of the engine.
         length: tokens of a request at its end; the longest allowed by default.
-        prompt: its prompt, which raises its bound where it is protected and exceeds the budget.
+        prompt: its prompt, which raises its bound where it is protected and exceeds the budget; where it is not, it may
+            be held whole at first, or take pages for tokens that are computed ahead.
     """
     length = pool.max_length if length is None else length
-    protected = prompt if config.kv_protect_prompt else 0
-    bound = Limits(config.kv_budget, config.kv_buffer, config.kv_window, protected).bound
+    limits = limits_of(RequestOptions(), config, prompt)
+    assert limits is not None, "capacity is asked for of a policy that evicts"
     kv, sidecar, page = shape.kv_bytes, shape.sidecar_bytes(config.needs), pool.page_size
     state = shape.state_bytes(config, pool.max_num_seqs, pool.max_length, pool.max_tokens)
     state_of_one = ceil_div(state, pool.max_num_seqs)
     pages_full = (pool.num_pages * page * (kv + sidecar) + state) // (page * kv)
-    request_pages, request_pages_full = ceil_div(min(bound, length), page), ceil_div(length, page)
+    request_pages = Demand(most_tokens(limits, length), 0, limits.probing).num_pages(page)
+    request_pages_full = ceil_div(length, page)
     fit, fit_full = pool.num_pages // request_pages, pages_full // request_pages_full
-    bytes_of_one = ceil_div(bound, page) * page * (kv + sidecar) + state_of_one
+    bytes_of_one = ceil_div(limits.bound, page) * page * (kv + sidecar) + state_of_one
     return Capacity(
         kv_bytes=kv,
         sidecar_bytes=sidecar,
@@ -205,7 +208,7 @@ def capacity(
         page_size=page,
         pages=pool.num_pages,
         pages_full=pages_full,
-        bound=bound,
+        bound=limits.bound,
         request_pages=request_pages,
         request_pages_full=request_pages_full,
         length=length,

@@ -220,6 +220,8 @@ def _check(text: Any, config: KVPolicyConfig, machine: Machine) -> None:
         raise KVPolicyError(
             f"--tensor-parallel-size {machine.ranks} neither divides nor is a multiple of the {kv_heads} kv heads"
         )
+    if config.gates is not None:
+        config.gates.check_fits(hidden_size=text.hidden_size, num_layers=text.num_hidden_layers, num_kv_heads=kv_heads)
     if machine.stages > text.num_hidden_layers:
         raise KVPolicyError(
             f"--pipeline-parallel-size {machine.stages} is more than the {text.num_hidden_layers} layers"

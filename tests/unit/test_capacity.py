@@ -11,13 +11,14 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from skipkv_vllm import bundled_model
+from skipkv_vllm import bundled_gates, bundled_model
 from skipkv_vllm.banner import banner
 from skipkv_vllm.capacity import ModelShape, Pool, capacity, pages_with_policy
 from skipkv_vllm.cli import _plan, main
-from skipkv_vllm.config import KVPolicyConfig
+from skipkv_vllm.config import KVPolicyConfig, RequestOptions
 from skipkv_vllm.policies import Need
 from skipkv_vllm.policies.base import SentenceOptions
+from skipkv_vllm.scheduler.admission import Demand, Ledger, limits_of, most_tokens
 from skipkv_vllm.sentences.tables import build_tables
 from skipkv_vllm.sentences.tracker import SentenceTracker
 from skipkv_vllm.worker.queries import QueryRing
@@ -70,6 +71,30 @@ def test_a_count_by_hand():
 def test_a_long_protected_prompt_raises_the_bound():
     assert capacity(CONFIG, SHAPE, POOL, prompt=2000).bound == 2000 + 8 + 128
     assert capacity(KVPolicyConfig(kv_policy="skipkv", kv_protect_prompt=False), SHAPE, POOL, prompt=2000).bound == 1152
+
+
+@pytest.mark.parametrize(
+    ("options", "pages"),
+    [
+        ({"kv_policy": "snapkv", "kv_defer_prompt": True}, 126),
+        ({"kv_policy": "finch", "kv_defer_prompt": True}, 2000 / 16),
+        # Beside what it holds, pages for a copy and the tokens that are computed on it.
+        ({"kv_policy": "laq"}, 1152 / 16 + (1024 + 16) / 16),
+        ({"kv_policy": "laq", "kv_defer_prompt": True}, 2000 / 16 + (1024 + 16) / 16),
+        ({"kv_policy": "finch", "kv_policy_config": {"ask_chunks": True}}, 1152 / 16 + 1),
+    ],
+)
+def test_a_long_prompt_takes_what_its_request_is_promised(options, pages):
+    config = KVPolicyConfig(kv_protect_prompt=False, **options)
+    found = capacity(config, SHAPE, POOL, length=8192, prompt=2000)
+    assert found.request_pages == pages
+    limits = limits_of(RequestOptions(), config, 2000)
+    ledger = Ledger(POOL.num_pages, POOL.page_size, is_bounded=True)
+    for name in map(str, range(found.fit + 1)):
+        ledger.declare(name, Demand(most_tokens(limits, 8192), 0, limits.probing))
+        assert ledger.fits(name, []) == (int(name) < found.fit)
+        ledger.admit(name, [])
+    assert capacity(config, SHAPE, POOL, length=8192, prompt=100).request_pages == 1152 / 16
 
 
 def test_break_even_is_where_the_costs_cross():
@@ -196,6 +221,16 @@ def test_kv_heads_that_cannot_be_shared_are_refused(capsys, tmp_path):
     code, _, err = say(capsys, "--gpu-memory", "8", "--model", str(tmp_path), "--tensor-parallel-size", "3")
     assert code == 2
     assert "neither divides nor is a multiple of the 2 kv heads" in err
+
+
+def test_gates_of_another_model_are_refused(capsys, tmp_path):
+    config = json.loads(Path(bundled_model(), "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 5}))
+    gates = ["--kv-memory", "1", "--kv-policy", "trimkv", "--kv-policy-config", json.dumps({"gates": bundled_gates()})]
+    assert "queries, sentences and gates of 16 requests" in say(capsys, *gates)[1]
+    code, _, err = say(capsys, *gates, "--model", str(tmp_path))
+    assert code == 2
+    assert "whose number of layers is 4, but this model's is 5" in err
 
 
 def test_assumed_settings_are_said(capsys):
