@@ -168,7 +168,6 @@ class KVPolicyConfig(BaseModel):
             if "," in name:
                 raise KVPolicyError(f"kv_request_policies={name!r} is no name; put names with spaces between them")
             check_policy_name("kv_request_policies", name)
-            make_policy(name).check_complete()
         return value
 
     @field_validator("kv_trace_dir")
@@ -206,9 +205,9 @@ class KVPolicyConfig(BaseModel):
 
     @model_validator(mode="after")
     def _consistent(self) -> KVPolicyConfig:
-        self.policy.check_complete()
         check_budget("kv_budget", self.kv_budget, self.policy, self.kv_window)
-        for policy in (self.policy, *map(make_policy, self.kv_request_policies)):
+        for policy in self.policies:
+            policy.check_complete()
             check_prompt(policy, self.kv_protect_prompt)
         check_task("kv_policy_config: task_tokens", self.policy, self.kv_window)
         if self.policy.name == "full" and self.kv_policy_config:
@@ -265,6 +264,12 @@ class KVPolicyConfig(BaseModel):
         return make_policy(self.kv_policy, self.kv_policy_config)
 
     @property
+    def policies(self) -> list[Policy]:
+        """The configured method and the further ones; who names the configured one among these gets it as it is."""
+        further = [name for name in self.kv_request_policies if name != self.kv_policy]
+        return [self.policy, *map(make_policy, further)]
+
+    @property
     def evicts(self) -> bool:
         """Whether anything can be evicted on this server."""
         return self.kv_policy != "full"
@@ -305,9 +310,9 @@ class KVPolicyConfig(BaseModel):
     @functools.cached_property
     def needs(self) -> Need:
         """What the runtime of this server collects."""
-        needs = needs_of(self.policy, self.kv_granularity)
-        for name in self.kv_request_policies:
-            needs |= make_policy(name).needs
+        needs = Need.NOTHING
+        for policy in self.policies:
+            needs |= needs_of(policy, self.kv_granularity)
         return needs
 
     @classmethod
@@ -335,6 +340,7 @@ class RequestOptions(BaseModel):
     kv_task_tokens: int | None = Field(
         None,
         ge=1,
+        le=64,
         description="Tokens of the question at the prompt's end, for methods that score by it. Default: the method's.",
     )
     steering: str | None = Field(
@@ -369,15 +375,15 @@ class RequestOptions(BaseModel):
         except ValidationError as error:
             raise KVPolicyError(_describe(error)) from None
         policy = options.resolve_policy(config)
-        policy.check_complete()
         options._check_steering(config)
-        check_prompt(policy, config.kv_protect_prompt)
-        check_task("kv_task_tokens", policy, config.kv_window)
         if policy.name != "full" and not config.evicts:
             raise KVPolicyError(
                 f"kv_policy={options.kv_policy!r} is not served here, where nothing is evicted; start the server with "
                 "--kv-policy, or choose 'full'"
             )
+        policy.check_complete()
+        check_prompt(policy, config.kv_protect_prompt)
+        check_task("kv_task_tokens", policy, config.kv_window)
         missing = needs_of(policy, config.kv_granularity) & ~(config.needs | IN_THE_CACHE)
         if missing:
             raise KVPolicyError(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import KVPolicyError
 from ..ops.paging import FP8_CACHES
-from ..policies import Need, make_policy
+from ..policies import Need
 
 if TYPE_CHECKING:
     from vllm.config import ParallelConfig, VllmConfig
@@ -74,7 +74,7 @@ def _check(vllm_config: VllmConfig, policy: KVPolicyConfig, _refuse: Callable[..
         raise _refuse("dual-batch overlap", "micro-batches see only part of a step", "Drop --enable-dbo")
     if policy.evicts:
         _check_cache_dtype(vllm_config.cache_config.cache_dtype, _refuse)
-    for each in (policy.policy, *map(make_policy, policy.kv_request_policies)):
+    for each in policy.policies:
         chosen = each.segment_options.layers if each.needs & Need.SEGMENTS else ()
         if chosen and chosen[-1] >= (num_layers := model.get_total_num_hidden_layers()):
             raise KVPolicyError(
@@ -98,8 +98,7 @@ def _check(vllm_config: VllmConfig, policy: KVPolicyConfig, _refuse: Callable[..
 
 def _check_probes(vllm_config: VllmConfig, policy: KVPolicyConfig) -> None:
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
-    own = policy.policy.probe is not None
-    names = [name for name in policy.kv_request_policies if make_policy(name).probe is not None]
+    own, names = policy.policy.probe is not None, [each.name for each in policy.policies if each.probe is not None]
     flag = f"--kv-policy {policy.kv_policy}" if own else f"--kv-request-policies {' '.join(names)}"
     refuse = functools.partial(_refuse, flag=flag)
     if vllm_config.use_v2_model_runner:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +15,7 @@ import vllm.envs
 from vllm.engine.arg_utils import EngineArgs
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-from skipkv_vllm import compat
+from skipkv_vllm import bundled_gates, compat
 from skipkv_vllm.compat.cli import SCHEDULER, WORKERS
 from skipkv_vllm.config import KVPolicyConfig, RequestOptions, flag_names, flags_table, parse_json_object
 from skipkv_vllm.errors import KVPolicyError
@@ -220,6 +223,7 @@ SERVER = KVPolicyConfig(kv_policy="rkv", kv_budget=100)
         ({"kv_policy": "laq"}, ["'laq' compacts the prompt", "protected", "--no-kv-protect-prompt"]),
         ({"kv_task_tokens": 4}, ["kv_task_tokens=4", "'rkv' does not score by a question"]),
         ({"kv_task_tokens": 0, "kv_policy": "finch"}, ["kv_task_tokens=0", "greater than or equal to 1"]),
+        ({"kv_task_tokens": 65, "kv_policy": "finch"}, ["kv_task_tokens=65", "less than or equal to 64"]),
         (
             {"kv_policy": "skipkv"},
             ["kv_policy='skipkv'", "sentences and hidden", "--kv-request-policies skipkv", "'rkv' or 'full'"],
@@ -279,6 +283,32 @@ def test_a_request_may_choose_what_the_server_can_do():
     assert RequestOptions.parse({"kv_policy": "skipkv"}, server, 500).resolve_policy(server) == SkipKV(mix=0.3)
     assert RequestOptions.parse({"kv_budget": 9}, SERVER, 500).kv_budget == 9
     assert RequestOptions.parse({"kv_budget": 500}, SERVER, 500).kv_budget == 500
+
+
+def test_the_readme_names_what_a_server_does_not_serve_by_default():
+    server, refused = KVPolicyConfig(kv_policy="skipkv"), []
+    for name in policy_names():
+        with suppress(KVPolicyError):
+            RequestOptions.parse({"kv_policy": name}, server, 5000)
+            continue
+        refused.append(name)
+    assert refused == ["finch", "h2o", "laq", "thinkv", "trimkv", "vatp"]
+    text = (Path(__file__).parents[2] / "README.md").read_text()
+    told = re.search(r"a `skipkv` server also(.*?)A response", text, re.S).group(1)
+    assert {name for name in policy_names() if f"`{name}`" in told} == set(refused)
+
+
+def test_the_servers_own_method_may_be_named_among_the_further_ones():
+    config = make_vllm_config()
+    config.model_config.get_total_num_hidden_layers = lambda: 2
+    own = {"kv_policy": "thinkv", "kv_policy_config": {"layers": "all"}}
+    server = KVPolicyConfig.parse(own | {"kv_request_policies": ["rkv", "thinkv"]})
+    assert server.policies == [server.policy, make_policy("rkv")]
+    compat.check_config(config, server)
+    # It is served as it is configured, by which gates are named that its defaults do not have.
+    own = {"kv_policy": "trimkv", "kv_policy_config": {"gates": bundled_gates()}}
+    server = KVPolicyConfig.parse(own | {"kv_request_policies": ["trimkv"]})
+    assert RequestOptions.parse({"kv_policy": "trimkv"}, server, 500).resolve_policy(server) == server.policy
 
 
 def test_a_server_can_collect_for_further_methods():

@@ -203,11 +203,12 @@ def test_a_server_without_vectors_takes_off_and_refuses_names():
         RequestOptions.parse({"steering": "math"}, plain, 500)
 
 
-def test_a_server_that_only_steers_refuses_eviction():
+@pytest.mark.parametrize("policy", ["streaming_llm", "finch", "trimkv"])
+def test_a_server_that_only_steers_refuses_eviction(policy):
     config = KVPolicyConfig(kv_steering_vectors={"math": "/m"})
     assert RequestOptions.parse({"kv_policy": "full"}, config, 500).resolve_policy(config).name == "full"
-    with pytest.raises(KVPolicyError, match=r"kv_policy='streaming_llm' is not served here.*--kv-policy"):
-        RequestOptions.parse({"kv_policy": "streaming_llm"}, config, 500)
+    with pytest.raises(KVPolicyError, match=rf"kv_policy='{policy}' is not served here.*--kv-policy"):
+        RequestOptions.parse({"kv_policy": policy}, config, 500)
 
 
 # ---- refusals
