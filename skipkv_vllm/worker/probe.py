@@ -79,7 +79,7 @@ class Prober:
         slots = table.long().gather(1, places // page_size) * page_size + places % page_size
         ends = torch.arange(num_requests + 1, dtype=torch.int32) * num_tokens
         common = CommonAttentionMetadata(
-            query_start_loc=ends.to(device),
+            query_start_loc=to_device(ends, torch.int32, device),
             query_start_loc_cpu=ends,
             seq_lens=(held + num_tokens).int(),
             seq_lens_cpu_upper_bound=lengths,  # exact, because some backends plan pages from it
