@@ -20,14 +20,14 @@ import numpy as np
 import torch
 
 from skipkv_vllm import ops
-from skipkv_vllm.policies import OBSERVED, Policy
+from skipkv_vllm.policies import Policy
 from skipkv_vllm.policies.thinkv import NEGLIGIBLE
 from skipkv_vllm.scheduler.planner import Limits
 
 from .markdown import table
 from .unequal_budgets.__main__ import Bench, policy_of
 from .unequal_budgets.allocation import Equal
-from .unequal_budgets.generation import Layer, Rows
+from .unequal_budgets.generation import NOT_HERE, Layer, Rows
 
 GRID = np.linspace(0, 1, 2001)
 NARROWER = 0.95
@@ -131,7 +131,7 @@ def main() -> int:
             flag = "--" + name.replace("_", "-")
             parser.error(f"{flag} {getattr(args, name)} is out of range; allowed: at least 1")
     policy = policy_of(args.policy)
-    if args.policy == "full" or policy.needs & OBSERVED:
+    if args.policy == "full" or policy.needs & NOT_HERE:
         parser.error(f"--policy {args.policy} cannot be used here; choose e.g. snapkv, rkv or skipkv")
     bench = Bench(args, split="train")
     rows = bench.rows()

@@ -25,13 +25,13 @@ from benchmarks.accuracy.machine import provenance
 from benchmarks.tiny_reasoner import SKIPKV_PARAMETERS
 from benchmarks.tiny_reasoner.problems import Problem, extract_answer, problems
 from skipkv_vllm import bundled_model
-from skipkv_vllm.policies import OBSERVED, Policy, make_policy, policy_names
+from skipkv_vllm.policies import Policy, make_policy, policy_names
 from skipkv_vllm.scheduler.planner import Limits
 from skipkv_vllm.sentences import build_tables
 from skipkv_vllm.sentences.tracker import SentenceTracker
 
 from .allocation import Allocation, ByHead, ByLayer, Equal
-from .generation import Rows, layer_similarity
+from .generation import NOT_HERE, Rows, layer_similarity
 from .section import UNEQUAL, unequal_table
 
 BASES = ("snapkv", "rkv", "skipkv")
@@ -161,7 +161,7 @@ def main() -> int:
     for each in args.shares:
         if not re.fullmatch(r"adakv|epicache:\d+(\.\d+)?", each):
             parser.error(f"--shares {each!r} is neither adakv nor epicache:EXPONENT, e.g. epicache:1.1")
-    scored = [name for name in policy_names() if name != "full" and not policy_of(name).needs & OBSERVED]
+    scored = [name for name in policy_names() if name != "full" and not policy_of(name).needs & NOT_HERE]
     if unknown := [name for name in args.bases if name not in scored]:
         parser.error(f"--bases {' '.join(unknown)} cannot be used here; choose some of: {', '.join(scored)}")
     figures = run(Bench(args, skip=args.skip))

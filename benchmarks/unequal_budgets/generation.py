@@ -17,10 +17,13 @@ from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
 from skipkv_vllm.ops.paging import Layout, PagedCache
-from skipkv_vllm.policies import Need, Policy, View
+from skipkv_vllm.policies import OBSERVED, Need, Policy, View
 from skipkv_vllm.sentences.tracker import SentenceTracker, TrackedTokens
 
 from .allocation import Allocation
+
+NOT_HERE = OBSERVED | Need.GATES | Need.PROBE
+"""What policies cannot have in this cache."""
 
 
 class Holder(Protocol):
