@@ -149,12 +149,14 @@ class About:
         arxiv: number of the paper.
         cost: of a compaction, per layer and kv head.
         departs: where it does something else than its paper.
+        training: what must be learned from the model that is served.
     """
 
     paper: str = "own"
     arxiv: str = ""
     cost: str = "?"
     departs: str = ""
+    training: str = "none"
 
 
 @dataclass(frozen=True)

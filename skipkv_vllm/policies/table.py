@@ -40,8 +40,8 @@ Cost is that of one compaction per layer and kv head, with L held tokens, the wi
 size D; memory is what a request takes beside its KV pages. "Native" methods are scored by fused operators (C++, CUDA,
 Triton), the others by PyTorch.
 
-| method | paper | parameters | reads | cost | memory | departs from the paper |
-|---|---|---|---|---|---|---|
+| method | paper | parameters | trigger | reads | cost | memory | training | departs from the paper |
+|---|---|---|---|---|---|---|---|---|
 """
 
 
@@ -67,9 +67,10 @@ def row(policy: Policy) -> str:
     fields = ", ".join(f"`{name}` ({'required' if value == '' else value})" for name, value in given.items()) or "none"
     native = " (native)" if policy.token_score is not None else ""
     inputs, memory = ("; ".join(filter(None, column)) for column in zip(*reads, strict=True)) if reads else ("none", "")
+    trigger = "none" if about.cost == "none" else "end of a prompt, bound" if policy.compacts_prompt else "bound"
     return (
-        f"| `{policy.name}` | {paper} | {fields} | {inputs} | {about.cost}{native} | {memory or 'none'} "
-        f"| {about.departs or ('nowhere that we know' if about.arxiv else '')} |"
+        f"| `{policy.name}` | {paper} | {fields} | {trigger} | {inputs} | {about.cost}{native} | {memory or 'none'} "
+        f"| {about.training} | {about.departs or ('nowhere that we know' if about.arxiv else '')} |"
     )
 
 

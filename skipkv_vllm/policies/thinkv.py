@@ -63,6 +63,7 @@ class ThinKV(Policy):
         "no quantisation; a compaction leaves exactly the budget, so heads are filled up with the newest tokens left "
         "out; segments shrink at compactions; a segment's kind is told from its last W queries; where even 4 tokens a "
         "segment are too many, the oldest of the least important segments leave",
+        training="thresholds",
     )
     needs: ClassVar[Need] = Need.KEYS | Need.QUERIES | Need.SEGMENTS
 

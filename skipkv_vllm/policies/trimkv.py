@@ -27,6 +27,7 @@ class TrimKV(Policy):
         "2512.03324",
         "O(L); a gate of width 512 (published) or less at every token",
         "pins the newest W tokens; its code counts one step more than its formula, which this follows",
+        training="gates",
     )
     needs: ClassVar[Need] = Need.GATES
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from skipkv_vllm.policies import View, base, make_policy
+from skipkv_vllm.policies.table import row
 
 TEXT = (Path(__file__).parents[2] / "CONTRIBUTING.md").read_text()
 
@@ -26,3 +27,7 @@ def test_the_policy_of_the_guide_scores_and_is_selectable(monkeypatch):
     keys = torch.tensor([[[3.0, 4.0]], [[0.0, 1.0]]])
     view = View(positions=torch.tensor([[0, 1]]), window=1, keys=keys)
     torch.testing.assert_close(policy.score(view), torch.tensor([[-25.0, -1.0]]))
+    assert row(policy).startswith(
+        "| `key_norm` | [L2 norm](https://arxiv.org/abs/2406.11430) | `power` (2.0) | keys | O(L D)"
+    )
+    assert "?" not in row(policy)
