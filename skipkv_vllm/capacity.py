@@ -190,7 +190,7 @@ def capacity(
             be held whole at first, or take pages for tokens that are computed ahead.
     """
     length = pool.max_length if length is None else length
-    limits = limits_of(RequestOptions(), config, prompt)
+    limits = limits_of(RequestOptions.parse(None, config, length), config, prompt)
     assert limits is not None, "capacity is asked for of a policy that evicts"
     kv, sidecar, page = shape.kv_bytes, shape.sidecar_bytes(config.needs), pool.page_size
     state = shape.state_bytes(config, pool.max_num_seqs, pool.max_length, pool.max_tokens)

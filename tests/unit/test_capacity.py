@@ -225,12 +225,12 @@ def test_kv_heads_that_cannot_be_shared_are_refused(capsys, tmp_path):
 
 def test_gates_of_another_model_are_refused(capsys, tmp_path):
     config = json.loads(Path(bundled_model(), "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 5}))
+    (tmp_path / "config.json").write_text(json.dumps(config | {"hidden_size": 256}))
     gates = ["--kv-memory", "1", "--kv-policy", "trimkv", "--kv-policy-config", json.dumps({"gates": bundled_gates()})]
     assert "queries, sentences and gates of 16 requests" in say(capsys, *gates)[1]
     code, _, err = say(capsys, *gates, "--model", str(tmp_path))
     assert code == 2
-    assert "whose number of layers is 4, but this model's is 5" in err
+    assert "whose hidden size is 128, but this model's is 256" in err
 
 
 def test_assumed_settings_are_said(capsys):
