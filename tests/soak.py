@@ -15,7 +15,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from skipkv_vllm import bundled_vector
+from skipkv_vllm import bundled_gates, bundled_vector
 from skipkv_vllm.config import KVPolicyConfig, RequestOptions
 from skipkv_vllm.errors import KVPolicyError
 from skipkv_vllm.policies import policy_names
@@ -43,6 +43,16 @@ ENGINES: dict[str, dict[str, Any]] = {
     # Requests take each other's pages away, and rewrite prompts that others hold.
     "optimistic": ARGUMENTS
     | {"num_gpu_blocks_override": 128, "kv_admission": "optimistic", "kv_protect_prompt": False},
+    # Learned gates say something of every request's tokens, and tokens are computed ahead of others' steps.
+    "gated": ARGUMENTS
+    | {
+        "num_gpu_blocks_override": 512,
+        "kv_protect_prompt": False,
+        "kv_policy": "trimkv",
+        "kv_policy_config": {"gates": bundled_gates()},
+        "kv_request_policies": ["finch", "laq", "thinkv", "skipkv", "h2o"],
+        "kv_steering_vectors": [],
+    },
 }
 MOST_AT_ONCE = 60
 """requests in the engine; more than the pages are enough for"""
@@ -269,8 +279,10 @@ def check_nothing_left(llm: vllm.LLM) -> None:
         "steering": [scheduler._steered, manager._private_from],
         "planner": [planner._requests, planner.earliest],
         "pages": [manager.req_to_blocks, manager.num_cached_block, manager._evicted, manager._num_intact],
+        "lent pages": [manager._borrowed],
         "ledger": [ledger._demands, ledger._own, ledger._shared, ledger._holders],
         "worker": [runtime._requests, runtime._mass._mass, runner.requests, runner.input_batch.req_id_to_index],
+        "segments": [runtime._segments._sparsity, runtime._segments._memory],
         "client": [llm.llm_engine.output_processor.request_states],
     }
     for where, every in left.items():
