@@ -151,9 +151,12 @@ def _read(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise KVPolicyError(f"gates {str(path)!r}: there is no such file; give the path of the model's gates")
     try:
-        if path.suffix in PYTORCH_FILES:
-            return dict(torch.load(path, map_location="cpu", weights_only=True))
-        return load_file(path)
+        if path.suffix not in PYTORCH_FILES:
+            return load_file(path)
+        held = dict(torch.load(path, map_location="cpu", weights_only=True))
+        if others := [name for name, value in held.items() if not isinstance(value, Tensor)]:
+            raise TypeError(f"{others[0]!r} is no tensor")
+        return held
     except (OSError, SafetensorError, RuntimeError, EOFError, pickle.UnpicklingError, TypeError, ValueError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise KVPolicyError(

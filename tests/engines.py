@@ -384,7 +384,10 @@ def run_all(jobs: Sequence[Job], runner: str) -> list[Outcome]:
 
 
 def run_in_child(
-    jobs: Sequence[Job], environment: Mapping[str, str] | None = None, interpreted: bool = False
+    jobs: Sequence[Job],
+    environment: Mapping[str, str] | None = None,
+    interpreted: bool = False,
+    triton_attention: bool = False,
 ) -> list[Outcome]:
     """Run jobs one after the other in a process of their own.
 
@@ -392,22 +395,25 @@ def run_in_child(
         jobs: what to run.
         environment: variables that differ from this process's.
         interpreted: on a CPU: Model Runner V2, in Triton's interpreter.
+        triton_attention: there too: GPUs' Triton attention and page layout instead of the CPU's.
     """
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "job")
         path.write_bytes(pickle.dumps(jobs))
-        code = f"from tests import engines; engines.run_as_child({str(path)!r}, {interpreted})"
+        code = f"from tests import engines; engines.run_as_child({str(path)!r}, {interpreted}, {triton_attention})"
         variables = os.environ | dict(environment or {})
         subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=True, env=variables)
         return pickle.loads(path.with_suffix(".outcome").read_bytes())
 
 
-def run_as_child(path: str, interpreted: bool) -> None:
+def run_as_child(path: str, interpreted: bool, triton_attention: bool) -> None:
     """Run the jobs in the file, see `run_in_child`, and leave the outcomes next to it."""
     if interpreted:
         from tests import triton_cpu
 
         triton_cpu.enable()
+        if triton_attention:
+            triton_cpu.use_triton_attention()
     outcomes = [_run_here(job) for job in pickle.loads(Path(path).read_bytes())]
     Path(path).with_suffix(".outcome").write_bytes(pickle.dumps(outcomes))
     shutdown()

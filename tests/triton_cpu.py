@@ -39,3 +39,13 @@ def register_backend() -> None:
     from triton.backends import backends
 
     backends.setdefault("cpu", _Backend)
+
+
+def use_triton_attention() -> None:
+    """Let vLLM's Triton attention, with the pages of GPUs, take the place of the CPU's; call after `enable`."""
+    import torch
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+
+    register_backend(AttentionBackendEnum.CPU_ATTN, AttentionBackendEnum.TRITON_ATTN.value)
+    # It asks how new the GPU is.
+    torch.cuda.get_device_capability = lambda *_: (9, 0)

@@ -4,11 +4,12 @@ from .capacity import model_shape, page_pool
 from .cli import engine_arguments
 from .gate import SUPPORTED_VLLM, check_vllm
 from .public import is_public, received_orders, received_report, send_orders, send_report
-from .refusals import check_config, check_kv_cache
+from .refusals import check_attention, check_config, check_kv_cache
 from .seams import enable, has_policy, install, install_client_check, policy_config
 
 __all__ = [
     "SUPPORTED_VLLM",
+    "check_attention",
     "check_config",
     "check_kv_cache",
     "check_vllm",

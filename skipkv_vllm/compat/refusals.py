@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
 
 from ..errors import KVPolicyError
 from ..ops.paging import FP8_CACHES
@@ -15,6 +15,16 @@ if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import KVCacheConfig
 
     from ..config import KVPolicyConfig
+
+
+BACKENDS = {
+    "FlashAttentionImpl": "FLASH_ATTN",
+    "FlashInferImpl": "FLASHINFER",
+    "TritonAttentionImpl": "TRITON_ATTN",
+    "CPUAttentionBackendImpl": "CPU_ATTN",
+}
+"""Attention implementations that were tested, and what they are called on the command line."""
+OTHER_MODEL = "Serve a decoder-only model with plain attention (Qwen2, Qwen3, Llama, ...)"
 
 
 def _refuse(feature: str, reason: str, remedy: str, flag: str = "--kv-policy") -> KVPolicyError:
@@ -43,24 +53,25 @@ def check_config(vllm_config: VllmConfig, policy: KVPolicyConfig) -> None:
 
 def _check(vllm_config: VllmConfig, policy: KVPolicyConfig, _refuse: Callable[..., KVPolicyError]) -> None:
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
-    other = "Serve a decoder-only model with plain attention (Qwen2, Qwen3, Llama, ...)"
     if model.runner_type != "generate":
         raise _refuse(f"the {model.runner_type!r} runner", "only generation grows a KV cache", "Drop --runner")
     if model.is_encoder_decoder:
-        raise _refuse("encoder-decoder models", "cross attention has a cache of its own", other)
+        raise _refuse("encoder-decoder models", "cross attention has a cache of its own", OTHER_MODEL)
     if model.use_mla:
-        raise _refuse("MLA models", "their cache holds latents, which the policies cannot score", other)
+        raise _refuse("MLA models", "their cache holds latents, which the policies cannot score", OTHER_MODEL)
     if model.is_hybrid or model.is_attention_free:
-        raise _refuse("hybrid and state-space models", "their state is not a list of tokens", other)
+        raise _refuse("hybrid and state-space models", "their state is not a list of tokens", OTHER_MODEL)
+    if model.is_mm_prefix_lm:
+        raise _refuse("prefix-LM attention", "what attends both ways is told by position", OTHER_MODEL)
     if model.get_sliding_window() is not None:
-        raise _refuse("sliding-window attention", "its mask needs the positions of all tokens", other)
+        raise _refuse("sliding-window attention", "its mask needs the positions of all tokens", OTHER_MODEL)
     if vllm_config.speculative_config is not None:
         raise _refuse("speculative decoding", "rejected tokens make token counts inexact", "Drop --speculative-config")
     if vllm_config.kv_transfer_config is not None:
         raise _refuse(
             "KV connectors",
             "they identify pages by token position, which eviction changes",
-            "Drop --kv-transfer-config",
+            "Drop --kv-transfer-config and --kv-offloading-size",
         )
     if parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1:
         raise _refuse("context parallelism", "a request's pages are spread over ranks", "Set its size to 1")
@@ -194,19 +205,50 @@ def _check_hooks(vllm_config: VllmConfig, refuse: Callable[..., KVPolicyError], 
 
 
 def check_kv_cache(kv_cache_config: KVCacheConfig, policy: KVPolicyConfig) -> None:
-    """Refuse cache layouts other than one group of full-attention layers.
+    """Refuse cache layouts other than one group of full-attention layers, each with a key and a value a token.
 
     Raises:
-        KVPolicyError: naming the specs found.
+        KVPolicyError: naming the specs found, or what is different about them.
     """
     from vllm.v1.kv_cache_interface import FullAttentionSpec
 
     specs = [group.kv_cache_spec for group in kv_cache_config.kv_cache_groups]
+    refuse = functools.partial(_refuse, flag="--kv-policy" if policy.evicts else "--kv-steering-vectors")
     if len(specs) != 1 or type(specs[0]) is not FullAttentionSpec:
         found = ", ".join(type(spec).__name__ for spec in specs) or "none"
-        raise _refuse(
-            f"this model's KV cache ({found})",
-            "it must be one group of full-attention layers",
-            "Serve a decoder-only model with plain attention (Qwen2, Qwen3, Llama, ...)",
-            "--kv-policy" if policy.evicts else "--kv-steering-vectors",
+        raise refuse(f"this model's KV cache ({found})", "it must be one group of full-attention layers", OTHER_MODEL)
+    (spec,) = specs
+    # Without its hybrid manager (on CPUs, and for chunked attention anywhere) vLLM calls local layers full ones.
+    for name in ("sliding_window", "attention_chunk_size", "non_causal"):
+        if value := getattr(spec, name):
+            raise refuse(f"attention with {name}={value}", "its mask needs the positions of all tokens", OTHER_MODEL)
+    packed = (spec.num_head_slots, spec.state_content_bytes, spec.tokens_per_state) != (None, None, 1)
+    if packed or spec.head_size_v != spec.head_size:
+        raise refuse(
+            f"this model's KV pages (keys of {spec.head_size} and values of {spec.head_size_v}, "
+            f"{spec.num_head_slots or spec.num_kv_heads} cells for {spec.num_kv_heads} heads)",
+            "a page must hold a key and a value of the same size for every token and head",
+            OTHER_MODEL,
         )
+
+
+def check_attention(impls: Iterable[Any]) -> None:
+    """Refuse attention that would not read compacted pages as they are meant.
+
+    Args:
+        impls: vLLM's attention implementations, one a layer.
+
+    Raises:
+        KVPolicyError: for the first one found.
+    """
+    for impl in impls:
+        if type(impl).__name__ not in BACKENDS:
+            raise _refuse(
+                f"the attention of {type(impl).__name__}",
+                "how it reads pages was not tested",
+                f"Use --attention-backend {', '.join(BACKENDS.values())}",
+            )
+        if impl.alibi_slopes is not None:
+            raise _refuse("ALiBi", "its bias counts the tokens between two slots, some of them evicted", OTHER_MODEL)
+        if impl.kv_sharing_target_layer_name is not None:
+            raise _refuse("layers that share a cache", "each of them would evict other tokens of it", OTHER_MODEL)

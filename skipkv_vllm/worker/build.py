@@ -48,6 +48,8 @@ def build_runtime(vllm_config: VllmConfig, model: nn.Module, device: torch.devic
     model_config, scheduling = vllm_config.model_config, vllm_config.scheduler_config
     options = config.policy.sentence_options
     layers = attention_layers(vllm_config)
+    if config.evicts:
+        compat.check_attention(layer.impl for layer in layers.values())
     num_slots = scheduling.max_num_seqs
     ranks = place_of(vllm_config, device)
     ring = tracker = gates = trace = None

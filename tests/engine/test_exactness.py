@@ -59,6 +59,19 @@ def test_engine_equals_reference(runner: str, granularity: str, references: Refe
     check(job, outcome, references, min_compactions=3)
 
 
+def test_triton_attention_and_pages_of_gpus_equal_the_reference(references: ReferenceCache) -> None:
+    """Real kernels of vLLM's GPU backend, in the interpreter, which is slow, on the page layout that GPUs have."""
+    (prompt,) = engines.demo_prompts(1, at_least=LONG)
+    arguments = {"kv_granularity": "head", "kv_budget": 160, "kv_buffer": 8}
+    job = Job([prompt, another_question(prompt)], ["skipkv", "h2o"], 27, every=3, arguments=arguments)
+
+    (outcome,) = engines.run_in_child([job], interpreted=True, triton_attention=True)
+
+    assert (outcome.is_v2, outcome.attention) == (True, "TritonAttentionImpl")
+    assert outcome.num_cached[1] >= 4 * PAGE
+    check(job, outcome, references, min_compactions=2)
+
+
 def test_methods_of_the_literature(references: ReferenceCache) -> None:
     """Together, each with a prompt of its own; the pages they hold are counted by `check`."""
     prompts = engines.demo_prompts(len(engines.PUBLISHED), at_least=LONG)

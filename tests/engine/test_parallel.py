@@ -120,17 +120,50 @@ def test_steering(size: dict[str, int], references: ReferenceCache) -> None:
     steering.check(steered, engines.run(steered), references)
 
 
-@pytest.mark.parametrize("size", [TENSOR, PIPELINE], ids=["tensor", "pipeline"])
-def test_runner_v2(size: dict[str, int], references: ReferenceCache, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The interpreter is slow, so few tokens and many compactions."""
+def run_v2(jobs: list[Job], references: ReferenceCache, monkeypatch: pytest.MonkeyPatch) -> list[Outcome]:
+    """Run jobs on runner V2, in the interpreter, and compare them with the reference."""
     # Of the layers that differ between ranks some are compiled helpers, which the interpreter's driver cannot serve.
     monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
-    prompts = engines.demo_prompts(3, at_least=150)
-    arguments = {"kv_granularity": "sentence", "kv_budget": 160, "kv_buffer": 16} | size
-    one = Job(prompts, ["skipkv", "rkv", "random"], 60, every=3, arguments=arguments)
-    outcome = engines.run(one, "v2")
-    assert outcome.is_v2
-    check(one, outcome, references, min_compactions=2)
+    outcomes = engines.run_all(jobs, "v2")
+    for one, outcome in zip(jobs, outcomes, strict=True):
+        print(one.arguments)
+        assert (outcome.is_v2, outcome.is_async) == (True, one.arguments["async_scheduling"])
+        check(one, outcome, references, min_compactions=2)
+    return outcomes
+
+
+def small_job(granularity: str, is_async: bool, **arguments: Any) -> Job:
+    """The interpreter is slow, so few tokens and many compactions; the last prompt finds pages of the first."""
+    first, *others = engines.demo_prompts(3, at_least=150)
+    arguments = {"max_model_len": 512, "max_num_batched_tokens": 512} | arguments
+    arguments |= {"kv_granularity": granularity, "kv_budget": 160, "kv_buffer": 16, "async_scheduling": is_async}
+    methods = ["skipkv", "rkv", "random", "skipkv"]
+    return Job([first, *others, another_question(first)], methods, 45, every=3, arguments=arguments)
+
+
+@pytest.mark.parametrize("is_async", [False, True], ids=["sync", "async"])
+def test_tensor_parallelism_on_runner_v2(
+    is_async: bool, references: ReferenceCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prefix caching on and off, prefill in chunks and whole."""
+    combinations = list(itertools.product([True, False], [True, False]))
+    jobs = [
+        small_job(granularity, is_async, **TENSOR, **CACHED[is_cached], **CHUNKED[is_chunked])
+        for (is_cached, is_chunked), granularity in zip(
+            combinations, ["head", "sentence", "sentence", "head"], strict=True
+        )
+    ]
+    outcomes = run_v2(jobs, references, monkeypatch)
+    for (is_cached, _), outcome in zip(combinations, outcomes, strict=True):
+        assert (outcome.num_cached[-1] >= 4 * PAGE) == is_cached
+
+
+@pytest.mark.parametrize("is_async", [False, True], ids=["sync", "async"])
+def test_pipeline_parallelism_on_runner_v2(
+    is_async: bool, references: ReferenceCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Asynchronous, as vLLM runs it by default on GPUs, and not."""
+    run_v2([small_job("sentence", is_async, **PIPELINE, **CHUNKED[True])], references, monkeypatch)
 
 
 @pytest.mark.parametrize("size", [TENSOR, PIPELINE], ids=["tensor", "pipeline"])

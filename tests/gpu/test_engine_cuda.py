@@ -20,6 +20,7 @@ import pytest
 import torch
 
 from skipkv_vllm import bundled_gates, bundled_model
+from skipkv_vllm.compat import refusals
 from tests import engines
 from tests.comparison import Tolerance, check_replayed
 from tests.engines import Job, Outcome
@@ -36,12 +37,7 @@ pytestmark = [
 
 NEEDED = {"FLASH_ATTN": "vllm.vllm_flash_attn._vllm_fa2_C", "FLASHINFER": "flashinfer", "TRITON_ATTN": "triton"}
 """Backend -> module without which it cannot run."""
-IMPLEMENTATIONS = {
-    "FLASH_ATTN": "FlashAttentionImpl",
-    "FLASHINFER": "FlashInferImpl",
-    "TRITON_ATTN": "TritonAttentionImpl",
-    "CPU_ATTN": "CPUAttentionBackendImpl",
-}
+IMPLEMENTATIONS = {backend: implementation for implementation, backend in refusals.BACKENDS.items()}
 GRAPHS: dict[str, dict[str, Any]] = {
     "eager": {"enforce_eager": True},
     "piecewise": {"enforce_eager": False, "compilation_config": {"cudagraph_mode": "PIECEWISE"}},

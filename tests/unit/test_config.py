@@ -16,6 +16,7 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from skipkv_vllm import bundled_gates, compat
+from skipkv_vllm.compat import gate, refusals
 from skipkv_vllm.compat.cli import SCHEDULER, WORKERS
 from skipkv_vllm.config import KVPolicyConfig, RequestOptions, flag_names, flags_table, parse_json_object
 from skipkv_vllm.errors import KVPolicyError
@@ -484,6 +485,7 @@ def make_vllm_config(**changes) -> SimpleNamespace:
             use_mla=False,
             is_hybrid=False,
             is_attention_free=False,
+            is_mm_prefix_lm=False,
             get_sliding_window=lambda: None,
             skip_tokenizer_init=False,
             is_multimodal_model=False,
@@ -533,9 +535,10 @@ def test_a_layer_that_the_model_does_not_have_is_refused():
         ({"model_config__use_mla": True}, ["MLA", "decoder-only model"]),
         ({"model_config__is_hybrid": True}, ["hybrid", "decoder-only model"]),
         ({"model_config__is_attention_free": True}, ["state-space", "decoder-only model"]),
+        ({"model_config__is_mm_prefix_lm": True}, ["prefix-LM", "decoder-only model"]),
         ({"model_config__get_sliding_window": lambda: 4096}, ["sliding-window", "decoder-only model"]),
         ({"speculative_config": object()}, ["speculative decoding", "Drop --speculative-config"]),
-        ({"kv_transfer_config": object()}, ["KV connectors", "Drop --kv-transfer-config"]),
+        ({"kv_transfer_config": object()}, ["KV connectors", "Drop --kv-transfer-config and --kv-off"]),
         ({"parallel_config__decode_context_parallel_size": 2}, ["context parallelism", "Set its size to 1"]),
         ({"parallel_config__prefill_context_parallel_size": 2}, ["context parallelism", "Set its size to 1"]),
         ({"parallel_config__enable_dbo": True}, ["dual-batch overlap", "Drop --enable-dbo"]),
@@ -655,6 +658,53 @@ def test_cache_layouts_other_than_one_full_attention_group_are_refused():
                 compat.check_kv_cache(cache_of(*specs), policy)
             assert f"{flag} does not support this model's KV cache ({names})" in str(error.value)
             assert "one group of full-attention layers" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "part"),
+    [
+        ({"sliding_window": 64}, "attention with sliding_window=64: its mask"),
+        # As vLLM shows Llama 4, whose hybrid manager it switches off.
+        ({"attention_chunk_size": 8192}, "attention with attention_chunk_size=8192: its mask"),
+        ({"non_causal": True}, "attention with non_causal=True: its mask"),
+        ({"head_size_v": 4}, "keys of 8 and values of 4"),
+        ({"num_head_slots": 1}, "1 cells for 2 heads"),
+        ({"state_content_bytes": 20}, "same size for every token"),
+    ],
+)
+def test_full_attention_that_is_not_plain_is_refused(changes, part):
+    import torch
+    from vllm.v1.kv_cache_interface import FullAttentionSpec
+
+    spec = FullAttentionSpec(block_size=16, num_kv_heads=2, head_size=8, dtype=torch.float32, **changes)
+    with pytest.raises(KVPolicyError, match=part):
+        compat.check_kv_cache(cache_of(spec), KVPolicyConfig(kv_policy="skipkv"))
+
+
+def test_attention_that_would_misread_compacted_pages_is_refused():
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
+    from vllm.v1.attention.backends.flex_attention import FlexAttentionImpl
+
+    def layer(kind, alibi_slopes=None, kv_sharing_target_layer_name=None):
+        # Not by the constructors, which want an engine's configuration.
+        impl = kind.__new__(kind)
+        impl.alibi_slopes, impl.kv_sharing_target_layer_name = alibi_slopes, kv_sharing_target_layer_name
+        return impl
+
+    plain = layer(CPUAttentionBackendImpl)
+    compat.check_attention([plain])
+    for other, message in (
+        (layer(CPUAttentionBackendImpl, alibi_slopes=[0.5]), r"ALiBi: its bias counts.*Serve a decoder-only model"),
+        (layer(CPUAttentionBackendImpl, None, "layers.0"), "layers that share a cache: each of them"),
+        (layer(FlexAttentionImpl), r"FlexAttentionImpl: .*Use --attention-backend FLASH_ATTN, FLASHINFER"),
+    ):
+        with pytest.raises(KVPolicyError, match=f"--kv-policy does not support .*{message}"):
+            compat.check_attention([plain, other])
+
+
+def test_every_attention_that_is_accepted_is_watched():
+    watched = {symbol.rpartition(":")[2] for symbol in gate.tested()["symbols"]}
+    assert {f"{name}.forward" for name in refusals.BACKENDS} <= watched
 
 
 @pytest.mark.parametrize(

@@ -254,11 +254,12 @@ def test_environment_variables_are_in_the_handbook():
     assert {name for name in names if f"`{name}`" in HANDBOOK} == names
 
 
-def test_flags_in_the_handbook_exist(serve_parser):
+def test_flags_in_the_handbook_and_the_alerts_exist(serve_parser):
     known = {option for action in serve_parser._actions for option in action.option_strings}
     of_others = {"--gpus", "--shm-size", "--cap-add", "--target", "--profile", "--no-build-isolation"}
     of_others |= {"--open", "--patched"}
-    assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", HANDBOOK)) <= known | of_others
+    text = HANDBOOK + json.dumps(RULES)
+    assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text)) <= known | of_others
 
 
 def test_links_within_the_handbook_lead_somewhere():

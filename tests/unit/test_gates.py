@@ -91,6 +91,9 @@ def test_a_pytorch_file_runs_no_code(tmp_path):
     with pytest.raises(KVPolicyError, match="cannot be read"):
         Gates.load(tmp_path / "gates.pth")
     assert not (tmp_path / "written").exists()
+    torch.save({"model.layers.0.self_attn.retention_gate.bias": 3}, tmp_path / "gates.pth")
+    with pytest.raises(KVPolicyError, match=r"cannot be read \('model.layers.0.+ is no tensor\)"):
+        Gates.load(tmp_path / "gates.pth")
 
 
 @pytest.mark.parametrize(
