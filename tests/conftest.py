@@ -27,6 +27,20 @@ def references() -> ReferenceCache:
     return ReferenceCache(Model(MODEL))
 
 
+@pytest.fixture
+def one_thread_a_worker() -> Iterator[None]:
+    """Engines of several workers, which share the cores of small machines though each brings its own threads."""
+    from tests import engines
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+        patch.setenv("OMP_NUM_THREADS", "1")
+        # Ray's actors and spawned workers import the tests' own classes.
+        patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(engines.REPOSITORY), os.getenv("PYTHONPATH")])))
+        yield
+        engines.shutdown()
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _stop_engine() -> Iterator[None]:
     """Stop the last engine in an orderly way."""

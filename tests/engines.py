@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 REPOSITORY = Path(__file__).parents[1]
 MODEL = os.environ.get("SKIPKV_TEST_MODEL") or bundled_model()
+RUNNERS = {"v1-eager": ("v1", True), "v1-compiled": ("v1", False), "v2": ("v2", True)}
+"""Model runner, and whether the model runs as it is instead of compiled."""
 PAGE = 32
 
 ENGINE_ARGUMENTS: dict[str, Any] = {

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -31,14 +29,7 @@ def gated(references: ReferenceCache) -> None:
         references.model.load_gates(bundled_gates())
 
 
-@pytest.mark.parametrize(
-    ("runner", "eager"),
-    [
-        pytest.param("v1", True, id="v1-eager"),
-        pytest.param("v1", False, id="v1-compiled"),
-        pytest.param("v2", True, id="v2"),
-    ],
-)
+@pytest.mark.parametrize(("runner", "eager"), engines.RUNNERS.values(), ids=list(engines.RUNNERS))
 def test_engine_equals_reference(runner: str, eager: bool, references: ReferenceCache) -> None:
     """Prompts in one chunk and two, other methods beside it, and a prompt that is found in the prefix cache."""
     long, *short = [*engines.demo_prompts(1, at_least=LONG), *engines.demo_prompts(4)]
@@ -97,17 +88,7 @@ def test_preempted_requests_keep_the_same_again(references: ReferenceCache) -> N
     check(job, outcome, references, min_compactions=1)
 
 
-@pytest.fixture
-def _one_thread_a_worker() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-        patch.setenv("OMP_NUM_THREADS", "1")
-        patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(engines.REPOSITORY), os.getenv("PYTHONPATH")])))
-        yield
-        engines.shutdown()
-
-
-@pytest.mark.usefixtures("_one_thread_a_worker")
+@pytest.mark.usefixtures("one_thread_a_worker")
 @pytest.mark.parametrize("size", SIZES.values(), ids=list(SIZES))
 def test_every_rank_has_the_gates_of_its_layers_and_heads(size: dict[str, int], references: ReferenceCache) -> None:
     first, *others = engines.demo_prompts(3, at_least=LONG)

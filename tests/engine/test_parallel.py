@@ -7,10 +7,8 @@ the engine decide near ties only, counts them, and fails where a choice differs 
 from __future__ import annotations
 
 import itertools
-import os
 import time
 import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,16 +37,7 @@ CACHED = {True: {"enable_prefix_caching": True}, False: {"enable_prefix_caching"
 CHUNKED = {True: {"max_num_batched_tokens": 128}, False: {"enable_chunked_prefill": False}}
 
 
-@pytest.fixture(autouse=True)
-def _one_thread_a_worker() -> Iterator[None]:
-    """Workers share the cores of small machines; each brings its own threads."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-        patch.setenv("OMP_NUM_THREADS", "1")
-        # Ray's actors and spawned workers import the tests' own classes.
-        patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(engines.REPOSITORY), os.getenv("PYTHONPATH")])))
-        yield
-        engines.shutdown()
+pytestmark = pytest.mark.usefixtures("one_thread_a_worker")
 
 
 def job(granularity: str, **arguments: Any) -> Job:

@@ -124,14 +124,7 @@ def mixed_job(num_new: int, pairs: list[tuple[str, dict[str, Any]]] = MIXED, **o
     )
 
 
-@pytest.mark.parametrize(
-    ("runner", "eager"),
-    [
-        pytest.param("v1", True, id="v1-eager"),
-        pytest.param("v1", False, id="v1-compiled"),
-        pytest.param("v2", True, id="v2"),
-    ],
-)
+@pytest.mark.parametrize(("runner", "eager"), engines.RUNNERS.values(), ids=list(engines.RUNNERS))
 def test_engine_equals_reference(runner: str, eager: bool, references: ReferenceCache) -> None:
     job = mixed_job(300 if runner == "v1" else 200, enforce_eager=eager)
 
