@@ -14,6 +14,26 @@ inline void convert(const T* from, float* to, int64_t n) {
   for (int64_t i = 0; i < n; ++i) to[i] = to_float(from[i]);
 }
 
+constexpr int64_t kBlock = 16;  // tokens
+
+// `to[t][d + k]` becomes `from[k * step + t]`, for a block of tokens and `kLanes` dimensions.
+template <class T>
+inline void transpose_block(const T* from, int64_t step, float* const* to, int64_t d) {
+  static_assert(kBlock % kLanes == 0, "a block of tokens is whole vectors");
+  for (int64_t t = 0; t < kBlock; t += kLanes) {
+    Vector square[kLanes];
+#pragma GCC unroll 16
+    for (int64_t k = 0; k < kLanes; ++k) {
+      float row[kLanes];
+      convert(from + k * step + t, row, kLanes);
+      square[k] = load(row);
+    }
+    transpose(square);
+#pragma GCC unroll 16
+    for (int64_t k = 0; k < kLanes; ++k) store(to[t + k] + d, square[k]);
+  }
+}
+
 // Token t of the first `count` of a cell becomes `rows[rank[t]]`.
 template <class T>
 inline void read_cell(const Pages& p, const T* cell, int64_t count, const int32_t* rank, float* rows, int64_t stride) {
@@ -22,13 +42,16 @@ inline void read_cell(const Pages& p, const T* cell, int64_t count, const int32_
     return;
   }
   // Both other layouts interleave tokens, so they are read along the tokens, a block of them at a time.
-  constexpr int64_t kBlock = 16;
   for (int64_t first = 0; first < count; first += kBlock) {
     const int64_t n = count - first < kBlock ? count - first : kBlock;
     float* to[kBlock];
     for (int64_t t = 0; t < n; ++t) to[t] = rows + rank[first + t] * stride;
     if (p.layout == kVec) {
-      for (int64_t d = 0; d < p.dim; ++d) {
+      int64_t d = 0;
+      if (n == kBlock) {
+        for (; d + kLanes <= p.dim; d += kLanes) transpose_block(cell + d * p.size + first, p.size, to, d);
+      }
+      for (; d < p.dim; ++d) {
         const T* const from = cell + d * p.size + first;
         for (int64_t t = 0; t < n; ++t) to[t][d] = to_float(from[t]);
       }

@@ -12,12 +12,13 @@ namespace SKIPKV_ISA {
 namespace {
 
 struct ExemptScratch {
-  int32_t *last, *earlier, *active, *furthest;
+  int32_t *last, *earlier, *active, *seekers, *furthest;
 
   ExemptScratch(Arena& arena, int64_t length)
       : last(arena.take<int32_t>(length)),
         earlier(arena.take<int32_t>(length)),
         active(arena.take<int32_t>(length)),
+        seekers(arena.take<int32_t>(length)),
         furthest(arena.take<int32_t>(length / kTileColumns + 1)) {}
 };
 
@@ -38,17 +39,21 @@ class ExemptSearch {
     while (num_active_ > 0 && s_.active[num_active_ - 1] >= end) --num_active_;
     const float* rows[kTileRows];
     uint64_t above[kTileRows];
-    for (int64_t a = 0; a < num_active_; a += kTileRows) {
+    // From the last row, so that each column notes a row once: the last that is similar to it.
+    uint64_t noted = 0;
+    for (int64_t a = (num_active_ - 1) / kTileRows * kTileRows; a >= 0 && num_active_ > 0; a -= kTileRows) {
       gather(a, num_active_, rows);
       if (!products_above(rows, panel, stride_, threshold_, above)) continue;
-      for (int64_t m = 0; m < kTileRows && a + m < num_active_; ++m) {
+      for (int64_t m = (num_active_ - a < kTileRows ? num_active_ - a : kTileRows) - 1; m >= 0; --m) {
         uint64_t hits = above[m] & columns(end - first);
         if (hits == 0) continue;
         const int32_t i = s_.active[a + m];
         if (i >= first) hits &= ~columns(i + 1 - first);
         if (hits == 0) continue;
         s_.last[i] = static_cast<int32_t>(first + 63 - __builtin_clzll(hits));
-        for (; hits != 0; hits &= hits - 1) s_.earlier[first + __builtin_ctzll(hits)] = i;
+        uint64_t fresh = hits & ~noted;
+        noted |= hits;
+        for (; fresh != 0; fresh &= fresh - 1) s_.earlier[first + __builtin_ctzll(fresh)] = i;
       }
     }
     int64_t kept = 0;
@@ -93,17 +98,23 @@ class ExemptSearch {
         s_.furthest[p] = s_.last[i] > s_.furthest[p] ? s_.last[i] : s_.furthest[p];
       }
     }
+    int64_t num_seekers = 0;
+    for (int64_t j = 0; j < length_; ++j) {
+      if (s_.last[j] < 0) s_.seekers[num_seekers++] = static_cast<int32_t>(j);
+    }
     const float* rows[kTileRows];
     uint64_t above[kTileRows];
     for (int64_t p = panels - 1; p >= 0; --p) {
       const int64_t first = p * kTileColumns;
+      if (s_.furthest[p] < first + kTileColumns) continue;
       int64_t count = 0;
-      for (int64_t j = first; j < length_; ++j) {
-        const bool seeks = s_.last[j] < 0 && s_.earlier[j] < first + kTileColumns - 1;
-        if (seeks && s_.furthest[p] >= panel_end(j)) s_.active[count++] = static_cast<int32_t>(j);
+      for (int64_t n = num_seekers - 1; n >= 0 && s_.seekers[n] >= first; --n) {
+        const int32_t j = s_.seekers[n];
+        const bool seeks = s_.earlier[j] < first + kTileColumns - 1;
+        if (seeks && s_.furthest[p] >= panel_end(j)) s_.active[count++] = j;
       }
       if (count == 0) continue;
-      pack_panel(unit_, stride_, first, length_, stride_, panel);
+      pack_panel(unit_, stride_, first, length_, panel);
       for (int64_t a = 0; a < count; a += kTileRows) {
         gather(a, count, rows);
         if (!products_above(rows, panel, stride_, threshold_, above)) continue;

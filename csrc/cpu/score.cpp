@@ -114,7 +114,7 @@ void score_as(const ScoreRow& row, void* memory) {
 
   ExemptSearch search(s.unit, s.stride, length, row.threshold, s.exempt);
   for (int64_t first = s.logits_stride - kTileColumns; first >= 0; first -= kTileColumns) {
-    pack_panel(s.unit, s.stride, first, length, s.stride, s.panel);
+    pack_panel(s.unit, s.stride, first, length, s.panel);
     if (important && first < old) panel_logits(row, s, first);
     if (redundant) search.scan_later(s.panel, first);
   }

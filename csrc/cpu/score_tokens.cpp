@@ -20,6 +20,31 @@ Memory aligned(size_t bytes) {
   return Memory(memory);
 }
 
+// This thread's memory for a row. It is kept between calls, up to a size: new memory is paid for page by page, which
+// takes as long as scoring a short row.
+class RowScratch {
+ public:
+  explicit RowScratch(size_t bytes) {
+    constexpr size_t kMostKept = 4 << 20;
+    thread_local Memory kept;
+    thread_local size_t size = 0;
+    if (bytes > kMostKept) {
+      own_ = aligned(bytes);
+      return;
+    }
+    if (bytes > size) {
+      kept = aligned(bytes);
+      size = bytes;
+    }
+    memory_ = kept.get();
+  }
+  void* get() const { return own_ ? own_.get() : memory_; }
+
+ private:
+  Memory own_;
+  void* memory_ = nullptr;
+};
+
 }  // namespace
 
 int64_t score_scratch(int64_t length, int64_t dim, int64_t window, int64_t group) {
@@ -66,7 +91,7 @@ Tensor score_tokens(const std::vector<Tensor>& caches, const Tensor&, int64_t la
   const size_t bytes = longest == 0 ? 0 : kernel.score_scratch(longest, dim, window, group);
 
   parallel_rows(requests * layers * heads, [&](const auto& next) {
-    const Memory scratch = aligned(bytes);
+    const RowScratch scratch(bytes);
     for (int64_t row = next(); row >= 0; row = next()) {
       const int64_t r = row / (layers * heads), i = row / heads % layers, head = row % heads;
       ScoreRow job;

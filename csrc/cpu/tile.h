@@ -7,25 +7,19 @@ namespace skipkv {
 namespace SKIPKV_ISA {
 namespace {
 
-// `kTileColumns` rows from `first`, transposed to [dim, kTileColumns]; zeros past `length`.
-inline void pack_panel(const float* rows, int64_t stride, int64_t first, int64_t length, int64_t dim, float* panel) {
-  for (int64_t c = 0; c < kTileColumns; c += 8) {
-    const float* from[8];
-    int64_t known = 0;
-    for (int64_t k = 0; k < 8; ++k) {
-      const bool exists = first + c + k < length;
-      from[k] = rows + (exists ? first + c + k : 0) * stride;
-      known += exists;
-    }
-    float* to = panel + c;
-    if (known == 8) {
-      for (int64_t d = 0; d < dim; ++d, to += kTileColumns) {
-        for (int64_t k = 0; k < 8; ++k) to[k] = from[k][d];
+// `kTileColumns` rows from `first`, transposed to [stride, kTileColumns]; zeros past `length`.
+inline void pack_panel(const float* rows, int64_t stride, int64_t first, int64_t length, float* panel) {
+  for (int64_t c = 0; c < kTileColumns; c += kLanes) {
+    for (int64_t d = 0; d < stride; d += kLanes) {
+      Vector square[kLanes];
+#pragma GCC unroll 16
+      for (int64_t k = 0; k < kLanes; ++k) {
+        const int64_t row = first + c + k;
+        square[k] = row < length ? load(rows + row * stride + d) : Vector{};
       }
-    } else {
-      for (int64_t d = 0; d < dim; ++d, to += kTileColumns) {
-        for (int64_t k = 0; k < 8; ++k) to[k] = k < known ? from[k][d] : 0.0f;
-      }
+      transpose(square);
+#pragma GCC unroll 16
+      for (int64_t k = 0; k < kLanes; ++k) store(panel + (d + k) * kTileColumns + c, square[k]);
     }
   }
 }

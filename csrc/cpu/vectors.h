@@ -79,6 +79,40 @@ inline uint64_t mask_greater(Vector a, Vector b) {
 #endif
 }
 
+// Exchanges the lanes k with bit `step` of a with the lanes k - step of b.
+template <int64_t step>
+inline void exchange(Vector& a, Vector& b) {
+  const Vector x = a, y = b;
+#if defined(__clang__)
+  for (int64_t k = 0; k < kLanes; ++k) {
+    a[k] = k & step ? y[k - step] : x[k];
+    b[k] = k & step ? y[k] : x[k + step];
+  }
+#else
+  typedef int32_t Order __attribute__((vector_size(kLanes * 4)));
+  Order low = {}, high = {};
+#pragma GCC unroll 16
+  for (int32_t k = 0; k < kLanes; ++k) {
+    low[k] = k & step ? kLanes + k - step : k;
+    high[k] = k & step ? kLanes + k : k + step;
+  }
+  a = __builtin_shuffle(x, y, low);
+  b = __builtin_shuffle(x, y, high);
+#endif
+}
+
+template <int64_t step>
+inline void transpose_from(Vector (&square)[kLanes]) {
+#pragma GCC unroll 16
+  for (int64_t i = 0; i < kLanes; ++i) {
+    if ((i & step) == 0) exchange<step>(square[i], square[i + step]);
+  }
+  if constexpr (step > 1) transpose_from<step / 2>(square);
+}
+
+// Lane k of vector i becomes lane i of vector k: by halves, then by halves of those.
+inline void transpose(Vector (&square)[kLanes]) { transpose_from<kLanes / 2>(square); }
+
 // Element types. Conversions are integer arithmetic without branches, which compilers vectorise everywhere.
 struct Float32 {
   float value;
