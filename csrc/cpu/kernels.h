@@ -32,6 +32,18 @@ struct ScoreRow {
   float* scores;  // [L]
 };
 
+// The sentences of a request, for `sentence_similarity`. Sentence n is row `n % held` of `units`; those before `oldest`
+// are no longer held, and those from `first` to `last` were not compared before.
+struct SentenceRange {
+  const void* units;
+  Dtype dtype;
+  int64_t width, held, oldest, first, last;
+  float threshold;
+  bool only_last;  // whether the latest similar sentence counts, or the most similar one
+  float* best;     // cosine of what counts for each sentence from `oldest` on,
+  bool* found;     // where there is one
+};
+
 struct Kernels {
   const char* name;
   // Bytes of scratch that `score` needs for a row of this length; O(length).
@@ -39,7 +51,9 @@ struct Kernels {
   void (*score)(const ScoreRow& row, void* scratch);
   // out = hidden + coefficient * vector, element by element and rounded twice, like PyTorch.
   void (*steer)(const void* hidden, float coefficient, const float* vector, void* out, Dtype dtype, int64_t n);
-  float (*dot)(const void* a, const void* b, Dtype dtype, int64_t n);
+  // Fills `best` and `found` of the sentences from `begin` to `end`, which were false.
+  void (*similar)(const SentenceRange& all, int64_t begin, int64_t end, float* scratch);
+  int64_t (*similar_scratch)(int64_t width);  // in floats
   // sum += x
   void (*accumulate)(const void* x, Dtype dtype, float* sum, int64_t n);
   // out = the unit vector of sum / length; sum becomes zero.

@@ -159,35 +159,11 @@ size_t score_scratch(int64_t length, int64_t dim, int64_t window, int64_t group)
   return arena.used();
 }
 
-template <class T>
-float dot_as(const void* a, const void* b, int64_t n) {
-  const T *x = static_cast<const T*>(a), *y = static_cast<const T*>(b);
-  Vector sums = {};
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
-    float left[kLanes], right[kLanes];
-    convert(x + i, left, kLanes);
-    convert(y + i, right, kLanes);
-    sums += load(left) * load(right);
-  }
-  float total = sum_lanes(sums);
-  for (; i < n; ++i) total += to_float(x[i]) * to_float(y[i]);
-  return total;
-}
-
-float dot(const void* a, const void* b, Dtype dtype, int64_t n) {
-  switch (dtype) {
-    case Dtype::kBFloat16:
-      return dot_as<BFloat16>(a, b, n);
-    case Dtype::kFloat16:
-      return dot_as<Float16>(a, b, n);
-    default:
-      return dot_as<Float32>(a, b, n);
-  }
-}
-
 }  // namespace
 
+// In similar.cpp.
+void similar(const SentenceRange& all, int64_t begin, int64_t end, float* scratch);
+int64_t similar_scratch(int64_t width);
 // In steer.cpp.
 void steer(const void* hidden, float coefficient, const float* vector, void* out, Dtype dtype, int64_t n);
 void accumulate(const void* x, Dtype dtype, float* sum, int64_t n);
@@ -196,8 +172,8 @@ void normalise(float* sum, float length, void* out, Dtype dtype, int64_t n);
 extern const Kernels kKernels;
 #define SKIPKV_STRING_(x) #x
 #define SKIPKV_STRING(x) SKIPKV_STRING_(x)
-const Kernels kKernels = {SKIPKV_STRING(SKIPKV_ISA), score_scratch, score, steer,
-                          dot, accumulate, normalise};
+const Kernels kKernels = {SKIPKV_STRING(SKIPKV_ISA), score_scratch, score,      steer,
+                          similar, similar_scratch, accumulate, normalise};
 
 }  // namespace SKIPKV_ISA
 }  // namespace skipkv

@@ -3,6 +3,7 @@
 #include "parallel.h"
 
 #include <cstring>
+#include <memory>
 
 namespace skipkv {
 
@@ -83,37 +84,40 @@ void sentence_similarity(const Tensor& embeddings, const Tensor& slots, const Te
   int64_t* const seen = compared.mutable_data_ptr<int64_t>();
   float* const penalty = penalties.mutable_data_ptr<float>();
   const int64_t requests = slots.size(0), stride = penalties.stride(0);
+  const char* const data = static_cast<const char*>(embeddings.const_data_ptr());
+  const int64_t slot_bytes = (held + 1) * width * static_cast<int64_t>(embeddings.element_size());
+  std::vector<float> best(static_cast<size_t>(requests * held));
+  const std::unique_ptr<bool[]> found(new bool[requests * held]());
+  std::vector<SentenceRange> ranges;
   int64_t products = 0;
   for (int64_t r = 0; r < requests; ++r) {
-    STD_TORCH_CHECK(slot_of[r] >= 0 && slot_of[r] < num_slots, "skipkv_cpu: slot ", slot_of[r], " of ", num_slots);
-    products += (closed[slot_of[r]] - seen[slot_of[r]]) * std::min(held, closed[slot_of[r]]) * width;
-    STD_TORCH_CHECK(closed[slot_of[r]] <= penalties.size(1), "skipkv_cpu: count=", closed[slot_of[r]], " exceeds the ",
+    const int64_t slot = slot_of[r];
+    STD_TORCH_CHECK(slot >= 0 && slot < num_slots, "skipkv_cpu: slot ", slot, " of ", num_slots);
+    STD_TORCH_CHECK(closed[slot] <= penalties.size(1), "skipkv_cpu: count=", closed[slot], " exceeds the ",
                     penalties.size(1), " penalties of a slot");
+    const int64_t last = closed[slot], oldest = std::max<int64_t>(0, last - held);
+    ranges.push_back({data + slot * slot_bytes, dtype, width, held, oldest, seen[slot], last,
+                      static_cast<float>(threshold), rule == 1, best.data() + r * held, found.get() + r * held});
+    products += (last - seen[slot]) * (last - oldest) * width;
   }
-  const char* const data = static_cast<const char*>(embeddings.const_data_ptr());
-  const int64_t size = static_cast<int64_t>(embeddings.element_size());
-  const float limit = static_cast<float>(threshold);
+  // A thread makes its own copy of the new sentences, so it gets many earlier ones to compare them with.
+  constexpr int64_t kChunk = 256;
+  const int64_t chunks = (held + kChunk - 1) / kChunk;
   const Kernels& kernel = kernels();
-  // One row for each earlier sentence: only it takes a penalty.
-  parallel_rows(requests * held, [&](const auto& next) {
+  parallel_rows(requests * chunks, [&](const auto& next) {
+    std::vector<float> scratch(static_cast<size_t>(kernel.similar_scratch(width)));
     for (int64_t row = next(); row >= 0; row = next()) {
-      const int64_t slot = slot_of[row / held], last = closed[slot], first = seen[slot];
-      const int64_t oldest = std::max<int64_t>(0, last - held), i = oldest + row % held;
-      if (i >= last) continue;
-      const auto unit = [&](int64_t n) { return data + (slot * (held + 1) + n % held) * width * size; };
-      float best = 0;
-      bool found = false;
-      // From the latest, which is all that "last" (rule 1) asks for.
-      for (int64_t j = last - 1; j > i && j >= first && !(found && rule == 1); --j) {
-        const float cosine = kernel.dot(unit(i), unit(j), dtype, width);
-        if (!(cosine > limit)) continue;
-        best = found || rule != 1 ? std::max(best, cosine) : cosine;
-        found = true;
+      const SentenceRange& range = ranges[row / chunks];
+      const int64_t begin = range.oldest + row % chunks * kChunk, end = std::min(begin + kChunk, range.last);
+      if (begin >= end) continue;
+      kernel.similar(range, begin, end, scratch.data());
+      float* const known = penalty + slot_of[row / chunks] * stride;
+      for (int64_t n = begin; n < end; ++n) {
+        const int64_t i = n - range.oldest;
+        if (range.found[i]) known[n] = rule == 1 ? range.best[i] : std::max(known[n], range.best[i]);
       }
-      float& known = penalty[slot * stride + i];
-      known = rule == 1 ? (found ? best : known) : std::max(known, best);
     }
-  }, products / 1'000'000 + 1);
+  }, products / 16'000'000 + 1);
   for (int64_t r = 0; r < requests; ++r) seen[slot_of[r]] = closed[slot_of[r]];
 }
 

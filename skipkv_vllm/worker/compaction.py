@@ -141,13 +141,12 @@ class Compactor:
 
     def table(self, rows: Sequence[Sequence[int]]) -> Tensor:
         """Block ids of R requests as kernel page ids, int32 `[R, pages]`, padded with page 0."""
-        longest, ratio = max(map(len, rows)), self._pages_per_block
-        padded = [[*row, *[0] * (longest - len(row))] for row in rows]
-        blocks = to_device(padded, torch.int32, self.device)
-        if ratio == 1:
-            return blocks
-        within = torch.arange(ratio, dtype=torch.int32, device=self.device)
-        return (blocks[..., None] * ratio + within).flatten(1)
+        blocks = np.zeros((len(rows), max(map(len, rows))), dtype=np.int32)
+        for r, row in enumerate(rows):
+            blocks[r, : len(row)] = row
+        if (ratio := self._pages_per_block) > 1:
+            blocks = (blocks[..., None] * ratio + np.arange(ratio, dtype=np.int32)).reshape(len(rows), -1)
+        return to_device(blocks, torch.int32, self.device)
 
     def keys(self, layer: int, pages: Tensor, length: int) -> Tensor:
         """The first `length` keys of a request in these kernel pages, `[H, length, D]` in slot order."""

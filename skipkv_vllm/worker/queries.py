@@ -40,6 +40,7 @@ class QueryRing:
         self.window = window
         self._nobody = num_slots * window
         self._rows = torch.zeros(num_layers, self._nobody + 1, num_heads, head_size, dtype=dtype, device=device)
+        self._first_of_layer = np.arange(num_layers) * (self._nobody + 1)
         self.observe = ops.function("observe_queries", device)
         self.recording = True
         """False in a step whose queries nobody needs; a captured graph records them all the same, for nobody"""
@@ -129,8 +130,9 @@ class QueryRing:
         """The same for R requests and all layers: `[R, layers, W, Hq, D]`."""
         first = np.array(slots)[:, None] * self.window
         rows = first + (np.array(num_logical)[:, None] + np.arange(self.window)) % self.window
-        found = self._rows.index_select(1, to_device(rows.ravel(), torch.int64, self._rows.device))
-        return found.unflatten(1, rows.shape).transpose(0, 1).contiguous()
+        of_layers = self._first_of_layer[:, None] + rows[:, None]
+        found = self._rows.flatten(0, 1).index_select(0, to_device(of_layers.ravel(), torch.int64, self._rows.device))
+        return found.view(*of_layers.shape, *found.shape[1:])
 
 
 def _dequantised(query: Tensor, scale: Tensor) -> Tensor:

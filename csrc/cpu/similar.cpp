@@ -1,0 +1,65 @@
+// `sentence_similarity` of a range of a request's sentences. Compiled once per instruction set.
+#include "tile.h"
+
+namespace skipkv {
+namespace SKIPKV_ISA {
+namespace {
+
+template <class T>
+void similar_as(const SentenceRange& all, int64_t begin, int64_t end, float* scratch) {
+  const int64_t width = all.width, newest = all.last - 1;
+  const int64_t first_new = all.first > begin + 1 ? all.first : begin + 1;
+  float* const panel = scratch;
+  float* const floats = scratch + width * kTileColumns;
+  float* const tile = floats + width * kTileRows;
+  const auto unit = [&](int64_t n) { return static_cast<const T*>(all.units) + n % all.held * width; };
+  // Panels of later sentences from the newest, so that the latest hit is the first to be found.
+  for (int64_t to = newest; to >= first_new; to -= kTileColumns) {
+    const int64_t from = to - kTileColumns + 1 > first_new ? to - kTileColumns + 1 : first_new;
+    for (int64_t c = 0; c < kTileColumns; ++c) {
+      const T* const x = unit(from + c <= to ? from + c : to);
+      for (int64_t d = 0; d < width; ++d) panel[d * kTileColumns + c] = to_float(x[d]);
+    }
+    // A row's own panel and those before it hold nothing that is later.
+    const int64_t stop = end < to ? end : to;
+    for (int64_t i = begin; i < stop; i += kTileRows) {
+      const float* rows[kTileRows];
+      for (int64_t m = 0; m < kTileRows; ++m) {
+        const T* const x = unit(i + m < stop ? i + m : i);
+        float* const copy = floats + m * width;
+        for (int64_t d = 0; d < width; ++d) copy[d] = to_float(x[d]);
+        rows[m] = copy;
+      }
+      products(rows, panel, width, tile);
+      for (int64_t m = 0; m < kTileRows && i + m < stop; ++m) {
+        bool& found = all.found[i + m - all.oldest];
+        float& best = all.best[i + m - all.oldest];
+        // From the latest, which is all that the rule "last" asks for.
+        for (int64_t c = to - from; c >= 0 && from + c > i + m && !(found && all.only_last); --c) {
+          const float cosine = tile[m * kTileColumns + c];
+          if (!(cosine > all.threshold)) continue;
+          best = found && best > cosine ? best : cosine;
+          found = true;
+        }
+      }
+    }
+  }
+}
+
+}  // namespace
+
+void similar(const SentenceRange& all, int64_t begin, int64_t end, float* scratch) {
+  switch (all.dtype) {
+    case Dtype::kFloat32:
+      return similar_as<Float32>(all, begin, end, scratch);
+    case Dtype::kBFloat16:
+      return similar_as<BFloat16>(all, begin, end, scratch);
+    case Dtype::kFloat16:
+      return similar_as<Float16>(all, begin, end, scratch);
+  }
+}
+
+int64_t similar_scratch(int64_t width) { return width * (kTileColumns + kTileRows) + kTileRows * kTileColumns; }
+
+}  // namespace SKIPKV_ISA
+}  // namespace skipkv
