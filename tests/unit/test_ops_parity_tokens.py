@@ -129,6 +129,8 @@ SENTENCES = {
     "one topic": SentenceCase(topics=1, rule=1),
     "nothing is new": SentenceCase(((3, 4, 5), (3, 4, 5))),
     "none is held": SentenceCase(held=0),
+    "hundreds": SentenceCase(((200, 0, 300), (290, 70, 401)), held=310, topics=40),
+    "hundreds, last": SentenceCase(((200, 0, 300), (290, 70, 401)), held=310, topics=40, rule=1),
 }
 
 
@@ -139,7 +141,7 @@ def test_sentence_similarity(backend, case):
     topics = torch.randn(case.topics, case.width, generator=generator)
     embeddings = torch.zeros(slots, case.held + 1, case.width, dtype=case.dtype)
     compared = torch.zeros(slots, dtype=torch.int64)
-    penalties = torch.zeros(slots, 41)
+    penalties = torch.zeros(slots, max(map(max, case.counts)) + 2)
     count = torch.zeros(slots, dtype=torch.int64)
     embeddings, compared, penalties, count = on(backend.device, (embeddings, compared, penalties, count))
     wanted_compared, wanted = compared.cpu(), penalties.cpu()
