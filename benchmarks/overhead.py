@@ -11,6 +11,12 @@ evicting one goes on decoding long requests, which hold the same after their fir
 
 measures steering in the same way, without eviction: a server with a vector that steers every request, and one whose
 requests are not steered. The vector is so short that all engines write the same text.
+
+    python -m benchmarks.overhead --layers 8 --hidden-size 768 --budgets 256
+
+measures a model of that size with random weights: what it writes means nothing, but a step takes what it would take. A
+step grows with the number of weights, a compaction with the size of the KV cache only, so the bundled model, which has
+hardly any weights, is the worst case.
 """
 
 from __future__ import annotations
@@ -19,6 +25,7 @@ import argparse
 import gc
 import multiprocessing
 import os
+import shutil
 import sys
 import tempfile
 import time
@@ -28,7 +35,7 @@ from statistics import median
 from typing import Any, NamedTuple
 
 import torch
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from skipkv_vllm import bundled_model
 from skipkv_vllm.ops import STATE
@@ -276,6 +283,30 @@ def short_vector(model: str, folder: Path) -> str:
     return str(path)
 
 
+def random_model(like: str, layers: int, hidden_size: int, folder: Path) -> str:
+    """Write a model of another size with random weights, 4 heads of 64 to a kv head, and another's tokenizer.
+
+    Returns:
+        Its folder.
+    """
+    own = folder / "model"
+    shutil.copytree(like, own, ignore=shutil.ignore_patterns("*.safetensors"))
+    config = AutoConfig.from_pretrained(like)
+    config.update(
+        {
+            "hidden_size": hidden_size,
+            "intermediate_size": 3 * hidden_size,
+            "num_hidden_layers": layers,
+            "layer_types": ["full_attention"] * layers,
+            "num_attention_heads": hidden_size // 64,
+            "num_key_value_heads": hidden_size // 256,
+        }
+    )
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(own)
+    return str(own)
+
+
 def steering_table(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     """Measure and print every shape.
 
@@ -313,6 +344,8 @@ def main() -> int:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--compiled", action="store_true", help="vLLM's default graphs instead of eager mode")
     parser.add_argument("--steering", action="store_true", help="measure steering instead of eviction")
+    parser.add_argument("--layers", type=int, help="with --hidden-size: of a model with random weights")
+    parser.add_argument("--hidden-size", type=int, help="a multiple of 256; see --layers")
     parser.add_argument("--out", type=Path, help="write the figures as JSON, e.g. docs/results/overhead.json")
     args = parser.parse_args()
     if args.policy == "full":
@@ -321,15 +354,27 @@ def main() -> int:
         parser.error(f"--buffer {args.buffer} must be a multiple of {TURN}")
     if max(args.budgets) + 3 * args.buffer > LONGEST:
         parser.error(f"--budgets {max(args.budgets)} is out of range; allowed: up to {LONGEST - 3 * args.buffer}")
+    if (args.layers is None) != (args.hidden_size is None):
+        parser.error("--layers and --hidden-size only go together")
+    if args.layers is not None and (args.layers < 1 or args.hidden_size < 256 or args.hidden_size % 256):
+        parser.error(
+            f"--layers {args.layers} --hidden-size {args.hidden_size} is out of range; allowed: layers from 1, "
+            "multiples of 256"
+        )
+    settings = {**vars(args), "model": relative(args.model), "out": str(args.out)}
+    if args.steering and args.layers is not None:
+        parser.error("--steering is measured on --model; leave --layers and --hidden-size out")
     if args.steering:
         with tempfile.TemporaryDirectory(prefix="skipkv-overhead-") as folder:
             rows = steering_table(args, Path(folder))
-        return finish(args, rows)
+        return finish(args.out, settings, rows)
     rows = []
     print(
         f"{'budget':>6}{'batch':>7}{'stock ms':>10}{'evicting ms':>13}{'ratio':>8}{'from - to':>16}{'compactions':>13}"
     )
     with tempfile.TemporaryDirectory(prefix="skipkv-overhead-") as folder:
+        if args.layers is not None:
+            args.model = random_model(args.model, args.layers, args.hidden_size, Path(folder))
         for budget in args.budgets:
             for batch_size in args.batch_sizes:
                 row = measure(Shape(budget, batch_size), args, Path(folder))
@@ -343,16 +388,13 @@ def main() -> int:
                 if row["compactions"] < batch_size * args.rounds // 2:
                     print("error: hardly any compaction took place; these are not figures of eviction", file=sys.stderr)
                     return 1
-    return finish(args, rows)
+    return finish(args.out, settings, rows)
 
 
-def finish(args: argparse.Namespace, rows: list[dict[str, Any]]) -> int:
+def finish(out: Path | None, settings: dict[str, Any], rows: list[dict[str, Any]]) -> int:
     """Write the figures, if asked for."""
-    if args.out:
-        # The vector is one of `short_vector`, in a folder that is gone by now.
-        settings = {k: v for k, v in vars(args).items() if k != "vector"}
-        settings |= {"model": relative(args.model), "out": str(args.out)}
-        write_summary({"run": provenance("benchmarks.overhead", settings), "shapes": rows}, args.out)
+    if out:
+        write_summary({"run": provenance("benchmarks.overhead", settings), "shapes": rows}, out)
     return 0
 
 
