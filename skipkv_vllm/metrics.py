@@ -9,7 +9,7 @@ from prometheus_client import Counter, Gauge
 from vllm.config import VllmConfig
 from vllm.v1.metrics.loggers import StatLoggerBase
 
-from .compat import has_policy, install_client_check, received_report
+from .compat import has_policy, install_client_check, policy_config, received_report
 from .scheduler.planner import Compaction
 from .steering.controller import KINDS, Thoughts
 
@@ -90,8 +90,12 @@ class EvictionStatLogger(StatLoggerBase):
 
     def __init__(self, vllm_config: VllmConfig, engine_index: int = 0) -> None:
         self._engine = str(engine_index)
-        if has_policy(vllm_config) and EvictionStatLogger._metrics is None:
+        if not has_policy(vllm_config):
+            return
+        if EvictionStatLogger._metrics is None:
             EvictionStatLogger._metrics = _make_metrics()
+        config = policy_config(vllm_config)
+        EvictionStatLogger._metrics["budget_tokens"].labels(self._engine).set(config.kv_budget if config.evicts else 0)
 
     def record(
         self,
@@ -120,7 +124,7 @@ class EvictionStatLogger(StatLoggerBase):
             if name == "thoughts":
                 for kind in KINDS:
                     metric.labels(self._engine, kind)
-            elif name != "skipped":
+            elif name not in ("skipped", "budget_tokens"):
                 metric.labels(self._engine)
 
 
@@ -140,6 +144,9 @@ def _make_metrics() -> dict[str, Any]:
         ),
         "thoughts": Counter(
             "skipkv_thoughts", "Sentences of steered requests that ended, by kind.", ["engine", "kind"]
+        ),
+        "budget_tokens": _gauge(
+            "skipkv_budget_tokens", "Tokens that a request keeps unless it asks for others; 0 where nothing is evicted."
         ),
         "resident_tokens": _gauge("skipkv_resident_tokens", "Tokens whose KV is held by running requests."),
         "logical_tokens": _gauge("skipkv_logical_tokens", "Prompt and output tokens of running requests."),

@@ -139,6 +139,13 @@ def test_counters_are_visible_at_zero(registry):
         assert value(registry, f"skipkv_{name}", engine="3") == 0
 
 
+@pytest.mark.parametrize(("policy", "budget"), [({"kv_policy": "rkv", "kv_budget": 512}, 512), ({}, 0)])
+def test_the_budget_is_shown_where_something_is_evicted(registry, policy, budget):
+    logger = EvictionStatLogger(SimpleNamespace(additional_config={"skipkv": policy}))
+    logger.log_engine_initialized()
+    assert value(registry, "skipkv_budget_tokens") == budget
+
+
 def test_no_name_begins_with_vllms_prefix(registry):
     EvictionStatLogger(WITH_POLICY)
     names = [metric.name for metric in registry.collect()]
