@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     import vllm
     from transformers import PreTrainedTokenizerBase
     from vllm import RequestOutput, SamplingParams
+    from vllm.lora.request import LoRARequest
 
 REPOSITORY = Path(__file__).parents[1]
 MODEL = os.environ.get("SKIPKV_TEST_MODEL") or bundled_model()
@@ -247,6 +248,7 @@ def generate_staggered(
     params: Sequence[SamplingParams],
     every: int,
     abort_at: Mapping[int, int] | None = None,
+    adapters: Mapping[int, LoRARequest] | None = None,
 ) -> Generation:
     """Run requests that arrive one after the other, and look at the scheduler after every step.
 
@@ -256,9 +258,10 @@ def generate_staggered(
         params: sampling parameters of each.
         every: steps between two arrivals.
         abort_at: number of a request -> step before which it is aborted.
+        adapters: number of a request -> what it is computed with besides the model.
     """
     llm_engine = llm.llm_engine
-    abort_at = abort_at or {}
+    abort_at, adapters = abort_at or {}, adapters or {}
     done = Generation([None] * len(prompts), [], num_preemptions=[0] * len(prompts))
     scheduler = scheduler_of(llm)
     pool = scheduler.kv_cache_manager.block_pool
@@ -267,7 +270,8 @@ def generate_staggered(
         number = len(done.request_ids)
         if number < len(prompts) and step == number * every:
             prompt = {"prompt_token_ids": list(prompts[number])}
-            done.request_ids.append(llm_engine.add_request(str(number), prompt, params[number]))
+            adapter = adapters.get(number)
+            done.request_ids.append(llm_engine.add_request(str(number), prompt, params[number], lora_request=adapter))
         if due := [done.request_ids[i] for i, at in abort_at.items() if at == step]:
             llm_engine.abort_request(due, internal=True)
         # An asynchronous engine may finish a request some steps after the last one that computed it.
@@ -319,6 +323,7 @@ class Job:
         num_logprobs: log probabilities to report per token, None for none.
         budgets: `kv_budget` of each request, None for the server's; empty for all the server's.
         options: further options of each request; empty for none.
+        adapters: number of a request -> LoRA adapter that it is computed with.
     """
 
     prompts: list[list[int]]
@@ -330,6 +335,7 @@ class Job:
     num_logprobs: int | None = None
     budgets: list[int | None] = field(default_factory=list)
     options: list[dict[str, Any]] = field(default_factory=list)
+    adapters: dict[int, LoRARequest] = field(default_factory=dict)
 
     def extra_args(self, number: int) -> dict[str, Any] | None:
         """What a request sets for itself."""
@@ -444,7 +450,7 @@ def run_on(llm: vllm.LLM, job: Job) -> Outcome:
     config = llm.llm_engine.vllm_config
     # vLLM compiles a helper for log probabilities even where the model runs eagerly, which takes a minute.
     with torch.compiler.set_stance("force_eager" if config.model_config.enforce_eager else "default"):
-        done = generate_staggered(llm, job.prompts, params, job.every, job.abort_at)
+        done = generate_staggered(llm, job.prompts, params, job.every, job.abort_at, job.adapters)
     assert_pool_empty(llm)
     tokens: list[list[int]] = []
     logprobs: list[list[dict[int, float]]] = []

@@ -11,6 +11,7 @@ from benchmarks.markdown import table
 from .report import command_line
 
 OVERHEAD = Path("results", "overhead.json")
+LARGER_OVERHEAD = Path("results", "overhead-larger.json")
 STEERING_OVERHEAD = Path("results", "steering-overhead.json")
 PREFIX_EVICTION = Path("results", "prefix-eviction.json")
 
@@ -35,11 +36,23 @@ def overhead_section(figures: Mapping[str, Any]) -> list[str]:
         )
         for row in figures["shapes"]
     ]
+    if settings.get("layers"):
+        heading = "### With a larger model"
+        text = (
+            f"The same for {settings['layers']} layers of {settings['hidden_size']} with random weights, medians of "
+            f"{settings['rounds']} rounds. A step grows with the number of weights, a compaction only with the size of "
+            "the KV cache, so what it costs of a step falls."
+        )
+    else:
+        heading = "## What eviction costs a step"
+        text = (
+            f"`{settings['policy']}` against stock vLLM with requests of the same resident length, compactions "
+            f"included, in turns; medians of {settings['rounds']} rounds of {settings['buffer']} steps. On CPUs our "
+            "runner also computes slots faster than vLLM does, which is part of these ratios."
+        )
     return [
-        "## What eviction costs a step",
-        f"`{settings['policy']}` against stock vLLM with requests of the same resident length, compactions included, "
-        f"in turns; medians of {settings['rounds']} rounds of {settings['buffer']} steps. On CPUs our runner also "
-        "computes slots faster than vLLM does, which is part of these ratios.",
+        heading,
+        text,
         table(("budget", "requests", "stock ms a step", "ratio", "of single rounds", "compactions"), rows, 0),
         _made_by(figures["run"]),
     ]

@@ -15,6 +15,7 @@ from benchmarks.unequal_budgets.section import AGAIN, UNEQUAL, again_section, un
 
 from . import UsageError
 from .costs import (
+    LARGER_OVERHEAD,
     OVERHEAD,
     PREFIX_EVICTION,
     STEERING_OVERHEAD,
@@ -62,6 +63,7 @@ def measured_sections(docs: Path) -> list[str]:
     sections = {
         STEERING_OVERHEAD: steering_overhead_section,
         OVERHEAD: overhead_section,
+        LARGER_OVERHEAD: overhead_section,
         KERNELS: kernels_section,
         THROUGHPUT: throughput_section,
         SIMULATION: simulation_section,
