@@ -25,7 +25,6 @@ import argparse
 import gc
 import multiprocessing
 import os
-import shutil
 import sys
 import tempfile
 import time
@@ -35,7 +34,7 @@ from statistics import median
 from typing import Any, NamedTuple
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from skipkv_vllm import bundled_model
 from skipkv_vllm.ops import STATE
@@ -290,7 +289,7 @@ def random_model(like: str, layers: int, hidden_size: int, folder: Path) -> str:
         Its folder.
     """
     own = folder / "model"
-    shutil.copytree(like, own, ignore=shutil.ignore_patterns("*.safetensors"))
+    AutoTokenizer.from_pretrained(like).save_pretrained(own)
     config = AutoConfig.from_pretrained(like)
     config.update(
         {
@@ -298,6 +297,7 @@ def random_model(like: str, layers: int, hidden_size: int, folder: Path) -> str:
             "intermediate_size": 3 * hidden_size,
             "num_hidden_layers": layers,
             "layer_types": ["full_attention"] * layers,
+            "head_dim": 64,
             "num_attention_heads": hidden_size // 64,
             "num_key_value_heads": hidden_size // 256,
         }

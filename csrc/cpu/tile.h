@@ -61,8 +61,8 @@ __attribute__((noinline)) void products(const float* const* rows, const float* p
 }
 
 // Bit c of `above[m]` says whether product `[m, c]` is above the threshold. Returns whether any is.
-[[maybe_unused]] __attribute__((noinline)) bool products_above(const float* const* rows, const float* panel, int64_t dim,
-                                              float threshold, uint64_t* above) {
+[[maybe_unused]] __attribute__((noinline)) bool products_above(const float* const* rows, const float* panel,
+                                                               int64_t dim, float threshold, uint64_t* above) {
   static_assert(kTileColumns <= 64, "a panel's columns fit a mask");
   Tile sum = {};
   multiply(rows, panel, dim, sum);

@@ -30,10 +30,13 @@ constexpr int64_t kLanes = 4, kTileRows = 4, kTileVectors = 2;
 #endif
 constexpr int64_t kTileColumns = kLanes * kTileVectors;
 
-typedef float Vector __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
+typedef float Vector __attribute__((vector_size(kLanes * 4)));
+// The same anywhere in memory. Only for memory: Clang gives variables of this type its alignment, but forgets that where
+// it passes them by reference.
+typedef float Anywhere __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
 
-inline Vector load(const float* from) { return *reinterpret_cast<const Vector*>(from); }
-inline void store(float* to, Vector value) { *reinterpret_cast<Vector*>(to) = value; }
+inline Vector load(const float* from) { return *reinterpret_cast<const Anywhere*>(from); }
+inline void store(float* to, Vector value) { *reinterpret_cast<Anywhere*>(to) = value; }
 
 template <class To, class From>
 inline To bits(From value) {
