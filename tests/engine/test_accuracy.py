@@ -36,7 +36,13 @@ def start(out: Path) -> subprocess.Popen[str]:
     rest = ["--problems", "2", "--problems-at", "1=1", "--max-tokens", "200", "--buffer", "16"]
     engine = ["--engine", json.dumps(TINY_ENGINE), "--require-batch-invariance"]
     return subprocess.Popen(
-        [*command, *grid, *rest, *engine], cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        [*command, *grid, *rest, *engine],
+        cwd=REPOSITORY,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        # Who starts the tests in the background has Ctrl-C ignored, which children inherit.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 

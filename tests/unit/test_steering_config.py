@@ -21,7 +21,7 @@ from skipkv_vllm.steering.controller import Strength, Thoughts
 
 from .test_block_manager_properties import Engine, drive, finish_all
 from .test_config import engine_args, make_vllm_config, parser  # noqa: F401
-from .test_metrics import WITH_POLICY, registry, value  # noqa: F401
+from .test_metrics import WITH_POLICY, registry, report, value  # noqa: F401
 
 
 @pytest.fixture
@@ -305,7 +305,7 @@ def test_thoughts_are_exported_by_kind(registry):  # noqa: F811
     stats = EvictionStats()
     stats.thought(Thoughts(12, 30, 5, 2))
     stats.thought(Thoughts(1, 2, 3, 4))
-    logger.record(SimpleNamespace(skipkv=stats.take(0, 0, 0)), None)
+    report(logger, **stats.take(0, 0, 0))
     assert value(registry, "skipkv_steered_tokens_total") == 13
     for kind, number in (("execution", 32), ("reflection", 8), ("transition", 6)):
         assert value(registry, "skipkv_thoughts_total", kind=kind) == number
