@@ -172,8 +172,8 @@ void normalise(float* sum, float length, void* out, Dtype dtype, int64_t n);
 extern const Kernels kKernels;
 #define SKIPKV_STRING_(x) #x
 #define SKIPKV_STRING(x) SKIPKV_STRING_(x)
-const Kernels kKernels = {SKIPKV_STRING(SKIPKV_ISA), score_scratch, score,      steer,
-                          similar, similar_scratch, accumulate, normalise};
+const Kernels kKernels = {SKIPKV_STRING(SKIPKV_ISA), score_scratch, score, steer, similar, similar_scratch, accumulate,
+                          normalise};
 
 }  // namespace SKIPKV_ISA
 }  // namespace skipkv
