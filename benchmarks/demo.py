@@ -7,7 +7,6 @@ python -m benchmarks.demo --keep     # what `make serve` runs: leave the server 
 from __future__ import annotations
 
 import argparse
-import functools
 import json
 import sys
 import time
@@ -15,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from openai import OpenAI
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer
 
 from skipkv_vllm import bundled_model
 
@@ -57,23 +56,18 @@ def server_arguments(budget: int, buffer: int) -> list[str]:
     return [str(part) for flag in flags.items() for part in flag] + ["--enforce-eager"]
 
 
-@functools.cache
-def _tokenizer() -> PreTrainedTokenizerBase:
-    return AutoTokenizer.from_pretrained(bundled_model())
+def chat_prompts(tasks: list[Problem]) -> list[list[int]]:
+    """Token ids of the questions, ready for the answers."""
+    chats = [[{"role": "user", "content": task.question}] for task in tasks]
+    tokenizer = AutoTokenizer.from_pretrained(bundled_model())
+    return tokenizer.apply_chat_template(chats, add_generation_prompt=True, return_dict=False)
 
 
-def chat_prompt(task: Problem) -> list[int]:
-    """Token ids of a question, ready for the answer."""
-    messages = [{"role": "user", "content": task.question}]
-    return _tokenizer().apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-
-
-def run_arm(client: OpenAI, url: str, tasks: list[Problem], policy: str) -> Arm:
+def run_arm(client: OpenAI, url: str, tasks: list[Problem], prompts: list[list[int]], policy: str) -> Arm:
     """Answer all problems at once with one policy and read the metrics before and after."""
     before = metrics(url)
 
     # In one call, so that all begin together: one by one they would come in late where the server has all cores.
-    prompts = [chat_prompt(task) for task in tasks]
     started = time.monotonic()
     reply = client.completions.create(
         model=MODEL, prompt=prompts, temperature=0, max_tokens=1200, extra_body={"vllm_xargs": {"kv_policy": policy}}
@@ -133,10 +127,11 @@ def main() -> int:
                     time.sleep(3600)
             client = OpenAI(base_url=f"{url}/v1", api_key="none", timeout=600)
             tasks = list(problems("demo", args.prompts))
+            prompts = chat_prompts(tasks)
             print(f"{args.prompts} problems at once, first with skipkv, then with full KV ...")
             # skipkv goes first: the peak gauge only ever rises.
-            skipkv = run_arm(client, url, tasks, "skipkv")
-            full = run_arm(client, url, tasks, "full")
+            skipkv = run_arm(client, url, tasks, prompts, "skipkv")
+            full = run_arm(client, url, tasks, prompts, "full")
     except ServerError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

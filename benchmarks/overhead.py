@@ -361,9 +361,9 @@ def main() -> int:
             f"--layers {args.layers} --hidden-size {args.hidden_size} is out of range; allowed: layers from 1, "
             "multiples of 256"
         )
-    settings = {**vars(args), "model": relative(args.model), "out": str(args.out)}
     if args.steering and args.layers is not None:
         parser.error("--steering is measured on --model; leave --layers and --hidden-size out")
+    settings = {**vars(args), "model": relative(args.model), "out": str(args.out)}
     if args.steering:
         with tempfile.TemporaryDirectory(prefix="skipkv-overhead-") as folder:
             rows = steering_table(args, Path(folder))

@@ -124,7 +124,7 @@ class EvictionStatLogger(StatLoggerBase):
             if name == "thoughts":
                 for kind in KINDS:
                     metric.labels(self._engine, kind)
-            elif name not in ("skipped", "budget_tokens"):
+            elif name != "skipped":
                 metric.labels(self._engine)
 
 

@@ -40,8 +40,7 @@ struct SentenceRange {
   int64_t width, held, oldest, first, last;
   float threshold;
   bool only_last;  // whether the latest similar sentence counts, or the most similar one
-  float* best;     // cosine of what counts for each sentence from `oldest` on,
-  bool* found;     // where there is one
+  float* best;     // cosine of what counts for each sentence from `oldest` on; minus infinity where nothing does
 };
 
 struct Kernels {
@@ -51,7 +50,7 @@ struct Kernels {
   void (*score)(const ScoreRow& row, void* scratch);
   // out = hidden + coefficient * vector, element by element and rounded twice, like PyTorch.
   void (*steer)(const void* hidden, float coefficient, const float* vector, void* out, Dtype dtype, int64_t n);
-  // Fills `best` and `found` of the sentences from `begin` to `end`, which were false.
+  // Fills `best` of the sentences from `begin` to `end`, which was minus infinity.
   void (*similar)(const SentenceRange& all, int64_t begin, int64_t end, float* scratch);
   int64_t (*similar_scratch)(int64_t width);  // in floats
   // sum += x

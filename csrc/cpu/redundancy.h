@@ -41,7 +41,7 @@ class ExemptSearch {
     uint64_t above[kTileRows];
     // From the last row, so that each column notes a row once: the last that is similar to it.
     uint64_t noted = 0;
-    for (int64_t a = (num_active_ - 1) / kTileRows * kTileRows; a >= 0 && num_active_ > 0; a -= kTileRows) {
+    for (int64_t a = round_up(num_active_, kTileRows) - kTileRows; a >= 0; a -= kTileRows) {
       gather(a, num_active_, rows);
       if (!products_above(rows, panel, stride_, threshold_, above)) continue;
       for (int64_t m = (num_active_ - a < kTileRows ? num_active_ - a : kTileRows) - 1; m >= 0; --m) {

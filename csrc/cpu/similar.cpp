@@ -32,14 +32,12 @@ void similar_as(const SentenceRange& all, int64_t begin, int64_t end, float* scr
       }
       products(rows, panel, width, tile);
       for (int64_t m = 0; m < kTileRows && i + m < stop; ++m) {
-        bool& found = all.found[i + m - all.oldest];
         float& best = all.best[i + m - all.oldest];
         // From the latest, which is all that the rule "last" asks for.
-        for (int64_t c = to - from; c >= 0 && from + c > i + m && !(found && all.only_last); --c) {
+        for (int64_t c = to - from; c >= 0 && from + c > i + m; --c) {
+          if (all.only_last && best > -__builtin_inff()) break;
           const float cosine = tile[m * kTileColumns + c];
-          if (!(cosine > all.threshold)) continue;
-          best = found && best > cosine ? best : cosine;
-          found = true;
+          if (cosine > all.threshold && cosine > best) best = cosine;
         }
       }
     }

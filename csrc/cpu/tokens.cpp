@@ -3,7 +3,7 @@
 #include "parallel.h"
 
 #include <cstring>
-#include <memory>
+#include <limits>
 
 namespace skipkv {
 
@@ -86,8 +86,8 @@ void sentence_similarity(const Tensor& embeddings, const Tensor& slots, const Te
   const int64_t requests = slots.size(0), stride = penalties.stride(0);
   const char* const data = static_cast<const char*>(embeddings.const_data_ptr());
   const int64_t slot_bytes = (held + 1) * width * static_cast<int64_t>(embeddings.element_size());
-  std::vector<float> best(static_cast<size_t>(requests * held));
-  const std::unique_ptr<bool[]> found(new bool[requests * held]());
+  constexpr float kNothing = -std::numeric_limits<float>::infinity();
+  std::vector<float> best(static_cast<size_t>(requests * held), kNothing);
   std::vector<SentenceRange> ranges;
   int64_t products = 0;
   for (int64_t r = 0; r < requests; ++r) {
@@ -97,7 +97,7 @@ void sentence_similarity(const Tensor& embeddings, const Tensor& slots, const Te
                     penalties.size(1), " penalties of a slot");
     const int64_t last = closed[slot], oldest = std::max<int64_t>(0, last - held);
     ranges.push_back({data + slot * slot_bytes, dtype, width, held, oldest, seen[slot], last,
-                      static_cast<float>(threshold), rule == 1, best.data() + r * held, found.get() + r * held});
+                      static_cast<float>(threshold), rule == 1, best.data() + r * held});
     products += (last - seen[slot]) * (last - oldest) * width;
   }
   // A thread makes its own copy of the new sentences, so it gets many earlier ones to compare them with.
@@ -113,8 +113,8 @@ void sentence_similarity(const Tensor& embeddings, const Tensor& slots, const Te
       kernel.similar(range, begin, end, scratch.data());
       float* const known = penalty + slot_of[row / chunks] * stride;
       for (int64_t n = begin; n < end; ++n) {
-        const int64_t i = n - range.oldest;
-        if (range.found[i]) known[n] = rule == 1 ? range.best[i] : std::max(known[n], range.best[i]);
+        const float cosine = range.best[n - range.oldest];
+        if (cosine > kNothing) known[n] = range.only_last ? cosine : std::max(known[n], cosine);
       }
     }
   }, products / 16'000'000 + 1);
