@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from prometheus_client import Counter, Gauge
-from vllm.config import VllmConfig
 from vllm.v1.metrics.loggers import StatLoggerBase
 
+from .auxiliary import auxiliary
 from .compat import has_policy, install_client_check, policy_config, received_report
 from .scheduler.planner import Compaction
 from .steering.controller import KINDS, Thoughts
+from .trace import DROP_REASONS
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
 
 # vLLM loads this module wherever it builds an engine's client, before anything else of it.
 install_client_check()
 
 SKIPPED = "skipped:"
 THOUGHTS = "thoughts:"
+TRACES_DROPPED = "traces_dropped:"
+LABELLED = {SKIPPED: "skipped", THOUGHTS: "thoughts", TRACES_DROPPED: "traces_dropped"}
+"""Prefixes of names in a report, whose rest is a label of this counter."""
 
 
 @dataclass
@@ -68,6 +76,11 @@ class EvictionStats:
         for kind in KINDS:
             self._add(THOUGHTS + kind, getattr(thoughts, kind))
 
+    def dropped_traces(self, reasons: Mapping[str, int]) -> None:
+        """Count traces that could not be written."""
+        for reason, count in reasons.items():
+            self._add(TRACES_DROPPED + reason, count)
+
     def holding(self, num_pages: int) -> None:
         """Pages held by all requests in a step."""
         self._peak_pages = max(self._peak_pages, num_pages)
@@ -88,44 +101,47 @@ class EvictionStatLogger(StatLoggerBase):
 
     _metrics: dict[str, Any] | None = None
 
-    def __init__(self, vllm_config: VllmConfig, engine_index: int = 0) -> None:
+    def __init__(self, vllm_config: VllmConfig, engine_index: int = 0, *_: Any, **__: Any) -> None:
         self._engine = str(engine_index)
         if not has_policy(vllm_config):
             return
-        if EvictionStatLogger._metrics is None:
-            EvictionStatLogger._metrics = _make_metrics()
-        config = policy_config(vllm_config)
-        EvictionStatLogger._metrics["budget_tokens"].labels(self._engine).set(config.kv_budget if config.evicts else 0)
+        with auxiliary("update the metrics"):
+            if EvictionStatLogger._metrics is None:
+                EvictionStatLogger._metrics = _make_metrics()
+            config = policy_config(vllm_config)
+            budget = config.kv_budget if config.evicts else 0
+            EvictionStatLogger._metrics["budget_tokens"].labels(self._engine).set(budget)
 
-    def record(
-        self,
-        scheduler_stats: Any,
-        iteration_stats: Any,
-        mm_cache_stats: Any = None,
-        engine_idx: int = 0,
-    ) -> None:
+    def record(self, scheduler_stats: Any, *_: Any, **__: Any) -> None:
         """Add one report to the metrics."""
-        report = received_report(scheduler_stats)
-        if self._metrics is None or not report:
+        if self._metrics is None:
             return
-        for name, value in report.items():
-            if name.startswith(SKIPPED):
-                self._metrics["skipped"].labels(self._engine, name.removeprefix(SKIPPED)).inc(value)
-            elif name.startswith(THOUGHTS):
-                self._metrics["thoughts"].labels(self._engine, name.removeprefix(THOUGHTS)).inc(value)
-            elif isinstance(self._metrics[name], Gauge):
-                self._metrics[name].labels(self._engine).set(value)
-            else:
-                self._metrics[name].labels(self._engine).inc(value)
+        for name, value in (received_report(scheduler_stats) or {}).items():
+            with auxiliary("update the metrics"):
+                self._add(self._metrics, name, value)
+
+    def _add(self, metrics: dict[str, Any], name: str, value: float) -> None:
+        for prefix, counter in LABELLED.items():
+            if name.startswith(prefix):
+                metrics[counter].labels(self._engine, name.removeprefix(prefix)).inc(value)
+                return
+        if isinstance(metrics[name], Gauge):
+            metrics[name].labels(self._engine).set(value)
+        else:
+            metrics[name].labels(self._engine).inc(value)
 
     def log_engine_initialized(self) -> None:
         """Make the counters visible at zero, so that a dashboard can tell "none" from "absent"."""
+        known_labels = {"thoughts": KINDS, "traces_dropped": DROP_REASONS, "skipped": ()}
         for name, metric in (self._metrics or {}).items():
-            if name == "thoughts":
-                for kind in KINDS:
-                    metric.labels(self._engine, kind)
-            elif name != "skipped":
+            if name not in known_labels:
                 metric.labels(self._engine)
+            for label in known_labels.get(name, ()):
+                metric.labels(self._engine, label)
+
+
+# A later vLLM may ask for further methods. Without a policy this class must work there too, doing nothing.
+EvictionStatLogger.__abstractmethods__ = frozenset()
 
 
 def _make_metrics() -> dict[str, Any]:
@@ -144,6 +160,9 @@ def _make_metrics() -> dict[str, Any]:
         ),
         "thoughts": Counter(
             "skipkv_thoughts", "Sentences of steered requests that ended, by kind.", ["engine", "kind"]
+        ),
+        "traces_dropped": Counter(
+            "skipkv_traces_dropped", "Traces that could not be written, by reason.", ["engine", "reason"]
         ),
         "budget_tokens": _gauge(
             "skipkv_budget_tokens", "Tokens that a request keeps unless it asks for others; 0 where nothing is evicted."

@@ -3,14 +3,21 @@
 The workers know what was kept, the scheduler knows the text and when a request ends. Each worker leaves a
 part per compaction in `<trace-dir>/.parts`; when the request ends the scheduler joins them. With workers on
 several machines the folder must be on a file system they share. Nothing of this exists when tracing is off.
+
+All files are read and written by a thread of each process. A trace that cannot be written is dropped, logged and
+counted; it neither stops nor delays the server.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import hashlib
 import json
 import os
 import shutil
 import time
+from collections import Counter, deque
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -21,6 +28,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from .auxiliary import BackgroundJobs, auxiliary, report_failure
 from .config import KVPolicyConfig
 from .errors import KVPolicyError
 from .scheduler.messages import Started
@@ -31,6 +39,13 @@ if TYPE_CHECKING:
     from .sentences.tracker import SentenceTracker
 
 WAIT_SECONDS = 30.0
+"""from a request's end until its trace is dropped because a worker's part is missing"""
+FLUSH_SECONDS = 5.0
+LONGEST_NAME = 128
+"""characters of a request's file name; file systems allow 143 to 255 bytes, prefixes and suffixes included"""
+
+DROP_REASONS = ("backlog", "missing_part", "not_written")
+"""Why a trace was dropped: too many were waiting for the storage, a worker did not deliver, or writing it failed."""
 
 
 class Trace(NamedTuple):
@@ -76,28 +91,57 @@ class Trace(NamedTuple):
             return cls(kept=kept, parameters=json.loads(file.metadata()["parameters"]), **fields)
 
 
+def _on_host(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
+
+
 def _save(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    # The folder may have been removed since the server started.
+    path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, str(unfinished), metadata)
-    unfinished.rename(path)
+    try:
+        save_file(_on_host(tensors), str(unfinished), metadata)
+        unfinished.rename(path)
+    except BaseException:
+        # On a full disk the rest of an unfinished file would take the space of the next one.
+        with contextlib.suppress(OSError):
+            unfinished.unlink(missing_ok=True)
+        raise
 
 
 def _file_name(request_id: str) -> str:
-    """A file name that no other request id has, and that is never "." or ".."."""
-    return quote(request_id, safe="").replace(".", "%2E")
+    """A file name of bounded length that no other request id has, and that is never "." or ".."."""
+    # A client may send half a surrogate pair in its JSON.
+    content = request_id.encode("utf-8", "surrogatepass")
+    name = quote(content, safe="").replace(".", "%2E")
+    if len(name) <= LONGEST_NAME:
+        return name
+    digest = hashlib.sha256(content).hexdigest()[:32]
+    # No quoted id contains "+".
+    return f"{name[: LONGEST_NAME - len(digest) - 1]}+{digest}"
+
+
+def trace_path(folder: str | Path, request_id: str) -> Path:
+    """Return the file of a request's trace; its `parameters` hold the whole request id."""
+    return Path(folder, f"{_file_name(request_id)}.safetensors")
+
+
+def _parts(folder: Path, request_id: str) -> Path:
+    return folder / ".parts" / _file_name(request_id)
 
 
 def _part(folder: Path, request_id: str, life: int, index: int, rank: int) -> Path:
-    return folder / ".parts" / _file_name(request_id) / f"{life}.{index}.rank{rank}.safetensors"
+    return _parts(folder, request_id) / f"{life}.{index}.rank{rank}.safetensors"
 
 
 class TraceWriter:
-    """Worker side: leaves a part for each compaction. It waits for the device, as tracing must."""
+    """Worker side: leaves a part for each compaction. It waits for the device, as tracing must, never for storage."""
 
     def __init__(self, folder: str, rank: int) -> None:
         self._folder = Path(folder)
         self._rank = rank
         self._lives: dict[str, int] = {}
+        self._jobs = BackgroundJobs("write a trace part")
 
     def started(self, request_id: str) -> None:
         """A request starts or starts over."""
@@ -110,12 +154,31 @@ class TraceWriter:
 
     def compacted(self, order: Compaction, kept: Tensor, tracker: SentenceTracker | None, slot: int) -> None:
         """Record a compaction; `kept` is `[layers, heads, num_keep]`, ascending positions."""
-        tensors = {"kept": kept.to(torch.int32)}
-        if tracker is not None and tracker.has_embeddings:
-            tensors["similar_pairs"], tensors["similarity"] = tracker.similar_pairs(slot)
-        path = _part(self._folder, order.request_id, self._lives[order.request_id], order.ordinal, self._rank)
-        path.parent.mkdir(parents=True, exist_ok=True)
+        with auxiliary("write a trace part"):
+            tensors = {"kept": kept.to(torch.int32)}
+            if tracker is not None and tracker.has_embeddings:
+                tensors["similar_pairs"], tensors["similarity"] = tracker.similar_pairs(slot)
+            path = _part(self._folder, order.request_id, self._lives[order.request_id], order.ordinal, self._rank)
+            self._jobs.submit(functools.partial(_write_part, _on_host(tensors), path), functools.partial(_lose, path))
+
+    def flush(self, timeout: float = FLUSH_SECONDS) -> bool:
+        """Wait for the parts to be written; False if that takes longer than `timeout` seconds."""
+        return self._jobs.flush(timeout)
+
+
+def _write_part(tensors: dict[str, Tensor], path: Path) -> None:
+    try:
         _save(tensors, path)
+    except Exception:
+        _lose(path)
+        raise
+
+
+def _lose(path: Path) -> None:
+    """Tell the scheduler not to wait for a part, if as little as that can be written."""
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.with_suffix(".lost").touch()
 
 
 class _Log:
@@ -128,8 +191,23 @@ class _Log:
         self.policy = "full"
 
 
+class _Ended(NamedTuple):
+    """A request whose trace is to be written; `deadline` is the `time.monotonic()` until which parts are awaited."""
+
+    request_id: str
+    log: _Log
+    prompt_token_ids: list[int]
+    output_token_ids: list[int]
+    steering: dict[str, Any] | None
+    deadline: float
+
+
+class MissingPartError(Exception):
+    """A worker did not deliver its part of a trace."""
+
+
 class TraceCollector:
-    """Scheduler side: joins the parts of a request when it ends.
+    """Scheduler side: joins the parts of a request when it ends, in a thread.
 
     Args:
         config: the server's policy; `kv_trace_dir` must be set.
@@ -161,18 +239,21 @@ class TraceCollector:
         self._tables = tables
         self._parameters = parameters
         self._logs: dict[str, _Log] = {}
+        self._jobs = BackgroundJobs("write a trace")
+        self._dropped: deque[str] = deque()
+        """reasons, from the thread that writes"""
 
-    def started(self, started: Started) -> None:
-        """A managed request starts or starts over."""
-        log = self._logs.setdefault(started.request_id, _Log())
-        log.life += 1
-        log.first_tracked = started.first_tracked
-        log.policy = started.policy
-
-    def compacted(self, order: Compaction) -> None:
-        """An order was sent to the workers."""
-        log = self._logs[order.request_id]
-        log.orders.append((log.life, order))
+    def sent(self, compactions: Iterable[Compaction], started: Iterable[Started]) -> None:
+        """Note a step's orders to the workers: first the compactions, then the requests that start or start over."""
+        with auxiliary("write a trace"):
+            for order in compactions:
+                log = self._logs[order.request_id]
+                log.orders.append((log.life, order))
+            for start in started:
+                log = self._logs.setdefault(start.request_id, _Log())
+                log.life += 1
+                log.first_tracked = start.first_tracked
+                log.policy = start.policy
 
     def finish(
         self,
@@ -180,26 +261,62 @@ class TraceCollector:
         prompt_token_ids: list[int],
         output_token_ids: list[int],
         steering: dict[str, Any] | None = None,
-    ) -> Path:
-        """Write the trace of a request that ended, with what its steering came to, if any; returns its path.
+    ) -> None:
+        """Have the trace of a request that ended written soon, with what its steering came to, if any."""
+        ended = _Ended(
+            request_id,
+            self._logs.pop(request_id, _Log()),
+            prompt_token_ids,
+            output_token_ids,
+            steering,
+            time.monotonic() + WAIT_SECONDS,
+        )
+        self._jobs.submit(
+            functools.partial(self._write_or_drop, ended), functools.partial(self._drop, request_id, "backlog")
+        )
+
+    def flush(self, timeout: float = FLUSH_SECONDS) -> bool:
+        """Wait for the traces of all requests that ended; False if that takes longer than `timeout` seconds."""
+        return self._jobs.flush(timeout)
+
+    def take_dropped(self) -> Counter[str]:
+        """Return how many traces were dropped since the last call, by reason (see `DROP_REASONS`)."""
+        return Counter(self._dropped.popleft() for _ in range(len(self._dropped)))
+
+    def _write_or_drop(self, ended: _Ended) -> None:
+        try:
+            self._write(ended)
+        except MissingPartError as error:
+            self._drop(ended.request_id, "missing_part", error)
+        except Exception as error:
+            self._drop(ended.request_id, "not_written", error)
+        else:
+            shutil.rmtree(_parts(self._folder, ended.request_id), ignore_errors=True)
+
+    def _drop(self, request_id: str, reason: str, error: Exception | None = None) -> None:
+        self._dropped.append(reason)
+        report_failure("write a trace", error or "too many traces wait to be written")
+        shutil.rmtree(_parts(self._folder, request_id), ignore_errors=True)
+
+    def _write(self, ended: _Ended) -> None:
+        """Join the parts.
 
         Raises:
-            TimeoutError: a worker did not deliver its part.
+            MissingPartError: a worker did not deliver.
         """
-        log = self._logs.pop(request_id, _Log())
-        parts = [self._read_parts(request_id, life, order.ordinal) for life, order in log.orders]
+        log = ended.log
+        parts = [self._read_parts(ended, life, order.ordinal) for life, order in log.orders]
         pairs: dict[tuple[int, int], float] = {}
         for part in parts:
             if "similar_pairs" in part:
                 rows = zip(part["similar_pairs"].tolist(), part["similarity"].tolist(), strict=True)
                 pairs |= {(earlier, later): cosine for (earlier, later), cosine in rows}
-        text = [*prompt_token_ids, *output_token_ids]
+        text = [*ended.prompt_token_ids, *ended.output_token_ids]
         found = segment_with(text[log.first_tracked :], self._tables) if self._tables else []
-        path = self._folder / f"{_file_name(request_id)}.safetensors"
         orders = [order for _, order in log.orders]
         Trace(
-            prompt_token_ids=torch.tensor(prompt_token_ids, dtype=torch.int64),
-            output_token_ids=torch.tensor(output_token_ids, dtype=torch.int64),
+            prompt_token_ids=torch.tensor(ended.prompt_token_ids, dtype=torch.int64),
+            output_token_ids=torch.tensor(ended.output_token_ids, dtype=torch.int64),
             logical_length=torch.tensor([o.num_logical for o in orders], dtype=torch.int64),
             resident_before=torch.tensor([o.num_resident for o in orders], dtype=torch.int64),
             kept=[part["kept"] for part in parts],
@@ -210,21 +327,20 @@ class TraceCollector:
             similar_pairs=torch.tensor(list(pairs), dtype=torch.int64).view(-1, 2),
             similarity=torch.tensor(list(pairs.values()), dtype=torch.float32),
             parameters=self._parameters
-            | {"request_id": request_id, "request_policy": log.policy, "request_steering": steering},
-        ).save(path)
-        shutil.rmtree(self._folder / ".parts" / _file_name(request_id), ignore_errors=True)
-        return path
+            | {"request_id": ended.request_id, "request_policy": log.policy, "request_steering": ended.steering},
+        ).save(trace_path(self._folder, ended.request_id))
 
-    def _read_parts(self, request_id: str, life: int, index: int) -> dict[str, Tensor]:
+    def _read_parts(self, ended: _Ended, life: int, index: int) -> dict[str, Tensor]:
         """One compaction's parts of all ranks, layers and kv heads joined."""
         parts = []
         for rank in range(self._num_stages * self._width):
-            path = _part(self._folder, request_id, life, index, rank)
-            deadline = time.monotonic() + WAIT_SECONDS
+            path = _part(self._folder, ended.request_id, life, index, rank)
             # The last order may still be on its way when the scheduler runs ahead of the workers.
             while not path.exists():
-                if time.monotonic() > deadline:
-                    raise TimeoutError(f"no trace part {path} after {WAIT_SECONDS:.0f} s")
+                if path.with_suffix(".lost").exists():
+                    raise MissingPartError(f"a worker could not write {path}")
+                if time.monotonic() > ended.deadline:
+                    raise MissingPartError(f"no trace part {path} after {WAIT_SECONDS:.0f} s")
                 time.sleep(0.005)
             with safe_open(str(path), "pt") as file:
                 parts.append({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from skipkv_vllm import bundled_model
-from skipkv_vllm.trace import Trace
+from skipkv_vllm.trace import Trace, trace_path
 
 if TYPE_CHECKING:
     import vllm
@@ -463,7 +463,8 @@ def run_on(llm: vllm.LLM, job: Job) -> Outcome:
         num_cached.append(output.num_cached_tokens or 0 if output is not None else 0)
     traces = []
     if job.policies:
-        traces = [Trace.load(Path(trace_folder(), f"{name}.safetensors")) for name in done.request_ids]
+        assert scheduler_of(llm).trace.flush()
+        traces = [Trace.load(trace_path(trace_folder(), name)) for name in done.request_ids]
     from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 
     # Where the model runs in other processes, its layers are not to be seen.

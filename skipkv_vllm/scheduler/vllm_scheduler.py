@@ -19,6 +19,7 @@ from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.request import Request, RequestStatus
 
 from .. import compat
+from ..auxiliary import auxiliary
 from ..banner import banner
 from ..capacity import Capacity, capacity
 from ..config import CONFIG_KEY, KVPolicyConfig, RequestOptions, needs_of
@@ -94,9 +95,10 @@ class EvictionMixin(_Base):
         if self.kv_policy.kv_prefix_eviction == "guard":
             pool = self.kv_cache_manager.block_pool
             pool.free_block_queue = GuardQueue.adopt(pool.free_block_queue)
-        found = self._capacity() if self.kv_policy.evicts else None
-        for line in banner(self.kv_policy, found, self.max_model_len):
-            logger.info(line)
+        with auxiliary("print the banner"):
+            found = self._capacity() if self.kv_policy.evicts else None
+            for line in banner(self.kv_policy, found, self.max_model_len):
+                logger.info(line)
 
     def _capacity(self) -> Capacity:
         (group,) = self.kv_cache_config.kv_cache_groups
@@ -193,11 +195,8 @@ class EvictionMixin(_Base):
         for compaction in compactions:
             self.eviction_stats.compacted(compaction)
             self._evictions[compaction.request_id].compacted(compaction)
-            if self.trace is not None:
-                self.trace.compacted(compaction)
         if self.trace is not None:
-            for start in started:
-                self.trace.started(start)
+            self.trace.sent(compactions, started)
         # The counts include the tokens of this step by now.
         records_queries = self._observes or any(
             self.planner.needs_queries(r.request_id, r.num_computed_tokens) for r in self.running
@@ -322,9 +321,12 @@ class EvictionMixin(_Base):
             request.skip_reading_prefix_cache = True
 
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
-        steered = self._finish_steering(request)
+        steered = None
+        with auxiliary("report on steering"):
+            steered = self._finish_steering(request)
         if self.trace is not None:
-            self._write_trace(request, steered)
+            text = list(request.prompt_token_ids or ()), list(request.output_token_ids)
+            self.trace.finish(request.request_id, *text, steered)
         request_id = request.request_id
         self.planner.stop(request_id)
         self._terms.pop(request_id, None)
@@ -379,24 +381,24 @@ class EvictionMixin(_Base):
         grid = (parallel.pipeline_parallel_size, parallel.tensor_parallel_size)
         return TraceCollector(self.kv_policy, grid, tables, parameters)
 
-    def _write_trace(self, request: Request, steered: dict[str, Any] | None) -> None:
-        assert self.trace is not None
-        text = list(request.prompt_token_ids or ()), list(request.output_token_ids)
-        try:
-            self.trace.finish(request.request_id, *text, steered)
-        except (OSError, TimeoutError) as error:
-            # A trace is worth less than the server; say so and go on.
-            logger.error("SkipKV: no trace of request %s: %s", request.request_id, error)
-
     def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
         stats = super().make_stats(*args, **kwargs)
         if stats is not None:
-            num_logical = sum(r.num_computed_tokens for r in self.running)
-            num_evicted = sum(self.block_manager.num_evicted(r.request_id) for r in self.running)
-            num_promised = self.block_manager.ledger.num_promised
-            report = self.eviction_stats.take(num_logical, num_logical - num_evicted, num_promised)
-            compat.send_report(stats, report)
+            with auxiliary("report to the metrics"):
+                compat.send_report(stats, self._report())
         return stats
+
+    def _report(self) -> dict[str, float]:
+        num_logical = sum(r.num_computed_tokens for r in self.running)
+        num_evicted = sum(self.block_manager.num_evicted(r.request_id) for r in self.running)
+        if self.trace is not None:
+            self.eviction_stats.dropped_traces(self.trace.take_dropped())
+        return self.eviction_stats.take(num_logical, num_logical - num_evicted, self.block_manager.ledger.num_promised)
+
+    def shutdown(self) -> None:
+        super().shutdown()
+        if self.trace is not None:
+            self.trace.flush()
 
     def check_integrity(self) -> None:
         """Verify pages, and that every managed request stays within its bound, also while its text is computed.

@@ -64,6 +64,14 @@ def test_skips_are_counted_by_reason():
     assert report["skipped:prompt_exceeds_budget"] == 1
 
 
+def test_dropped_traces_are_counted_by_reason():
+    stats = EvictionStats()
+    stats.dropped_traces({"backlog": 2})
+    stats.dropped_traces({"backlog": 1, "missing_part": 1})
+    report = stats.take(0, 0, 0)
+    assert (report["traces_dropped:backlog"], report["traces_dropped:missing_part"]) == (3, 1)
+
+
 # ---- what Prometheus shows
 
 
@@ -167,6 +175,23 @@ def test_steps_without_a_report_are_fine(registry):
     for stats in (None, SchedulerStats(), empty):
         logger.record(stats, None)
     assert value(registry, "skipkv_compactions_total") is None
+
+
+def test_a_report_that_nobody_knows_costs_nothing_else(registry):
+    logger = EvictionStatLogger(WITH_POLICY)
+    report(logger, unheard_of=1, compactions=-3, evicted_tokens=5)
+    assert value(registry, "skipkv_evicted_tokens_total") == 5
+    assert value(registry, "skipkv_compactions_total") == 0
+
+
+def test_metrics_that_cannot_be_made_do_not_stop_a_server(registry, monkeypatch):
+    def broken():
+        raise OSError("the folder of the metrics is gone")
+
+    monkeypatch.setattr(metrics, "_make_metrics", broken)
+    logger = EvictionStatLogger(WITH_POLICY)
+    report(logger, compactions=1)
+    logger.log_engine_initialized()
 
 
 def test_a_client_whose_configuration_came_from_elsewhere_switches_the_seams_on(monkeypatch):

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
+import logging
 import os
+import shutil
+import threading
+import time
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
+from skipkv_vllm import auxiliary
 from skipkv_vllm import trace as trace_module
 from skipkv_vllm.config import KVPolicyConfig
 from skipkv_vllm.errors import KVPolicyError
@@ -16,7 +24,7 @@ from skipkv_vllm.scheduler.messages import Started
 from skipkv_vllm.scheduler.planner import Compaction
 from skipkv_vllm.sentences import SentenceTables
 from skipkv_vllm.sentences.tracker import SentenceTracker, TrackedTokens
-from skipkv_vllm.trace import Trace, TraceCollector, TraceWriter
+from skipkv_vllm.trace import Trace, TraceCollector, TraceWriter, trace_path
 
 DOT = 9
 TABLES = SentenceTables(frozenset({DOT}), ((8,),), True, "max")
@@ -29,6 +37,13 @@ def config_for(folder) -> KVPolicyConfig:
 
 def make_collector(folder, ranks: int = 1, tables: SentenceTables | None = TABLES, stages: int = 1) -> TraceCollector:
     return TraceCollector(config_for(folder), (stages, ranks), tables, {"model": "m", "kv_budget": 16})
+
+
+def finish(collector: TraceCollector, request_id: str, *texts: list[int]) -> Path:
+    """Write a trace and wait for it."""
+    collector.finish(request_id, *texts)
+    assert collector.flush()
+    return trace_path(collector._folder, request_id)
 
 
 def order(request_id: str, ordinal: int, logical: int, resident: int, keep: int) -> Compaction:
@@ -70,15 +85,15 @@ def test_two_ranks_come_back_as_one(tmp_path):
     collector, writers = make_collector(tmp_path, ranks=2), [TraceWriter(str(tmp_path), r) for r in (0, 1)]
     start = Started("chat/1", "skipkv", 4, 4, 4)
     orders = [order("chat/1", 0, 24, 24, 16), order("chat/1", 1, 32, 24, 16)]
-    collector.started(start)
+    collector.sent([], [start])
     for writer in writers:
         writer.started("chat/1")
     for one in orders:
-        collector.compacted(one)
+        collector.sent([one], [])
         for rank, writer in enumerate(writers):
             writer.compacted(one, kept(rank, one.ordinal, 16), tracker_with_repeats(), 1)
     prompt, output = [1, 2, 3, DOT], [5, 6, DOT, DOT, 8, 7, DOT, 5]
-    path = collector.finish("chat/1", prompt, output)
+    path = finish(collector, "chat/1", prompt, output)
 
     assert path == tmp_path / "chat%2F1.safetensors"
     trace = Trace.load(path)
@@ -104,15 +119,15 @@ def test_two_ranks_come_back_as_one(tmp_path):
 
 def test_stages_of_a_pipeline_come_back_as_layers(tmp_path):
     collector = make_collector(tmp_path, ranks=2, stages=2)
-    collector.started(Started("a", "skipkv", 4, 4, 4))
+    collector.sent([], [Started("a", "skipkv", 4, 4, 4)])
     one = order("a", 0, 24, 24, 16)
-    collector.compacted(one)
+    collector.sent([one], [])
     for rank in range(4):
         writer = TraceWriter(str(tmp_path), rank)
         writer.started("a")
         # Only the last stage, ranks 2 and 3, follows sentences.
         writer.compacted(one, kept(rank, 0, 16), tracker_with_repeats() if rank >= 2 else None, 1)
-    trace = Trace.load(collector.finish("a", [1, 2, 3, DOT], [5, 6]))
+    trace = Trace.load(finish(collector, "a", [1, 2, 3, DOT], [5, 6]))
     first, last = (torch.cat([kept(rank, 0, 16), kept(rank + 1, 0, 16)], dim=1) for rank in (0, 2))
     assert torch.equal(trace.kept[0], torch.cat([first, last]).int())
     assert trace.similar_pairs.tolist() == [[0, 2]]
@@ -121,14 +136,14 @@ def test_stages_of_a_pipeline_come_back_as_layers(tmp_path):
 def test_parts_are_removed_and_other_requests_are_left_alone(tmp_path):
     collector, writer = make_collector(tmp_path), TraceWriter(str(tmp_path), 0)
     for name in ("a", "b"):
-        collector.started(Started(name, "rkv", 1, 1, 1))
+        collector.sent([], [Started(name, "rkv", 1, 1, 1)])
         writer.started(name)
         one = order(name, 0, 24, 24, 16)
-        collector.compacted(one)
+        collector.sent([one], [])
         writer.compacted(one, kept(0, 0, 16), None, 0)
-    collector.finish("a", [1], [2])
+    finish(collector, "a", [1], [2])
     assert [p.name for p in (tmp_path / ".parts").iterdir() if p.is_dir()] == ["b"]
-    collector.finish("b", [1], [2])
+    finish(collector, "b", [1], [2])
     assert [p.name for p in (tmp_path / ".parts").iterdir() if p.is_dir()] == []
     assert {p.name for p in tmp_path.glob("*.safetensors")} == {"a.safetensors", "b.safetensors"}
 
@@ -136,13 +151,13 @@ def test_parts_are_removed_and_other_requests_are_left_alone(tmp_path):
 def test_many_compactions_keep_their_order(tmp_path):
     # "kept/10" sorts before "kept/2" as text.
     collector, writer = make_collector(tmp_path), TraceWriter(str(tmp_path), 0)
-    collector.started(Started("a", "rkv", 1, 1, 1))
+    collector.sent([], [Started("a", "rkv", 1, 1, 1)])
     writer.started("a")
     for i in range(12):
         one = order("a", i, 24 + 8 * i, 24, 16)
-        collector.compacted(one)
+        collector.sent([one], [])
         writer.compacted(one, torch.full((LAYERS, HEADS, 16), i), None, 0)
-    trace = Trace.load(collector.finish("a", [1], [2]))
+    trace = Trace.load(finish(collector, "a", [1], [2]))
     assert [int(rows[0, 0, 0]) for rows in trace.kept] == list(range(12))
 
 
@@ -150,15 +165,15 @@ def test_a_preempted_request_has_several_lives(tmp_path):
     collector, writer = make_collector(tmp_path), TraceWriter(str(tmp_path), 0)
     seen = []
     for life in range(3):
-        collector.started(Started("a", "rkv", 1, 1, 1))
+        collector.sent([], [Started("a", "rkv", 1, 1, 1)])
         writer.started("a")
         for ordinal in range(life):
             # The ordinal starts over in every life; parts must not be mixed up.
             one = order("a", ordinal, 24 + life, 24, 16)
-            collector.compacted(one)
+            collector.sent([one], [])
             writer.compacted(one, torch.full((LAYERS, HEADS, 16), 10 * life + ordinal), None, 0)
             seen.append((life, 10 * life + ordinal))
-    trace = Trace.load(collector.finish("a", [1], [2]))
+    trace = Trace.load(finish(collector, "a", [1], [2]))
     assert trace.life.tolist() == [life for life, _ in seen] == [1, 2, 2]
     assert [int(rows[0, 0, 0]) for rows in trace.kept] == [value for _, value in seen]
 
@@ -166,12 +181,12 @@ def test_a_preempted_request_has_several_lives(tmp_path):
 def test_an_id_that_is_used_again_starts_with_life_0(tmp_path):
     collector, writer = make_collector(tmp_path), TraceWriter(str(tmp_path), 0)
     for round_ in range(2):
-        collector.started(Started("a", "rkv", 1, 1, 1))
+        collector.sent([], [Started("a", "rkv", 1, 1, 1)])
         writer.started("a")
         one = order("a", 0, 24, 24, 16)
-        collector.compacted(one)
+        collector.sent([one], [])
         writer.compacted(one, torch.full((LAYERS, HEADS, 16), round_), None, 0)
-        trace = Trace.load(collector.finish("a", [1], [2]))
+        trace = Trace.load(finish(collector, "a", [1], [2]))
         writer.finished(["a"])
         assert trace.life.tolist() == [0]
         assert int(trace.kept[0][0, 0, 0]) == round_
@@ -179,14 +194,14 @@ def test_an_id_that_is_used_again_starts_with_life_0(tmp_path):
 
 def test_pairs_found_at_any_compaction_are_kept(tmp_path):
     collector, writer = make_collector(tmp_path), TraceWriter(str(tmp_path), 0)
-    collector.started(Started("a", "skipkv", 0, 0, 0))
+    collector.sent([], [Started("a", "skipkv", 0, 0, 0)])
     writer.started("a")
     first, second = order("a", 0, 24, 24, 16), order("a", 1, 32, 24, 16)
     for one in (first, second):
-        collector.compacted(one)
+        collector.sent([one], [])
     writer.compacted(first, kept(0, 0, 16), tracker_with_repeats(), 1)
     writer.compacted(second, kept(0, 1, 16), tracker_with_repeats(), 0)  # a slot without sentences
-    trace = Trace.load(collector.finish("a", [1], [2]))
+    trace = Trace.load(finish(collector, "a", [1], [2]))
     assert trace.similar_pairs.tolist() == [[0, 2]]
 
 
@@ -194,8 +209,8 @@ def test_pairs_found_at_any_compaction_are_kept(tmp_path):
 def test_a_request_that_was_never_compacted(tmp_path, managed):
     collector = make_collector(tmp_path)
     if managed:
-        collector.started(Started("a", "rkv", 2, 2, 2))
-    trace = Trace.load(collector.finish("a", [1, DOT], [3, DOT, 4]))
+        collector.sent([], [Started("a", "rkv", 2, 2, 2)])
+    trace = Trace.load(finish(collector, "a", [1, DOT], [3, DOT, 4]))
     assert trace.kept == []
     assert trace.logical_length.shape == trace.life.shape == (0,)
     assert trace.similar_pairs.shape == (0, 2)
@@ -204,7 +219,7 @@ def test_a_request_that_was_never_compacted(tmp_path, managed):
 
 
 def test_without_a_tokenizer_there_are_no_sentences(tmp_path):
-    trace = Trace.load(make_collector(tmp_path, tables=None).finish("a", [1, DOT], [3, DOT]))
+    trace = Trace.load(finish(make_collector(tmp_path, tables=None), "a", [1, DOT], [3, DOT]))
     assert trace.sentences.shape == (0, 2)
 
 
@@ -231,19 +246,125 @@ def test_save_and_load_by_hand(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["t.safetensors"], "no unfinished file stays behind"
 
 
-def test_a_missing_part_is_a_timeout_that_names_the_file(tmp_path, monkeypatch):
+def compact_once(collector: TraceCollector, writer: TraceWriter, request_id: str) -> None:
+    start, one = Started(request_id, "rkv", 1, 1, 1), order(request_id, 0, 24, 24, 16)
+    collector.sent([one] if request_id in collector._logs else [], [start])
+    collector.sent([one], [])
+    writer.started(request_id)
+    writer.compacted(one, kept(0, 0, 16), None, 0)
+
+
+@pytest.fixture
+def errors(caplog, monkeypatch):
+    """Messages logged so far; no line was logged before."""
+    monkeypatch.setattr(auxiliary, "_reported", {})
+    caplog.set_level(logging.ERROR, logger="vllm.skipkv")
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    return lambda: [record.getMessage() for record in caplog.records if record.name == "vllm.skipkv"]
+
+
+def test_a_missing_part_drops_the_trace_and_names_the_file(tmp_path, monkeypatch, errors):
     monkeypatch.setattr(trace_module, "WAIT_SECONDS", 0.02)
     collector, writer = make_collector(tmp_path, ranks=2), TraceWriter(str(tmp_path), 0)
-    collector.started(Started("a", "rkv", 1, 1, 1))
-    writer.started("a")
-    one = order("a", 0, 24, 24, 16)
-    collector.compacted(one)
-    writer.compacted(one, kept(0, 0, 16), None, 0)
-    with pytest.raises(TimeoutError, match=r"no trace part .*rank1"):
-        collector.finish("a", [1], [2])
-    # The request is forgotten all the same, and the same id works again.
-    collector.started(Started("a", "rkv", 1, 1, 1))
-    assert Trace.load(collector.finish("a", [1], [2])).kept == []
+    compact_once(collector, writer, "a")
+    assert not finish(collector, "a", [1], [2]).exists()
+    assert collector.take_dropped() == {"missing_part": 1}
+    assert collector.take_dropped() == {}, "a trace is counted once"
+    assert "rank1" in errors()[0]
+    assert not (tmp_path / ".parts" / "a").exists(), "parts of a dropped trace stay behind"
+    # The same id works again.
+    collector.sent([], [Started("a", "rkv", 1, 1, 1)])
+    assert Trace.load(finish(collector, "a", [1], [2])).kept == []
+
+
+def full_disk(*_args, **_options):
+    # Not an OSError: what safetensors raises is no subclass of it.
+    raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+
+def test_a_part_that_cannot_be_written_drops_the_trace_at_once(tmp_path, monkeypatch, errors):
+    collector, writer = make_collector(tmp_path), TraceWriter(str(tmp_path), 0)
+    with monkeypatch.context() as patch:
+        patch.setattr(trace_module, "save_file", full_disk)
+        compact_once(collector, writer, "a")
+        assert writer.flush()
+    started = time.monotonic()
+    finish(collector, "a", [1], [2])
+    assert time.monotonic() - started < trace_module.WAIT_SECONDS / 2, "nobody waits for a part that will never come"
+    assert collector.take_dropped() == {"missing_part": 1}
+    assert "No space left" in errors()[0]
+    # There is space again.
+    writer.finished(["a"])
+    compact_once(collector, writer, "a")
+    assert len(Trace.load(finish(collector, "a", [1], [2])).kept) == 1
+
+
+def test_a_trace_that_cannot_be_written_is_dropped_and_leaves_nothing(tmp_path, monkeypatch, errors):
+    collector, writer = make_collector(tmp_path), TraceWriter(str(tmp_path), 0)
+    compact_once(collector, writer, "a")
+    assert writer.flush()
+
+    def half(_tensors, path, _metadata):
+        Path(path).write_bytes(b"half a file")
+        full_disk()
+
+    monkeypatch.setattr(trace_module, "save_file", half)
+    for _ in range(3):
+        finish(collector, "a", [1], [2])
+    assert collector.take_dropped() == {"not_written": 3}
+    assert [p.name for p in tmp_path.rglob("*") if p.is_file()] == [".writable"], "an unfinished file stays behind"
+    assert len(errors()) == 1, "one line a minute is enough"
+    now = time.monotonic()
+    monkeypatch.setattr(auxiliary.time, "monotonic", lambda: now + 61)
+    finish(collector, "a", [1], [2])
+    assert "(2 more since the last such line)" in errors()[1]
+
+
+def test_a_folder_that_was_removed_is_made_again(tmp_path):
+    folder = tmp_path / "traces"
+    collector, writer = make_collector(folder), TraceWriter(str(folder), 0)
+    shutil.rmtree(folder)
+    compact_once(collector, writer, "a")
+    assert len(Trace.load(finish(collector, "a", [1], [2])).kept) == 1
+
+
+def test_a_folder_that_became_a_file_stops_nobody(tmp_path, monkeypatch, errors):
+    monkeypatch.setattr(trace_module, "WAIT_SECONDS", 0.02)
+    folder = tmp_path / "traces"
+    collector, writer = make_collector(folder), TraceWriter(str(folder), 0)
+    shutil.rmtree(folder)
+    folder.write_text("")
+    compact_once(collector, writer, "a")
+    finish(collector, "a", [1], [2])
+    collector.sent([], [Started("b", "rkv", 1, 1, 1)])
+    finish(collector, "b", [1], [2])
+    assert collector.take_dropped() == {"missing_part": 1, "not_written": 1}
+
+
+def test_storage_that_hangs_delays_nobody_and_holds_little_memory(tmp_path, monkeypatch, errors):
+    collector, writer = make_collector(tmp_path), TraceWriter(str(tmp_path), 0)
+    hangs, real_save = threading.Event(), trace_module.save_file
+
+    def slow(*args):
+        hangs.wait(60)
+        real_save(*args)
+
+    monkeypatch.setattr(trace_module, "save_file", slow)
+    monkeypatch.setattr(collector._jobs, "_max_waiting", 4)
+    monkeypatch.setattr(writer._jobs, "_max_waiting", 4)
+    started = time.monotonic()
+    for i in range(20):
+        compact_once(collector, writer, f"r{i}")
+        collector.finish(f"r{i}", [1], [2])
+    assert time.monotonic() - started < 5
+    assert not collector.flush(0.01)
+    hangs.set()
+    assert writer.flush()
+    assert collector.flush(30)
+    dropped = collector.take_dropped()
+    assert dropped["backlog"] >= 15
+    assert dropped.total() + len(list(tmp_path.glob("*.safetensors"))) == 20
+    assert [p.name for p in (tmp_path / ".parts").iterdir() if p.is_dir()] == [], "parts of dropped traces stay behind"
 
 
 def test_an_unwritable_folder_is_refused_at_start(tmp_path):
@@ -262,7 +383,7 @@ def test_a_read_only_folder_is_refused_at_start(tmp_path):
 
 def test_request_ids_cannot_leave_the_folder(tmp_path):
     folder = tmp_path / "traces"
-    path = make_collector(folder).finish("../../etc/x y", [1], [2])
+    path = finish(make_collector(folder), "../../etc/x y", [1], [2])
     assert path.parent == folder
     assert Trace.load(path).parameters["request_id"] == "../../etc/x y"
 
@@ -274,7 +395,7 @@ def test_a_request_named_like_a_folder_removes_nothing_else(tmp_path, request_id
     other = folder / "other.safetensors"
     other.write_text("kept")
     (folder / ".parts" / "running").mkdir()
-    path = collector.finish(request_id, [1], [2])
+    path = finish(collector, request_id, [1], [2])
     assert path.exists(), "the trace itself was removed"
     assert other.exists(), "another request's trace was removed"
     assert (folder / ".parts" / "running").exists(), "another request's parts were removed"
@@ -282,4 +403,36 @@ def test_a_request_named_like_a_folder_removes_nothing_else(tmp_path, request_id
 
 def test_ids_that_differ_only_in_odd_characters_do_not_share_a_file(tmp_path):
     collector = make_collector(tmp_path)
-    assert collector.finish("a/b", [1], [2]) != collector.finish("a_b", [1], [2])
+    assert finish(collector, "a/b", [1], [2]) != finish(collector, "a_b", [1], [2])
+
+
+LONG_IDS = [
+    "r" * 230,
+    "r" * 300,
+    "r" * 299 + "s",
+    "é" * 150,
+    "思" * 100,
+    "." * 90,
+    "a" * 128,
+    "a" * 129,
+    "\ud800",
+    "%" * 70,
+]
+
+
+@pytest.mark.parametrize("request_id", LONG_IDS, ids=range(len(LONG_IDS)))
+def test_an_id_of_any_length_and_alphabet_has_a_file(tmp_path, request_id):
+    collector, writer = make_collector(tmp_path), TraceWriter(str(tmp_path), 0)
+    compact_once(collector, writer, request_id)
+    path = finish(collector, request_id, [1], [2])
+    assert len(path.name.encode()) <= 143
+    trace = Trace.load(path)
+    assert len(trace.kept) == 1
+    assert trace.parameters["request_id"] == request_id, "the whole id can be read back"
+
+
+def test_no_two_ids_share_a_file(tmp_path):
+    cut = trace_path(tmp_path, "r" * 300).stem
+    ids = [*LONG_IDS, cut, cut.replace("+", "%2B"), "R" * 300, "r" * 1000]
+    for one, other in itertools.combinations(ids, 2):
+        assert trace_path(tmp_path, one) != trace_path(tmp_path, other)

@@ -1,0 +1,83 @@
+"""Output that a server can do without: metrics, traces, reports. It must never stop or delay the server."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+logger = logging.getLogger("vllm.skipkv")
+
+LOG_EVERY_SECONDS = 60.0
+_reported: dict[str, tuple[float, int]] = {}
+"""by kind of output: when a failure was last logged, and how many came since"""
+
+
+def report_failure(what: str, error: object) -> None:
+    """Log a failure, at most one line a minute for each kind of output.
+
+    Args:
+        what: what could not be done, e.g. "write a trace".
+        error: what went wrong.
+    """
+    last, unreported = _reported.get(what, (float("-inf"), 0))
+    now = time.monotonic()
+    if now - last < LOG_EVERY_SECONDS:
+        _reported[what] = last, unreported + 1
+        return
+    _reported[what] = now, 0
+    more = f" ({unreported} more since the last such line)" if unreported else ""
+    cause = f"{type(error).__name__}: {error}" if isinstance(error, BaseException) else error
+    logger.error("SkipKV: could not %s, serving goes on: %s%s", what, cause, more)
+
+
+@contextlib.contextmanager
+def auxiliary(what: str) -> Iterator[None]:
+    """Run a block whose failure is logged and not raised; see `report_failure`."""
+    try:
+        yield
+    except Exception as error:
+        report_failure(what, error)
+
+
+class BackgroundJobs:
+    """Runs jobs in order in one thread, so that slow or hung storage delays nobody who submits them.
+
+    The thread is a daemon and starts with the first job. Jobs handle their own errors; what they let through is logged.
+
+    Args:
+        what: what they do, for the log; see `report_failure`.
+        max_waiting: large jobs that may wait at once.
+    """
+
+    def __init__(self, what: str, max_waiting: int = 64) -> None:
+        self._what = what
+        self._max_waiting = max_waiting
+        self._jobs: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+
+    def submit(self, job: Callable[[], None], instead: Callable[[], None]) -> None:
+        """Queue a job; where too many wait already, queue `instead`, which must hold little memory."""
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name=f"skipkv: {self._what}", daemon=True)
+            self._thread.start()
+        self._jobs.put(job if self._jobs.qsize() < self._max_waiting else instead)
+
+    def flush(self, timeout: float) -> bool:
+        """Wait until every job submitted so far has run; False if that took longer than `timeout` seconds."""
+        if self._thread is None:
+            return True
+        done = threading.Event()
+        self._jobs.put(done.set)
+        return done.wait(timeout)
+
+    def _run(self) -> None:
+        while True:
+            job = self._jobs.get()
+            with auxiliary(self._what):
+                job()
+            # Not held until the next job comes.
+            del job
