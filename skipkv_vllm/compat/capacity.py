@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.engine import EngineCoreRequest
 
+POOL_CHECK = "vllm.v1.core.kv_cache_utils:_check_enough_kv_cache_memory"
+
 
 def install_pool_check(
     has_policy: Callable[[VllmConfig], bool], policy_config: Callable[[VllmConfig], KVPolicyConfig]
@@ -40,7 +42,7 @@ def install_pool_check(
 
         return check
 
-    wrap(kv_cache_utils, "_check_enough_kv_cache_memory", around)
+    wrap(kv_cache_utils, POOL_CHECK.partition(":")[2], around)
 
 
 class _PoolCheck(NamedTuple):

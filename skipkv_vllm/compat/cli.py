@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 from typing import Any, Literal, get_args, get_origin
 
@@ -17,6 +18,8 @@ WORKERS = {
     "cpu": "skipkv_vllm.worker.cpu_worker.EvictingCPUWorker",
     "gpu": "skipkv_vllm.worker.gpu_worker.EvictingGPUWorker",
 }
+logger = logging.getLogger("vllm.skipkv")
+
 _METAVARS = {
     "kv_policy": "NAME",
     "kv_policy_config": "JSON",
@@ -43,7 +46,7 @@ def update_arguments(args: argparse.Namespace) -> argparse.Namespace:
     In place, because a command with several API servers hands them the parsed arguments: they make a configuration of
     them before they load plugins.
     """
-    given = {name: getattr(args, name) for name in KVPolicyConfig.model_fields if hasattr(args, name)}
+    given = {name: getattr(args, name) for name in _added if hasattr(args, name)}
     if not given:
         return args
     try:
@@ -54,8 +57,16 @@ def update_arguments(args: argparse.Namespace) -> argparse.Namespace:
     return args
 
 
+_added: set[str] = set()
+"""fields of `KVPolicyConfig` whose flags are ours and not vLLM's own"""
+
+
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Add one flag per field of `KVPolicyConfig`."""
+    """Add one flag per field of `KVPolicyConfig`; none where vLLM has one of these flags itself."""
+    if taken := [flag for flag in flag_names().values() if flag in parser._option_string_actions]:
+        logger.warning("SkipKV: --kv-policy is not available: this vLLM has flags of the name %s", ", ".join(taken))
+        return
+    _added.update(KVPolicyConfig.model_fields)
     group = parser.add_argument_group(title="KVPolicyConfig", description=KVPolicyConfig.__doc__)
     for name, flag in flag_names().items():
         field = KVPolicyConfig.model_fields[name]

@@ -14,6 +14,7 @@ import json
 import logging
 import os
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -64,8 +65,9 @@ def check_version() -> None:
     """
     import vllm
 
-    if ".".join(vllm.__version__.split(".")[:2]) != SUPPORTED_VLLM:
-        _refuse(f"skipkv-vllm supports vLLM {SUPPORTED_VLLM}.x and found {vllm.__version__}")
+    version = getattr(vllm, "__version__", "without a version")
+    if ".".join(version.split(".")[:2]) != SUPPORTED_VLLM:
+        _refuse(f"skipkv-vllm supports vLLM {SUPPORTED_VLLM}.x and found {version}")
 
 
 def check_sources() -> None:
@@ -79,9 +81,24 @@ def check_sources() -> None:
         _refuse(f"this vLLM differs from the {tested()['vllm']} that was tested: {'; '.join(wrong)}")
 
 
+def is_tested(symbol: str) -> bool:
+    """Whether this vLLM has a symbol as it was tested, or the operator allowed an untested vLLM.
+
+    For what must be hooked before it is known whether a policy is asked for: elsewhere vLLM is left alone.
+
+    Args:
+        symbol: one of the record.
+    """
+    return _is_overridden() or not differences(vllm_root(), [symbol])
+
+
+def _is_overridden() -> bool:
+    return os.environ.get(OVERRIDE) == "1"
+
+
 def _refuse(what: str) -> None:
     version = tested()["vllm"]
-    if os.environ.get(OVERRIDE) == "1":
+    if _is_overridden():
         logger.warning(
             "SkipKV: WARNING: %s. Started all the same because %s=1: answers may be WRONG WITHOUT A SIGN. "
             "Compare them with the same requests without --kv-policy.",
@@ -95,15 +112,16 @@ def _refuse(what: str) -> None:
     )
 
 
-def differences(root: Path) -> list[str]:
+def differences(root: Path, symbols: Iterable[str] | None = None) -> list[str]:
     """What a vLLM has other than the record, a phrase for each symbol.
 
     Args:
         root: folder of the package `vllm`.
+        symbols: those to compare; None for all of the record.
     """
     record, wrong = tested(), []
     by_file: dict[str, list[str]] = {}
-    for name in record["symbols"]:
+    for name in record["symbols"] if symbols is None else symbols:
         by_file.setdefault(sources.split(name)[0], []).append(name)
     for file, names in by_file.items():
         text = sources.read(root, file)

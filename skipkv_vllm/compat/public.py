@@ -81,8 +81,8 @@ def is_public(seam: str) -> bool:
     try:
         found: Any = importlib.import_module(module)
     except ModuleNotFoundError as error:
-        # Only the absence of the module itself is an answer.
-        if error.name != module:
+        # Only the absence of the module itself, or of a package that holds it, is an answer.
+        if not f"{module}.".startswith(f"{error.name}."):
             raise
         return False
     for name in path.split("."):

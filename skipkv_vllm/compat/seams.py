@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from ..config import CONFIG_KEY, KVPolicyConfig, RequestOptions
 from ..errors import KVPolicyError
-from .capacity import check_fits_alone, install_pool_check
+from .capacity import POOL_CHECK, check_fits_alone, install_pool_check
 from .cli import add_flags, update_arguments
-from .gate import check_vllm
+from .gate import check_version, check_vllm, is_tested
 from .public import PLUGIN, is_public
 from .refusals import check_config
 from .wrap import wrap
@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 
 def has_policy(vllm_config: VllmConfig) -> bool:
     """Whether this engine was configured with an active KV policy."""
-    additional = vllm_config.additional_config
+    # Asked of every server, also under a vLLM whose configuration is another one.
+    additional = getattr(vllm_config, "additional_config", None)
     return isinstance(additional, dict) and CONFIG_KEY in additional
 
 
@@ -52,27 +53,55 @@ class PolicyArguments:
     def check_config(self, vllm_config: VllmConfig) -> None:
         """Refuse what is not supported, and get this process ready."""
         if has_policy(vllm_config):
+            check_vllm()
             check_config(vllm_config, policy_config(vllm_config))
             enable(vllm_config)
 
 
 def install() -> None:
-    """Give vLLM the flags. Changes nothing else until a policy is asked for. Idempotent."""
-    if "vllm.v1.core.kv_cache_utils" in sys.modules:
+    """Give vLLM the flags. Changes nothing else until a policy is asked for. Idempotent.
+
+    Nothing here may assume the vLLM that was tested: the flags go wherever vLLM's own are parsed as we know it, and
+    `--kv-policy` is refused there by its version.
+
+    Raises:
+        KVPolicyError: this vLLM parses its flags in another way; it is left alone.
+    """
+    _add_flags()
+    if "vllm.v1.core.kv_cache_utils" in sys.modules and is_tested(POOL_CHECK):
         # An engine core in a process of its own, which sizes its pool before it makes the scheduler.
         install_pool_check(has_policy, policy_config)
+
+
+def _add_flags() -> None:
     if is_public("flags and configuration check"):
         from vllm.plugins.engine_args import register_engine_args_plugin
 
         register_engine_args_plugin(PolicyArguments())
         return
-    from vllm.engine.arg_utils import EngineArgs
-
+    try:
+        from vllm.engine.arg_utils import EngineArgs
+    except ImportError as error:
+        raise _without_flags(f"vllm.engine.arg_utils:EngineArgs cannot be imported ({error})") from None
     if not hasattr(EngineArgs, "_skipkv"):
         _wrap_engine_args(EngineArgs, PolicyArguments())
 
 
+def _without_flags(cause: str) -> KVPolicyError:
+    try:
+        check_version()
+    except KVPolicyError as error:
+        cause = f"{error} ({cause})"
+    return KVPolicyError(cause)
+
+
 def _wrap_engine_args(cls: Any, plugin: PolicyArguments) -> None:
+    # All or nothing: flags that nobody reads would be ignored without a word.
+    for name, kind in {"add_cli_args": staticmethod, "from_cli_args": classmethod}.items():
+        if not isinstance(vars(cls).get(name), kind):
+            raise _without_flags(f"vllm.engine.arg_utils:EngineArgs.{name} is no {kind.__name__} any more")
+    if not callable(getattr(cls, "create_engine_config", None)):
+        raise _without_flags("vllm.engine.arg_utils:EngineArgs.create_engine_config is gone")
     add, convert, create = cls.add_cli_args, cls.from_cli_args.__func__, cls.create_engine_config
 
     @functools.wraps(add)
@@ -105,6 +134,8 @@ def install_client_check() -> None:
     if is_public("request check") and is_public("reports to metrics"):
         # All that a client needs, and without a policy it does nothing; the engine core has looked at vLLM.
         _check_requests()
+        return
+    if not is_tested("vllm.v1.engine.input_processor:InputProcessor.__init__"):
         return
     from vllm.v1.engine.input_processor import InputProcessor
 

@@ -408,6 +408,40 @@ DEMANDS = {
             f"{U}block_manager_properties.py::test_random_traffic_keeps_every_page_right",
         ),
     ),
+    "installed-and-unused": Row(
+        "ours",
+        "work at load time assumes a vLLM, and a server of another version dies although nobody asked for a policy",
+        (
+            f"{E}other_vllm.py::test_a_server_without_a_policy_answers_as_stock_vllm_does",
+            f"{E}other_vllm.py::test_a_policy_is_refused_there_by_the_version",
+            f"{U}plugin.py::test_a_vllm_without_what_we_touch_is_left_alone",
+            f"{U}plugin.py::test_a_pool_check_of_another_kind_is_left_alone",
+            f"{U}plugin.py::test_a_flag_that_vllm_has_itself_is_vllms",
+            f"{U}plugin.py::test_metrics_of_another_vllm_do_nothing_without_a_policy",
+        ),
+    ),
+    "client-input-as-file-name": Row(
+        "ours",
+        "a client's text of any length becomes a file name, and the server ends",
+        (
+            f"{E}traces.py::test_a_long_request_id_is_answered_and_traced",
+            f"{U}trace.py::test_an_id_of_any_length_and_alphabet_has_a_file",
+            f"{U}trace.py::test_no_two_ids_share_a_file",
+            f"{U}trace.py::test_request_ids_cannot_leave_the_folder",
+        ),
+    ),
+    "auxiliary-output": Row(
+        "ours",
+        "a trace, a metric or a log line that cannot be written stops or delays the server",
+        (
+            f"{E}traces.py::test_requests_are_answered_while_no_trace_can_be_written",
+            f"{U}trace.py::test_a_part_that_cannot_be_written_drops_the_trace_at_once",
+            f"{U}trace.py::test_a_trace_that_cannot_be_written_is_dropped_and_leaves_nothing",
+            f"{U}trace.py::test_a_folder_that_became_a_file_stops_nobody",
+            f"{U}trace.py::test_storage_that_hangs_delays_nobody_and_holds_little_memory",
+            f"{U}metrics.py::test_a_report_that_nobody_knows_costs_nothing_else",
+        ),
+    ),
 }
 """What a server must stand, whoever failed at it."""
 

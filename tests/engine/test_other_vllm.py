@@ -1,0 +1,85 @@
+"""Under a vLLM that we do not support, an installed plugin changes nothing until a policy is asked for."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from benchmarks.server import serve
+from skipkv_vllm import bundled_model
+from skipkv_vllm.compat import gate
+from tests.engine.test_server import free_port
+
+REPOSITORY = Path(__file__).parents[2]
+VERSION = "0.33.0"
+OVERLAY = REPOSITORY / "build" / f"vllm-{VERSION}"
+ARGUMENTS = ["--dtype=float32", "--max-model-len=512", "--block-size=32", "--enforce-eager"]
+PROMPT = list(range(100, 180))
+
+STOCK = f"""
+import json, sys
+from vllm import LLM, SamplingParams, __version__
+assert __version__.startswith({VERSION!r}), __version__
+if __name__ == "__main__":
+    llm = LLM({bundled_model()!r}, dtype="float32", max_model_len=512, block_size=32, enforce_eager=True)
+    params = SamplingParams(temperature=0, max_tokens=200, ignore_eos=True)
+    outputs = llm.generate([{{"prompt_token_ids": {PROMPT}}}], params, use_tqdm=False)
+    assert "skipkv_vllm" not in sys.modules
+    print(json.dumps(outputs[0].outputs[0].token_ids))
+"""
+
+
+@pytest.fixture(scope="module")
+def other_vllm():
+    """Environment of processes that import the other vLLM."""
+    command = [sys.executable, str(REPOSITORY / "scripts" / "overlay_vllm.py"), VERSION, str(OVERLAY)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        pytest.skip(f"vLLM {VERSION} cannot be had here: {done.stderr.splitlines()[-1]}")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(OVERLAY))
+        for name in ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_LOGGING_LEVEL", gate.OVERRIDE):
+            patch.delenv(name, raising=False)
+        yield
+
+
+@pytest.mark.usefixtures("other_vllm")
+def test_a_server_without_a_policy_answers_as_stock_vllm_does(tmp_path):
+    stock = subprocess.run(
+        [sys.executable, "-c", STOCK],
+        env=os.environ | {"VLLM_PLUGINS": "", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    expected = json.loads(stock.stdout.splitlines()[-1])
+    body = {"prompt": PROMPT, "max_tokens": 200, "temperature": 0, "ignore_eos": True, "return_token_ids": True}
+    log = tmp_path / "log"
+    with serve(bundled_model(), ["--served-model-name", "tiny", *ARGUMENTS], port=free_port(), log=log) as url:
+        request = urllib.request.Request(
+            f"{url}/v1/completions", json.dumps({"model": "tiny"} | body).encode(), {"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            choice = json.load(answer)["choices"][0]
+        text = log.read_text()
+    assert choice["token_ids"] == expected
+    assert f"version {VERSION}" in text
+    assert "skipkv" in text, "the plugin was loaded"
+    assert "SkipKV" not in text
+    assert "Traceback" not in text
+
+
+@pytest.mark.usefixtures("other_vllm")
+def test_a_policy_is_refused_there_by_the_version():
+    vllm = Path(sys.executable).with_name("vllm")
+    command = [vllm, "serve", bundled_model(), "--kv-policy", "skipkv"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 2
+    for part in (f"supports vLLM {gate.SUPPORTED_VLLM}.x and found {VERSION}", "pip install", "without --kv-policy"):
+        assert part in done.stderr
