@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import json
 import logging
-import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -29,77 +30,121 @@ class EngineArgs:
     def create_engine_config(self):
         return None
 """
+PACKAGE = {"vllm/engine/__init__.py": ""}
+POOL = "def _check_enough_kv_cache_memory(another, kind, *, entirely): return 1"
 FAKES = {
-    "a package and nothing in it": {},
-    "no arguments": {"vllm/engine/__init__.py": ""},
-    "arguments that cannot be imported": {"vllm/engine/__init__.py": "", ARGUMENTS: "import vllm.gone"},
-    "arguments without their class": {"vllm/engine/__init__.py": "", ARGUMENTS: ""},
-    "a class without methods": {"vllm/engine/__init__.py": "", ARGUMENTS: "class EngineArgs: pass"},
-    "methods of another kind": {
-        "vllm/engine/__init__.py": "",
-        ARGUMENTS: STOCK_ARGUMENTS.replace("@classmethod", "@staticmethod"),
-    },
-    "one method less": {
-        "vllm/engine/__init__.py": "",
-        ARGUMENTS: STOCK_ARGUMENTS.replace("create_engine_config", "create_config"),
-    },
+    "nothing": {},
+    "no arguments": PACKAGE,
+    "arguments that cannot be imported": PACKAGE | {ARGUMENTS: "import vllm.gone"},
+    "arguments without their class": PACKAGE | {ARGUMENTS: ""},
+    "a class without methods": PACKAGE | {ARGUMENTS: "class EngineArgs: pass"},
+    "methods of another kind": PACKAGE | {ARGUMENTS: STOCK_ARGUMENTS.replace("@classmethod", "@staticmethod")},
+    "one method less": PACKAGE | {ARGUMENTS: STOCK_ARGUMENTS.replace("create_engine_config", "create_config")},
 }
 """Files of a vLLM that lacks what we touch; `vllm/__init__.py` is always there."""
+OTHER_POOL = PACKAGE | {
+    ARGUMENTS: STOCK_ARGUMENTS,
+    "vllm/v1/__init__.py": "",
+    "vllm/v1/core/__init__.py": "",
+    "vllm/v1/core/kv_cache_utils.py": POOL,
+}
+
+
+class Fake(NamedTuple):
+    """A vLLM to join: its files, its version (None: it has none) and the arguments of the command that runs."""
+
+    files: dict[str, str]
+    version: str | None
+    argv: list[str] = []
+
+
+CASES = {
+    **{name: Fake(files, "0.34.0") for name, files in FAKES.items()},
+    "asked under 0.34.0": Fake({}, "0.34.0", ["serve", "m", "--kv-policy=skipkv"]),
+    "asked without a version": Fake({}, None, ["serve", "m", "--kv-policy", "skipkv"]),
+    "asked under 0.32.0": Fake(FAKES["one method less"], "0.32.0", ["serve", "m", "--kv-policy", "skipkv"]),
+    "other pool of 0.33.0": Fake(OTHER_POOL, "0.33.0"),
+    "other pool of 0.32.1": Fake(OTHER_POOL, "0.32.1"),
+}
 
 CODE = """
-import logging, sys
-logging.basicConfig(level=logging.ERROR, format="%(message)s")
-import vllm
-if "pool" in sys.argv:
-    import vllm.v1.core.kv_cache_utils as pool
+import importlib, io, json, logging, sys
+from pathlib import Path
+from skipkv_vllm.compat import public
 from skipkv_vllm.plugin import register
-register()
-register()
-arguments = getattr(sys.modules.get("vllm.engine.arg_utils"), "EngineArgs", object)
-print("flags added" if hasattr(arguments, "_skipkv") else "no flags")
-if "pool" in sys.argv:
-    print("pool hooked" if hasattr(pool._check_enough_kv_cache_memory, "_skipkv") else "pool alone")
+
+found = {}
+for number, (name, (files, version, argv)) in enumerate(json.load(sys.stdin).items()):
+    root = Path(sys.argv[-1], str(number))
+    files["vllm/__init__.py"] = "" if version is None else f"__version__ = {version!r}"
+    for file, text in files.items():
+        (root / file).parent.mkdir(parents=True, exist_ok=True)
+        (root / file).write_text(text)
+    for module in [module for module in sys.modules if module.split(".")[0] == "vllm"]:
+        del sys.modules[module]
+    public.is_public.cache_clear()
+    importlib.invalidate_caches()
+    sys.path.insert(0, str(root))
+    sys.argv[1:-1] = argv
+    log = io.StringIO()
+    logging.basicConfig(level=logging.ERROR, format="%(message)s", stream=log, force=True)
+    pool = None
+    if "vllm/v1/core/kv_cache_utils.py" in files:
+        import vllm.v1.core.kv_cache_utils as pool
+    register()
+    register()
+    arguments = getattr(sys.modules.get("vllm.engine.arg_utils"), "EngineArgs", object)
+    hooked = pool is not None and hasattr(pool._check_enough_kv_cache_memory, "_skipkv")
+    found[name] = [hasattr(arguments, "_skipkv"), hooked, log.getvalue()]
+print(json.dumps(found))
 """
 
 
-def run(root: Path, files: dict[str, str], version: str | None, *argv: str) -> subprocess.CompletedProcess[str]:
-    """Join a vLLM made of these files, in a process of its own."""
-    files = {"vllm/__init__.py": "" if version is None else f"__version__ = {version!r}"} | files
-    for name, text in files.items():
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_text(text)
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(root), str(REPOSITORY)])}
-    command = [sys.executable, "-c", CODE, *argv]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+class Joined(NamedTuple):
+    """What `register` did: whether it added flags, whether it hooked the pool's check, and what it logged."""
+
+    has_flags: bool
+    has_hook: bool
+    log: str
+
+
+@pytest.fixture(scope="module")
+def joined(tmp_path_factory):
+    """Join every vLLM of `CASES`, in a process that has never seen the real one."""
+    folder = tmp_path_factory.mktemp("fakes")
+    command = [sys.executable, "-c", CODE, str(folder)]
+    done = subprocess.run(
+        command,
+        cwd=REPOSITORY,
+        input=json.dumps(CASES),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return {name: Joined(*found) for name, found in json.loads(done.stdout.splitlines()[-1]).items()}
 
 
 @pytest.mark.parametrize("name", FAKES)
-def test_a_vllm_without_what_we_touch_is_left_alone(tmp_path, name):
-    done = run(tmp_path, FAKES[name], "0.34.0")
-    assert (done.returncode, done.stdout) == (0, "no flags\n"), done.stderr
-    assert done.stderr == "", "nothing is said where nobody asked for a policy"
+def test_a_vllm_without_what_we_touch_is_left_alone(joined, name):
+    assert joined[name] == Joined(False, False, ""), "nothing is said where nobody asked for a policy"
 
 
-@pytest.mark.parametrize("version", ["0.34.0", None])
-def test_who_asks_for_a_policy_there_reads_why_there_are_no_flags(tmp_path, version):
-    done = run(tmp_path, {}, version, "serve", "m", "--kv-policy=skipkv")
-    assert done.returncode == 0
-    for part in ("--kv-policy is not available", f"found {version or 'without a version'}", "pip install"):
-        assert part in done.stderr
+@pytest.mark.parametrize("version", ["under 0.34.0", "without a version"])
+def test_who_asks_for_a_policy_there_reads_why_there_are_no_flags(joined, version):
+    log = joined[f"asked {version}"].log
+    for part in ("--kv-policy is not available", f"found {version.removeprefix('under ')}", "pip install"):
+        assert part in log
 
 
-def test_other_arguments_of_a_supported_version_are_named(tmp_path):
-    done = run(tmp_path, FAKES["one method less"], "0.32.0", "--kv-policy", "skipkv")
-    assert "create_engine_config is gone" in done.stderr
+def test_other_arguments_of_a_supported_version_are_named(joined):
+    assert "create_engine_config is gone" in joined["asked under 0.32.0"].log
 
 
 @pytest.mark.parametrize("version", ["0.33.0", "0.32.1"])
-def test_a_pool_check_of_another_kind_is_left_alone(tmp_path, version):
-    pool = "def _check_enough_kv_cache_memory(another, kind, *, entirely): return 1"
-    packages = ("vllm/v1/__init__.py", "vllm/v1/core/__init__.py", "vllm/engine/__init__.py")
-    files = dict.fromkeys(packages, "") | {"vllm/v1/core/kv_cache_utils.py": pool, ARGUMENTS: STOCK_ARGUMENTS}
-    done = run(tmp_path, files, version, "pool")
-    assert (done.returncode, done.stdout) == (0, "flags added\npool alone\n"), done.stderr
+def test_a_pool_check_of_another_kind_is_left_alone(joined, version):
+    assert joined[f"other pool of {version}"] == Joined(True, False, "")
 
 
 def test_nothing_of_ours_that_fails_reaches_vllm(monkeypatch, caplog):
