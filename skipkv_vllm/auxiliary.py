@@ -56,7 +56,7 @@ class BackgroundJobs:
     def __init__(self, what: str, max_waiting: int = 64) -> None:
         self._what = what
         self._max_waiting = max_waiting
-        self._jobs: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._jobs: queue.Queue[Callable[[], None]] = queue.Queue()
         self._thread: threading.Thread | None = None
 
     def submit(self, job: Callable[[], None], instead: Callable[[], None]) -> None:
@@ -65,6 +65,11 @@ class BackgroundJobs:
             self._thread = threading.Thread(target=self._run, name=f"skipkv: {self._what}", daemon=True)
             self._thread.start()
         self._jobs.put(job if self._jobs.qsize() < self._max_waiting else instead)
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether every job submitted so far has run."""
+        return not self._jobs.unfinished_tasks
 
     def flush(self, timeout: float) -> bool:
         """Wait until every job submitted so far has run; False if that took longer than `timeout` seconds."""
@@ -81,3 +86,4 @@ class BackgroundJobs:
                 job()
             # Not held until the next job comes.
             del job
+            self._jobs.task_done()

@@ -41,6 +41,8 @@ if TYPE_CHECKING:
 WAIT_SECONDS = 30.0
 """from a request's end until its trace is dropped because a worker's part is missing"""
 FLUSH_SECONDS = 5.0
+SETTLE_SECONDS = 0.25
+"""for which an engine without requests waits for its last traces"""
 LONGEST_NAME = 128
 """characters of a request's file name; file systems allow 143 to 255 bytes, prefixes and suffixes included"""
 
@@ -242,6 +244,7 @@ class TraceCollector:
         self._jobs = BackgroundJobs("write a trace")
         self._dropped: deque[str] = deque()
         """reasons, from the thread that writes"""
+        self._is_slow = False
 
     def sent(self, compactions: Iterable[Compaction], started: Iterable[Started]) -> None:
         """Note a step's orders to the workers: first the compactions, then the requests that start or start over."""
@@ -271,6 +274,7 @@ class TraceCollector:
             steering,
             time.monotonic() + WAIT_SECONDS,
         )
+        self._is_slow &= not self._jobs.is_idle
         self._jobs.submit(
             functools.partial(self._write_or_drop, ended), functools.partial(self._drop, request_id, "backlog")
         )
@@ -278,6 +282,14 @@ class TraceCollector:
     def flush(self, timeout: float = FLUSH_SECONDS) -> bool:
         """Wait for the traces of all requests that ended; False if that takes longer than `timeout` seconds."""
         return self._jobs.flush(timeout)
+
+    def settle(self) -> None:
+        """Wait a moment for the traces of all requests that ended, unless earlier ones took longer and still do.
+
+        For an engine that has nothing else to do: who reads a trace right after the last answer finds it.
+        """
+        if not self._is_slow:
+            self._is_slow = not self._jobs.flush(SETTLE_SECONDS)
 
     def take_dropped(self) -> Counter[str]:
         """Return how many traces were dropped since the last call, by reason (see `DROP_REASONS`)."""

@@ -383,6 +383,8 @@ class EvictionMixin(_Base):
 
     def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
         stats = super().make_stats(*args, **kwargs)
+        if self.trace is not None and not self.requests:
+            self.trace.settle()
         if stats is not None:
             with auxiliary("report to the metrics"):
                 compat.send_report(stats, self._report())

@@ -367,6 +367,27 @@ def test_storage_that_hangs_delays_nobody_and_holds_little_memory(tmp_path, monk
     assert [p.name for p in (tmp_path / ".parts").iterdir() if p.is_dir()] == [], "parts of dropped traces stay behind"
 
 
+def test_an_idle_engine_waits_a_moment_for_its_traces_and_once_for_storage_that_hangs(tmp_path, monkeypatch):
+    collector, hangs, real_save = make_collector(tmp_path), threading.Event(), trace_module.save_file
+    collector.finish("a", [1], [2])
+    collector.settle()
+    assert trace_path(tmp_path, "a").exists()
+
+    monkeypatch.setattr(trace_module, "SETTLE_SECONDS", 0.2)
+    monkeypatch.setattr(trace_module, "save_file", lambda *args: hangs.wait(60) and real_save(*args))
+    collector.finish("b", [1], [2])
+    collector.settle()
+    started = time.monotonic()
+    for _ in range(50):
+        collector.settle()
+    assert time.monotonic() - started < 0.2
+    hangs.set()
+    assert collector.flush()
+    collector.finish("c", [1], [2])
+    collector.settle()
+    assert trace_path(tmp_path, "c").exists()
+
+
 def test_an_unwritable_folder_is_refused_at_start(tmp_path):
     file = tmp_path / "file"
     file.write_text("")
