@@ -7,15 +7,20 @@ from .config import KVPolicyConfig
 from .scheduler.planner import Limits
 
 
-def banner(config: KVPolicyConfig, capacity: Capacity | None, max_model_len: int) -> list[str]:
-    """A few lines: policy, budget, bound, granularity, what fits, grouping, steering, and what is off.
+def banner(config: KVPolicyConfig, capacity: Capacity | None, max_model_len: int, *, is_async: bool) -> list[str]:
+    """A few lines: policy, budget, bound, granularity, what fits, scheduling, grouping, steering, and what is off.
 
     Args:
         config: an active policy, steering, or both.
         capacity: what fits; None where nothing is evicted.
         max_model_len: longest request.
+        is_async: whether the scheduler is asynchronous.
     """
     lines = ["SkipKV: evicts nothing"] if capacity is None else _eviction(config, capacity, max_model_len)
+    lines.append(
+        f"SkipKV: asynchronous scheduling is {'on' if is_async else 'off'}, as vLLM is configured; its warning about a "
+        "custom scheduler class does not apply"
+    )
     if config.kv_batch_grouping != "off":
         lines.append(
             f"SkipKV: waiting requests grouped by prompt length, {config.kv_grouping_width} tokens a group; from "

@@ -174,6 +174,18 @@ def _abort_all(llm: vllm.LLM) -> None:
             llm.llm_engine.step()
 
 
+def wake(llm: vllm.LLM, level: int) -> None:
+    """Wake an engine that sleeps at a level, weights first, and load those that level 2 discarded.
+
+    At level 0 only KV pages were released.
+    """
+    if level:
+        llm.wake_up(["weights"])
+    if level == 2:
+        llm.collective_rpc("reload_weights")
+    assert llm.wake_up(["kv_cache"])
+
+
 def assert_pool_empty(llm: vllm.LLM) -> None:
     """All pages are free but the null page."""
     scheduler = scheduler_of(llm)
@@ -324,6 +336,7 @@ class Job:
         budgets: `kv_budget` of each request, None for the server's; empty for all the server's.
         options: further options of each request; empty for none.
         adapters: number of a request -> LoRA adapter that it is computed with.
+        sleep_level: level at which the engine sleeps before the first request; None for not at all.
     """
 
     prompts: list[list[int]]
@@ -336,6 +349,7 @@ class Job:
     budgets: list[int | None] = field(default_factory=list)
     options: list[dict[str, Any]] = field(default_factory=list)
     adapters: dict[int, LoRARequest] = field(default_factory=dict)
+    sleep_level: int | None = None
 
     def extra_args(self, number: int) -> dict[str, Any] | None:
         """What a request sets for itself."""
@@ -446,6 +460,9 @@ def run_on(llm: vllm.LLM, job: Job) -> Outcome:
         )
         for i in range(len(job.prompts))
     ]
+    if job.sleep_level is not None:
+        llm.sleep(job.sleep_level)
+        wake(llm, job.sleep_level)
     skipped_before = _skipped(llm)
     config = llm.llm_engine.vllm_config
     # vLLM compiles a helper for log probabilities even where the model runs eagerly, which takes a minute.

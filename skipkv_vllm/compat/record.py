@@ -34,7 +34,7 @@ OVERRIDES = {
     "skipkv_vllm.worker.runner_v2:HookedRunnerV2": ("vllm.v1.worker.gpu.model_runner:GPUModelRunner",),
     "skipkv_vllm.worker.cpu_worker:EvictingCPUWorker": ("vllm.v1.worker.cpu_worker:CPUWorker",),
     "skipkv_vllm.worker.gpu_worker:EvictingGPUWorker": ("vllm.v1.worker.gpu_worker:Worker",),
-    "skipkv_vllm.worker.pipeline:StageWorker": ("vllm.v1.worker.gpu_worker:Worker",),
+    "skipkv_vllm.worker.base_worker:EvictingWorker": ("vllm.v1.worker.gpu_worker:Worker",),
     "skipkv_vllm.metrics:EvictionStatLogger": ("vllm.v1.metrics.loggers:StatLoggerBase",),
     "skipkv_vllm.llm:LLM": ("vllm.entrypoints.llm:LLM",),
 }
@@ -75,6 +75,9 @@ WRAPPED_OR_CALLED = (
     "vllm.v1.worker.gpu.input_batch:InputBatch",
     "vllm.v1.worker.gpu.model_states.default:DefaultModelState.prepare_attn",
     "vllm.v1.worker.cpu_worker:CPUWorker.init_device",
+    "vllm.v1.worker.gpu_worker:Worker._maybe_get_memory_pool_context",
+    "vllm.device_allocator.sleep_mode_backend:CuMemBackend.suspend",
+    "vllm.v1.core.sched.scheduler:Scheduler.reset_prefix_cache",
     "vllm.v1.attention.backends.cpu_attn:CPUAttentionBackendImpl.forward",
     "vllm.v1.attention.backends.flash_attn:FlashAttentionImpl.forward",
     "vllm.v1.attention.backends.flashinfer:FlashInferImpl.forward",

@@ -61,6 +61,8 @@ def _check(vllm_config: VllmConfig, policy: KVPolicyConfig, _refuse: Callable[..
         raise _refuse("MLA models", "their cache holds latents, which the policies cannot score", OTHER_MODEL)
     if model.is_hybrid or model.is_attention_free:
         raise _refuse("hybrid and state-space models", "their state is not a list of tokens", OTHER_MODEL)
+    if vllm_config.diffusion_config is not None:
+        raise _refuse("diffusion models", "they rewrite tokens, and vLLM schedules them otherwise", OTHER_MODEL)
     if model.is_mm_prefix_lm:
         raise _refuse("prefix-LM attention", "what attends both ways is told by position", OTHER_MODEL)
     if model.get_sliding_window() is not None:

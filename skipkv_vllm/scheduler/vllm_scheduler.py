@@ -97,7 +97,7 @@ class EvictionMixin(_Base):
             pool.free_block_queue = GuardQueue.adopt(pool.free_block_queue)
         with auxiliary("print the banner"):
             found = self._capacity() if self.kv_policy.evicts else None
-            for line in banner(self.kv_policy, found, self.max_model_len):
+            for line in banner(self.kv_policy, found, self.max_model_len, is_async=isinstance(self, AsyncScheduler)):
                 logger.info(line)
 
     def _capacity(self) -> Capacity:

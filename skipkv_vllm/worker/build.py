@@ -43,7 +43,7 @@ def attention_layers(vllm_config: VllmConfig) -> dict[str, Any]:
 
 def build_runtime(vllm_config: VllmConfig, model: nn.Module, device: torch.device) -> EvictionRuntime:
     """Allocate what the policy needs, and hook up steering. Call it after the model is loaded and before memory is
-    profiled, so that vLLM leaves room for it."""
+    profiled, so that vLLM leaves room for it, and in a memory pool that survives sleep level 2."""
     config = compat.policy_config(vllm_config)
     model_config, scheduling = vllm_config.model_config, vllm_config.scheduler_config
     options = config.policy.sentence_options
@@ -86,7 +86,12 @@ def build_runtime(vllm_config: VllmConfig, model: nn.Module, device: torch.devic
         trace = TraceWriter(config.kv_trace_dir, vllm_config.parallel_config.rank)
     steering = _build_steering(vllm_config, model, device) if config.steers else None
     held = sum(part.nbytes for part in (ring, tracker, gates, steering) if part)
-    logger.info("SkipKV: %.1f MiB for observation queries, sentences and gates of %d requests", held / 2**20, num_slots)
+    logger.info(
+        "SkipKV: %.1f MiB for observation queries, sentences and gates of %d requests%s",
+        held / 2**20,
+        num_slots,
+        "; sleep mode moves them to host memory" if model_config.enable_sleep_mode else "",
+    )
     return EvictionRuntime(config, num_slots, ring, tracker, gates, trace, device, ranks, steering)
 
 

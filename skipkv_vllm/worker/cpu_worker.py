@@ -10,11 +10,11 @@ from vllm.v1.worker.cpu_worker import CPUWorker
 
 from .. import compat
 from .adapt import adapt_runner
+from .base_worker import EvictingWorker
 from .build import without_sidecar
-from .pipeline import StageWorker
 
 
-class EvictingCPUWorker(StageWorker, CPUWorker):
+class EvictingCPUWorker(EvictingWorker, CPUWorker):
     """`worker_cls` on CPU platforms."""
 
     def init_device(self) -> None:

@@ -7,11 +7,11 @@ from typing import Any
 from vllm.v1.worker.gpu_worker import Worker
 
 from .adapt import adapt_runner
+from .base_worker import EvictingWorker
 from .build import without_sidecar
-from .pipeline import StageWorker
 
 
-class EvictingGPUWorker(StageWorker, Worker):
+class EvictingGPUWorker(EvictingWorker, Worker):
     """`worker_cls` on GPU platforms."""
 
     def _make_model_runner(self) -> Any:

@@ -28,8 +28,8 @@ class EvictingRunnerV1(_Base):
     _begun: Any = None
     """the step whose orders were carried out ahead of `execute_model`"""
 
-    def load_model(self, *args: Any, **kwargs: Any) -> None:
-        super().load_model(*args, **kwargs)
+    def build_runtime(self) -> None:
+        """Allocate what eviction needs; the worker calls it once the model is loaded."""
         self.runtime = build_runtime(self.vllm_config, self.get_model(), self.device)
 
     def initialize_kv_cache(self, kv_cache_config: Any, *args: Any, **kwargs: Any) -> None:

@@ -32,8 +32,8 @@ class EvictingRunnerV2(_Base):
     _begun: Any = None
     """the step whose orders were carried out ahead of `execute_model`"""
 
-    def load_model(self, *args: Any, **kwargs: Any) -> None:
-        super().load_model(*args, **kwargs)
+    def build_runtime(self) -> None:
+        """Allocate what eviction needs; the worker calls it once the model is loaded."""
         self.runtime = build_runtime(self.vllm_config, self.get_model(), self.device)
 
     def initialize_kv_cache(self, kv_cache_config: Any, *args: Any, **kwargs: Any) -> None:
@@ -88,8 +88,8 @@ class HookedRunnerV2(EvictingRunnerV2):
     _evicted: Evicted | None = None
     """of the batch in preparation"""
 
-    def load_model(self, *args: Any, **kwargs: Any) -> None:
-        super().load_model(*args, **kwargs)
+    def build_runtime(self) -> None:
+        super().build_runtime()
         self._resident_seq_lens = torch.zeros(self.max_num_reqs, dtype=torch.int32, device=self.device)
         self._slot_positions = torch.zeros(self.max_num_tokens, dtype=torch.int64, device=self.device)
         self._stock_prepare_attn = self.model_state.prepare_attn

@@ -101,6 +101,9 @@ def test_the_banner_says_what_the_server_does(server):
     assert "admission bounded, none is ever preempted" in log
     assert "may come to hold more than 1888 tokens is refused" in log
     assert "features switched off: none" in log
+    # vLLM's CPU platform switches it off, whatever the scheduler.
+    assert "Using custom scheduler class" in log
+    assert "asynchronous scheduling is off, as vLLM is configured; its warning" in log
 
 
 def test_metrics_count_real_compactions_and_the_trace_agrees(server, client):

@@ -166,6 +166,27 @@ def test_an_8_bit_cache_is_compacted(backend: str, graphs: str, runner: str, mod
     check_replayed(job, outcome, reference, Tolerance(most=8.0, mean=0.2, survivors=0.15))
 
 
+@pytest.mark.skipif(ON_CPU, reason="vLLM's CPU worker does not sleep; tests/engine/test_sleep.py has a double of it")
+@pytest.mark.parametrize("gated", [False, True], ids=["skipkv", "trimkv"])
+@pytest.mark.parametrize(("backend", "graphs", "runner"), COMBINATIONS)
+def test_an_engine_that_slept_answers_as_before(
+    backend: str, graphs: str, runner: str, gated: bool, model: str
+) -> None:
+    job = evicting(dtype="bfloat16", enable_sleep_mode=True)
+    if gated:
+        gates = {"kv_policy": "trimkv", "kv_policy_config": {"gates": bundled_gates()}}
+        job = evicting(["trimkv", "rkv"], **job.arguments | gates)
+
+    # Equal arguments, so it is one engine.
+    before, *after = run([replace(job, sleep_level=level) for level in (None, 1, 2)], model, backend, graphs, runner)
+
+    assert all(len(trace.kept) for trace in before.traces)
+    for outcome in after:
+        assert outcome.tokens == before.tokens
+        for trace, other in zip(outcome.traces, before.traces, strict=True):
+            assert all(torch.equal(*kept) for kept in zip(trace.kept, other.kept, strict=True))
+
+
 def test_what_is_not_installed_is_named() -> None:
     """Always passes; `-rA` or `-s` shows what the tests above covered."""
     for backend in BACKENDS:

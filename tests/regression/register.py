@@ -400,6 +400,25 @@ DEMANDS = {
         "clients wait forever for a process that was killed",
         (f"{R}crash.py::test_a_killed_process_is_an_error_for_clients_and_a_restarted_server_works",),
     ),
+    "sleep": Row(
+        "ours",
+        "a server that slept has lost what its policy collects, or a request goes on with KV that is gone",
+        (
+            f"{E}sleep.py::test_answers_after_level_2_are_those_from_before",
+            f"{E}sleep.py::test_all_state_survives_whatever_is_woken_first",
+            f"{E}sleep.py::test_requests_lose_their_kv_and_nothing_else",
+            f"{E}sleep.py::test_requests_in_flight_lose_their_kv_too",
+            f"{G}engine_cuda.py::test_an_engine_that_slept_answers_as_before",
+        ),
+    ),
+    "misleading-warning": Row(
+        "ours",
+        "the log warns that a feature of vLLM is off which is on",
+        (
+            f"{U}steering_config.py::test_the_banner_says_how_steps_are_scheduled",
+            f"{E}server.py::test_the_banner_says_what_the_server_does",
+        ),
+    ),
     "soak": Row(
         "ours",
         "something small is lost with every thousandth request",

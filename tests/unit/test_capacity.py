@@ -149,7 +149,7 @@ def test_plan_and_banner_share_their_numbers(capsys):
     found = capacity(KVPolicyConfig(kv_policy="skipkv", kv_budget=224), ModelShape(4, 4, 2, 32, 128, 503, 4), pool)
     assert vars(found) == told
     _, out, _ = say(capsys, "--kv-memory", "0.25", "--dtype", "float32", "--block-size", "32")
-    lines = banner(KVPolicyConfig(kv_policy="skipkv", kv_budget=224), found, 4096)
+    lines = banner(KVPolicyConfig(kv_policy="skipkv", kv_budget=224), found, 4096, is_async=True)
     for line in found.lines():
         assert line in out
         assert f"SkipKV: {line}" in lines

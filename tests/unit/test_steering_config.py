@@ -141,19 +141,33 @@ def test_waiting_requests_are_grouped_without_eviction(engine_args, math):  # no
     config = KVPolicyConfig.parse(args.additional_config["skipkv"])
     assert not config.evicts
     assert {name: getattr(config, name) for name in grouping} == grouping
-    text = "\n".join(banner(config, None, 4096))
+    text = "\n".join(banner(config, None, 4096, is_async=True))
     assert "evicts nothing" in text
     assert "64 tokens a group; from 2.5 s past its turn" in text
 
 
+@pytest.mark.parametrize("is_async", [False, True])
+def test_the_banner_says_how_steps_are_scheduled(is_async):
+    """vLLM warns of every scheduler class but its own that asynchronous scheduling may be off because of it."""
+    shape, pool = ModelShape(4, 4, 2, 32, 128, 503, 4), Pool(99, 16, 8, 4096, 2048)
+    config = KVPolicyConfig(kv_steering_vectors={"math": "/m"})
+    for lines in (
+        banner(config, None, 4096, is_async=is_async),
+        banner(SERVER, capacity(SERVER, shape, pool), 4096, is_async=is_async),
+    ):
+        (line,) = [line for line in lines if "asynchronous" in line]
+        assert f"asynchronous scheduling is {'on' if is_async else 'off'}, as vLLM is configured" in line
+        assert "warning about a custom scheduler class does not apply" in line
+
+
 def test_the_banner_says_what_is_steered():
     config = KVPolicyConfig(kv_steering_vectors={"math": "/m"}, kv_steering_alpha_max=2.0)
-    text = "\n".join(banner(config, None, 4096))
+    text = "\n".join(banner(config, None, 4096, is_async=True))
     assert "evicts nothing" in text
     assert "steering vectors math, default off; alpha 1.0 + 0.02 a thought" in text
     assert "at most 2.0" in text
     shape, pool = ModelShape(4, 4, 2, 32, 128, 503, 4), Pool(99, 16, 8, 4096, 2048)
-    text = "\n".join(banner(SERVER, capacity(SERVER, shape, pool), 4096))
+    text = "\n".join(banner(SERVER, capacity(SERVER, shape, pool), 4096, is_async=False))
     assert "policy RKV" in text
     assert "steering vectors math, code" in text
 
