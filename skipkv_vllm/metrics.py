@@ -10,7 +10,7 @@ from prometheus_client import Counter, Gauge
 from vllm.v1.metrics.loggers import StatLoggerBase
 
 from .auxiliary import auxiliary
-from .compat import has_policy, install_client_check, policy_config, received_report
+from .compat import has_policy, install_client_check, install_reports, policy_config, received_report
 from .scheduler.planner import Compaction
 from .steering.controller import KINDS, Thoughts
 from .trace import DROP_REASONS
@@ -34,13 +34,15 @@ class RequestEvictions:
 
     Attributes:
         policy: the method that was applied.
-        compactions: how often tokens were evicted.
-        evicted_tokens: how many in all.
+        compactions: how often tokens were evicted since it last started.
+        evicted_tokens: how many in all of these.
+        lives: how often it started: once, and again after each preemption, which takes all its KV.
     """
 
     policy: str
     compactions: int = 0
     evicted_tokens: int = 0
+    lives: int = 1
 
     def compacted(self, compaction: Compaction) -> None:
         """Count a compaction."""
@@ -105,6 +107,8 @@ class EvictionStatLogger(StatLoggerBase):
         self._engine = str(engine_index)
         if not has_policy(vllm_config):
             return
+        # A client whose configuration came from another process may not have met a policy before.
+        install_reports()
         with auxiliary("update the metrics"):
             if EvictionStatLogger._metrics is None:
                 EvictionStatLogger._metrics = _make_metrics()

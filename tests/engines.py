@@ -369,6 +369,7 @@ class Outcome:
         logprobs: per token, token id -> log probability.
         num_cached: prompt tokens found in the prefix cache.
         traces: empty for a stock engine.
+        reports: what each response says was evicted; None for a request that keeps everything.
         samples, load, num_preemptions: see `Generation`.
         skipped: how often the policy could not do as configured, by reason.
         is_v2: whether Model Runner V2 ran.
@@ -382,6 +383,7 @@ class Outcome:
     logprobs: list[list[dict[int, float]]]
     num_cached: list[int]
     traces: list[Trace]
+    reports: list[dict[str, Any] | None]
     samples: list[Sample]
     load: list[Load]
     num_preemptions: list[int]
@@ -493,6 +495,7 @@ def run_on(llm: vllm.LLM, job: Job) -> Outcome:
         logprobs,
         num_cached,
         traces,
+        [(output.kv_transfer_params or {}).get("skipkv") if output is not None else None for output in done.outputs],
         done.samples,
         done.load,
         done.num_preemptions,

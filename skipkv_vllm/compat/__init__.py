@@ -5,6 +5,7 @@ from .cli import engine_arguments
 from .gate import SUPPORTED_VLLM, check_vllm
 from .public import is_public, received_orders, received_report, send_orders, send_report
 from .refusals import check_attention, check_config, check_kv_cache
+from .reports import install_reports
 from .seams import enable, has_policy, install, install_client_check, policy_config
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "has_policy",
     "install",
     "install_client_check",
+    "install_reports",
     "is_public",
     "model_shape",
     "page_pool",

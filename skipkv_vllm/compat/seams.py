@@ -17,6 +17,7 @@ from .cli import add_flags, update_arguments
 from .gate import check_version, check_vllm, is_tested
 from .public import PLUGIN, is_public
 from .refusals import check_config
+from .reports import install_reports
 from .wrap import wrap
 
 if TYPE_CHECKING:
@@ -157,6 +158,7 @@ def enable(vllm_config: VllmConfig) -> None:
         _extend_scheduler_stats()
     install_pool_check(has_policy, policy_config)
     _check_requests()
+    install_reports()
 
 
 def _extend_scheduler_stats() -> None:

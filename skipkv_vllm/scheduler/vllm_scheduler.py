@@ -15,6 +15,7 @@ from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.request_queue import SchedulingPolicy
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.engine import EngineCoreOutputs
 from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.request import Request, RequestStatus
 
@@ -308,8 +309,9 @@ class EvictionMixin(_Base):
         if request_id in self._recomputed:
             self._recomputed.discard(request_id)
             self.eviction_stats.skipped("cached_prompt_sentences")
-        # A preempted request keeps its count: what was evicted in its first life was evicted.
-        self._evictions.setdefault(request_id, RequestEvictions(terms.policy.name))
+        before = self._evictions.get(request_id)
+        lives = 1 if before is None else before.lives + 1
+        self._evictions[request_id] = RequestEvictions(terms.policy.name, lives=lives)
         num_prompt = self.requests[request_id].num_prompt_tokens
         return Started(request_id, terms.policy.name, num_prompt, limits.protected, limits.protected, terms.num_task)
 
@@ -319,6 +321,16 @@ class EvictionMixin(_Base):
         if request.request_id in self._steered:
             # What it wrote while steered may be in the prefix cache as another's prompt.
             request.skip_reading_prefix_cache = True
+
+    def update_from_output(self, *args: Any, **kwargs: Any) -> dict[int, EngineCoreOutputs]:
+        by_client = super().update_from_output(*args, **kwargs)
+        for output in (output for outputs in by_client.values() for output in outputs.outputs):
+            request = self.requests.get(output.request_id)
+            # A stop string ends a request in the client's process, before the scheduler learns of it.
+            if request is not None and request.sampling_params is not None and request.sampling_params.stop:
+                evictions = self._evictions.get(output.request_id)
+                output.kv_transfer_params = _with_report(output.kv_transfer_params, evictions)
+        return by_client
 
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
         steered = None
@@ -335,12 +347,7 @@ class EvictionMixin(_Base):
         for_connector, *others = super()._free_request(request, *args, **kwargs)
         self.block_manager.ledger.withdraw(request_id)
         self.block_manager.forget(request_id)
-        if evictions is not None or steered is not None:
-            # vLLM hands this field to the client as it is; connectors, its usual authors, are refused.
-            told = asdict(evictions) if evictions is not None else {"policy": "full"}
-            told |= {"steering": steered} if steered is not None else {}
-            for_connector = (for_connector or {}) | {CONFIG_KEY: told}
-        return for_connector, *others
+        return _with_report(for_connector, evictions, steered), *others
 
     def _start_steering(self, request: Request, options: RequestOptions) -> None:
         name = options.vector(self.kv_policy)
@@ -418,6 +425,16 @@ class EvictionMixin(_Base):
             assert resident <= bound, f"{request_id} holds {resident} of at most {bound} tokens"
             pages, most = self.block_manager.num_pages(request_id), ceil_div(bound, self.block_manager.block_size)
             assert pages <= most, f"{request_id} holds {pages} of at most {most} pages"
+
+
+def _with_report(
+    params: dict[str, Any] | None, evictions: RequestEvictions | None, steered: dict[str, Any] | None = None
+) -> dict[str, Any] | None:
+    """Put what happened to a request into its `kv_transfer_params`, which vLLM hands to the client as they are."""
+    if evictions is None and steered is None:
+        return params
+    report = {"policy": "full"} if evictions is None else asdict(evictions)
+    return (params or {}) | {CONFIG_KEY: report | ({} if steered is None else {"steering": steered})}
 
 
 class EvictionScheduler(EvictionMixin, Scheduler):

@@ -44,7 +44,7 @@ def server(tmp_path_factory):
     arguments = (
         f"--served-model-name tiny --kv-policy skipkv --kv-budget {BUDGET} --kv-buffer {BUFFER} --block-size {PAGE} "
         f"--max-model-len {MAX_MODEL_LEN} --num-gpu-blocks-override {POOL} --max-num-seqs 8 --dtype float32 "
-        f"--kv-request-policies h2o random "
+        f"--kv-request-policies h2o random --enable-scale-out "
         f"--kv-trace-dir {folder / 'traces'} --kv-check-integrity "
         f"--kv-steering-vectors random={folder / 'random.safetensors'}"
     ).split()
@@ -118,7 +118,7 @@ def test_metrics_count_real_compactions_and_the_trace_agrees(server, client):
     evicted = sum(int(r) - k.shape[2] for r, k in zip(trace.resident_before, trace.kept, strict=True))
     assert moved["skipkv_evicted_tokens_total"] == evicted
     assert moved["skipkv_freed_pages_total"] > 0
-    told = {"policy": "skipkv", "compactions": len(trace.kept), "evicted_tokens": evicted}
+    told = {"policy": "skipkv", "compactions": len(trace.kept), "evicted_tokens": evicted, "lives": 1}
     assert answers[0].kv_transfer_params == {"skipkv": told}
     after = metrics(url)
     assert after["skipkv_resident_tokens"] == after["skipkv_logical_tokens"] == after["skipkv_promised_pages"] == 0
@@ -181,19 +181,62 @@ def test_a_bad_steering_option_is_a_400(server):
         assert part in json.dumps(answer)
 
 
-def test_completions_and_responses_take_the_options_too(server):
+def events(url: str, path: str, body: dict) -> list[dict]:
+    """The answer, or all that a stream sends."""
+    request = urllib.request.Request(f"{url}{path}", json.dumps(body).encode(), {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        if not body.get("stream"):
+            return [json.load(answer)]
+        lines = answer.read().decode().splitlines()
+    return [json.loads(line.removeprefix("data: ")) for line in lines if line.startswith("data: {")]
+
+
+def report_in(event: dict) -> dict | None:
+    """What an answer or an event says was evicted."""
+    return (event.get("response", event).get("kv_transfer_params") or {}).get("skipkv")
+
+
+CHAT = {"messages": [{"role": "user", "content": QUESTIONS[0]}], "max_tokens": 250}
+PROMPTS = {"prompt": ["Given a: 3.", "Given b: 4."], "max_tokens": 250}
+RESPONSE = {"input": QUESTIONS[1], "max_output_tokens": 250}
+SMALLER = {"kv_budget": 100}
+SAMPLING = {"max_tokens": 250, "n": 2, "ignore_eos": True, "extra_args": SMALLER}
+TOKENS = {"token_ids": [5] * 48, "sampling_params": SAMPLING}
+BATCH = {"messages": [[{"role": "user", "content": question}] for question in QUESTIONS[:2]], "max_tokens": 500}
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "choices", "last"),
+    [
+        ("/v1/chat/completions", CHAT | {"n": 4}, 4, 1),
+        ("/v1/chat/completions", CHAT | {"n": 4, "stream": True}, 4, 4),
+        ("/v1/chat/completions", CHAT | {"stream": True, "stream_options": {"include_usage": True}}, None, 2),
+        ("/v1/chat/completions/batch", BATCH, 2, 1),
+        ("/v1/completions", PROMPTS | {"prompt": "Given a: 3."}, None, 1),
+        ("/v1/completions", PROMPTS | {"n": 4}, 8, 1),
+        ("/v1/completions", PROMPTS | {"n": 4, "stream": True, "stream_options": {"include_usage": True}}, 8, 9),
+        ("/v1/responses", RESPONSE, None, 1),
+        ("/v1/responses", RESPONSE | {"stream": True}, None, 1),
+        ("/v1/messages", CHAT, None, 1),
+        ("/v1/messages", CHAT | {"stream": True}, None, 1),
+        ("/inference/v1/generate", TOKENS, 2, 1),
+        ("/inference/v1/generate", TOKENS | {"stream": True}, 2, 2),
+    ],
+)
+def test_every_answer_reports_all_that_was_evicted_for_it(server, path, body, choices, last):
+    """`last`: at most so many events carry the report; they are the last ones."""
     url = server[0]
-    common = {"model": "tiny", "temperature": 0, "ignore_eos": True, "vllm_xargs": {"kv_budget": 100}}
-    for path, extra in (
-        ("/v1/completions", {"prompt": "Given a: 3.", "max_tokens": 250}),
-        ("/v1/responses", {"input": QUESTIONS[1], "max_output_tokens": 250}),
-    ):
-        answers = []
-        moved = difference(url, lambda p=path, e=extra, a=answers: a.append(post(url, p, common | e)))
-        ((status, answer),) = answers
-        assert status == 200
-        assert answer["kv_transfer_params"]["skipkv"]["compactions"] == moved["skipkv_compactions_total"]
-        assert moved["skipkv_compactions_total"] >= 1, path
+    common = {"model": "tiny", "ignore_eos": True, "vllm_xargs": SMALLER}
+    seen = []
+    moved = difference(url, lambda: seen.extend(events(url, path, common | body)))
+    compactions, evicted = moved["skipkv_compactions_total"], moved["skipkv_evicted_tokens_total"]
+    assert compactions >= (choices or 1)
+    report = {"policy": "skipkv", "compactions": compactions, "evicted_tokens": evicted, "lives": choices or 1}
+    reports = [report_in(event) for event in seen if event.get("type") != "message_stop"]
+    carriers = [each for each in reports if each is not None]
+    assert carriers == [report if choices is None else report | {"choices": choices}] * len(carriers)
+    assert 1 <= len(carriers) <= last
+    assert reports[-len(carriers) :] == carriers, "an event without the report came after it"
 
 
 @pytest.mark.parametrize(

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections import Counter
+from typing import TYPE_CHECKING, Any
 
 import pytest
+import torch
 
 from tests import engines
 from tests.comparison import check
 from tests.engines import PAGE, Job, Sample
 
 if TYPE_CHECKING:
+    import vllm
+    from vllm import RequestOutput
+
+    from skipkv_vllm.trace import Trace
     from tests.hf_reference import ReferenceCache
 
 # 39 pages that requests can use; a request at the server's bound takes 4, one that keeps everything up to 64.
@@ -112,6 +118,50 @@ def test_a_conversation_hits_the_prefix_cache_after_its_first_turn_was_evicted(r
     check(Job([again], ["skipkv"], 150, 1, SMALL), outcome, references, min_compactions=2)
 
 
+# ---- what a response reports
+
+
+def counted(llm: vllm.LLM) -> Counter[str]:
+    """The counters of the server; no one else takes them from these engines."""
+    return Counter({name: int(n) for name, n in engines.scheduler_of(llm).eviction_stats._counts.items()})
+
+
+def generate_and_count(llm: vllm.LLM, prompt: list[int], **params: Any) -> tuple[RequestOutput, dict[str, int]]:
+    """An answer, and how the counters that it reports moved meanwhile."""
+    from vllm import SamplingParams
+
+    before = counted(llm)
+    params = {"max_tokens": 200, "temperature": 0.0, "ignore_eos": True} | params
+    # vLLM compiles a helper for sampling even where the model runs eagerly.
+    with torch.compiler.set_stance("force_eager"):
+        (output,) = llm.generate({"prompt_token_ids": prompt}, SamplingParams(**params), use_tqdm=False)
+    moved = counted(llm) - before
+    return output, {name: moved[name] for name in ("compactions", "evicted_tokens")}
+
+
+def test_several_choices_are_summed() -> None:
+    (prompt,) = engines.demo_prompts(1)
+    output, moved = generate_and_count(engines.engine(**SMALL), prompt, n=4, temperature=1.0, seed=3)
+    assert moved["compactions"] >= 4 * 3
+    assert output.kv_transfer_params == {"skipkv": {"policy": "skipkv", **moved, "lives": 4, "choices": 4}}
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_a_stop_string_hides_nothing(n) -> None:
+    llm = engines.engine(**SMALL)
+    (prompt,) = engines.demo_prompts(1)
+    full, _ = generate_and_count(llm, prompt)
+    text = full.outputs[0].text
+    # The longest beginning that ends with something new.
+    end = max(i for i in range(6, len(text)) if text.index(text[i - 6 : i]) == i - 6)
+    # vLLM wants a temperature for several choices; this is the best token all the same.
+    output, moved = generate_and_count(llm, prompt, n=n, temperature=1.0, top_k=1, stop=[text[end - 6 : end]])
+    assert output.outputs[0].finish_reason == "stop"
+    assert moved["compactions"] >= 2 * n
+    several = {"choices": n} if n > 1 else {}
+    assert output.kv_transfer_params == {"skipkv": {"policy": "skipkv", **moved, "lives": n} | several}
+
+
 # ---- forced preemption
 
 TINY = {"kv_budget": 96, "kv_buffer": 32, "kv_admission": "optimistic", "num_gpu_blocks_override": 15}
@@ -133,6 +183,37 @@ def test_a_preempted_request_resumes_within_its_bound(references: ReferenceCache
     assert max(s.num_logical for s in again) > 1.5 * (96 + 32)
     assert outcome.skipped == {}
     check(job, outcome, references, min_compactions=5)
+    for number, policy in enumerate(policies[1:], 1):
+        num_preemptions, trace = outcome.num_preemptions[number], outcome.traces[number]
+        assert outcome.reports[number] == {"policy": policy, **last_life(trace), "lives": num_preemptions + 1}
+
+
+def last_life(trace: Trace) -> dict[str, int]:
+    is_last = trace.life == trace.life[-1]
+    kept = [positions.shape[2] for positions, last in zip(trace.kept, is_last.tolist(), strict=True) if last]
+    return {"compactions": len(kept), "evicted_tokens": int(trace.resident_before[is_last].sum()) - sum(kept)}
+
+
+def test_a_request_that_was_cleared_reports_its_last_life() -> None:
+    from vllm import SamplingParams
+
+    llm = engines.engine(**TINY)
+    (prompt,) = engines.demo_prompts(1)
+    reports, work = [], []
+    for clear_at in (None, 150):
+        params = SamplingParams(max_tokens=250, temperature=0.0, ignore_eos=True)
+        llm.llm_engine.add_request("a", {"prompt_token_ids": prompt}, params)
+        outputs, before = [], counted(llm)
+        while llm.llm_engine.has_unfinished_requests():
+            outputs += llm.llm_engine.step()
+            if len(outputs) == clear_at:
+                assert llm.llm_engine.reset_prefix_cache(reset_running_requests=True)
+                clear_at = None
+        reports.append(outputs[-1].kv_transfer_params["skipkv"])
+        # The counters are about the work of the server, so nothing is taken back there.
+        work.append((counted(llm) - before)["compactions"])
+    assert work[1] > work[0] == reports[0]["compactions"] >= 4
+    assert reports[1] == reports[0] | {"lives": 2}
 
 
 def _is_replayed(sample: Sample, samples: list[Sample]) -> bool:

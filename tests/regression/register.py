@@ -459,6 +459,28 @@ DEMANDS = {
             f"{U}trace.py::test_a_folder_that_became_a_file_stops_nobody",
             f"{U}trace.py::test_storage_that_hangs_delays_nobody_and_holds_little_memory",
             f"{U}metrics.py::test_a_report_that_nobody_knows_costs_nothing_else",
+            f"{U}reports.py::test_a_stream_survives_an_event_that_cannot_be_stamped",
+        ),
+    ),
+    "report-of-a-part": Row(
+        "ours",
+        "a response of several choices, prompts or turns reports one of them; a stream, or an answer that a stop string"
+        " ended, reports nothing",
+        (
+            f"{E}server.py::test_every_answer_reports_all_that_was_evicted_for_it",
+            f"{E}serving.py::test_several_choices_are_summed",
+            f"{E}serving.py::test_a_stop_string_hides_nothing",
+            f"{U}reports.py::test_an_answer_has_the_sum_of_its_choices",
+            f"{U}reports.py::test_a_stream_has_the_sum_in_its_last_output",
+            f"{U}reports.py::test_the_turns_of_a_response_are_summed",
+        ),
+    ),
+    "report-of-lost-work": Row(
+        "ours",
+        "a request that was preempted or cleared reports the compactions of all its lives as those of its answer",
+        (
+            f"{E}serving.py::test_a_preempted_request_resumes_within_its_bound",
+            f"{E}serving.py::test_a_request_that_was_cleared_reports_its_last_life",
         ),
     ),
 }

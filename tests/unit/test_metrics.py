@@ -209,3 +209,12 @@ def test_a_client_whose_configuration_came_from_elsewhere_switches_the_seams_on(
         with pytest.raises(AttributeError):
             InputProcessor(config)
     assert enabled == [WITH_POLICY]
+
+
+def test_a_client_sums_reports_only_with_a_policy(registry, monkeypatch):
+    installed = []
+    monkeypatch.setattr(metrics, "install_reports", lambda: installed.append(True))
+    EvictionStatLogger(WITHOUT)
+    assert installed == []
+    EvictionStatLogger(WITH_POLICY)
+    assert installed == [True]
