@@ -46,6 +46,8 @@ WRAPPED_OR_CALLED = (
     "vllm.engine.arg_utils:EngineArgs.create_engine_config",
     "vllm.v1.engine.input_processor:InputProcessor.__init__",
     "vllm.v1.engine.input_processor:InputProcessor.process_inputs",
+    "vllm.entrypoints.serve.engine.serving:BaseServing._check_model",
+    "vllm.entrypoints.generate.beam_search.offline:BeamSearchOfflineMixin.beam_search",
     "vllm.v1.core.kv_cache_utils:_check_enough_kv_cache_memory",
     "vllm.v1.core.kv_cache_utils:get_kv_cache_configs",
     "vllm.v1.core.kv_cache_manager:KVCacheManager.allocate_slots",
