@@ -10,6 +10,7 @@ import difflib
 import functools
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -360,16 +361,9 @@ class RequestOptions(BaseModel):
         Raises:
             KVPolicyError: naming the field, the value and what is allowed.
         """
-        known = set(cls.model_fields)
-        ours = {key: value for key, value in (extra_args or {}).items() if key in known}
-        for key in (extra_args or {}).keys() - known:
-            if key in KVPolicyConfig.model_fields:
-                raise KVPolicyError(
-                    f"{key!r} is set for the whole server, not for a request; start it with {flag_names()[key]}. "
-                    f"A request may set: {', '.join(cls.model_fields)}"
-                )
-            if close := difflib.get_close_matches(str(key), known, n=1, cutoff=0.85):
-                raise KVPolicyError(f"{key!r} is not a request option; did you mean {close[0]!r}?")
+        given = extra_args or {}
+        cls.check_names(given)
+        ours = {key: value for key, value in given.items() if key in cls.model_fields}
         try:
             options = cls(**ours)
         except ValidationError as error:
@@ -396,6 +390,25 @@ class RequestOptions(BaseModel):
             # The server's budget holds its own method's sinks, which may be fewer.
             check_budget("kv_budget", config.kv_budget, policy, config.kv_window)
         return options
+
+    @classmethod
+    def check_names(cls, names: Iterable[str]) -> None:
+        """Refuse names that are nearly ours: an option that is not understood would be ignored silently.
+
+        Raises:
+            KVPolicyError: naming the option that was meant, or the flag where it is set for the whole server.
+        """
+        for name in map(str, names):
+            meant = None if name in cls.model_fields else meant_option(name)
+            if meant is None:
+                continue
+            if meant in cls.model_fields:
+                raise KVPolicyError(f"{name!r} is not a request option; did you mean {meant!r}?")
+            if meant == CONFIG_KEY:
+                problem = "is not a request option; write options side by side, each by its own name"
+            else:
+                problem = f"is set for the whole server, not for a request; start it with {flag_names()[meant]}"
+            raise KVPolicyError(f"{name!r} {problem}. A request may set: {', '.join(cls.model_fields)}")
 
     def _check_steering(self, config: KVPolicyConfig) -> None:
         if self.steering is not None and not config.steers:
@@ -449,6 +462,40 @@ class RequestOptions(BaseModel):
         own = self.kv_policy is None or self.kv_policy == config.kv_policy
         policy = config.policy if own else make_policy(str(self.kv_policy))
         return policy if self.kv_task_tokens is None else policy.with_task(self.kv_task_tokens)
+
+
+def meant_option(name: str) -> str | None:
+    """The option of a request, or else of the server, that a name looks like; None for another's name.
+
+    Upper case, separators and the prefixes `kv` and `skipkv` make no difference, nor does a typing error in a name
+    that has such a prefix. `CONFIG_KEY` is the answer for names with our own prefix that look like no option.
+    """
+    letters, core = _letters(name), _core(name)
+    if core in (cores := {_core(option): option for option in _option_names()}):
+        return cores[core]
+    spelt = {_letters(option): option for option in _option_names()}
+    if close := difflib.get_close_matches(letters if letters == core else f"kv{core}", spelt, n=1, cutoff=0.85):
+        return spelt[close[0]]
+    return CONFIG_KEY if letters.startswith(CONFIG_KEY) else None
+
+
+def has_our_prefix(name: str) -> bool:
+    """Whether a name begins with `kv` or `skipkv`, in any spelling."""
+    return _letters(name) != _core(name)
+
+
+@functools.cache
+def _option_names() -> list[str]:
+    # The options of a request come last, so that they win where the server has one of the same core.
+    return [*KVPolicyConfig.model_fields, *RequestOptions.model_fields]
+
+
+def _letters(name: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", name.casefold())
+
+
+def _core(name: str) -> str:
+    return re.sub(r"^(?:(?:skip)?kv)+", "", _letters(name))
 
 
 def needs_of(policy: Policy, granularity: str) -> Need:

@@ -8,4 +8,11 @@ class KVPolicyError(ValueError):
 
     The message names the field, the value, what is allowed and the remedy. vLLM's OpenAI server turns a
     `ValueError` raised while a request is validated into HTTP 400, so a bad request never stops it.
+
+    Attributes:
+        field: of a request's body, that is to blame; empty where it is an option of ours.
     """
+
+    def __init__(self, message: str, field: str = "") -> None:
+        super().__init__(message)
+        self.field = field

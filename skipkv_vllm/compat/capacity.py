@@ -101,13 +101,15 @@ def check_fits_alone(
     most, probing = most_tokens(limits, longest), (0, 0) if limits is None else limits.probing
     if Demand(most, 0, probing).num_pages(cache.block_size) <= num_pages:
         return
-    room = num_pages * cache.block_size
+    room, field = num_pages * cache.block_size, "prompt"
     if request.resumable:
         cause, remedy = "a streaming-input session keeps everything", "send its input as separate requests"
     elif limits is None:
         cause = f"kv_policy='full' keeps everything: prompt of {num_prompt} + max_tokens={params.max_tokens}"
-        remedy = f"set max_tokens to at most {room - num_prompt}, or" if num_prompt < room else "shorten the prompt, or"
-        remedy += f" use kv_policy={config.kv_policy!r}"
+        remedy = "shorten the prompt"
+        if num_prompt < room:
+            remedy, field = f"set max_tokens to at most {room - num_prompt}", "max_tokens"
+        remedy += f", or use kv_policy={config.kv_policy!r}"
     elif ceil_div(most, cache.block_size) <= num_pages:
         most, (held, scratch) = sum(probing), probing
         cause = f"while its prompt is compacted {held}, and pages for {scratch} to compute tokens ahead"
@@ -119,9 +121,9 @@ def check_fits_alone(
         cause = f"its prompt of {num_prompt} tokens is protected and raises its bound to {limits.bound}"
         remedy = f"shorten it to at most {room - limits.window - limits.buffer} tokens"
     else:
-        cause, remedy = f"kv_budget={limits.budget}", f"set kv_budget to at most {room - limits.buffer}"
+        cause, remedy, field = f"kv_budget={limits.budget}", f"set kv_budget to at most {room - limits.buffer}", ""
     raise KVPolicyError(
-        f"this request may come to hold {most} tokens and the KV cache holds {room} ({cause}); {remedy}"
+        f"this request may come to hold {most} tokens and the KV cache holds {room} ({cause}); {remedy}", field
     )
 
 

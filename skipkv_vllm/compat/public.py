@@ -71,6 +71,11 @@ SEAMS = {
         "vllm.v1.core.kv_cache_utils:kv_cache_memory_checks",
         "kv_cache_utils._check_enough_kv_cache_memory is wrapped",
     ),
+    "check before a response": Seam(
+        "0009",
+        "vllm.entrypoints.serve.engine.serving:BaseServing.request_validators",
+        "BaseServing._check_model and BeamSearchOfflineMixin.beam_search are wrapped",
+    ),
 }
 
 

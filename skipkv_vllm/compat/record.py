@@ -56,6 +56,8 @@ WRAPPED_OR_CALLED = (
     "vllm.entrypoints.openai.completion.serving:OpenAIServingCompletion.request_output_to_completion_response",
     "vllm.entrypoints.openai.responses.context:ParsableContext.append_output",
     "vllm.entrypoints.scale_out.token_in_token_out.serving:ServingTokens.serve_tokens_stream_generator",
+    "vllm.entrypoints.serve.engine.serving:BaseServing._check_model",
+    "vllm.entrypoints.generate.beam_search.offline:BeamSearchOfflineMixin.beam_search",
     "vllm.v1.core.kv_cache_utils:_check_enough_kv_cache_memory",
     "vllm.v1.core.kv_cache_utils:get_kv_cache_configs",
     "vllm.v1.core.kv_cache_manager:KVCacheManager.allocate_slots",

@@ -52,6 +52,8 @@ def check_config(vllm_config: VllmConfig, policy: KVPolicyConfig) -> None:
 
 
 def _check(vllm_config: VllmConfig, policy: KVPolicyConfig, _refuse: Callable[..., KVPolicyError]) -> None:
+    import vllm.envs as envs
+
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
     if model.runner_type != "generate":
         raise _refuse(f"the {model.runner_type!r} runner", "only generation grows a KV cache", "Drop --runner")
@@ -82,6 +84,12 @@ def _check(vllm_config: VllmConfig, policy: KVPolicyConfig, _refuse: Callable[..
             "pipeline parallelism on Ray's compiled graphs (VLLM_USE_RAY_V2_EXECUTOR_BACKEND=0)",
             "a stage starts there when it gets the previous one's output, and stages must agree before",
             "Unset VLLM_USE_RAY_V2_EXECUTOR_BACKEND",
+        )
+    if envs.VLLM_USE_RUST_FRONTEND:
+        raise _refuse(
+            "vLLM's front end in Rust (VLLM_USE_RUST_FRONTEND=1)",
+            "it sends requests to the engine past the check of their options",
+            "Unset VLLM_USE_RUST_FRONTEND",
         )
     if parallel.enable_dbo:
         raise _refuse("dual-batch overlap", "micro-batches see only part of a step", "Drop --enable-dbo")

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import functools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from ..config import CONFIG_KEY, KVPolicyConfig, RequestOptions
 from ..errors import KVPolicyError
 from .capacity import POOL_CHECK, check_fits_alone, install_pool_check
 from .cli import add_flags, update_arguments
+from .entries import PYTHON, as_bad_request, beam_search_error, check_body, names_of
 from .gate import check_version, check_vllm, is_tested
 from .public import PLUGIN, is_public
 from .refusals import check_config
@@ -185,6 +185,8 @@ def _check_requests() -> None:
     """Check a request once vLLM has settled its prompt, `max_tokens` and whether it goes on; a bad one is HTTP 400."""
     from vllm.v1.engine.input_processor import InputProcessor
 
+    _check_bodies()
+    _check_beam_search()
     if is_public("request check"):
         if check_request not in InputProcessor.request_validators:
             InputProcessor.request_validators.append(check_request)
@@ -211,20 +213,81 @@ def check_request(vllm_config: VllmConfig, request: EngineCoreRequest) -> None:
     if params is None or not has_policy(vllm_config):
         return
     config = policy_config(vllm_config)
-    with _as_bad_request("vllm_xargs"):
+    with as_bad_request(names_of(request.request_id)):
         options = RequestOptions.parse(params.extra_args, config, vllm_config.model_config.max_model_len)
         if request.resumable:
             options.check_streaming()
-    with _as_bad_request("max_tokens"):
         check_fits_alone(vllm_config, config, request, options)
 
 
-@contextlib.contextmanager
-def _as_bad_request(parameter: str) -> Iterator[None]:
-    """Errors of ours become those that vLLM's server answers with HTTP 400."""
-    try:
-        yield
-    except KVPolicyError as error:
-        from vllm.exceptions import VLLMValidationError
+def _check_bodies() -> None:
+    """Check the body of a request before its response begins.
 
-        raise VLLMValidationError(str(error), parameter=parameter) from None
+    vLLM makes the engine's request of it later: a streamed response has by then begun as HTTP 200.
+    """
+    from vllm.entrypoints.serve.engine.serving import BaseServing
+
+    if is_public("check before a response"):
+        if check_served not in BaseServing.request_validators:
+            BaseServing.request_validators.append(check_served)
+        return
+
+    def around(original: Callable[..., Any]) -> Callable[..., Any]:
+        async def check_model(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+            from vllm.exceptions import VLLMValidationError
+
+            try:
+                check_served(self, request)
+            except VLLMValidationError as error:
+                return self.create_error_response(error)
+            return await original(self, request, *args, **kwargs)
+
+        return check_model
+
+    wrap(BaseServing, "_check_model", around)
+
+
+def check_served(serving: Any, body: Any) -> None:
+    """Refuse a body that asks for what a server with a policy does not do.
+
+    Args:
+        serving: the handler of an endpoint.
+        body: the request as it came.
+
+    Raises:
+        VLLMValidationError: naming the field, the value and what is allowed.
+    """
+    # What has no engine only turns text into tokens or back.
+    vllm_config = getattr(getattr(serving, "engine_client", None), "vllm_config", None)
+    if vllm_config is not None and has_policy(vllm_config):
+        check_body(body, policy_config(vllm_config), vllm_config.model_config.max_model_len)
+
+
+def _check_beam_search() -> None:
+    """Refuse beam search offline; `check_body` does so on a server."""
+    from vllm.entrypoints.generate.beam_search.offline import BeamSearchOfflineMixin
+
+    if is_public("check before a response"):
+        if check_beam_search not in BeamSearchOfflineMixin.beam_search_validators:
+            BeamSearchOfflineMixin.beam_search_validators.append(check_beam_search)
+        return
+
+    def around(original: Callable[..., Any]) -> Callable[..., Any]:
+        def beam_search(self: Any, *args: Any, **kwargs: Any) -> Any:
+            check_beam_search(self.llm_engine.vllm_config)
+            return original(self, *args, **kwargs)
+
+        return beam_search
+
+    wrap(BeamSearchOfflineMixin, "beam_search", around)
+
+
+def check_beam_search(vllm_config: VllmConfig) -> None:
+    """Refuse beam search on an engine with a policy.
+
+    Raises:
+        VLLMValidationError: with the reason and the ways out.
+    """
+    if has_policy(vllm_config):
+        with as_bad_request(PYTHON):
+            raise beam_search_error(policy_config(vllm_config), "LLM.beam_search", "LLM.generate takes the options")

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from skipkv_vllm.compat import seams
 from tests import engines
 from tests.engines import Job, Outcome
 
@@ -26,6 +27,16 @@ def job(runner: str, policies: tuple[str, ...], arguments: dict[str, Any]) -> Jo
 def stock(runner: str) -> Outcome:
     """What vLLM does without the package."""
     return engines.run(job(runner, (), {}), runner)
+
+
+def test_an_engine_without_a_policy_still_searches_by_beams() -> None:
+    from vllm.sampling_params import BeamSearchParams
+
+    seams._check_beam_search()
+    (prompt,) = engines.demo_prompts(1)
+    llm = engines.stock_engine()
+    (found,) = llm.beam_search([{"prompt_token_ids": prompt}], BeamSearchParams(beam_width=2, max_tokens=4))
+    assert [len(beam.tokens) for beam in found.sequences] == [len(prompt) + 4] * 2
 
 
 @pytest.mark.parametrize(

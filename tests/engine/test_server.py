@@ -20,6 +20,7 @@ from benchmarks.tiny_reasoner.problems import problems
 from skipkv_vllm import bundled_model
 from skipkv_vllm.steering import SteeringVector
 from skipkv_vllm.trace import Trace
+from tests.entry_points import CHAT, ENDPOINTS
 
 BUDGET, BUFFER, PAGE = 224, 64, 32
 # Fewer than a sequence of the longest length takes, which a server with a policy accepts.
@@ -196,7 +197,7 @@ def report_in(event: dict) -> dict | None:
     return (event.get("response", event).get("kv_transfer_params") or {}).get("skipkv")
 
 
-CHAT = {"messages": [{"role": "user", "content": QUESTIONS[0]}], "max_tokens": 250}
+LONG_CHAT = {"messages": [{"role": "user", "content": QUESTIONS[0]}], "max_tokens": 250}
 PROMPTS = {"prompt": ["Given a: 3.", "Given b: 4."], "max_tokens": 250}
 RESPONSE = {"input": QUESTIONS[1], "max_output_tokens": 250}
 SMALLER = {"kv_budget": 100}
@@ -208,17 +209,17 @@ BATCH = {"messages": [[{"role": "user", "content": question}] for question in QU
 @pytest.mark.parametrize(
     ("path", "body", "choices", "last"),
     [
-        ("/v1/chat/completions", CHAT | {"n": 4}, 4, 1),
-        ("/v1/chat/completions", CHAT | {"n": 4, "stream": True}, 4, 4),
-        ("/v1/chat/completions", CHAT | {"stream": True, "stream_options": {"include_usage": True}}, None, 2),
+        ("/v1/chat/completions", LONG_CHAT | {"n": 4}, 4, 1),
+        ("/v1/chat/completions", LONG_CHAT | {"n": 4, "stream": True}, 4, 4),
+        ("/v1/chat/completions", LONG_CHAT | {"stream": True, "stream_options": {"include_usage": True}}, None, 2),
         ("/v1/chat/completions/batch", BATCH, 2, 1),
         ("/v1/completions", PROMPTS | {"prompt": "Given a: 3."}, None, 1),
         ("/v1/completions", PROMPTS | {"n": 4}, 8, 1),
         ("/v1/completions", PROMPTS | {"n": 4, "stream": True, "stream_options": {"include_usage": True}}, 8, 9),
         ("/v1/responses", RESPONSE, None, 1),
         ("/v1/responses", RESPONSE | {"stream": True}, None, 1),
-        ("/v1/messages", CHAT, None, 1),
-        ("/v1/messages", CHAT | {"stream": True}, None, 1),
+        ("/v1/messages", LONG_CHAT, None, 1),
+        ("/v1/messages", LONG_CHAT | {"stream": True}, None, 1),
         ("/inference/v1/generate", TOKENS, 2, 1),
         ("/inference/v1/generate", TOKENS | {"stream": True}, 2, 2),
     ],
@@ -247,30 +248,61 @@ def test_every_answer_reports_all_that_was_evicted_for_it(server, path, body, ch
         ({"kv_budget": "many"}, ["kv_budget='many'", "integer"]),
         ({"kv_policy": "nope"}, ["kv_policy='nope'", "streaming_llm"]),
         ({"kv_budgett": 300}, ["kv_budgett", "did you mean 'kv_budget'"]),
+        ({"Policy": "full"}, ["Policy", "did you mean 'kv_policy'"]),
+        ({"window": 16}, ["window", "whole server", "--kv-window"]),
     ],
 )
+@pytest.mark.parametrize("path", [path for path, endpoint in ENDPOINTS.items() if endpoint.body and endpoint.options])
+def test_a_bad_option_is_http_400_and_the_server_stays_up(server, path, xargs, words):
+    endpoint = ENDPOINTS[path]
+    # vLLM streams no batches.
+    for stream in (False, True)[: 1 if path.endswith("/batch") else 2]:
+        status, answer = post(server[0], path, endpoint.with_options(xargs, stream=stream))
+        assert status == 400
+        for word in (*words, f"(parameter={endpoint.options})"):
+            assert word in answer["error"]["message"]
+    assert post(server[0], path, endpoint.with_options({}))[0] == 200
+
+
+def test_options_are_refused_where_vllm_would_ignore_them(server):
+    scoring = ENDPOINTS["/generative_scoring"]
+    assert post(server[0], "/generative_scoring", scoring.with_options({"session_id": "a"}))[0] == 200
+    for path, body, part in (
+        ("/generative_scoring", scoring.with_options({"kv_policy": "full"}), "does not read vllm_xargs"),
+        ("/v1/completions", {"model": "tiny", "prompt": "Hi", "kv_budget": 300}, "write it into vllm_xargs"),
+    ):
+        status, answer = post(server[0], path, body)
+        assert status == 400
+        assert part in answer["error"]["message"]
+
+
 @pytest.mark.parametrize(
     ("path", "body"),
     [
-        ("/v1/completions", {"prompt": "Hi", "max_tokens": 2}),
-        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2}),
-        ("/v1/responses", {"input": "Hi", "max_output_tokens": 2}),
+        ("/v1/completions", {"prompt": "Hi"}),
+        ("/v1/completions", {"prompt": ["Hi", "Ho"], "vllm_xargs": {"kv_policy": "full"}}),
+        ("/v1/chat/completions", CHAT),
+        ("/v1/chat/completions", CHAT | {"stream": True}),
+        ("/invocations", {"prompt": "Hi"}),
     ],
 )
-def test_a_bad_option_is_http_400_and_the_server_stays_up(server, path, body, xargs, words):
-    status, answer = post(server[0], path, {"model": "tiny", "vllm_xargs": xargs} | body)
+def test_beam_search_is_http_400(server, path, body):
+    asked = {"model": "tiny", "max_tokens": 2, "n": 2} | body
+    status, answer = post(server[0], path, asked | {"use_beam_search": True})
     assert status == 400
-    assert all(word in answer["error"]["message"] for word in words), answer
-    assert post(server[0], path, {"model": "tiny"} | body)[0] == 200
+    assert answer["error"]["param"] == "use_beam_search"
+    assert "--kv-policy does not support beam search" in answer["error"]["message"]
 
 
-def test_a_request_that_could_outgrow_the_pool_is_http_400(server):
-    body = {"model": "tiny", "prompt": "Hi", "vllm_xargs": {"kv_policy": "full"}}
-    status, answer = post(server[0], "/v1/completions", body | {"max_tokens": 2000})
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions", "/v1/responses", "/inference/v1/generate"])
+def test_a_request_that_could_outgrow_the_pool_is_http_400(server, path):
+    endpoint = ENDPOINTS[path]
+    status, answer = post(server[0], path, endpoint.with_options({"kv_policy": "full"}, max_tokens=2000))
     assert status == 400
     assert "the KV cache holds 1888" in answer["error"]["message"]
-    assert "set max_tokens to at most" in answer["error"]["message"]
-    assert post(server[0], "/v1/completions", body | {"max_tokens": 2})[0] == 200
+    assert f"set {endpoint.max_tokens.rpartition('.')[2]} to at most" in answer["error"]["message"]
+    assert answer["error"]["param"] == endpoint.max_tokens
+    assert post(server[0], path, endpoint.with_options({"kv_policy": "full"}))[0] == 200
 
 
 def test_aborted_requests_give_everything_back(server, client):

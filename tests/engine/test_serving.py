@@ -88,6 +88,31 @@ def test_a_request_that_could_never_be_finished_is_refused(options, num_prompt, 
     engines.assert_pool_empty(llm)
 
 
+def test_errors_offline_name_what_the_caller_wrote() -> None:
+    from vllm import SamplingParams
+    from vllm.exceptions import VLLMValidationError
+
+    llm = engines.engine(**SMALL)
+    for tokens, options, parameter in (
+        (4, {"kv_budget": 3}, "SamplingParams.extra_args"),
+        (4, {"skipkv": {"kv_budget": 64}}, "SamplingParams.extra_args"),
+        (1300, {"kv_policy": "full"}, "SamplingParams.max_tokens"),
+    ):
+        params = SamplingParams(max_tokens=tokens, extra_args=options)
+        with pytest.raises(VLLMValidationError, match=rf"\(parameter={parameter}\)$"):
+            llm.generate({"prompt_token_ids": [5] * 48}, params, use_tqdm=False)
+
+
+def test_beam_search_offline_is_refused() -> None:
+    from vllm.exceptions import VLLMValidationError
+    from vllm.sampling_params import BeamSearchParams
+
+    llm = engines.engine(**SMALL)
+    with pytest.raises(VLLMValidationError, match=r"does not support beam search.*LLM\.generate takes the options"):
+        llm.beam_search([{"prompt_token_ids": [5] * 48}], BeamSearchParams(beam_width=2, max_tokens=4))
+    engines.assert_pool_empty(llm)
+
+
 def test_a_request_that_slips_through_ends_where_the_pool_does(monkeypatch) -> None:
     """With data parallelism the API server knows only how large the pools are on average."""
     from vllm import SamplingParams

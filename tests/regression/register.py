@@ -419,6 +419,35 @@ DEMANDS = {
             f"{E}server.py::test_the_banner_says_what_the_server_does",
         ),
     ),
+    "entry-points": Row(
+        "ours",
+        "a way into vLLM goes past the check of a request's options, so that an opt-out is evicted all the same",
+        (
+            f"{U}entry_points.py::test_every_route_of_vllm_is_in_the_table",
+            f"{U}entry_points.py::test_a_bad_option_is_refused_before_the_response_begins",
+            f"{U}entry_points.py::test_vllms_front_end_in_rust_is_refused",
+            f"{E}server.py::test_beam_search_is_http_400",
+            f"{E}serving.py::test_beam_search_offline_is_refused",
+        ),
+    ),
+    "option-names": Row(
+        "ours",
+        "an option whose name is nearly right is ignored",
+        (
+            f"{U}config.py::test_a_name_that_is_nearly_ours_is_refused",
+            f"{U}config.py::test_names_that_vllm_and_its_connectors_read_are_never_refused",
+            f"{U}entry_points.py::test_an_option_beside_vllm_xargs_is_refused",
+        ),
+    ),
+    "error-fields": Row(
+        "ours",
+        "an error names a field that its caller never wrote",
+        (
+            f"{U}entry_points.py::test_an_error_names_what_its_caller_wrote",
+            f"{E}serving.py::test_errors_offline_name_what_the_caller_wrote",
+            f"{E}server.py::test_a_request_that_could_outgrow_the_pool_is_http_400",
+        ),
+    ),
     "soak": Row(
         "ours",
         "something small is lost with every thousandth request",

@@ -263,9 +263,8 @@ def test_without_a_policy_vllm_decides_as_always(vllm_config):
 
 def request(num_prompt: int, max_tokens: int, resumable: bool = False, **options) -> SimpleNamespace:
     params = SimpleNamespace(max_tokens=max_tokens, extra_args=options)
-    return SimpleNamespace(
-        sampling_params=params, prompt_token_ids=[1] * num_prompt, prompt_embeds=None, resumable=resumable
-    )
+    prompt = {"prompt_token_ids": [1] * num_prompt, "prompt_embeds": None}
+    return SimpleNamespace(request_id="0", sampling_params=params, resumable=resumable, **prompt)
 
 
 def check_fits_alone(vllm_config, config, one: SimpleNamespace) -> None:

@@ -269,6 +269,47 @@ def test_an_option_that_only_the_server_has_is_refused_in_a_request(key):
         RequestOptions.parse({key: 1}, SERVER, 500)
 
 
+@pytest.mark.parametrize(
+    ("key", "meant"),
+    [
+        *[
+            (key, "did you mean 'kv_budget'")
+            for key in ("KV_BUDGET", "kvBudget", "Budget", "skipkv_budget", "KV.Budgett")
+        ],
+        *[(key, "did you mean 'kv_policy'") for key in ("policy", "POLICY", "skip-kv/policy", "skipkv_kv_policy")],
+        *[(key, "did you mean 'steering'") for key in ("Steering", "kv_steering", "skipkv.steering")],
+        *[
+            (key, "did you mean 'steering_alpha0'")
+            for key in ("kv_steering_alpha0", "steering-alpha-0", "steering_alfa0")
+        ],
+        ("task_tokens", "did you mean 'kv_task_tokens'"),
+        *[
+            (key, "whole server, not for a request; start it with --kv-window")
+            for key in ("window", "KV-Window", "kv_windw")
+        ],
+        *[(key, "start it with --kv-protect-prompt") for key in ("protect_prompt", "kvProtectPrompt")],
+        ("kv_steering_default", "start it with --kv-steering-default"),
+        *[(key, "write options side by side") for key in ("skipkv", "SkipKV", "skip_kv", "skipkv_options")],
+    ],
+)
+def test_a_name_that_is_nearly_ours_is_refused(key, meant):
+    for value in (64, {"budget": 64}):
+        with pytest.raises(KVPolicyError) as error:
+            RequestOptions.parse({key: value}, SERVER, 500)
+        assert repr(key) in str(error.value)
+        assert meant in str(error.value)
+
+
+def test_names_that_vllm_and_its_connectors_read_are_never_refused():
+    read = re.compile(r"""(?:extra\w*|xargs|params)(?:\s+or\s+\{\}\))?(?:\.get\(|\[)\s*["'](\w+)["']""")
+    uses = ("extra_args", "vllm_xargs", "transfer_params")
+    texts = [path.read_text() for path in gate.vllm_root().rglob("*.py")]
+    names = {name for text in texts if any(use in text for use in uses) for name in read.findall(text)}
+    assert names >= {"kv_transfer_params", "ec_transfer_params", "session_id", "do_remote_prefill", "remote_block_ids"}
+    assert names >= {"kv_cache_report_mode", "ngram_size", "window_size", "diffusion_canvas_length"}
+    assert RequestOptions.parse(dict.fromkeys(names, 1), SERVER, 500) == RequestOptions()
+
+
 @pytest.mark.parametrize("extra", [None, {}, {"kv_transfer_params": {"a": 1}, "my_own": 3, "temperature_note": "x"}])
 def test_keys_that_are_not_ours_are_left_alone(extra):
     options = RequestOptions.parse(extra, SERVER, 500)

@@ -101,6 +101,8 @@ def test_the_stock_vllm_has_no_seam():
 def test_with_the_seams_nothing_is_wrapped(patched):
     code = """
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
+from vllm.entrypoints.generate.beam_search.offline import BeamSearchOfflineMixin
+from vllm.entrypoints.serve.engine.serving import BaseServing
 from vllm.plugins.engine_args import engine_args_plugins
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.core import kv_cache_utils
@@ -119,7 +121,9 @@ assert "EvictingCPUWorker" in engine.worker_cls
 compat.enable(None)
 compat.enable(None)
 assert len(InputProcessor.request_validators) == len(kv_cache_utils.kv_cache_memory_checks) == 1
+assert len(BaseServing.request_validators) == len(BeamSearchOfflineMixin.beam_search_validators) == 1
 functions = EngineArgs.add_cli_args, EngineArgs.create_engine_config, InputProcessor.process_inputs
+functions += BaseServing._check_model, BeamSearchOfflineMixin.beam_search
 for function in (*functions, InputProcessor.__init__, kv_cache_utils._check_enough_kv_cache_memory):
     assert not hasattr(function, "__wrapped__"), function
 assert "skipkv" not in SchedulerStats.__dataclass_fields__
