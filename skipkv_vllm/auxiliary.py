@@ -1,4 +1,4 @@
-"""Output that a server can do without: metrics, traces, reports. It must never stop or delay the server."""
+"""Output that a server can do without: metrics, traces, reports. It must never stop the server."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import logging
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 
 logger = logging.getLogger("vllm.skipkv")
@@ -46,25 +47,39 @@ def auxiliary(what: str) -> Iterator[None]:
 class BackgroundJobs:
     """Runs jobs in order in one thread, so that slow or hung storage delays nobody who submits them.
 
-    The thread is a daemon and starts with the first job. Jobs handle their own errors; what they let through is logged.
+    The thread is a daemon and starts with the first job. What a job lets through is logged.
 
     Args:
         what: what they do, for the log; see `report_failure`.
-        max_waiting: large jobs that may wait at once.
+        max_waiting: jobs that may wait at once.
     """
 
-    def __init__(self, what: str, max_waiting: int = 64) -> None:
+    def __init__(self, what: str, max_waiting: int) -> None:
         self._what = what
         self._max_waiting = max_waiting
         self._jobs: queue.Queue[Callable[[], None]] = queue.Queue()
+        self._instead: deque[Callable[[], None]] = deque(maxlen=10_000)
         self._thread: threading.Thread | None = None
 
-    def submit(self, job: Callable[[], None], instead: Callable[[], None]) -> None:
-        """Queue a job; where too many wait already, queue `instead`, which must hold little memory."""
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name=f"skipkv: {self._what}", daemon=True)
-            self._thread.start()
-        self._jobs.put(job if self._jobs.qsize() < self._max_waiting else instead)
+    def submit(self, job: Callable[[], None], instead: Callable[[], None]) -> bool:
+        """Queue a job.
+
+        Args:
+            job: what to run.
+            instead: small; it runs after some later job where this one cannot be taken.
+
+        Returns:
+            False where too many jobs wait, or where no thread can be started.
+        """
+        if self._jobs.qsize() >= self._max_waiting or not self._is_running():
+            self._instead.append(instead)
+            return False
+        self._jobs.put(job)
+        return True
+
+    def again(self, job: Callable[[], None]) -> None:
+        """Queue a job behind the others, from within a job that cannot be finished yet."""
+        self._jobs.put(job)
 
     @property
     def is_idle(self) -> bool:
@@ -72,12 +87,24 @@ class BackgroundJobs:
         return not self._jobs.unfinished_tasks
 
     def flush(self, timeout: float) -> bool:
-        """Wait until every job submitted so far has run; False if that took longer than `timeout` seconds."""
+        """Wait until all jobs have run; False if that takes longer than `timeout` seconds."""
+        deadline = time.monotonic() + timeout
+        while not self.is_idle:
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.001)
+        return True
+
+    def _is_running(self) -> bool:
         if self._thread is None:
-            return True
-        done = threading.Event()
-        self._jobs.put(done.set)
-        return done.wait(timeout)
+            thread = threading.Thread(target=self._run, name=f"skipkv: {self._what}", daemon=True)
+            try:
+                thread.start()
+            except RuntimeError:
+                # The system allows no more threads.
+                return False
+            self._thread = thread
+        return True
 
     def _run(self) -> None:
         while True:
@@ -86,4 +113,7 @@ class BackgroundJobs:
                 job()
             # Not held until the next job comes.
             del job
+            while self._instead:
+                with auxiliary(self._what):
+                    self._instead.popleft()()
             self._jobs.task_done()

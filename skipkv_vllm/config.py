@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import difflib
 import functools
+import itertools
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,6 +30,9 @@ OFF = "off"
 """What `kv_steering_default` and a request's `steering` say for no steering."""
 
 MAX_ALPHA = 10.0
+MAX_NAMES, MAX_NAME_LENGTH = 1024, 64
+SIMILAR_NAMES = 0.85
+"""`difflib` ratio from which a name is taken for another one with a typing error"""
 GROUPING_WIDTH, GROUPING_MAX_WAIT = 256, 5.0
 _VECTOR_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
@@ -355,14 +359,28 @@ class RequestOptions(BaseModel):
     )
 
     @classmethod
-    def parse(cls, extra_args: dict[str, Any] | None, config: KVPolicyConfig, max_model_len: int) -> RequestOptions:
+    def parse(
+        cls,
+        extra_args: dict[str, Any] | None,
+        config: KVPolicyConfig,
+        max_model_len: int,
+        *,
+        check_names: bool = True,
+    ) -> RequestOptions:
         """Read and check a request's options; keys that are not ours are left alone.
+
+        Args:
+            extra_args: the request's `vllm_xargs` or `extra_args`.
+            config: of the server.
+            max_model_len: of the model.
+            check_names: refuse names that are nearly ours; False where that was done before.
 
         Raises:
             KVPolicyError: naming the field, the value and what is allowed.
         """
         given = extra_args or {}
-        cls.check_names(given)
+        if check_names:
+            cls.check_names(given)
         ours = {key: value for key, value in given.items() if key in cls.model_fields}
         try:
             options = cls(**ours)
@@ -398,8 +416,10 @@ class RequestOptions(BaseModel):
         Raises:
             KVPolicyError: naming the option that was meant, or the flag where it is set for the whole server.
         """
-        for name in map(str, names):
-            meant = None if name in cls.model_fields else meant_option(name)
+        # A client may send any number of names of any length: no request has nearly as many, and none is as long.
+        for name in itertools.islice(map(str, names), MAX_NAMES):
+            is_foreign = len(name) > MAX_NAME_LENGTH or name in cls.model_fields
+            meant = None if is_foreign else meant_option(name)
             if meant is None:
                 continue
             if meant in cls.model_fields:
@@ -464,6 +484,7 @@ class RequestOptions(BaseModel):
         return policy if self.kv_task_tokens is None else policy.with_task(self.kv_task_tokens)
 
 
+@functools.lru_cache(maxsize=4096)
 def meant_option(name: str) -> str | None:
     """The option of a request, or else of the server, that a name looks like; None for another's name.
 
@@ -471,10 +492,18 @@ def meant_option(name: str) -> str | None:
     that has such a prefix. `CONFIG_KEY` is the answer for names with our own prefix that look like no option.
     """
     letters, core = _letters(name), _core(name)
-    if core in (cores := {_core(option): option for option in _option_names()}):
+    cores, spelt = _options_by(_core), _options_by(_letters)
+    if core in cores:
         return cores[core]
-    spelt = {_letters(option): option for option in _option_names()}
-    if close := difflib.get_close_matches(letters if letters == core else f"kv{core}", spelt, n=1, cutoff=0.85):
+    wanted = letters if letters == core else f"kv{core}"
+    # The ratio is at most that of the shorter length to the mean, and at most that of the letters both have.
+    near = [
+        option
+        for option in spelt
+        if 2 * min(len(wanted), len(option)) >= SIMILAR_NAMES * (len(wanted) + len(option))
+        and len(set(wanted) - set(option)) <= 4
+    ]
+    if close := difflib.get_close_matches(wanted, near, n=1, cutoff=SIMILAR_NAMES):
         return spelt[close[0]]
     return CONFIG_KEY if letters.startswith(CONFIG_KEY) else None
 
@@ -485,9 +514,9 @@ def has_our_prefix(name: str) -> bool:
 
 
 @functools.cache
-def _option_names() -> list[str]:
-    # The options of a request come last, so that they win where the server has one of the same core.
-    return [*KVPolicyConfig.model_fields, *RequestOptions.model_fields]
+def _options_by(form: Callable[[str], str]) -> dict[str, str]:
+    # The options of a request come last, so that they win where the server has one of the same form.
+    return {form(name): name for name in (*KVPolicyConfig.model_fields, *RequestOptions.model_fields)}
 
 
 def _letters(name: str) -> str:

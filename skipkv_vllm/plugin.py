@@ -19,7 +19,7 @@ def register() -> None:
         install()
     except Exception as error:
         # A server that asks for a policy ends with vLLM's "unrecognized arguments"; say why.
-        is_asked = any(argument.startswith("--kv-policy") for argument in sys.argv)
+        is_asked = any(argument.replace("_", "-").startswith("--kv-policy") for argument in sys.argv)
         logger.log(
             logging.ERROR if is_asked else logging.DEBUG,
             "SkipKV: --kv-policy is not available under this vLLM: %s",

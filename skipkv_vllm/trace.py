@@ -5,7 +5,7 @@ part per compaction in `<trace-dir>/.parts`; when the request ends the scheduler
 several machines the folder must be on a file system they share. Nothing of this exists when tracing is off.
 
 All files are read and written by a thread of each process. A trace that cannot be written is dropped, logged and
-counted; it neither stops nor delays the server.
+counted. Nobody waits for the storage but an engine that has nothing else to do, for a quarter of a second.
 """
 
 from __future__ import annotations
@@ -43,9 +43,14 @@ WAIT_SECONDS = 30.0
 FLUSH_SECONDS = 5.0
 SETTLE_SECONDS = 0.25
 """for which an engine without requests waits for its last traces"""
+MAX_PARTS_WAITING = 64
+MAX_TRACES_WAITING = 256
+STALE_SECONDS = 24 * 3600.0
+"""after which parts are nobody's any more: their server was killed"""
 LONGEST_NAME = 128
 """characters of a request's file name; file systems allow 143 to 255 bytes, prefixes and suffixes included"""
 
+TOO_MANY = "too many wait already, or no thread can be started"
 DROP_REASONS = ("backlog", "missing_part", "not_written")
 """Why a trace was dropped: too many were waiting for the storage, a worker did not deliver, or writing it failed."""
 
@@ -117,7 +122,7 @@ def _file_name(request_id: str) -> str:
     content = request_id.encode("utf-8", "surrogatepass")
     name = quote(content, safe="").replace(".", "%2E")
     if len(name) <= LONGEST_NAME:
-        return name
+        return name or "%"
     digest = hashlib.sha256(content).hexdigest()[:32]
     # No quoted id contains "+".
     return f"{name[: LONGEST_NAME - len(digest) - 1]}+{digest}"
@@ -143,7 +148,7 @@ class TraceWriter:
         self._folder = Path(folder)
         self._rank = rank
         self._lives: dict[str, int] = {}
-        self._jobs = BackgroundJobs("write a trace part")
+        self._jobs = BackgroundJobs("write a trace part", MAX_PARTS_WAITING)
 
     def started(self, request_id: str) -> None:
         """A request starts or starts over."""
@@ -161,7 +166,9 @@ class TraceWriter:
             if tracker is not None and tracker.has_embeddings:
                 tensors["similar_pairs"], tensors["similarity"] = tracker.similar_pairs(slot)
             path = _part(self._folder, order.request_id, self._lives[order.request_id], order.ordinal, self._rank)
-            self._jobs.submit(functools.partial(_write_part, _on_host(tensors), path), functools.partial(_lose, path))
+            job, instead = functools.partial(_write_part, _on_host(tensors), path), functools.partial(_lose, path)
+            if not self._jobs.submit(job, instead):
+                report_failure("write a trace part", TOO_MANY)
 
     def flush(self, timeout: float = FLUSH_SECONDS) -> bool:
         """Wait for the parts to be written; False if that takes longer than `timeout` seconds."""
@@ -178,9 +185,18 @@ def _write_part(tensors: dict[str, Tensor], path: Path) -> None:
 
 def _lose(path: Path) -> None:
     """Tell the scheduler not to wait for a part, if as little as that can be written."""
+    # Where the folder is gone the trace was dropped already.
     with contextlib.suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
         path.with_suffix(".lost").touch()
+
+
+def _remove_stale(parts: Path) -> None:
+    """Remove what servers left that were killed while they traced requests."""
+    oldest = time.time() - STALE_SECONDS
+    for folder in parts.iterdir():
+        with contextlib.suppress(OSError):
+            if folder.is_dir() and folder.stat().st_mtime < oldest:
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 class _Log:
@@ -241,10 +257,13 @@ class TraceCollector:
         self._tables = tables
         self._parameters = parameters
         self._logs: dict[str, _Log] = {}
-        self._jobs = BackgroundJobs("write a trace")
+        self._jobs = BackgroundJobs("write a trace", MAX_TRACES_WAITING)
+        _remove_stale(self._folder / ".parts")
         self._dropped: deque[str] = deque()
         """reasons, from the thread that writes"""
         self._is_slow = False
+        self._abandoned: deque[str] = deque(maxlen=1000)
+        """requests whose trace was dropped; a late part may still arrive"""
 
     def sent(self, compactions: Iterable[Compaction], started: Iterable[Started]) -> None:
         """Note a step's orders to the workers: first the compactions, then the requests that start or start over."""
@@ -275,13 +294,19 @@ class TraceCollector:
             time.monotonic() + WAIT_SECONDS,
         )
         self._is_slow &= not self._jobs.is_idle
-        self._jobs.submit(
-            functools.partial(self._write_or_drop, ended), functools.partial(self._drop, request_id, "backlog")
-        )
+        job, instead = functools.partial(self._write_or_drop, ended), functools.partial(self._clean, request_id)
+        if not self._jobs.submit(job, instead):
+            self._abandon(request_id, "backlog", TOO_MANY)
 
     def flush(self, timeout: float = FLUSH_SECONDS) -> bool:
         """Wait for the traces of all requests that ended; False if that takes longer than `timeout` seconds."""
         return self._jobs.flush(timeout)
+
+    def close(self) -> None:
+        """Finish what can be finished, and remove the parts that nobody will read."""
+        self.flush()
+        for request_id in (*self._logs, *self._abandoned):
+            self._clean(request_id)
 
     def settle(self) -> None:
         """Wait a moment for the traces of all requests that ended, unless earlier ones took longer and still do.
@@ -297,25 +322,48 @@ class TraceCollector:
 
     def _write_or_drop(self, ended: _Ended) -> None:
         try:
+            if not self._is_complete(ended):
+                # The last order may still be on its way when the scheduler runs ahead of the workers.
+                time.sleep(0.005)
+                self._jobs.again(functools.partial(self._write_or_drop, ended))
+                return
             self._write(ended)
-        except MissingPartError as error:
-            self._drop(ended.request_id, "missing_part", error)
         except Exception as error:
-            self._drop(ended.request_id, "not_written", error)
-        else:
-            shutil.rmtree(_parts(self._folder, ended.request_id), ignore_errors=True)
+            reason = "missing_part" if isinstance(error, MissingPartError) else "not_written"
+            self._abandon(ended.request_id, reason, error)
+        self._clean(ended.request_id)
 
-    def _drop(self, request_id: str, reason: str, error: Exception | None = None) -> None:
+    def _abandon(self, request_id: str, reason: str, error: Exception | str) -> None:
         self._dropped.append(reason)
-        report_failure("write a trace", error or "too many traces wait to be written")
+        self._abandoned.append(request_id)
+        report_failure("write a trace", error)
+
+    def _clean(self, request_id: str) -> None:
         shutil.rmtree(_parts(self._folder, request_id), ignore_errors=True)
 
-    def _write(self, ended: _Ended) -> None:
-        """Join the parts.
+    def _is_complete(self, ended: _Ended) -> bool:
+        """Whether all parts are there.
 
         Raises:
-            MissingPartError: a worker did not deliver.
+            MissingPartError: a worker could not write its part, or did not in time.
         """
+        for life, order in ended.log.orders:
+            for path in self._part_paths(ended.request_id, life, order.ordinal):
+                if path.exists():
+                    continue
+                if path.with_suffix(".lost").exists():
+                    raise MissingPartError(f"a worker could not write {path}")
+                if time.monotonic() > ended.deadline:
+                    raise MissingPartError(f"no trace part {path} after {WAIT_SECONDS:.0f} s")
+                return False
+        return True
+
+    def _part_paths(self, request_id: str, life: int, index: int) -> list[Path]:
+        ranks = range(self._num_stages * self._width)
+        return [_part(self._folder, request_id, life, index, rank) for rank in ranks]
+
+    def _write(self, ended: _Ended) -> None:
+        """Join the parts, which are all there."""
         log = ended.log
         parts = [self._read_parts(ended, life, order.ordinal) for life, order in log.orders]
         pairs: dict[tuple[int, int], float] = {}
@@ -345,15 +393,7 @@ class TraceCollector:
     def _read_parts(self, ended: _Ended, life: int, index: int) -> dict[str, Tensor]:
         """One compaction's parts of all ranks, layers and kv heads joined."""
         parts = []
-        for rank in range(self._num_stages * self._width):
-            path = _part(self._folder, ended.request_id, life, index, rank)
-            # The last order may still be on its way when the scheduler runs ahead of the workers.
-            while not path.exists():
-                if path.with_suffix(".lost").exists():
-                    raise MissingPartError(f"a worker could not write {path}")
-                if time.monotonic() > ended.deadline:
-                    raise MissingPartError(f"no trace part {path} after {WAIT_SECONDS:.0f} s")
-                time.sleep(0.005)
+        for path in self._part_paths(ended.request_id, life, index):
             with safe_open(str(path), "pt") as file:
                 parts.append({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
         kept = [part["kept"] for part in parts]

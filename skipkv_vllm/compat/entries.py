@@ -33,6 +33,9 @@ ENTRIES = {
 """How the ids begin that vLLM's endpoints give to requests; any other is that of a caller in Python."""
 
 
+OPTION_FIELDS = {"vllm_xargs", *RequestOptions.model_fields}
+
+
 def names_of(request_id: str) -> Names:
     """What the caller of a request wrote, by its id."""
     return next((names for prefix, names in ENTRIES.items() if request_id.startswith(prefix)), PYTHON)
@@ -76,6 +79,12 @@ def check_body(body: Any, config: KVPolicyConfig, max_model_len: int) -> None:
         undeclared = getattr(body, "model_extra", None) or {}
         for name in undeclared:
             _check_field(name)
+        if isinstance(literal := undeclared.get("extra_body"), dict) and literal.keys() & OPTION_FIELDS:
+            raise KVPolicyError(
+                "'extra_body' is an argument of OpenAI's Python client and is ignored in a request; write what it "
+                "holds at the top level",
+                field="extra_body",
+            )
         given = getattr(body, "vllm_xargs", None) if params is None else params.extra_args
         options = RequestOptions.parse(given if isinstance(given, dict) else None, config, max_model_len)
         # A batch of chats passes on what it does not declare; other endpoints would ignore it.

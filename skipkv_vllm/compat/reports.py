@@ -7,6 +7,7 @@ puts the report of one of them into the response, and drops it where it streams.
 from __future__ import annotations
 
 import functools
+import importlib
 import json
 import sys
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Hashable
@@ -157,25 +158,26 @@ def install_reports() -> None:
     wrap(RequestState, "make_request_output", _sum_choices)
     if "vllm.v1.engine.async_llm" in sys.modules:
         # This process may be a server.
-        with auxiliary(WHAT):
-            _install_in_servers()
+        _install_in_servers()
 
 
 def _install_in_servers() -> None:
-    from vllm.entrypoints.anthropic.serving import AnthropicServingMessages
-    from vllm.entrypoints.openai.chat_completion.batch_serving import OpenAIServingChatBatch
-    from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
-    from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
-    from vllm.entrypoints.openai.responses.context import ParsableContext
-    from vllm.entrypoints.scale_out.token_in_token_out.serving import ServingTokens
-
-    wrap(OpenAIServingChat, "chat_completion_stream_generator", _stamp_stream)
-    wrap(ServingTokens, "serve_tokens_stream_generator", _stamp_stream)
-    wrap(OpenAIServingCompletion, "completion_stream_generator", _stamp_stream_of_prompts)
-    wrap(AnthropicServingMessages, "message_stream_converter", _stamp_converted_stream)
-    wrap(OpenAIServingCompletion, "request_output_to_completion_response", _sum_prompts)
-    wrap(OpenAIServingChatBatch, "chat_completion_full_generator_batch", _sum_conversations)
-    wrap(ParsableContext, "append_output", _sum_turns)
+    serving = {
+        "openai.chat_completion.serving:OpenAIServingChat.chat_completion_stream_generator": _stamp_stream,
+        "scale_out.token_in_token_out.serving:ServingTokens.serve_tokens_stream_generator": _stamp_stream,
+        "openai.completion.serving:OpenAIServingCompletion.completion_stream_generator": _stamp_stream_of_prompts,
+        "anthropic.serving:AnthropicServingMessages.message_stream_converter": _stamp_converted_stream,
+        "openai.completion.serving:OpenAIServingCompletion.request_output_to_completion_response": _sum_prompts,
+        "openai.chat_completion.batch_serving:OpenAIServingChatBatch.chat_completion_full_generator_batch": (
+            _sum_conversations
+        ),
+        "openai.responses.context:ParsableContext.append_output": _sum_turns,
+    }
+    for symbol, around in serving.items():
+        module, _, path = symbol.partition(":")
+        owner, _, name = path.partition(".")
+        with auxiliary(WHAT):
+            wrap(getattr(importlib.import_module(f"vllm.entrypoints.{module}"), owner), name, around)
 
 
 def _sum_choices(original: Callable[..., Any]) -> Callable[..., Any]:

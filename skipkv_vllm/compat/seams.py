@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from ..auxiliary import auxiliary
 from ..config import CONFIG_KEY, KVPolicyConfig, RequestOptions
 from ..errors import KVPolicyError
 from .capacity import POOL_CHECK, check_fits_alone, install_pool_check
@@ -106,14 +107,15 @@ def _wrap_engine_args(cls: Any, plugin: PolicyArguments) -> None:
     add, convert, create = cls.add_cli_args, cls.from_cli_args.__func__, cls.create_engine_config
 
     @functools.wraps(add)
-    def add_cli_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-        parser = add(parser)
-        plugin.add_cli_args(parser)
+    def add_cli_args(parser: argparse.ArgumentParser, *args: Any, **kwargs: Any) -> argparse.ArgumentParser:
+        parser = add(parser, *args, **kwargs)
+        with auxiliary("add --kv-policy to vLLM's flags"):
+            plugin.add_cli_args(parser)
         return parser
 
     @functools.wraps(convert)
-    def from_cli_args(cls: type, args: argparse.Namespace) -> Any:
-        return convert(cls, plugin.update_args(args))
+    def from_cli_args(cls: type, args: argparse.Namespace, *further: Any, **kwargs: Any) -> Any:
+        return convert(cls, plugin.update_args(args), *further, **kwargs)
 
     @functools.wraps(create)
     def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> VllmConfig:

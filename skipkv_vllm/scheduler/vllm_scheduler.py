@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import time
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vllm.config import VllmConfig
@@ -119,7 +118,9 @@ class EvictionMixin(_Base):
             # A session that grows its prompt rewrites tokens and hashes; it keeps everything.
             self.eviction_stats.skipped("streaming_input")
         elif request.sampling_params is not None:
-            options = RequestOptions.parse(request.sampling_params.extra_args, self.kv_policy, self.max_model_len)
+            options = RequestOptions.parse(
+                request.sampling_params.extra_args, self.kv_policy, self.max_model_len, check_names=False
+            )
             longest = min(request.num_prompt_tokens + request.max_tokens, longest)
             terms = self._terms_of(request, options)
             self._start_steering(request, options)
@@ -407,7 +408,8 @@ class EvictionMixin(_Base):
     def shutdown(self) -> None:
         super().shutdown()
         if self.trace is not None:
-            self.trace.flush()
+            with auxiliary("finish the traces"):
+                self.trace.close()
 
     def check_integrity(self) -> None:
         """Verify pages, and that every managed request stays within its bound, also while its text is computed.
@@ -433,7 +435,8 @@ def _with_report(
     """Put what happened to a request into its `kv_transfer_params`, which vLLM hands to the client as they are."""
     if evictions is None and steered is None:
         return params
-    report = {"policy": "full"} if evictions is None else asdict(evictions)
+    # Not `asdict`, which copies deeply: for a request with a stop string this runs in every step.
+    report = {"policy": "full"} if evictions is None else dict(vars(evictions))
     return (params or {}) | {CONFIG_KEY: report | ({} if steered is None else {"steering": steered})}
 
 

@@ -67,7 +67,7 @@ def test_a_server_without_a_policy_answers_as_stock_vllm_does(tmp_path):
         with urllib.request.urlopen(request, timeout=60) as answer:
             choice = json.load(answer)["choices"][0]
         text = log.read_text()
-    printed, _ = stock.communicate(timeout=120)
+    printed, _ = stock.communicate(timeout=300)
     assert choice["token_ids"] == json.loads(printed.splitlines()[-1])
     assert f"version {VERSION}" in text
     assert "skipkv" in text, "the plugin was loaded"
@@ -79,7 +79,7 @@ def test_a_server_without_a_policy_answers_as_stock_vllm_does(tmp_path):
 def test_a_policy_is_refused_there_by_the_version():
     vllm = Path(sys.executable).with_name("vllm")
     command = [vllm, "serve", bundled_model(), "--kv-policy", "skipkv"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 2
     for part in (f"supports vLLM {gate.SUPPORTED_VLLM}.x and found {VERSION}", "pip install", "without --kv-policy"):
         assert part in done.stderr

@@ -16,6 +16,7 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from skipkv_vllm import bundled_gates, compat
+from skipkv_vllm import config as config_module
 from skipkv_vllm.compat import gate, refusals
 from skipkv_vllm.compat.cli import SCHEDULER, WORKERS
 from skipkv_vllm.config import KVPolicyConfig, RequestOptions, flag_names, flags_table, parse_json_object
@@ -298,6 +299,21 @@ def test_a_name_that_is_nearly_ours_is_refused(key, meant):
             RequestOptions.parse({key: value}, SERVER, 500)
         assert repr(key) in str(error.value)
         assert meant in str(error.value)
+
+
+def test_names_of_any_number_and_length_cost_little(monkeypatch):
+    looked_at = []
+    monkeypatch.setattr(config_module, "meant_option", looked_at.append)
+    RequestOptions.check_names(["x" * 10_000_000, *(f"name{i}" for i in range(100_000))])
+    assert len(looked_at) < 2000
+
+
+def test_few_names_are_compared_letter_by_letter(monkeypatch):
+    compared = []
+    monkeypatch.setattr(config_module.difflib, "get_close_matches", lambda word, near, **_: compared.extend(near) or [])
+    for name in ("priority", "session_id", "trace_headers", "cache_salt", "top_a", "remote_block_ids"):
+        config_module.meant_option.__wrapped__(name)
+    assert len(compared) <= 40, "of 6 names with 27 options each"
 
 
 def test_names_that_vllm_and_its_connectors_read_are_never_refused():

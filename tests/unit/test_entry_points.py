@@ -150,6 +150,14 @@ def test_an_option_beside_vllm_xargs_is_refused(field, part):
     assert answer(body_of("/v1/completions", policy="x", window=3, kv_cache_hint=1)) is None
 
 
+def test_an_argument_of_a_client_that_became_a_field_is_refused():
+    for literal in ({"kv_policy": "full"}, {"vllm_xargs": {"kv_policy": "full"}}):
+        error = answer(body_of("/v1/completions", extra_body=literal))
+        assert (error.code, error.param) == (400, "extra_body")
+        assert "write what it holds at the top level" in error.message
+    assert answer(body_of("/v1/completions", extra_body={"another": 1})) is None
+
+
 @pytest.mark.parametrize("path", [path for path, endpoint in ENDPOINTS.items() if endpoint.options])
 def test_vllm_knows_the_field_of_the_options(path):
     fields = ENDPOINTS[path].load().model_fields

@@ -61,7 +61,7 @@ class Fake(NamedTuple):
 CASES = {
     **{name: Fake(files, "0.34.0") for name, files in FAKES.items()},
     "asked under 0.34.0": Fake({}, "0.34.0", ["serve", "m", "--kv-policy=skipkv"]),
-    "asked without a version": Fake({}, None, ["serve", "m", "--kv-policy", "skipkv"]),
+    "asked without a version": Fake({}, None, ["serve", "m", "--kv_policy", "skipkv"]),
     "asked under 0.32.0": Fake(FAKES["one method less"], "0.32.0", ["serve", "m", "--kv-policy", "skipkv"]),
     "other pool of 0.33.0": Fake(OTHER_POOL, "0.33.0"),
     "other pool of 0.32.1": Fake(OTHER_POOL, "0.32.1"),
@@ -157,6 +157,29 @@ def test_nothing_of_ours_that_fails_reaches_vllm(monkeypatch, caplog):
     monkeypatch.setattr(sys, "argv", ["vllm", "serve", "m", "--kv-policy", "skipkv"])
     plugin.register()
     assert "not available under this vLLM: broken" in caplog.text
+
+
+def test_a_later_vllm_may_hand_its_parser_more_arguments():
+    class Later:
+        @staticmethod
+        def add_cli_args(parser, further):
+            return parser, further
+
+        @classmethod
+        def from_cli_args(cls, args, *, another):
+            return args, another
+
+        def create_engine_config(self):
+            return argparse.Namespace()
+
+    class Broken(seams.PolicyArguments):
+        def add_cli_args(self, parser):
+            raise RuntimeError("broken")
+
+    seams._wrap_engine_args(Later, Broken())
+    assert Later.add_cli_args("parser", 3) == ("parser", 3)
+    args = argparse.Namespace()
+    assert Later.from_cli_args(args, another=4) == (args, 4)
 
 
 def test_a_flag_that_vllm_has_itself_is_vllms(monkeypatch, caplog):
