@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import glob
 import importlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -150,18 +151,24 @@ COMMANDS = {
 _VERBS = {"post", "put", "patch", "delete", "websocket", "api_route", "add_api_route"}
 
 
-def _trees(folder: str, *words: str) -> Iterator[tuple[str, ast.Module]]:
-    for path in sorted(Path(vllm_root(), folder).rglob("*.py")):
-        text = path.read_text()
+def sources(folder: str, *words: str) -> Iterator[tuple[str, str]]:
+    """Path and text of vLLM's files in a folder that have one of the words in them."""
+    # Unlike Path.rglob it follows links, of which a patched copy consists.
+    for file in sorted(glob.glob(f"{folder}**/*.py", root_dir=vllm_root(), recursive=True)):
+        text = Path(vllm_root(), file).read_text()
         if any(word in text for word in words):
-            yield str(path.relative_to(vllm_root())), ast.parse(text)
+            yield file, text
+
+
+def _trees(folder: str, *words: str) -> Iterator[tuple[str, ast.Module]]:
+    return ((file, ast.parse(text)) for file, text in sources(folder, *words))
 
 
 def routes() -> set[str]:
     """Paths that vLLM's servers take a body on, whatever switches them on."""
     calls = [
         node
-        for _, tree in _trees("entrypoints", "router", "app")
+        for _, tree in _trees("entrypoints/", "router", "app")
         for node in ast.walk(tree)
         if isinstance(node, ast.Call)
     ]
@@ -185,7 +192,7 @@ def makers() -> dict[str, set[str]]:
 def commands() -> set[str]:
     """Names of the commands and their own commands."""
     found = set()
-    for _, tree in _trees("entrypoints/cli", "Subcommand"):
+    for _, tree in _trees("entrypoints/cli/", "Subcommand"):
         for node in (part for cls in ast.walk(tree) if isinstance(cls, ast.ClassDef) for part in cls.body):
             if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "name":
                 found.add(ast.literal_eval(node.value))

@@ -26,6 +26,7 @@ from skipkv_vllm.policies import Need, make_policy, policy_names
 from skipkv_vllm.policies.rkv import RKV
 from skipkv_vllm.policies.skipkv import SkipKV
 from skipkv_vllm.policies.streaming_llm import StreamingLLM
+from tests.entry_points import sources
 
 # ---- policies
 
@@ -318,9 +319,8 @@ def test_few_names_are_compared_letter_by_letter(monkeypatch):
 
 def test_names_that_vllm_and_its_connectors_read_are_never_refused():
     read = re.compile(r"""(?:extra\w*|xargs|params)(?:\s+or\s+\{\}\))?(?:\.get\(|\[)\s*["'](\w+)["']""")
-    uses = ("extra_args", "vllm_xargs", "transfer_params")
-    texts = [path.read_text() for path in gate.vllm_root().rglob("*.py")]
-    names = {name for text in texts if any(use in text for use in uses) for name in read.findall(text)}
+    texts = [text for _, text in sources("", "extra_args", "vllm_xargs", "transfer_params")]
+    names = {name for text in texts for name in read.findall(text)}
     assert names >= {"kv_transfer_params", "ec_transfer_params", "session_id", "do_remote_prefill", "remote_block_ids"}
     assert names >= {"kv_cache_report_mode", "ngram_size", "window_size", "diffusion_canvas_length"}
     assert RequestOptions.parse(dict.fromkeys(names, 1), SERVER, 500) == RequestOptions()
