@@ -491,6 +491,8 @@ def meant_option(name: str) -> str | None:
     Upper case, separators and the prefixes `kv` and `skipkv` make no difference, nor does a typing error in a name
     that has such a prefix. `CONFIG_KEY` is the answer for names with our own prefix that look like no option.
     """
+    if name in KVPolicyConfig.model_fields:
+        return name
     letters, core = _letters(name), _core(name)
     cores, spelt = _options_by(_core), _options_by(_letters)
     if core in cores:

@@ -282,7 +282,7 @@ def test_an_option_that_only_the_server_has_is_refused_in_a_request(key):
         *[(key, "did you mean 'steering'") for key in ("Steering", "kv_steering", "skipkv.steering")],
         *[
             (key, "did you mean 'steering_alpha0'")
-            for key in ("kv_steering_alpha0", "steering-alpha-0", "steering_alfa0")
+            for key in ("kv-steering-alpha-0", "steering-alpha-0", "steering_alfa0")
         ],
         ("task_tokens", "did you mean 'kv_task_tokens'"),
         *[
