@@ -498,12 +498,12 @@ def meant_option(name: str) -> str | None:
     if core in cores:
         return cores[core]
     wanted = letters if letters == core else f"kv{core}"
-    # The ratio is at most that of the shorter length to the mean, and at most that of the letters both have.
+    # The ratio counts letters that match, and these are cheap bounds of their number.
     near = [
         option
         for option in spelt
-        if 2 * min(len(wanted), len(option)) >= SIMILAR_NAMES * (len(wanted) + len(option))
-        and len(set(wanted) - set(option)) <= 4
+        if 2 * min(len(wanted) - len(set(wanted) - set(option)), len(option))
+        >= SIMILAR_NAMES * (len(wanted) + len(option))
     ]
     if close := difflib.get_close_matches(wanted, near, n=1, cutoff=SIMILAR_NAMES):
         return spelt[close[0]]

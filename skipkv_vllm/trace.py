@@ -311,7 +311,7 @@ class TraceCollector:
     def settle(self) -> None:
         """Wait a moment for the traces of all requests that ended, unless earlier ones took longer and still do.
 
-        For an engine that has nothing else to do: who reads a trace right after the last answer finds it.
+        For an engine that has nothing else to do, so that a trace can be read right after the last answer.
         """
         if not self._is_slow:
             self._is_slow = not self._jobs.flush(SETTLE_SECONDS)

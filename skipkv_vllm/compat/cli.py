@@ -11,6 +11,8 @@ from ..config import CONFIG_KEY, KVPolicyConfig, flag_names, parse_json_object
 from ..errors import KVPolicyError
 from .gate import check_vllm
 
+logger = logging.getLogger("vllm.skipkv")
+
 STEERED_LAYERS_KEY = f"{CONFIG_KEY}_steered_layers"
 GATES_WIDTH_KEY = f"{CONFIG_KEY}_gates_width"
 SCHEDULER = "skipkv_vllm.scheduler.vllm_scheduler.make_scheduler"
@@ -18,8 +20,6 @@ WORKERS = {
     "cpu": "skipkv_vllm.worker.cpu_worker.EvictingCPUWorker",
     "gpu": "skipkv_vllm.worker.gpu_worker.EvictingGPUWorker",
 }
-logger = logging.getLogger("vllm.skipkv")
-
 _METAVARS = {
     "kv_policy": "NAME",
     "kv_policy_config": "JSON",
@@ -39,6 +39,9 @@ FOR_STEERING_TOO = {
 }
 """Fields that mean something on a server that only steers."""
 
+_added: set[str] = set()
+"""fields of `KVPolicyConfig` whose flags are ours and not vLLM's own"""
+
 
 def update_arguments(args: argparse.Namespace) -> argparse.Namespace:
     """Parsed arguments with the policy's flags worked in, in place; a bad one ends the command with a message.
@@ -55,10 +58,6 @@ def update_arguments(args: argparse.Namespace) -> argparse.Namespace:
         print(f"vllm: error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     return args
-
-
-_added: set[str] = set()
-"""fields of `KVPolicyConfig` whose flags are ours and not vLLM's own"""
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:

@@ -32,8 +32,8 @@ ENTRIES = {
 }
 """How the ids begin that vLLM's endpoints give to requests; any other is that of a caller in Python."""
 
-
 OPTION_FIELDS = {"vllm_xargs", *RequestOptions.model_fields}
+"""Fields of a request body, and names that belong into one of them."""
 
 
 def names_of(request_id: str) -> Names:

@@ -101,7 +101,7 @@ def _wrap_engine_args(cls: Any, plugin: PolicyArguments) -> None:
     # All or nothing: flags that nobody reads would be ignored without a word.
     for name, kind in {"add_cli_args": staticmethod, "from_cli_args": classmethod}.items():
         if not isinstance(vars(cls).get(name), kind):
-            raise _without_flags(f"vllm.engine.arg_utils:EngineArgs.{name} is no {kind.__name__} any more")
+            raise _without_flags(f"vllm.engine.arg_utils:EngineArgs.{name} is no longer a {kind.__name__}")
     if not callable(getattr(cls, "create_engine_config", None)):
         raise _without_flags("vllm.engine.arg_utils:EngineArgs.create_engine_config is gone")
     add, convert, create = cls.add_cli_args, cls.from_cli_args.__func__, cls.create_engine_config

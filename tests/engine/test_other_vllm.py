@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import urllib.request
 from pathlib import Path
 
 import pytest
@@ -14,9 +13,9 @@ import pytest
 from benchmarks.server import serve
 from skipkv_vllm import bundled_model
 from skipkv_vllm.compat import gate
-from tests.engine.test_server import free_port
+from tests.engine.test_server import free_port, post
+from tests.engines import REPOSITORY
 
-REPOSITORY = Path(__file__).parents[2]
 VERSION = "0.33.0"
 OVERLAY = REPOSITORY / "build" / f"vllm-{VERSION}"
 ARGUMENTS = ["--dtype=float32", "--max-model-len=512", "--block-size=32", "--enforce-eager"]
@@ -61,14 +60,11 @@ def test_a_server_without_a_policy_answers_as_stock_vllm_does(tmp_path):
     body = {"prompt": PROMPT, "max_tokens": 200, "temperature": 0, "ignore_eos": True, "return_token_ids": True}
     log = tmp_path / "log"
     with serve(bundled_model(), ["--served-model-name", "tiny", *ARGUMENTS], port=free_port(), log=log) as url:
-        request = urllib.request.Request(
-            f"{url}/v1/completions", json.dumps({"model": "tiny"} | body).encode(), {"Content-Type": "application/json"}
-        )
-        with urllib.request.urlopen(request, timeout=60) as answer:
-            choice = json.load(answer)["choices"][0]
+        status, answer = post(url, "/v1/completions", {"model": "tiny"} | body)
         text = log.read_text()
     printed, _ = stock.communicate(timeout=300)
-    assert choice["token_ids"] == json.loads(printed.splitlines()[-1])
+    assert status == 200
+    assert answer["choices"][0]["token_ids"] == json.loads(printed.splitlines()[-1])
     assert f"version {VERSION}" in text
     assert "skipkv" in text, "the plugin was loaded"
     assert "SkipKV" not in text

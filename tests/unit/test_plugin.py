@@ -7,7 +7,6 @@ import json
 import logging
 import subprocess
 import sys
-from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -15,8 +14,7 @@ import pytest
 from skipkv_vllm import plugin
 from skipkv_vllm.compat import cli, seams
 from skipkv_vllm.errors import KVPolicyError
-
-REPOSITORY = Path(__file__).parents[2]
+from tests.engines import REPOSITORY
 
 ARGUMENTS = "vllm/engine/arg_utils.py"
 STOCK_ARGUMENTS = """
