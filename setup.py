@@ -29,7 +29,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # 2.10
-PER_ISA = ("score.cpp", "similar.cpp", "steer.cpp")
+PER_ISA = ("attention.cpp", "score.cpp", "similar.cpp", "steer.cpp")
 X86_ISAS = {
     "generic": [],
     "avx2": ["-mavx2", "-mfma"],

@@ -7,7 +7,6 @@ python -m benchmarks.demo --keep     # what `make serve` runs: leave the server 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from dataclasses import dataclass
@@ -19,7 +18,6 @@ from transformers import AutoTokenizer
 from skipkv_vllm import bundled_model
 
 from .server import ServerError, metrics, serve
-from .tiny_reasoner import SKIPKV_PARAMETERS
 from .tiny_reasoner.problems import Problem, extract_answer, problems
 
 MODEL = "tiny-reasoner"
@@ -47,7 +45,6 @@ def server_arguments(budget: int, buffer: int) -> list[str]:
         "--kv-policy": "skipkv",
         "--kv-budget": budget,
         "--kv-buffer": buffer,
-        "--kv-policy-config": json.dumps(SKIPKV_PARAMETERS),
         "--block-size": 32,
         "--max-model-len": MAX_MODEL_LEN,
         "--max-num-seqs": 16,

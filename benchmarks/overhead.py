@@ -37,11 +37,11 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from skipkv_vllm import bundled_model
+from skipkv_vllm.evaluation.machine import provenance, relative
 from skipkv_vllm.ops import STATE
 from skipkv_vllm.steering import SteeringVector
 
 from .accuracy.docs import write_summary
-from .accuracy.machine import provenance, relative
 
 ARMS = ("stock", "evicting")
 STEERING_ARMS = ("stock", "steered", "idle")

@@ -17,10 +17,10 @@ from pathlib import Path
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_utils import BlockHash, KVCacheBlock, make_block_hash_with_group_id
 
+from skipkv_vllm.evaluation.machine import provenance
 from skipkv_vllm.scheduler.prefix_eviction import GuardQueue
 
 from .accuracy.docs import write_summary
-from .accuracy.machine import provenance
 
 Trace = list[list[str]]
 """Of each request the pages of its prompt, in order."""

@@ -27,9 +27,9 @@ from typing import Any
 from prometheus_client.parser import text_string_to_metric_families
 
 from skipkv_vllm import KVPolicyError, bundled_model
+from skipkv_vllm.evaluation.machine import commit, machine, relative, versions
 
 from .accuracy.docs import write_summary
-from .accuracy.machine import commit, machine, relative, versions
 from .load.arms import PRODUCTION, SAME, Arm, add_engine_arguments, check_engine_arguments, engine_arguments
 from .load.lengths import Offered, add_length_arguments, check_length_arguments, offered_load, pages_needed
 from .server import ServerError, serve

@@ -23,10 +23,10 @@ from typing import Any
 import numpy as np
 
 from skipkv_vllm import KVPolicyError, bundled_model
+from skipkv_vllm.evaluation.machine import commit, machine, relative, versions
 from skipkv_vllm.scheduler.planner import Limits
 
 from .accuracy.docs import DOCS, TINY, write_docs, write_summary
-from .accuracy.machine import commit, machine, relative, versions
 from .load.arms import (
     GROUPED,
     PRODUCTION,

@@ -20,8 +20,12 @@ POSITION_BYTES = 4
 
 def sidecars(needs: Need) -> list[str]:
     """What is kept beside the KV of each token, layer and kv head: its position, and what policies ask for."""
-    optional = {Need.ATTENTION_MASS: "attention", Need.GATES: "gate"}
-    return ["position", *(name for need, name in optional.items() if need & needs)]
+    optional = {
+        Need.ATTENTION_MASS: ["attention"],
+        Need.OUTPUT_ERROR: ["output error", "query count"],
+        Need.GATES: ["gate"],
+    }
+    return ["position", *(name for need, names in optional.items() if need & needs for name in names)]
 
 
 @dataclass(frozen=True)
@@ -56,23 +60,24 @@ class ModelShape:
 
     def sidecar_bytes(self, needs: Need) -> int:
         """What a token of the cache costs on top of its KV: an entry each for what `sidecars` names. vLLM's profiling
-        does not see them: attention masses grow with their requests, the others come with the cache."""
+        does not see them: sums over queries grow with their requests, the others come with the cache."""
         return POSITION_BYTES * self.num_layers * self.num_kv_heads * len(sidecars(needs))
 
     def left_for_kv(self, amount: int, needs: Need) -> int:
         """Of an amount of memory, in any unit, what remains for KV beside the sidecar."""
         return amount * self.kv_bytes // (self.kv_bytes + self.sidecar_bytes(needs))
 
-    def ring_bytes(self, window: int, num_slots: int, max_tokens: int) -> int:
+    def ring_bytes(self, num_kept: int, num_slots: int, max_tokens: int) -> int:
         """The ring of observation queries, with the index of a step of `max_tokens`; see `worker.queries`."""
-        rows = (num_slots * window + 1) * self.num_layers * self.num_heads * self.head_size
+        rows = (num_slots * num_kept + 1) * self.num_layers * self.num_heads * self.head_size
         return rows * self.element_size + 8 * max_tokens
 
     def tracker_bytes(self, config: KVPolicyConfig, num_slots: int, max_length: int) -> int:
-        """Sentence ends, penalties and embeddings of all slots; see `sentences.tracker`."""
+        """Sentence ends, penalties, embeddings and text of all slots; see `sentences.tracker`."""
         hidden = self.hidden_size if config.needs & Need.HIDDEN else 0
         kept = config.policy.sentence_options.max_sentences if hidden else 0
-        slot = 8 * (max_length + 1) + 3 * 8 + 1 + 4 + 4 * hidden + (kept + 1) * hidden * self.element_size
+        text = 4 * (max_length + 1) if config.needs & Need.RECURRENCE else 0
+        slot = text + 8 * (max_length + 1) + 3 * 8 + 1 + 4 + 4 * hidden + (kept + 1) * hidden * self.element_size
         return num_slots * slot + self.vocab_size + 8 * kept
 
     def gate_bytes(self, width: int, max_tokens: int) -> int:
@@ -87,7 +92,7 @@ class ModelShape:
         Of a pipeline the last stage, which alone has the sentences. Steering is left out: its buffers are smaller than
         a page, depend on the tokenizer, and are there with and without eviction.
         """
-        ring = self.ring_bytes(config.kv_window, num_slots, max_tokens) if config.needs & Need.QUERIES else 0
+        ring = self.ring_bytes(config.num_queries, num_slots, max_tokens) if config.needs & Need.QUERIES else 0
         tracker = self.tracker_bytes(config, num_slots, max_length) if config.needs & Need.SENTENCES else 0
         return ring + tracker + (0 if config.gates is None else self.gate_bytes(config.gates.width, max_tokens))
 
@@ -164,8 +169,10 @@ class Capacity:
         fits = f"{self.fit:,} such requests fit at once instead of {self.fit_full:,}"
         if self.is_capped:
             fits += f"; max_num_seqs lets {self.concurrency:,} run instead of {self.concurrency_full:,}"
+        *others, last = self.sidecars
+        beside = f"{', '.join(others)} and {last}" if others else last
         return [
-            f"{self.kv_bytes:,} bytes of KV a token + {self.sidecar_bytes:,} for its {' and '.join(self.sidecars)}, "
+            f"{self.kv_bytes:,} bytes of KV a token + {self.sidecar_bytes:,} for its {beside}, "
             f"{self.state_bytes / 2**20:.2f} MiB of {self.state} a request",
             f"{self.pages:,} pages of {self.page_size} tokens; the same memory without a policy: {self.pages_full:,}",
             f"a request of {self.length:,} tokens holds at most {self.request_pages:,} pages instead of "

@@ -19,7 +19,16 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from .errors import KVPolicyError
 from .gates import Gates
-from .policies import IN_THE_CACHE, Need, Policy, check_policy_name, make_policy, policy_names
+from .policies import (
+    ACCUMULATED,
+    IN_THE_CACHE,
+    NUM_ACCUMULATED,
+    Need,
+    Policy,
+    check_policy_name,
+    make_policy,
+    policy_names,
+)
 from .steering import SteeringVector
 from .steering.controller import Strength
 
@@ -93,7 +102,7 @@ class KVPolicyConfig(BaseModel):
     )
     kv_policy_config: dict[str, Any] = Field(
         default_factory=dict,
-        description='Parameters of the method as JSON, e.g. {"similarity_threshold": 0.95, "mix": 0.1}.',
+        description='Parameters of the method as JSON, e.g. {"recent_share": 0.4, "decay": 0.8}.',
     )
     kv_request_policies: list[str] = Field(
         default_factory=list,
@@ -319,6 +328,11 @@ class KVPolicyConfig(BaseModel):
         for policy in self.policies:
             needs |= needs_of(policy, self.kv_granularity)
         return needs
+
+    @property
+    def num_queries(self) -> int:
+        """Newest queries that the workers keep of each request."""
+        return max(self.kv_window, NUM_ACCUMULATED if self.needs & ACCUMULATED else 0)
 
     @classmethod
     def parse(cls, values: dict[str, Any]) -> KVPolicyConfig:
@@ -596,10 +610,10 @@ def parse_json_object(flag: str, text: str) -> dict[str, Any]:
         value = json.loads(text)
     except json.JSONDecodeError as error:
         raise KVPolicyError(
-            f"{flag}: {text!r} is not valid JSON ({error}); quote it for the shell, e.g. '{{\"mix\": 0.1}}'"
+            f"{flag}: {text!r} is not valid JSON ({error}); quote it for the shell, e.g. '{{\"recent_share\": 0.4}}'"
         ) from None
     if not isinstance(value, dict):
-        raise KVPolicyError(f"{flag}: {text!r} is JSON but not an object; write e.g. '{{\"mix\": 0.1}}'")
+        raise KVPolicyError(f"{flag}: {text!r} is JSON but not an object; write e.g. '{{\"recent_share\": 0.4}}'")
     return value
 
 

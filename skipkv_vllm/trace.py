@@ -67,7 +67,7 @@ class Trace(NamedTuple):
         life: int64 `[n]` how often the request had been preempted before it.
         sentences: int64 `[s, 2]` start and end (exclusive) of each closed sentence.
         similar_pairs: int64 `[p, 2]` rows of `sentences`: the earlier and the later that repeats it.
-        similarity: float32 `[p]` their cosine.
+        similarity: float32 `[p]` their cosine, or which share of the earlier one the later says again.
         parameters: the run's configuration.
     """
 
@@ -163,7 +163,7 @@ class TraceWriter:
         """Record a compaction; `kept` is `[layers, heads, num_keep]`, ascending positions."""
         with auxiliary("write a trace part"):
             tensors = {"kept": kept.to(torch.int32)}
-            if tracker is not None and tracker.has_embeddings:
+            if tracker is not None and tracker.compares:
                 tensors["similar_pairs"], tensors["similarity"] = tracker.similar_pairs(slot)
             path = _part(self._folder, order.request_id, self._lives[order.request_id], order.ordinal, self._rank)
             job, instead = functools.partial(_write_part, _on_host(tensors), path), functools.partial(_lose, path)
@@ -370,7 +370,7 @@ class TraceCollector:
         for part in parts:
             if "similar_pairs" in part:
                 rows = zip(part["similar_pairs"].tolist(), part["similarity"].tolist(), strict=True)
-                pairs |= {(earlier, later): cosine for (earlier, later), cosine in rows}
+                pairs |= {(earlier, later): similarity for (earlier, later), similarity in rows}
         text = [*ended.prompt_token_ids, *ended.output_token_ids]
         found = segment_with(text[log.first_tracked :], self._tables) if self._tables else []
         orders = [order for _, order in log.orders]

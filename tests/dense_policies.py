@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 POOL = 7
+KEY_WEIGHT, SENTENCE_WEIGHT, RECENT_WEIGHT, POWER = 0.3, 2, 3, 6  # of `skipkv`
 
 
 def attention(query: Tensor, keys: Tensor, num_seen: int) -> list[float]:
@@ -56,6 +57,31 @@ def caote(form: str, weights: list[float], values: Tensor) -> list[float]:
     """Distance of the output with and without each token, which takes its weight along."""
     output = sum(a * v for a, v in zip(weights, values, strict=True)) if form == "exact" else values.mean(0)
     return [a / (1 - a) * float((output - v).norm()) for a, v in zip(weights, values, strict=True)]
+
+
+def skipkv(
+    errors: list[float], keys: Tensor, repeated: list[float], positions: list[int], free: range, recent: int
+) -> list[float]:
+    """Logarithm of the error, less for keys like the others and for sentences said again, more for recent tokens.
+
+    `repeated` is the share of each token's sentence that is said again; tokens at positions in `free` may leave, those
+    from `recent` on are recent.
+    """
+    unit = [key.double() / key.double().norm() for key in keys]
+    mean = sum(unit) / len(unit)
+    alike = [float(u @ mean / mean.norm()) for u in unit]
+    worth = [math.log(max(error, 1e-12)) for error in errors]
+    chosen = [i for i, position in enumerate(positions) if position in free]
+
+    def standardised(values: list[float]) -> list[float]:
+        average = sum(values[i] for i in chosen) / max(len(chosen), 1)
+        deviation = math.sqrt(sum((values[i] - average) ** 2 for i in chosen) / max(len(chosen), 1))
+        return [(value - average) / max(deviation, 1e-8) for value in values]
+
+    return [
+        w - KEY_WEIGHT * a + SENTENCE_WEIGHT * math.log(max(1 - share**POWER, 0.05)) + RECENT_WEIGHT * (place >= recent)
+        for w, a, share, place in zip(standardised(worth), standardised(alike), repeated, positions, strict=True)
+    ]
 
 
 def log_beta(gate: Sequence[Tensor], hidden: Tensor) -> list[float]:

@@ -55,7 +55,7 @@ POLICY_ARGUMENTS: dict[str, Any] = {
     "kv_policy": "skipkv",
     "kv_budget": 224,
     "kv_buffer": 64,
-    "kv_policy_config": {"similarity_threshold": 0.85},
+    "kv_policy_config": {},
     "kv_request_policies": ["h2o", "snapkv", "random", "thinkv", *PUBLISHED],
     "kv_check_integrity": True,
 }

@@ -34,6 +34,7 @@ LOOKAHEAD = 8
 ABOUT_PROMPTS = ("finch", "laq")
 EPSILON = 1e-8
 H2O_RECENT_SHARE = 0.5
+DECAY = 0.7
 HASH_STEPS = ((16, 0x21F0AAAD), (15, 0x735A2D97))
 TIE_TOLERANCE = 1e-5
 
@@ -75,7 +76,12 @@ class Settings:
     with_window: bool = False
     steering: Steering | None = None
     parameters: tuple[tuple[str, Any], ...] = ()
-    """of the method, where they differ from its defaults; read by those that work on segments"""
+    """of the method, where they differ from its defaults; read by those that work on segments, and for `compat`"""
+
+    @property
+    def by_error(self) -> bool:
+        """Whether tokens are scored by what leaving them out would change."""
+        return self.method == "skipkv" and dict(self.parameters).get("compat", "default") == "default"
 
     def keep(self, num_prompt: int) -> int:
         """Tokens left by a compaction."""
@@ -323,6 +329,16 @@ def sentence_penalties(sentences: list[Sentence], hidden: Tensor) -> list[float]
     return torch.where(cosine > SIMILAR_SENTENCES, cosine, 0.0).amax(dim=-1).tolist()
 
 
+def repeated_shares(text: Sequence[int], first: int, sentences: list[Sentence]) -> list[float]:
+    """Share of each sentence's tokens that lie in six tokens in a row which occur again later in `text[first:]`."""
+    last_start = {tuple(text[i : i + 6]): i for i in range(first, len(text) - 5)}
+    repeated = set()
+    for i in range(first, len(text) - 5):
+        if last_start[tuple(text[i : i + 6])] > i:
+            repeated.update(range(i, i + 6))
+    return [sum(i in repeated for i in range(s.start, s.end)) / (s.end - s.start) for s in sentences]
+
+
 # ---- steering
 
 
@@ -468,6 +484,10 @@ class Request:
         self._queries = torch.empty(0)
         self._positions = torch.empty(0, dtype=torch.int64)
         self._mass = torch.empty(0)
+        self._errors, self._num_seen = torch.empty(0), torch.empty(0)
+        # Queries count from the prompt's last one on, or from one buffer before the first compaction.
+        first_bound = settings.bound(len(prompt), is_first=True)
+        self._first_counted = min(len(prompt) - 1, first_bound - settings.buffer)
         self._log_betas = torch.empty(0)
         self._logits = torch.empty(0)
         self._result = Result([])
@@ -520,10 +540,7 @@ class Request:
             self._queries = torch.cat([self._queries, queries], dim=2)
             self._positions = torch.cat([self._positions, new.expand(layers, heads, -1)], dim=2)
         self._queries = self._queries[:, :, -self._settings.window :]
-        # The newest query's attention, `[layers, heads, held]`; a step computes one token or the prompt's beginning.
-        newest = torch.cat([layer.self_attn.recorded_weights for layer in self._model.lm.model.layers])[:, :, -1]
-        newest = newest.unflatten(1, (heads, -1)).mean(dim=2)
-        self._mass = newest if self._num_computed == 0 else newest + F.pad(self._mass, (0, len(token_ids)))
+        self._count_attention(new)
         if self._settings.method == "trimkv":
             said = self._model.log_betas()
             self._log_betas = said if self._num_computed == 0 else torch.cat([self._log_betas, said], dim=2)
@@ -535,6 +552,28 @@ class Request:
             self._sparsities.append(sum(dense_policies.sparsity(*each) for each in heads) / len(heads))
         self._logits = logits
         return logits
+
+    def _count_attention(self, new: Tensor) -> None:
+        """Add what the queries at positions `new` attend to; a step computes one token or the prompt's beginning."""
+        heads = self._cache.layers[0].keys.shape[1]
+        weights = torch.cat([layer.self_attn.recorded_weights for layer in self._model.lm.model.layers])
+        weights = weights[:, :, new >= self._first_counted].unflatten(1, (heads, -1))  # [layers, heads, G, rows, held]
+        mass = weights.sum(dim=3).mean(dim=2)
+        known = self._mass.shape[2] if self._mass.dim() == 3 else 0
+        padding = (0, mass.shape[2] - known)
+        self._mass = mass + (F.pad(self._mass, padding) if known else 0)
+        if not self._settings.by_error:
+            return
+        errors = torch.zeros_like(mass)
+        for i, layer in enumerate(self._cache.layers):
+            for row in weights[i].unbind(dim=2):
+                outputs = row @ layer.values[0]  # [heads, G, D]
+                distance = (layer.values[0][:, None] - outputs[:, :, None]).square().sum(dim=-1)
+                errors[i] += (row.square() * distance).mean(dim=1)
+        rows = new[new >= self._first_counted]
+        seen = (rows[:, None, None, None] >= self._positions).sum(dim=0).float()
+        self._errors = errors + (F.pad(self._errors, padding) if known else 0)
+        self._num_seen = seen + (F.pad(self._num_seen, padding) if known else 0)
 
     def _heads(self) -> Iterator[tuple[Tensor, Tensor, tuple[int, int]]]:
         """Of every layer and kv head: the last queries `[W, group, D]`, the held keys `[held, D]` and which it is."""
@@ -560,6 +599,8 @@ class Request:
         shape = (*survives.shape[:2], keep)
         self._positions = self._positions[survives].view(shape)
         self._mass = self._mass[survives].view(shape)
+        if self._settings.by_error:
+            self._errors, self._num_seen = (DECAY * x[survives].view(shape) for x in (self._errors, self._num_seen))
         if self._settings.method == "trimkv":
             self._log_betas = self._log_betas[survives].view(shape)
         self._result.events.append(Event(self._num_computed, num_resident, self._positions.clone()))
@@ -620,6 +661,8 @@ class Request:
             return self._finch_scores()
         if self._settings.method == "laq":
             return self._laq_scores()
+        if self._settings.by_error:
+            return self._error_scores()
         if self._settings.method not in ("rkv", "skipkv"):
             return self._published_scores()
         scores = torch.stack(
@@ -632,6 +675,29 @@ class Request:
                 penalties[sentence.start : sentence.end] = penalty
             scores = scores - penalties[self._positions]
         return scores
+
+    def _error_scores(self) -> Tensor:
+        protected = self._num_prompt if self._settings.protect_prompt else 0
+        recent = (self._settings.keep(self._num_prompt) - protected) // 2
+        is_recent = self._positions >= self._num_computed - recent
+        free = ~self._pinned()
+        sentences, _ = self._sentences()
+        share = torch.zeros(self._num_computed)
+        said_again = repeated_shares(self._text[: self._num_computed], self._first, sentences)
+        for sentence, repeated in zip(sentences, said_again, strict=True):
+            share[sentence.start : sentence.end] = repeated
+        scores = torch.zeros(self._positions.shape)
+        for _, keys, place in self._heads():
+            chosen = free[place]
+            worth = (self._errors[place] / self._num_seen[place].clamp(min=1)).clamp(min=1e-12).log()
+            unit = F.normalize(keys, dim=-1)
+            alike = F.cosine_similarity(unit, unit.mean(dim=0, keepdim=True), dim=-1)
+            novelty = (1 - share[self._positions[place]] ** dense_policies.POWER).clamp(min=0.05).log()
+            worth, alike = (
+                (x - x[chosen].mean()) / x[chosen].std(correction=0).clamp(min=1e-8) for x in (worth, alike)
+            )
+            scores[place] = worth - dense_policies.KEY_WEIGHT * alike + dense_policies.SENTENCE_WEIGHT * novelty
+        return scores + dense_policies.RECENT_WEIGHT * is_recent
 
     def _snapkv_scores(self) -> Tensor:
         return torch.stack(

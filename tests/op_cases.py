@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -48,12 +48,19 @@ class Pages:
 
     def write_keys(self, cache: PagedCache, table: Tensor, keys: Tensor) -> None:
         """Write keys `[L, H, N, D]` of a request to the pages of `table`; values stay as they are."""
-        slot = torch.arange(keys.shape[2])
+        self._write(cache, table, keys, "keys")
+
+    def write_values(self, cache: PagedCache, table: Tensor, values: Tensor) -> None:
+        """Write values likewise."""
+        self._write(cache, table, values, "values")
+
+    def _write(self, cache: PagedCache, table: Tensor, vectors: Tensor, where: str) -> None:
+        slot = torch.arange(vectors.shape[2])
         page, offset = table[slot // self.size].long(), slot % self.size
-        for each, layer_keys in zip(cache.caches, keys, strict=True):
-            view = layer_pages(each, self.layout).keys
+        for each, layer_vectors in zip(cache.caches, vectors, strict=True):
+            view = getattr(layer_pages(each, self.layout), where)
             for h in range(self.heads):
-                view.scatter(page, torch.tensor(h), offset, layer_keys[h].to(self.dtype))
+                view.scatter(page, torch.tensor(h), offset, layer_vectors[h].to(self.dtype))
 
 
 def tables(lengths: Sequence[int], size: int, generator: torch.Generator, width: int | None = None) -> Tensor:
@@ -187,6 +194,72 @@ class ScoreCase:
             if (every - threshold).abs().min() > 3e-7:
                 return threshold
         raise AssertionError(f"no clear threshold near {self.threshold}")
+
+
+class Measuring(NamedTuple):
+    """Arguments of `measure_attention` without the last one, in order."""
+
+    caches: list[Tensor]
+    pointers: Tensor
+    layout: int
+    table: Tensor
+    positions: Tensor
+    num_resident: Tensor
+    queries: Tensor
+    num_queries: Tensor
+    newest: Tensor
+
+    def keys(self) -> tuple[Any, ...]:
+        """Arguments of `key_similarity`."""
+        return (*self[:4], self.num_resident, self.positions.shape[-1])
+
+
+@dataclass(frozen=True)
+class MeasureCase:
+    """A call of `measure_attention` or of `key_similarity`.
+
+    Attributes:
+        lengths, counted: of each request, its tokens and its queries that count.
+        window: n.
+        ahead: how far the last query is from the newest token; a negative number hides tokens from all queries.
+    """
+
+    pages: Pages = field(default_factory=Pages)
+    lengths: Sequence[int] = (75, 33)
+    counted: Sequence[int] = (8, 5)
+    window: int = 8
+    group: int = 2
+    keys: str = "random"
+    positions: str = "runs"
+    ahead: int = 0
+    seed: int = 0
+
+    def build(self) -> Measuring:
+        """The arguments, on the CPU."""
+        generator = torch.Generator().manual_seed(self.seed)
+        pages, n = self.pages, max(self.lengths) + 3
+        table = tables(self.lengths, pages.size, generator)
+        cache = pages.empty(int(table.max()) + 1)
+        for row, length in zip(table, self.lengths, strict=True):
+            shape = (pages.layers, pages.heads, length, pages.dim)
+            pages.write_keys(cache, row, make_keys(self.keys, shape, generator))
+            pages.write_values(cache, row, torch.randn(shape, generator=generator))
+        shape = (len(self.lengths), pages.layers, pages.heads, n)
+        queries = torch.randn(*shape[:2], self.window, pages.heads * self.group, pages.dim, generator=generator)
+        positions = positions_of(shape, self.lengths, self.positions, generator)
+        for length, row in zip(self.lengths, positions, strict=True):
+            oldest = row[..., :length].argmin(-1, keepdim=True)
+            row.scatter_(-1, oldest, 0)  # each query sees this one
+        newest = positions.amax(dim=(1, 2, 3)) + self.ahead
+        return Measuring(
+            *cache,
+            table,
+            positions,
+            torch.tensor(self.lengths, dtype=torch.int32),
+            queries if pages.dtype.itemsize == 1 else queries.to(pages.dtype),
+            torch.tensor(self.counted, dtype=torch.int32),
+            newest.clamp(min=self.window - 1).int(),
+        )
 
 
 class Compaction(NamedTuple):

@@ -281,7 +281,7 @@ def check_nothing_left(llm: vllm.LLM) -> None:
         "pages": [manager.req_to_blocks, manager.num_cached_block, manager._evicted, manager._num_intact],
         "lent pages": [manager._borrowed],
         "ledger": [ledger._demands, ledger._own, ledger._shared, ledger._holders],
-        "worker": [runtime._requests, runtime._mass._mass, runner.requests, runner.input_batch.req_id_to_index],
+        "worker": [runtime._requests, runtime._sums._sums, runner.requests, runner.input_batch.req_id_to_index],
         "segments": [runtime._segments._sparsity, runtime._segments._memory],
         "client": [llm.llm_engine.output_processor.request_states],
     }

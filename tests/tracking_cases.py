@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from skipkv_vllm.ops import batched
+from skipkv_vllm.sentences.tracker import OPEN
 
 from .token_steps import token_step
 
@@ -26,12 +27,13 @@ def check_tracking(module: ModuleType | Any, seed: int, device: str = "cpu", ste
     delimiters[torch.randperm(VOCABULARY, generator=generator)[: draw.choice((1, 4, 10))]] = True
     states = [
         [
-            torch.full((slots, most + 1), -1, dtype=torch.int32, device=where),
+            torch.full((slots, most + 1), OPEN, dtype=torch.int32, device=where),
             torch.zeros(slots, dtype=torch.int64, device=where),
             torch.zeros(slots, dtype=torch.bool, device=where),
             torch.zeros(slots, device=where),
             torch.zeros(slots, width, device=where),
             torch.zeros(slots, held + 1, width, dtype=stored, device=where),
+            torch.zeros(slots, 1000 if seed % 2 else 0, dtype=torch.int32, device=where),
         ]
         for where in ("cpu", device)
     ]
@@ -50,3 +52,4 @@ def check_tracking(module: ModuleType | Any, seed: int, device: str = "cpu", ste
         torch.testing.assert_close(got[4], wanted[4], rtol=1e-5, atol=1e-5)
         tolerance = {"rtol": 1e-5, "atol": 1e-6} if stored is torch.float32 else {}
         torch.testing.assert_close(got[5][:, :-1], wanted[5][:, :-1], **tolerance)
+        assert torch.equal(got[6], wanted[6])

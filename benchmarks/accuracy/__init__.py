@@ -5,10 +5,8 @@ processes and keeps `samples`, `checks` refuses runs that measured nothing, `sum
 `plots`, `report` and `docs` show them.
 """
 
+from skipkv_vllm.evaluation import RunError as RunError
+
 
 class UsageError(ValueError):
     """Bad input; the message names the flag, the value, what is allowed and the remedy."""
-
-
-class RunError(RuntimeError):
-    """The run failed; the message says why and what to do."""

@@ -11,15 +11,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.tiny_reasoner import SKIPKV_PARAMETERS
 from skipkv_vllm import bundled_gates
 from skipkv_vllm.errors import KVPolicyError
+from skipkv_vllm.evaluation.machine import relative
 from skipkv_vllm.policies import make_policy, policy_names
 
 from . import RunError, UsageError
 from .docs import DOCS, TINY, TINY_FIGURES, write_docs, write_summary
 from .grid import FULL, Settings
-from .machine import relative
 from .plots import draw
 from .report import print_table, write_report
 from .run import Run, load
@@ -158,9 +157,7 @@ def _add_bundled(parser: argparse.ArgumentParser, out: Path) -> None:
     parser.add_argument("--split", default="held-out", choices=["held-out", "dev", "demo"])
     parser.add_argument("--problems", type=int, default=200)
     parser.add_argument("--max-tokens", type=int, default=1600)
-    parser.add_argument(
-        "--policy-config", type=_json_object, default=SKIPKV_PARAMETERS, metavar="JSON", help="of skipkv"
-    )
+    parser.add_argument("--policy-config", type=_json_object, default={}, metavar="JSON", help="of skipkv")
     parser.add_argument("--out", type=Path, default=out)
     parser.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)), help="engines at once")
 

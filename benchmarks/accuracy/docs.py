@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.fidelity import FIDELITY, fidelity_section
 from benchmarks.kernels.section import KERNELS, kernels_section
 from benchmarks.load.section import THROUGHPUT, throughput_section
 from benchmarks.markdown import table
@@ -61,6 +62,7 @@ def write_docs(docs: Path) -> Path:
 def measured_sections(docs: Path) -> list[str]:
     """Paragraphs about everything but accuracy, as far as there are figures."""
     sections = {
+        FIDELITY: fidelity_section,
         STEERING_OVERHEAD: steering_overhead_section,
         OVERHEAD: overhead_section,
         LARGER_OVERHEAD: overhead_section,

@@ -4,28 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from . import UsageError
+from skipkv_vllm.evaluation.figures import LOOK, OURS, RULE, draw_line, label_lines, pyplot, save, style, title
+
 from .grid import FULL
-from .summary import OURS, Summary, find
+from .summary import Summary, find
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
-# Okabe and Ito's colours, which colour-blind readers can tell apart; markers tell them apart in grey.
-STYLE: dict[str, tuple[str, str]] = {
-    OURS: ("#D55E00", "o"),
-    "rkv": ("#0072B2", "s"),
-    "h2o": ("#009E73", "^"),
-    "snapkv": ("#CC79A7", "D"),
-    "streaming_llm": ("#E69F00", "v"),
-    "random": ("#888888", "X"),
-}
-SPARE = (("#56B4E9", "P"), ("#000000", "*"), ("#8B6F00", "h"))
-RULE = "#444444"
-LABEL_GAP = 0.052  # least distance of two labels, as a share of the axis
 
 FIGURES = {
     "accuracy": "Accuracy against KV budget",
@@ -52,60 +39,11 @@ def draw(summary: Summary, folder: Path, prefix: str = "") -> dict[str, str]:
         with plt.rc_context(LOOK):
             canvas, axes = plt.subplots(figsize=(6.6, 4.1), layout="constrained")
             paint(axes, summary)
-            _title(axes, FIGURES[figure], summary)
+            title(axes, FIGURES[figure], subtitle(summary))
             save(canvas, folder / f"{prefix}{figure}")
             plt.close(canvas)
         names[figure] = f"{prefix}{figure}.svg"
     return names
-
-
-LOOK: dict[str, Any] = {
-    "font.family": "DejaVu Sans",
-    "font.size": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": "#888888",
-    "axes.titlelocation": "left",
-    "axes.titlesize": 11.5,
-    "axes.titleweight": "bold",
-    "axes.labelcolor": "#333333",
-    "axes.grid": True,
-    "axes.grid.axis": "y",
-    "axes.axisbelow": True,
-    "grid.color": "#e8e8e8",
-    "xtick.color": "#555555",
-    "ytick.color": "#555555",
-    # The same picture gives the same file.
-    "svg.hashsalt": "skipkv",
-    "svg.fonttype": "path",
-}
-
-
-def pyplot() -> Any:
-    """matplotlib's pyplot, drawing into files.
-
-    Raises:
-        UsageError: it is not installed.
-    """
-    try:
-        import matplotlib
-    except ImportError:
-        raise UsageError("plots need the package matplotlib: pip install 'skipkv-vllm[eval]'") from None
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    return plt
-
-
-def save(canvas: Figure, path: Path) -> None:
-    """Write a figure as SVG and PNG; the path has no ending."""
-    canvas.savefig(path.with_suffix(".svg"), metadata={"Date": None})
-    canvas.savefig(path.with_suffix(".png"), dpi=160, metadata={"Software": None})
-
-
-def _title(axes: Axes, title: str, summary: Summary) -> None:
-    axes.set_title(title, pad=22)
-    axes.text(0, 1.025, subtitle(summary), transform=axes.transAxes, color="#666666", fontsize=9)
 
 
 def subtitle(summary: Summary) -> str:
@@ -120,7 +58,7 @@ def _accuracy(axes: Axes, summary: Summary) -> None:
     _against_budget(axes, summary, lines, 100)
     axes.set_ylabel("right answers, %")
     axes.set_ylim(0, 102)
-    _label_lines(axes, lines)
+    label_lines(axes, {policy: line.y[-1] for policy, line in lines.items()})
 
 
 def _length(axes: Axes, summary: Summary) -> None:
@@ -129,31 +67,18 @@ def _length(axes: Axes, summary: Summary) -> None:
     axes.set_ylabel("generated tokens, mean")
     low, high = axes.get_ylim()
     axes.set_ylim(max(0, low - 0.1 * (high - low)), high + 0.1 * (high - low))
-    _label_lines(axes, lines)
+    label_lines(axes, {policy: line.y[-1] for policy, line in lines.items()})
 
 
 def _against_budget(axes: Axes, summary: Summary, lines: dict[str, _Line], scale: float) -> None:
     budgets = summary["run"]["budgets"]
     for number, (policy, line) in enumerate(lines.items()):
-        colour, marker = style(policy)
         if policy == FULL:
             axes.axhline(line.y[0], color=RULE, linewidth=1.2, linestyle=(0, (5, 3)), zorder=1)
             continue
         # Intervals of different policies stand side by side instead of on top of each other.
         shift = (number - len(lines) / 2) * 0.004 * (max(line.x) - min(line.x) or 100)
-        axes.vlines([x + shift for x in line.x], line.low, line.high, color=colour, alpha=0.35, linewidth=1.6, zorder=2)
-        axes.plot(
-            line.x,
-            line.y,
-            color=colour,
-            marker=marker,
-            markersize=6.5 if policy == OURS else 5,
-            markeredgecolor="white",
-            markeredgewidth=0.6,
-            linewidth=2.6 if policy == OURS else 1.6,
-            linestyle="--" if policy == "random" else "-",
-            zorder=4 if policy == OURS else 3,
-        )
+        draw_line(axes, policy, line.x, line.y, line.low, line.high, shift)
     ticks = sorted(budgets.items(), key=lambda item: item[1])
     axes.set_xticks([tokens for _, tokens in ticks])
     axes.set_xticklabels([f"{tokens}\n{text}" if text.endswith("%") else str(tokens) for text, tokens in ticks])
@@ -215,55 +140,6 @@ def _lines(summary: Summary, key: str, interval: str, scale: float) -> dict[str,
             [scale * arm[interval][1] for arm in arms],
         )
     return lines
-
-
-def _label_lines(axes: Axes, lines: dict[str, _Line]) -> None:
-    """Write each policy's name at the right end of its line, pushed apart where lines end close together."""
-    low, high = axes.get_ylim()
-    wanted = sorted((line.y[-1], policy) for policy, line in lines.items())
-    heights = spread([(y - low) / (high - low) for y, _ in wanted], LABEL_GAP)
-    for height, (y, policy) in zip(heights, wanted, strict=True):
-        axes.annotate(
-            "full KV" if policy == FULL else policy,
-            xy=(1.0, (y - low) / (high - low)),
-            xytext=(1.05, height),
-            xycoords="axes fraction",
-            textcoords="axes fraction",
-            color=style(policy)[0],
-            fontweight="bold" if policy == OURS else "normal",
-            fontsize=9.5,
-            va="center",
-            arrowprops={
-                "arrowstyle": "-",
-                "color": style(policy)[0],
-                "alpha": 0.5,
-                "linewidth": 0.8,
-                "relpos": (0, 0.5),
-            },
-            annotation_clip=False,
-        )
-
-
-def spread(heights: Sequence[float], gap: float) -> list[float]:
-    """Move ascending heights apart until neighbours are `gap` apart, as a whole as little as possible."""
-    groups: list[tuple[float, list[float]]] = []  # bottom of a stack, and the heights that its members want
-
-    def bottom(members: list[float]) -> float:
-        return sum(y - i * gap for i, y in enumerate(members)) / len(members)
-
-    for height in heights:
-        members = [height]
-        while groups and groups[-1][0] + gap * len(groups[-1][1]) > bottom(members):
-            members = groups.pop()[1] + members
-        groups.append((bottom(members), members))
-    return [start + i * gap for start, members in groups for i in range(len(members))]
-
-
-def style(policy: str) -> tuple[str, str]:
-    """Colour and marker of a policy, the same in every figure."""
-    if policy == FULL:
-        return RULE, "*"
-    return STYLE.get(policy) or SPARE[sum(map(ord, policy)) % len(SPARE)]
 
 
 def _unit(size: float) -> tuple[float, str]:

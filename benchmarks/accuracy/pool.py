@@ -2,26 +2,16 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
-from multiprocessing.connection import Connection, wait
-from multiprocessing.context import SpawnProcess
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
-from . import RunError, worker
+from skipkv_vllm.evaluation.children import Child, Finished
+
+from . import worker
 from .grid import Settings
-
-LOG_LINES = 15
-
-
-@dataclass
-class _Worker:
-    process: SpawnProcess
-    connection: Connection
-    log: Path
 
 
 class Pool:
@@ -33,7 +23,7 @@ class Pool:
         ends = [round(i * len(cores) / processes) for i in range(processes + 1)]
         self.cores = [cores[ends[i] : ends[i + 1]] if processes > 1 else [] for i in range(processes)]
         self.kv_bytes_per_token = 0
-        self._workers: list[_Worker] = []
+        self._workers: list[Child] = []
 
     def answers(self, shares: list[list[worker.Request]]) -> Iterator[worker.Answer]:
         """Answers of all shares as they finish; share i goes to worker i.
@@ -41,15 +31,15 @@ class Pool:
         Raises:
             RunError: a worker failed or died.
         """
-        busy: dict[Any, _Worker] = {}
+        busy: dict[Any, Child] = {}
         for each, share in zip(self._workers, shares, strict=True):
             if share:
                 each.connection.send(share)
                 busy[each.connection] = each
         while busy:
             for connection in wait(list(busy)):
-                message = self._receive(busy[connection])
-                if isinstance(message, worker.Finished):
+                message = busy[connection].receive()
+                if isinstance(message, Finished):
                     del busy[connection]
                 else:
                     yield message
@@ -62,28 +52,11 @@ class Pool:
         """
         if self._workers:
             return
-        context = multiprocessing.get_context("spawn")
         for number, cores in enumerate(self.cores):
-            here, there = context.Pipe()
             log = self.out / f"worker-{self.batch_size}-{number}.log"
-            arguments = (there, self.settings, self.batch_size, cores, log)
-            process = context.Process(target=worker.work, args=arguments)
-            process.start()
-            there.close()  # so that the end of the process is the end of the pipe
-            self._workers.append(_Worker(process, here, log))
+            self._workers.append(Child(worker.work, (self.settings, self.batch_size, cores, log), log))
         for each in self._workers:
-            self.kv_bytes_per_token = self._receive(each).kv_bytes_per_token
-
-    def _receive(self, each: _Worker) -> Any:
-        try:
-            message = each.connection.recv()
-        except EOFError:
-            tail = "\n".join(each.log.read_text(errors="replace").splitlines()[-LOG_LINES:])
-            raise RunError(f"an engine died; full log: {each.log}\n{tail}") from None
-        if isinstance(message, worker.Failed):
-            last = message.text.strip().splitlines()[-1]
-            raise RunError(f"an engine failed: {last}\nfull log: {each.log}\n{message.text}")
-        return message
+            self.kv_bytes_per_token = each.receive().kv_bytes_per_token
 
     def stop(self, patience: float) -> None:
         """End all workers.
@@ -92,14 +65,7 @@ class Pool:
             patience: seconds to wait for those that finish by themselves; then by force.
         """
         for each in self._workers:
-            try:
-                each.connection.send(None)
-            except OSError:
-                continue
+            each.ask_to_end()
         deadline = time.monotonic() + patience
         for each in self._workers:
-            each.process.join(max(0.1, deadline - time.monotonic()))
-            for end in (each.process.terminate, each.process.kill):
-                if each.process.is_alive():
-                    end()
-                    each.process.join(10)
+            each.end(deadline - time.monotonic())

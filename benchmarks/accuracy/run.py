@@ -14,10 +14,11 @@ from typing import Any
 
 from tqdm import tqdm
 
+from skipkv_vllm.evaluation.machine import commit, fingerprint, machine, source, versions
+
 from . import RunError, UsageError, checks, worker
 from .grading import check_available, grade
 from .grid import FULL, Arm, Settings
-from .machine import commit, fingerprint, machine, source, versions
 from .pool import Pool
 from .samples import Sample, SampleWriter, read_samples
 from .tasks import Task, load_tasks
@@ -100,7 +101,7 @@ class Run:
             "model_digest": fingerprint(self.settings.model),
             "vectors_digest": {name: fingerprint(file) for name, file in self.settings.vectors.items()},
             "tasks_digest": tasks,
-            "source_digest": source(),
+            "source_digest": source(Path(__file__).parent),
             "versions": versions(),
         }
         fresh = identity | {

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from skipkv_vllm.cli.sweep_plot import label_axes
+from skipkv_vllm.evaluation.figures import LOOK, pyplot, save
 
-from .plots import LOOK, pyplot, save, subtitle
+from .plots import subtitle
 from .steering import KINDS, curve, plain_arms
 from .summary import Summary
 

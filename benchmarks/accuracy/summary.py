@@ -7,11 +7,12 @@ from collections.abc import Mapping, Sequence
 from statistics import mean
 from typing import Any
 
+from skipkv_vllm.evaluation.figures import OURS as OURS
+from skipkv_vllm.evaluation.stats import bootstrap_mean, mcnemar, paired_difference, wilson
+
 from .grid import FULL, Arm, Settings, Steer
 from .samples import Sample
-from .stats import bootstrap_mean, mcnemar, paired_difference, wilson
 
-OURS = "skipkv"
 """The method that all others are compared with, where a run has it."""
 
 Summary = dict[str, Any]

@@ -5,14 +5,13 @@ from __future__ import annotations
 import gc
 import hashlib
 import os
-import signal
-import sys
-import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from skipkv_vllm.evaluation.children import Finished, attended
 
 from .grid import FULL, Arm, Settings, Steer
 
@@ -58,18 +57,6 @@ class Started:
     kv_bytes_per_token: int
 
 
-@dataclass(frozen=True)
-class Finished:
-    """All requests of a batch of orders are answered."""
-
-
-@dataclass(frozen=True)
-class Failed:
-    """The worker gave up; the text is a traceback."""
-
-    text: str
-
-
 def work(connection: Connection, settings: Settings, batch_size: int, cores: Sequence[int], log: Path) -> None:
     """Body of a worker process: answers lists of `Request` until it gets None.
 
@@ -80,12 +67,8 @@ def work(connection: Connection, settings: Settings, batch_size: int, cores: Seq
         cores: the cores this process may use; empty for all.
         log: where everything that the engine prints goes.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides when to stop
-    with log.open("a") as file:
-        os.dup2(file.fileno(), sys.stdout.fileno())
-        os.dup2(file.fileno(), sys.stderr.fileno())
-    _set_environment(cores)
-    try:
+    with attended(connection, log):
+        _set_environment(cores)
         llm = start_engine(settings, batch_size)
         # What the start left behind stays; looking through it again and again costs a twentieth of the time.
         gc.collect()
@@ -95,10 +78,6 @@ def work(connection: Connection, settings: Settings, batch_size: int, cores: Seq
             _answer(llm, requests, settings, batch_size, connection)
             connection.send(Finished())
         llm.llm_engine.engine_core.shutdown()
-    except EOFError:  # the parent is gone
-        return
-    except Exception:
-        connection.send(Failed(traceback.format_exc()))
 
 
 def _set_environment(cores: Sequence[int]) -> None:

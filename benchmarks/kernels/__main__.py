@@ -14,11 +14,11 @@ from typing import Any
 import torch
 
 from benchmarks.accuracy.docs import DOCS, TINY, write_docs, write_summary
-from benchmarks.accuracy.machine import commit, machine, versions
+from skipkv_vllm.evaluation.machine import commit, machine, versions
 from skipkv_vllm.ops import native
 
-from .bench import KEYS, Settings, bench_compaction, bench_scoring
-from .section import KERNELS, compaction_table, scoring_table
+from .bench import KEYS, Settings, bench_compaction, bench_measuring, bench_scoring
+from .section import KERNELS, compaction_table, measuring_table, scoring_table
 
 Row = dict[str, Any]
 LENGTHS = (640, 1152, 2176, 4224)
@@ -50,8 +50,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for keys in KEYS:
             scoring.append(bench_scoring(settings, length, keys))
             print(f"scored {length} {keys} keys: {scoring[-1]['ours_ms']:.3g} ms", file=sys.stderr)
+    measuring = [bench_measuring(settings, length) for length in lengths]
     compaction = [bench_compaction(settings, length) for length in lengths]
-    print(f"\n{scoring_table(scoring)}\n\n{compaction_table(compaction)}\n")
+    print(f"\n{scoring_table(scoring)}\n\n{measuring_table(measuring)}\n\n{compaction_table(compaction)}\n")
     bars = check_bars(scoring, compaction)
     for text, (value, reached) in bars.items():
         print(f"{'reached' if reached else 'MISSED '} {text}: {value:.2f}")
@@ -68,6 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         },
         "bars": {text: value for text, (value, _) in bars.items()},
         "scoring": scoring,
+        "measuring": measuring,
         "compaction": compaction,
     }
     write_summary(figures, args.out)

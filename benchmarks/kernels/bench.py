@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -133,6 +134,22 @@ def bench_scoring(settings: Settings, length: int, keys: str) -> dict[str, Any]:
     row["matrix_bytes"] = 4 * length * length * settings.heads
     row["rounds"] = len(found["ours"])
     return row
+
+
+def bench_measuring(settings: Settings, length: int) -> dict[str, Any]:
+    """A row of the table of sums over the window's queries, and of keys; times in milliseconds."""
+    request = make_request(settings, length, "distinct")
+    held = (request.table, request.positions, request.num_resident, request.queries)
+    counted, newest = (torch.tensor([number], dtype=torch.int32) for number in (settings.window, length - 1))
+    keys = (*request.cache, request.table, request.num_resident, length)
+    works: dict[str, Work] = {}
+    for name, module in (("ours", native), ("pytorch", batched)):
+        measure = partial(module.measure_attention, *request.cache, *held, counted, newest)
+        works[f"attention_{name}"] = partial(measure, False)
+        works[f"error_{name}"] = partial(measure, True)
+        works[f"similarity_{name}"] = partial(module.key_similarity, *keys)
+    times = medians(interleaved(works, settings.repeats, settings.seconds))
+    return {"length": length} | {f"{name}_ms": seconds * 1e3 for name, seconds in times.items()}
 
 
 def bench_compaction(settings: Settings, length: int) -> dict[str, Any]:

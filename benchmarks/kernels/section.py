@@ -34,6 +34,7 @@ def kernels_section(figures: Mapping[str, Any]) -> list[str]:
         "above 100 the matmul is further from the processor's limit than the scoring is. "
         "*Similar* keys end the search early. Memory is what the process grew by, and the scratch that our threads "
         "take, which grows with L and not with its square.",
+        *([measuring_table(figures["measuring"])] if "measuring" in figures else []),
         compaction_table(figures["compaction"]),
         "A head moves the survivors that lie beyond the budget, and no other token; a rewrite moves all. GB/s count "
         "what was moved. Pages of CPUs hold each element of a key in a cache line of its own, so that the processor "
@@ -56,6 +57,17 @@ def scoring_table(rows: Iterable[Mapping[str, Any]]) -> str:
         speed = [f"{row['gflops']:.0f}", f"{100 * row['of_matmul']:.0f}"] if "gflops" in row else ["", ""]
         memory = [_mib(row[key]) for key in ("ours_peak_bytes", "scratch_bytes", "rkv_peak_bytes")]
         lines.append([f"{row['length']:,}", row["keys"], *times, *ratios, *speed, *memory])
+    return table(head, lines)
+
+
+def measuring_table(rows: Iterable[Mapping[str, Any]]) -> str:
+    """The sums of attention and output errors over the window's queries, and the similarity of keys, at each length."""
+    names = ("attention", "error", "similarity")
+    head = ("L", *(f"{name}, {who}ms" for name in names for who in ("", "PyTorch, ")))
+    lines = [
+        [f"{row['length']:,}", *(_ms(row[f"{name}_{who}_ms"]) for name in names for who in ("ours", "pytorch"))]
+        for row in rows
+    ]
     return table(head, lines)
 
 

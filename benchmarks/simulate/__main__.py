@@ -21,11 +21,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from benchmarks.accuracy.docs import DOCS, TINY, write_docs, write_summary
-from benchmarks.accuracy.machine import commit
 from benchmarks.load.lengths import Offered
 from skipkv_vllm import KVPolicyError
 from skipkv_vllm.capacity import ModelShape, pages_with_policy
 from skipkv_vllm.config import KVPolicyConfig
+from skipkv_vllm.evaluation.machine import commit
 from skipkv_vllm.scheduler.planner import Limits
 
 from .events import Engine, Outcome, Setup

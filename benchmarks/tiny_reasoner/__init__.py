@@ -1,4 +1,5 @@
 """The bundled reasoning model: its problems, its tokenizer and the script that trains it."""
 
-SKIPKV_PARAMETERS = {"similarity_threshold": 0.85}
-"""Parameters of `skipkv` for this model: above every pair of different sentences, see `similarity.py`."""
+PAPER_PARAMETERS = {"compat": "paper", "similarity_threshold": 0.85}
+"""The paper's rule of `skipkv` for this model; the threshold is above every pair of different sentences, see
+`similarity.py`."""

@@ -21,10 +21,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.accuracy.docs import write_summary
 from benchmarks.accuracy.grid import Budget
-from benchmarks.accuracy.machine import provenance
-from benchmarks.tiny_reasoner import SKIPKV_PARAMETERS
+from benchmarks.tiny_reasoner import PAPER_PARAMETERS
 from benchmarks.tiny_reasoner.problems import Problem, extract_answer, problems
 from skipkv_vllm import bundled_model
+from skipkv_vllm.evaluation.machine import provenance
 from skipkv_vllm.policies import Policy, make_policy, policy_names
 from skipkv_vllm.scheduler.planner import Limits
 from skipkv_vllm.sentences import build_tables
@@ -96,7 +96,7 @@ def policy_of(name: str) -> Policy:
     Raises:
         KVPolicyError: it is unknown.
     """
-    return make_policy(name, dict(SKIPKV_PARAMETERS) if name == "skipkv" else None)
+    return make_policy(name, dict(PAPER_PARAMETERS) if name == "skipkv" else None)
 
 
 def run(bench: Bench) -> dict[str, Any]:

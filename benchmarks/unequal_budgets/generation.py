@@ -183,7 +183,8 @@ class Rows:
         penalties = None
         if policy.needs & Need.HIDDEN:
             every = torch.arange(self.num_logical, dtype=torch.int32).expand(len(self.row), 1, 1, -1)
-            penalties = self.tracker.penalties(self.row, every)[:, 0, 0]
+            lengths = torch.full(self.row.shape, self.num_logical)
+            penalties = self.tracker.penalties(self.row, every, lengths, self.num_logical)[:, 0, 0]
         scores, pinned = [], []
         for layer in self.layers:
             length = int(layer.counts.max())

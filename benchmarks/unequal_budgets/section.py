@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.accuracy.stats import paired_difference
 from benchmarks.markdown import table
+from skipkv_vllm.evaluation.stats import paired_difference
 
 UNEQUAL = Path("results", "unequal-budgets.json")
 AGAIN = Path("results", "unequal-budgets-again.json")

@@ -15,21 +15,39 @@ enum class Dtype : int { kFloat32, kBFloat16, kFloat16 };
 // Caches may also hold elements of 8 bits.
 enum class KeyType : int { kFloat32, kBFloat16, kFloat16, kFloat8E4M3, kFloat8E5M2 };
 
-// One row of `score_tokens`: a request's layer and kv head. L = length.
-struct ScoreRow {
+// The tokens of a row: a request's layer and kv head. L = length.
+struct HeldRow {
   const Pages* pages;
   const void* cache;
   KeyType type;
   int64_t head;
   const int32_t* table;
-  const int32_t* positions;
   int64_t length;
-  const void* queries;  // [W, Hq, D], at the first query head of the group; float32 for 8-bit caches, else as the cache
-  int64_t window, group, query_stride;
+};
+
+// Queries of a row, at the first query head of the group; float32 for 8-bit caches, else as the cache.
+struct RowQueries {
+  const void* data;  // [number, Hq, D]
+  int64_t number, group, stride;
+};
+
+// One row of `score_tokens`.
+struct ScoreRow : HeldRow {
+  RowQueries queries;  // those of the window
+  const int32_t* positions;
   const float* penalty;  // or null
   int64_t pool;
   float mix, threshold;
   float* scores;  // [L]
+};
+
+// One row of `measure_attention`; its queries are those that count, at least one.
+struct AttentionRow : HeldRow {
+  RowQueries queries;
+  const int32_t* positions;
+  int64_t newest;
+  bool output_error;
+  float* sums;  // [L]
 };
 
 // The sentences of a request, for `sentence_similarity`. Sentence n is row `n % held` of `units`; those before `oldest`
@@ -48,6 +66,11 @@ struct Kernels {
   // Bytes of scratch that `score` needs for a row of this length; O(length).
   size_t (*score_scratch)(int64_t length, int64_t dim, int64_t window, int64_t group);
   void (*score)(const ScoreRow& row, void* scratch);
+  size_t (*attention_scratch)(int64_t length, int64_t dim);
+  void (*attention)(const AttentionRow& row, void* scratch);
+  size_t (*cosines_scratch)(int64_t length, int64_t dim);
+  // Cosine of each key of a row with the mean of their unit vectors.
+  void (*cosines)(const HeldRow& row, float* cosines, void* scratch);
   // out = hidden + coefficient * vector, element by element and rounded twice, like PyTorch.
   void (*steer)(const void* hidden, float coefficient, const float* vector, void* out, Dtype dtype, int64_t n);
   // Fills `best` of the sentences from `begin` to `end`, which was minus infinity.

@@ -1,4 +1,4 @@
-// The keys of a row, read from pages of any layout and turned into unit vectors in ascending position.
+// The keys, values and queries of a row as float32 vectors, read from pages of any layout.
 #pragma once
 
 #include "vectors.h"
@@ -12,6 +12,10 @@ constexpr float kEpsilon = 1e-8f;  // of `reference.redundancy`
 template <class T>
 inline void convert(const T* from, float* to, int64_t n) {
   for (int64_t i = 0; i < n; ++i) to[i] = to_float(from[i]);
+}
+
+inline void clear(float* x, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) x[i] = 0;
 }
 
 constexpr int64_t kBlock = 16;  // tokens
@@ -68,13 +72,71 @@ inline void read_cell(const Pages& p, const T* cell, int64_t count, const int32_
   }
 }
 
-template <class T>
-inline void read_keys(const ScoreRow& row, const int32_t* rank, float* rows, int64_t stride) {
+// Calls `read(cell, first, count)` for each page of a row; it holds `count` tokens from `first` on.
+template <class T, class Read>
+inline void each_cell(const HeldRow& row, const Read& read) {
   const Pages& p = *row.pages;
   for (int64_t first = 0, page = 0; first < row.length; first += p.size, ++page) {
     const int64_t count = row.length - first < p.size ? row.length - first : p.size;
-    const T* const cell = static_cast<const T*>(row.cache) + p.cell(row.table[page], row.head);
-    read_cell(p, cell, count, rank + first, rows, stride);
+    read(static_cast<const T*>(row.cache) + p.cell(row.table[page], row.head), first, count);
+  }
+}
+
+template <class T>
+inline void read_keys(const HeldRow& row, const int32_t* rank, float* rows, int64_t stride) {
+  each_cell<T>(row, [&](const T* cell, int64_t first, int64_t count) {
+    read_cell(*row.pages, cell, count, rank + first, rows, stride);
+  });
+}
+
+// The value of slot i becomes `rows[i]`.
+template <class T>
+inline void read_values(const HeldRow& row, float* rows, int64_t stride) {
+  const Pages& p = *row.pages;
+  each_cell<T>(row, [&](const T* cell, int64_t first, int64_t count) {
+    const T* const values = cell + (p.layout == kRows ? p.dim : p.size * p.dim);
+    for (int64_t t = 0; t < count; ++t) {
+      float* const to = rows + (first + t) * stride;
+      if (p.layout != kAmx) {
+        convert(values + t * (p.layout == kRows ? p.token_stride : p.dim), to, p.dim);
+        continue;
+      }
+      // 16 features of a pair of tokens, then the next 16.
+      const T* from = values + t / 2 * 32 + t % 2;
+      for (int64_t d = 0; d < p.dim; d += 16, from += 16 * p.size) {
+        for (int64_t k = 0; k < 16; ++k) to[d + k] = to_float(from[2 * k]);
+      }
+    }
+  });
+}
+
+// `count` query heads from number `first` on as rows, scaled by 1 / sqrt(D); the heads of a query follow each other.
+template <class T>
+inline void read_queries(const RowQueries& queries, int64_t first, int64_t count, int64_t dim, float* rows,
+                         int64_t stride) {
+  const float scale = 1 / __builtin_sqrtf(static_cast<float>(dim));
+  for (int64_t i = first; i < first + count; ++i, rows += stride) {
+    convert(static_cast<const T*>(queries.data) + i / queries.group * queries.stride + i % queries.group * dim, rows,
+            dim);
+    for (int64_t d = 0; d < dim; ++d) rows[d] *= scale;
+    clear(rows + dim, stride - dim);
+  }
+}
+
+// Calls `work` with an element of the type of the keys and one of the type of the queries.
+template <class Work>
+inline void with_types(KeyType type, const Work& work) {
+  switch (type) {
+    case KeyType::kFloat32:
+      return work(Float32{}, Float32{});
+    case KeyType::kBFloat16:
+      return work(BFloat16{}, BFloat16{});
+    case KeyType::kFloat16:
+      return work(Float16{}, Float16{});
+    case KeyType::kFloat8E4M3:
+      return work(Float8E4M3{}, Float32{});
+    case KeyType::kFloat8E5M2:
+      return work(Float8E5M2{}, Float32{});
   }
 }
 
@@ -87,6 +149,26 @@ inline void normalise(float* rows, int64_t length, int64_t stride, float* norm) 
     norm[i] = __builtin_sqrtf(sum_lanes(squares)) + kEpsilon;
     const float inverse = 1 / norm[i];
     for (int64_t d = 0; d < stride; d += kLanes) store(row + d, load(row + d) * inverse);
+  }
+}
+
+inline float inner(const float* a, const float* b, int64_t stride) {
+  Vector sum = {};
+  for (int64_t d = 0; d < stride; d += kLanes) sum += load(a + d) * load(b + d);
+  return sum_lanes(sum);
+}
+
+// The sum of the rows, in the first `stride` floats of `total`, which has room for twice as many.
+inline void sum_rows(const float* rows, int64_t stride, int64_t length, float* total) {
+  // Summed in blocks, or the rounding of a long sum would show.
+  float* const block = total + stride;
+  clear(total, stride);
+  for (int64_t first = 0; first < length; first += 64) {
+    clear(block, stride);
+    for (int64_t i = first; i < first + 64 && i < length; ++i) {
+      for (int64_t d = 0; d < stride; d += kLanes) store(block + d, load(block + d) + load(rows + i * stride + d));
+    }
+    for (int64_t d = 0; d < stride; ++d) total[d] += block[d];
   }
 }
 

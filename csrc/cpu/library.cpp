@@ -7,6 +7,12 @@ STABLE_TORCH_LIBRARY(skipkv_cpu, m) {
       "score_tokens(Tensor[] caches, Tensor pointers, int layout, Tensor table, Tensor positions, "
       "Tensor num_resident, Tensor queries, Tensor? penalty, int pool, float mix, float threshold) -> Tensor");
   m.def(
+      "measure_attention(Tensor[] caches, Tensor pointers, int layout, Tensor table, Tensor positions, "
+      "Tensor num_resident, Tensor queries, Tensor num_queries, Tensor newest, bool output_error) -> Tensor");
+  m.def(
+      "key_similarity(Tensor[] caches, Tensor pointers, int layout, Tensor table, Tensor num_resident, int length) "
+      "-> Tensor");
+  m.def(
       "select_keep(Tensor scores, Tensor positions, Tensor num_resident, Tensor num_keep, Tensor pin_below, "
       "Tensor pin_from, int max_moves) -> (Tensor source, Tensor hole, Tensor count)");
   m.def(
@@ -15,7 +21,7 @@ STABLE_TORCH_LIBRARY(skipkv_cpu, m) {
   m.def(
       "track_sentences(Tensor token_ids, Tensor? hidden, Tensor spans, int num_tokens, Tensor delimiters, bool merge, "
       "Tensor(a!) ends, Tensor(b!) count, Tensor(c!) after_delimiter, Tensor(d!) open_length, Tensor(e!) open_sum, "
-      "Tensor(f!) embeddings) -> ()");
+      "Tensor(f!) embeddings, Tensor(g!) text) -> ()");
   m.def(
       "sentence_similarity(Tensor embeddings, Tensor slots, Tensor count, Tensor(a!) compared, "
       "Tensor(b!) penalties, float threshold, int rule) -> ()");
@@ -32,6 +38,8 @@ STABLE_TORCH_LIBRARY(skipkv_cpu, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(skipkv_cpu, CPU, m) {
   m.impl("score_tokens", TORCH_BOX(&skipkv::score_tokens));
+  m.impl("measure_attention", TORCH_BOX(&skipkv::measure_attention));
+  m.impl("key_similarity", TORCH_BOX(&skipkv::key_similarity));
   m.impl("select_keep", TORCH_BOX(&skipkv::select_keep));
   m.impl("compact_pages", TORCH_BOX(&skipkv::compact_pages));
   m.impl("track_sentences", TORCH_BOX(&skipkv::track_sentences));

@@ -12,6 +12,13 @@ Tensor score_tokens(const std::vector<Tensor>& caches, const Tensor& pointers, i
                     const Tensor& positions, const Tensor& num_resident, const Tensor& queries,
                     const std::optional<Tensor>& penalty, int64_t pool, double mix, double threshold);
 
+Tensor measure_attention(const std::vector<Tensor>& caches, const Tensor& pointers, int64_t layout, const Tensor& table,
+                         const Tensor& positions, const Tensor& num_resident, const Tensor& queries,
+                         const Tensor& num_queries, const Tensor& newest, bool output_error);
+
+Tensor key_similarity(const std::vector<Tensor>& caches, const Tensor& pointers, int64_t layout, const Tensor& table,
+                      const Tensor& num_resident, int64_t length);
+
 std::tuple<Tensor, Tensor, Tensor> select_keep(const Tensor& scores, const Tensor& positions,
                                                const Tensor& num_resident, const Tensor& num_keep,
                                                const Tensor& pin_below, const Tensor& pin_from, int64_t max_moves);
@@ -23,7 +30,7 @@ void compact_pages(const std::vector<Tensor>& caches, const Tensor& pointers, in
 void track_sentences(const Tensor& token_ids, const std::optional<Tensor>& hidden, const Tensor& spans,
                      int64_t num_tokens, const Tensor& delimiters, bool merge, const Tensor& ends, const Tensor& count,
                      const Tensor& after_delimiter, const Tensor& open_length, const Tensor& open_sum,
-                     const Tensor& embeddings);
+                     const Tensor& embeddings, const Tensor& text);
 
 void sentence_similarity(const Tensor& embeddings, const Tensor& slots, const Tensor& count, const Tensor& compared,
                          const Tensor& penalties, double threshold, int64_t rule);

@@ -5,6 +5,7 @@
 // most of those are never looked at: columns are scanned from the last, and a row leaves at its first hit.
 #pragma once
 
+#include "keys.h"
 #include "tile.h"
 
 namespace skipkv {
@@ -138,25 +139,10 @@ class ExemptSearch {
   int64_t num_active_;
 };
 
-inline float inner(const float* a, const float* b, int64_t stride) {
-  Vector sum = {};
-  for (int64_t d = 0; d < stride; d += kLanes) sum += load(a + d) * load(b + d);
-  return sum_lanes(sum);
-}
-
 // mean[j] of the cosines in column j, with the diagonal and the exempted terms at zero. `total` is scratch, [2, stride].
 inline void mean_cosines(const float* unit, int64_t stride, int64_t length, const int32_t* last, float* total,
                          float* mean) {
-  // Summed in blocks, or the rounding of a long sum would show in the scores.
-  float* const block = total + stride;
-  for (int64_t d = 0; d < stride; ++d) total[d] = 0;
-  for (int64_t first = 0; first < length; first += 64) {
-    for (int64_t d = 0; d < stride; ++d) block[d] = 0;
-    for (int64_t i = first; i < first + 64 && i < length; ++i) {
-      for (int64_t d = 0; d < stride; d += kLanes) store(block + d, load(block + d) + load(unit + i * stride + d));
-    }
-    for (int64_t d = 0; d < stride; ++d) total[d] += block[d];
-  }
+  sum_rows(unit, stride, length, total);
   for (int64_t j = 0; j < length; ++j) {
     const float* const key = unit + j * stride;
     Vector sum = {};

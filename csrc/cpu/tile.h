@@ -25,23 +25,25 @@ inline void pack_panel(const float* rows, int64_t stride, int64_t first, int64_t
 }
 
 // What `multiply` leaves in registers: the inner products of `kTileRows` rows with a panel.
-typedef Vector Tile[kTileRows][kTileVectors];
+template <int64_t vectors>
+using Tile = Vector[kTileRows][vectors];
 
-// sum[m, c] = sum over d of rows[m][d] * panel[d, c]. The same terms in the same order whichever of a pair of
-// vectors is the row, so a cosine does not depend on the side it was computed from.
-__attribute__((always_inline)) inline void multiply(const float* const* rows, const float* panel, int64_t dim,
-                                                    Tile& sum) {
+// sum[m, c] = sum over d of rows[m][d] * panel[d, c], the rows of the panel being `step` apart. The same terms in the
+// same order whichever of a pair of vectors is the row, so a cosine does not depend on the side it was computed from.
+template <int64_t vectors>
+__attribute__((always_inline)) inline void multiply(const float* const* rows, const float* panel, int64_t step,
+                                                    int64_t dim, Tile<vectors>& sum) {
   const float* row[kTileRows];
   for (int64_t m = 0; m < kTileRows; ++m) row[m] = rows[m];
   for (int64_t d = 0; d < dim; ++d) {
-    Vector column[kTileVectors];
+    Vector column[vectors];
 #pragma GCC unroll 8
-    for (int64_t v = 0; v < kTileVectors; ++v) column[v] = load(panel + d * kTileColumns + v * kLanes);
+    for (int64_t v = 0; v < vectors; ++v) column[v] = load(panel + d * step + v * kLanes);
 #pragma GCC unroll 8
     for (int64_t m = 0; m < kTileRows; ++m) {
       const float x = row[m][d];
 #pragma GCC unroll 8
-      for (int64_t v = 0; v < kTileVectors; ++v) sum[m][v] += x * column[v];
+      for (int64_t v = 0; v < vectors; ++v) sum[m][v] += x * column[v];
     }
   }
 }
@@ -49,23 +51,29 @@ __attribute__((always_inline)) inline void multiply(const float* const* rows, co
 // The next two are functions of their own, never inlined: a compiler that has other things to keep in registers besides
 // spills the panel's columns in the inner loop, which takes half as long again.
 
-// The products themselves, `out[m, c]`.
-__attribute__((noinline)) void products(const float* const* rows, const float* panel, int64_t dim, float* out) {
-  Tile sum = {};
-  multiply(rows, panel, dim, sum);
+// The products themselves, `out[m, c]`; rows of the panel and of `out` are some floats apart.
+template <int64_t vectors>
+__attribute__((noinline)) void products(const float* const* rows, const float* panel, int64_t step, int64_t dim,
+                                        float* out, int64_t out_step) {
+  Tile<vectors> sum = {};
+  multiply<vectors>(rows, panel, step, dim, sum);
 #pragma GCC unroll 8
   for (int64_t m = 0; m < kTileRows; ++m) {
 #pragma GCC unroll 8
-    for (int64_t v = 0; v < kTileVectors; ++v) store(out + m * kTileColumns + v * kLanes, sum[m][v]);
+    for (int64_t v = 0; v < vectors; ++v) store(out + m * out_step + v * kLanes, sum[m][v]);
   }
+}
+
+inline void products(const float* const* rows, const float* panel, int64_t dim, float* out) {
+  products<kTileVectors>(rows, panel, kTileColumns, dim, out, kTileColumns);
 }
 
 // Bit c of `above[m]` says whether product `[m, c]` is above the threshold. Returns whether any is.
 [[maybe_unused]] __attribute__((noinline)) bool products_above(const float* const* rows, const float* panel,
                                                                int64_t dim, float threshold, uint64_t* above) {
   static_assert(kTileColumns <= 64, "a panel's columns fit a mask");
-  Tile sum = {};
-  multiply(rows, panel, dim, sum);
+  Tile<kTileVectors> sum = {};
+  multiply<kTileVectors>(rows, panel, kTileColumns, dim, sum);
   const Vector least = threshold - Vector{};
   uint64_t any = 0;
 #pragma GCC unroll 8

@@ -6,7 +6,7 @@ namespace skipkv {
 void track_sentences(const Tensor& token_ids, const std::optional<Tensor>& hidden, const Tensor& spans,
                      int64_t, const Tensor& delimiters, bool merge, const Tensor& ends, const Tensor& count,
                      const Tensor& after_delimiter, const Tensor& open_length, const Tensor& open_sum,
-                     const Tensor& embeddings) {
+                     const Tensor& embeddings, const Tensor& text) {
   const TokenIds ids(token_ids);
   check(spans, "spans", ScalarType::Long, {4, -1});
   check(delimiters, "delimiters", ScalarType::Bool, {-1});
@@ -15,6 +15,9 @@ void track_sentences(const Tensor& token_ids, const std::optional<Tensor>& hidde
   check(count, "count", ScalarType::Long, {num_slots});
   check(after_delimiter, "after_delimiter", ScalarType::Bool, {num_slots});
   check(open_length, "open_length", ScalarType::Float, {num_slots});
+  check(text, "text", ScalarType::Int, {num_slots, -1});
+  STD_TORCH_CHECK(text.is_contiguous(), "skipkv_cpu: text must be contiguous");
+  const int64_t longest = text.size(1);
   const bool embeds = hidden.has_value();
   const int64_t width = embeds ? hidden->size(1) : 0, held = embeds ? embeddings.size(1) - 1 : 0;
   Dtype from = Dtype::kFloat32, to = Dtype::kFloat32;
@@ -57,6 +60,12 @@ void track_sentences(const Tensor& token_ids, const std::optional<Tensor>& hidde
     bool after = after_delimiter.const_data_ptr<bool>()[slot];
     float length = open_length.const_data_ptr<float>()[slot];
     float* const sum = embeds ? sums + slot * width : nullptr;
+    if (longest > 0) {
+      STD_TORCH_CHECK(position >= 0 && position + tokens <= longest,
+                      "skipkv_cpu: a request has more than ", longest, " tokens");
+      int32_t* const row = text.mutable_data_ptr<int32_t>() + slot * longest + position;
+      for (int64_t t = 0; t < tokens; ++t) row[t] = static_cast<int32_t>(ids.at(begin + t, vocabulary));
+    }
     for (int64_t t = 0; t < tokens; ++t) {
       const bool delimiter = is_delimiter[ids.at(begin + t, vocabulary)], closes = delimiter && !(merge && after);
       after = delimiter;

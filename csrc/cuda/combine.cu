@@ -132,17 +132,9 @@ __global__ void __launch_bounds__(kThreads) mix_scores(Scoring s) {
 void mean_cosine(const Scoring& s, ScalarType type, cudaStream_t stream) {
   launch(sum_partials, s.count, kThreads, 0, stream, s);
   const int64_t blocks = s.count * s.blocks(kTile);
-  if (type == ScalarType::Float) {
-    launch(mean_of_cosines<float>, blocks, kThreads, 0, stream, s);
-  } else if (type == ScalarType::Half) {
-    launch(mean_of_cosines<__half>, blocks, kThreads, 0, stream, s);
-  } else if (type == ScalarType::Float8_e4m3fn) {
-    launch(mean_of_cosines<__nv_fp8_e4m3>, blocks, kThreads, 0, stream, s);
-  } else if (type == ScalarType::Float8_e5m2) {
-    launch(mean_of_cosines<__nv_fp8_e5m2>, blocks, kThreads, 0, stream, s);
-  } else {
-    launch(mean_of_cosines<__nv_bfloat16>, blocks, kThreads, 0, stream, s);
-  }
+  with_type(type, [&](auto element) {
+    launch(mean_of_cosines<decltype(element)>, blocks, kThreads, 0, stream, s);
+  });
 }
 
 void attend(const Scoring& s, cudaStream_t stream) {

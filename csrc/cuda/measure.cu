@@ -38,36 +38,13 @@ __global__ void __launch_bounds__(kThreads) measure(Scoring s) {
     int cell = -1;
     if (start + thread < length) {
       const int slot = s.order[line + start + thread];
-      cell = s.table[at.request * s.table_stride + slot / s.pages.size] * s.pages.size + slot % s.pages.size;
+      cell = cell_of(s.pages, s.table + at.request * s.table_stride, slot);
       s.cells[line + start + thread] = cell;
     }
     cells[thread] = cell;
   }
   __syncthreads();
-  const T* pages = head_pages<T>(s.pages, at);
-  if (s.vectors) {
-    // D is a multiple of a chunk, so there is no padding.
-    constexpr int kChunk = Chunk<T>::kSize;
-    const int chunks = dim / kChunk;
-#pragma unroll 4
-    for (int i = thread; i < TILE * chunks; i += kThreads) {
-      const int k = i / chunks, d = i % chunks * kChunk;
-      Chunk<T> chunk = {};
-      if (cells[k] >= 0) chunk = read_chunk(pages + cell_offset(s.pages, cells[k]) + d);
-#pragma unroll
-      for (int e = 0; e < kChunk; e += 4) {
-        *reinterpret_cast<float4*>(keys + k * stride + d + e) =
-            make_float4(to_float(chunk.values[e]), to_float(chunk.values[e + 1]), to_float(chunk.values[e + 2]),
-                        to_float(chunk.values[e + 3]));
-      }
-    }
-  } else {
-    for (int i = thread; i < TILE * padded; i += kThreads) {
-      const int k = i / padded, d = i % padded;
-      keys[k * stride + d] =
-          cells[k] >= 0 && d < dim ? to_float(pages[cell_offset(s.pages, cells[k]) + d]) : 0.0f;
-    }
-  }
+  load_cells<kThreads>(s.pages, head_pages<T>(s.pages, at), cells, TILE, s.vectors, keys, stride);
   __syncthreads();
   for (int k = warp; k < TILE; k += kWarps) {
     float square = 0.0f;
@@ -138,17 +115,7 @@ void run(const Scoring& s, cudaStream_t stream) {
 }  // namespace
 
 void measure_keys(const Scoring& s, ScalarType type, cudaStream_t stream) {
-  if (type == ScalarType::Float) {
-    run<float>(s, stream);
-  } else if (type == ScalarType::Half) {
-    run<__half>(s, stream);
-  } else if (type == ScalarType::Float8_e4m3fn) {
-    run<__nv_fp8_e4m3>(s, stream);
-  } else if (type == ScalarType::Float8_e5m2) {
-    run<__nv_fp8_e5m2>(s, stream);
-  } else {
-    run<__nv_bfloat16>(s, stream);
-  }
+  with_type(type, [&](auto element) { run<decltype(element)>(s, stream); });
 }
 
 }  // namespace skipkv

@@ -5,32 +5,19 @@
 #include "score.cuh"
 
 namespace skipkv {
-namespace {
-
-// Scratch memory of one launch; more rows are scored one part after the other.
-constexpr int64_t kScratchBytes = int64_t{256} << 20;
-
-}  // namespace
 
 Tensor score_tokens(const std::vector<Tensor>& caches, const Tensor& pointers, int64_t layout, const Tensor& table,
                     const Tensor& positions, const Tensor& num_resident, const Tensor& queries,
                     const std::optional<Tensor>& penalty, int64_t pool, double mix, double threshold) {
   const Pages pages = pages_of(caches, pointers, layout);
   const ScalarType type = caches[0].scalar_type();
-  const bool narrow = type == ScalarType::Float8_e4m3fn || type == ScalarType::Float8_e5m2;
-  STD_TORCH_CHECK(narrow || type == ScalarType::Float || type == ScalarType::Half || type == ScalarType::BFloat16,
-                  "skipkv_cuda: scoring reads float32, float16, bfloat16, float8_e4m3fn or float8_e5m2 caches, not ",
-                  torch::headeronly::toString(type));
-  STD_TORCH_CHECK(pages.dim <= kMaxDim, "skipkv_cuda: head size must be at most ", kMaxDim, ", not ", pages.dim);
+  check_keys(pages, type);
   const int64_t requests = table.size(0), n = positions.size(-1);
-  check(table, "table", ScalarType::Int, {requests, -1});
+  check_table(table, requests);
   check(positions, "positions", ScalarType::Int, {requests, pages.layers, pages.heads, n});
   check_vector(num_resident, "num_resident", ScalarType::Int, requests);
-  check(queries, "queries", narrow ? ScalarType::Float : type, {requests, pages.layers, -1, -1, pages.dim});
-  STD_TORCH_CHECK(queries.size(3) % pages.heads == 0, "skipkv_cuda: ", queries.size(3),
-                  " query heads are no multiple of ", pages.heads, " kv heads");
+  check_queries(queries, pages, type, requests);
   STD_TORCH_CHECK(pool % 2 == 1 && pool > 0, "skipkv_cuda: pool must be odd, not ", pool);
-  STD_TORCH_CHECK(table.stride(1) == 1 || table.size(1) <= 1, "skipkv_cuda: rows of table must be contiguous");
   if (penalty) check(*penalty, "penalty", ScalarType::Float, {requests, pages.layers, pages.heads, n});
 
   const Guard guard(positions.get_device_index());
@@ -51,10 +38,7 @@ Tensor score_tokens(const std::vector<Tensor>& caches, const Tensor& pointers, i
   s.threshold = static_cast<float>(threshold);
   s.root = static_cast<float>(std::sqrt(static_cast<double>(pages.dim)));
   s.redundancy = mix != 1.0;
-  const int64_t element = static_cast<int64_t>(caches[0].element_size());
-  s.vectors = copy_unit({pages.dim * element, pages.page_stride * element, pages.head_stride * element,
-                         pages.token_stride * element},
-                        caches) == 16;
+  s.vectors = in_chunks(pages, caches);
   s.table = data<const int>(table);
   s.table_stride = table.stride(0);
   s.num_resident = data<const int>(num_resident);

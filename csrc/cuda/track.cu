@@ -29,6 +29,9 @@ struct Tracking {
   int stored;
   int64_t held;
   int width;
+  // [slots, longest], or null.
+  int* text;
+  int64_t longest;
 };
 
 __device__ bool is_delimiter(const Tracking& s, int64_t token) { return s.delimiters[s.ids[token]]; }
@@ -80,6 +83,10 @@ __global__ void __launch_bounds__(kThreads) track(Tracking s) {
   const int tokens = static_cast<int>(s.spans[2 * s.requests + request]);
   const int position = static_cast<int>(s.spans[3 * s.requests + request]);
   const int thread = static_cast<int>(threadIdx.x);
+  if (s.text != nullptr) {
+    int* row = s.text + slot * s.longest + position;
+    for (int t = thread; t < tokens; t += kThreads) row[t] = static_cast<int>(s.ids[begin + t]);
+  }
   int* ends = s.ends + slot * s.ends_stride;
   const T* hidden = static_cast<const T*>(s.hidden);
   float* open = s.open_sum + slot * s.width;
@@ -91,7 +98,7 @@ __global__ void __launch_bounds__(kThreads) track(Tracking s) {
   while (i < tokens) {
     const int at = next_delimiter(s, begin, i, tokens, &found);
     if (s.merge && after && at == i) {
-      if (thread == 0 && closed > 0) ends[closed - 1] = max(ends[closed - 1], position + i);
+      if (thread == 0 && closed > 0) ends[closed - 1] = position + i;
       ++i;
       continue;
     }
@@ -118,7 +125,7 @@ __global__ void __launch_bounds__(kThreads) track(Tracking s) {
       }
     }
     if (closes) {
-      if (thread == 0) ends[closed] = max(ends[closed], position + at);
+      if (thread == 0) ends[closed] = position + at;
       ++closed;
     }
     after = closes;
@@ -147,7 +154,7 @@ void check_float(const Tensor& tensor, const char* name) {
 void track_sentences(const Tensor& token_ids, const std::optional<Tensor>& hidden, const Tensor& spans, int64_t,
                      const Tensor& delimiters, bool merge, const Tensor& ends, const Tensor& count,
                      const Tensor& after_delimiter, const Tensor& open_length, const Tensor& open_sum,
-                     const Tensor& embeddings) {
+                     const Tensor& embeddings, const Tensor& text) {
   const int64_t num_slots = ends.size(0), requests = spans.size(1);
   const bool wide = token_ids.scalar_type() == ScalarType::Long;
   check_vector(token_ids, "token_ids", wide ? ScalarType::Long : ScalarType::Int, token_ids.numel());
@@ -157,6 +164,8 @@ void track_sentences(const Tensor& token_ids, const std::optional<Tensor>& hidde
   check_vector(count, "count", ScalarType::Long, num_slots);
   check_vector(after_delimiter, "after_delimiter", ScalarType::Bool, num_slots);
   check_vector(open_length, "open_length", ScalarType::Float, num_slots);
+  check(text, "text", ScalarType::Int, {num_slots, -1});
+  STD_TORCH_CHECK(text.is_contiguous(), "skipkv_cuda: text must be contiguous");
   STD_TORCH_CHECK(ends.stride(1) == 1 || ends.size(1) <= 1, "skipkv_cuda: rows of ends must be contiguous");
 
   Tracking s{};
@@ -170,6 +179,8 @@ void track_sentences(const Tensor& token_ids, const std::optional<Tensor>& hidde
   s.ends_stride = ends.stride(0);
   s.count = data<int64_t>(count);
   s.after_delimiter = data<bool>(after_delimiter);
+  s.longest = text.size(1);
+  s.text = s.longest > 0 ? data<int>(text) : nullptr;
   const Guard guard(ends.get_device_index());
   const cudaStream_t stream = current_stream(ends);
   if (!hidden) return launch(track<float>, requests, kThreads, 0, stream, s);

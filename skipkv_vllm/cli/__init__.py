@@ -116,6 +116,19 @@ def _plan(
     typer.echo(found.json() if as_json else "\n".join(found.lines()))
 
 
+# The options are argparse's: several files and numbers after one flag, shared with `python -m benchmarks.fidelity`.
+@app.command(
+    "fidelity",
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+)
+def _fidelity(context: typer.Context) -> None:
+    """Say what eviction costs on given texts: excess log loss against full KV, without grading answers."""
+    from ..evaluation import command
+
+    if status := command.main("skipkv fidelity", context.args):
+        raise typer.Exit(status)
+
+
 @trace_app.command("view")
 def _view(
     file: Annotated[Path, typer.Argument(help="A trace: one .safetensors file of the folder of --kv-trace-dir.")],

@@ -260,8 +260,8 @@ def page_data(trace: Trace, texts: Sequence[str]) -> dict[str, Any]:
     if beyond := tokens - len(ids):
         notes.append(f"computed beyond the end of the text: {beyond} of the tokens")
     pairs = [
-        [earlier, later, round(cosine, 4)]
-        for (earlier, later), cosine in zip(trace.similar_pairs.tolist(), trace.similarity.tolist(), strict=True)
+        [earlier, later, round(similarity, 4)]
+        for (earlier, later), similarity in zip(trace.similar_pairs.tolist(), trace.similarity.tolist(), strict=True)
         if 0 <= earlier < later < n_sentences
     ]
     if lacking := len(trace.similar_pairs) - len(pairs):

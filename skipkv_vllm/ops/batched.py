@@ -93,6 +93,80 @@ def score_tokens(
     return scores if penalty is None else scores - penalty
 
 
+def measure_attention(
+    caches: list[Tensor],
+    pointers: Tensor,
+    layout: int,
+    table: Tensor,
+    positions: Tensor,
+    num_resident: Tensor,
+    queries: Tensor,
+    num_queries: Tensor,
+    newest: Tensor,
+    output_error: bool,
+) -> Tensor:
+    """Sum over the newest queries of what every held token means to their attention.
+
+    With attention A, value v and output o of a query: A, or with `output_error` `A^2 |v - o|^2`, which is what leaving
+    the token out changes in the output, squared and to first order. Both are averaged over the query heads of a kv
+    head. A query attends to the held tokens that are not in its future.
+
+    Args:
+        caches, pointers, layout: the pages.
+        table: int32 `[R, pages]`.
+        positions: int32 `[R, L, H, N]`, different within a row.
+        num_resident: int32 `[R]`, at least 1 and at most N.
+        queries: `[R, L, n, Hq, D]`, post-RoPE, oldest first; of dtype and scale as in `score_tokens`.
+        num_queries: int32 `[R]`, how many of the n count, the last ones; 0 to n.
+        newest: int32 `[R]`, position of the last query; the others precede it one by one. Every query that counts
+            sees at least one held token.
+        output_error: which of the two.
+
+    Returns:
+        float32 `[R, L, H, N]`, not negative; 0 past a request's length.
+    """
+    found = torch.zeros(positions.shape, dtype=torch.float32, device=positions.device)
+    lengths = zip(num_resident.tolist(), num_queries.tolist(), newest.tolist(), strict=True)
+    for r, (length, number, last) in enumerate(lengths):
+        if number == 0:
+            continue
+        for i, cache in enumerate(caches):
+            pages = layer_pages(cache, Layout(layout))
+            held = _pages(table[r], length, pages)
+            counted, where = queries[r, i, -number:], positions[r, i, :, :length]
+            logits = reference.logits_until(counted, pages.keys.read_pages(held, length), where, last)
+            attention = logits.softmax(dim=-1)
+            if output_error:
+                found[r, i, :, :length] = reference.output_error(attention, pages.values.read_pages(held, length))
+            else:
+                found[r, i, :, :length] = attention.sum(dim=2).mean(dim=1)
+    return found
+
+
+def key_similarity(
+    caches: list[Tensor], pointers: Tensor, layout: int, table: Tensor, num_resident: Tensor, length: int
+) -> Tensor:
+    """Cosine of every held key with the mean of the held keys' unit vectors: how much a key is like the others.
+
+    Args:
+        caches, pointers, layout: the pages.
+        table: int32 `[R, pages]`.
+        num_resident: int32 `[R]`, at least 1 and at most `length`.
+        length: N.
+
+    Returns:
+        float32 `[R, L, H, N]`; 0 past a request's length.
+    """
+    shape = (table.shape[0], len(caches), caches[0].shape[1], length)
+    found = torch.zeros(shape, dtype=torch.float32, device=table.device)
+    for r, number in enumerate(num_resident.tolist()):
+        for i, cache in enumerate(caches):
+            pages = layer_pages(cache, Layout(layout))
+            keys = pages.keys.read_pages(_pages(table[r], number, pages), number)
+            found[r, i, :, :number] = reference.key_similarity(keys)
+    return found
+
+
 def select_keep(
     scores: Tensor,
     positions: Tensor,
@@ -199,6 +273,7 @@ def track_sentences(
     open_length: Tensor,
     open_sum: Tensor,
     embeddings: Tensor,
+    text: Tensor,
 ) -> None:
     """Close sentences at delimiters, and embed each as its mean hidden state, SkipKV eq. 2.
 
@@ -214,11 +289,13 @@ def track_sentences(
         num_tokens: sum of the numbers.
         delimiters: bool `[vocabulary]`.
         merge: see above.
-        ends: int32 `[slots, most + 1]`, position of each sentence's last token; the last column is for nobody.
+        ends: int32 `[slots, most + 1]`, position of each sentence's last token, and the largest int32 for those that
+            are not closed yet; the last column is for nobody and keeps that number.
         count: int64 `[slots]` sentences closed so far.
         after_delimiter: bool `[slots]`, whether the token before was a delimiter.
         open_length, open_sum: float32 `[slots]` and `[slots, E]`, of the sentence being written.
         embeddings: `[slots, S + 1, E]`; sentence n goes to row `n % S` as a unit vector, the last row is for nobody.
+        text: int32 `[slots, longest]`, every token id by position; `[slots, 0]` where nobody reads it.
     """
     slots, begins, numbers, positions = spans
     request = torch.repeat_interleave(
@@ -228,7 +305,10 @@ def track_sentences(
     first = last + 1 - numbers
     offset = torch.arange(num_tokens, device=slots.device) - first[request]
     token, slot = begins[request] + offset, slots[request]
-    ends_here = delimiters[token_ids[token].long()]
+    ids = token_ids[token]
+    if text.shape[1]:
+        text[slot, positions[request] + offset] = ids.to(torch.int32)
+    ends_here = delimiters[ids.long()]
     closes = ends_here
     if merge:
         before = ends_here.roll(1)
@@ -237,11 +317,14 @@ def track_sentences(
     running = closes.long().cumsum(0)
     closed = running - (running[first] - closes[first].long())[request]
 
-    # A closing token ends sentence number `count + closed - 1`; a merged delimiter moves that end, and the larger of
-    # the two positions stays. Writes that must go nowhere have a column of their own: a boolean index would wait.
+    # A closing token ends sentence number `count + closed - 1`, which was open: its end was the largest number. A
+    # merged delimiter then moves that end, and the larger of the two positions stays. Writes that must go nowhere have
+    # a column of their own: a boolean index would wait.
     sentence = count[slot] + closed - 1
-    column = torch.where(ends_here, sentence, ends.shape[1] - 1)
     position = (positions[request] + offset).to(torch.int32)
+    most = torch.iinfo(torch.int32).max
+    ends[slot, torch.where(closes, sentence, ends.shape[1] - 1)] = torch.where(closes, position, most)
+    column = torch.where(ends_here, sentence, ends.shape[1] - 1)
     ends.view(-1).scatter_reduce_(0, slot * ends.shape[1] + column, position, reduce="amax")
     if hidden is not None:
         # A piece is the part of a sentence that lies in this step; each request has one more of them than it closes.

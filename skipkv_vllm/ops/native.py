@@ -69,6 +69,8 @@ def _on_any_device(op: str) -> Callable[..., Any]:
 
 
 score_tokens = _on_any_device("score_tokens")
+measure_attention = _on_any_device("measure_attention")
+key_similarity = _on_any_device("key_similarity")
 select_keep = _on_any_device("select_keep")
 compact_pages = _on_any_device("compact_pages")
 track_sentences = _on_any_device("track_sentences")

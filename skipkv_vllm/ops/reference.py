@@ -67,6 +67,11 @@ def attention_logits(queries: Tensor, keys: Tensor, positions: Tensor, ahead: in
     Raises:
         KVPolicyError: shapes that do not fit each other.
     """
+    return logits_until(queries, keys, positions, positions.amax(dim=1)[:, None] + ahead)
+
+
+def logits_until(queries: Tensor, keys: Tensor, positions: Tensor, newest: Tensor | int) -> Tensor:
+    """`attention_logits` of queries of which the last one has position `newest`, a number or `[Hkv, 1]`."""
     n_queries, q_heads, dim = queries.shape
     kv_heads, length, key_dim = keys.shape
     if dim != key_dim or q_heads % kv_heads or positions.shape != (kv_heads, length) or n_queries > length:
@@ -76,8 +81,7 @@ def attention_logits(queries: Tensor, keys: Tensor, positions: Tensor, ahead: in
         )
     grouped = queries.float().view(n_queries, kv_heads, q_heads // kv_heads, dim)
     logits = torch.einsum("whgd,hld->hgwl", grouped, keys.float()) / dim**0.5
-    newest = positions.amax(dim=1)[:, None] + ahead - (n_queries - 1)
-    reach = newest + torch.arange(n_queries, device=positions.device)
+    reach = newest - (n_queries - 1) + torch.arange(n_queries, device=positions.device).expand(kv_heads, -1)
     future = positions[:, None, :] > reach[:, :, None]
     return logits.masked_fill(future[:, None], -torch.inf)
 
@@ -101,6 +105,36 @@ def attention_received(queries: Tensor, keys: Tensor, positions: Tensor, ahead: 
         KVPolicyError: shapes that do not fit each other.
     """
     return attention_logits(queries, keys, positions, ahead).softmax(dim=-1).sum(dim=2).mean(dim=1)
+
+
+def output_error(attention: Tensor, values: Tensor) -> Tensor:
+    """What leaving each held token out changes in the attention outputs, squared and to first order.
+
+    `A^2 |v - o|^2` with attention A, value v and output o; sum over the queries, mean over the query heads of a kv
+    head. To second order in A the output without a token is `o + A / (1 - A) (o - v)`.
+
+    Args:
+        attention: float32 `[Hkv, G, n, L]`, rows summing to 1.
+        values: `[Hkv, L, D]`.
+
+    Returns:
+        float32 `[Hkv, L]`, not negative.
+    """
+    values, squared = values.float(), attention.square()
+    output = attention @ values[:, None]
+    # |v - o|^2 multiplied out, so that no tensor has both a dimension for queries and one for head size and tokens.
+    of_values = squared.sum(dim=(1, 2)) * values.square().sum(dim=-1)
+    mixed = (torch.einsum("hgnl,hgnd->hld", squared, output) * values).sum(dim=-1)
+    of_outputs = torch.einsum("hgnl,hgn->hl", squared, output.square().sum(dim=-1))
+    return ((of_values - 2 * mixed + of_outputs) / attention.shape[1]).clamp(min=0)
+
+
+def key_similarity(keys: Tensor) -> Tensor:
+    """Cosine of each key `[Hkv, L, D]` with the mean of all keys' unit vectors, float32 `[Hkv, L]`."""
+    unit = keys.float()
+    unit = unit / (unit.norm(dim=-1, keepdim=True) + EPSILON)
+    mean = unit.mean(dim=1, keepdim=True)
+    return (unit * (mean / (mean.norm(dim=-1, keepdim=True) + EPSILON))).sum(dim=-1)
 
 
 def attention_sparsity(queries: Tensor, keys: Tensor, positions: Tensor, *, negligible: float) -> Tensor:

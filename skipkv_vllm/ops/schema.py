@@ -26,6 +26,13 @@ SCHEMAS = {
         "(Tensor[] caches, Tensor pointers, int layout, Tensor table, Tensor positions, Tensor num_resident, "
         "Tensor queries, Tensor? penalty, int pool, float mix, float threshold) -> Tensor"
     ),
+    "measure_attention": (
+        "(Tensor[] caches, Tensor pointers, int layout, Tensor table, Tensor positions, Tensor num_resident, "
+        "Tensor queries, Tensor num_queries, Tensor newest, bool output_error) -> Tensor"
+    ),
+    "key_similarity": (
+        "(Tensor[] caches, Tensor pointers, int layout, Tensor table, Tensor num_resident, int length) -> Tensor"
+    ),
     "select_keep": (
         "(Tensor scores, Tensor positions, Tensor num_resident, Tensor num_keep, Tensor pin_below, Tensor pin_from, "
         "int max_moves) -> (Tensor source, Tensor hole, Tensor count)"
@@ -37,7 +44,7 @@ SCHEMAS = {
     "track_sentences": (
         "(Tensor token_ids, Tensor? hidden, Tensor spans, int num_tokens, Tensor delimiters, bool merge, "
         "Tensor(a!) ends, Tensor(b!) count, Tensor(c!) after_delimiter, Tensor(d!) open_length, "
-        "Tensor(e!) open_sum, Tensor(f!) embeddings) -> ()"
+        "Tensor(e!) open_sum, Tensor(f!) embeddings, Tensor(g!) text) -> ()"
     ),
     "sentence_similarity": (
         "(Tensor embeddings, Tensor slots, Tensor count, Tensor(a!) compared, Tensor(b!) penalties, "
@@ -69,6 +76,28 @@ def _fake_score_tokens(
     threshold: float,
 ) -> Tensor:
     return torch.empty_like(positions, dtype=torch.float32)
+
+
+def _fake_measure_attention(
+    caches: list[Tensor],
+    pointers: Tensor,
+    layout: int,
+    table: Tensor,
+    positions: Tensor,
+    num_resident: Tensor,
+    queries: Tensor,
+    num_queries: Tensor,
+    newest: Tensor,
+    output_error: bool,
+) -> Tensor:
+    return torch.empty_like(positions, dtype=torch.float32)
+
+
+def _fake_key_similarity(
+    caches: list[Tensor], pointers: Tensor, layout: int, table: Tensor, num_resident: Tensor, length: int
+) -> Tensor:
+    shape = (table.shape[0], len(caches), caches[0].shape[1], length)
+    return table.new_empty(shape, dtype=torch.float32)
 
 
 def _fake_select_keep(
@@ -106,6 +135,8 @@ def _fake_steer_add(hidden: Tensor, coefficient: Tensor, row: Tensor, vectors: T
 
 FAKES: dict[str, Callable[..., Any]] = {
     "score_tokens": _fake_score_tokens,
+    "measure_attention": _fake_measure_attention,
+    "key_similarity": _fake_key_similarity,
     "select_keep": _fake_select_keep,
     "compact_pages": _fake_nothing,
     "track_sentences": _fake_nothing,

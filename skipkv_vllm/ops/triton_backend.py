@@ -49,16 +49,9 @@ def score_tokens(
 ) -> Tensor:
     """See `batched.score_tokens`; caches in float32, float16, bfloat16, float8_e4m3fn or float8_e5m2."""
     _check_pages(caches, layout)
-    kernels, tl = _kernels("scoring"), import_module("triton.language")
-    narrow = {torch.float8_e4m3fn: tl.float8e4nv, torch.float8_e5m2: tl.float8e5}
-    elements = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16} | narrow
-    cache = caches[0]
-    is_narrow = cache.dtype in narrow
-    if cache.dtype not in elements or queries.dtype != (torch.float32 if is_narrow else cache.dtype):
-        raise KVPolicyError(
-            f"score_tokens: caches {cache.dtype} and queries {queries.dtype}; expected one of float32, float16 and "
-            "bfloat16 for both, or float8_e4m3fn or float8_e5m2 and float32; start without --kv-cache-dtype"
-        )
+    kernels, tl, cache = _kernels("scoring"), import_module("triton.language"), caches[0]
+    element = _element("score_tokens", cache, queries)
+    is_narrow = cache.element_size() == 1
     layers, heads, page_size = len(caches), *cache.shape[1:3]
     window, q_heads, dim = queries.shape[2:]
     n, rows = positions.shape[-1], positions.shape[:-1].numel()
@@ -68,7 +61,6 @@ def score_tokens(
     queries, positions = queries.contiguous(), positions.contiguous()
     penalty = None if penalty is None else penalty.float().contiguous()
 
-    element = elements[cache.dtype]
     # NumPy has no bfloat16, so the interpreter multiplies in float32.
     multiply = tl.float32 if _interpreted() else tl.float16 if is_narrow else element
     dims, windows = max(16, _power_of_two(dim)), _power_of_two(window)
@@ -136,6 +128,74 @@ def score_tokens(
             redundancy=redundancy,
             penalised=penalty is not None,
             block=256,
+        )
+    return out
+
+
+def measure_attention(
+    caches: list[Tensor],
+    pointers: Tensor,
+    layout: int,
+    table: Tensor,
+    positions: Tensor,
+    num_resident: Tensor,
+    queries: Tensor,
+    num_queries: Tensor,
+    newest: Tensor,
+    output_error: bool,
+) -> Tensor:
+    """See `batched.measure_attention`; caches as for `score_tokens`."""
+    _check_pages(caches, layout)
+    kernels, tl, cache = _kernels("attention"), import_module("triton.language"), caches[0]
+    element = _element("measure_attention", cache, queries)
+    layers, kv_heads = len(caches), cache.shape[1]
+    window, q_heads, dim = queries.shape[2:]
+    n, rows, heads = positions.shape[-1], positions.shape[:-1].numel(), window * (q_heads // kv_heads)
+    out = torch.empty(positions.shape, dtype=torch.float32, device=positions.device)
+    if out.numel() == 0:
+        return out
+    inputs = (pointers, table, positions.contiguous(), num_resident, num_queries, newest, queries.contiguous())
+    shape = {
+        "page_size": cache.shape[2],
+        "dim": dim,
+        "window": window,
+        "group": q_heads // kv_heads,
+        "element": element,
+        # NumPy has no bfloat16, and queries for keys of 8 bits are float32.
+        "multiply": tl.float32 if _interpreted() or cache.element_size() == 1 else element,
+        "errors": output_error,
+        "block": 64 if dim <= 128 else 16,
+        "dims": max(16, _power_of_two(dim)),
+        "tile": 16,
+    }
+    width = dim if output_error else 0
+    at_once = min(rows, max(1, SCRATCH_BYTES // max(1, 4 * heads * (width + 3))))
+    top, share, squares = torch.empty(3, at_once, heads, dtype=torch.float32, device=out.device)
+    scratch = (top, share, squares, torch.empty(at_once, heads, width, dtype=torch.float32, device=out.device))
+    for first in range(0, rows, at_once):
+        part = min(at_once, rows - first)
+        numbers = (first, n, layers, kv_heads, table.stride(0), *cache.stride()[:3], float(dim**0.5))
+        kernels.attend_queries[(part * _ceil_div(heads, 16),)](*inputs, *scratch, *numbers, **shape)
+        kernels.sum_queries[(part * _ceil_div(n, shape["block"]),)](*inputs, *scratch, out, *numbers, **shape)
+    return out
+
+
+def key_similarity(
+    caches: list[Tensor], pointers: Tensor, layout: int, table: Tensor, num_resident: Tensor, length: int
+) -> Tensor:
+    """See `batched.key_similarity`; caches as for `score_tokens`."""
+    _check_pages(caches, layout)
+    cache, layers = caches[0], len(caches)
+    _, heads, page_size, double = cache.shape
+    out = torch.empty(table.shape[0], layers, heads, length, dtype=torch.float32, device=table.device)
+    if out.numel() > 0:
+        _kernels("attention").compare_keys[(table.shape[0] * layers * heads,)](
+            *(pointers, table, num_resident, out, length, layers, heads, table.stride(0), *cache.stride()[:3]),
+            page_size=page_size,
+            dim=double // 2,
+            element=_element("key_similarity", cache),
+            block=64 if double <= 256 else 32,
+            dims=max(16, _power_of_two(double // 2)),
         )
     return out
 
@@ -230,24 +290,26 @@ def track_sentences(
     open_length: Tensor,
     open_sum: Tensor,
     embeddings: Tensor,
+    text: Tensor,
 ) -> None:
     """See `batched.track_sentences`."""
     requests, held = spans.shape[1], embeddings.shape[1] - 1
     if requests == 0:
         return
-    states = (ends[0], open_sum, embeddings) if hidden is not None else (ends[0],)
+    states = (ends[0], text, open_sum, embeddings) if hidden is not None else (ends[0], text)
     if not all(state.is_contiguous() for state in states):
-        raise KVPolicyError("track_sentences: rows of ends, open_sum and embeddings must be contiguous")
+        raise KVPolicyError("track_sentences: rows of ends, text, open_sum and embeddings must be contiguous")
     if hidden is not None and hidden.stride(1) != 1:
         hidden = hidden.contiguous()
     width = 1 if hidden is None else hidden.shape[1]
     _kernels("sentences").track[(requests,)](
         *(token_ids, open_sum if hidden is None else hidden, spans.contiguous(), delimiters.view(torch.int8)),
-        *(ends, count, after_delimiter.view(torch.int8), open_length, open_sum, embeddings),
-        *(requests, 0 if hidden is None else hidden.stride(0), ends.stride(0), held),
+        *(ends, count, after_delimiter.view(torch.int8), open_length, open_sum, embeddings, text),
+        *(requests, 0 if hidden is None else hidden.stride(0), ends.stride(0), held, text.shape[1]),
         width=width,
         merge=int(merge),
         embeds=hidden is not None,
+        keeps_text=text.shape[1] > 0,
         tokens=64,
         block=min(1024, _power_of_two(width)),
     )
@@ -387,6 +449,21 @@ def _interpreted() -> bool:
 def _kernels(name: str) -> Any:
     """A module of kernels; only here, so that this module can be imported where Triton cannot."""
     return import_module(f".triton_kernels.{name}", __package__)
+
+
+def _element(op: str, cache: Tensor, queries: Tensor | None = None) -> Any:
+    """Triton's type for the elements of a cache, whose dtype and that of the queries are checked."""
+    tl = import_module("triton.language")
+    narrow = {torch.float8_e4m3fn: tl.float8e4nv, torch.float8_e5m2: tl.float8e5}
+    elements = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16} | narrow
+    asked = torch.float32 if cache.dtype in narrow else cache.dtype
+    if cache.dtype not in elements or (queries is not None and queries.dtype != asked):
+        raise KVPolicyError(
+            f"{op}: caches {cache.dtype} and queries {queries.dtype if queries is not None else None}; expected one of "
+            "float32, float16 and bfloat16 for both, or float8_e4m3fn or float8_e5m2 and float32; start without "
+            "--kv-cache-dtype"
+        )
+    return elements[cache.dtype]
 
 
 def _check_pages(caches: list[Tensor], layout: int) -> None:

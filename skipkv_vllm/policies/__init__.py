@@ -23,8 +23,12 @@ from . import (  # noqa: F401  (importing registers them)
     vatp,
 )
 from .base import (
+    ACCUMULATED,
     IN_THE_CACHE,
+    NUM_ACCUMULATED,
     OBSERVED,
+    REPEATS,
+    Measured,
     Need,
     Policy,
     Probe,
@@ -37,8 +41,12 @@ from .base import (
 )
 
 __all__ = [
+    "ACCUMULATED",
     "IN_THE_CACHE",
+    "NUM_ACCUMULATED",
     "OBSERVED",
+    "REPEATS",
+    "Measured",
     "Need",
     "Policy",
     "Probe",

@@ -28,8 +28,13 @@ class Need(Flag):
     """sentence boundaries (from token ids)"""
     HIDDEN = auto()
     """sentence embeddings and the penalties of repeated sentences (from last hidden states)"""
+    RECURRENCE = auto()
+    """how much of each sentence a later one says again (from token ids)"""
     ATTENTION_MASS = auto()
     """the attention that every held token has received so far; comes with the keys and queries it is made of"""
+    OUTPUT_ERROR = auto()
+    """what leaving a held token out changes in the outputs of the queries since it was written, on average; comes with
+    the keys, values and queries it is made of; not together with `ATTENTION_MASS`"""
     SEGMENTS = auto()
     """how sparse attention was at the end of every segment of the text, and a number that the method keeps of each;
     not together with `ATTENTION_MASS`"""
@@ -43,8 +48,18 @@ IN_THE_CACHE = Need.KEYS | Need.VALUES
 """What is there without being collected."""
 
 
-OBSERVED = Need.ATTENTION_MASS | Need.SEGMENTS
+ACCUMULATED = Need.ATTENTION_MASS | Need.OUTPUT_ERROR
+"""Sums over all queries, so every query is used once."""
+
+NUM_ACCUMULATED = 32
+"""Queries that the workers keep of each request for such sums, and use together. More take memory, fewer make more
+passes over the keys; the sums are the same."""
+
+OBSERVED = ACCUMULATED | Need.SEGMENTS
 """What is made of the attention of queries while they are there."""
+
+REPEATS = Need.HIDDEN | Need.RECURRENCE
+"""What says of a sentence whether a later one repeats it; a server collects one of the two."""
 
 
 @dataclass(frozen=True)
@@ -77,16 +92,20 @@ class View:
         num_keep: tokens that will be kept of each head.
         num_logical: tokens computed so far; the newest held one has position `num_logical - 1`.
         num_prompt: length of the prompt.
+        num_protected: first tokens that always stay: of a protected prompt its length, else 0.
         layer: index of the layer in the model.
         first_head: index in the model of the first of these kv heads; others may be on other ranks.
         keys: post-RoPE keys `[L, H, D]`, or None unless `Need.KEYS`.
         values: `[L, H, D]`, or None unless `Need.VALUES`.
         queries: the last W post-RoPE queries `[W, Hq, D]`, oldest first, or None unless `Need.QUERIES`.
-        sentence_penalty: `[H, L]` float32, the similarity to the later sentence that repeats a token's
-            sentence and 0 elsewhere, or None unless `Need.HIDDEN`.
+        sentence_penalty: `[H, L]` float32, 0 to 1: with `Need.HIDDEN` the similarity to the later sentence that repeats
+            a token's sentence, and 0 elsewhere; with `Need.RECURRENCE` the share of the sentence's tokens that a later
+            sentence says again; else None.
         attention_mass: `[H, L]` float32, sum over all queries since the end of the prompt (its last token's
             included) of the attention paid to the token, averaged over the query heads of the kv head; or
             None unless `Need.ATTENTION_MASS`.
+        output_error: `[H, L]` float32, mean of `A^2 |v - o|^2` over the queries that saw the token, older ones
+            discounted by `Policy.decay` a compaction; or None unless `Need.OUTPUT_ERROR`. See `ops.output_error`.
         segment: int64 `[H, L]`, number of each token's segment, -1 in the protected prompt and S in the window; or None
             unless `Need.SEGMENTS`.
         segments: what is known of the segments, with what `Policy.remember` just noted; or None likewise.
@@ -101,6 +120,7 @@ class View:
     num_keep: int = 0
     num_logical: int = 0
     num_prompt: int = 0
+    num_protected: int = 0
     layer: int = 0
     first_head: int = 0
     keys: Tensor | None = None
@@ -108,10 +128,30 @@ class View:
     queries: Tensor | None = None
     sentence_penalty: Tensor | None = None
     attention_mass: Tensor | None = None
+    output_error: Tensor | None = None
     segment: Tensor | None = None
     segments: Segments | None = None
     gates: Tensor | None = None
     probe: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What is measured of held tokens, by rows of any number of requests, layers and heads; all of shape `[..., N]`.
+
+    Attributes:
+        output_error: float32, see `View`.
+        key_similarity: float32, cosine of the key with the mean of its row's unit keys.
+        repeated: float32, share of the tokens of the token's sentence that a later sentence says again.
+        is_recent: bool, whether the token is one of the `Policy.num_recent` newest.
+        is_free: bool, whether it may leave; False for protected tokens, the window, and where there is no token.
+    """
+
+    output_error: Tensor
+    key_similarity: Tensor
+    repeated: Tensor
+    is_recent: Tensor
+    is_free: Tensor
 
 
 @dataclass(frozen=True)
@@ -173,6 +213,21 @@ class Policy(ABC):
     @abstractmethod
     def score(self, view: View) -> Tensor:
         """Score every held token of one layer: float32 `[H, L]`, higher is kept longer."""
+
+    def rank(self, measured: Measured) -> Tensor:
+        """Score tokens of any number of requests, layers and heads at once, for methods with `Need.OUTPUT_ERROR`;
+        float32 `[..., N]`."""
+        raise NotImplementedError
+
+    def num_recent(self, num_keep: int, num_protected: int) -> int:
+        """How many of `num_keep` tokens count as recent, where the first ones are protected; for methods with
+        `Need.OUTPUT_ERROR`."""
+        return 0
+
+    @property
+    def decay(self) -> float:
+        """By what the sums of `Need.OUTPUT_ERROR` are multiplied after each compaction."""
+        return 1.0
 
     def weights(self, view: View) -> Tensor | None:
         """How much attention every held token of one layer gets by this method's account: float32 `[H, L]`, not

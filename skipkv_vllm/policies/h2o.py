@@ -20,7 +20,7 @@ class H2O(Policy):
 
     The mass is exact: every query from the prompt's last token on is counted once, over the tokens held at its
     time. Queries of earlier prompt tokens are not counted, so that neither chunked prefill nor a prefix-cache
-    hit changes what is kept.
+    hit changes what is kept. A prompt that is compacted before its end is counted from one buffer before that on.
 
     Attributes:
         recent_share: share of the budget for the newest tokens.
@@ -30,9 +30,9 @@ class H2O(Policy):
     about: ClassVar[About] = About(
         "H2O",
         "2306.14048",
-        "O(L), and O(W G L D) every W tokens",
-        "queries before the prompt's last token are not counted (where the prompt may be evicted: before the last one "
-        "ahead of the first compaction)",
+        "O(L), and O(n G L D) for every n queries",
+        "queries before the prompt's last token are not counted (where the prompt may be evicted: before the last "
+        "buffer ahead of the first compaction)",
     )
     needs: ClassVar[Need] = Need.ATTENTION_MASS | Need.QUERIES | Need.KEYS
 

@@ -27,16 +27,22 @@ class Random(Policy):
 
     A method that does not beat this one chooses nothing. The numbers depend on the seed, the layer, the head,
     the position and the length at the compaction only, so neither batch nor device changes them, nor how many
-    devices share the model.
+    devices share the model. Where the prompt is not protected, `sinks` protects as many first tokens in its stead.
     """
 
     name: ClassVar[str] = "random"
     about: ClassVar[About] = About("a control", cost="O(L)", departs="draws anew at every compaction")
 
     seed: int = 0
+    sinks: int = 0
 
     def __post_init__(self) -> None:
         check_range("seed", self.seed, 0, 2**31 - 1)
+        check_range("sinks", self.sinks, 0, 4096)
+
+    @property
+    def num_sinks(self) -> int:
+        return self.sinks
 
     def score(self, view: View) -> Tensor:
         positions = view.positions.long()

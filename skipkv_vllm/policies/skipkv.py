@@ -1,60 +1,169 @@
-"""`skipkv`: sentences that a later sentence repeats leave first (SkipKV, arXiv 2512.07993, MLSys 2026)."""
+"""`skipkv`: what later text repeats leaves first (after SkipKV, arXiv 2512.07993, MLSys 2026)."""
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor
 
+from .. import ops
 from ..errors import KVPolicyError
-from .base import About, Need, SentenceOptions, TokenScore, View, check_range, register_policy
+from .base import (
+    About,
+    Measured,
+    Need,
+    Policy,
+    SentenceOptions,
+    TokenScore,
+    View,
+    check_choice,
+    check_range,
+    register_policy,
+)
 from .rkv import RKV
+
+COMPAT = ("default", "paper", "reference")
+
+SMALLEST_ERROR = 1e-12
+"""Errors below count as this one, so that tokens nobody attends to do not stretch the scale of the others."""
+
+POWER = 6
+"""Of the repeated share of a sentence: some words that recur by chance weigh nothing, a sentence said again all."""
+
+SMALLEST_NOVELTY = 0.05
+
+FORMULA_OF_THE_PAPER = ("mix", "pool", "redundancy_threshold", "similarity_threshold", "max_sentences")
 
 
 @register_policy
 @dataclass(frozen=True)
-class SkipKV(RKV):
-    """The token score of R-KV minus the similarity of a repeated sentence, eq. 6.
+class SkipKV(Policy):
+    """What a token's absence would change in recent outputs, less where a later sentence says the same again.
 
-    Token scores are of order 1/L and the similarity is at least `similarity_threshold`, so tokens of
-    repeated sentences go first and token scores decide among the rest.
+    Per layer and kv head, with z(...) a value standardised over the tokens that may leave, and R the share of the
+    tokens of the token's sentence that a later sentence says again:
+
+        z(log(output error)) - key_weight * z(cosine of the key with the mean key)
+            + sentence_weight * log(1 - R^6) + recent_weight where the token is recent
+
+    Every term counts standard deviations of its row, so nothing has to be set for a model, a text or a budget. The rule
+    of the paper, eq. 6, is the token score of R-KV minus the cosine of a sentence's mean hidden state with that of the
+    later sentence that repeats it; its threshold must be found for each model.
 
     Attributes:
-        similarity_threshold: cosine of two sentence embeddings above which the earlier one is redundant.
-            The paper uses 0.95-0.99, tuned per budget.
+        recent_share: share of what the protected prompt leaves of the budget; as many of the newest tokens are recent.
+        recent_weight: what being recent adds.
+        decay: what is left at the next compaction of an error measured before this one.
+        key_weight: what key similarity weighs against the error.
+        sentence_weight: what the logarithm of a sentence's novelty weighs against it.
+        compat: "default"; "paper" for the rule of the paper with our tables of sentence ends; "reference" for that of
+            its published code. The parameters below belong to these two.
+        mix: weight of importance against redundancy, see `RKV`.
+        pool: width of the max-pooling of importance, odd.
+        redundancy_threshold: key cosine above which the last similar key is exempted.
+        similarity_threshold: cosine of two sentence embeddings above which the earlier one is redundant; the paper
+            uses 0.95-0.99, tuned per budget.
         max_sentences: see `SentenceOptions`.
-        compat: "default", or "reference" for the token tables and the penalty rule of the published code.
     """
 
     name: ClassVar[str] = "skipkv"
     about: ClassVar[About] = About(
         "SkipKV",
         "2512.07993",
-        "as rkv, and O(S) cosines for each new sentence of S held ones",
-        'see docs/architecture.md, "Where we depart from the paper"',
+        "O(n G L D) for every n queries, and O(T log T) for T tokens of text",
+        "scores by output error, and compares sentences by their words; `compat` gives the paper's rule; see "
+        'docs/architecture.md, "The method, and where it departs from the paper"',
     )
-    needs: ClassVar[Need] = RKV.needs | Need.SENTENCES | Need.HIDDEN
 
+    recent_share: float = 0.5
+    recent_weight: float = 3.0
+    decay: float = 0.7
+    key_weight: float = 0.3
+    sentence_weight: float = 2.0
+    compat: str = "default"
+    mix: float = RKV.mix
+    pool: int = RKV.pool
+    redundancy_threshold: float = RKV.redundancy_threshold
     similarity_threshold: float = 0.95
     max_sentences: int = 256
-    compat: str = "default"
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        check_choice("compat", self.compat, COMPAT)
+        for name in ("recent_share", "decay"):
+            check_range(name, getattr(self, name), 0.0, 1.0)
+        for name in ("recent_weight", "key_weight", "sentence_weight"):
+            check_range(name, getattr(self, name), 0.0, 100.0)
         check_range("similarity_threshold", self.similarity_threshold, 0.0, 1.0)
         check_range("max_sentences", self.max_sentences, 2, 65536)
-        if self.compat not in ("default", "reference"):
-            raise KVPolicyError(f"kv_policy_config: compat={self.compat!r} must be 'default' or 'reference'")
+        self._check_formula()
+        RKV(self.mix, self.pool, self.redundancy_threshold)  # checks its parameters
+
+    def _check_formula(self) -> None:
+        """Refuse parameters of the formula that is not in use: they would change nothing without a word."""
+        of_paper = self.compat != "default"
+        for field in dataclasses.fields(self):
+            is_set = getattr(self, field.name) != field.default
+            if is_set and field.name != "compat" and (field.name in FORMULA_OF_THE_PAPER) != of_paper:
+                remedy = "leave it out" if of_paper else 'add "compat": "paper" for the paper\'s rule, or leave it out'
+                raise KVPolicyError(
+                    f"kv_policy_config: {field.name}={getattr(self, field.name)!r} means nothing with "
+                    f"compat={self.compat!r}; {remedy}"
+                )
+
+    @property
+    def needs(self) -> Need:  # type: ignore[override]
+        """By the rule in use."""
+        if self.compat == "default":
+            return Need.QUERIES | Need.KEYS | Need.VALUES | Need.SENTENCES | Need.RECURRENCE | Need.OUTPUT_ERROR
+        return RKV.needs | Need.SENTENCES | Need.HIDDEN
 
     @property
     def sentence_options(self) -> SentenceOptions:
-        return SentenceOptions(self.similarity_threshold, self.max_sentences, self.compat)
+        tables = "reference" if self.compat == "reference" else "default"
+        return SentenceOptions(self.similarity_threshold, self.max_sentences, tables)
 
     @property
-    def token_score(self) -> TokenScore:
-        return super().token_score  # the operator subtracts the penalty
+    def token_score(self) -> TokenScore | None:
+        # The operator subtracts the penalty.
+        return None if self.compat == "default" else self._rkv.token_score
+
+    @property
+    def _rkv(self) -> RKV:
+        return RKV(self.mix, self.pool, self.redundancy_threshold)
 
     def score(self, view: View) -> Tensor:
         assert view.sentence_penalty is not None
-        return super().score(view) - view.sentence_penalty
+        if self.compat != "default":
+            return self._rkv.score(view) - view.sentence_penalty
+        assert view.output_error is not None
+        assert view.keys is not None
+        in_window = view.positions >= view.num_logical - view.window
+        measured = Measured(
+            view.output_error,
+            ops.key_similarity(view.keys.transpose(0, 1)),
+            view.sentence_penalty,
+            view.positions >= view.num_logical - self.num_recent(view.num_keep, view.num_protected),
+            ~in_window & (view.positions >= view.num_protected),
+        )
+        return self.rank(measured)
+
+    def num_recent(self, num_keep: int, num_protected: int) -> int:
+        """A share of what the protected prompt leaves."""
+        return int(self.recent_share * (num_keep - num_protected))
+
+    def rank(self, measured: Measured) -> Tensor:
+        worth = _standardised(measured.output_error.clamp(min=SMALLEST_ERROR).log(), measured.is_free)
+        similarity = _standardised(measured.key_similarity, measured.is_free)
+        novelty = (1 - measured.repeated**POWER).clamp(min=SMALLEST_NOVELTY).log()
+        score = worth - self.key_weight * similarity + self.sentence_weight * novelty
+        return score + self.recent_weight * measured.is_recent
+
+
+def _standardised(values: Tensor, counts: Tensor) -> Tensor:
+    """Each row of `[..., N]` less its mean, in standard deviations; both of the elements that count."""
+    number = counts.sum(dim=-1, keepdim=True).clamp(min=1)
+    centred = values - (values * counts).sum(dim=-1, keepdim=True) / number
+    variance = (centred.square() * counts).sum(dim=-1, keepdim=True) / number
+    return centred / variance.sqrt().clamp(min=ops.EPSILON)

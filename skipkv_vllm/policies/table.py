@@ -7,13 +7,16 @@ import dataclasses
 from . import Need, Policy, make_policy, policy_names
 from .base import About, refusals
 
+SUMS = "bytes a held token, layer and kv head; 32 queries instead of W"
 INPUTS = {
     Need.QUERIES: ("last W queries", "W Hq D elements a layer"),
     Need.KEYS: ("keys", ""),
     Need.VALUES: ("values", ""),
     Need.SENTENCES: ("sentence boundaries", "4 bytes a token"),
     Need.HIDDEN: ("last hidden states", "`max_sentences` embeddings, 4 bytes a token"),
-    Need.ATTENTION_MASS: ("attention received so far", "4 bytes a held token, layer and kv head"),
+    Need.RECURRENCE: ("token ids", "4 bytes a token"),
+    Need.OUTPUT_ERROR: ("error of leaving a token out, so far", f"8 {SUMS}"),
+    Need.ATTENTION_MASS: ("attention received so far", f"4 {SUMS}"),
     Need.SEGMENTS: ("sparsity of attention at the end of each segment", "12 bytes a segment"),
     Need.GATES: ("what learned gates said of each token", "4 bytes a token, layer and kv head; the gates"),
     Need.PROBE: ("queries of tokens computed ahead", "their pages, and `laq`'s copy, for one step"),

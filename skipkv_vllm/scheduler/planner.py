@@ -105,7 +105,7 @@ class Observation(NamedTuple):
         request_id: whose cache.
         num_logical: tokens computed so far.
         num_resident: tokens held, in the first slots of `pages`.
-        num_queries: queries to look at, the newest; at most the window.
+        num_queries: queries to look at, the newest; at most as many as the workers keep.
         pages: block ids.
     """
 
@@ -114,6 +114,20 @@ class Observation(NamedTuple):
     num_resident: int
     num_queries: int
     pages: list[int]
+
+
+class Looks(NamedTuple):
+    """Which queries' attention a request's method looks at, and when.
+
+    Attributes:
+        first: first token whose query counts. The request must not take it from the prefix cache.
+        interval: tokens between two looks; where all queries count, at most as many as the workers keep.
+        at_all: whether every query counts, or only the window's at the end of each interval.
+    """
+
+    first: int
+    interval: int
+    at_all: bool
 
 
 class Compaction(NamedTuple):
@@ -149,8 +163,7 @@ class Compaction(NamedTuple):
 @dataclass
 class _Request:
     limits: Limits
-    first_observed: int | None
-    segment: int | None
+    looks: Looks | None
     num_observed: int | None
     """tokens whose attention was looked at; None where nobody asks for it"""
     num_compactions: int = 0
@@ -159,11 +172,6 @@ class _Request:
     def bound(self) -> int:
         """Resident length that triggers the next compaction."""
         return self.limits.bound if self.num_compactions else self.limits.first_bound
-
-    @property
-    def interval(self) -> int:
-        """Tokens between two looks at the attention."""
-        return self.limits.window if self.segment is None else self.segment
 
     def is_due(self, num_logical: int, num_resident: int) -> bool:
         """Whether it is compacted now."""
@@ -179,26 +187,22 @@ class EvictionPlanner:
     earliest: dict[str, int] = field(default_factory=dict)
     """logical length before which a started request is not due; spares most requests a closer look at most steps"""
 
-    def start(
-        self, request_id: str, limits: Limits, first_observed: int | None = None, segment: int | None = None
-    ) -> None:
+    def start(self, request_id: str, limits: Limits, looks: Looks | None = None) -> None:
         """A request arrives.
 
         Args:
             request_id: its id.
             limits: what it may hold.
-            first_observed: first token whose attention is looked at; None where nobody asks for it. The request must
-                not take that token from the prefix cache.
-            segment: tokens after which the newest queries are looked at; None where every query counts.
+            looks: which queries' attention is looked at; None where nobody asks for it.
         """
-        self._requests[request_id] = _Request(limits, first_observed, segment, first_observed)
+        self._requests[request_id] = _Request(limits, looks, None if looks is None else looks.first)
         self.earliest[request_id] = limits.first_due
 
     def restart(self, request_id: str) -> None:
         """The request was preempted: when it resumes, it starts over with nothing computed."""
         request = self._requests.get(request_id)
         if request is not None:
-            self.start(request_id, request.limits, request.first_observed, request.segment)
+            self.start(request_id, request.limits, request.looks)
 
     def stop(self, request_id: str) -> None:
         """The request finished or was aborted."""
@@ -246,26 +250,27 @@ class EvictionPlanner:
         if num_logical < request.limits.prompt_end:
             # A resumed request has more text than its prompt.
             room = min(room, request.limits.prompt_end - num_logical)
-        if request.num_observed is not None:
-            room = min(room, request.num_observed + request.interval - num_logical)
+        if request.looks is not None and request.num_observed is not None:
+            room = min(room, request.num_observed + request.looks.interval - num_logical)
         assert room > 0, f"{request_id} was not compacted at {request.bound} tokens"
         return room
 
     def observe(self, request_id: str, num_logical: int, is_compacted: bool) -> int:
         """Number of newest queries whose attention must be looked at now, 0 if none; they then are.
 
-        The workers keep only the last W queries. So where all of them count they are looked at every W tokens, and
-        before a compaction, while all the tokens they saw are still held; else at the end of every segment.
+        The workers keep only the newest queries. So where all of them count they are looked at before they are
+        overwritten, and before a compaction, while all the tokens they saw are still held; else at the end of every
+        segment.
         """
         request = self._requests.get(request_id)
-        if request is None or request.num_observed is None:
+        if request is None or request.looks is None or request.num_observed is None:
             return 0
-        pending = num_logical - request.num_observed
-        is_due = pending >= request.interval or (request.segment is None and pending > 0 and is_compacted)
+        looks, pending = request.looks, num_logical - request.num_observed
+        is_due = pending >= looks.interval or (looks.at_all and pending > 0 and is_compacted)
         if not is_due:
             return 0
         request.num_observed = num_logical
-        return min(pending, request.limits.window)
+        return min(pending, looks.interval if looks.at_all else request.limits.window)
 
     def needs_queries(self, request_id: str, num_logical: int) -> bool:
         """Whether one of the newest queries will be among the last W when the request may next be compacted.

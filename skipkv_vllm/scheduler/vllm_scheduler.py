@@ -24,7 +24,7 @@ from ..banner import banner
 from ..capacity import Capacity, capacity
 from ..config import CONFIG_KEY, KVPolicyConfig, RequestOptions, needs_of
 from ..metrics import EvictionStats, RequestEvictions
-from ..policies import OBSERVED, Need, Policy
+from ..policies import ACCUMULATED, OBSERVED, Need, Policy
 from ..sentences import build_tables
 from ..steering.controller import SteeredRequest, SteeringController
 from ..steering.tables import build_thought_tables
@@ -33,7 +33,16 @@ from .admission import Demand, limits_of, most_tokens
 from .block_manager import CompactedPages, EvictingBlockManager
 from .grouping import PrefillLengthQueue
 from .messages import Started, StepOrders
-from .planner import Compaction, EvictionPlanner, Limits, Observation, PlannedCompaction, Residency, ceil_div
+from .planner import (
+    Compaction,
+    EvictionPlanner,
+    Limits,
+    Looks,
+    Observation,
+    PlannedCompaction,
+    Residency,
+    ceil_div,
+)
 from .prefix_eviction import GuardQueue
 
 logger = init_logger("vllm.skipkv")
@@ -143,17 +152,18 @@ class EvictionMixin(_Base):
             return None
         policy = options.resolve_policy(self.kv_policy)
         needs = needs_of(policy, self.kv_policy.kv_granularity)
-        most_cached, first_observed, segment = limits.cacheable, None, None
+        most_cached, looks = limits.cacheable, None
         if needs & (Need.SENTENCES | Need.SEGMENTS):
-            # Cached tokens have no hidden states nor queries: what may be evicted is computed.
+            # Workers read text, hidden states and queries as tokens are computed: so what may be evicted is computed.
             most_cached = min(most_cached, limits.protected)
-        if needs & Need.ATTENTION_MASS:
-            # The query of the prompt's last token counts, or of the last one before the first compaction.
-            first_observed = min(request.num_prompt_tokens, limits.first_bound) - 1
-            most_cached = min(most_cached, first_observed)
+        if needs & ACCUMULATED:
+            # From the prompt's last token on, or from as many before the first compaction as between two.
+            first = min(request.num_prompt_tokens - 1, limits.first_bound - limits.buffer)
+            looks = Looks(first, self.kv_policy.num_queries, at_all=True)
+            most_cached = min(most_cached, first)
         if needs & Need.SEGMENTS:
-            first_observed, segment = limits.protected, policy.segment_options.length
-        self.planner.start(request.request_id, limits, first_observed, segment)
+            looks = Looks(limits.protected, policy.segment_options.length, at_all=False)
+        self.planner.start(request.request_id, limits, looks)
         page_size = self.block_manager.block_size
         return Terms(policy, limits, most_cached // page_size * page_size, needs, options.kv_task_tokens or 0)
 

@@ -13,10 +13,14 @@ from torch import Tensor
 
 from .. import ops
 from ..policies.base import SentenceOptions
+from .recurrence import GRAM, next_occurrence, repeated_shares
 from .tables import SentenceTables
 
 OPEN = torch.iinfo(torch.int32).max
 """End of a sentence that is not closed yet."""
+
+MOSTLY = 0.5
+"""Share of a sentence's phrases that recur in one later sentence, above which a trace calls it repeated."""
 
 
 class SentenceState(NamedTuple):
@@ -70,6 +74,7 @@ class SentenceTracker:
         vocab_size: number of token ids.
         dtype: of the stored embeddings.
         device: where the model runs.
+        keeps_text: whether sentences are compared by their words; not together with embeddings.
     """
 
     def __init__(
@@ -83,10 +88,11 @@ class SentenceTracker:
         vocab_size: int,
         dtype: torch.dtype,
         device: torch.device,
+        keeps_text: bool = False,
     ) -> None:
         self.tables = tables
         self.options = options
-        self.has_embeddings = hidden_size > 0
+        self.has_embeddings, self.keeps_text = hidden_size > 0, keeps_text
         self._first = [0] * num_slots
         size = max(vocab_size, max(tables.delimiters) + 1)
         self._is_delimiter = torch.zeros(size, dtype=torch.bool, device=device)
@@ -95,6 +101,7 @@ class SentenceTracker:
         # that must go nowhere: masking by boolean index would make the host wait for the device.
         self._ends = torch.full((num_slots, max_length + 1), OPEN, dtype=torch.int32, device=device)
         self._penalties = torch.zeros(num_slots, max_length + 1, dtype=torch.float32, device=device)
+        self._text = torch.zeros(num_slots, max_length + 1 if keeps_text else 0, dtype=torch.int32, device=device)
         self._count = torch.zeros(num_slots, dtype=torch.int64, device=device)
         self._compared = torch.zeros_like(self._count)
         self._first_of = torch.zeros_like(self._count)
@@ -107,6 +114,11 @@ class SentenceTracker:
         self._track = ops.function("track_sentences", device)
         self._similarity = ops.function("sentence_similarity", device)
         self._look_up = ops.function("token_penalties", device)
+
+    @property
+    def compares(self) -> bool:
+        """Whether it knows which sentences are repeated."""
+        return self.has_embeddings or self.keeps_text
 
     @property
     def nbytes(self) -> int:
@@ -140,6 +152,7 @@ class SentenceTracker:
             self._open_length,
             self._open_sum,
             self._embeddings,
+            self._text,
         )
 
     def state(self, slot: int) -> SentenceState:
@@ -147,17 +160,30 @@ class SentenceTracker:
         self._compare(torch.tensor([slot], device=self._count.device))
         return SentenceState(self._first[slot], self._ends[slot], self._penalties[slot])
 
-    def penalties(self, slots: Tensor, positions: Tensor) -> Tensor:
-        """Penalties of tokens of R requests, brought up to date: float32, of the shape of the positions.
+    def penalties(self, slots: Tensor, positions: Tensor, lengths: Tensor, longest: int) -> Tensor:
+        """By how much later text repeats the sentence of each token: float32, of the shape of the positions.
 
         Args:
             slots: integer `[R]`.
             positions: int32 `[R, L, H, N]`; see `ops.batched.token_penalties`.
+            lengths: integer `[R]`, logical lengths.
+            longest: the longest of them.
         """
         rows = slots.long()
+        if self.keeps_text:
+            shares = self._shares(rows, lengths, longest)
+            # What lies past a shorter request's tokens means nothing, but must lie within the table.
+            flat = positions.flatten(1).clamp(0, longest - 1).long()
+            return shares.gather(1, flat).view(positions.shape)
         self._compare(rows)
         found: Tensor = self._look_up(self._ends, self._penalties, self._first_of, rows, positions)
         return found
+
+    def _shares(self, rows: Tensor, lengths: Tensor, longest: int) -> Tensor:
+        """See `repeated_shares`; float32 `[R, longest]` by logical position."""
+        order = torch.arange(longest, device=rows.device)
+        is_text = (order >= self._first_of[rows, None]) & (order < lengths[:, None])
+        return repeated_shares(self._text[rows, :longest], is_text, self._ends[rows])
 
     def _compare(self, slots: Tensor) -> None:
         """Compare the sentences that were closed since the last time with the earlier ones."""
@@ -179,12 +205,30 @@ class SentenceTracker:
         return number, number < self._count[slot]
 
     def similar_pairs(self, slot: int) -> tuple[Tensor, Tensor]:
-        """Sentences above the threshold: int64 `[P, 2]` (earlier, later) and their cosines float32 `[P]`.
+        """Repeated sentences: int64 `[P, 2]` (earlier, later) and by how much, float32 `[P]`.
 
-        For traces; covers the sentences whose embeddings are held, and makes the host wait.
+        Those whose cosine is above the threshold; or, compared by their words, those of which one later sentence says
+        more than `MOSTLY` again, and that share. For traces; covers the sentences whose embeddings are held, and makes
+        the host wait.
         """
+        if self.keeps_text:
+            return self._repeated_pairs(slot)
         number, exists = self._held(slot)
         unit = self._embeddings[slot, number % self.options.max_sentences].float()
         cosine = unit @ unit.T
         found = ((cosine > self.options.similarity_threshold) & exists & exists[:, None]).triu(1)
         return number[found.nonzero()], cosine[found]
+
+    def _repeated_pairs(self, slot: int) -> tuple[Tensor, Tensor]:
+        """See `similar_pairs`: shares of phrases that begin in the earlier sentence and occur next in the later one."""
+        first, count = self._first[slot], int(self._count[slot])
+        ends = self._ends[slot, :count].long()
+        length = int(ends[-1]) + 1 if count else first
+        follows = next_occurrence(self._text[None, slot, first:length])[0] + first
+        order = torch.arange(first, length, device=ends.device)
+        pairs = torch.searchsorted(ends, torch.stack([order, follows], dim=1))[follows < length]
+        found, number = pairs.unique(dim=0, return_counts=True)
+        sizes = ends.diff(prepend=ends.new_tensor([first - 1]))
+        share = number / (sizes[found[:, 0]] - GRAM + 1).clamp(min=1) if count else number.float()
+        most = (share > MOSTLY) & (found[:, 0] < found[:, 1])
+        return found[most], share[most].clamp(max=1).float()

@@ -17,7 +17,7 @@ from .. import compat
 from ..errors import KVPolicyError
 from ..gates import Gates
 from ..ops.paging import FP8_CACHES, Layout, PagedCache, cpu_layout
-from ..policies import Need
+from ..policies import REPEATS, Need
 from ..sentences import build_tables
 from ..sentences.tracker import SentenceTracker
 from ..steering import tokenizer_digest
@@ -58,7 +58,7 @@ def build_runtime(vllm_config: VllmConfig, model: nn.Module, device: torch.devic
         ring = QueryRing(
             num_layers=len(layers),
             num_slots=num_slots,
-            window=config.kv_window,
+            num_kept=config.num_queries,
             num_heads=first.num_heads,
             head_size=first.head_size,
             max_tokens=scheduling.max_num_batched_tokens,
@@ -78,6 +78,7 @@ def build_runtime(vllm_config: VllmConfig, model: nn.Module, device: torch.devic
             vocab_size=model_config.get_vocab_size(),
             dtype=model_config.dtype,
             device=device,
+            keeps_text=bool(config.needs & Need.RECURRENCE),
         )
     if config.gates is not None:
         gates = _build_gates(config.gates, vllm_config, ranks, device)
@@ -106,7 +107,7 @@ def place_of(vllm_config: VllmConfig, device: torch.device) -> Ranks:
     first_head = get_tp_group().rank_in_group * vllm_config.model_config.get_total_num_kv_heads() // width
     first_layer = extract_layer_index(name) if num_stages > 1 else 0
     talks = config.kv_granularity == "sentence" or config.needs & Need.SEGMENTS
-    talks = talks or (num_stages > 1 and config.needs & Need.HIDDEN)
+    talks = talks or (num_stages > 1 and config.needs & REPEATS)
     if num_ranks == 1 or not talks:
         return Ranks(first_layer=first_layer, first_head=first_head, num_stages=num_stages)
     # A group of our own: vLLM's sends between stages may wait for what we exchange. Its world may hold several

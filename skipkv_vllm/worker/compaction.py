@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -15,12 +14,12 @@ from torch import Tensor
 from .. import ops
 from ..config import KVPolicyConfig
 from ..ops.paging import LayerPages, PagedCache, layer_pages, to_device
-from ..policies import Need, Policy, View
+from ..policies import ACCUMULATED, REPEATS, Measured, Need, Policy, View
 from ..policies.base import Segments
 from ..policies.selection import select_sentences
-from ..scheduler.planner import Compaction, ceil_div
+from ..scheduler.planner import Compaction, Observation, ceil_div
 from ..sentences.tracker import SentenceTracker
-from .attention_mass import AttentionMass
+from .attention_sums import AttentionSums
 from .gates import TokenGates
 from .positions import PositionSidecar
 from .queries import QueryRing
@@ -62,7 +61,7 @@ class _Batch(NamedTuple):
     Attributes:
         jobs: the requests.
         source_table, target_table: kernel pages before and after, `[R, pages]`.
-        num_resident, num_keep, pin_below, pin_from, slot: `[R]`.
+        num_resident, num_keep, pin_below, pin_from, slot, num_logical: `[R]`.
         positions: `[R, layers, H, N]` by slot.
         gates: `[R, layers, H, N]` by slot, where the policy reads them.
         sentences: of every logical position, where they come from another stage; see `Compactor._announced`.
@@ -76,6 +75,7 @@ class _Batch(NamedTuple):
     pin_below: Tensor
     pin_from: Tensor
     slot: Tensor
+    num_logical: Tensor
     positions: Tensor
     gates: Tensor | None = None
     sentences: Tensor | None = None
@@ -106,7 +106,7 @@ class Compactor:
         config: the server's policy.
         cache: the KV pages.
         block_size: tokens of one of vLLM's blocks; a multiple of the kernels' page size.
-        ring, tracker, gates, mass, segments: what the runtime collects.
+        ring, tracker, gates, sums, segments: what the runtime collects.
         ranks: this worker's place among those that share the model.
         key_scales: float32 `[layers, H]` by which stored keys must be multiplied, or None for 1.
     """
@@ -119,7 +119,7 @@ class Compactor:
         ring: QueryRing | None,
         tracker: SentenceTracker | None,
         gates: TokenGates | None,
-        mass: AttentionMass,
+        sums: AttentionSums,
         segments: SegmentTable,
         ranks: Ranks = ALONE,
         key_scales: Tensor | None = None,
@@ -133,8 +133,10 @@ class Compactor:
         self._pages_per_block = block_size // self.layers[0].page_size
         self._key_scales = key_scales
         self._ring, self._tracker, self._gates, self._ranks = ring, tracker, gates, ranks
-        self._mass, self._segments = mass, segments
+        self._sums, self._segments = sums, segments
         self._score_tokens = ops.function("score_tokens", self.device)
+        self._measure_attention = ops.function("measure_attention", self.device)
+        self._key_similarity = ops.function("key_similarity", self.device)
         self._select_keep = ops.function("select_keep", self.device)
         self._compact_pages = ops.function("compact_pages", self.device)
         ops.warn_if_slow(self.device.type)
@@ -153,11 +155,10 @@ class Compactor:
         held = self.layers[layer].keys.read_pages(pages, length)
         return held if self._key_scales is None else held * self._key_scales[layer, :, None, None]
 
-    def _queries(self, batch: _Batch) -> Tensor:
-        """What `score_tokens` takes: `[R, layers, W, Hq, D]`."""
+    def _queries(self, slots: Sequence[int], lengths: Sequence[int], count: int) -> Tensor:
+        """The last `count` queries as `score_tokens` takes them: `[R, layers, count, Hq, D]`."""
         assert self._ring is not None
-        slots, lengths = [job.request.slot for job in batch.jobs], [job.order.num_logical for job in batch.jobs]
-        queries = self._ring.read_all(slots, lengths)
+        queries = self._ring.read_all(slots, lengths, count)
         if self.cache.caches[0].element_size() == 1:
             queries = queries.float()
         if self._key_scales is None:
@@ -165,6 +166,30 @@ class Compactor:
         # `q . (scale * k)` is `(scale * q) . k`, and cosines know no scale: so the operator reads keys as they are.
         group = queries.shape[3] // self._key_scales.shape[1]
         return queries * self._key_scales.repeat_interleave(group, dim=1)[:, None, :, None]
+
+    def accumulate(self, orders: Sequence[tuple[Observation, Managed]]) -> None:
+        """Add what the newest queries of requests attend to, or what leaving each token out would change."""
+        by_error = [bool(request.needs & Need.OUTPUT_ERROR) for _, request in orders]
+        for error in sorted(set(by_error)):
+            self._accumulate([each for each, kind in zip(orders, by_error, strict=True) if kind is error], error)
+
+    def _accumulate(self, orders: Sequence[tuple[Observation, Managed]], output_error: bool) -> None:
+        numbers = [(o.num_resident, o.num_queries, o.num_logical - 1, r.num_placed, r.num_evicted) for o, r in orders]
+        columns = to_device(np.array(numbers, dtype=np.int32).T.copy(), torch.int32, self.device)
+        resident, num_queries, newest, num_placed, num_evicted = columns.unbind()
+        table = self.table([order.pages for order, _ in orders])
+        positions = self.positions.read(table, max(o.num_resident for o, _ in orders), num_placed, num_evicted)
+        slots, lengths = [request.slot for _, request in orders], [order.num_logical for order, _ in orders]
+        queries = self._queries(slots, lengths, max(order.num_queries for order, _ in orders))
+        found = self._measure_attention(
+            *self.cache, table, positions, resident, queries, num_queries, newest, output_error
+        )
+        for r, (order, request) in enumerate(orders):
+            parts = [found[r, ..., : order.num_resident]]
+            if output_error:
+                # How many of the queries see each token.
+                parts.append((order.num_logical - positions[r, ..., : order.num_resident]).clamp_(0, order.num_queries))
+            self._sums.add(request.slot, parts)
 
     def run(self, jobs: Sequence[Job]) -> None:
         """Carry out the compactions of a step, in order."""
@@ -194,7 +219,7 @@ class Compactor:
 
     def _run(self, jobs: Sequence[Job]) -> None:
         batch = self._batch(jobs)
-        if self._ranks.num_stages > 1 and jobs[0].request.needs & (Need.HIDDEN | Need.SENTENCES):
+        if self._ranks.num_stages > 1 and jobs[0].request.needs & (REPEATS | Need.SENTENCES):
             batch = batch._replace(sentences=self._announced(batch))
         scores = self._scores(batch)
         by_head = self.config.kv_granularity == "head"
@@ -208,15 +233,19 @@ class Compactor:
             batch.num_keep,
             *moves,
         )
-        for r, (order, request) in enumerate(jobs):
-            follow = []
-            if request.needs & Need.ATTENTION_MASS:
-                follow.append(functools.partial(self._mass.move, request.slot))
+        if jobs[0].request.needs & ACCUMULATED or batch.gates is not None:
+            self._follow(batch, moves)
+
+    def _follow(self, batch: _Batch, moves: Moves) -> None:
+        """Let what is kept beside the pages follow its tokens."""
+        source, hole, valid = moves.source.long(), moves.hole.long(), moves.valid
+        for r, (order, request) in enumerate(batch.jobs):
+            move = (order.num_keep, source[r], hole[r], valid[r])
+            if request.needs & ACCUMULATED:
+                self._sums.move(request.slot, *move, decay=request.policy.decay)
             if batch.gates is not None:
                 assert self._gates is not None
-                follow.append(functools.partial(self._gates.move, batch.gates[r], batch.target_table[r]))
-            for move in follow:
-                move(order.num_keep, moves.source[r].long(), moves.hole[r].long(), moves.valid[r])
+                self._gates.move(batch.gates[r], batch.target_table[r], *move)
 
     def _batch(self, jobs: Sequence[Job]) -> _Batch:
         numbers = [
@@ -228,11 +257,12 @@ class Compactor:
                 request.slot,
                 request.num_placed,
                 request.num_evicted,
+                order.num_logical,
             )
             for order, request in jobs
         ]
         columns = to_device(np.array(numbers, dtype=np.int32).T.copy(), torch.int32, self.device)
-        resident, keep, below, from_, slot, num_placed, num_evicted = columns.unbind()
+        resident, keep, below, from_, slot, num_placed, num_evicted, logical = columns.unbind()
         source_table = self.table([job.order.source_pages for job in jobs])
         length = max(job.order.num_resident + job.request.num_asked for job in jobs)
         positions = self.positions.read(source_table, length, num_placed, num_evicted)
@@ -241,7 +271,7 @@ class Compactor:
         if jobs[0].request.needs & Need.GATES:
             assert self._gates is not None
             gates = self._gates.read(source_table, length)
-        return _Batch(jobs, source_table, target_table, resident, keep, below, from_, slot, positions, gates)
+        return _Batch(jobs, source_table, target_table, resident, keep, below, from_, slot, logical, positions, gates)
 
     # ---- sentences
 
@@ -255,7 +285,7 @@ class Compactor:
         if self._tracker is not None:
             order = torch.arange(batch.longest, dtype=torch.int32, device=self.device)
             every = order.expand(len(batch.jobs), 1, 1, -1)
-            said[0] = self._tracker.penalties(batch.slot, every)[:, 0, 0]
+            said[0] = self._tracker.penalties(batch.slot, every, batch.num_logical, batch.longest)[:, 0, 0]
             for r, (_, request) in enumerate(batch.jobs):
                 said[1, r] = self._tracker.state(request.slot).sentence_of(order)
         return self._ranks.from_last_stage(said)
@@ -264,7 +294,7 @@ class Compactor:
         """float32, of the shape of `batch.positions`."""
         if batch.sentences is None:
             assert self._tracker is not None
-            return self._tracker.penalties(batch.slot, batch.positions)
+            return self._tracker.penalties(batch.slot, batch.positions, batch.num_logical, batch.longest)
         # What lies past a shorter request's tokens means nothing, but must lie within the table.
         flat = batch.positions.flatten(1).clamp(0, batch.longest - 1).long()
         return batch.sentences[0].gather(1, flat).view(batch.positions.shape)
@@ -281,14 +311,17 @@ class Compactor:
     def _scores(self, batch: _Batch) -> Tensor:
         """float32 `[R, layers, H, N]` by slot."""
         policy = batch.jobs[0].request.policy
-        penalty = self._penalties(batch) if policy.needs & Need.HIDDEN else None
+        penalty = self._penalties(batch) if policy.needs & REPEATS else None
+        if policy.needs & Need.OUTPUT_ERROR:
+            assert penalty is not None
+            return self._ranked(batch, penalty)
         if (fused := policy.token_score) is not None:
             scores: Tensor = self._score_tokens(
                 *self.cache,
                 batch.source_table,
                 batch.positions,
                 batch.num_resident,
-                self._queries(batch),
+                self._queries(*self._whose_queries(batch), self.config.kv_window),
                 penalty,
                 fused.pool,
                 fused.mix,
@@ -300,6 +333,29 @@ class Compactor:
             self._score_request(batch, r, None if penalty is None else penalty[r], scores[r])
         return scores
 
+    def _whose_queries(self, batch: _Batch) -> tuple[list[int], list[int]]:
+        return [request.slot for _, request in batch.jobs], [order.num_logical for order, _ in batch.jobs]
+
+    def _ranked(self, batch: _Batch, repeated: Tensor) -> Tensor:
+        """Scores by what was measured since each token was written, float32 `[R, layers, H, N]` by slot."""
+        policy, length = batch.jobs[0].request.policy, batch.positions.shape[-1]
+        rows = [self._sums.read(request.slot, 2, batch.positions[r]) for r, (_, request) in enumerate(batch.jobs)]
+        error, seen_by = torch.stack(rows, dim=1)
+        recent_from = [
+            [[[order.num_logical - policy.num_recent(order.num_keep, request.protected)]]]
+            for order, request in batch.jobs
+        ]
+        resident, below, from_ = (x.view(-1, 1, 1, 1) for x in (batch.num_resident, batch.pin_below, batch.pin_from))
+        is_held = torch.arange(length, dtype=torch.int32, device=self.device) < resident
+        measured = Measured(
+            error / seen_by.clamp(min=1),
+            self._key_similarity(*self.cache, batch.source_table, batch.num_resident, length),
+            repeated,
+            batch.positions >= to_device(recent_from, torch.int32, self.device),
+            is_held & (batch.positions >= below) & (batch.positions < from_),
+        )
+        return policy.rank(measured).masked_fill(~is_held, -torch.inf)
+
     def _score_request(self, batch: _Batch, r: int, penalty: Tensor | None, scores: Tensor) -> None:
         """Let the policy score one request layer by layer, in ascending position; `scores` `[layers, H, N]` by slot."""
         order, request = batch.jobs[r]
@@ -309,7 +365,7 @@ class Compactor:
         pages = batch.source_table[r, : ceil_div(length, self.layers[0].page_size)].long()
         mass = None
         if policy.needs & Need.ATTENTION_MASS:
-            mass = self._mass.read(request.slot, positions).gather(-1, by_position)
+            mass = self._sums.read(request.slot, 1, positions)[0].gather(-1, by_position)
         numbers, segments = None, None
         if policy.needs & Need.SEGMENTS:
             segments = self._known_segments(order, request)
@@ -326,7 +382,7 @@ class Compactor:
                 values = _in_order(layer.values.read_pages(pages, length), by_position[i])
             if policy.needs & Need.QUERIES:
                 assert self._ring is not None
-                queries = self._ring.read(i, request.slot, order.num_logical)
+                queries = self._ring.read(i, request.slot, order.num_logical, self.config.kv_window)
             probe = None if request.probe is None else request.probe[i]
             if request.num_asked:
                 queries, probe = probe, None
@@ -336,6 +392,7 @@ class Compactor:
                 num_keep=order.num_keep,
                 num_logical=order.num_logical,
                 num_prompt=request.num_prompt,
+                num_protected=request.protected,
                 layer=self._ranks.first_layer + i,
                 first_head=self._ranks.first_head,
                 keys=keys,

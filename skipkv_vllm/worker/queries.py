@@ -1,4 +1,4 @@
-"""The observation-query ring: the last W post-RoPE queries of every running request, in every layer.
+"""The observation-query ring: the newest post-RoPE queries of every running request, in every layer.
 
 One indexed copy per layer into a persistent buffer, inside the attention call. It is safe in CUDA graphs:
 the index is a persistent buffer too, refilled before each step.
@@ -20,9 +20,10 @@ from ..ops.paging import to_device
 
 
 class QueryRing:
-    """Ring buffer `[layers, slots * W + 1, Hq, D]`; position p of slot s lies in row `s * W + p % W`.
+    """Ring buffer `[layers, slots * n + 1, Hq, D]`; position p of slot s lies in row `s * n + p % n`.
 
-    The last row takes the queries of nobody: padding, older tokens of a long chunk, unmanaged requests.
+    The number n of queries kept is the window W, or more for methods that add up attention. The last row
+    is for what nobody reads: padding, older tokens of a long chunk, unmanaged requests.
     """
 
     def __init__(
@@ -30,15 +31,15 @@ class QueryRing:
         *,
         num_layers: int,
         num_slots: int,
-        window: int,
+        num_kept: int,
         num_heads: int,
         head_size: int,
         max_tokens: int,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        self.window = window
-        self._nobody = num_slots * window
+        self.num_kept = num_kept
+        self._nobody = num_slots * num_kept
         self._rows = torch.zeros(num_layers, self._nobody + 1, num_heads, head_size, dtype=dtype, device=device)
         self._first_of_layer = np.arange(num_layers) * (self._nobody + 1)
         self.observe = ops.function("observe_queries", device)
@@ -78,14 +79,14 @@ class QueryRing:
         """
         if slots is not self._slots:
             self._slots, observed = slots, slots >= 0
-            self._first_row = np.where(observed, slots * self.window, self._nobody)
-            self._cycle = np.where(observed, self.window, 1)
+            self._first_row = np.where(observed, slots * self.num_kept, self._nobody)
+            self._cycle = np.where(observed, self.num_kept, 1)
         if num_tokens == len(slots):
             rows = self._first_row + starts % self._cycle
         else:
             offsets = np.arange(num_tokens) - np.repeat(counts.cumsum() - counts, counts)
             start, count, first, cycle = (np.repeat(x, counts) for x in (starts, counts, self._first_row, self._cycle))
-            rows = np.where(offsets >= count - self.window, first + (start + offsets) % cycle, self._nobody)
+            rows = np.where(offsets >= count - self.num_kept, first + (start + offsets) % cycle, self._nobody)
         if num_tokens < self._num_set:
             self.index[num_tokens : self._num_set].fill_(self._nobody)
         self._num_set = num_tokens
@@ -121,15 +122,19 @@ class QueryRing:
         self.index[: self._num_set].fill_(self._nobody)
         self._num_set = 0
 
-    def read(self, layer_index: int, slot: int, num_logical: int) -> Tensor:
-        """Queries of the last W tokens before position `num_logical`, oldest first: `[W, Hq, D]`."""
-        rows = self._rows[layer_index, slot * self.window : (slot + 1) * self.window]
-        return rows.roll(-(num_logical % self.window), dims=0)
+    def read(self, layer_index: int, slot: int, num_logical: int, count: int) -> Tensor:
+        """Queries of the last `count` tokens before position `num_logical`, oldest first: `[count, Hq, D]`."""
+        rows = self._rows[layer_index, slot * self.num_kept : (slot + 1) * self.num_kept]
+        return rows.roll(-(num_logical % self.num_kept), dims=0)[self.num_kept - count :]
 
-    def read_all(self, slots: Sequence[int], num_logical: Sequence[int]) -> Tensor:
-        """The same for R requests and all layers: `[R, layers, W, Hq, D]`."""
-        first = np.array(slots)[:, None] * self.window
-        rows = first + (np.array(num_logical)[:, None] + np.arange(self.window)) % self.window
+    def read_all(self, slots: Sequence[int], num_logical: Sequence[int], count: int) -> Tensor:
+        """The same for R requests and all layers: `[R, layers, count, Hq, D]`."""
+        if len(slots) == 1:
+            # One request's rows lie together: a copy of a slice takes a fraction of the time.
+            own = self._rows[:, slots[0] * self.num_kept : (slots[0] + 1) * self.num_kept]
+            return own.roll(-(num_logical[0] % self.num_kept), dims=1)[None, :, self.num_kept - count :].contiguous()
+        first = np.array(slots)[:, None] * self.num_kept
+        rows = first + (np.array(num_logical)[:, None] - count + np.arange(count)) % self.num_kept
         of_layers = self._first_of_layer[:, None] + rows[:, None]
         found = self._rows.flatten(0, 1).index_select(0, to_device(of_layers.ravel(), torch.int64, self._rows.device))
         return found.view(*of_layers.shape, *found.shape[1:])

@@ -16,12 +16,12 @@ from torch import Tensor
 from .. import ops
 from ..config import KVPolicyConfig, needs_of
 from ..ops.paging import PagedCache, to_device
-from ..policies import Need, Policy, Probe, make_policy
+from ..policies import ACCUMULATED, Need, Policy, Probe, make_policy
 from ..scheduler.messages import Started, StepOrders
 from ..scheduler.planner import Compaction, Observation
 from ..sentences.tracker import SentenceTracker, TrackedTokens
 from ..trace import TraceWriter
-from .attention_mass import AttentionMass
+from .attention_sums import AttentionSums
 from .compaction import Compactor, Job, Managed
 from .gates import TokenGates
 from .queries import QueryRing
@@ -76,7 +76,7 @@ class EvictionRuntime:
         self._evicted = np.zeros(num_slots + 1, dtype=np.int32)
         self._observed = np.zeros(num_slots + 1, dtype=bool)
         self._first_tracked = np.full(num_slots + 1, NEVER, dtype=np.int64)
-        self._mass = AttentionMass()
+        self._sums = AttentionSums()
         self._segments = SegmentTable()
         self.prober: Prober | None = None
         """computes tokens ahead, where a policy needs their queries"""
@@ -97,7 +97,7 @@ class EvictionRuntime:
         """
         if self.gates is not None:
             self.gates.bind_cache(cache)
-        collected = (self.ring, self.tracker, self.gates, self._mass, self._segments)
+        collected = (self.ring, self.tracker, self.gates, self._sums, self._segments)
         self._compactor = Compactor(self.config, cache, block_size, *collected, self._ranks, key_scales)
 
     # ---- before the forward pass
@@ -124,8 +124,8 @@ class EvictionRuntime:
             return
         if orders.started:
             self._rows = None
-        for observation in orders.observations:
-            self._observe(observation)
+        if orders.observations:
+            self._observe([(order, self._requests[order.request_id]) for order in orders.observations])
         if orders.compactions:
             self._compact(orders.compactions)
             if self._rows is not None:
@@ -157,7 +157,7 @@ class EvictionRuntime:
             self.trace.started(started.request_id)
 
     def _forget(self, slot: int) -> None:
-        self._mass.forget(slot)
+        self._sums.forget(slot)
         self._segments.forget(slot)
 
     def prepare(self, batch: StepBatch) -> Evicted | None:
@@ -246,14 +246,14 @@ class EvictionRuntime:
 
     # ---- attention
 
-    def _observe(self, order: Observation) -> None:
-        """Look at the attention of the newest queries, as far as the request's method asks for it."""
-        request = self._requests[order.request_id]
-        if request.needs & Need.ATTENTION_MASS:
-            seen = self._seen(request, order)
-            self._mass.add(request.slot, torch.stack([ops.attention_received(*each) for _, each in seen]))
-        if request.needs & Need.SEGMENTS:
-            self._note_segment(request, order)
+    def _observe(self, orders: Sequence[tuple[Observation, Managed]]) -> None:
+        """Look at the attention of the newest queries, as far as each request's method asks for it."""
+        assert self._compactor is not None
+        if adding := [each for each in orders if each[1].needs & ACCUMULATED]:
+            self._compactor.accumulate(adding)
+        for order, request in orders:
+            if request.needs & Need.SEGMENTS:
+                self._note_segment(request, order)
 
     def _seen(self, request: Managed, order: Observation) -> Iterator[tuple[int, tuple[Tensor, Tensor, Tensor]]]:
         """By layer: the newest queries, the keys they saw and the positions of these, for `ops.attention_...`."""
@@ -261,7 +261,7 @@ class EvictionRuntime:
         assert self.ring is not None
         positions, pages = self._positions(request, order.pages, order.num_resident)
         for i in range(len(self._compactor.layers)):
-            queries = self.ring.read(i, request.slot, order.num_logical)[-order.num_queries :]
+            queries = self.ring.read(i, request.slot, order.num_logical, order.num_queries)
             yield i, (queries, self._compactor.keys(i, pages, order.num_resident), positions[i])
 
     def _note_segment(self, request: Managed, order: Observation) -> None:

@@ -133,6 +133,27 @@ def test_scores_of_long_requests(backend, dtype, dim):
     assert_scores(got, batched.score_tokens(*arguments), lengths, 2e-2)
 
 
+def measuring(arguments: list[Any], *counted: int) -> list[Any]:
+    """Arguments of `measure_attention` but for the last, from those of `score_tokens`."""
+    positions, queries = arguments[4], arguments[6]
+    newest = positions.amax(dim=(1, 2, 3)).int()
+    return [*arguments[:6], queries, numbers(*counted), newest]
+
+
+@pytest.mark.parametrize("dtype", [*HALF_TYPES, torch.float32])
+@pytest.mark.parametrize("dim", [64, 80, 128, 256])
+def test_attention_and_keys_of_long_requests(backend, dtype, dim):
+    lengths = (2500, 1111, 64)
+    arguments = measuring(scoring(lengths, dtype, dim=dim, window=32), 32, 17, 0)
+    for output_error in (False, True):
+        got = backend.measure_attention(*arguments, output_error)
+        wanted = batched.measure_attention(*arguments, output_error)
+        assert (got - wanted).abs().max() <= 2e-2 * wanted.abs().max()
+        assert torch.equal(got, backend.measure_attention(*arguments, output_error))
+    keys = (*arguments[:4], arguments[5], 2500)
+    torch.testing.assert_close(backend.key_similarity(*keys), batched.key_similarity(*keys), rtol=0, atol=1e-3)
+
+
 def test_scores_of_more_rows_than_scratch_memory_takes_at_once(backend, monkeypatch):
     lengths = (1200, 1100, 900)
     # 80 KB of scratch memory a row; the CUDA kernels take at most 256 MiB at once.
@@ -213,8 +234,8 @@ def every_operator(module: ModuleType) -> list[Callable[[], Any]]:
     tracker = (count.clone(), torch.zeros(3, dtype=torch.bool, device=CUDA), torch.zeros(3, device=CUDA))
     spans = torch.tensor([[2, 0], [0, 3], [3, 2], [50, 60]], device=CUDA)
     ids, is_delimiter = torch.arange(5, device=CUDA), torch.tensor([0, 0, 1, 0, 1], dtype=torch.bool, device=CUDA)
-    states, ends = torch.randn(5, 256, device=CUDA), torch.full((3, 40), -1, dtype=torch.int32, device=CUDA)
-    open_sum = torch.zeros(3, 256, device=CUDA)
+    states, ends = torch.randn(5, 256, device=CUDA), torch.full((3, 40), 2**31 - 1, dtype=torch.int32, device=CUDA)
+    open_sum, text = torch.zeros(3, 256, device=CUDA), torch.zeros(3, 80, dtype=torch.int32, device=CUDA)
     query, rows = torch.randn(5, 8, 128, device=CUDA), torch.zeros(9, 8, 128, device=CUDA)
     index = torch.tensor([3, 1, 8, 0, 2], device=CUDA)
     thoughts = (spans, torch.arange(20, dtype=torch.int32, device=CUDA) % 16, torch.zeros_like(numbers(0))[None])
@@ -225,11 +246,14 @@ def every_operator(module: ModuleType) -> list[Callable[[], Any]]:
     vectors = torch.randn(3, 512, device=CUDA)
     sidecar = torch.zeros(2, 4, 2, 16, dtype=torch.int32, device=CUDA)
     held = (sidecar, numbers(3, 0, 1)[None], numbers(20), numbers(7))
+    measured = measuring(arguments, 8, 5)
     return [
         lambda: module.score_tokens(*arguments),
+        lambda: module.measure_attention(*measured, True),
+        lambda: module.key_similarity(*arguments[:4], num_resident, 300),
         lambda: module.select_keep(*selection),
         lambda: module.compact_pages(*moves),
-        lambda: module.track_sentences(ids, states, spans, 5, is_delimiter, True, ends, *tracker, open_sum, unit),
+        lambda: module.track_sentences(ids, states, spans, 5, is_delimiter, True, ends, *tracker, open_sum, unit, text),
         lambda: module.sentence_similarity(unit, slots, count, compared, penalties, 0.1, 0),
         lambda: module.held_positions(*held, 40),
         lambda: module.token_penalties(ends, penalties, count, slots, positions),

@@ -191,7 +191,7 @@ def test_window_empty_on_mixed_batches():
     ring = QueryRing(
         num_layers=1,
         num_slots=2,
-        window=4,
+        num_kept=4,
         num_heads=1,
         head_size=1,
         max_tokens=32,
@@ -213,7 +213,7 @@ def test_window_empty_on_mixed_batches():
         rows = [*(1000.0 + i for i in range(chunk)), float(position)]
         impl.forward(None, torch.tensor(rows).view(-1, 1, 1))
         position += 1
-    assert ring.read(0, 1, 14).flatten().tolist() == [10.0, 11.0, 12.0, 13.0]
+    assert ring.read(0, 1, 14, 4).flatten().tolist() == [10.0, 11.0, 12.0, 13.0]
 
 
 def test_evicted_before_a_window_was_observed():

@@ -22,10 +22,11 @@ from torch import Tensor
 from skipkv_vllm.config import KVPolicyConfig
 from skipkv_vllm.gates import Gate, Gates
 from skipkv_vllm.ops.paging import Layout, PagedCache, cpu_layout, layer_pages
-from skipkv_vllm.policies import OBSERVED, Need
+from skipkv_vllm.policies import ACCUMULATED, OBSERVED, Need
 from skipkv_vllm.scheduler.messages import Started, StepOrders
-from skipkv_vllm.scheduler.planner import Compaction, EvictionPlanner, Limits, Observation, ceil_div
+from skipkv_vllm.scheduler.planner import Compaction, EvictionPlanner, Limits, Looks, Observation, ceil_div
 from skipkv_vllm.sentences import SentenceTables, segment_with
+from skipkv_vllm.sentences.recurrence import GRAM
 from skipkv_vllm.sentences.tracker import SentenceTracker
 from skipkv_vllm.worker.gates import TokenGates
 from skipkv_vllm.worker.queries import QueryRing
@@ -55,6 +56,14 @@ def redundancy_of(keys: Tensor, threshold: float) -> list[float]:
         similar = [j for j, value in enumerate(row.tolist()) if value > threshold]
         row[similar[-1] if similar else 0] = 0
     return cosine.mean(0).softmax(-1).tolist()
+
+
+def error_of(query: Tensor, keys: list[Tensor], values: Tensor) -> list[float]:
+    """`A^2 |v - o|^2` of one query `[group, D]`, averaged over the group, in double precision."""
+    logits = query.double() @ torch.stack(keys).double().T / query.shape[1] ** 0.5
+    weights = logits.softmax(-1)
+    distance = (values.double() - (weights @ values.double())[:, None]).square().sum(-1)
+    return (weights**2 * distance).mean(0).tolist()
 
 
 def attention_of(query: Tensor, keys: list[Tensor]) -> list[float]:
@@ -189,8 +198,12 @@ class Running:
     question: list[int] = field(default_factory=lambda: list(range(20, 30)))
     asked: Tensor | None = None
     """keys of the question, `[layers, n, H, D]`"""
+    again: list[int] = field(default_factory=list)
+    """tokens to say again, the next one last"""
     mass: dict[tuple[int, int, int], float] = field(default_factory=dict)
     """attention received so far by (layer, head, position)"""
+    errors: dict[tuple[int, int, int], tuple[float, float]] = field(default_factory=dict)
+    """of the output without the token, and by how many queries, by (layer, head, position)"""
     sparsities: list[float] = field(default_factory=list)
     steps: list[int] = field(default_factory=list)
     """by segment: how sparse its attention was, and how far it shrank for want of room"""
@@ -252,7 +265,7 @@ class Simulation:
             ring = QueryRing(
                 num_layers=LAYERS,
                 num_slots=num_slots,
-                window=window,
+                num_kept=self.config.num_queries,
                 num_heads=Q_HEADS,
                 head_size=DIM,
                 max_tokens=max_tokens,
@@ -271,6 +284,7 @@ class Simulation:
                 vocab_size=16,
                 dtype=torch.float32,
                 device=CPU,
+                keeps_text=bool(needs & Need.RECURRENCE),
             )
         self.blocks = [FakeBlock() for _ in range(LAYERS)]
         if self.config.gates is not None:
@@ -338,10 +352,10 @@ class Simulation:
                 request.protected,
                 prompt_end=self.prompt_end_of(request),
             )
-            first, segment = max(request.num_logical, num_prompt - 1), None
+            looks = Looks(max(request.num_logical, num_prompt - 1), self.config.num_queries, at_all=True)
             if self.config.needs & Need.SEGMENTS:
-                first, segment = request.protected, self.config.policy.segment_options.length
-            self.planner.start(name, limits, first, segment)
+                looks = Looks(request.protected, self.config.policy.segment_options.length, at_all=False)
+            self.planner.start(name, limits, looks)
             self._starting.append(
                 Started(name, policy or self.config.kv_policy, num_prompt, request.protected, request.first_tracked)
             )
@@ -548,7 +562,7 @@ class Simulation:
         for name in names:
             request = self.running[name]
             for _ in range(counts[name]):
-                token = self.chance.choice([DOT, *WORDS])
+                token = self._next_token(request)
                 state = self.topics[self._topic[name]] + 0.05 * self.random(HIDDEN)
                 if token == DOT:
                     self._topic[name] = self.chance.randrange(3)
@@ -574,15 +588,28 @@ class Simulation:
             torch.tensor(token_ids + [DOT] * padding), torch.stack([*hidden, *(torch.ones(HIDDEN),) * padding]), logits
         )
 
+    def _next_token(self, request: Running) -> int:
+        """A random word, or the next one of a stretch of the request's text that is said again."""
+        if self.config.needs & Need.RECURRENCE and not request.again and self.chance.random() < 0.05:
+            start = self.chance.randrange(len(request.tokens) + 1)
+            request.again = request.tokens[start : start + 12][::-1]
+        return request.again.pop() if request.again else self.chance.choice([DOT, *WORDS])
+
     def _weigh(self, request: Running) -> None:
         """Count the attention of the newest query, from the prompt's last token on."""
-        if not self.config.needs & Need.ATTENTION_MASS or request.num_logical < request.num_prompt:
+        if not self.config.needs & ACCUMULATED or request.num_logical < request.num_prompt:
             return
         group = Q_HEADS // KV_HEADS
         for layer in range(LAYERS):
             for head in range(KV_HEADS):
                 cells = request.dense[layer][head]
                 query = request.queries[-1][layer, head * group : (head + 1) * group]
+                if self.config.needs & Need.OUTPUT_ERROR:
+                    values = torch.stack([cell.value for cell in cells])
+                    for cell, error in zip(cells, error_of(query, [c.key for c in cells], values), strict=True):
+                        known = request.errors.get((layer, head, cell.position), (0.0, 0.0))
+                        request.errors[layer, head, cell.position] = (known[0] + error, known[1] + 1)
+                    continue
                 for cell, weight in zip(cells, attention_of(query, [c.key for c in cells]), strict=True):
                     key = (layer, head, cell.position)
                     request.mass[key] = request.mass.get(key, 0.0) + weight
@@ -673,6 +700,7 @@ class Simulation:
         def pinned(position: int) -> bool:
             return position < first or position in question or position >= order.num_logical - self.config.kv_window
 
+        request.errors = {key: (e * policy.decay, n * policy.decay) for key, (e, n) in request.errors.items()}
         if self.config.kv_granularity == "head":
             for layer in range(LAYERS):
                 for head in range(KV_HEADS):
@@ -716,19 +744,16 @@ class Simulation:
 
     def _sentences(self, request: Running):
         """Functions position -> number of its sentence, and -> penalty of it."""
-        found = segment_with(request.tokens[request.first_tracked :], TABLES)
+        text = request.tokens[request.first_tracked :]
+        found = segment_with(text, TABLES)
         starts = [s.start + request.first_tracked for s in found]
         ends = [s.end + request.first_tracked for s in found]
-        unit = []
-        for start, end in zip(starts, ends, strict=True):
-            stop = next(i for i in range(start, end) if request.tokens[i] == DOT) + 1
-            mean = torch.stack(request.hidden[start:stop]).double().mean(0)
-            unit.append(mean / mean.norm())
-        threshold = self.config.policy.sentence_options.similarity_threshold
-        penalties = []
-        for i in range(len(unit)):
-            cosines = [float(unit[i] @ unit[j]) for j in range(i + 1, len(unit))]
-            penalties.append(max([c for c in cosines if c > threshold], default=0.0))
+        if self.config.needs & Need.RECURRENCE:
+            grams = [tuple(text[i : i + GRAM]) for i in range(len(text) - GRAM + 1)]
+            again = {i + k for i, gram in enumerate(grams) if gram in grams[i + 1 :] for k in range(GRAM)}
+            penalties = [sum(i in again for i in range(s.start, s.end)) / (s.end - s.start) for s in found]
+        else:
+            penalties = self._similarities(request, list(zip(starts, ends, strict=True)))
 
         def number(position: int) -> int:
             if position < request.first_tracked:
@@ -740,6 +765,20 @@ class Simulation:
             return penalties[n - 1] if 0 < n <= len(penalties) else 0.0
 
         return number, penalty
+
+    def _similarities(self, request: Running, spans: list[tuple[int, int]]) -> list[float]:
+        """Of each sentence the cosine with the later one that is most like it, 0 where none is above the threshold."""
+        unit = []
+        for start, end in spans:
+            stop = next(i for i in range(start, end) if request.tokens[i] == DOT) + 1
+            mean = torch.stack(request.hidden[start:stop]).double().mean(0)
+            unit.append(mean / mean.norm())
+        threshold = self.config.policy.sentence_options.similarity_threshold
+        penalties = []
+        for i in range(len(unit)):
+            cosines = [float(unit[i] @ unit[j]) for j in range(i + 1, len(unit))]
+            penalties.append(max([c for c in cosines if c > threshold], default=0.0))
+        return penalties
 
     def _snapkv(self, request: Running, layer: int, head: int, num_logical: int, pool: int) -> list[float]:
         cells, window, group = request.dense[layer][head], self.config.kv_window, Q_HEADS // KV_HEADS
@@ -769,6 +808,16 @@ class Simulation:
         if policy.name == "trimkv":
             return dense_policies.trimkv([cell.log_beta for cell in cells], [cell.position for cell in cells])
         keys = torch.stack([cell.key for cell in cells])
+        if policy.needs & Need.OUTPUT_ERROR:
+            known = [request.errors.get((layer, head, cell.position), (0.0, 0.0)) for cell in cells]
+            return dense_policies.skipkv(
+                [error / max(seen_by, 1) for error, seen_by in known],
+                keys,
+                [penalty(cell.position) for cell in cells],
+                [cell.position for cell in cells],
+                range(request.protected, num_logical - window),
+                num_logical - int(policy.recent_share * (order.num_keep - request.protected)),
+            )
         queries = self._grouped(request, layer, head, window)
         if policy.name == "thinkv":
             numbers = [self._segment(request, cell.position) for cell in cells]

@@ -14,11 +14,11 @@ import pytest
 from benchmarks.accuracy import __main__ as command_line
 from benchmarks.accuracy.docs import DOCS, PAPER, TINY, measured_sections, results_page, write_docs, write_summary
 from benchmarks.accuracy.grid import Settings
-from benchmarks.accuracy.plots import spread
 from benchmarks.accuracy.report import html, markdown, print_table, write_report
 from benchmarks.accuracy.samples import Sample
-from benchmarks.accuracy.stats import mcnemar, paired_difference, wilson
 from benchmarks.accuracy.summary import Summary, find, peak_tokens, summarise
+from skipkv_vllm.evaluation.figures import spread
+from skipkv_vllm.evaluation.stats import mcnemar, paired_difference, wilson
 
 REPOSITORY = Path(__file__).parents[2]
 

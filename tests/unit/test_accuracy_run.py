@@ -361,7 +361,7 @@ def test_a_resumed_run_must_be_the_same_run(pool, tmp_path, monkeypatch):
         Run(replace(SETTINGS, policies=("full", "rkv")), tmp_path)
     Run(replace(SETTINGS, policies=("full", "skipkv", "rkv")), tmp_path)()
     assert {s.policy for s in load(tmp_path)[2]} == {"full", "skipkv", "rkv"}
-    monkeypatch.setattr(run, "source", lambda: "edited")
+    monkeypatch.setattr(run, "source", lambda *_: "edited")
     with pytest.raises(UsageError, match="source has other contents than before"):
         Run(SETTINGS, tmp_path)
     (tmp_path / "run_info.json").unlink()

@@ -16,7 +16,7 @@ from skipkv_vllm.banner import banner
 from skipkv_vllm.capacity import ModelShape, Pool, capacity, pages_with_policy
 from skipkv_vllm.cli import _plan, main
 from skipkv_vllm.config import KVPolicyConfig, RequestOptions
-from skipkv_vllm.policies import Need
+from skipkv_vllm.policies import REPEATS, Need
 from skipkv_vllm.policies.base import SentenceOptions
 from skipkv_vllm.scheduler.admission import Demand, Ledger, limits_of, most_tokens
 from skipkv_vllm.sentences.tables import build_tables
@@ -28,29 +28,36 @@ POOL = Pool(num_pages=5000, page_size=16, max_num_seqs=64, max_length=32768, max
 CONFIG = KVPolicyConfig(kv_policy="skipkv", kv_budget=1024)
 
 
-@pytest.mark.parametrize("window", [1, 8])
+@pytest.mark.parametrize("kept", [1, 8, 32])
 @pytest.mark.parametrize("slots", [1, 7])
-def test_the_ring_takes_what_was_counted(window, slots):
+def test_the_ring_takes_what_was_counted(kept, slots):
     ring = QueryRing(
-        num_layers=3, num_slots=slots, window=window, num_heads=6, head_size=16, max_tokens=50,
+        num_layers=3, num_slots=slots, num_kept=kept, num_heads=6, head_size=16, max_tokens=50,
         dtype=torch.bfloat16, device=torch.device("cpu"),
     )  # fmt: skip
-    assert ModelShape(3, 6, 2, 16, 96, 500, 2).ring_bytes(window, slots, 50) == ring.nbytes
+    assert ModelShape(3, 6, 2, 16, 96, 500, 2).ring_bytes(kept, slots, 50) == ring.nbytes
 
 
-@pytest.mark.parametrize("hidden", [0, 48])
+@pytest.mark.parametrize(
+    ("policy", "parameters", "need"),
+    [
+        ("rkv", {}, Need.NOTHING),
+        ("skipkv", {}, Need.RECURRENCE),
+        ("skipkv", {"compat": "paper", "max_sentences": 9}, Need.HIDDEN),
+    ],
+    ids=["sentences", "text", "embeddings"],
+)
 @pytest.mark.parametrize("slots", [1, 7])
-def test_the_tracker_takes_what_was_counted(hidden, slots):
+def test_the_tracker_takes_what_was_counted(policy, parameters, need, slots):
     from transformers import AutoTokenizer
 
+    config = KVPolicyConfig(kv_granularity="sentence", kv_policy=policy, kv_policy_config=parameters)
+    assert config.needs & REPEATS == need
     tracker = SentenceTracker(
         build_tables(AutoTokenizer.from_pretrained(bundled_model()), "default"), SentenceOptions(max_sentences=9),
-        num_slots=slots, max_length=100, hidden_size=hidden, vocab_size=503, dtype=torch.float32,
-        device=torch.device("cpu"),
+        num_slots=slots, max_length=100, hidden_size=48 if need is Need.HIDDEN else 0, vocab_size=503,
+        dtype=torch.float32, device=torch.device("cpu"), keeps_text=need is Need.RECURRENCE,
     )  # fmt: skip
-    policy = {"kv_policy": "skipkv", "kv_policy_config": {"max_sentences": 9}} if hidden else {"kv_policy": "rkv"}
-    config = KVPolicyConfig(kv_granularity="sentence", **policy)
-    assert bool(config.needs & Need.HIDDEN) == bool(hidden)
     shape = ModelShape(2, 4, 2, 32, 48, 503, 4)
     assert shape.tracker_bytes(config, slots, 100) == tracker.nbytes
 
@@ -58,12 +65,17 @@ def test_the_tracker_takes_what_was_counted(hidden, slots):
 def test_a_count_by_hand():
     found = capacity(CONFIG, SHAPE, POOL, length=8192, prompt=100)
     assert found.kv_bytes == 28 * 4 * 128 * 2 * 2
-    assert found.sidecar_bytes == 28 * 4 * 4
+    assert found.sidecar_bytes == 28 * 4 * 4 * 3  # position, error, number of queries
+    # 32 queries in each of 28 layers and 28 heads; of each token its id, the end of a sentence and its penalty, and a
+    # place more of each, where writes go that must go nowhere; of the request 29 bytes.
+    ring, text = 28 * 28 * 128 * 2 * (64 * 32 + 1) + 8 * 2048, 64 * (3 * 4 * 32769 + 29) + 152064
+    assert SHAPE.state_bytes(CONFIG, 64, 32768, 2048) == ring + text
+    assert found.state_bytes == -(-(ring + text) // 64)
     assert (found.request_pages, found.request_pages_full) == (1152 // 16, 8192 // 16)
     assert (found.fit, found.concurrency, found.is_capped) == (69, 64, True)
     assert "69 such requests fit at once instead of 10; max_num_seqs lets 64 run instead of 10" in found.lines()
     assert not capacity(CONFIG, SHAPE, replace(POOL, num_pages=4000), length=8192).is_capped
-    memory = 5000 * 16 * (57344 + 448) + SHAPE.state_bytes(CONFIG, 64, 32768, 2048)
+    memory = 5000 * 16 * (57344 + 3 * 448) + SHAPE.state_bytes(CONFIG, 64, 32768, 2048)
     assert found.pages_full == memory // (16 * 57344)
     assert found.concurrency_full == found.fit_full == found.pages_full // 512
 
@@ -108,10 +120,29 @@ def test_break_even_is_where_the_costs_cross():
 
 
 def test_a_policy_that_adds_attention_up_pays_for_it():
-    h2o, skipkv = capacity(KVPolicyConfig(kv_policy="h2o"), SHAPE, POOL), capacity(CONFIG, SHAPE, POOL)
-    assert h2o.sidecar_bytes == 2 * skipkv.sidecar_bytes
+    rkv, h2o, skipkv, both = (
+        capacity(KVPolicyConfig(kv_policy=policy, kv_request_policies=further), SHAPE, POOL)
+        for policy, further in (("rkv", []), ("h2o", []), ("skipkv", []), ("rkv", ["h2o", "skipkv"]))
+    )
+    assert "+ 448 for its position," in rkv.lines()[0]
     assert "+ 896 for its position and attention," in h2o.lines()[0]
-    assert "+ 448 for its position," in skipkv.lines()[0]
+    assert "+ 1,344 for its position, output error and query count," in skipkv.lines()[0]
+    assert "+ 1,792 for its position, attention, output error and query count," in both.lines()[0]
+    for found, number in ((rkv, 1), (h2o, 2), (skipkv, 3), (both, 4)):
+        assert found.sidecar_bytes == number * 448
+    # The queries of 32 tokens instead of those of the window, and the text.
+    assert h2o.state_bytes - rkv.state_bytes == 28 * 28 * 128 * 2 * (32 - 8)
+    assert skipkv.state_bytes > h2o.state_bytes
+
+
+def test_the_papers_rule_takes_embeddings_instead():
+    paper = KVPolicyConfig(kv_policy="skipkv", kv_policy_config={"compat": "paper"})
+    found = capacity(paper, SHAPE, POOL)
+    assert found.sidecar_bytes == 448
+    ring = 28 * 28 * 128 * 2 * (64 * 8 + 1) + 8 * 2048
+    # 256 embeddings and one that is nobody's, and the sum of the sentence being written; two numbers a token.
+    sentences = 64 * (257 * 3584 * 2 + 3584 * 4 + 2 * 4 * 32769 + 29) + 152064 + 8 * 256
+    assert SHAPE.state_bytes(paper, 64, 32768, 2048) == ring + sentences
 
 
 def test_pages_and_their_memory_are_inverse():

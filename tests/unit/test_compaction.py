@@ -8,7 +8,7 @@ from skipkv_vllm.config import KVPolicyConfig
 from skipkv_vllm.ops.paging import Layout, PagedCache
 from skipkv_vllm.policies import Need, make_policy
 from skipkv_vllm.scheduler.planner import Compaction
-from skipkv_vllm.worker.attention_mass import AttentionMass
+from skipkv_vllm.worker.attention_sums import AttentionSums
 from skipkv_vllm.worker.compaction import Compactor, Job, Managed
 from skipkv_vllm.worker.segments import SegmentTable
 
@@ -23,7 +23,7 @@ def job(name: str, source: list[int], target: list[int], *, protected: int = 0, 
 
 def parts(*jobs: Job) -> list[list[str]]:
     cache = PagedCache.of([torch.zeros(20, 1, SIZE, 8)], Layout.ROWS)
-    collected = (None, None, None, AttentionMass(), SegmentTable())
+    collected = (None, None, None, AttentionSums(), SegmentTable())
     compactor = Compactor(KVPolicyConfig(kv_policy="streaming_llm"), cache, SIZE, *collected)
     return [[each.order.request_id for each in part] for part in compactor._independent(jobs)]
 

@@ -22,7 +22,7 @@ from skipkv_vllm.compat.cli import SCHEDULER, WORKERS
 from skipkv_vllm.config import KVPolicyConfig, RequestOptions, flag_names, flags_table, parse_json_object
 from skipkv_vllm.errors import KVPolicyError
 from skipkv_vllm.plugin import register
-from skipkv_vllm.policies import Need, make_policy, policy_names
+from skipkv_vllm.policies import IN_THE_CACHE, Need, make_policy, policy_names
 from skipkv_vllm.policies.rkv import RKV
 from skipkv_vllm.policies.skipkv import SkipKV
 from skipkv_vllm.policies.streaming_llm import StreamingLLM
@@ -32,8 +32,8 @@ from tests.entry_points import sources
 
 
 def test_defaults_are_the_papers():
-    assert make_policy("skipkv") == SkipKV(
-        mix=0.1, pool=7, redundancy_threshold=0.5, similarity_threshold=0.95, max_sentences=256, compat="default"
+    assert make_policy("skipkv", {"compat": "paper"}) == SkipKV(
+        compat="paper", mix=0.1, pool=7, redundancy_threshold=0.5, similarity_threshold=0.95, max_sentences=256
     )
     assert make_policy("rkv") == RKV(mix=0.1, pool=7, redundancy_threshold=0.5)
     assert make_policy("streaming_llm") == StreamingLLM(sinks=4)
@@ -73,8 +73,13 @@ def test_an_integer_is_fine_where_a_float_is_meant():
         ("rkv", {"redundancy_threshold": -2.0}, ["redundancy_threshold=-2.0", "-1.0 to 1.0"]),
         ("skipkv", {"similarity_threshold": 1.01}, ["similarity_threshold=1.01", "0.0 to 1.0"]),
         ("skipkv", {"max_sentences": 1}, ["max_sentences=1", "2 to 65536"]),
-        ("skipkv", {"compat": "paper"}, ["compat='paper'", "'default' or 'reference'"]),
+        ("skipkv", {"compat": "papers"}, ["compat='papers'", "default, paper, reference"]),
         ("skipkv", {"compat": 1}, ["compat=1", "str"]),
+        ("skipkv", {"recent_share": 1.1}, ["recent_share=1.1", "0.0 to 1.0"]),
+        ("skipkv", {"recent_weight": 101}, ["recent_weight=101", "0.0 to 100.0"]),
+        ("skipkv", {"decay": -0.1}, ["decay=-0.1", "0.0 to 1.0"]),
+        ("skipkv", {"key_weight": -0.1}, ["key_weight=-0.1", "0.0 to 100.0"]),
+        ("skipkv", {"sentence_weight": float("nan")}, ["sentence_weight=nan", "0.0 to 100.0"]),
         ("streaming_llm", {"sinks": -1}, ["sinks=-1", "0 to 4096"]),
         ("caote", {"base": "rkv"}, ["base='rkv'", "h2o, snapkv, tova"]),
         ("caote", {"form": "slow"}, ["form='slow'", "exact, fast"]),
@@ -87,6 +92,43 @@ def test_a_bad_policy_parameter_is_refused(name, options, parts):
         make_policy(name, options)
     for part in parts:
         assert part in str(error.value)
+
+
+OF_THE_PAPER = {
+    "mix": 0.2,
+    "pool": 5,
+    "redundancy_threshold": 0.6,
+    "similarity_threshold": 0.9,
+    "max_sentences": 9,
+}
+OF_THE_DEFAULT = {"recent_share": 0.4, "recent_weight": 2.0, "decay": 0.8, "key_weight": 0.1, "sentence_weight": 0.0}
+
+
+def test_every_parameter_belongs_to_one_rule_of_skipkv():
+    assert {*OF_THE_PAPER, *OF_THE_DEFAULT, "compat"} == {field.name for field in dataclasses.fields(SkipKV)}
+    assert make_policy("skipkv", OF_THE_DEFAULT) == SkipKV(**OF_THE_DEFAULT)
+    for rule in ("paper", "reference"):
+        assert make_policy("skipkv", OF_THE_PAPER | {"compat": rule}) == SkipKV(**OF_THE_PAPER, compat=rule)
+
+
+@pytest.mark.parametrize("name", OF_THE_PAPER)
+def test_a_parameter_of_the_papers_rule_is_refused_without_it(name):
+    for rule in ({}, {"compat": "default"}):
+        with pytest.raises(KVPolicyError) as error:
+            make_policy("skipkv", {name: OF_THE_PAPER[name]} | rule)
+        assert f"{name}={OF_THE_PAPER[name]} means nothing with compat='default'" in str(error.value)
+        assert 'add "compat": "paper"' in str(error.value)
+    # A server says it too, before anything is loaded.
+    with pytest.raises(KVPolicyError, match='add "compat": "paper"'):
+        KVPolicyConfig.parse({"kv_policy": "skipkv", "kv_policy_config": {name: OF_THE_PAPER[name]}})
+
+
+@pytest.mark.parametrize("rule", ["paper", "reference"])
+@pytest.mark.parametrize("name", OF_THE_DEFAULT)
+def test_a_parameter_of_the_default_is_refused_with_another_rule(name, rule):
+    with pytest.raises(KVPolicyError) as error:
+        make_policy("skipkv", {name: OF_THE_DEFAULT[name], "compat": rule})
+    assert f"{name}={OF_THE_DEFAULT[name]} means nothing with compat={rule!r}; leave it out" in str(error.value)
 
 
 # ---- the server's configuration
@@ -157,7 +199,7 @@ def test_the_smallest_allowed_budget():
 
 
 def test_the_configuration_survives_the_way_to_the_workers():
-    config = KVPolicyConfig(kv_policy="skipkv", kv_budget=99, kv_policy_config={"mix": 0.2}, kv_trace_dir="/tmp/x")
+    config = KVPolicyConfig(kv_policy="skipkv", kv_budget=99, kv_policy_config={"decay": 0.2}, kv_trace_dir="/tmp/x")
     assert KVPolicyConfig.parse(json.loads(json.dumps(config.model_dump()))) == config
 
 
@@ -165,7 +207,30 @@ def test_needs():
     assert KVPolicyConfig(kv_policy="streaming_llm").needs == Need.NOTHING
     assert KVPolicyConfig(kv_policy="streaming_llm", kv_granularity="sentence").needs == Need.SENTENCES
     assert KVPolicyConfig(kv_policy="rkv").needs == Need.QUERIES | Need.KEYS
-    assert KVPolicyConfig(kv_policy="skipkv").needs == Need.QUERIES | Need.KEYS | Need.SENTENCES | Need.HIDDEN
+    paper = KVPolicyConfig(kv_policy="skipkv", kv_policy_config={"compat": "paper"})
+    assert paper.needs == Need.QUERIES | Need.KEYS | Need.SENTENCES | Need.HIDDEN
+    default = KVPolicyConfig(kv_policy="skipkv").needs
+    assert default & ~IN_THE_CACHE == Need.QUERIES | Need.SENTENCES | Need.RECURRENCE | Need.OUTPUT_ERROR
+
+
+@pytest.mark.parametrize(
+    ("options", "queries"),
+    [
+        ({"kv_policy": "rkv"}, 8),
+        ({"kv_policy": "thinkv"}, 8),
+        ({"kv_policy": "streaming_llm", "kv_window": 3}, 3),
+        ({"kv_policy": "skipkv", "kv_policy_config": {"compat": "paper"}}, 8),
+        ({"kv_policy": "skipkv"}, 32),
+        ({"kv_policy": "h2o"}, 32),
+        ({"kv_policy": "vatp"}, 32),
+        ({"kv_policy": "skipkv", "kv_window": 40}, 40),
+        # A method that a request may choose counts like the server's own.
+        ({"kv_policy": "rkv", "kv_request_policies": ["h2o"]}, 32),
+        ({"kv_policy": "rkv", "kv_request_policies": ["snapkv"]}, 8),
+    ],
+)
+def test_workers_keep_more_queries_only_for_sums_over_them(options, queries):
+    assert KVPolicyConfig(**options).num_queries == queries
 
 
 def test_the_trace_folder_becomes_absolute(tmp_path, monkeypatch):
@@ -188,7 +253,7 @@ def test_every_field_has_a_flag_and_a_row_in_the_table():
     [
         ("{mix: 0.1}", ["--flag", "{mix: 0.1}", "not valid JSON", "quote it"]),
         ("", ["--flag", "not valid JSON"]),
-        ("[1]", ["--flag", "[1]", "not an object", '{"mix": 0.1}']),
+        ("[1]", ["--flag", "[1]", "not an object", '{"recent_share": 0.4}']),
         ("3", ["not an object"]),
         ("null", ["not an object"]),
         ('"text"', ["not an object"]),
@@ -229,7 +294,12 @@ SERVER = KVPolicyConfig(kv_policy="rkv", kv_budget=100)
         ({"kv_task_tokens": 65, "kv_policy": "finch"}, ["kv_task_tokens=65", "less than or equal to 64"]),
         (
             {"kv_policy": "skipkv"},
-            ["kv_policy='skipkv'", "sentences and hidden", "--kv-request-policies skipkv", "'rkv' or 'full'"],
+            [
+                "kv_policy='skipkv'",
+                "sentences and recurrence and output_error",
+                "--kv-request-policies skipkv",
+                "'rkv' or 'full'",
+            ],
         ),
     ],
 )
@@ -336,9 +406,9 @@ def test_keys_that_are_not_ours_are_left_alone(extra):
 def test_a_request_may_choose_what_the_server_can_do():
     assert RequestOptions.parse({"kv_policy": "full"}, SERVER, 500).resolve_policy(SERVER).name == "full"
     assert RequestOptions.parse({"kv_policy": "streaming_llm"}, SERVER, 500).resolve_policy(SERVER) == StreamingLLM()
-    server = KVPolicyConfig(kv_policy="skipkv", kv_policy_config={"mix": 0.3})
+    server = KVPolicyConfig(kv_policy="skipkv", kv_policy_config={"decay": 0.3})
     assert RequestOptions.parse({"kv_policy": "rkv"}, server, 500).resolve_policy(server) == RKV()
-    assert RequestOptions.parse({"kv_policy": "skipkv"}, server, 500).resolve_policy(server) == SkipKV(mix=0.3)
+    assert RequestOptions.parse({"kv_policy": "skipkv"}, server, 500).resolve_policy(server) == SkipKV(decay=0.3)
     assert RequestOptions.parse({"kv_budget": 9}, SERVER, 500).kv_budget == 9
     assert RequestOptions.parse({"kv_budget": 500}, SERVER, 500).kv_budget == 500
 
@@ -372,7 +442,7 @@ def test_the_servers_own_method_may_be_named_among_the_further_ones():
 def test_a_server_can_collect_for_further_methods():
     server = KVPolicyConfig(kv_policy="rkv", kv_request_policies=["h2o", "skipkv"])
     assert Need.ATTENTION_MASS in server.needs
-    assert Need.HIDDEN in server.needs
+    assert Need.RECURRENCE | Need.OUTPUT_ERROR in server.needs
     for name in ("h2o", "skipkv"):
         assert RequestOptions.parse({"kv_policy": name}, server, 500).resolve_policy(server) == make_policy(name)
         with pytest.raises(KVPolicyError, match=f"--kv-request-policies {name}"):
@@ -432,7 +502,7 @@ def engine_args(parser, tmp_path) -> Callable[..., EngineArgs]:
 def test_flags_reach_the_engine(engine_args):
     args = engine_args(
         *("--kv-policy", "skipkv", "--kv-budget", "256", "--kv-granularity", "sentence", "--no-kv-protect-prompt"),
-        *("--kv-policy-config", '{"similarity_threshold": 0.97}'),
+        *("--kv-policy-config", '{"compat": "paper", "similarity_threshold": 0.97}'),
     )
     sent = KVPolicyConfig.parse(args.additional_config["skipkv"])
     assert sent == KVPolicyConfig(
@@ -440,7 +510,7 @@ def test_flags_reach_the_engine(engine_args):
         kv_budget=256,
         kv_granularity="sentence",
         kv_protect_prompt=False,
-        kv_policy_config={"similarity_threshold": 0.97},
+        kv_policy_config={"compat": "paper", "similarity_threshold": 0.97},
     )
     assert args.scheduler_cls == SCHEDULER
     assert args.worker_cls in WORKERS.values()

@@ -16,10 +16,11 @@ import torch
 from skipkv_vllm.ops import batched, native
 from skipkv_vllm.ops.paging import Layout
 from tests import emulated_cuda
-from tests.op_cases import CompactCase, Pages, ScoreCase
+from tests.op_cases import CompactCase, MeasureCase, Pages, ScoreCase
 from tests.thought_cases import check_thoughts
 from tests.tracking_cases import check_tracking
 from tests.unit import test_ops_parity as parity
+from tests.unit import test_ops_parity_attention as attention
 from tests.unit import test_ops_parity_tokens as tokens
 
 if why := emulated_cuda.unavailable():
@@ -68,6 +69,25 @@ def test_queries_for_keys_of_8_bits_are_float32(cuda):
 def test_scores_of_every_head_size(cuda, dtype, dim):
     case = ScoreCase(Pages(dtype=dtype, dim=dim, layers=1), (150, 65), window=11, keys="clusters", threshold=0.7)
     parity.check_score_case(cuda, case)
+
+
+@pytest.mark.parametrize("output_error", [False, True], ids=["attention", "error"])
+@rows(attention.MEASURES)
+def test_measure_attention(cuda, case, output_error):
+    attention.check_measure_case(cuda, case, output_error)
+
+
+@rows(attention.MEASURES)
+def test_key_similarity(cuda, case):
+    attention.check_similarity_case(cuda, case)
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, *FP8])
+@pytest.mark.parametrize("dim", [8, 36, 72, 112, 136, 256])
+def test_attention_of_every_head_size(cuda, dtype, dim):
+    case = MeasureCase(Pages(dtype=dtype, dim=dim, layers=1), (150, 65), (11, 7), window=11, group=3)
+    attention.check_measure_case(cuda, case, output_error=True)
+    attention.check_similarity_case(cuda, case)
 
 
 @rows(parity.SELECTIONS)

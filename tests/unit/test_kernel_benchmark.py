@@ -54,11 +54,12 @@ def test_command_line_and_page(tmp_path, capsys):
     figures = json.loads(out.read_text())
     assert [row["keys"] for row in figures["scoring"]] == ["distinct", "similar"]
     assert all(row["relative_error"] < 1e-5 for row in figures["scoring"])
+    assert all(number > 0 for number in figures["measuring"][0].values())
     row = figures["compaction"][0]
     assert row["bytes"] == row["fewest_bytes"] <= row["rewrite_bytes"] // 2
     assert row["most_moved_per_head"] <= 32
     page = "\n\n".join(kernels_section(figures))
-    assert page.count("| 96 |") == 2
+    assert page.count("| 96 |") == 3
     assert "python -m benchmarks.kernels --lengths 96" in page
 
 

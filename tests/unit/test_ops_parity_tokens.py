@@ -11,6 +11,7 @@ import torch
 
 from skipkv_vllm.ops import KEYWORD_SHIFT, STATE, batched, native
 from skipkv_vllm.ops.schema import SCHEMAS
+from skipkv_vllm.sentences.tracker import OPEN
 from tests.op_backends import Backend, cases, each_backend, isa, on  # noqa: F401
 from tests.op_cases import CompactCase, ScoreCase
 from tests.thought_cases import check_thoughts
@@ -32,6 +33,8 @@ class TrackCase:
         dtype: of hidden states and embeddings.
         id_type: of token ids.
         longest: most tokens of a request in a step.
+        held: embeddings kept.
+        keeps_text: whether token ids are kept.
     """
 
     merge: bool = True
@@ -41,16 +44,18 @@ class TrackCase:
     id_type: torch.dtype = torch.int32
     longest: int = 9
     held: int = 4
+    keeps_text: bool = False
 
     def state(self, slots: int) -> list[torch.Tensor]:
-        """ends, count, after_delimiter, open_length, open_sum and embeddings of new requests."""
+        """ends, count, after_delimiter, open_length, open_sum, embeddings and text of new requests."""
         return [
-            torch.full((slots, 400), -1, dtype=torch.int32),
+            torch.full((slots, 400), OPEN, dtype=torch.int32),
             torch.zeros(slots, dtype=torch.int64),
             torch.zeros(slots, dtype=torch.bool),
             torch.zeros(slots),
             torch.zeros(slots, self.width),
             torch.zeros(slots, self.held + 1, self.width, dtype=self.dtype),
+            torch.zeros(slots, self.longest * 8 + 100 if self.keeps_text else 0, dtype=torch.int32),
         ]
 
 
@@ -63,12 +68,13 @@ TRACKS = {
     "one token a step": TrackCase(longest=1, often=0.6),
     "mostly delimiters": TrackCase(often=0.9),
     "mostly delimiters, not merged": TrackCase(often=0.9, merge=False),
-    "long steps": TrackCase(longest=90, held=2),
+    "long steps": TrackCase(longest=90, held=2, keeps_text=True),
+    "text": TrackCase(width=0, keeps_text=True),
     "no delimiter": TrackCase(often=0.0),
 }
 
 
-@cases(TRACKS, few=("merged", "not merged", "one token a step"))
+@cases(TRACKS, few=("merged", "not merged", "one token a step", "text"))
 def test_track_sentences(backend, case):
     if not hasattr(backend.module, "track_sentences"):
         pytest.skip(f"{backend} leaves track_sentences to PyTorch")

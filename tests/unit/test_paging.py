@@ -400,9 +400,19 @@ def test_scales_of_keys():
     assert build._key_scales([attention_layer("auto", torch.bfloat16, 0.5)]) is None
 
 
-@pytest.mark.parametrize(("policy", "extra", "left"), [("rkv", [], 64), ("rkv", ["h2o"], 63), ("h2o", [], 63)])
+@pytest.mark.parametrize(
+    ("policy", "extra", "left"),
+    [
+        ("rkv", [], 64),
+        ("rkv", ["h2o"], 63),
+        ("h2o", [], 63),
+        ("skipkv", [], 62),
+        ("skipkv", ["h2o"], 61),
+    ],
+)
 def test_pages_leave_room_for_positions_and_for_the_attention_mass(policy, extra, left):
-    # 2 layers x 2 heads x 2 * 62 elements of 2 bytes are 992 bytes a token; positions add 16, and the mass as many.
+    # 2 layers x 2 heads x 2 * 62 elements of 2 bytes are 992 bytes a token; positions add 16, the mass as many, and
+    # errors with the number of queries twice as many.
     layer = SimpleNamespace(impl=None, kv_cache_torch_dtype=torch.bfloat16)
     model_config = SimpleNamespace(
         dtype=torch.bfloat16,

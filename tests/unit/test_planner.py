@@ -6,7 +6,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from skipkv_vllm.scheduler.planner import Compaction, EvictionPlanner, Limits, PlannedCompaction, Residency, ceil_div
+from skipkv_vllm.scheduler.planner import (
+    Compaction,
+    EvictionPlanner,
+    Limits,
+    Looks,
+    PlannedCompaction,
+    Residency,
+    ceil_div,
+)
 
 LIMITS = Limits(budget=100, buffer=16, window=8, protected=0)
 
@@ -153,7 +161,7 @@ def test_planning_changes_nothing_until_it_is_committed():
 
 def test_starting_over_forgets_counts():
     planner = EvictionPlanner()
-    planner.start("a", LIMITS, first_observed=49)
+    planner.start("a", LIMITS, Looks(49, LIMITS.window, at_all=True))
     planner.observe("a", 116, is_compacted=True)
     planner.committed("a", 116)
     planner.restart("a")
@@ -180,7 +188,7 @@ def test_a_chunk_ends_at_the_bound():
 
 def test_a_chunk_is_no_longer_than_its_queries_are_kept_where_they_are_counted():
     planner = EvictionPlanner()
-    planner.start("a", LIMITS, first_observed=49)
+    planner.start("a", LIMITS, Looks(49, LIMITS.window, at_all=True))
     assert planner.room("a", 0, 0) == 57
     assert planner.room("a", 50, 0) == 7
     assert planner.observe("a", 57, is_compacted=False) == 8
@@ -204,17 +212,18 @@ def test_orders_say_what_was_evicted_before():
     prompt=st.integers(1, 300),
     protects=st.booleans(),
     counts_attention=st.booleans(),
+    interval=st.sampled_from([8, 32]),
     chunks=st.lists(st.integers(1, 100), min_size=1),
 )
 def test_a_request_is_compacted_at_the_same_tokens_however_its_text_is_cut(
-    budget, buffer, window, prompt, protects, counts_attention, chunks
+    budget, buffer, window, prompt, protects, counts_attention, interval, chunks
 ):
     """And never exceeds its bound, and every query from the first that counts on is counted."""
     limits = Limits(budget, buffer, window, prompt if protects else 0)
     planner = EvictionPlanner()
-    first = min(prompt, limits.bound) - 1
-    planner.start("a", limits, first if counts_attention else None)
-    logical, evicted, counted, compacted_at = 0, 0, first, []
+    first = min(prompt - 1, limits.bound - buffer)
+    planner.start("a", limits, Looks(first, interval, at_all=True) if counts_attention else None)
+    logical, evicted, counted, compacted_at = 0, 0, 0, []
     total = prompt + 3 * buffer
     while logical < total:
         due = planner.plan([Residency("a", logical, evicted)])
@@ -222,20 +231,20 @@ def test_a_request_is_compacted_at_the_same_tokens_however_its_text_is_cut(
         for plan in due:
             assert (plan.num_resident, plan.num_keep) == (limits.bound, limits.keep)
             assert plan.num_keep >= limits.protected + window
-            assert not counts_attention or counted == logical
+            assert not counts_attention or first + counted == logical
             evicted += plan.num_resident - plan.num_keep
             planner.committed("a", logical)
             compacted_at.append(logical)
         logical += min(chunks[logical % len(chunks)], total - logical, planner.room("a", logical, evicted))
         assert logical - evicted <= limits.bound
-        assert not counts_attention or logical - counted <= max(window, first - counted + window)
+        assert not counts_attention or logical - first - counted <= interval
     assert compacted_at == list(range(limits.bound, total, buffer))
     assert planner.num_compactions("a") == len(compacted_at)
 
 
 def test_attention_is_counted_every_window_and_before_a_compaction():
     planner = EvictionPlanner()
-    planner.start("a", LIMITS, first_observed=49)
+    planner.start("a", LIMITS, Looks(49, LIMITS.window, at_all=True))
     counted = {n: planner.observe("a", n, is_compacted=n == 61) for n in range(50, 72)}
     assert {n: count for n, count in counted.items() if count} == {57: 8, 61: 4, 69: 8}
     assert planner.observe("a", 71, is_compacted=True) == 2
@@ -244,7 +253,7 @@ def test_attention_is_counted_every_window_and_before_a_compaction():
 
 def test_attention_is_looked_at_by_segment_whatever_is_compacted():
     planner = EvictionPlanner()
-    planner.start("a", LIMITS, first_observed=50, segment=32)
+    planner.start("a", LIMITS, Looks(50, 32, at_all=False))
     assert planner.room("a", 0, 0) == 82
     looks = {n: planner.observe("a", n, is_compacted=n in (70, 114)) for n in range(51, 130)}
     assert {n: count for n, count in looks.items() if count} == {82: 8, 114: 8}
@@ -255,7 +264,7 @@ def test_attention_is_looked_at_by_segment_whatever_is_compacted():
 
 def test_no_more_queries_are_counted_than_are_kept():
     planner = EvictionPlanner()
-    planner.start("a", LIMITS, first_observed=49)
+    planner.start("a", LIMITS, Looks(49, LIMITS.window, at_all=True))
     assert planner.observe("a", 90, is_compacted=False) == 8
 
 

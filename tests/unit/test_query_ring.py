@@ -27,11 +27,11 @@ class FakeImpl:
         return query * scale + key + value
 
 
-def make_ring(window: int = 4, slots: int = 3, max_tokens: int = 64) -> tuple[QueryRing, list[FakeImpl]]:
+def make_ring(num_kept: int = 4, slots: int = 3, max_tokens: int = 64) -> tuple[QueryRing, list[FakeImpl]]:
     ring = QueryRing(
         num_layers=LAYERS,
         num_slots=slots,
-        window=window,
+        num_kept=num_kept,
         num_heads=HEADS,
         head_size=DIM,
         max_tokens=max_tokens,
@@ -62,8 +62,8 @@ def step(ring: QueryRing, impls: list[FakeImpl], parts: list[tuple[int, int, int
 
 def expect(ring: QueryRing, slot: int, request: int, num_logical: int) -> None:
     for layer in range(LAYERS):
-        wanted = torch.stack([query_of(layer, request, p) for p in range(num_logical - ring.window, num_logical)])
-        assert torch.equal(ring.read(layer, slot, num_logical), wanted)
+        wanted = torch.stack([query_of(layer, request, p) for p in range(num_logical - ring.num_kept, num_logical)])
+        assert torch.equal(ring.read(layer, slot, num_logical, ring.num_kept), wanted)
 
 
 @pytest.mark.parametrize("count", [4, 5, 7, 8, 30])
@@ -101,7 +101,7 @@ def test_several_requests_and_an_unmanaged_one():
     step(ring, impls, [(2, 1, 0, 9), (-1, 2, 0, 11), (0, 3, 100, 5)], padding=6)
     expect(ring, 2, 1, 9)
     expect(ring, 0, 3, 105)
-    assert not ring.read(0, 1, 4).any(), "nobody's queries must not reach a slot"
+    assert not ring.read(0, 1, 4, ring.num_kept).any(), "nobody's queries must not reach a slot"
 
 
 def test_padding_is_recorded_nowhere():
@@ -110,7 +110,7 @@ def test_padding_is_recorded_nowhere():
     step(ring, impls, [(0, 1, 8, 1)], padding=15)
     expect(ring, 0, 1, 9)
     for slot in (1, 2):
-        assert not ring.read(0, slot, 4).any()
+        assert not ring.read(0, slot, 4, ring.num_kept).any()
 
 
 def test_a_shorter_step_forgets_the_index_of_the_longer_one_before():
@@ -131,7 +131,7 @@ def test_a_dummy_pass_records_nothing():
         impl.forward(None, garbage, garbage, garbage)
     expect(ring, 0, 1, 8)
     for slot in (1, 2):
-        assert not ring.read(1, slot, 4).any()
+        assert not ring.read(1, slot, 4, ring.num_kept).any()
 
 
 def test_a_step_without_requests():
@@ -186,7 +186,7 @@ def test_queries_that_vllm_quantised_are_recorded_as_they_were(scale):
     queries = torch.randn(2, HEADS, DIM, generator=torch.Generator().manual_seed(0))
     stored = (queries / scale.reshape(-1, 1)).to(torch.float8_e4m3fn)
     impl.forward(SimpleNamespace(_q_scale=scale), stored)
-    torch.testing.assert_close(ring.read(1, 1, 6)[-2:], queries, rtol=2**-4, atol=2**-8)
+    torch.testing.assert_close(ring.read(1, 1, 6, ring.num_kept)[-2:], queries, rtol=2**-4, atol=2**-8)
     assert impl.seen[0] is stored, "attention gets what it would have got"
 
 
@@ -208,12 +208,12 @@ def test_attach_works_for_different_classes_at_once():
     ring.prepare(np.array([2]), np.array([4]), np.array([0]), 4)
     query = torch.randn(4, HEADS, DIM)
     assert torch.equal(impl.forward(None, query, query, query), query * 6)
-    assert torch.equal(ring.read(1, 2, 4), query)
-    assert not ring.read(0, 2, 4).any(), "layer 0 saw no pass"
+    assert torch.equal(ring.read(1, 2, 4, ring.num_kept), query)
+    assert not ring.read(0, 2, 4, ring.num_kept).any(), "layer 0 saw no pass"
 
 
 def test_ring_memory():
-    ring, _ = make_ring(window=8, slots=3, max_tokens=16)
+    ring, _ = make_ring(num_kept=8, slots=3, max_tokens=16)
     assert ring.nbytes == LAYERS * (3 * 8 + 1) * HEADS * DIM * 4 + 16 * 8
 
 
@@ -221,7 +221,7 @@ def test_queries_can_be_handed_out_instead():
     ring, impls = make_ring()
     step(ring, impls, [(0, 0, 0, 4)])
     ring.skip()
-    held = [ring.read(layer, 0, 4) for layer in range(LAYERS)]
+    held = [ring.read(layer, 0, 4, ring.num_kept) for layer in range(LAYERS)]
     with ring.handing_out() as seen:
         for layer, impl in enumerate(impls):
             query = torch.full((2, HEADS, DIM), float(layer))
@@ -230,5 +230,5 @@ def test_queries_can_be_handed_out_instead():
     assert [each.unique().tolist() for each in seen] == [[0.0], [1.0]]
     assert not ring.recording
     step(ring, impls, [(1, 1, 0, 4)])
-    assert all(torch.equal(ring.read(layer, 0, 4), held[layer]) for layer in range(LAYERS))
+    assert all(torch.equal(ring.read(layer, 0, 4, ring.num_kept), held[layer]) for layer in range(LAYERS))
     assert len(seen) == LAYERS

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from skipkv_vllm.config import KVPolicyConfig
 from skipkv_vllm.ops.paging import Layout, PagedCache
-from skipkv_vllm.policies import Need
-from skipkv_vllm.scheduler.planner import Compaction
+from skipkv_vllm.policies import ACCUMULATED, Need
+from skipkv_vllm.scheduler.planner import Compaction, Observation
 from skipkv_vllm.sentences import SentenceTables
 from skipkv_vllm.sentences.tracker import SentenceTracker, TrackedTokens
-from skipkv_vllm.worker.attention_mass import AttentionMass
+from skipkv_vllm.worker.attention_sums import AttentionSums
 from skipkv_vllm.worker.compaction import Compactor, Job, Managed
 from skipkv_vllm.worker.queries import QueryRing
 from skipkv_vllm.worker.ranks import ALONE, Ranks
@@ -29,7 +29,12 @@ PAGE, WINDOW = 4, 4
 LENGTHS, KEEP = (48, 43), (20, 24)
 DOT = 9
 TABLES = SentenceTables(frozenset({DOT}), ((8,),), True, "max")
-CASES = [("random", "head"), ("rkv", "head"), ("skipkv", "head"), ("rkv", "sentence"), ("skipkv", "sentence")]
+PARAMETERS = {"paper": {"compat": "paper"}, "without sentences": {"sentence_weight": 0.0}}
+"""Of other ways to use `skipkv`: by the paper's rule, and without a look at sentences."""
+CASES = [
+    *((policy, "head") for policy in ("random", "rkv", "h2o", "skipkv", "paper")),
+    *((policy, "sentence") for policy in ("rkv", "h2o", "skipkv", "paper")),
+]
 CPU = torch.device("cpu")
 
 
@@ -46,7 +51,12 @@ def kept(policy: str, granularity: str, layers: slice, heads: slice, ranks: Rank
         return torch.randn(*shape, generator=generator)
 
     config = KVPolicyConfig(
-        kv_policy=policy, kv_budget=16, kv_window=WINDOW, kv_granularity=granularity, kv_protect_prompt=False
+        kv_policy="skipkv" if policy in PARAMETERS else policy,
+        kv_policy_config=PARAMETERS.get(policy, {}),
+        kv_budget=16,
+        kv_window=WINDOW,
+        kv_granularity=granularity,
+        kv_protect_prompt=False,
     )
     needs = config.needs
     blocks = [-(-length // PAGE) for length in LENGTHS]
@@ -61,7 +71,7 @@ def kept(policy: str, granularity: str, layers: slice, heads: slice, ranks: Rank
         ring = QueryRing(
             num_layers=num_layers,
             num_slots=2,
-            window=WINDOW,
+            num_kept=config.num_queries,
             num_heads=num_heads * GROUP,
             head_size=DIM,
             max_tokens=total,
@@ -84,22 +94,29 @@ def kept(policy: str, granularity: str, layers: slice, heads: slice, ranks: Rank
             vocab_size=16,
             dtype=torch.float32,
             device=CPU,
+            keeps_text=bool(needs & Need.RECURRENCE),
         )
-        # Sentences of five tokens; every third one says the same, in other words.
+        # Sentences of five tokens; every third one says the same, in other words, and two say the same as two before.
         place = torch.arange(total)
-        tokens = torch.where(place % 5 == 4, DOT, 1)
+        tokens = torch.where(place % 5 == 4, DOT, torch.randint(8, (total,), generator=generator))
+        for start in (0, LENGTHS[0]):
+            tokens[start + 25 : start + 35] = tokens[start + 5 : start + 15]
         spans = torch.tensor([[0, 1], [0, LENGTHS[0]], LENGTHS, [0, 0]])
         for slot in (0, 1):
             tracker.reset(slot, 0)
         tracker.update(TrackedTokens(tokens, spans, total, topics[place // 5 % 3] + noise if size else None))
-    collected = (ring, tracker, None, AttentionMass(), SegmentTable())
+    collected = (ring, tracker, None, AttentionSums(), SegmentTable())
     compactor = Compactor(config, PagedCache.of(caches, Layout.ROWS), PAGE, *collected, ranks)
-    jobs, first = [], 1
+    jobs, looks, first = [], [], 1
     for slot, (length, keep, number) in enumerate(zip(LENGTHS, KEEP, blocks, strict=True)):
         pages = list(range(first, first + number))
         first += number
         order = Compaction(str(slot), length, length, keep, pages, pages[: keep // PAGE], 0)
         jobs.append(Job(order, Managed(slot, config.policy, needs, 0)))
+        number_seen = min(length, config.num_queries)
+        looks.append((Observation(order.request_id, length, length, number_seen, pages), jobs[-1].request))
+    if needs & ACCUMULATED:
+        compactor.accumulate(looks)
     compactor.run(jobs)
     result = []
     for order, _ in jobs:
@@ -154,6 +171,9 @@ def test_ranks_keep_what_one_worker_keeps(case: tuple[str, str], by_rank: list[l
 
 def test_sentence_penalties_decide() -> None:
     """What the last stage tells matters: without repeats other tokens would stay."""
-    assert not torch.equal(
-        *(kept(policy, "sentence", slice(None), slice(None), ALONE, is_last=True)[0] for policy in ("skipkv", "rkv"))
-    )
+    for policies in (("paper", "rkv"), ("skipkv", "without sentences")):
+        for granularity in ("head", "sentence"):
+            one, other = (
+                kept(policy, granularity, slice(None), slice(None), ALONE, is_last=True)[0] for policy in policies
+            )
+            assert not torch.equal(one, other)

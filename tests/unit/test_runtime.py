@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -13,12 +15,18 @@ from skipkv_vllm.worker.rows import StepBatch
 
 from .simulation import DOT, HIDDEN, Simulation
 
+PAPER = {"compat": "paper"}
 CASES = [
     (policy, granularity, protect)
-    for policy in ("streaming_llm", "rkv", "skipkv", "random", "snapkv", "h2o", "trimkv")
+    for policy in ("streaming_llm", "rkv", "skipkv", "paper", "random", "snapkv", "h2o", "trimkv")
     for granularity in ("head", "sentence")
     for protect in (True, False)
 ]
+
+
+def simulation(policy: str, **arguments: Any) -> Simulation:
+    """Of a method with its defaults; "paper" is the paper's rule of `skipkv`."""
+    return Simulation("skipkv", parameters=PAPER, **arguments) if policy == "paper" else Simulation(policy, **arguments)
 
 
 METHODS: list[tuple[str, dict[str, object]]] = [
@@ -185,7 +193,7 @@ def test_queries_of_tokens_decoded_ahead_decide_other_than_the_window():
 @pytest.mark.parametrize("layout", ["gpu", "gpu strided", "vec"])
 @pytest.mark.parametrize(("policy", "granularity", "protect"), CASES)
 def test_interleaved_requests_keep_what_the_method_says(policy, granularity, protect, layout):
-    sim = Simulation(policy, granularity=granularity, protect=protect, layout=layout, ratio=2 if protect else 1)
+    sim = simulation(policy, granularity=granularity, protect=protect, layout=layout, ratio=2 if protect else 1)
     sim.start("a", num_prompt=13, budget=30)
     sim.step({"a": 13})
     sim.start("b", num_prompt=21, budget=24)
@@ -208,7 +216,7 @@ def test_interleaved_requests_keep_what_the_method_says(policy, granularity, pro
 @pytest.mark.parametrize("layout", ["gpu", "vec"])
 @pytest.mark.parametrize(("policy", "granularity", "protect"), CASES)
 def test_shared_pages_are_replaced_and_their_other_reader_sees_no_change(policy, granularity, protect, layout):
-    sim = Simulation(policy, granularity=granularity, protect=protect, layout=layout)
+    sim = simulation(policy, granularity=granularity, protect=protect, layout=layout)
     sim.start("a", num_prompt=26, budget=30)
     sim.step({"a": 26})
     # One shares five pages with "a" and has a prompt of its own after it, one only reads.
@@ -257,7 +265,7 @@ def test_a_dummy_pass_leaves_what_gates_said_alone():
 
 def test_flagged_sentences_leave_before_anything_else():
     # The dense reference must really have been led by the penalties, or the comparison above says little.
-    sim = Simulation("skipkv", protect=False)
+    sim = Simulation("skipkv", protect=False, parameters=PAPER)
     sim.start("a", num_prompt=10, budget=30)
     sim.step({"a": 10})
     for _ in range(28):
@@ -293,6 +301,18 @@ def test_streaming_keeps_sinks_and_the_newest():
     sim.step({"a": 0})
     assert sim.running["a"].num_compactions == 1
     assert sim.positions("a")[0, 0].sort().values.tolist() == [0, 1, 2, *range(11, 28)]
+
+
+def test_random_protects_the_first_tokens_of_an_unprotected_prompt():
+    sim = Simulation("random", protect=False, parameters={"sinks": 5})
+    sim.start("a", num_prompt=10, budget=20)
+    sim.step({"a": 10})
+    for _ in range(18):
+        sim.step({"a": 1})
+    sim.step({"a": 0})
+    for head in sim.positions("a").flatten(0, 1).sort(-1).values.tolist():
+        assert head[:5] == [0, 1, 2, 3, 4]
+        assert len(head) == 20
 
 
 def test_h2o_keeps_the_newest_when_the_prompt_leaves_no_room_for_half_of_the_budget():
@@ -342,7 +362,7 @@ def test_a_request_may_use_another_method_than_the_server():
     assert all(r.num_compactions >= 2 for r in sim.running.values())
     assert sim.runtime._requests["other"].policy == make_policy("streaming_llm")
     # streaming_llm reads no queries, so none of its queries may be recorded.
-    assert not sim.runtime.ring.read(0, sim.runtime._requests["other"].slot, 48).any()
+    assert not sim.runtime.ring.read(0, sim.runtime._requests["other"].slot, 48, 4).any()
 
 
 @pytest.mark.parametrize("policy", ["skipkv", "h2o", "trimkv"])
@@ -397,7 +417,7 @@ def test_finished_requests_that_were_never_managed_are_ignored():
 
 @pytest.mark.parametrize("protect", [True, False])
 def test_sentences_are_tracked_from_the_end_of_a_protected_prompt(protect):
-    sim = Simulation("skipkv", protect=protect)
+    sim = Simulation("skipkv", protect=protect, seed=3)
     sim.start("a", num_prompt=20, budget=40)
     # The prompt comes in two chunks, the second of which also reaches beyond it after a preemption.
     sim.step({"a": 12})

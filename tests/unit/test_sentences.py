@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import random
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import Any, NamedTuple, Protocol
 
 import pytest
 import torch
@@ -15,8 +16,10 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from skipkv_vllm.errors import KVPolicyError
+from skipkv_vllm.ops import dispatch, native
 from skipkv_vllm.policies import SentenceOptions
 from skipkv_vllm.sentences import Sentence, SentenceTables, build_tables, segment, segment_with
+from skipkv_vllm.sentences.recurrence import GRAM
 from skipkv_vllm.sentences.tracker import SentenceTracker, TrackedTokens
 
 # ---- tokenizers
@@ -244,18 +247,49 @@ def make_text(seed: int, length: int, first: int = 0) -> Text:
     return Text(first, tokens, torch.stack(rows) if rows else torch.zeros(0, HIDDEN))
 
 
-def make_tracker(tables: SentenceTables = TABLES, hidden: int = HIDDEN, slots: int = 4, **options) -> SentenceTracker:
-    options = {"similarity_threshold": 0.9, "max_sentences": 64} | options
-    return SentenceTracker(
-        tables,
-        SentenceOptions(**options),
-        num_slots=slots,
-        max_length=100,
-        hidden_size=hidden,
-        vocab_size=20,
-        dtype=torch.float32,
-        device=torch.device("cpu"),
-    )
+@pytest.fixture(scope="module", params=["native", "reference"])
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Makes trackers use the C++ operators, then their definitions in PyTorch."""
+    if request.param == "native" and (why := native.unavailable("cpu")):
+        pytest.skip(f"the C++ operators: {why}")
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv(dispatch.OVERRIDE, request.param)
+        dispatch.choose.cache_clear()
+        yield request.param
+    dispatch.choose.cache_clear()
+
+
+class MakeTracker(Protocol):
+    def __call__(
+        self, tables: SentenceTables = ..., hidden: int = ..., slots: int = ..., keeps_text: bool = ..., **options: Any
+    ) -> SentenceTracker: ...
+
+
+@pytest.fixture(scope="module")
+def make_tracker(backend: str) -> MakeTracker:
+    def make(
+        tables: SentenceTables = TABLES,
+        hidden: int = HIDDEN,
+        slots: int = 4,
+        keeps_text: bool = False,
+        **options: Any,
+    ) -> SentenceTracker:
+        options = {"similarity_threshold": 0.9, "max_sentences": 64} | options
+        tracker = SentenceTracker(
+            tables,
+            SentenceOptions(**options),
+            num_slots=slots,
+            max_length=100,
+            hidden_size=0 if keeps_text else hidden,
+            vocab_size=20,
+            dtype=torch.float32,
+            device=torch.device("cpu"),
+            keeps_text=keeps_text,
+        )
+        assert dispatch.choose("track_sentences", "cpu").backend == backend
+        return tracker
+
+    return make
 
 
 def feed(tracker: SentenceTracker, parts: list[tuple[int, Text, int, int]]) -> None:
@@ -323,7 +357,7 @@ def assert_state(tracker: SentenceTracker, slot: int, text: Text) -> None:
 
 @pytest.mark.parametrize("tables", [TABLES, REFERENCE], ids=["default", "reference"])
 @pytest.mark.parametrize("seed", range(6))
-def test_one_request_in_one_step(seed, tables):
+def test_one_request_in_one_step(make_tracker, seed, tables):
     tracker, text = make_tracker(tables), make_text(seed, 60)
     tracker.reset(0, 0)
     feed(tracker, [(0, text, 0, 60)])
@@ -334,7 +368,7 @@ def test_one_request_in_one_step(seed, tables):
 @pytest.mark.parametrize("hidden", [HIDDEN, 0], ids=["embeddings", "ends only"])
 @pytest.mark.parametrize("tables", [TABLES, REFERENCE], ids=["default", "reference"])
 @pytest.mark.parametrize("seed", range(8))
-def test_any_chunking_of_several_requests_gives_the_same_state(seed, tables, hidden):
+def test_any_chunking_of_several_requests_gives_the_same_state(make_tracker, seed, tables, hidden):
     chance = random.Random(seed)
     tracker = make_tracker(tables, hidden)
     chosen = {
@@ -368,7 +402,7 @@ def test_any_chunking_of_several_requests_gives_the_same_state(seed, tables, hid
     cuts=st.sets(st.integers(1, 29)),
     merges=st.booleans(),
 )
-def test_delimiters_at_every_step_border(tokens, cuts, merges):
+def test_delimiters_at_every_step_border(make_tracker, tokens, cuts, merges):
     hidden = torch.randn(len(tokens), HIDDEN, generator=torch.Generator().manual_seed(len(tokens)))
     text = Text(0, tokens, hidden)
     tracker = make_tracker(TABLES if merges else REFERENCE)
@@ -379,7 +413,7 @@ def test_delimiters_at_every_step_border(tokens, cuts, merges):
     assert_state(tracker, 1, text)
 
 
-def test_reset_forgets_everything():
+def test_reset_forgets_everything(make_tracker):
     tracker = make_tracker()
     tracker.reset(0, 0)
     # Ends in the middle of a sentence, right after a delimiter in slot 1.
@@ -393,7 +427,7 @@ def test_reset_forgets_everything():
         assert_state(tracker, slot, text)
 
 
-def test_reset_leaves_other_slots_alone():
+def test_reset_leaves_other_slots_alone(make_tracker):
     tracker, text = make_tracker(), make_text(3, 40)
     tracker.reset(0, 0)
     tracker.reset(1, 0)
@@ -405,7 +439,7 @@ def test_reset_leaves_other_slots_alone():
 
 @pytest.mark.parametrize("tables", [TABLES, REFERENCE], ids=["default", "reference"])
 @pytest.mark.parametrize("seed", range(4))
-def test_only_the_newest_embeddings_are_compared_and_old_penalties_stay(seed, tables):
+def test_only_the_newest_embeddings_are_compared_and_old_penalties_stay(make_tracker, seed, tables):
     kept = 5
     tracker, text = make_tracker(tables, max_sentences=kept), make_text(seed, 90)
     tracker.reset(0, 0)
@@ -425,7 +459,7 @@ def test_only_the_newest_embeddings_are_compared_and_old_penalties_stay(seed, ta
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-def test_one_step_that_closes_more_sentences_than_are_kept(threads):
+def test_one_step_that_closes_more_sentences_than_are_kept(backend, threads):
     # A long prompt chunk. Large enough for PyTorch to share the work among threads, so that of two writes to the
     # same entry the later sentence's need not be the last one.
     kept, count, size = 16, 1200, 512
@@ -453,14 +487,14 @@ def test_one_step_that_closes_more_sentences_than_are_kept(threads):
         torch.set_num_threads(before)
 
 
-def test_more_embeddings_than_tokens_fit():
+def test_more_embeddings_than_tokens_fit(make_tracker):
     tracker, text = make_tracker(max_sentences=4096), make_text(5, 90)
     tracker.reset(0, 0)
     feed(tracker, [(0, text, 0, 90)])
     assert_state(tracker, 0, text)
 
 
-def test_a_sequence_of_delimiters_alone_fills_the_table():
+def test_a_sequence_of_delimiters_alone_fills_the_table(make_tracker):
     # As many sentences as tokens fit: the last usable entry must not meet the one that swallows padding.
     tracker = make_tracker(REFERENCE)
     text = Text(0, [DOT] * 100, torch.randn(100, HIDDEN))
@@ -469,7 +503,7 @@ def test_a_sequence_of_delimiters_alone_fills_the_table():
     assert tracker.state(0).ends[:100].tolist() == list(range(100))
 
 
-def test_sentence_numbers_and_penalties_of_positions():
+def test_sentence_numbers_and_penalties_of_positions(make_tracker):
     tracker = make_tracker()
     a, b = torch.eye(HIDDEN)[0], torch.eye(HIDDEN)[1]
     # Tracked from position 4: sentences 4-5 (a), 6-8 (b), 9-10 (a), open 11.
@@ -479,22 +513,22 @@ def test_sentence_numbers_and_penalties_of_positions():
     state = tracker.state(0)
     positions = torch.tensor([[0, 3, 4, 5, 6, 8], [9, 10, 11, 12, 4, 7]], dtype=torch.int32)
     assert state.sentence_of(positions).tolist() == [[0, 0, 1, 1, 2, 2], [3, 3, 4, 4, 1, 2]]
-    penalties = tracker.penalties(torch.tensor([0]), positions[None, None])[0, 0]
+    penalties = tracker.penalties(torch.tensor([0]), positions[None, None], torch.tensor([100]), 100)[0, 0]
     torch.testing.assert_close(
         penalties, torch.tensor([[0.0, 0, 1, 1, 0, 0], [0, 0, 0, 0, 1, 0]]), rtol=1e-5, atol=1e-5
     )
 
 
-def test_penalty_and_numbers_without_any_closed_sentence():
+def test_penalty_and_numbers_without_any_closed_sentence(make_tracker):
     tracker = make_tracker()
     tracker.reset(0, 2)
     state = tracker.state(0)
     assert state.sentence_of(torch.tensor([0, 2, 50])).tolist() == [0, 1, 1]
     positions = torch.tensor([[[[0, 2, 50]]]], dtype=torch.int32)
-    assert tracker.penalties(torch.tensor([0]), positions).tolist() == [[[[0.0, 0.0, 0.0]]]]
+    assert tracker.penalties(torch.tensor([0]), positions, torch.tensor([3]), 3).tolist() == [[[[0.0, 0.0, 0.0]]]]
 
 
-def test_similar_pairs_are_the_pairs_above_the_threshold():
+def test_similar_pairs_are_the_pairs_above_the_threshold(make_tracker):
     tracker, text = make_tracker(), make_text(2, 60)
     tracker.reset(0, 0)
     feed(tracker, [(0, text, 0, 60)])
@@ -511,7 +545,168 @@ def test_similar_pairs_are_the_pairs_above_the_threshold():
     assert got == pytest.approx(wanted, rel=1e-4)
 
 
-def test_buffers_are_accounted_for():
+# ---- the tracker's text
+
+
+def worded_text(seed: int, length: int, first: int = 0) -> Text:
+    """Random tokens, of which stretches say again what was said before."""
+    chance = random.Random(seed)
+    tokens: list[int] = []
+    while len(tokens) < length:
+        if tokens and chance.random() < 0.3:
+            start = chance.randrange(len(tokens))
+            tokens += tokens[start : start + chance.randint(8, 16)]
+        else:
+            tokens.append(chance.choice([A, OF, 3, 4, 5, 6, 7, WAIT, DOT, NL]))
+    return Text(first, tokens[:length], torch.zeros(length, 0))
+
+
+def shares_of(text: Text, tables: SentenceTables) -> list[float]:
+    """By position the share of its sentence that lies in phrases which occur again later."""
+    phrases = [tuple(text.tokens[i : i + GRAM]) for i in range(len(text.tokens) - GRAM + 1)]
+    again = {i + k for i, phrase in enumerate(phrases) if phrase in phrases[i + 1 :] for k in range(GRAM)}
+    shares = [0.0] * (text.first + len(text.tokens))
+    for s in segment_with(text.tokens, tables):
+        share = sum(i in again for i in range(s.start, s.end)) / (s.end - s.start)
+        shares[text.first + s.start : text.first + s.end] = [share] * (s.end - s.start)
+    return shares
+
+
+def repeats_of(text: Text, tables: SentenceTables) -> dict[tuple[int, int], float]:
+    """Pairs of closed sentences of which the later says most of the earlier one again, next, and how much."""
+    sentences, counts = segment_with(text.tokens, tables), {}
+    closed = text.tokens[: sentences[-1].end] if sentences else []
+    number = {i: n for n, s in enumerate(sentences) for i in range(s.start, s.end)}
+    for i in range(len(closed) - GRAM + 1):
+        later = (j for j in range(i + 1, len(closed) - GRAM + 1) if closed[j : j + GRAM] == closed[i : i + GRAM])
+        if (j := next(later, None)) is not None:
+            counts[number[i], number[j]] = counts.get((number[i], number[j]), 0) + 1
+    found = {}
+    for (earlier, later), count in counts.items():
+        phrases = max(1, sentences[earlier].end - sentences[earlier].start - GRAM + 1)
+        if earlier != later and count > phrases / 2:
+            found[earlier, later] = min(1.0, count / phrases)
+    return found
+
+
+def assert_shares(tracker: SentenceTracker, texts: dict[int, Text]) -> None:
+    """Penalties by logical position, of several requests at once, each in two heads of another order."""
+    lengths = [text.first + len(text.tokens) for text in texts.values()]
+    longest = max(lengths)
+    # Beyond a shorter request's tokens there may be any number.
+    positions = torch.randint(0, 5 * longest, (len(texts), 1, 2, longest), generator=torch.Generator().manual_seed(1))
+    for row, length in zip(positions, lengths, strict=True):
+        row[0, 0, :length], row[0, 1, :length] = torch.arange(length), torch.arange(length).flip(0)
+    found = tracker.penalties(torch.tensor(list(texts)), positions.int(), torch.tensor(lengths), longest)
+    assert found.shape == positions.shape
+    for row, length, text in zip(found, lengths, texts.values(), strict=True):
+        wanted = torch.tensor(shares_of(text, tracker.tables))
+        torch.testing.assert_close(row[0, 0, :length], wanted)
+        torch.testing.assert_close(row[0, 1, :length], wanted.flip(0))
+
+
+@pytest.mark.parametrize("tables", [TABLES, REFERENCE], ids=["default", "reference"])
+@pytest.mark.parametrize("seed", range(8))
+def test_shares_do_not_depend_on_the_steps_that_brought_the_text(make_tracker, seed, tables):
+    """Chunks, single tokens, and steps of both; all requests of different lengths and beginnings."""
+    chance = random.Random(seed)
+    tracker = make_tracker(tables, keeps_text=True)
+    texts = {
+        slot: worded_text(10 * seed + slot, chance.randint(1, 90), first=chance.choice([0, 3, 9])) for slot in (3, 0, 2)
+    }
+    for slot, text in texts.items():
+        tracker.reset(slot, text.first)
+    done = dict.fromkeys(texts, 0)
+    while any(done[slot] < len(text.tokens) for slot, text in texts.items()):
+        parts, most = [], chance.choice([1, 1, 2, 30])
+        for slot, text in texts.items():
+            if (left := len(text.tokens) - done[slot]) and chance.random() < 0.8:
+                count = min(left, chance.randint(1, most))
+                parts.append((slot, text, done[slot], done[slot] + count))
+                done[slot] += count
+        if parts:
+            chance.shuffle(parts)
+            feed(tracker, parts)
+    assert_shares(tracker, texts)
+    assert any(share > 0 for text in texts.values() for share in shares_of(text, tables)), "nothing is said again"
+    for slot, text in texts.items():
+        assert_state(tracker, slot, text)
+
+
+def test_shares_grow_with_the_text(make_tracker):
+    tracker, text = make_tracker(keeps_text=True), worded_text(3, 80, first=4)
+    tracker.reset(1, 4)
+    for i in range(80):
+        feed(tracker, [(1, text, i, i + 1)])
+        assert_shares(tracker, {1: Text(4, text.tokens[: i + 1], text.hidden)})
+
+
+def test_a_row_forgets_the_words_of_its_last_request(make_tracker):
+    """Old words stay in the buffer, before and behind the new ones; they must not count as a repeat of anything."""
+    tracker, words = make_tracker(keeps_text=True), worded_text(5, 30).tokens
+    old, other = Text(0, words * 3, torch.zeros(90, 0)), worded_text(6, 90)
+    tracker.reset(2, 0)
+    tracker.reset(3, 0)
+    feed(tracker, [(2, old, 0, 90), (3, other, 0, 90)])
+    for first in (0, 30):
+        new = Text(first, words, torch.zeros(30, 0))
+        tracker.reset(2, first)
+        feed(tracker, [(2, new, 0, 30)])
+        assert_shares(tracker, {2: new})
+        assert_shares(tracker, {2: new, 3: other})
+        assert_pairs(tracker, 2, new)
+
+
+def assert_pairs(tracker: SentenceTracker, slot: int, text: Text) -> dict[tuple[int, int], float]:
+    pairs, shares = tracker.similar_pairs(slot)
+    assert (pairs.dtype, shares.dtype) == (torch.int64, torch.float32)
+    wanted = repeats_of(text, tracker.tables)
+    assert dict(zip(map(tuple, pairs.tolist()), shares.tolist(), strict=True)) == pytest.approx(wanted)
+    return wanted
+
+
+@pytest.mark.parametrize("tables", [TABLES, REFERENCE], ids=["default", "reference"])
+def test_similar_pairs_by_words(make_tracker, tables):
+    found, sizes = 0, set()
+    for seed in range(30):
+        tracker, text = make_tracker(tables, keeps_text=True), worded_text(seed, 3 * seed + 1, first=seed % 3)
+        tracker.reset(1, text.first)
+        feed(tracker, [(1, text, 0, len(text.tokens))])
+        pairs = assert_pairs(tracker, 1, text)
+        found += len(pairs)
+        sizes |= {share == 1 for share in pairs.values()}
+    assert found > 10
+    assert sizes == {True, False}, "both sentences said again whole and in part"
+
+
+def test_a_sentence_that_repeats_itself_is_no_pair(make_tracker):
+    tracker, text = make_tracker(keeps_text=True), Text(0, [3, 4] * 8 + [DOT, 5, DOT], torch.zeros(19, 0))
+    tracker.reset(0, 0)
+    feed(tracker, [(0, text, 0, 19)])
+    assert_shares(tracker, {0: text})
+    assert shares_of(text, TABLES)[0] > 0.5
+    assert len(tracker.similar_pairs(0)[0]) == 0
+
+
+def test_similar_pairs_where_nothing_is_closed(make_tracker):
+    tracker = make_tracker(keeps_text=True)
+    tracker.reset(0, 5)
+    assert tracker.similar_pairs(0)[0].shape == (0, 2)
+    text = Text(5, [3, 4, 5, 6, 7, 3, 4, 5, 6, 7, 3, 4], torch.zeros(12, 0))
+    feed(tracker, [(0, text, 0, 12)])
+    assert tracker.similar_pairs(0)[0].shape == (0, 2)
+    assert tracker.similar_pairs(0)[1].shape == (0,)
+
+
+def test_text_and_embeddings_are_kept_only_where_they_are_compared(make_tracker):
+    by_words, by_states, neither = make_tracker(keeps_text=True), make_tracker(), make_tracker(hidden=0)
+    assert [tracker.compares for tracker in (by_words, by_states, neither)] == [True, True, False]
+    # 4 bytes for each of 101 places of 4 slots.
+    assert by_words.nbytes - neither.nbytes == 4 * 4 * 101
+    assert by_states.nbytes > by_words.nbytes
+
+
+def test_buffers_are_accounted_for(make_tracker):
     tracker = make_tracker(hidden=16, slots=2, max_sentences=8)
     # The embeddings alone: 2 slots, 8 + 1 rows, 16 floats.
     assert tracker.nbytes > 2 * 9 * 16 * 4

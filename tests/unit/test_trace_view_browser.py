@@ -136,7 +136,7 @@ def test_the_text_is_shown_as_it_is_and_can_be_used(tmp_path):
     assert seen["on"] == ["0"]
     assert seen["related"] == ["2"]
     assert "position 7" in seen["tip"]
-    assert "repeated by 2 · cosine 0.875" in seen["tip"]
+    assert "repeated by 2 · similarity 0.875" in seen["tip"]
     held = int((trace.kept[0] == 7).sum())
     assert f"held by {held} of {LAYERS * HEADS} heads after compaction 1" in seen["detail"]
     assert seen["cells"] == LAYERS * HEADS

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from benchmarks.tiny_reasoner import PAPER_PARAMETERS
 from benchmarks.unequal_budgets.__main__ import Bench, policy_of
 from benchmarks.unequal_budgets.allocation import ByHead, ByLayer, Equal, shares
 from benchmarks.unequal_budgets.section import again_section, gains, unequal_section
@@ -30,6 +31,7 @@ def reference() -> hf_reference.Model:
 
 @pytest.mark.parametrize("method", ["snapkv", "rkv", "skipkv"])
 def test_equal_budgets_are_the_references(bench: Bench, reference: hf_reference.Model, method: str) -> None:
+    parameters = tuple(PAPER_PARAMETERS.items()) if method == "skipkv" else ()
     rows = bench.rows()
     rows.advance(BUDGET + BUFFER)
     held = []
@@ -38,9 +40,8 @@ def test_equal_budgets_are_the_references(bench: Bench, reference: hf_reference.
         held.append(torch.stack([layer.positions[..., :BUDGET] for layer in rows.layers], dim=1).long())
         rows.advance(rows.num_logical + BUFFER)
     for i, prompt in enumerate(bench.prompts):
-        expected = hf_reference.generate(
-            reference, prompt, NUM_NEW, hf_reference.Settings(method, "head", BUDGET, BUFFER, WINDOW)
-        )
+        settings = hf_reference.Settings(method, "head", BUDGET, BUFFER, WINDOW, parameters=parameters)
+        expected = hf_reference.generate(reference, prompt, NUM_NEW, settings)
         assert rows.answers[i] == expected.tokens
         assert len(expected.events) >= 3
         assert all(

@@ -12,36 +12,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-EPSILON = tl.constexpr(1e-8)
+from .rows import EPSILON, cells_of, load_vectors, row_of
+
 FIXED = tl.constexpr(float(1 << 40))
 """Exempted cosines are added as integers of this unit: any order of the additions gives the same sum."""
-
-
-@triton.jit
-def _row_of(first, row, layers, heads):
-    whole = first + row
-    return whole // (layers * heads), whole // heads % layers, whole % heads
-
-
-@triton.jit
-def _load_keys(
-    pointers, layer, head, cell, valid, page_stride, head_stride, token_stride, page_size, dim, element, dims
-):
-    """Keys `[ranks, dims]` in the cache's dtype, zero outside; those of 8 bits as float16, which holds them exactly."""
-    d = tl.arange(0, dims)
-    # Their bits, because compilers of older GPUs refuse the type itself.
-    stored: tl.constexpr = tl.uint8 if element.primitive_bitwidth == 8 else element
-    base = tl.load(pointers + layer).to(tl.pointer_type(stored)) + head.to(tl.int64) * head_stride
-    offset = (cell // page_size).to(tl.int64) * page_stride + (cell % page_size).to(tl.int64) * token_stride
-    key = tl.load(base + offset[:, None] + d[None, :], mask=valid[:, None] & (d < dim)[None, :], other=0)
-    if element == tl.float8e5:
-        return (key.to(tl.uint16) << 8).to(tl.float16, bitcast=True)
-    if element == tl.float8e4nv:
-        # Shifted by one bit less these are the bits of the 2^8th part; the largest magnitude is NaN.
-        bits = ((key & 0x80).to(tl.uint16) << 8) | ((key & 0x7F).to(tl.uint16) << 7)
-        value = bits.to(tl.float16, bitcast=True) * 256.0
-        return tl.where((key & 0x7F) == 0x7F, float("nan"), value).to(tl.float16)
-    return key
 
 
 @triton.jit
@@ -82,7 +56,7 @@ def measure_keys(
     blocks = tl.cdiv(n, block)
     row = tl.program_id(0) // blocks
     b = tl.program_id(0) % blocks
-    request, layer, head = _row_of(first, row, layers, heads)
+    request, layer, head = row_of(first, row, layers, heads)
     length = tl.load(num_resident + request)
     rank = b * block + tl.arange(0, block)
     valid = rank < length
@@ -93,10 +67,9 @@ def measure_keys(
         tl.store(sums, tl.zeros([dims], tl.float32), mask=d < dim)
         return
     slot = tl.load(order + line + rank, mask=valid, other=0)
-    page = tl.load(table + request.to(tl.int64) * table_stride + slot // page_size, mask=valid, other=0)
-    cell = page * page_size + slot % page_size
+    cell = cells_of(table + request.to(tl.int64) * table_stride, slot, valid, page_size)
     tl.store(cells + line + rank, cell, mask=valid)
-    key = _load_keys(
+    key = load_vectors(
         pointers, layer, head, cell, valid, page_stride, head_stride, token_stride, page_size, dim, element, dims
     )
     wide = key.to(tl.float32)
@@ -146,14 +119,14 @@ def exempt_last_similar(
     blocks = tl.cdiv(n, block)
     row = tl.program_id(0) // blocks
     b = tl.program_id(0) % blocks
-    request, layer, head = _row_of(first, row, layers, heads)
+    request, layer, head = row_of(first, row, layers, heads)
     length = tl.load(num_resident + request)
     if b * block >= length:
         return
     line = row.to(tl.int64) * n
     rank = b * block + tl.arange(0, block)
     valid = rank < length
-    own = _load_keys(
+    own = load_vectors(
         pointers,
         layer,
         head,
@@ -174,7 +147,7 @@ def exempt_last_similar(
     while (start >= 0) & (tl.min(last, axis=0) < 0):
         column = start + tl.arange(0, block)
         there = column < length
-        other = _load_keys(
+        other = load_vectors(
             pointers,
             layer,
             head,
@@ -201,7 +174,7 @@ def exempt_last_similar(
         last = tl.where(fresh, found, last)
         start -= block
     # Those without a similar column exempt column 0.
-    zero = _load_keys(
+    zero = load_vectors(
         pointers,
         layer,
         head,
@@ -248,7 +221,7 @@ def mean_cosine(
     blocks = tl.cdiv(n, block)
     row = tl.program_id(0) // blocks
     b = tl.program_id(0) % blocks
-    request, layer, head = _row_of(first, row, layers, heads)
+    request, layer, head = row_of(first, row, layers, heads)
     length = tl.load(num_resident + request)
     if b * block >= length:
         return
@@ -256,7 +229,7 @@ def mean_cosine(
     rank = b * block + tl.arange(0, block)
     valid = rank < length
     cell = tl.load(cells + line + rank, mask=valid, other=0)
-    key = _load_keys(
+    key = load_vectors(
         pointers, layer, head, cell, valid, page_stride, head_stride, token_stride, page_size, dim, element, dims
     )
     unit = key.to(tl.float32) * tl.load(inverse + line + rank, mask=valid, other=0.0)[:, None]

@@ -21,13 +21,16 @@ def track(
     open_length,
     open_sum,
     embeddings,
+    text,
     requests,
     hidden_stride,
     ends_stride,
     held,
+    longest,
     width: tl.constexpr,
     merge: tl.constexpr,
     embeds: tl.constexpr,
+    keeps_text: tl.constexpr,
     tokens: tl.constexpr,
     block: tl.constexpr,
 ):
@@ -38,6 +41,7 @@ def track(
     end = tl.load(spans + 2 * requests + request).to(tl.int32)
     position = tl.load(spans + 3 * requests + request).to(tl.int32)
     ends += slot * ends_stride
+    text += slot * longest + position
     open_sum += slot * width
     embeddings += slot * (held + 1) * width
     closed = tl.load(count + slot)
@@ -51,6 +55,8 @@ def track(
         token = i + tl.arange(0, tokens)
         inside = token < end
         ids = tl.load(token_ids + begin + token, mask=inside, other=0)
+        if keeps_text:
+            tl.store(text + token, ids.to(tl.int32), mask=inside)
         hit = tl.load(delimiters + ids, mask=inside, other=0).to(tl.int32)
         first = tl.min(tl.where(inside & (hit != 0), token, i + tokens), axis=0)
         # 1 where a delimiter right after another only moves the end of the sentence just closed.
@@ -84,7 +90,7 @@ def track(
                 tl.debug_barrier()
         if closes != 0:
             number = closed - merged
-            tl.atomic_max(ends + number, position + first, mask=number >= 0)
+            tl.store(ends + number, position + first, mask=number >= 0)
         closed += closes * (1 - merged)
         after = closes
         i = stop

@@ -93,11 +93,10 @@ def fingerprint(path: str) -> str:
     return digest.hexdigest()[:16]
 
 
-def source() -> str:
-    """Digest of the code that decides an answer and its grade: the package's modules and libraries, the harness."""
+def source(*folders: Path) -> str:
+    """Digest of the code that decides a result: the package's modules and libraries, and those of further folders."""
     digest = hashlib.sha256()
-    package, harness = Path(skipkv_vllm.__file__).parent, Path(__file__).parent
-    for folder in (package, harness):
+    for folder in (Path(skipkv_vllm.__file__).parent, *folders):
         for file in sorted(p for p in folder.rglob("*") if p.suffix in (".py", ".so")):
             digest.update(f"{file.relative_to(folder)}\n".encode() + file.read_bytes())
     return digest.hexdigest()[:16]

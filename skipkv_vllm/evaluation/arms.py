@@ -1,0 +1,174 @@
+"""Run methods at budgets over the same requests, keep each result, and leave out those that are there."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tqdm import tqdm
+
+from ..errors import KVPolicyError
+from . import RunError
+from .engine import Answer, Done, Job, Setup
+from .figures import FULL
+from .machine import fingerprint, source, versions
+from .store import Store
+
+Serve = Callable[[Setup, Sequence[str], Path], AbstractContextManager[Answer]]
+"""Starts an engine; see `engine.serve`."""
+
+
+class Arm(NamedTuple):
+    """A method at a budget in tokens; full KV has a budget of 0."""
+
+    method: str
+    budget: int
+
+    def __str__(self) -> str:
+        return "full KV" if self.method == FULL else f"{self.method} at {self.budget}"
+
+
+WHOLE = Arm(FULL, 0)
+
+
+class Request(NamedTuple):
+    """What an arm is asked for.
+
+    Attributes:
+        name: of the request, unique within a run; results are kept under it.
+        title: how messages call it.
+        tokens, num_new, top: see `engine.Job`.
+    """
+
+    name: str
+    title: str
+    tokens: Sequence[int]
+    num_new: int = 1
+    top: int | None = None
+
+
+Keep = Callable[[Arm, Request, Done], dict[str, Any]]
+"""Turns a finished request into the arrays to keep."""
+
+
+class Arms:
+    """The arms of a run and the folder of its results.
+
+    Args:
+        setup: what the engines have in common.
+        out: folder; results in it are used.
+        serve: starts engines.
+        further: further values that all results depend on.
+
+    Raises:
+        KVPolicyError: the folder holds results of other settings.
+    """
+
+    def __init__(
+        self, setup: Setup, out: Path, serve: Serve, further: Mapping[str, Any] | None = None, code: Sequence[Path] = ()
+    ) -> None:
+        self.setup, self.out, self._serve = setup, out, serve
+        self.store = Store(out, settings_of(setup, code) | dict(further or {}))
+
+    def run(self, wanted: Mapping[Arm, Sequence[Request]], keep: Keep, unit: str) -> None:
+        """Run what is missing, full KV first.
+
+        Args:
+            wanted: requests of every arm.
+            keep: called with each result; `load` returns what it gives.
+            unit: what the progress bar counts.
+
+        Raises:
+            RunError: an engine failed, or a method made no compaction where the length demanded one.
+        """
+        missing = {
+            arm: [request for request in requests if self.name(arm, request) not in self.store]
+            for arm, requests in wanted.items()
+        }
+        total = sum(map(len, wanted.values()))
+        methods = list(dict.fromkeys(arm.method for arm in wanted if arm != WHOLE))
+        with tqdm(total=total, initial=total - sum(map(len, missing.values())), unit=unit) as bar:
+            for number, group in enumerate(self.setup.groups(methods)):
+                arms = [WHOLE] * (number == 0) + [arm for arm in wanted if arm.method in group]
+                if any(missing.get(arm) for arm in arms):
+                    with self._serve(self.setup, group, self.out / f"engine-{group[0]}.log") as answer:
+                        for arm in arms:
+                            self._run_arm(arm, missing.get(arm, []), answer, keep, bar)
+
+    def _run_arm(self, arm: Arm, requests: Sequence[Request], answer: Answer, keep: Keep, bar: Any) -> None:
+        if not requests:
+            return
+        bar.set_description(str(arm))
+        by_name = {request.name: request for request in requests}
+        jobs = [Job(each.name, arm.method, arm.budget, each.tokens, each.num_new, each.top) for each in requests]
+        for done in answer(jobs):
+            request = by_name[done.key]
+            self._check(arm, request, done)
+            self.store.save(self.name(arm, request), keep(arm, request, done))
+            bar.update()
+
+    def _check(self, arm: Arm, request: Request, done: Done) -> None:
+        length, bound = len(request.tokens), self.setup.bound(arm.budget)
+        if arm == WHOLE and done.compactions:
+            raise RunError(f"full KV reports {done.compactions} compactions of {request.title}; something is broken")
+        if arm != WHOLE and length > bound and not done.compactions:
+            raise RunError(
+                f"{arm} made no compaction of {request.title}, although its {length} tokens exceed budget + buffer = "
+                f"{bound}; this was full KV under another name. {self.out} has the engine's log"
+            )
+
+    def load(self, arm: Arm, request: Request) -> dict[str, Any]:
+        """What was kept of a request."""
+        return self.store.load(self.name(arm, request))
+
+    def name(self, arm: Arm, request: Request) -> str:
+        """Name of a result; it has everything that the result depends on beside the settings of the folder."""
+        if arm == WHOLE:
+            return f"{FULL}/{request.name}"
+        config = json.dumps(dict(self.setup.configs.get(arm.method, {})), sort_keys=True)
+        own = "" if config == "{}" else f"-{hashlib.sha256(config.encode()).hexdigest()[:8]}"
+        return f"{arm.method}{own}-{arm.budget}/{request.name}"
+
+
+def settings_of(setup: Setup, code: Sequence[Path] = ()) -> dict[str, Any]:
+    """Everything that all results of a folder depend on; methods, budgets and texts may be added later."""
+    own: Mapping[str, Any] = vars(setup)
+    return {
+        **{name: own[name] for name in ("model", "buffer", "window", "granularity", "num_seqs")},
+        "engine": dict(setup.arguments),
+        "model_digest": fingerprint(setup.model),
+        "source_digest": source(*code),
+        "versions": versions(),
+    }
+
+
+def check_methods(setup: Setup, methods: Sequence[str], budgets: Sequence[int]) -> None:
+    """Raise `KVPolicyError` unless these methods can run at these budgets."""
+    check_each_once("--methods", methods)
+    if FULL in methods:
+        raise KVPolicyError("--methods: full is always measured; leave it out")
+    check_each_once("--budgets", budgets)
+    setup.check(methods, budgets)
+
+
+def check_each_once(flag: str, values: Iterable[Any]) -> None:
+    """Raise `KVPolicyError` for an empty list of values, or one with duplicates."""
+    values = list(values)
+    if not values or len(set(values)) < len(values):
+        raise KVPolicyError(f"{flag} {' '.join(map(str, values))}: give at least one value, and each once")
+
+
+def budgets_of(ratios: Sequence[float], length: int) -> list[int]:
+    """Budgets that are a given part of a length: `length / ratio`, rounded down.
+
+    Raises:
+        KVPolicyError: a ratio below 1.
+    """
+    for ratio in ratios:
+        if not ratio >= 1:
+            raise KVPolicyError(f"--ratio {ratio:g} is out of range; allowed: at least 1 (the length over the budget)")
+    return [int(length / ratio) for ratio in ratios]

@@ -1,0 +1,209 @@
+"""Command line of `skipkv fidelity` and `python -m benchmarks.fidelity`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..config import parse_json_object
+from ..errors import KVPolicyError
+from . import RunError
+from .arms import Serve, budgets_of, check_methods
+from .engine import Setup, serve, with_fair_random
+from .fidelity import Fidelity
+from .figures import pyplot
+from .machine import commit, machine, relative, versions
+from .report import describe, write
+from .texts import Source, leading_tokens, read_source, take_in_turn
+
+METHODS = ("skipkv", "rkv", "snapkv", "obcache", "tova", "keydiff", "streaming_llm", "random")
+DESCRIPTION = """Measure what eviction costs, without grading answers: feed long texts as prompts that are compacted
+like generated text, and compare the log probability of every token with full KV's. Results are kept in --out as soon as
+they are there; the same command goes on after an interruption."""
+
+Defaults = Callable[[], Sequence[Source]]
+
+
+def make_parser(prog: str, model: str | None = None) -> argparse.ArgumentParser:
+    """The options of the command.
+
+    Args:
+        prog: name of the command.
+        model: default of --model; None requires it, and --texts.
+    """
+    parser = argparse.ArgumentParser(
+        prog=prog, description=DESCRIPTION, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    group = parser.add_argument_group("what is measured")
+    group.add_argument("--model", default=model, required=model is None, help="folder of a checkpoint, or name")
+    group.add_argument(
+        "--texts",
+        nargs="+",
+        type=Path,
+        required=model is None,
+        metavar="FILE",
+        help='plain text, JSON lines with "text" or "messages", or traces (.safetensors); the documents of a file are '
+        "joined and cut into texts",
+    )
+    group.add_argument("--length", type=int, default=4096, metavar="N", help="tokens of each text")
+    group.add_argument("--max-texts", type=int, metavar="N", help="texts at most, taken from the files in turn")
+    group.add_argument("--methods", nargs="+", default=list(METHODS), metavar="NAME", help="eviction methods")
+    sizes = group.add_mutually_exclusive_group()
+    sizes.add_argument("--budgets", nargs="+", type=int, metavar="N", help="budgets in tokens")
+    sizes.add_argument("--ratio", nargs="+", type=float, default=[4, 8, 16], metavar="R", help="budgets: length / R")
+    group.add_argument("--buffer", type=int, default=128, metavar="N", help="kv_buffer")
+    group.add_argument("--window", type=int, default=8, metavar="N", help="kv_window")
+    group.add_argument("--granularity", choices=["head", "sentence"], default="head", help="kv_granularity")
+    group.add_argument(
+        "--policy-config",
+        default="{}",
+        metavar="JSON",
+        help='parameters by method, e.g. {"rkv": {"mix": 0.5}}; random protects the first 64 tokens unless "sinks" '
+        "is given",
+    )
+    group = parser.add_argument_group("execution")
+    group.add_argument(
+        "--out", type=Path, default=Path("build/fidelity"), metavar="FOLDER", help="where results are kept"
+    )
+    group.add_argument("--num-seqs", type=int, default=8, metavar="N", help="texts at once")
+    group.add_argument(
+        "--engine", default="{}", metavar="JSON", help='further arguments of vllm.LLM, e.g. {"dtype": "float32"}'
+    )
+    return parser
+
+
+def run(
+    args: argparse.Namespace, command: Sequence[str], defaults: Defaults | None = None, serve: Serve = serve
+) -> dict[str, Any]:
+    """Measure, print the table and write `fidelity.json` and its figure into --out.
+
+    Args:
+        args: of `make_parser`.
+        command: the command line, for the record.
+        defaults: texts where --texts is not given.
+        serve: starts engines.
+
+    Returns:
+        The report.
+
+    Raises:
+        KVPolicyError: bad input.
+        RunError: see `Fidelity`.
+    """
+    for flag, value, low in (
+        ("--length", args.length, 16),
+        ("--max-texts", args.max_texts, 1),
+        ("--num-seqs", args.num_seqs, 1),
+    ):
+        check_at_least(flag, value, low)
+    pyplot()  # a missing package is noticed before the measurement
+    methods, configs = check_configs(args.methods, args.policy_config)
+    budgets = args.budgets or budgets_of(args.ratio, args.length)
+    setup = Setup(
+        relative(args.model),
+        longest=args.length + 1,
+        buffer=args.buffer,
+        window=args.window,
+        granularity=args.granularity,
+        configs=configs,
+        num_seqs=args.num_seqs,
+        arguments=parse_json_object("--engine", args.engine),
+    )
+    check_methods(setup, methods, budgets)
+    tokenizer = load_tokenizer(args.model)
+    given = [read_source(path, tokenizer) for path in args.texts or ()]
+    sources = given or list(defaults() if defaults else ())
+    texts = take_in_turn(sources, tokenizer, args.length, args.max_texts)
+    started = time.monotonic()
+    measured = Fidelity(setup, methods, budgets, texts, args.out, serve)()
+    report = {
+        "command": list(command),
+        "commit": commit(),
+        "machine": machine(),
+        "versions": versions(),
+        "seconds": round(time.monotonic() - started, 1),
+        "settings": {
+            "model": setup.model,
+            "texts": len(texts),
+            "sources": {source.name: sum(text.source == source.name for text in texts) for source in sources},
+            "digests": [text.digest for text in texts],
+            "length": args.length,
+            "leading_tokens": len(leading_tokens(tokenizer)),
+            "methods": methods,
+            "budgets": budgets,
+            "buffer": args.buffer,
+            "window": args.window,
+            "granularity": args.granularity,
+            "policy_config": configs,
+            "engine": dict(setup.arguments),
+        },
+        **measured,
+    }
+    print(describe(report))
+    for path in write(report, args.out / "fidelity"):
+        print(f"wrote {path}")
+    return report
+
+
+def main(prog: str, arguments: Sequence[str]) -> int:
+    """Run `skipkv fidelity`; returns the exit status."""
+    args = make_parser(prog).parse_args(list(arguments))
+    return guarded(prog, lambda: run(args, [*prog.split(), *arguments]))
+
+
+def guarded(prog: str, action: Callable[[], Any]) -> int:
+    """Run an action and turn errors into a message and an exit status: 2 bad input, 1 failed, 130 interrupted."""
+    try:
+        action()
+    except KVPolicyError as error:
+        print(f"{prog}: error: {error}", file=sys.stderr)
+        return 2
+    except RunError as error:
+        print(f"{prog}: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\nstopped; finished results are kept, run the same command to go on", file=sys.stderr)
+        return 130
+    return 0
+
+
+def check_at_least(flag: str, value: int | None, low: int) -> None:
+    """Raise `KVPolicyError` for a value below a flag's least one; None is not given."""
+    if value is not None and value < low:
+        raise KVPolicyError(f"{flag} {value} is out of range; allowed: at least {low}")
+
+
+def check_configs(methods: Sequence[str], text: str) -> tuple[list[str], dict[str, dict[str, Any]]]:
+    """Read --policy-config: methods, and the parameters of each, with a fair `random`.
+
+    Raises:
+        KVPolicyError: it is not an object of objects.
+    """
+    configs = parse_json_object("--policy-config", text)
+    for method, config in configs.items():
+        if not isinstance(config, dict):
+            raise KVPolicyError(
+                f"--policy-config: {method!r}: {config!r} is not an object; write parameters by method, "
+                'e.g. {"rkv": {"mix": 0.5}}'
+            )
+    return list(methods), with_fair_random(methods, configs)
+
+
+def load_tokenizer(model: str) -> Any:
+    """The tokenizer of a checkpoint.
+
+    Raises:
+        KVPolicyError: there is none.
+    """
+    from transformers import AutoTokenizer
+
+    if model.startswith(("/", ".", "build/")) and not Path(model).is_dir():
+        raise KVPolicyError(f"--model {model}: there is no such folder; `make real-models` fetches small real models")
+    try:
+        return AutoTokenizer.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        raise KVPolicyError(f"--model {model}: its tokenizer cannot be loaded ({error})") from None

@@ -1,0 +1,74 @@
+"""A folder that keeps each result as soon as it is there, so that a stopped run resumes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import KVPolicyError
+
+SETTINGS = "settings.json"
+
+
+class Store:
+    """Results by name, each in a file of arrays.
+
+    Args:
+        folder: is created.
+        settings: everything that all results depend on, as JSON values.
+
+    Raises:
+        KVPolicyError: the folder holds results of other settings.
+    """
+
+    def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
+        self.folder = folder
+        settings = json.loads(json.dumps(settings))
+        path = folder / SETTINGS
+        if path.exists():
+            different = _differences(json.loads(path.read_text()), settings)
+            if different:
+                raise KVPolicyError(
+                    f"--out {folder} holds results of other settings; use another folder or the same settings:\n  "
+                    + "\n  ".join(different)
+                )
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(settings, indent=1) + "\n")
+
+    def __contains__(self, name: str) -> bool:
+        return self._path(name).exists()
+
+    def load(self, name: str) -> dict[str, np.ndarray]:
+        """Read a result.
+
+        Raises:
+            KVPolicyError: the file is damaged.
+        """
+        path = self._path(name)
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                return dict(file)
+        except (OSError, ValueError, EOFError) as error:
+            raise KVPolicyError(f"{path} cannot be read ({error}); remove it and run the command again") from None
+
+    def save(self, name: str, arrays: dict[str, Any]) -> None:
+        """Keep a result; the file appears in one piece."""
+        path = self._path(name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f".{path.name}")
+        with partial.open("wb") as file:
+            np.savez(file, **arrays)
+        partial.replace(path)
+
+    def _path(self, name: str) -> Path:
+        return self.folder / "results" / f"{name}.npz"
+
+
+def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """What keeps a run from being resumed, a line per setting."""
+    names = sorted(old.keys() | new.keys())
+    return [f"{name}: was {old.get(name)!r}, is {new.get(name)!r}" for name in names if old.get(name) != new.get(name)]
