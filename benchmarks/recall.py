@@ -152,8 +152,8 @@ class Recall:
             length: [Arm(method, budget) for budget in budgets_of(ratios, length) for method in methods]
             for length in questions
         }
-        for arms in self.arms.values():
-            check_methods(setup, methods, sorted({arm.budget for arm in arms}))
+        for length in questions:
+            check_methods(setup, methods, budgets_of(ratios, length))
         self._codes = {each.name: each for group in questions.values() for each in group}
         self._arms = Arms(setup, out, serve, {"answer_tokens": ANSWER_TOKENS}, [Path(__file__)])
 

@@ -23,6 +23,7 @@ from .policies import (
     ACCUMULATED,
     IN_THE_CACHE,
     NUM_ACCUMULATED,
+    REPEATS,
     Need,
     Policy,
     check_policy_name,
@@ -242,6 +243,15 @@ class KVPolicyConfig(BaseModel):
             raise KVPolicyError(
                 f"kv_steering_default={self.kv_steering_default!r} is not registered; choose one of: "
                 f"{', '.join((OFF, *self.kv_steering_vectors))}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _repeats(self) -> KVPolicyConfig:
+        if REPEATS & ~self.needs == Need.NOTHING:
+            raise KVPolicyError(
+                "kv_policy and kv_request_policies compare sentences in two ways, by hidden states and by words, of "
+                "which a server can collect one; drop one of the methods"
             )
         return self
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 POOL = 7
@@ -70,8 +71,9 @@ def skipkv(
     unit = [key.double() / key.double().norm() for key in keys]
     mean = sum(unit) / len(unit)
     alike = [float(u @ mean / mean.norm()) for u in unit]
-    worth = [math.log(max(error, 1e-12)) for error in errors]
     chosen = [i for i, position in enumerate(positions) if position in free]
+    floor = max(1e-6 * sum(errors[i] for i in chosen) / max(len(chosen), 1), torch.finfo(torch.float32).tiny)
+    worth = [math.log(max(error, floor)) for error in errors]
 
     def standardised(values: list[float]) -> list[float]:
         average = sum(values[i] for i in chosen) / max(len(chosen), 1)

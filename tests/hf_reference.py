@@ -600,7 +600,8 @@ class Request:
         self._positions = self._positions[survives].view(shape)
         self._mass = self._mass[survives].view(shape)
         if self._settings.by_error:
-            self._errors, self._num_seen = (DECAY * x[survives].view(shape) for x in (self._errors, self._num_seen))
+            left = DECAY ** (self._settings.buffer / 128)
+            self._errors, self._num_seen = (left * x[survives].view(shape) for x in (self._errors, self._num_seen))
         if self._settings.method == "trimkv":
             self._log_betas = self._log_betas[survives].view(shape)
         self._result.events.append(Event(self._num_computed, num_resident, self._positions.clone()))
@@ -689,7 +690,8 @@ class Request:
         scores = torch.zeros(self._positions.shape)
         for _, keys, place in self._heads():
             chosen = free[place]
-            worth = (self._errors[place] / self._num_seen[place].clamp(min=1)).clamp(min=1e-12).log()
+            error = self._errors[place] / self._num_seen[place].clamp(min=1)
+            worth = error.clamp(min=max(1e-6 * float(error[chosen].mean()), 1e-37)).log()
             unit = F.normalize(keys, dim=-1)
             alike = F.cosine_similarity(unit, unit.mean(dim=0, keepdim=True), dim=-1)
             novelty = (1 - share[self._positions[place]] ** dense_policies.POWER).clamp(min=0.05).log()

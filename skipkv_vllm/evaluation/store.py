@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,11 @@ class Store:
         settings = json.loads(json.dumps(settings))
         path = folder / SETTINGS
         if path.exists():
-            different = _differences(json.loads(path.read_text()), settings)
+            try:
+                known = json.loads(path.read_text())
+            except json.JSONDecodeError as error:
+                raise KVPolicyError(f"{path} is damaged ({error}); remove {folder} and run the command again") from None
+            different = _differences(known, settings)
             if different:
                 raise KVPolicyError(
                     f"--out {folder} holds results of other settings; use another folder or the same settings:\n  "
@@ -37,7 +43,9 @@ class Store:
                 )
             return
         folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(settings, indent=1) + "\n")
+        partial = path.with_name(f".{path.name}")
+        partial.write_text(json.dumps(settings, indent=1) + "\n")
+        partial.replace(path)
 
     def __contains__(self, name: str) -> bool:
         return self._path(name).exists()
@@ -52,7 +60,7 @@ class Store:
         try:
             with np.load(path, allow_pickle=False) as file:
                 return dict(file)
-        except (OSError, ValueError, EOFError) as error:
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
             raise KVPolicyError(f"{path} cannot be read ({error}); remove it and run the command again") from None
 
     def save(self, name: str, arrays: dict[str, Any]) -> None:

@@ -29,7 +29,7 @@ class Need(Flag):
     HIDDEN = auto()
     """sentence embeddings and the penalties of repeated sentences (from last hidden states)"""
     RECURRENCE = auto()
-    """how much of each sentence a later one says again (from token ids)"""
+    """how much of each sentence later text repeats (from token ids)"""
     ATTENTION_MASS = auto()
     """the attention that every held token has received so far; comes with the keys and queries it is made of"""
     OUTPUT_ERROR = auto()
@@ -99,13 +99,14 @@ class View:
         values: `[L, H, D]`, or None unless `Need.VALUES`.
         queries: the last W post-RoPE queries `[W, Hq, D]`, oldest first, or None unless `Need.QUERIES`.
         sentence_penalty: `[H, L]` float32, 0 to 1: with `Need.HIDDEN` the similarity to the later sentence that repeats
-            a token's sentence, and 0 elsewhere; with `Need.RECURRENCE` the share of the sentence's tokens that a later
-            sentence says again; else None.
+            a token's sentence, and 0 elsewhere; with `Need.RECURRENCE` the share of the sentence's tokens that later
+            text repeats; else None.
         attention_mass: `[H, L]` float32, sum over all queries since the end of the prompt (its last token's
             included) of the attention paid to the token, averaged over the query heads of the kv head; or
             None unless `Need.ATTENTION_MASS`.
         output_error: `[H, L]` float32, mean of `A^2 |v - o|^2` over the queries that saw the token, older ones
-            discounted by `Policy.decay` a compaction; or None unless `Need.OUTPUT_ERROR`. See `ops.output_error`.
+            discounted by `Policy.decay`; see `ops.output_error`. None unless `Need.OUTPUT_ERROR`, and in the engine,
+            which calls `Policy.rank` instead of `score`.
         segment: int64 `[H, L]`, number of each token's segment, -1 in the protected prompt and S in the window; or None
             unless `Need.SEGMENTS`.
         segments: what is known of the segments, with what `Policy.remember` just noted; or None likewise.
@@ -142,7 +143,7 @@ class Measured:
     Attributes:
         output_error: float32, see `View`.
         key_similarity: float32, cosine of the key with the mean of its row's unit keys.
-        repeated: float32, share of the tokens of the token's sentence that a later sentence says again.
+        repeated: float32, share of the tokens of the token's sentence that later text repeats.
         is_recent: bool, whether the token is one of the `Policy.num_recent` newest.
         is_free: bool, whether it may leave; False for protected tokens, the window, and where there is no token.
     """
@@ -226,7 +227,7 @@ class Policy(ABC):
 
     @property
     def decay(self) -> float:
-        """By what the sums of `Need.OUTPUT_ERROR` are multiplied after each compaction."""
+        """By what the sums of `Need.OUTPUT_ERROR` are multiplied every 128 tokens, by compactions."""
         return 1.0
 
     def weights(self, view: View) -> Tensor | None:

@@ -6,6 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from .. import ops
@@ -26,8 +27,9 @@ from .rkv import RKV
 
 COMPAT = ("default", "paper", "reference")
 
-SMALLEST_ERROR = 1e-12
-"""Errors below count as this one, so that tokens nobody attends to do not stretch the scale of the others."""
+SMALLEST_ERROR = 1e-6
+"""Share of a row's mean error below which errors count as this one, so that tokens nobody attends to do not stretch the
+scale of the others."""
 
 POWER = 6
 """Of the repeated share of a sentence: some words that recur by chance weigh nothing, a sentence said again all."""
@@ -40,10 +42,10 @@ FORMULA_OF_THE_PAPER = ("mix", "pool", "redundancy_threshold", "similarity_thres
 @register_policy
 @dataclass(frozen=True)
 class SkipKV(Policy):
-    """What a token's absence would change in recent outputs, less where a later sentence says the same again.
+    """What a token's absence would change in recent outputs, less where later text repeats the sentence.
 
     Per layer and kv head, with z(...) a value standardised over the tokens that may leave, and R the share of the
-    tokens of the token's sentence that a later sentence says again:
+    tokens of the token's sentence that are part of a phrase which later text repeats:
 
         z(log(output error)) - key_weight * z(cosine of the key with the mean key)
             + sentence_weight * log(1 - R^6) + recent_weight where the token is recent
@@ -55,7 +57,7 @@ class SkipKV(Policy):
     Attributes:
         recent_share: share of what the protected prompt leaves of the budget; as many of the newest tokens are recent.
         recent_weight: what being recent adds.
-        decay: what is left at the next compaction of an error measured before this one.
+        decay: what an error counts after 128 tokens more; it falls at compactions.
         key_weight: what key similarity weighs against the error.
         sentence_weight: what the logarithm of a sentence's novelty weighs against it.
         compat: "default"; "paper" for the rule of the paper with our tables of sentence ends; "reference" for that of
@@ -154,16 +156,21 @@ class SkipKV(Policy):
         return int(self.recent_share * (num_keep - num_protected))
 
     def rank(self, measured: Measured) -> Tensor:
-        worth = _standardised(measured.output_error.clamp(min=SMALLEST_ERROR).log(), measured.is_free)
+        floor = SMALLEST_ERROR * _mean(measured.output_error, measured.is_free)
+        error = measured.output_error.maximum(floor).clamp(min=torch.finfo(torch.float32).tiny)
+        worth = _standardised(error.log(), measured.is_free)
         similarity = _standardised(measured.key_similarity, measured.is_free)
         novelty = (1 - measured.repeated**POWER).clamp(min=SMALLEST_NOVELTY).log()
         score = worth - self.key_weight * similarity + self.sentence_weight * novelty
         return score + self.recent_weight * measured.is_recent
 
 
+def _mean(values: Tensor, counts: Tensor) -> Tensor:
+    """Mean of each row of `[..., N]` over the elements that count, `[..., 1]`."""
+    return (values * counts).sum(dim=-1, keepdim=True) / counts.sum(dim=-1, keepdim=True).clamp(min=1)
+
+
 def _standardised(values: Tensor, counts: Tensor) -> Tensor:
     """Each row of `[..., N]` less its mean, in standard deviations; both of the elements that count."""
-    number = counts.sum(dim=-1, keepdim=True).clamp(min=1)
-    centred = values - (values * counts).sum(dim=-1, keepdim=True) / number
-    variance = (centred.square() * counts).sum(dim=-1, keepdim=True) / number
-    return centred / variance.sqrt().clamp(min=ops.EPSILON)
+    centred = values - _mean(values, counts)
+    return centred / _mean(centred.square(), counts).sqrt().clamp(min=ops.EPSILON)

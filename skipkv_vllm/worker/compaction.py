@@ -26,6 +26,13 @@ from .queries import QueryRing
 from .ranks import ALONE, Ranks
 from .segments import SegmentTable
 
+MOST_TOKENS = 2**16
+"""Held tokens that one call of an operator takes, requests times the longest of them. Temporary tensors have some 60
+bytes for each, layer and kv head, and vLLM's profiling does not see them."""
+
+DECAY_TOKENS = 128
+"""Tokens after which sums are multiplied by `Policy.decay`; a compaction follows after each buffer."""
+
 
 @dataclass
 class Managed:
@@ -46,6 +53,11 @@ class Managed:
     """queries of tokens computed ahead `[layers, n, Hq, D]`, for the compaction under way"""
     num_asked: int = 0
     """how many of them lie behind the held tokens, for the policy to see"""
+
+    @property
+    def first_summed(self) -> int:
+        """First slot with sums. Output errors rank only tokens that may leave; protected ones stay in front."""
+        return self.protected if self.needs & Need.OUTPUT_ERROR else 0
 
 
 class Job(NamedTuple):
@@ -169,9 +181,16 @@ class Compactor:
 
     def accumulate(self, orders: Sequence[tuple[Observation, Managed]]) -> None:
         """Add what the newest queries of requests attend to, or what leaving each token out would change."""
-        by_error = [bool(request.needs & Need.OUTPUT_ERROR) for _, request in orders]
-        for error in sorted(set(by_error)):
-            self._accumulate([each for each, kind in zip(orders, by_error, strict=True) if kind is error], error)
+        for by_error in (False, True):
+            part: list[tuple[Observation, Managed]] = []
+            same = [each for each in orders if bool(each[1].needs & Need.OUTPUT_ERROR) is by_error]
+            for each in sorted(same, key=lambda each: each[0].num_resident):
+                if part and (len(part) + 1) * each[0].num_resident > MOST_TOKENS:
+                    self._accumulate(part, by_error)
+                    part = []
+                part.append(each)
+            if part:
+                self._accumulate(part, by_error)
 
     def _accumulate(self, orders: Sequence[tuple[Observation, Managed]], output_error: bool) -> None:
         numbers = [(o.num_resident, o.num_queries, o.num_logical - 1, r.num_placed, r.num_evicted) for o, r in orders]
@@ -185,10 +204,11 @@ class Compactor:
             *self.cache, table, positions, resident, queries, num_queries, newest, output_error
         )
         for r, (order, request) in enumerate(orders):
-            parts = [found[r, ..., : order.num_resident]]
+            own = slice(request.first_summed, order.num_resident)
+            parts = [found[r, ..., own]]
             if output_error:
                 # How many of the queries see each token.
-                parts.append((order.num_logical - positions[r, ..., : order.num_resident]).clamp_(0, order.num_queries))
+                parts.append((order.num_logical - positions[r, ..., own]).clamp_(0, order.num_queries))
             self._sums.add(request.slot, parts)
 
     def run(self, jobs: Sequence[Job]) -> None:
@@ -197,20 +217,25 @@ class Compactor:
             self._run(part)
 
     def _independent(self, jobs: Sequence[Job]) -> Iterator[list[Job]]:
-        """Runs of jobs that one launch may carry out: same policy, and no page written by one and used by another.
+        """Runs of jobs that one launch may carry out: same policy, not too many tokens, and no page written by one and
+        used by another. All ranks find the same runs.
 
         A page that an earlier job gives up may be the fresh page of a later one.
         """
         part: list[Job] = []
         read: set[int] = set()
         written: set[int] = set()
+        longest = 0
         for job in jobs:
+            longest = max(longest, job.order.num_resident)
             uses = set(job.order.source_pages)
             # Pages that lie wholly in a protected prompt may be shared, but nothing in them changes.
             writes = set(job.order.target_pages[job.request.protected // self._block_size :])
-            if part and (job.request.policy != part[0].request.policy or writes & (read | written) or uses & written):
+            differs = part and job.request.policy != part[0].request.policy
+            is_full = (len(part) + 1) * longest > MOST_TOKENS
+            if part and (differs or is_full or writes & (read | written) or uses & written):
                 yield part
-                part, read, written = [], set(), set()
+                part, read, written, longest = [], set(), set(), job.order.num_resident
             part.append(job)
             read |= uses
             written |= writes
@@ -242,7 +267,11 @@ class Compactor:
         for r, (order, request) in enumerate(batch.jobs):
             move = (order.num_keep, source[r], hole[r], valid[r])
             if request.needs & ACCUMULATED:
-                self._sums.move(request.slot, *move, decay=request.policy.decay)
+                first = request.first_summed
+                # Padding names slot 0, which may have no sum.
+                source_sum, hole_sum = (each.clamp(min=first) - first for each in (source[r], hole[r]))
+                decay = request.policy.decay ** (self.config.kv_buffer / DECAY_TOKENS)
+                self._sums.move(request.slot, order.num_keep - first, source_sum, hole_sum, valid[r], decay)
             if batch.gates is not None:
                 assert self._gates is not None
                 self._gates.move(batch.gates[r], batch.target_table[r], *move)
@@ -313,8 +342,7 @@ class Compactor:
         policy = batch.jobs[0].request.policy
         penalty = self._penalties(batch) if policy.needs & REPEATS else None
         if policy.needs & Need.OUTPUT_ERROR:
-            assert penalty is not None
-            return self._ranked(batch, penalty)
+            return self._ranked(batch, torch.zeros((), device=self.device) if penalty is None else penalty)
         if (fused := policy.token_score) is not None:
             scores: Tensor = self._score_tokens(
                 *self.cache,
@@ -339,8 +367,11 @@ class Compactor:
     def _ranked(self, batch: _Batch, repeated: Tensor) -> Tensor:
         """Scores by what was measured since each token was written, float32 `[R, layers, H, N]` by slot."""
         policy, length = batch.jobs[0].request.policy, batch.positions.shape[-1]
-        rows = [self._sums.read(request.slot, 2, batch.positions[r]) for r, (_, request) in enumerate(batch.jobs)]
-        error, seen_by = torch.stack(rows, dim=1)
+        sums = torch.zeros(2, *batch.positions.shape, dtype=torch.float32, device=self.device)
+        for r, (order, request) in enumerate(batch.jobs):
+            own = sums[:, r, ..., request.first_summed : order.num_resident]
+            own.copy_(self._sums.read(request.slot, 2, own[0]))
+        error, seen_by = sums
         recent_from = [
             [[[order.num_logical - policy.num_recent(order.num_keep, request.protected)]]]
             for order, request in batch.jobs

@@ -700,7 +700,8 @@ class Simulation:
         def pinned(position: int) -> bool:
             return position < first or position in question or position >= order.num_logical - self.config.kv_window
 
-        request.errors = {key: (e * policy.decay, n * policy.decay) for key, (e, n) in request.errors.items()}
+        left = policy.decay ** (self.config.kv_buffer / 128)
+        request.errors = {key: (left * e, left * n) for key, (e, n) in request.errors.items()}
         if self.config.kv_granularity == "head":
             for layer in range(LAYERS):
                 for head in range(KV_HEADS):

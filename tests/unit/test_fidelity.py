@@ -298,6 +298,12 @@ def test_a_method_that_compacts_nothing_fails_the_run(tmp_path):
     assert [job.method for job in engines.jobs] == ["rkv"] * 3
 
 
+def test_damaged_settings_are_named(tmp_path):
+    (tmp_path / "settings.json").write_text("")
+    with pytest.raises(KVPolicyError, match=r"settings.json is damaged.*remove"):
+        Fidelity(SETUP, ["rkv"], [20], TEXTS, tmp_path, Engines())
+
+
 def test_a_budget_beyond_the_text_needs_no_compaction(tmp_path):
     report = Fidelity(SETUP, ["rkv"], [60], TEXTS, tmp_path, Engines(compactions=0, harm=9.0))()
     (row,) = report["rows"]
@@ -307,9 +313,11 @@ def test_a_budget_beyond_the_text_needs_no_compaction(tmp_path):
     assert row["by_distance"] == []
 
 
-def test_a_damaged_result_is_named(tmp_path):
+@pytest.mark.parametrize("damage", [lambda _: b"half", lambda whole: whole[:-30], lambda _: b""])
+def test_a_damaged_result_is_named(tmp_path, damage):
     Fidelity(SETUP, ["rkv"], [20], TEXTS, tmp_path, Engines())()
-    next((tmp_path / "results" / "rkv-20").iterdir()).write_bytes(b"half")
+    result = next((tmp_path / "results" / "rkv-20").iterdir())
+    result.write_bytes(damage(result.read_bytes()))
     with pytest.raises(KVPolicyError, match=r"rkv-20.*cannot be read.*remove it"):
         Fidelity(SETUP, ["rkv"], [20], TEXTS, tmp_path, Engines())()
 

@@ -11,6 +11,8 @@ import torch
 from skipkv_vllm.policies import View, make_policy
 from skipkv_vllm.policies.thinkv import REASONING, TRANSITION
 from skipkv_vllm.scheduler.messages import Started, StepOrders
+from skipkv_vllm.worker import compaction
+from skipkv_vllm.worker.attention_sums import GROWTH
 from skipkv_vllm.worker.rows import StepBatch
 
 from .simulation import DOT, HIDDEN, Simulation
@@ -407,6 +409,34 @@ def test_a_request_that_starts_again_in_the_same_step_as_its_preemption():
     sim.start("a", num_prompt=8, budget=24)
     sim.step({"a": 8})
     assert len(sim.runtime._requests) == 1
+
+
+@pytest.mark.parametrize("policy", ["skipkv", "h2o", "paper"])
+def test_a_call_takes_no_more_tokens_than_it_may(policy, monkeypatch):
+    """Requests that are due together are split, and keep the same tokens."""
+    monkeypatch.setattr(compaction, "MOST_TOKENS", 70)
+    sim = simulation(policy, protect=False)
+    names = ("a", "b", "c")
+    for name in names:
+        sim.start(name, num_prompt=9, budget=24)
+    sim.step(dict.fromkeys(names, 9))
+    for _ in range(45):
+        sim.step(dict.fromkeys(names, 1))
+    assert all(sim.running[name].num_compactions >= 3 for name in names)
+
+
+def test_sums_are_as_long_as_their_own_request():
+    sim = Simulation("skipkv", buffer=8, num_blocks=200)
+    sim.start("long", num_prompt=300, budget=64)
+    sim.start("short", num_prompt=5, budget=24)
+    sim.step({"long": 240, "short": 5})
+    sim.step({"long": 60, "short": 1})
+    for _ in range(40):
+        sim.step({"long": 1, "short": 1})
+    assert sim.running["short"].num_compactions >= 2
+    # Nobody ranks the protected prompt, so it has no sums.
+    sums = sim.runtime._sums._sums
+    assert {sums[sim.runtime._requests[name].slot].shape[-1] for name in ("long", "short")} == {GROWTH}
 
 
 def test_finished_requests_that_were_never_managed_are_ignored():
