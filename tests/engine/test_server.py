@@ -97,7 +97,7 @@ def test_the_banner_says_what_the_server_does(server):
     assert "59 pages of 32 tokens" in log
     assert "a request of 2,048 tokens holds at most 9 pages instead of 64" in log
     assert "6 such requests fit at once instead of" in log
-    assert "2,048 bytes of KV a token + 64 for its position and attention" in log
+    assert "2,048 bytes of KV a token + 128 for its position, attention, output error and query count" in log
     assert "break-even at" in log
     assert "admission bounded, none is ever preempted" in log
     assert "may come to hold more than 1888 tokens is refused" in log
