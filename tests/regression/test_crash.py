@@ -156,10 +156,11 @@ def test_a_killed_process_is_an_error_for_clients_and_a_restarted_server_works(t
     """First a worker is killed, then the engine's core of the server that replaces it."""
     with running(tmp_path / "first") as server:
         leave_at_random(server)
-        expected = [chunk.choices[0].delta.content for chunk in server.stream(QUESTIONS[1], 150)]
+        # A server may put two tokens into one chunk when its client is slow.
+        expected = "".join(chunk.choices[0].delta.content for chunk in server.stream(QUESTIONS[1], 150))
         kill_under_load(server, "Worker")
     with running(tmp_path / "second") as server:
-        answer = [chunk.choices[0].delta.content for chunk in server.stream(QUESTIONS[1], 150)]
+        answer = "".join(chunk.choices[0].delta.content for chunk in server.stream(QUESTIONS[1], 150))
         assert answer == expected
         assert metrics(server.url)["skipkv_compactions_total"] > 0
         kill_under_load(server, "EngineCore")

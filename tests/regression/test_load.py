@@ -74,7 +74,7 @@ def test_the_ring_of_queries_is_as_large_as_the_requests_that_can_run(llm: vllm.
     model, slots = config.model_config.hf_config, config.scheduler_config.max_num_seqs
     # As many query heads as make the hidden size, in float32.
     query = model.num_hidden_layers * model.hidden_size * 4
-    assert ring.nbytes == (slots * ring.window + 1) * query + 8 * config.scheduler_config.max_num_batched_tokens
+    assert ring.nbytes == (slots * ring.num_kept + 1) * query + 8 * config.scheduler_config.max_num_batched_tokens
 
 
 def test_random_aborts_lose_no_page(llm: vllm.LLM) -> None:
