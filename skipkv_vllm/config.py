@@ -248,7 +248,7 @@ class KVPolicyConfig(BaseModel):
 
     @model_validator(mode="after")
     def _repeats(self) -> KVPolicyConfig:
-        if REPEATS & ~self.needs == Need.NOTHING:
+        if REPEATS in self.needs:
             raise KVPolicyError(
                 "kv_policy and kv_request_policies compare sentences in two ways, by hidden states and by words, of "
                 "which a server can collect one; drop one of the methods"

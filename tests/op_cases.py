@@ -8,9 +8,12 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
+from hypothesis import strategies as st
 from torch import Tensor
 
 from skipkv_vllm.ops.paging import Layout, PagedCache, layer_pages
+
+FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 GARBAGE = -(2**30)
 """Page id or position that nobody may read."""
@@ -61,6 +64,20 @@ class Pages:
             view = getattr(layer_pages(each, self.layout), where)
             for h in range(self.heads):
                 view.scatter(page, torch.tensor(h), offset, layer_vectors[h].to(self.dtype))
+
+
+def draw_pages(data: st.DataObject, most_heads: int) -> Pages:
+    """Any pages that the CPU operators know, for property tests."""
+    layout = data.draw(st.sampled_from(Layout))
+    return Pages(
+        layout,
+        data.draw(st.sampled_from((torch.float32, torch.bfloat16, torch.float16, *FP8))),
+        data.draw(st.sampled_from(ORDERS if layout is Layout.ROWS else ORDERS[::2])),
+        layers=data.draw(st.integers(1, 2)),
+        heads=data.draw(st.integers(1, most_heads)),
+        size=data.draw(st.sampled_from((16, 32, 64) if layout is Layout.AMX else (1, 2, 3, 16, 32))),
+        dim=data.draw(st.sampled_from((32, 64, 96, 128))),
+    )
 
 
 def tables(lengths: Sequence[int], size: int, generator: torch.Generator, width: int | None = None) -> Tensor:

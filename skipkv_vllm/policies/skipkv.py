@@ -35,6 +35,7 @@ POWER = 6
 """Of the repeated share of a sentence: some words that recur by chance weigh nothing, a sentence said again all."""
 
 SMALLEST_NOVELTY = 0.05
+"""Bounds the penalty of a sentence that is repeated as a whole, whose logarithm would have no end."""
 
 FORMULA_OF_THE_PAPER = ("mix", "pool", "redundancy_threshold", "similarity_threshold", "max_sentences")
 

@@ -164,8 +164,8 @@ class Compaction(NamedTuple):
 class _Request:
     limits: Limits
     looks: Looks | None
-    num_observed: int | None
-    """tokens whose attention was looked at; None where nobody asks for it"""
+    num_observed: int
+    """tokens up to which attention was looked at, where somebody asks for it"""
     num_compactions: int = 0
 
     @property
@@ -195,7 +195,7 @@ class EvictionPlanner:
             limits: what it may hold.
             looks: which queries' attention is looked at; None where nobody asks for it.
         """
-        self._requests[request_id] = _Request(limits, looks, None if looks is None else looks.first)
+        self._requests[request_id] = _Request(limits, looks, 0 if looks is None else looks.first)
         self.earliest[request_id] = limits.first_due
 
     def restart(self, request_id: str) -> None:
@@ -250,7 +250,7 @@ class EvictionPlanner:
         if num_logical < request.limits.prompt_end:
             # A resumed request has more text than its prompt.
             room = min(room, request.limits.prompt_end - num_logical)
-        if request.looks is not None and request.num_observed is not None:
+        if request.looks is not None:
             room = min(room, request.num_observed + request.looks.interval - num_logical)
         assert room > 0, f"{request_id} was not compacted at {request.bound} tokens"
         return room
@@ -263,7 +263,7 @@ class EvictionPlanner:
         segment.
         """
         request = self._requests.get(request_id)
-        if request is None or request.looks is None or request.num_observed is None:
+        if request is None or request.looks is None:
             return 0
         looks, pending = request.looks, num_logical - request.num_observed
         is_due = pending >= looks.interval or (looks.at_all and pending > 0 and is_compacted)

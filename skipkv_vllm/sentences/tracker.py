@@ -23,6 +23,13 @@ MOSTLY = 0.5
 """Share of a sentence's phrases that recur in one later sentence, above which a trace calls it repeated."""
 
 
+def look_up(table: Tensor, positions: Tensor) -> Tensor:
+    """Entries of a table `[R, longest]` by logical position, for positions `[R, L, H, N]` of its requests."""
+    # What lies past a shorter request's tokens means nothing, but must lie within the table.
+    flat = positions.flatten(1).clamp(0, table.shape[1] - 1).long()
+    return table.gather(1, flat).view(positions.shape)
+
+
 class SentenceState(NamedTuple):
     """What the tracker knows of one request. S is the longest possible sequence.
 
@@ -171,10 +178,7 @@ class SentenceTracker:
         """
         rows = slots.long()
         if self.keeps_text:
-            shares = self._shares(rows, lengths, longest)
-            # What lies past a shorter request's tokens means nothing, but must lie within the table.
-            flat = positions.flatten(1).clamp(0, longest - 1).long()
-            return shares.gather(1, flat).view(positions.shape)
+            return look_up(self._shares(rows, lengths, longest), positions)
         self._compare(rows)
         found: Tensor = self._look_up(self._ends, self._penalties, self._first_of, rows, positions)
         return found

@@ -18,7 +18,7 @@ from ..policies import ACCUMULATED, REPEATS, Measured, Need, Policy, View
 from ..policies.base import Segments
 from ..policies.selection import select_sentences
 from ..scheduler.planner import Compaction, Observation, ceil_div
-from ..sentences.tracker import SentenceTracker
+from ..sentences.tracker import SentenceTracker, look_up
 from .attention_sums import AttentionSums
 from .gates import TokenGates
 from .positions import PositionSidecar
@@ -167,9 +167,10 @@ class Compactor:
         held = self.layers[layer].keys.read_pages(pages, length)
         return held if self._key_scales is None else held * self._key_scales[layer, :, None, None]
 
-    def _queries(self, slots: Sequence[int], lengths: Sequence[int], count: int) -> Tensor:
+    def _queries(self, orders: Sequence[tuple[Compaction | Observation, Managed]], count: int) -> Tensor:
         """The last `count` queries as `score_tokens` takes them: `[R, layers, count, Hq, D]`."""
         assert self._ring is not None
+        slots, lengths = [request.slot for _, request in orders], [order.num_logical for order, _ in orders]
         queries = self._ring.read_all(slots, lengths, count)
         if self.cache.caches[0].element_size() == 1:
             queries = queries.float()
@@ -198,8 +199,7 @@ class Compactor:
         resident, num_queries, newest, num_placed, num_evicted = columns.unbind()
         table = self.table([order.pages for order, _ in orders])
         positions = self.positions.read(table, max(o.num_resident for o, _ in orders), num_placed, num_evicted)
-        slots, lengths = [request.slot for _, request in orders], [order.num_logical for order, _ in orders]
-        queries = self._queries(slots, lengths, max(order.num_queries for order, _ in orders))
+        queries = self._queries(orders, max(order.num_queries for order, _ in orders))
         found = self._measure_attention(
             *self.cache, table, positions, resident, queries, num_queries, newest, output_error
         )
@@ -324,9 +324,7 @@ class Compactor:
         if batch.sentences is None:
             assert self._tracker is not None
             return self._tracker.penalties(batch.slot, batch.positions, batch.num_logical, batch.longest)
-        # What lies past a shorter request's tokens means nothing, but must lie within the table.
-        flat = batch.positions.flatten(1).clamp(0, batch.longest - 1).long()
-        return batch.sentences[0].gather(1, flat).view(batch.positions.shape)
+        return look_up(batch.sentences[0], batch.positions)
 
     def _numbers(self, batch: _Batch, r: int, positions: Tensor) -> Tensor:
         """Sentence numbers, int64, of positions of one request."""
@@ -349,7 +347,7 @@ class Compactor:
                 batch.source_table,
                 batch.positions,
                 batch.num_resident,
-                self._queries(*self._whose_queries(batch), self.config.kv_window),
+                self._queries(batch.jobs, self.config.kv_window),
                 penalty,
                 fused.pool,
                 fused.mix,
@@ -360,9 +358,6 @@ class Compactor:
         for r in range(len(batch.jobs)):
             self._score_request(batch, r, None if penalty is None else penalty[r], scores[r])
         return scores
-
-    def _whose_queries(self, batch: _Batch) -> tuple[list[int], list[int]]:
-        return [request.slot for _, request in batch.jobs], [order.num_logical for order, _ in batch.jobs]
 
     def _ranked(self, batch: _Batch, repeated: Tensor) -> Tensor:
         """Scores by what was measured since each token was written, float32 `[R, layers, H, N]` by slot."""

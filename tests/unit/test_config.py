@@ -22,7 +22,7 @@ from skipkv_vllm.compat.cli import SCHEDULER, WORKERS
 from skipkv_vllm.config import KVPolicyConfig, RequestOptions, flag_names, flags_table, parse_json_object
 from skipkv_vllm.errors import KVPolicyError
 from skipkv_vllm.plugin import register
-from skipkv_vllm.policies import IN_THE_CACHE, Need, make_policy, policy_names
+from skipkv_vllm.policies import IN_THE_CACHE, Need, base, make_policy, policy_names
 from skipkv_vllm.policies.rkv import RKV
 from skipkv_vllm.policies.skipkv import SkipKV
 from skipkv_vllm.policies.streaming_llm import StreamingLLM
@@ -437,6 +437,19 @@ def test_the_servers_own_method_may_be_named_among_the_further_ones():
     own = {"kv_policy": "trimkv", "kv_policy_config": {"gates": bundled_gates()}}
     server = KVPolicyConfig.parse(own | {"kv_request_policies": ["trimkv"]})
     assert RequestOptions.parse({"kv_policy": "trimkv"}, server, 500).resolve_policy(server) == server.policy
+
+
+def test_sentences_are_compared_in_one_way(monkeypatch):
+    """`skipkv` compares them by words; a method that reads hidden states cannot be served beside it."""
+
+    class ByHidden(RKV):
+        name = "by_hidden"
+        needs = Need.HIDDEN | Need.SENTENCES
+
+    monkeypatch.setitem(base._REGISTRY, "by_hidden", ByHidden)
+    with pytest.raises(KVPolicyError, match=r"by hidden states and by words.*drop one of the methods"):
+        KVPolicyConfig.parse({"kv_policy": "skipkv", "kv_request_policies": ["by_hidden"]})
+    KVPolicyConfig.parse({"kv_policy": "rkv", "kv_request_policies": ["by_hidden"]})
 
 
 def test_a_server_can_collect_for_further_methods():

@@ -23,7 +23,7 @@ from skipkv_vllm.errors import KVPolicyError
 from skipkv_vllm.ops import batched, native
 from skipkv_vllm.ops.paging import Layout
 from tests.op_backends import BACKENDS, INTERPRETED, Backend, cases, isa, on  # noqa: F401
-from tests.op_cases import CompactCase, Compaction, Pages, ScoreCase, Scoring, positions_of
+from tests.op_cases import CompactCase, Compaction, Pages, ScoreCase, Scoring, draw_pages, positions_of
 
 FLOAT, BF16, HALF = torch.float32, torch.bfloat16, torch.float16
 FP8 = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
@@ -184,17 +184,7 @@ def test_queries_for_keys_of_8_bits_are_float32(backend):
 def test_score_tokens_anywhere(data):
     if INTERPRETED or native.unavailable("cpu"):
         pytest.skip("native on the CPU only")
-    layout = data.draw(st.sampled_from(Layout))
-    sizes = (16, 32, 64) if layout is Layout.AMX else (1, 2, 3, 16, 32)
-    pages = Pages(
-        layout,
-        data.draw(st.sampled_from((FLOAT, BF16, HALF, *FP8.values()))),
-        data.draw(st.sampled_from(("BHNC", "HBNC") if layout is not Layout.ROWS else ("BHNC", "BNHC", "HBNC", "NBHC"))),
-        layers=data.draw(st.integers(1, 2)),
-        heads=data.draw(st.integers(1, 8)),
-        size=data.draw(st.sampled_from(sizes)),
-        dim=data.draw(st.sampled_from((32, 64, 96, 128))),
-    )
+    pages = draw_pages(data, most_heads=8)
     window = data.draw(st.integers(1, 20))
     case = ScoreCase(
         pages,

@@ -13,7 +13,7 @@ from torch import Tensor
 from skipkv_vllm.ops import batched, native
 from skipkv_vllm.ops.paging import Layout
 from tests.op_backends import INTERPRETED, Backend, cases, isa, on  # noqa: F401
-from tests.op_cases import MeasureCase, Pages
+from tests.op_cases import MeasureCase, Pages, draw_pages
 
 FLOAT, BF16, HALF = torch.float32, torch.bfloat16, torch.float16
 FP8 = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
@@ -104,17 +104,7 @@ def test_key_similarity(backend, case):
 def test_attention_anywhere(data):
     if INTERPRETED or native.unavailable("cpu"):
         pytest.skip("native on the CPU only")
-    layout = data.draw(st.sampled_from(Layout))
-    sizes = (16, 32, 64) if layout is Layout.AMX else (1, 2, 3, 16, 32)
-    pages = Pages(
-        layout,
-        data.draw(st.sampled_from((FLOAT, BF16, HALF, *FP8.values()))),
-        data.draw(st.sampled_from(("BHNC", "HBNC") if layout is not Layout.ROWS else ("BHNC", "BNHC", "HBNC", "NBHC"))),
-        layers=data.draw(st.integers(1, 2)),
-        heads=data.draw(st.integers(1, 4)),
-        size=data.draw(st.sampled_from(sizes)),
-        dim=data.draw(st.sampled_from((32, 64, 96, 128))),
-    )
+    pages = draw_pages(data, most_heads=4)
     requests = data.draw(st.lists(st.tuples(st.integers(1, 160), st.integers(0, 40)), min_size=1, max_size=3))
     lengths = [length for length, _ in requests]
     counted = [min(pair) for pair in requests]
