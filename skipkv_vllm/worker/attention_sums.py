@@ -34,11 +34,16 @@ class AttentionSums:
         """The K = `count` sums by slot, each of the shape of `like` `[layers, H, length]`; 0 where none was counted."""
         return self._sized(row, count, like)[..., : like.shape[-1]]
 
-    def move(self, row: int, num_keep: int, source: Tensor, hole: Tensor, valid: Tensor, decay: float) -> None:
-        """Follow a compaction, then multiply by `decay`; the moves are those of `ops.move_list`."""
+    def move(self, row: int, num_keep: int, source: Tensor, target: Tensor, decay: float) -> None:
+        """Follow a compaction, then multiply by `decay`.
+
+        Args:
+            row: state row of the request.
+            num_keep: sums that stay; those behind them are cleared for the tokens to come.
+            source, target: int64 `[layers, H, M]`, the moves; one whose target is `num_keep` is none.
+        """
         sums = self._sums[row]
-        # Padding goes to a place beyond the kept ones, and those are cleared for the tokens to come.
-        target, source = (x.expand(sums.shape[0], *x.shape) for x in (torch.where(valid, hole, num_keep), source))
+        source, target = (x.expand(sums.shape[0], *x.shape) for x in (source, target))
         sums.scatter_(-1, target, sums.gather(-1, source))
         sums[..., num_keep:] = 0
         if decay != 1.0:

@@ -203,13 +203,14 @@ class Compactor:
         found = self._measure_attention(
             *self.cache, table, positions, resident, queries, num_queries, newest, output_error
         )
+        parts = [found]
+        if output_error:
+            # How many of the queries see each token.
+            seen_by = newest.view(-1, 1, 1, 1) + 1 - positions
+            parts.append(seen_by.clamp_(min=0).minimum(num_queries.view(-1, 1, 1, 1)))
         for r, (order, request) in enumerate(orders):
             own = slice(request.first_summed, order.num_resident)
-            parts = [found[r, ..., own]]
-            if output_error:
-                # How many of the queries see each token.
-                parts.append((order.num_logical - positions[r, ..., own]).clamp_(0, order.num_queries))
-            self._sums.add(request.slot, parts)
+            self._sums.add(request.slot, [part[r, ..., own] for part in parts])
 
     def run(self, jobs: Sequence[Job]) -> None:
         """Carry out the compactions of a step, in order."""
@@ -264,17 +265,20 @@ class Compactor:
     def _follow(self, batch: _Batch, moves: Moves) -> None:
         """Let what is kept beside the pages follow its tokens."""
         source, hole, valid = moves.source.long(), moves.hole.long(), moves.valid
+        if batch.gates is not None:
+            assert self._gates is not None
+            for r, (order, _) in enumerate(batch.jobs):
+                self._gates.move(batch.gates[r], batch.target_table[r], order.num_keep, source[r], hole[r], valid[r])
+        if not batch.jobs[0].request.needs & ACCUMULATED:
+            return
+        first = to_device([[[[request.first_summed]]] for _, request in batch.jobs], torch.int64, self.device)
+        # Padding names slot 0, which may have no sum; it goes to a place beyond the kept ones.
+        source = (source - first).clamp_(min=0)
+        target = torch.where(valid, hole, batch.num_keep.view(-1, 1, 1, 1)) - first
         for r, (order, request) in enumerate(batch.jobs):
-            move = (order.num_keep, source[r], hole[r], valid[r])
-            if request.needs & ACCUMULATED:
-                first = request.first_summed
-                # Padding names slot 0, which may have no sum.
-                source_sum, hole_sum = (each.clamp(min=first) - first for each in (source[r], hole[r]))
-                decay = request.policy.decay ** (self.config.kv_buffer / DECAY_TOKENS)
-                self._sums.move(request.slot, order.num_keep - first, source_sum, hole_sum, valid[r], decay)
-            if batch.gates is not None:
-                assert self._gates is not None
-                self._gates.move(batch.gates[r], batch.target_table[r], *move)
+            decay = request.policy.decay ** (self.config.kv_buffer / DECAY_TOKENS)
+            num_keep = order.num_keep - request.first_summed
+            self._sums.move(request.slot, num_keep, source[r], target[r], decay)
 
     def _batch(self, jobs: Sequence[Job]) -> _Batch:
         numbers = [

@@ -78,8 +78,7 @@ def test_sums_follow_their_tokens(kinds, decay):
                 keep = chance.randint(1, request.length)
                 kept = choose(request.length, keep, generator)
                 source, hole, valid = ops.move_list(kept, keep)
-                # As the operators pad: slot 0 to slot 0.
-                sums.move(row, keep, torch.where(valid, source, 0), torch.where(valid, hole, 0), valid, decay)
+                sums.move(row, keep, torch.where(valid, source, 0), torch.where(valid, hole, keep), decay)
                 request.compact(kept, decay)
             torch.testing.assert_close(sums.read(row, len(found), found[0, ..., : request.length]), request.expected())
     assert max(request.written for request in requests.values()) > 2 * GROWTH
@@ -90,7 +89,8 @@ def test_tokens_in_slots_that_others_left_begin_at_zero():
     sums.add(0, list(found))
     kept = torch.zeros(LAYERS, HEADS, 10, dtype=torch.bool)
     kept[..., 5:] = True
-    sums.move(0, 5, *ops.move_list(kept, 5), decay=1.0)
+    source, hole, valid = ops.move_list(kept, 5)
+    sums.move(0, 5, source, torch.where(valid, hole, 5), decay=1.0)
     assert (
         sums.read(0, len(found), found[0]).tolist()
         == (torch.arange(10) < 5).float().expand(1, LAYERS, HEADS, -1).tolist()
