@@ -160,6 +160,16 @@ class Capacity:
     is_capped: bool
 
     @property
+    def request_bytes(self) -> int:
+        """Most memory that a request takes with the policy, sidecar and state included."""
+        return self.request_pages * self.page_size * (self.kv_bytes + self.sidecar_bytes) + self.state_bytes
+
+    @property
+    def request_bytes_full(self) -> int:
+        """The same without it, at the request's end."""
+        return self.request_pages_full * self.page_size * self.kv_bytes
+
+    @property
     def state(self) -> str:
         """What `state_bytes` are of."""
         return "queries, sentences and gates" if "gate" in self.sidecars else "queries and sentences"

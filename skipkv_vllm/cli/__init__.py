@@ -6,7 +6,7 @@ import sys
 import webbrowser
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -116,16 +116,26 @@ def _plan(
     typer.echo(found.json() if as_json else "\n".join(found.lines()))
 
 
-# The options are argparse's: several files and numbers after one flag, shared with `python -m benchmarks.fidelity`.
-@app.command(
-    "fidelity",
-    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
-)
+# The options of these two are argparse's: several files and numbers after one flag, shared with
+# `python -m benchmarks.fidelity`.
+_PASSED_ON: dict[str, Any] = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+
+
+@app.command("fidelity", context_settings=_PASSED_ON)
 def _fidelity(context: typer.Context) -> None:
     """Say what eviction costs on given texts: excess log loss against full KV, without grading answers."""
     from ..evaluation import command
 
     if status := command.main("skipkv fidelity", context.args):
+        raise typer.Exit(status)
+
+
+@app.command("tune", context_settings=_PASSED_ON)
+def _tune(context: typer.Context) -> None:
+    """Choose the cheapest method and budget that stay within a given excess on given texts, and say how to serve it."""
+    from . import tune
+
+    if status := tune.main("skipkv tune", context.args):
         raise typer.Exit(status)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from dataclasses import asdict, dataclass
@@ -139,7 +140,9 @@ def plan(model: str, config: KVPolicyConfig, machine: Machine, *, length: int | 
         raise KVPolicyError(f"--max-model-len {max_length} is out of range; allowed for {model}: up to {limit}")
     length = max_length if length is None else length
     if not 1 <= length <= max_length:
-        raise KVPolicyError(f"--length {length} is out of range; allowed: 1 to {max_length} (--max-model-len)")
+        raise KVPolicyError(
+            f"a request's length of {length} tokens is out of range; allowed: 1 to {max_length} (--max-model-len)"
+        )
     if not 0 <= prompt <= length:
         raise KVPolicyError(f"--prompt {prompt} is out of range; allowed: 0 to {length} (--length)")
 
@@ -155,7 +158,7 @@ def plan(model: str, config: KVPolicyConfig, machine: Machine, *, length: int | 
     if machine.kv_memory is not None:
         available, memory = int(machine.kv_memory * GIB), {}
     else:
-        memory = _memory(text, shape, machine, max_num_seqs, max_tokens, notes)
+        memory = _memory(model, text, shape, machine, max_num_seqs, max_tokens, notes)
         available = sum(memory.values())
     memory["for KV, with positions"] = available - state
     sizes = {"page_size": machine.page_size, "max_num_seqs": max_num_seqs, "max_length": max_length}
@@ -181,6 +184,7 @@ def plan(model: str, config: KVPolicyConfig, machine: Machine, *, length: int | 
     return Plan(model, dtype, machine.ranks * machine.stages, memory, state, found, max_num_seqs, notes)
 
 
+@functools.cache
 def _load(model: str) -> Any:
     from transformers import AutoConfig
 
@@ -246,12 +250,12 @@ def _kv_element_size(asked: str) -> int | None:
 
 
 def _memory(
-    text: Any, shape: ModelShape, machine: Machine, max_num_seqs: int, max_tokens: int, notes: list[str]
+    model: str, text: Any, shape: ModelShape, machine: Machine, max_num_seqs: int, max_tokens: int, notes: list[str]
 ) -> dict[str, int]:
     """Memory of one rank by use; what is used up counts negative."""
     assert machine.gpu_memory is not None
     given = machine.weights
-    weights = _num_parameters(text) * shape.element_size if given is None else int(given * GIB)
+    weights = _num_parameters(model) * shape.element_size if given is None else int(given * GIB)
     if machine.stages > 1:
         # The first and the last stage hold token embeddings besides their layers.
         embeddings = shape.vocab_size * shape.hidden_size * shape.element_size
@@ -273,11 +277,12 @@ def _memory(
     }
 
 
-def _num_parameters(text: Any) -> int:
+@functools.cache
+def _num_parameters(model: str) -> int:
     from transformers import AutoModelForCausalLM
 
+    text = _load(model)
     if getattr(text, "quantization_config", None):
         raise KVPolicyError("this model is quantised, so its parameters do not tell its size; give --weight-memory")
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(text)
-    return sum(p.numel() for p in model.parameters())
+        return sum(p.numel() for p in AutoModelForCausalLM.from_config(text).parameters())

@@ -8,4 +8,6 @@ serve every report.
 
 
 class RunError(RuntimeError):
-    """The run failed; the message says why and what to do."""
+    """The run failed; the message says why and what to do. `status` is the exit status of a command."""
+
+    status = 1

@@ -146,13 +146,13 @@ def settings_of(setup: Setup, code: Sequence[Path] = ()) -> dict[str, Any]:
     }
 
 
-def check_methods(setup: Setup, methods: Sequence[str], budgets: Sequence[int]) -> None:
-    """Raise `KVPolicyError` unless these methods can run at these budgets."""
+def check_methods(setup: Setup, methods: Sequence[str], budgets: Sequence[int], flag: str = "--budgets") -> None:
+    """Raise `KVPolicyError` unless these methods can run at these budgets, which `flag` gave."""
     check_each_once("--methods", methods)
     if FULL in methods:
         raise KVPolicyError("--methods: full is always measured; leave it out")
-    check_each_once("--budgets", budgets)
-    setup.check(methods, budgets)
+    check_each_once(flag, budgets)
+    setup.check(methods, budgets, flag)
 
 
 def check_each_once(flag: str, values: Iterable[Any]) -> None:
@@ -166,8 +166,9 @@ def budgets_of(ratios: Sequence[float], length: int) -> list[int]:
     """Budgets that are a given part of a length: `length / ratio`, rounded down.
 
     Raises:
-        KVPolicyError: a ratio below 1.
+        KVPolicyError: a ratio below 1, or one given twice.
     """
+    check_each_once("--ratio", (f"{ratio:g}" for ratio in ratios))
     for ratio in ratios:
         if not ratio >= 1:
             raise KVPolicyError(f"--ratio {ratio:g} is out of range; allowed: at least 1 (the length over the budget)")

@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..config import parse_json_object
 from ..errors import KVPolicyError
@@ -18,7 +18,7 @@ from .fidelity import Fidelity
 from .figures import pyplot
 from .machine import commit, machine, relative, versions
 from .report import describe, write
-from .texts import Source, leading_tokens, read_source, take_in_turn
+from .texts import Source, Text, leading_tokens, read_sources, take_in_turn
 
 METHODS = ("skipkv", "rkv", "snapkv", "obcache", "tova", "keydiff", "streaming_llm", "random")
 DESCRIPTION = """Measure what eviction costs, without grading answers: feed long texts as prompts that are compacted
@@ -28,15 +28,16 @@ they are there; the same command goes on after an interruption."""
 Defaults = Callable[[], Sequence[Source]]
 
 
-def make_parser(prog: str, model: str | None = None) -> argparse.ArgumentParser:
-    """The options of the command.
+def make_parser(prog: str, model: str | None = None, description: str = DESCRIPTION) -> argparse.ArgumentParser:
+    """The options of the command, and of others that measure fidelity.
 
     Args:
         prog: name of the command.
         model: default of --model; None requires it, and --texts.
+        description: what the command does.
     """
     parser = argparse.ArgumentParser(
-        prog=prog, description=DESCRIPTION, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        prog=prog, description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     group = parser.add_argument_group("what is measured")
     group.add_argument("--model", default=model, required=model is None, help="folder of a checkpoint, or name")
@@ -94,6 +95,32 @@ def run(
         KVPolicyError: bad input.
         RunError: see `Fidelity`.
     """
+    setup, methods, budgets, texts, settings = prepare(args, defaults)
+    started = time.monotonic()
+    measured = Fidelity(setup, methods, budgets, texts, args.out, serve)()
+    report = {**record(command, started, settings), **measured}
+    print(describe(report))
+    for path in write(report, args.out / "fidelity"):
+        print(f"wrote {path}")
+    return report
+
+
+class Prepared(NamedTuple):
+    """What options come to: the arguments of `Fidelity`, and the settings for the record."""
+
+    setup: Setup
+    methods: list[str]
+    budgets: list[int]
+    texts: list[Text]
+    settings: dict[str, Any]
+
+
+def prepare(args: argparse.Namespace, defaults: Defaults | None = None) -> Prepared:
+    """Check the options of `make_parser` and read the texts; see `run`.
+
+    Raises:
+        KVPolicyError: bad input.
+    """
     for flag, value, low in (
         ("--length", args.length, 16),
         ("--max-texts", args.max_texts, 1),
@@ -113,40 +140,38 @@ def run(
         num_seqs=args.num_seqs,
         arguments=parse_json_object("--engine", args.engine),
     )
-    check_methods(setup, methods, budgets)
+    check_methods(setup, methods, budgets, "--budgets" if args.budgets else "--ratio: budget")
     tokenizer = load_tokenizer(args.model)
-    given = [read_source(path, tokenizer) for path in args.texts or ()]
-    sources = given or list(defaults() if defaults else ())
+    sources = read_sources(args.texts or (), tokenizer) or list(defaults() if defaults else ())
     texts = take_in_turn(sources, tokenizer, args.length, args.max_texts)
-    started = time.monotonic()
-    measured = Fidelity(setup, methods, budgets, texts, args.out, serve)()
-    report = {
+    settings = {
+        "model": setup.model,
+        "texts": len(texts),
+        "sources": {source.name: sum(text.source == source.name for text in texts) for source in sources},
+        "digests": [text.digest for text in texts],
+        "length": args.length,
+        "leading_tokens": len(leading_tokens(tokenizer)),
+        "methods": methods,
+        "budgets": budgets,
+        "buffer": args.buffer,
+        "window": args.window,
+        "granularity": args.granularity,
+        "policy_config": configs,
+        "engine": dict(setup.arguments),
+    }
+    return Prepared(setup, methods, budgets, texts, settings)
+
+
+def record(command: Sequence[str], started: float, settings: dict[str, Any]) -> dict[str, Any]:
+    """What a report says of how it was made; `started` is a reading of `time.monotonic`."""
+    return {
         "command": list(command),
         "commit": commit(),
         "machine": machine(),
         "versions": versions(),
         "seconds": round(time.monotonic() - started, 1),
-        "settings": {
-            "model": setup.model,
-            "texts": len(texts),
-            "sources": {source.name: sum(text.source == source.name for text in texts) for source in sources},
-            "digests": [text.digest for text in texts],
-            "length": args.length,
-            "leading_tokens": len(leading_tokens(tokenizer)),
-            "methods": methods,
-            "budgets": budgets,
-            "buffer": args.buffer,
-            "window": args.window,
-            "granularity": args.granularity,
-            "policy_config": configs,
-            "engine": dict(setup.arguments),
-        },
-        **measured,
+        "settings": settings,
     }
-    print(describe(report))
-    for path in write(report, args.out / "fidelity"):
-        print(f"wrote {path}")
-    return report
 
 
 def main(prog: str, arguments: Sequence[str]) -> int:
@@ -156,7 +181,7 @@ def main(prog: str, arguments: Sequence[str]) -> int:
 
 
 def guarded(prog: str, action: Callable[[], Any]) -> int:
-    """Run an action and turn errors into a message and an exit status: 2 bad input, 1 failed, 130 interrupted."""
+    """Run an action and turn errors into a message and an exit status: 2 bad input, 130 interrupted, or the error's."""
     try:
         action()
     except KVPolicyError as error:
@@ -164,7 +189,7 @@ def guarded(prog: str, action: Callable[[], Any]) -> int:
         return 2
     except RunError as error:
         print(f"{prog}: error: {error}", file=sys.stderr)
-        return 1
+        return error.status
     except KeyboardInterrupt:
         print("\nstopped; finished results are kept, run the same command to go on", file=sys.stderr)
         return 130

@@ -57,8 +57,8 @@ class Setup:
         """Tokens that a request holds when it is compacted."""
         return Limits(budget, self.buffer, self.window, 0).bound
 
-    def check(self, methods: Sequence[str], budgets: Iterable[int]) -> None:
-        """Raise `KVPolicyError` for an unknown method, bad parameters, or a budget out of range."""
+    def check(self, methods: Sequence[str], budgets: Iterable[int], flag: str = "--budgets") -> None:
+        """Raise `KVPolicyError` for an unknown method, bad parameters, or a budget (given by `flag`) out of range."""
         for method in methods:
             check_policy_name("--methods", method)
         if unused := sorted(set(self.configs) - set(methods)):
@@ -68,7 +68,7 @@ class Setup:
         for method in methods:
             policy = make_policy(method, dict(self.configs.get(method, {})))
             for budget in budgets:
-                check_budget(f"{method}: --budgets", budget, policy, self.window)
+                check_budget(f"{method}: {flag}", budget, policy, self.window)
 
     def groups(self, methods: Sequence[str]) -> list[list[str]]:
         """Methods by the engine that serves them.

@@ -7,26 +7,27 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .figures import LOOK, draw_line, label_lines, pyplot, save, title
+from .figures import LOOK, RULE, draw_line, label_lines, pyplot, save, title
 
 HEAD = ("method", "budget", "excess, nats", "95 % interval", "same top token", "divergence", "compactions")
 
 
 def rows_of(report: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """Cells under `HEAD`, in ascending excess within each budget."""
-    rows = sorted(report["rows"], key=lambda row: (-row["budget"], row["excess"]))
-    return [
-        (
-            row["method"],
-            str(row["budget"]),
-            f"{row['excess']:.4f}",
-            "{:.4f} to {:.4f}".format(*row["excess_interval"]),
-            f"{row['agreement']:.1%}",
-            f"{row['divergence']:.4f}",
-            f"{row['compactions']:.1f}",
-        )
-        for row in rows
-    ]
+    return [cells(row) for row in sorted(report["rows"], key=lambda row: (-row["budget"], row["excess"]))]
+
+
+def cells(row: Mapping[str, Any]) -> tuple[str, ...]:
+    """A row's cells under `HEAD`."""
+    return (
+        row["method"],
+        str(row["budget"]),
+        f"{row['excess']:.4f}",
+        "{:.4f} to {:.4f}".format(*row["excess_interval"]),
+        f"{row['agreement']:.1%}",
+        f"{row['divergence']:.4f}",
+        f"{row['compactions']:.1f}",
+    )
 
 
 def terminal_table(head: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
@@ -76,7 +77,7 @@ def write(report: Mapping[str, Any], stem: Path) -> list[Path]:
 
 
 def draw(report: Mapping[str, Any], stem: Path) -> None:
-    """Draw excess against budget, a line per method."""
+    """Draw excess against budget, a line per method; a limit (`max_excess`) and the row chosen by it, if any."""
     plt, settings = pyplot(), report["settings"]
     budgets = sorted({row["budget"] for row in report["rows"]})
     with plt.rc_context(LOOK):
@@ -88,6 +89,13 @@ def draw(report: Mapping[str, Any], stem: Path) -> None:
             low, high = zip(*(row["excess_interval"] for row in line), strict=True)
             draw_line(axes, method, x, y, low, high)
             ends[method] = y[-1]
+        if limit := settings.get("max_excess"):
+            axes.axhline(limit, color=RULE, linestyle=":", linewidth=1.2, zorder=1)
+            axes.annotate(
+                f"limit {limit:g}", (0, limit), (2, 2), ("axes fraction", "data"), "offset points", color=RULE
+            )
+        if chosen := report.get("chosen"):
+            axes.plot(chosen["budget"], chosen["excess"], "o", markersize=14, markerfacecolor="none", color=RULE)
         axes.set_xscale("log", base=2)
         axes.set_xticks(budgets, [str(budget) for budget in budgets])
         axes.minorticks_off()

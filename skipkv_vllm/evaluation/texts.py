@@ -115,27 +115,47 @@ def take_in_turn(sources: Sequence[Source], tokenizer: Any, length: int, limit: 
     return sorted(unique.values(), key=chosen.index)
 
 
-def read_source(path: Path, tokenizer: Any) -> Source:
+def read_sources(paths: Sequence[Path], tokenizer: Any) -> list[Source]:
+    """Read files of texts; see `read_source`. A source has the name of its file, and folders where files share it.
+
+    Raises:
+        KVPolicyError: a file cannot be read, or is given twice.
+    """
+    parts = [path.absolute().parts for path in paths]
+
+    def name(own: tuple[str, ...]) -> str:
+        ends = ([each[-depth:] for each in parts] for depth in range(1, len(own) + 1))
+        depth = next((depth for depth, end in enumerate(ends, 1) if end.count(own[-depth:]) == 1), None)
+        if depth is None:
+            raise KVPolicyError(f"--texts {Path(*own)}: is given twice; give each file once")
+        return str(Path(*own[-depth:]))
+
+    return [read_source(path, tokenizer, name(own)) for path, own in zip(paths, parts, strict=True)]
+
+
+def read_source(path: Path, tokenizer: Any, name: str | None = None) -> Source:
     """Read a file of texts.
 
     Args:
         path: JSON lines with "text" or "messages" (.jsonl), a trace (.safetensors), or plain text.
         tokenizer: its chat template writes "messages" as text.
+        name: of the source; that of the file by default.
 
     Raises:
         KVPolicyError: it cannot be read.
     """
     if not path.is_file():
         raise KVPolicyError(f"--texts {path}: there is no such file")
+    name = name or path.name
     if path.suffix == ".safetensors":
-        return Source(path.name, [_trace(path)])
+        return Source(name, [_trace(path)])
     try:
         content = path.read_text()
     except UnicodeDecodeError as error:
         raise KVPolicyError(f"--texts {path}: is not UTF-8 text ({error}); convert it") from None
     if path.suffix == ".jsonl":
-        return Source(path.name, _rows(path, content, tokenizer))
-    return Source(path.name, [content])
+        return Source(name, _rows(path, content, tokenizer))
+    return Source(name, [content])
 
 
 def _trace(path: Path) -> list[int]:

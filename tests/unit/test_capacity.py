@@ -212,7 +212,7 @@ def test_parameters_are_counted(capsys):
         (["--kv-memory", "inf"], "--kv-memory inf is out of range"),
         (["--gpu-memory", "8", "--block-size", "0"], "--block-size 0 is out of range"),
         (["--gpu-memory", "8", "--activation-memory", "-1"], "-1 is out of range; allowed: 0 and more"),
-        (["--gpu-memory", "8", "--length", "9999"], "--length 9999 is out of range; allowed: 1 to 4096"),
+        (["--gpu-memory", "8", "--length", "9999"], "length of 9999 tokens is out of range; allowed: 1 to 4096"),
         (["--gpu-memory", "8", "--max-model-len", "9999"], "--max-model-len 9999 is out of range"),
         (["--gpu-memory", "8", "--prompt", "5000"], "--prompt 5000 is out of range"),
         (["--gpu-memory", "8", "--kv-policy", "full"], "nothing to plan"),

@@ -1,0 +1,298 @@
+"""`skipkv tune`: the cheapest method and budget that keep a model's predictions of given texts within a limit."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import shlex
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import typer
+
+from ..capacity import Capacity, as_dict
+from ..config import KVPolicyConfig, flag_names
+from ..errors import KVPolicyError
+from ..evaluation import RunError, command
+from ..evaluation.arms import Arm, Serve
+from ..evaluation.comparison import first_changed
+from ..evaluation.engine import Setup, serve
+from ..evaluation.fidelity import Fidelity
+from ..evaluation.report import HEAD, cells, terminal_table, write
+from ..evaluation.texts import Text
+from .plan import FLAGS, Machine, plan
+
+DESCRIPTION = """Choose the cheapest eviction method and budget whose predictions of your texts stay within a limit, say
+how many requests then fit, and write the line that serves them so. One half of the texts chooses, the other reports.
+Exits with 3 if no candidate stays within the limit, or the reporting half does not hold it. Results are kept in --out
+as soon as they are there; the same command goes on after an interruption."""
+METHODS = ("skipkv", "snapkv", "tova", "keydiff", "streaming_llm")
+RATIOS = (2, 4, 8, 16)
+MAX_TEXTS = 32
+LEAST_TEXTS = 2
+"""Of each half; an interval over one text would have no width."""
+
+PROMPTS = """Prompts are evicted like any other text, as was measured. To keep them whole, drop --no-kv-protect-prompt
+and raise --kv-budget by the length of your longest prompts.
+
+"""
+
+ANY_MEMORY = 2.0**20
+"""GiB, for the cost of a request, which does not depend on the memory that is there."""
+
+MACHINE_FIELDS = {flag[2:].replace("-", "_"): name for name, flag in FLAGS.items()} | {
+    "dtype": "dtype",
+    "kv_cache_dtype": "kv_dtype",
+}
+"""Engine argument -> field of `Machine`."""
+
+
+class LimitNotHeldError(RunError):
+    """Nothing stays within the limit; the message says what comes closest."""
+
+    status = 3
+
+
+def make_parser(prog: str) -> argparse.ArgumentParser:
+    """The options: those of `skipkv fidelity`, the limit, and what is planned for."""
+    parser = command.make_parser(prog, description=DESCRIPTION)
+    parser.set_defaults(methods=list(METHODS), ratio=list(RATIOS), max_texts=MAX_TEXTS)
+    group = parser.add_argument_group("what is chosen")
+    group.add_argument(
+        "--max-excess",
+        type=float,
+        default=0.05,
+        metavar="NATS",
+        help="how much worse than with full KV a token may be predicted, in nats; the upper end of the 95 %% interval "
+        "has to stay below. 0.05 is 5 %% of perplexity",
+    )
+    group = parser.add_argument_group("what is planned for", "The rest of the server is as --engine says.")
+    group.add_argument("--gpu-memory", type=float, metavar="GIB", help="memory of one GPU; says how many requests fit")
+    group.add_argument(
+        "--request-length", type=int, metavar="N", help="prompt and output of a request; --length where not given"
+    )
+    group.add_argument("--max-model-len", type=int, metavar="N", help="of the server; the model's where not given")
+    group.add_argument("--max-num-seqs", type=int, metavar="N", help="of the server; vLLM's where not given")
+    group.add_argument("--tensor-parallel-size", type=int, metavar="N", help="of the server")
+    group.add_argument(
+        "--weight-memory", type=float, metavar="GIB", help="weights of all GPUs together, for a quantised model"
+    )
+    return parser
+
+
+def run(args: argparse.Namespace, words: Sequence[str], serve: Serve = serve) -> dict[str, Any]:
+    """Measure, choose, print the outcome and write `tune.json` and its figure into --out.
+
+    Args:
+        args: of `make_parser`.
+        words: the command line, for the record.
+        serve: starts engines.
+
+    Returns:
+        The report.
+
+    Raises:
+        KVPolicyError: bad input.
+        LimitNotHeldError: no candidate stays within the limit, or the reporting half does not hold it; the report is
+            written all the same.
+        RunError: see `Fidelity`.
+    """
+    if not 0 < args.max_excess < math.inf:
+        raise KVPolicyError(f"--max-excess {args.max_excess:g} is out of range; allowed: above 0")
+    if args.weight_memory is not None and args.gpu_memory is None:
+        raise KVPolicyError("--weight-memory is given without --gpu-memory, so it would do nothing; give both")
+    setup, methods, budgets, texts, settings = command.prepare(args)
+    check_all_evict(setup, budgets, args.length)
+    choosing, reporting = halves(texts, args.length)
+    length = args.length if args.request_length is None else args.request_length
+    server = server_arguments(args, setup.arguments)
+    machine = machine_of(args, server)
+    configs = {arm: config_of(setup, arm) for arm in (Arm(method, budget) for budget in budgets for method in methods)}
+    # Before anything is measured, so that what cannot be planned is noticed.
+    plans = {arm: plan(args.model, config, machine, length=length, prompt=length) for arm, config in configs.items()}
+
+    started = time.monotonic()
+    measured = Fidelity(setup, methods, budgets, choosing, args.out, serve)()
+    rows = [row | costs(plans[arm_of(row)].capacity) for row in measured["rows"]]
+    outcome: dict[str, Any] = {"chosen": choose(rows, args.max_excess), "reported": None}
+    if outcome["chosen"]:
+        arm = arm_of(outcome["chosen"])
+        alone = replace(setup, configs={name: own for name, own in setup.configs.items() if name == arm.method})
+        (outcome["reported"],) = Fidelity(alone, [arm.method], [arm.budget], reporting, args.out, serve)()["rows"]
+        outcome |= {"capacity": as_dict(plans[arm].capacity), "serve": serve_line(args.model, configs[arm], server)}
+    settings |= {
+        "texts": len(choosing),
+        "digests": [text.digest for text in choosing],
+        "reporting_digests": [text.digest for text in reporting],
+        "max_excess": args.max_excess,
+        "request_length": length,
+        "gpu_memory": args.gpu_memory,
+        "server": server,
+    }
+    report = {**command.record(words, started, settings), **measured, "rows": rows, **outcome}
+    typer.echo(describe(report))
+    if outcome["chosen"]:
+        if args.gpu_memory is not None:
+            typer.echo("\n" + "\n".join(plans[arm].lines()))
+        typer.echo(f"\n{'' if configs[arm].policy.compacts_prompt else PROMPTS}{outcome['serve']}\n")
+    for path in write(report, args.out / "tune"):
+        typer.echo(f"wrote {path}")
+    check_held(report)
+    return report
+
+
+def arm_of(row: Mapping[str, Any]) -> Arm:
+    """The candidate that a row is about."""
+    return Arm(row["method"], row["budget"])
+
+
+def halves(texts: Sequence[Text], length: int) -> tuple[list[Text], list[Text]]:
+    """Divide texts into those that choose and those that report, in turn within each source.
+
+    Raises:
+        KVPolicyError: too few texts.
+    """
+    if len(texts) < 2 * LEAST_TEXTS:
+        raise KVPolicyError(
+            f"--texts: there are {len(texts)} different texts of --length {length}; at least {2 * LEAST_TEXTS} are "
+            "needed, as one half chooses and the other reports; give more text or a smaller --length"
+        )
+    sources = list(dict.fromkeys(text.source for text in texts))
+    by_source = sorted(texts, key=lambda text: sources.index(text.source))
+    return by_source[::2], by_source[1::2]
+
+
+def check_all_evict(setup: Setup, budgets: Sequence[int], length: int) -> None:
+    """Raise `KVPolicyError` for a budget at which a text is never compacted: its excess would be 0 and mean nothing."""
+    for budget in budgets:
+        if not first_changed(length, setup.bound(budget)):
+            raise KVPolicyError(
+                f"a budget of {budget} tokens (--budgets, --ratio) is out of range; allowed: up to "
+                f"{length - setup.buffer - 2}, or a text of --length {length} is never compacted with --buffer "
+                f"{setup.buffer}; give smaller budgets or longer texts"
+            )
+
+
+def config_of(setup: Setup, arm: Arm) -> KVPolicyConfig:
+    """The policy as it is measured."""
+    return KVPolicyConfig.parse(setup.policy_arguments([arm.method]) | {"kv_budget": arm.budget})
+
+
+def server_arguments(args: argparse.Namespace, engine: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of the server beside the policy's: those of the engine that measures, and what is given for it."""
+    given = {name: getattr(args, name) for name in ("max_model_len", "max_num_seqs", "tensor_parallel_size")}
+    return {**engine} | {name: value for name, value in given.items() if value is not None}
+
+
+def machine_of(args: argparse.Namespace, server: Mapping[str, Any]) -> Machine:
+    """Where the server is to run."""
+    known = {MACHINE_FIELDS[name]: value for name, value in server.items() if name in MACHINE_FIELDS}
+    memory = {"gpu_memory": args.gpu_memory, "weights": args.weight_memory}
+    return Machine(**known | memory | {"kv_memory": ANY_MEMORY if args.gpu_memory is None else None})
+
+
+def costs(found: Capacity) -> dict[str, int]:
+    """What a candidate's row says of memory, in bytes a request, and of requests that fit."""
+    return {name: getattr(found, name) for name in ("request_bytes", "request_bytes_full", "fit", "fit_full")}
+
+
+def is_within(row: Mapping[str, Any], max_excess: float) -> bool:
+    """Whether the upper end of a row's interval stays within the limit: a mean alone may do so by chance."""
+    return row["excess_interval"][1] <= max_excess
+
+
+def choose(rows: Sequence[dict[str, Any]], max_excess: float) -> dict[str, Any] | None:
+    """The row with least memory a request, then with least excess, of those within the limit that save memory."""
+    allowed = [row for row in rows if is_within(row, max_excess) and row["request_bytes"] < row["request_bytes_full"]]
+    return min(allowed, key=lambda row: (row["request_bytes"], row["excess"]), default=None)
+
+
+def serve_line(model: str, config: KVPolicyConfig, server: Mapping[str, Any]) -> str:
+    """The command that serves what was measured: every option of the policy that is not its default, and the server's.
+
+    Args:
+        model: folder or name.
+        config: the policy.
+        server: further arguments of the engine.
+    """
+    policy = {"kv_policy": config.kv_policy, "kv_budget": config.kv_budget} | config.model_dump(exclude_defaults=True)
+    words = ["vllm", "serve", model]
+    for name, value in {**policy, **server}.items():
+        flag = flag_names().get(name, "--" + name.replace("_", "-"))
+        if isinstance(value, bool):
+            words.append(flag if value else flag.replace("--", "--no-", 1))
+        elif value is not None:
+            values = value if isinstance(value, list) else [value]
+            words += [flag, *(each if isinstance(each, str) else json.dumps(each) for each in values)]
+    return shlex.join(words)
+
+
+def describe(report: Mapping[str, Any]) -> str:
+    """All candidates, the chosen one, and what the reporting half says of it, for a terminal."""
+    settings, rows = report["settings"], sorted(report["rows"], key=lambda row: row["request_bytes"])
+    limit, fits = settings["max_excess"], settings["gpu_memory"] is not None
+    head = (*HEAD[:5], f"within {limit:g}", "MiB a request", "of full KV", *["requests"] * fits)
+    table = [
+        (
+            *cells(row)[:5],
+            "yes" if is_within(row, limit) else "no",
+            f"{row['request_bytes'] / 2**20:,.1f}",
+            f"{row['request_bytes'] / row['request_bytes_full']:.1%}",
+            *[f"{row['fit']:,}"] * fits,
+        )
+        for row in rows
+    ]
+    parts = [
+        f"{settings['texts']} texts of {settings['length']} tokens choose, full KV {report['full_nll']:.4f} nats a "
+        f"token; buffer {settings['buffer']}, window {settings['window']}, granularity {settings['granularity']}; "
+        f"memory of a request of {settings['request_length']:,} tokens",
+        terminal_table(head, table),
+    ]
+    chosen, reported = report["chosen"], report["reported"]
+    if chosen is not None:
+        low, high = reported["excess_interval"]
+        holds = "holds" if is_within(reported, limit) else "does NOT hold"
+        parts.append(
+            f"Chosen: {chosen['method']} with a budget of {chosen['budget']} tokens.\n"
+            f"The other {reported['texts']} texts: excess {reported['excess']:.4f} nats a token, 95 % interval {low:.4f} "
+            f"to {high:.4f}; it {holds} the limit of {limit:g}.\n"
+            f"Perplexity {math.expm1(reported['excess']):+.1%}, same top token {reported['agreement']:.1%}, divergence "
+            f"{reported['divergence']:.4f}.\n"
+            f"A request of {settings['request_length']:,} tokens takes {chosen['request_bytes'] / 2**20:,.1f} MiB "
+            f"instead of {chosen['request_bytes_full'] / 2**20:,.1f}."
+        )
+    return "\n\n".join(parts)
+
+
+def check_held(report: Mapping[str, Any]) -> None:
+    """Raise `LimitNotHeldError` unless a candidate was chosen and the reporting half holds the limit."""
+    settings, rows, reported = report["settings"], report["rows"], report["reported"]
+    limit = settings["max_excess"]
+    if not reported:
+        if any(is_within(row, limit) for row in rows):
+            raise LimitNotHeldError(
+                f"what stays within --max-excess {limit:g} saves no memory for a request of "
+                f"{settings['request_length']} tokens; plan for longer ones (--request-length), allow more, or serve "
+                "without a policy"
+            )
+        best = min(rows, key=lambda row: row["excess_interval"][1])
+        raise LimitNotHeldError(
+            f"no candidate stays within --max-excess {limit:g}. The best is {best['method']} at {best['budget']} with "
+            f"an excess of {best['excess']:.4f}, up to {best['excess_interval'][1]:.4f}; allow more, give larger "
+            "--budgets (smaller --ratio), or more texts, which narrow the intervals"
+        )
+    if not is_within(reported, limit):
+        raise LimitNotHeldError(
+            f"the reporting half does not hold --max-excess {limit:g}: its excess is {reported['excess']:.4f}, up to "
+            f"{reported['excess_interval'][1]:.4f}; the choosing half was lucky or too small. Give more texts, or a "
+            "stricter limit"
+        )
+
+
+def main(prog: str, arguments: Sequence[str]) -> int:
+    """Run `skipkv tune`; returns the exit status."""
+    args = make_parser(prog).parse_args(list(arguments))
+    return command.guarded(prog, lambda: run(args, [*prog.split(), *arguments]))
