@@ -169,7 +169,7 @@ def plan(model: str, config: KVPolicyConfig, machine: Machine, *, length: int | 
             f"{max(pages, 0)} pages of {machine.page_size} tokens are left for KV, and one request at its bound takes "
             f"{needed}. Memory of a rank in GiB: "
             + ", ".join(f"{name} {size / GIB:.2f}" for name, size in memory.items())
-            + f", state of {max_num_seqs} requests {-state / GIB:.2f}. Lower --kv-budget or --max-num-seqs, or use "
+            + f", state of {max_num_seqs} requests {-state / GIB:.2f}. Lower the budget or --max-num-seqs, or use "
             "more GPUs (--tensor-parallel-size, --pipeline-parallel-size)"
         )
     found = capacity(config, shape, Pool(pages, max_tokens=max_tokens, **sizes), length=length, prompt=prompt)

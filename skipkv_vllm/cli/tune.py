@@ -66,8 +66,8 @@ def make_parser(prog: str) -> argparse.ArgumentParser:
         type=float,
         default=0.05,
         metavar="NATS",
-        help="how much worse than with full KV a token may be predicted, in nats; the upper end of the 95 %% interval "
-        "has to stay below. 0.05 is 5 %% of perplexity",
+        help="excess that is allowed: how much worse than with full KV a token is predicted on average, in nats; the "
+        "upper end of its 95 %% interval counts. 0.05 is 5 %% of perplexity",
     )
     group = parser.add_argument_group("what is planned for", "The rest of the server is as --engine says.")
     group.add_argument("--gpu-memory", type=float, metavar="GIB", help="memory of one GPU; says how many requests fit")
@@ -136,7 +136,7 @@ def run(args: argparse.Namespace, words: Sequence[str], serve: Serve = serve) ->
     typer.echo(describe(report))
     if outcome["chosen"]:
         if args.gpu_memory is not None:
-            typer.echo("\n" + "\n".join(plans[arm].lines()))
+            typer.echo("\n" + "\n".join(["As `skipkv plan` counts it, which has more options:", *plans[arm].lines()]))
         typer.echo(f"\n{'' if configs[arm].policy.compacts_prompt else PROMPTS}{outcome['serve']}\n")
     for path in write(report, args.out / "tune"):
         typer.echo(f"wrote {path}")
@@ -257,8 +257,8 @@ def describe(report: Mapping[str, Any]) -> str:
         holds = "holds" if is_within(reported, limit) else "does NOT hold"
         parts.append(
             f"Chosen: {chosen['method']} with a budget of {chosen['budget']} tokens.\n"
-            f"The other {reported['texts']} texts: excess {reported['excess']:.4f} nats a token, 95 % interval {low:.4f} "
-            f"to {high:.4f}; it {holds} the limit of {limit:g}.\n"
+            f"The other {reported['texts']} texts: excess {reported['excess']:.4f} nats a token, 95 % interval "
+            f"{low:.4f} to {high:.4f}; it {holds} the limit of {limit:g}.\n"
             f"Perplexity {math.expm1(reported['excess']):+.1%}, same top token {reported['agreement']:.1%}, divergence "
             f"{reported['divergence']:.4f}.\n"
             f"A request of {settings['request_length']:,} tokens takes {chosen['request_bytes'] / 2**20:,.1f} MiB "

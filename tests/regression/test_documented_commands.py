@@ -18,7 +18,9 @@ import pytest
 import typer
 
 from skipkv_vllm import cli
+from skipkv_vllm.cli import tune
 from skipkv_vllm.config import CONFIG_KEY, KVPolicyConfig, RequestOptions
+from skipkv_vllm.evaluation import command as evaluation
 from tests.engines import REPOSITORY
 from tests.unit.test_deployment import serve_parser  # noqa: F401
 
@@ -68,6 +70,8 @@ def check_skipkv(words: list[str]) -> None:
     while hasattr(command, "commands"):
         command, words = command.commands[words[0]], words[1:]
     command.make_context(words[0] if words else command.name, list(words))
+    if parser := {"fidelity": evaluation.make_parser, "tune": tune.make_parser}.get(command.name):
+        parser("skipkv").parse_args(words)
 
 
 @pytest.mark.parametrize(("name", "words"), COMMANDS, ids=[" ".join(words)[:60] for _, words in COMMANDS])

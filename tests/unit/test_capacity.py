@@ -72,6 +72,8 @@ def test_a_count_by_hand():
     assert SHAPE.state_bytes(CONFIG, 64, 32768, 2048) == ring + text
     assert found.state_bytes == -(-(ring + text) // 64)
     assert (found.request_pages, found.request_pages_full) == (1152 // 16, 8192 // 16)
+    assert found.request_bytes == 1152 * (57344 + 3 * 448) + found.state_bytes
+    assert found.request_bytes_full == 8192 * 57344
     assert (found.fit, found.concurrency, found.is_capped) == (69, 64, True)
     assert "69 such requests fit at once instead of 10; max_num_seqs lets 64 run instead of 10" in found.lines()
     assert not capacity(CONFIG, SHAPE, replace(POOL, num_pages=4000), length=8192).is_capped

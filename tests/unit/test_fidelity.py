@@ -23,7 +23,7 @@ from skipkv_vllm.evaluation.comparison import Positions, distance_bins, divergen
 from skipkv_vllm.evaluation.engine import Done, Job, Scores, Setup, with_fair_random
 from skipkv_vllm.evaluation.fidelity import TOP, Fidelity
 from skipkv_vllm.evaluation.store import Store
-from skipkv_vllm.evaluation.texts import Source, Text, read_source, take_in_turn
+from skipkv_vllm.evaluation.texts import Source, Text, read_source, read_sources, take_in_turn
 from skipkv_vllm.trace import Trace
 
 MODEL = str(bundled_model())
@@ -160,6 +160,20 @@ def test_files_of_all_kinds_are_read(tokenizer, tmp_path):
     assert lines._documents[0] == "So a = 1."
     assert "What is a?" in lines._documents[1]
     assert list(trace._documents) == [[5, 6, 7]]
+
+
+def test_files_of_the_same_name_are_different_sources(tokenizer, tmp_path):
+    paths = [tmp_path / name for name in ("a/x/notes.txt", "b/x/notes.txt", "b/other.txt")]
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("So a = 1.")
+    assert [source.name for source in read_sources(paths, tokenizer)] == [
+        "a/x/notes.txt",
+        "b/x/notes.txt",
+        "other.txt",
+    ]
+    with pytest.raises(KVPolicyError, match=r"--texts .*other\.txt: is given twice; give each file once"):
+        read_sources([*paths, paths[2]], tokenizer)
 
 
 @pytest.mark.parametrize(
@@ -367,6 +381,10 @@ def arguments(*words: str, out: Path) -> list[str]:
         (["--methods", "full"], "--methods: full is always measured; leave it out"),
         (["--methods", "rkv", "rkv"], "--methods rkv rkv: give at least one value, and each once"),
         (["--ratio", "0.5"], "--ratio 0.5 is out of range; allowed: at least 1"),
+        (["--ratio", "4", "2", "4"], "--ratio 4 2 4: give at least one value, and each once"),
+        (["--ratio", "4", "3.999"], "--ratio: budget 100 100: give at least one value, and each once"),
+        (["--ratio", "100"], "rkv: --ratio: budget=4 is out of range; allowed: at least 9"),
+        (["--budgets", "40", "40"], "--budgets 40 40: give at least one value, and each once"),
         (["--budgets", "4"], "rkv: --budgets=4 is out of range; allowed: at least 9"),
         (["--methods", "random", "--budgets", "40"], "allowed: at least 73 (window of 8 tokens + 64 sinks + 1)"),
         (["--length", "3"], "--length 3 is out of range; allowed: at least 16"),
