@@ -114,15 +114,6 @@ def run(args: argparse.Namespace, words: Sequence[str], serve: Serve = serve) ->
     # Before anything is measured, so that what cannot be planned is noticed.
     plans = {arm: plan(args.model, config, machine, length=length, prompt=length) for arm, config in configs.items()}
 
-    started = time.monotonic()
-    measured = Fidelity(setup, methods, budgets, choosing, args.out, serve)()
-    rows = [row | costs(plans[arm_of(row)].capacity) for row in measured["rows"]]
-    outcome: dict[str, Any] = {"chosen": choose(rows, args.max_excess), "reported": None}
-    if outcome["chosen"]:
-        arm = arm_of(outcome["chosen"])
-        alone = replace(setup, configs={name: own for name, own in setup.configs.items() if name == arm.method})
-        (outcome["reported"],) = Fidelity(alone, [arm.method], [arm.budget], reporting, args.out, serve)()["rows"]
-        outcome |= {"capacity": as_dict(plans[arm].capacity), "serve": serve_line(args.model, configs[arm], server)}
     settings |= {
         "texts": len(choosing),
         "digests": [text.digest for text in choosing],
@@ -132,6 +123,15 @@ def run(args: argparse.Namespace, words: Sequence[str], serve: Serve = serve) ->
         "gpu_memory": args.gpu_memory,
         "server": server,
     }
+    started = time.monotonic()
+    measured = Fidelity(setup, methods, budgets, choosing, args.out, serve)()
+    rows = [row | costs(plans[arm_of(row)].capacity) for row in measured["rows"]]
+    outcome: dict[str, Any] = {"chosen": choose(rows, args.max_excess), "reported": None}
+    if outcome["chosen"]:
+        arm = arm_of(outcome["chosen"])
+        alone = replace(setup, configs={name: own for name, own in setup.configs.items() if name == arm.method})
+        (outcome["reported"],) = Fidelity(alone, [arm.method], [arm.budget], reporting, args.out, serve)()["rows"]
+        outcome |= {"capacity": as_dict(plans[arm].capacity), "serve": serve_line(args.model, configs[arm], server)}
     report = {**command.record(words, started, settings), **measured, "rows": rows, **outcome}
     typer.echo(describe(report))
     if outcome["chosen"]:
