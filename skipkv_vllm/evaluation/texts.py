@@ -124,11 +124,10 @@ def read_sources(paths: Sequence[Path], tokenizer: Any) -> list[Source]:
     parts = [path.absolute().parts for path in paths]
 
     def name(own: tuple[str, ...]) -> str:
-        ends = ([each[-depth:] for each in parts] for depth in range(1, len(own) + 1))
-        depth = next((depth for depth, end in enumerate(ends, 1) if end.count(own[-depth:]) == 1), None)
-        if depth is None:
-            raise KVPolicyError(f"--texts {Path(*own)}: is given twice; give each file once")
-        return str(Path(*own[-depth:]))
+        for depth in range(1, len(own) + 1):
+            if sum(each[-depth:] == own[-depth:] for each in parts) == 1:
+                return str(Path(*own[-depth:]))
+        raise KVPolicyError(f"--texts {Path(*own)}: is given twice; give each file once")
 
     return [read_source(path, tokenizer, name(own)) for path, own in zip(paths, parts, strict=True)]
 
