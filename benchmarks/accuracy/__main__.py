@@ -35,7 +35,7 @@ OTHERS_OWN: dict[str, dict[str, Any]] = {
     "finch": {"protect_prompt": False},
     "laq": {"protect_prompt": False},
 }
-TINY_BUDGETS = ("10%", "25%", "40%", "60%")
+TINY_BUDGETS = ("12.5%", "25%", "40%", "60%")
 # For a model this small the engine's own work is most of a step: vLLM's C++ operators instead of PyTorch's, and no
 # queue between the scheduler and a worker in the same thread.
 TINY_ENGINE = {
