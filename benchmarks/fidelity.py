@@ -22,7 +22,7 @@ from skipkv_vllm.evaluation.report import HEAD, rows_of, write
 
 FIDELITY = Path("results", "fidelity.json")
 MODEL = FOLDER / "smollm2"
-MAX_TEXTS = 16
+MAX_TEXTS = 8
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -20,7 +20,7 @@ from .machine import commit, machine, relative, versions
 from .report import describe, write
 from .texts import Source, Text, leading_tokens, read_sources, take_in_turn
 
-METHODS = ("skipkv", "rkv", "snapkv", "obcache", "tova", "keydiff", "streaming_llm", "random")
+METHODS = ("skipkv", "h2o", "rkv", "snapkv", "obcache", "tova", "keydiff", "streaming_llm", "random")
 DESCRIPTION = """Measure what eviction costs, without grading answers: feed long texts as prompts that are compacted
 like generated text, and compare the log probability of every token with full KV's. Results are kept in --out as soon as
 they are there; the same command goes on after an interruption."""
