@@ -116,16 +116,25 @@ def _plan(
     typer.echo(found.json() if as_json else "\n".join(found.lines()))
 
 
-# The options are argparse's: several files and numbers after one flag, shared with `python -m benchmarks.fidelity`.
-@app.command(
-    "fidelity",
-    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
-)
+# The options of these two are argparse's: several files and numbers after one flag.
+ARGPARSE = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+
+
+@app.command("fidelity", context_settings=ARGPARSE)
 def _fidelity(context: typer.Context) -> None:
     """Say what eviction costs on given texts: excess log loss against full KV, without grading answers."""
     from ..evaluation import command
 
     if status := command.main("skipkv fidelity", context.args):
+        raise typer.Exit(status)
+
+
+@app.command("train-gates", context_settings=ARGPARSE)
+def _train_gates(context: typer.Context) -> None:
+    """Train the gates that `trimkv` reads for a model, on given texts."""
+    from ..training import command
+
+    if status := command.main("skipkv train-gates", context.args):
         raise typer.Exit(status)
 
 

@@ -155,8 +155,16 @@ def main(prog: str, arguments: Sequence[str]) -> int:
     return guarded(prog, lambda: run(args, [*prog.split(), *arguments]))
 
 
-def guarded(prog: str, action: Callable[[], Any]) -> int:
-    """Run an action and turn errors into a message and an exit status: 2 bad input, 1 failed, 130 interrupted."""
+def guarded(
+    prog: str, action: Callable[[], Any], stopped: str = "finished results are kept, run the same command to go on"
+) -> int:
+    """Run an action and turn errors into a message and an exit status: 2 bad input, 1 failed, 130 interrupted.
+
+    Args:
+        prog: name of the command.
+        action: what it does.
+        stopped: what to say after Ctrl-C.
+    """
     try:
         action()
     except KVPolicyError as error:
@@ -166,7 +174,7 @@ def guarded(prog: str, action: Callable[[], Any]) -> int:
         print(f"{prog}: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("\nstopped; finished results are kept, run the same command to go on", file=sys.stderr)
+        print(f"\nstopped; {stopped}", file=sys.stderr)
         return 130
     return 0
 
