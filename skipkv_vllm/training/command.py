@@ -113,7 +113,7 @@ def _check(args: argparse.Namespace) -> None:
         args.capacity = args.length // 8
     if not 1 <= args.capacity < args.length:
         raise KVPolicyError(
-            f"--capacity {args.capacity} is out of range; allowed: 1 to --length - 1, {args.length - 1}"
+            f"--capacity {args.capacity} is out of range; allowed: 1 to {args.length - 1}, less than --length"
         )
     if not 0 < args.lr < math.inf:
         raise KVPolicyError(f"--lr {args.lr} is out of range; allowed: above 0")
