@@ -17,7 +17,7 @@ from .losses import Losses, losses
 from .student import Student
 
 WARM_UP = 20
-"""Steps in which the learning rate grows."""
+"""Steps in which the learning rate grows, at most; of a short training a tenth."""
 
 
 class Progress(NamedTuple):
@@ -42,7 +42,7 @@ def train(student: Student, data: Iterator[tuple[Tensor, Tensor]], *, steps: int
     """
     weights = list(student.gates.parameters())
     optimizer = torch.optim.AdamW(weights, lr=lr, weight_decay=0.01)
-    done, found = 0, None
+    warm_up, done, found = min(WARM_UP, math.ceil(steps / 10)), 0, None
     try:
         for step, (ids, labels) in enumerate(bar := tqdm(itertools.islice(data, steps), total=steps, unit="step")):
             found = losses(student, ids, labels, capacity)
@@ -54,7 +54,7 @@ def train(student: Student, data: Iterator[tuple[Tensor, Tensor]], *, steps: int
             found.total.backward()
             nn.utils.clip_grad_norm_(weights, 1.0)
             for group in optimizer.param_groups:
-                group["lr"] = lr * min(1, (step + 1) / WARM_UP) * 0.5 * (1 + math.cos(math.pi * step / steps))
+                group["lr"] = lr * min(1, (step + 1) / warm_up) * 0.5 * (1 + math.cos(math.pi * step / steps))
             optimizer.step()
             done = step + 1
             bar.set_postfix(found.described())
