@@ -51,7 +51,7 @@ def make_parser(prog: str) -> argparse.ArgumentParser:
     parser.add_argument("--capacity", type=int, metavar="N", help="tokens that may last; None: an eighth of --length")
     parser.add_argument("--steps", type=int, default=250, metavar="N", help="batches to train on")
     parser.add_argument("--batch-tokens", type=int, default=8192, metavar="N", help="tokens a step; at least one text")
-    parser.add_argument("--lr", type=float, default=2e-3, metavar="RATE", help="highest learning rate")
+    parser.add_argument("--lr", type=float, default=1e-2, metavar="RATE", help="highest learning rate")
     parser.add_argument("--width", type=int, default=128, metavar="N", help="units of a gate's hidden layer")
     parser.add_argument("--dtype", choices=list(DTYPES), help="of the model; None: float32 on a CPU, else bfloat16")
     parser.add_argument("--device", help="where to train; None: a GPU if there is one")

@@ -137,8 +137,9 @@ def attention_blocks(model: PreTrainedModel) -> list[Any]:
             raise _refuse(f"layer {number} of {type(model).__name__} has {other[0]}={options[other[0]]}")
         if INPUT not in inspect.signature(block.forward).parameters:
             raise _refuse(f"the attention block of {type(model).__name__}, {type(block).__name__}, lacks {INPUT}")
-    if len(called) != model.config.get_text_config().num_hidden_layers:
-        raise _refuse(f"{len(called)} layers of {type(model).__name__} have an attention that can be replaced")
+    num_layers = model.config.get_text_config().num_hidden_layers
+    if len(called) != num_layers:
+        raise _refuse(f"{len(called)} of {type(model).__name__}'s {num_layers} layers call Hugging Face's attention")
     return [block for block, _ in called]
 
 
