@@ -32,6 +32,8 @@ from torch import Tensor
 from .errors import KVPolicyError
 
 PREFIX = "model.layers.{}.self_attn.retention_gate."
+INPUT = "hidden_states"
+"""The parameter of an attention block that the gates read."""
 PYTORCH_FILES = (".pth", ".pt")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _NAME = re.compile(re.escape(PREFIX).replace(r"\{\}", r"(\d+)") + r"(.+)")

@@ -27,11 +27,10 @@ from tqdm import tqdm
 from transformers import Qwen2Config, Qwen2ForCausalLM
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from skipkv_vllm.training.losses import IGNORED
+
 from .problems import FULL_RULES, MODULUS, SPLITS, Problem, make_problem
 from .tokenizer import build_tokenizer
-
-IGNORED = -100
-
 
 SEEDS_PER_STEP = 1000  # more than a batch has rows, so that no exercise comes twice
 

@@ -116,7 +116,7 @@ def _plan(
     typer.echo(found.json() if as_json else "\n".join(found.lines()))
 
 
-# The options of these two are argparse's: several files and numbers after one flag, shared with
+# The options of these are argparse's: several files and numbers after one flag, shared with
 # `python -m benchmarks.fidelity`.
 _PASSED_ON: dict[str, Any] = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 
@@ -136,6 +136,15 @@ def _tune(context: typer.Context) -> None:
     from . import tune
 
     if status := tune.main("skipkv tune", context.args):
+        raise typer.Exit(status)
+
+
+@app.command("train-gates", context_settings=_PASSED_ON)
+def _train_gates(context: typer.Context) -> None:
+    """Train the gates that `trimkv` reads for a model, on given texts."""
+    from ..training import command
+
+    if status := command.main("skipkv train-gates", context.args):
         raise typer.Exit(status)
 
 

@@ -180,8 +180,16 @@ def main(prog: str, arguments: Sequence[str]) -> int:
     return guarded(prog, lambda: run(args, [*prog.split(), *arguments]))
 
 
-def guarded(prog: str, action: Callable[[], Any]) -> int:
-    """Run an action and turn errors into a message and an exit status: 2 bad input, 130 interrupted, or the error's."""
+def guarded(
+    prog: str, action: Callable[[], Any], stopped: str = "finished results are kept, run the same command to go on"
+) -> int:
+    """Run an action and turn errors into a message and an exit status: 2 bad input, 130 interrupted, or the error's.
+
+    Args:
+        prog: name of the command.
+        action: what it does.
+        stopped: what to say after Ctrl-C.
+    """
     try:
         action()
     except KVPolicyError as error:
@@ -191,7 +199,7 @@ def guarded(prog: str, action: Callable[[], Any]) -> int:
         print(f"{prog}: error: {error}", file=sys.stderr)
         return error.status
     except KeyboardInterrupt:
-        print("\nstopped; finished results are kept, run the same command to go on", file=sys.stderr)
+        print(f"\nstopped; {stopped}", file=sys.stderr)
         return 130
     return 0
 

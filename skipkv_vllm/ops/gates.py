@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..errors import KVPolicyError
 from .schema import NAMESPACE
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -20,22 +21,40 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 """Name in a model's configuration -> what it computes."""
 
 
+def check_activation(name: str) -> None:
+    """Raise `KVPolicyError` unless gates can have a model's activation."""
+    if name not in ACTIVATIONS:
+        raise KVPolicyError(
+            f"learned gates have their model's activation, and {name!r} is not known here (known: "
+            f"{', '.join(ACTIVATIONS)}); use a --kv-policy without gates"
+        )
+
+
+def log_beta(hidden: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor, activation: str) -> Tensor:
+    """`logsigmoid(W2 act(W1 h + b1) + b2)` of each token, float32 `[..., H]` (TRIM-KV, arXiv 2512.03324).
+
+    Args:
+        hidden: `[..., E]`, what enters the attention block.
+        weight1, bias1: `[width, E]` and `[width]`, in the dtype of `hidden`.
+        weight2, bias2: float32 `[H, width]` and `[H]`.
+        activation: of `ACTIVATIONS`.
+    """
+    inner = ACTIVATIONS[activation](F.linear(hidden, weight1, bias1))
+    return F.logsigmoid(F.linear(inner.float(), weight2, bias2))
+
+
 def token_gates(
     hidden: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor, activation: str, said: Tensor
 ) -> None:
-    """`logsigmoid(W2 act(W1 h + b1) + b2)` of each token of a step (TRIM-KV, arXiv 2512.03324).
+    """Write `log_beta` of each token of a step.
 
     An operator, so that compiled code and graphs of a model carry it out, which would drop what nothing reads.
 
     Args:
-        hidden: `[T, E]`, what enters the attention block.
-        weight1, bias1: `[width, E]` and `[width]`, in the dtype of `hidden`.
-        weight2, bias2: float32 `[H, width]` and `[H]`.
-        activation: of `ACTIVATIONS`.
+        hidden: `[T, E]`; it and the next ones as for `log_beta`.
         said: float32 `[>= T, H]`; the first T rows are written.
     """
-    inner = ACTIVATIONS[activation](F.linear(hidden, weight1, bias1))
-    said[: hidden.shape[0]] = F.logsigmoid(F.linear(inner.float(), weight2, bias2))
+    said[: hidden.shape[0]] = log_beta(hidden, weight1, bias1, weight2, bias2, activation)
 
 
 _operator = torch.library.custom_op(f"{NAMESPACE}::token_gates", token_gates, mutates_args=("said",))

@@ -17,12 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import KVPolicyError
-from ..gates import Gate
-from ..ops.gates import ACTIVATIONS, token_gates
+from ..gates import INPUT, Gate
+from ..ops.gates import check_activation, token_gates
 from ..ops.paging import PagedCache
-
-INPUT = "hidden_states"
-"""The parameter of an attention block that the gates read."""
 
 
 def attention_blocks(model: nn.Module, layers: Mapping[str, Any]) -> list[nn.Module]:
@@ -71,11 +68,7 @@ class TokenGates:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        if activation not in ACTIVATIONS:
-            raise KVPolicyError(
-                f"learned gates have their model's activation, and {activation!r} is not known here (known: "
-                f"{', '.join(ACTIVATIONS)}); use a --kv-policy without gates"
-            )
+        check_activation(activation)
         own, self._activation = slice(first_head, first_head + num_heads), activation
         self._weights = [
             Gate(

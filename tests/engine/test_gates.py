@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+from vllm import SamplingParams
 
 from benchmarks.tiny_reasoner.problems import extract_answer, problems
 from skipkv_vllm import bundled_gates
 from skipkv_vllm.errors import KVPolicyError
+from skipkv_vllm.training import attention
+from skipkv_vllm.training.loop import train
+from skipkv_vllm.training.student import Student
 from tests import engines
 from tests.comparison import UNPROTECTED, another_question, check
 from tests.engines import PAGE, Job
@@ -103,10 +110,45 @@ def test_gates_of_another_model_are_refused_at_the_start() -> None:
         engines.engine(**GATES | {"kv_policy_config": {"gates": "/nowhere.safetensors"}})
 
 
+def test_trained_gates_say_the_same_in_the_engine(tmp_path: Path) -> None:
+    """A small random Llama: what the trainer's networks say of a prompt, and what the engine's hooks say of it."""
+    student, ids = _trained(tmp_path), torch.tensor([engines.demo_prompts(1, at_least=100)[0][:100]])
+    arguments = GATES | {"kv_policy_config": {"gates": str(tmp_path / "gates.safetensors")}, "kv_request_policies": []}
+    llm = engines.engine(model=str(tmp_path / "model"), **arguments | {"max_model_len": 512})
+    params = SamplingParams(max_tokens=1, temperature=0.0)
+    llm.generate([{"prompt_token_ids": ids[0].tolist()}], params, use_tqdm=False)
+    runner = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
+
+    said: list[torch.Tensor] = []
+    for gate, layer in zip(student.gates, student.model.model.layers, strict=True):
+        layer.self_attn.register_forward_pre_hook(
+            lambda block, args, kwargs, gate=gate: said.append(gate(kwargs["hidden_states"][0])), with_kwargs=True
+        )
+    with torch.no_grad():
+        student(ids, gated=False)
+    for number, wanted in enumerate(said):
+        assert wanted.std() > 1e-3
+        torch.testing.assert_close(runner.runtime.gates._said[number][: ids.shape[1]], wanted, atol=1e-4, rtol=1e-4)
+
+
+def _trained(folder: Path) -> Student:
+    """Gates of two steps of training, in `gates.safetensors`, for the random model in `model`."""
+    tokenizer = engines.tokenizer()
+    shape = {"hidden_size": 128, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    shape |= {"num_key_value_heads": 2, "vocab_size": len(tokenizer), "max_position_embeddings": 512}
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(**shape, eos_token_id=tokenizer.eos_token_id)).save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    model = LlamaForCausalLM.from_pretrained(folder / "model", attn_implementation=attention.NAME)
+    student = Student(model, width=16, bias=3.0)
+    ids = torch.randint(len(tokenizer), (2, 40))
+    train(student, iter([(ids, ids)] * 2), steps=2, lr=1e-2, capacity=8)
+    student.trained().save(folder / "gates.safetensors", {})
+    return student
+
+
 def test_learned_gates_choose_better_than_chance() -> None:
     """On dev problems, at a budget where chance solves next to nothing and full KV all."""
-    from vllm import SamplingParams
-
     tasks = list(problems("dev", PROBLEMS))
     llm = engines.engine(**GATES | {"kv_budget": BUDGET, "kv_buffer": 128, "kv_check_integrity": False})
     rates = {}

@@ -21,6 +21,7 @@ from skipkv_vllm import cli
 from skipkv_vllm.cli import tune
 from skipkv_vllm.config import CONFIG_KEY, KVPolicyConfig, RequestOptions
 from skipkv_vllm.evaluation import command as evaluation
+from skipkv_vllm.training import command as train_gates
 from tests.engines import REPOSITORY
 from tests.unit.test_deployment import serve_parser  # noqa: F401
 
@@ -31,6 +32,8 @@ PARSERS = {
     "benchmarks.serving": "benchmarks.serving",
 }
 """Module as it is called -> where its `_parser` is."""
+ARGPARSE = {"fidelity": evaluation.make_parser, "tune": tune.make_parser, "train-gates": train_gates.make_parser}
+"""Commands of `skipkv` that hand their words to a parser of their own."""
 PROGRAMS = [["vllm", "serve"], ["skipkv"], ["make"], *(["python", "-m", module] for module in PARSERS)]
 FENCED = re.compile(r"^ *```(\w*)\n(.*?)^ *```", re.MULTILINE | re.DOTALL)
 
@@ -66,12 +69,13 @@ def test_there_are_commands_of_every_kind():
 
 def check_skipkv(words: list[str]) -> None:
     """Parse a command line of `skipkv` without running it."""
+    if words[0] in ARGPARSE:
+        ARGPARSE[words[0]]("skipkv").parse_args(words[1:])
+        return
     command: Any = typer.main.get_command(cli.app)
     while hasattr(command, "commands"):
         command, words = command.commands[words[0]], words[1:]
     command.make_context(words[0] if words else command.name, list(words))
-    if parser := {"fidelity": evaluation.make_parser, "tune": tune.make_parser}.get(command.name):
-        parser("skipkv").parse_args(words)
 
 
 @pytest.mark.parametrize(("name", "words"), COMMANDS, ids=[" ".join(words)[:60] for _, words in COMMANDS])
@@ -95,6 +99,8 @@ def test_commands_are_accepted(name: str, words: list[str], serve_parser: Any) -
 def test_a_wrong_command_is_noticed():
     with pytest.raises(Exception, match="No such option"):
         check_skipkv(["trace", "view", "file", "--opn"])
+    with pytest.raises(SystemExit):
+        check_skipkv(["train-gates", "--model", "x", "--texts", "y", "--stepz", "1"])
 
 
 @pytest.fixture
