@@ -70,6 +70,7 @@ class Run:
             KeyboardInterrupt: stopped; the same command goes on.
         """
         started, before = time.monotonic(), len(self.samples)
+        self._save()  # also a run that is killed can be resumed
         writer = SampleWriter(self.out / RESULTS)
         try:
             for batch_size in self.settings.batch_sizes:

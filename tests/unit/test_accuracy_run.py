@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -351,6 +352,17 @@ def test_a_stopped_run_goes_on_where_it_was(stop_after, pool, tmp_path):
     Run(SETTINGS, tmp_path / "stopped")()
     assert len(pool.asked) == asked
     assert summarise(*load(tmp_path / "stopped"))["arms"] == summarise(*whole)["arms"]
+
+
+def test_a_killed_run_goes_on_too(pool, tmp_path, monkeypatch):
+    killed = tmp_path / "killed"
+    with monkeypatch.context() as patch:
+        # What is on the disk while the grid runs is all that a signal leaves.
+        patch.setattr(Run, "_run_batch_size", lambda run, *_: shutil.copytree(run.out, killed, dirs_exist_ok=True))
+        Run(SETTINGS, tmp_path / "run")()
+    assert (killed / "results.jsonl").exists()
+    Run(SETTINGS, killed)()
+    assert len(load(killed)[2]) == 24
 
 
 def test_a_resumed_run_must_be_the_same_run(pool, tmp_path, monkeypatch):
