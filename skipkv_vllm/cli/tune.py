@@ -123,19 +123,21 @@ def run(args: argparse.Namespace, words: Sequence[str], serve: Serve = serve) ->
         "gpu_memory": args.gpu_memory,
         "server": server,
     }
-    started = time.monotonic()
+    started, fits = time.monotonic(), args.gpu_memory is not None
     measured = Fidelity(setup, methods, budgets, choosing, args.out, serve)()
-    rows = [row | costs(plans[arm_of(row)].capacity) for row in measured["rows"]]
+    rows = [row | costs(plans[arm_of(row)].capacity, fits=fits) for row in measured["rows"]]
     outcome: dict[str, Any] = {"chosen": choose(rows, args.max_excess), "reported": None}
     if outcome["chosen"]:
         arm = arm_of(outcome["chosen"])
         alone = replace(setup, configs={name: own for name, own in setup.configs.items() if name == arm.method})
         (outcome["reported"],) = Fidelity(alone, [arm.method], [arm.budget], reporting, args.out, serve)()["rows"]
-        outcome |= {"capacity": as_dict(plans[arm].capacity), "serve": serve_line(args.model, configs[arm], server)}
+        outcome["serve"] = serve_line(args.model, configs[arm], server)
+        if fits:
+            outcome["capacity"] = as_dict(plans[arm].capacity)
     report = {**command.record(words, started, settings), **measured, "rows": rows, **outcome}
     typer.echo(describe(report))
     if outcome["chosen"]:
-        if args.gpu_memory is not None:
+        if fits:
             typer.echo("\n" + "\n".join(["As `skipkv plan` counts it, which has more options:", *plans[arm].lines()]))
         typer.echo(f"\n{'' if configs[arm].policy.compacts_prompt else PROMPTS}{outcome['serve']}\n")
     for path in write(report, args.out / "tune"):
@@ -188,15 +190,25 @@ def server_arguments(args: argparse.Namespace, engine: Mapping[str, Any]) -> dic
 
 
 def machine_of(args: argparse.Namespace, server: Mapping[str, Any]) -> Machine:
-    """Where the server is to run."""
-    known = {MACHINE_FIELDS[name]: value for name, value in server.items() if name in MACHINE_FIELDS}
+    """Where the server is to run.
+
+    Raises:
+        KVPolicyError: an argument of another type.
+    """
+    planned = {name: value for name, value in server.items() if name in MACHINE_FIELDS and value is not None}
+    for name, value in planned.items():
+        kinds, wanted = ((str,), "a string") if name.endswith("dtype") else ((int, float), "a number")
+        if type(value) not in kinds:
+            raise KVPolicyError(f"--engine: {name} is {value!r}; allowed: {wanted}, which is needed to plan")
+    known = {MACHINE_FIELDS[name]: value for name, value in planned.items()}
     memory = {"gpu_memory": args.gpu_memory, "weights": args.weight_memory}
     return Machine(**known | memory | {"kv_memory": ANY_MEMORY if args.gpu_memory is None else None})
 
 
-def costs(found: Capacity) -> dict[str, int]:
-    """What a candidate's row says of memory, in bytes a request, and of requests that fit."""
-    return {name: getattr(found, name) for name in ("request_bytes", "request_bytes_full", "fit", "fit_full")}
+def costs(found: Capacity, *, fits: bool) -> dict[str, int]:
+    """What a candidate's row says of memory, in bytes a request, and, if memory is known, of requests that fit."""
+    names = ("request_bytes", "request_bytes_full", *("fit", "fit_full") * fits)
+    return {name: getattr(found, name) for name in names}
 
 
 def is_within(row: Mapping[str, Any], max_excess: float) -> bool:
@@ -241,7 +253,7 @@ def describe(report: Mapping[str, Any]) -> str:
             "yes" if is_within(row, limit) else "no",
             f"{row['request_bytes'] / 2**20:,.1f}",
             f"{row['request_bytes'] / row['request_bytes_full']:.1%}",
-            *[f"{row['fit']:,}"] * fits,
+            *([f"{row['fit']:,}"] if fits else []),
         )
         for row in rows
     ]

@@ -141,6 +141,7 @@ def prepare(args: argparse.Namespace, defaults: Defaults | None = None) -> Prepa
         arguments=parse_json_object("--engine", args.engine),
     )
     check_methods(setup, methods, budgets, "--budgets" if args.budgets else "--ratio: budget")
+    check_engine(setup, methods)
     tokenizer = load_tokenizer(args.model)
     sources = read_sources(args.texts or (), tokenizer) or list(defaults() if defaults else ())
     texts = take_in_turn(sources, tokenizer, args.length, args.max_texts)
@@ -208,6 +209,15 @@ def check_at_least(flag: str, value: int | None, low: int) -> None:
     """Raise `KVPolicyError` for a value below a flag's least one; None is not given."""
     if value is not None and value < low:
         raise KVPolicyError(f"{flag} {value} is out of range; allowed: at least {low}")
+
+
+def check_engine(setup: Setup, methods: Sequence[str]) -> None:
+    """Raise `KVPolicyError` for an argument of --engine that would replace one of the run's own."""
+    own = {"model", "kv_budget", *setup.policy_arguments(methods)}
+    if taken := sorted(own & set(setup.arguments)):
+        raise KVPolicyError(
+            f"--engine: {', '.join(taken)} cannot be given here; this command has its own options for it"
+        )
 
 
 def check_configs(methods: Sequence[str], text: str) -> tuple[list[str], dict[str, dict[str, Any]]]:

@@ -42,7 +42,12 @@ class Store:
                     + "\n  ".join(different)
                 )
             return
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise KVPolicyError(
+                f"--out {folder}: the folder cannot be made ({error.strerror}); choose another path"
+            ) from None
         partial = path.with_name(f".{path.name}")
         partial.write_text(json.dumps(settings, indent=1) + "\n")
         partial.replace(path)

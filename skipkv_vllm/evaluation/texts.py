@@ -152,6 +152,8 @@ def read_source(path: Path, tokenizer: Any, name: str | None = None) -> Source:
         content = path.read_text()
     except UnicodeDecodeError as error:
         raise KVPolicyError(f"--texts {path}: is not UTF-8 text ({error}); convert it") from None
+    except OSError as error:
+        raise KVPolicyError(f"--texts {path}: cannot be read ({error.strerror}); check its permissions") from None
     if path.suffix == ".jsonl":
         return Source(name, _rows(path, content, tokenizer))
     return Source(name, [content])
@@ -171,7 +173,8 @@ def _trace(path: Path) -> list[int]:
 
 def _rows(path: Path, content: str, tokenizer: Any) -> list[str]:
     documents = []
-    for number, line in enumerate(content.splitlines(), 1):
+    # `splitlines` would also cut at characters that JSON allows in strings, such as U+2028.
+    for number, line in enumerate(content.split("\n"), 1):
         if not line.strip():
             continue
         where = f"--texts {path}, line {number}"
@@ -179,9 +182,10 @@ def _rows(path: Path, content: str, tokenizer: Any) -> list[str]:
             row = json.loads(line)
         except json.JSONDecodeError as error:
             raise KVPolicyError(f"{where}: is not JSON ({error})") from None
-        if not isinstance(row, dict) or not isinstance(row.get("text", row.get("messages")), (str, list)):
+        kind, wanted = ("text", str) if isinstance(row, dict) and "text" in row else ("messages", list)
+        if not isinstance(row, dict) or not isinstance(row.get(kind), wanted):
             raise KVPolicyError(f'{where}: has neither a "text" (a string) nor "messages" (a list); add one')
-        documents.append(row["text"] if "text" in row else _chat(where, row["messages"], tokenizer))
+        documents.append(row["text"] if kind == "text" else _chat(where, row["messages"], tokenizer))
     return documents
 
 

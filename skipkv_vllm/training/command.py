@@ -5,17 +5,20 @@ from __future__ import annotations
 import argparse
 import contextlib
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ..errors import KVPolicyError
 from ..evaluation.command import check_at_least, guarded, load_tokenizer
 from ..evaluation.machine import relative, versions
-from ..evaluation.texts import Text, read_source, take_in_turn
+from ..evaluation.texts import Text, read_sources, take_in_turn
+from ..gates import PYTORCH_FILES
 from . import attention
 from .loop import Progress, batches, measure, train
 from .losses import Losses
@@ -72,7 +75,7 @@ def run(args: argparse.Namespace) -> None:
     """
     _check(args)
     tokenizer = load_tokenizer(args.model)
-    texts = take_in_turn([read_source(path, tokenizer) for path in args.texts], tokenizer, args.length, None)
+    texts = take_in_turn(read_sources(args.texts, tokenizer), tokenizer, args.length, None)
     if len(texts) < 2:
         raise KVPolicyError(
             f"--texts: there is one text of --length {args.length}, and one is held out; give more text or a smaller "
@@ -115,13 +118,27 @@ def _check(args: argparse.Namespace) -> None:
         raise KVPolicyError(
             f"--capacity {args.capacity} is out of range; allowed: 1 to {args.length - 1}, less than --length"
         )
-    if not 0 < args.lr < math.inf:
-        raise KVPolicyError(f"--lr {args.lr} is out of range; allowed: above 0")
-    if not args.out.absolute().parent.is_dir():
-        raise KVPolicyError(f"--out {args.out}: its folder does not exist; create it, or choose another path")
+    if not 0 < args.lr <= 1:
+        raise KVPolicyError(f"--lr {args.lr} is out of range; allowed: above 0, up to 1")
+    if not 0 <= args.seed < 2**63:
+        raise KVPolicyError(f"--seed {args.seed} is out of range; allowed: 0 to 2 ** 63 - 1")
+    _check_out(args.out)
     args.batch_tokens = max(args.batch_tokens, args.length)
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     args.dtype = args.dtype or ("float32" if args.device == "cpu" else "bfloat16")
+
+
+def _check_out(out: Path) -> None:
+    """Raise `KVPolicyError` unless a file can be written there; training takes long."""
+    folder = out.absolute().parent
+    if not folder.is_dir():
+        raise KVPolicyError(f"--out {out}: its folder does not exist; create it, or choose another path")
+    if out.is_dir():
+        raise KVPolicyError(f"--out {out}: is a folder; name a file, e.g. {out / 'gates.safetensors'}")
+    if out.suffix in PYTORCH_FILES:
+        raise KVPolicyError(f"--out {out}: files of that ending are read as PyTorch's; name it .safetensors")
+    if not os.access(out if out.exists() else folder, os.W_OK):
+        raise KVPolicyError(f"--out {out}: cannot be written; change its permissions, or choose another path")
 
 
 def load_model(args: argparse.Namespace) -> PreTrainedModel:
@@ -134,7 +151,7 @@ def load_model(args: argparse.Namespace) -> PreTrainedModel:
         model = AutoModelForCausalLM.from_pretrained(
             args.model, dtype=DTYPES[args.dtype], attn_implementation=attention.NAME
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise KVPolicyError(
             f"--model {args.model}: cannot be loaded ({reason}); give a causal language model"

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.modeling_outputs import MoeModelOutputWithPast
 from transformers.modeling_utils import AttentionInterface
 
 from ..errors import KVPolicyError
@@ -75,7 +75,8 @@ class Student(nn.Module):
         activation = getattr(config, "hidden_act", "unknown")
         check_activation(activation)
         self._blocks = attention_blocks(model)
-        shape = (config.hidden_size, width, config.num_key_value_heads)
+        num_kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        shape = (config.hidden_size, width, num_kv_heads)
         self._networks = [GateNetwork(*shape, activation, bias) for _ in self._blocks]
         self.gates = nn.ModuleList(self._networks).to(model.device)
         self.head = output_head(model)
@@ -158,7 +159,7 @@ def output_head(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
 
 
 class _Identity(nn.Module):
-    """Stands in for a model's decoder."""
+    """Stands in for a model's decoder, of experts or not."""
 
-    def forward(self, inputs_embeds: Tensor, **_: Any) -> BaseModelOutputWithPast:
-        return BaseModelOutputWithPast(last_hidden_state=inputs_embeds)
+    def forward(self, *_: Any, inputs_embeds: Tensor, **__: Any) -> MoeModelOutputWithPast:
+        return MoeModelOutputWithPast(last_hidden_state=inputs_embeds)

@@ -162,6 +162,13 @@ def test_files_of_all_kinds_are_read(tokenizer, tmp_path):
     assert list(trace._documents) == [[5, 6, 7]]
 
 
+def test_line_breaks_of_unicode_do_not_end_a_json_line(tokenizer, tmp_path):
+    rows = [{"text": "So a\u2028= 1.\x85"}, {"text": "So b = 2."}]
+    content = "\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    (tmp_path / "a.jsonl").write_text(content, encoding="utf-8")
+    assert read_source(tmp_path / "a.jsonl", tokenizer)._documents == [row["text"] for row in rows]
+
+
 def test_files_of_the_same_name_are_different_sources(tokenizer, tmp_path):
     paths = [tmp_path / name for name in ("a/x/notes.txt", "b/x/notes.txt", "b/other.txt")]
     for path in paths:
@@ -184,6 +191,8 @@ def test_files_of_the_same_name_are_different_sources(tokenizer, tmp_path):
         ("a.jsonl", b"{", "line 1: is not JSON"),
         ("a.jsonl", b'{"text": "x"}\n{"answer": "x"}', 'line 2: has neither a "text"'),
         ("a.jsonl", b'{"text": 3}', 'line 1: has neither a "text"'),
+        ("a.jsonl", b'{"text": ["x"]}', 'line 1: has neither a "text"'),
+        ("a.jsonl", b'{"messages": "x"}', 'line 1: has neither a "text"'),
         ("a.safetensors", b"nothing", "is not a trace"),
     ],
 )

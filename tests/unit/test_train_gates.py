@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -44,7 +45,7 @@ SHAPE = {
     "bos_token_id": None,
     "eos_token_id": None,
 }
-KINDS = ("Llama", "Qwen2", "Qwen3", "Granite", "SmolLM3")
+KINDS = ("Llama", "Qwen2", "Qwen3", "Granite", "SmolLM3", "Qwen3Moe")
 
 
 def random_model(kind: str = "Llama", implementation: str = attention.NAME, **changes) -> transformers.PreTrainedModel:
@@ -157,6 +158,15 @@ def test_without_gates_a_model_is_as_it_was(kind):
         hidden, log_beta = student(ids, gated=gated)
         torch.testing.assert_close(student.head(hidden[1]), wanted[1], atol=1e-5, rtol=1e-4)
         assert (log_beta is not None) == gated
+
+
+def test_a_model_that_names_no_kv_heads_has_one_per_query_head():
+    shape = {name: value for name, value in SHAPE.items() if name != "num_key_value_heads"}
+    config = transformers.GPTNeoXConfig(vocab_size=VOCABULARY, **shape)
+    config._attn_implementation = attention.NAME
+    student = Student(transformers.GPTNeoXForCausalLM(config), width=8, bias=5.0)
+    assert student.trained().num_kv_heads == 4
+    assert all(value.isfinite() for value in losses(student, *text(), CAPACITY))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -362,7 +372,14 @@ def test_a_training_that_diverges_fails(student):
         (["--capacity", 64], r"--capacity 64 is out of range; allowed: 1 to 63"),
         (["--capacity", 0], r"--capacity 0 is out of range"),
         (["--steps", 0], r"--steps 0 is out of range; allowed: at least 1"),
-        (["--lr", "nan"], r"--lr nan is out of range; allowed: above 0"),
+        (["--lr", "nan"], r"--lr nan is out of range; allowed: above 0, up to 1"),
+        (["--lr", "1e38"], r"--lr 1e\+38 is out of range"),
+        (["--seed", 2**63], r"--seed 9223372036854775808 is out of range"),
+        (["--out", "/tmp"], r"--out /tmp: is a folder; name a file"),
+        (
+            ["--out", "gates.pth"],
+            r"--out gates\.pth: files of that ending are read as PyTorch's; name it \.safetensors",
+        ),
         (["--out", "/nowhere/gates.safetensors"], r"--out /nowhere/gates\.safetensors: its folder does not exist"),
         (["--model", "/nowhere"], r"--model /nowhere: there is no such folder"),
         (["--texts", "/nowhere.txt"], r"--texts /nowhere\.txt: there is no such file"),
@@ -373,6 +390,20 @@ def test_bad_input_is_named(capsys, folder, changes, message):
     status, _, err = run(capsys, folder, *changes)
     assert status == 2
     assert re.search(message, err), err
+
+
+def test_a_damaged_checkpoint_is_named(capsys, folder, tmp_path):
+    shutil.copytree(folder / "model", tmp_path / "model")
+    (tmp_path / "model/model.safetensors").write_bytes(b"x" * 100)
+    status, _, err = run(capsys, folder, "--model", tmp_path / "model")
+    assert status == 2
+    assert "cannot be loaded (Error while deserializing header" in err
+
+
+def test_a_file_is_given_once(capsys, folder):
+    status, _, err = run(capsys, folder, "--texts", folder / "text.txt", folder / "text.txt")
+    assert status == 2
+    assert "is given twice" in err
 
 
 def test_one_text_is_not_enough(capsys, folder):

@@ -162,7 +162,10 @@ def test_one_half_chooses_and_the_other_reports(tmp_path, capsys):
     shown = capsys.readouterr().out
     assert report["serve"] in shown
     assert "it holds the limit of 0.05" in shown
+    # Of memory that nobody named.
     assert "requests fit at once" not in shown
+    assert "capacity" not in report
+    assert "fit" not in report["chosen"]
     assert (tmp_path / "out/tune.svg").stat().st_size > 1000
 
     assert start(tmp_path, engines)[0] == 0
@@ -220,6 +223,11 @@ def test_a_limit_that_is_not_held_is_said_and_ends_with_3(tmp_path, capsys, harm
         (["--gpu-memory", "0"], "--gpu-memory 0 is out of range; allowed: above 0"),
         (["--gpu-memory", "1.09"], "pages of 16 tokens are left for KV"),
         (["--engine", '{"dtype": "float8"}'], "--dtype float8 is unknown"),
+        (["--engine", '{"block_size": "16"}'], "--engine: block_size is '16'; allowed: a number"),
+        (["--engine", '{"max_model_len": "auto"}'], "--engine: max_model_len is 'auto'; allowed: a number"),
+        (["--engine", '{"dtype": 3}'], "--engine: dtype is 3; allowed: a string"),
+        (["--engine", '{"kv_budget": 64, "model": "x"}'], "--engine: kv_budget, model cannot be given here"),
+        (["--out", __file__], f"--out {__file__}: the folder cannot be made (File exists); choose another path"),
         (["--methods", "full"], "--methods: full is always measured"),
     ],
 )
