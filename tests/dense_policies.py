@@ -60,6 +60,12 @@ def caote(form: str, weights: list[float], values: Tensor) -> list[float]:
     return [a / (1 - a) * float((output - v).norm()) for a, v in zip(weights, values, strict=True)]
 
 
+def num_recent(budget: int, protected: int) -> int:
+    """How many of the newest tokens `skipkv` takes for recent."""
+    left = budget - protected
+    return int(left - min(left / 2, 8 * math.sqrt(left)))
+
+
 def skipkv(
     errors: list[float], keys: Tensor, repeated: list[float], positions: list[int], free: range, recent: int
 ) -> list[float]:

@@ -679,7 +679,7 @@ class Request:
 
     def _error_scores(self) -> Tensor:
         protected = self._num_prompt if self._settings.protect_prompt else 0
-        recent = (self._settings.keep(self._num_prompt) - protected) // 2
+        recent = dense_policies.num_recent(self._settings.keep(self._num_prompt), protected)
         is_recent = self._positions >= self._num_computed - recent
         free = ~self._pinned()
         sentences, _ = self._sentences()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -56,7 +57,10 @@ class SkipKV(Policy):
     later sentence that repeats it; its threshold must be found for each model.
 
     Attributes:
-        recent_share: share of what the protected prompt leaves of the budget; as many of the newest tokens are recent.
+        recent_share: least share of recent tokens, of what the protected prompt leaves of the budget; as many of the
+            newest tokens are recent.
+        older_scale: the others are at most this many times the square root of what the prompt leaves. What must be
+            remembered grows more slowly than what is written lately.
         recent_weight: what being recent adds.
         decay: what an error counts after 128 tokens more; it falls at compactions.
         key_weight: what key similarity weighs against the error.
@@ -81,6 +85,7 @@ class SkipKV(Policy):
     )
 
     recent_share: float = 0.5
+    older_scale: float = 8.0
     recent_weight: float = 3.0
     decay: float = 0.7
     key_weight: float = 0.3
@@ -96,7 +101,7 @@ class SkipKV(Policy):
         check_choice("compat", self.compat, COMPAT)
         for name in ("recent_share", "decay"):
             check_range(name, getattr(self, name), 0.0, 1.0)
-        for name in ("recent_weight", "key_weight", "sentence_weight"):
+        for name in ("older_scale", "recent_weight", "key_weight", "sentence_weight"):
             check_range(name, getattr(self, name), 0.0, 100.0)
         check_range("similarity_threshold", self.similarity_threshold, 0.0, 1.0)
         check_range("max_sentences", self.max_sentences, 2, 65536)
@@ -153,8 +158,9 @@ class SkipKV(Policy):
         return self.rank(measured)
 
     def num_recent(self, num_keep: int, num_protected: int) -> int:
-        """A share of what the protected prompt leaves."""
-        return int(self.recent_share * (num_keep - num_protected))
+        """All that the protected prompt leaves, but for the older tokens."""
+        free = max(num_keep - num_protected, 0)
+        return int(free - min((1 - self.recent_share) * free, self.older_scale * math.sqrt(free)))
 
     def rank(self, measured: Measured) -> Tensor:
         floor = SMALLEST_ERROR * _mean(measured.output_error, measured.is_free)

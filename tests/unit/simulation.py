@@ -817,7 +817,7 @@ class Simulation:
                 [penalty(cell.position) for cell in cells],
                 [cell.position for cell in cells],
                 range(request.protected, num_logical - window),
-                num_logical - int(policy.recent_share * (order.num_keep - request.protected)),
+                num_logical - dense_policies.num_recent(order.num_keep, request.protected),
             )
         queries = self._grouped(request, layer, head, window)
         if policy.name == "thinkv":

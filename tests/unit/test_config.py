@@ -101,7 +101,14 @@ OF_THE_PAPER = {
     "similarity_threshold": 0.9,
     "max_sentences": 9,
 }
-OF_THE_DEFAULT = {"recent_share": 0.4, "recent_weight": 2.0, "decay": 0.8, "key_weight": 0.1, "sentence_weight": 0.0}
+OF_THE_DEFAULT = {
+    "recent_share": 0.4,
+    "older_scale": 9.0,
+    "recent_weight": 2.0,
+    "decay": 0.8,
+    "key_weight": 0.1,
+    "sentence_weight": 0.0,
+}
 
 
 def test_every_parameter_belongs_to_one_rule_of_skipkv():

@@ -85,10 +85,16 @@ def test_the_score_of_one_layer_is_the_rank_of_its_rows():
 
 
 @pytest.mark.parametrize(("keep", "protected", "recent"), [(29, 5, 12), (64, 0, 32), (10, 10, 0), (11, 0, 5)])
-def test_recent_tokens_are_a_share_of_what_the_prompt_leaves(keep, protected, recent):
+def test_recent_tokens_are_half_of_what_a_small_budget_leaves_beside_the_prompt(keep, protected, recent):
     assert SkipKV().num_recent(keep, protected) == recent
     assert SkipKV(recent_share=1.0).num_recent(keep, protected) == keep - protected
-    assert SkipKV(recent_share=0.0).num_recent(keep, protected) == 0
+    assert SkipKV(recent_share=0.0, older_scale=100.0).num_recent(keep, protected) == 0
+
+
+@pytest.mark.parametrize(("left", "older"), [(256, 128), (1024, 256), (4096, 512)])
+def test_older_tokens_grow_with_the_root_of_what_is_left(left, older):
+    assert SkipKV().num_recent(left + 80, 80) == left - older
+    assert SkipKV(older_scale=4.0).num_recent(left, 0) == left - older // 2
 
 
 def test_being_recent_adds_its_weight():
