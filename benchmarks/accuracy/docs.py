@@ -118,7 +118,8 @@ def results_page(tiny: Summary, paper: dict[str, Any], measured: Sequence[str] =
         "that SkipKV is made for. All problems have the same length and the same number of doubts, so a compaction "
         "falls at the same place in each, and no method can show shorter answers. The figures show how methods and "
         "budgets compare on it, in the real engine, not how accurate another model will be. "
-        "`skipkv_vllm/models/tiny-reasoner/README.md` says how the task came about. No setting is fitted to this model.",
+        "`skipkv_vllm/models/tiny-reasoner/README.md` says how the task came about. No setting is fitted "
+        "to this model.",
         setting(tiny),
         headline(tiny),
         *figures,
