@@ -28,6 +28,20 @@ they are there; the same command goes on after an interruption."""
 Defaults = Callable[[], Sequence[Source]]
 
 
+def add_inputs(group: argparse._ActionsContainer, model: str | None = None) -> None:
+    """Add --model and --texts to a parser or a group of options; without a default model both are required."""
+    group.add_argument("--model", default=model, required=model is None, help="folder of a checkpoint, or name")
+    group.add_argument(
+        "--texts",
+        nargs="+",
+        type=Path,
+        required=model is None,
+        metavar="FILE",
+        help='plain text, JSON lines with "text" or "messages", or traces (.safetensors); the documents of a file are '
+        "joined and cut into texts",
+    )
+
+
 def make_parser(prog: str, model: str | None = None, description: str = DESCRIPTION) -> argparse.ArgumentParser:
     """The options of the command, and of others that measure fidelity.
 
@@ -40,16 +54,7 @@ def make_parser(prog: str, model: str | None = None, description: str = DESCRIPT
         prog=prog, description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     group = parser.add_argument_group("what is measured")
-    group.add_argument("--model", default=model, required=model is None, help="folder of a checkpoint, or name")
-    group.add_argument(
-        "--texts",
-        nargs="+",
-        type=Path,
-        required=model is None,
-        metavar="FILE",
-        help='plain text, JSON lines with "text" or "messages", or traces (.safetensors); the documents of a file are '
-        "joined and cut into texts",
-    )
+    add_inputs(group, model)
     group.add_argument("--length", type=int, default=4096, metavar="N", help="tokens of each text")
     group.add_argument("--max-texts", type=int, metavar="N", help="texts at most, taken from the files in turn")
     group.add_argument("--methods", nargs="+", default=list(METHODS), metavar="NAME", help="eviction methods")

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ..errors import KVPolicyError
-from ..evaluation.command import check_at_least, guarded, load_tokenizer
+from ..evaluation.command import add_inputs, check_at_least, guarded, load_tokenizer
 from ..evaluation.machine import relative, versions
 from ..evaluation.texts import Text, read_sources, take_in_turn
 from ..gates import PYTORCH_FILES
@@ -39,16 +39,7 @@ def make_parser(prog: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=prog, description=DESCRIPTION, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--model", required=True, help="folder of a checkpoint, or name")
-    parser.add_argument(
-        "--texts",
-        nargs="+",
-        type=Path,
-        required=True,
-        metavar="FILE",
-        help='plain text, JSON lines with "text" or "messages", or traces (.safetensors); the documents of a file are '
-        "joined and cut into texts",
-    )
+    add_inputs(parser)
     parser.add_argument("--out", type=Path, default=Path("gates.safetensors"), metavar="FILE", help="file to write")
     parser.add_argument("--length", type=int, default=2048, metavar="N", help="tokens of each text")
     parser.add_argument("--capacity", type=int, metavar="N", help="tokens that may last; None: an eighth of --length")

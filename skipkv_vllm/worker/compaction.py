@@ -269,16 +269,16 @@ class Compactor:
             assert self._gates is not None
             for r, (order, _) in enumerate(batch.jobs):
                 self._gates.move(batch.gates[r], batch.target_table[r], order.num_keep, source[r], hole[r], valid[r])
-        if not batch.jobs[0].request.needs & ACCUMULATED:
+        leader = batch.jobs[0].request  # all have its policy
+        if not leader.needs & ACCUMULATED:
             return
+        decay = leader.policy.decay ** (self.config.kv_buffer / DECAY_TOKENS)
         first = to_device([[[[request.first_summed]]] for _, request in batch.jobs], torch.int64, self.device)
         # Padding names slot 0, which may have no sum; it goes to a place beyond the kept ones.
         source = (source - first).clamp_(min=0)
         target = torch.where(valid, hole, batch.num_keep.view(-1, 1, 1, 1)) - first
         for r, (order, request) in enumerate(batch.jobs):
-            decay = request.policy.decay ** (self.config.kv_buffer / DECAY_TOKENS)
-            num_keep = order.num_keep - request.first_summed
-            self._sums.move(request.slot, num_keep, source[r], target[r], decay)
+            self._sums.move(request.slot, order.num_keep - request.first_summed, source[r], target[r], decay)
 
     def _batch(self, jobs: Sequence[Job]) -> _Batch:
         numbers = [
