@@ -30,7 +30,7 @@ FROM vllm/vllm-openai:v0.32.0 AS cuda
 # Everything the package depends on is a dependency of vLLM too. The last line refuses an untested vLLM.
 RUN --mount=type=bind,from=build-cuda,source=/wheels,target=/wheels \
     uv pip install --system --no-cache --no-deps /wheels/*.whl \
-    && python3 -c "from skipkv_vllm.compat.gate import check_sources; check_sources()"
+    && python3 -c "from skipkv_vllm.integration.compat.version import check_sources; check_sources()"
 EXPOSE 8000
 HEALTHCHECK --interval=15s --timeout=5s --start-period=20m \
     CMD ["python3", "-c", "import urllib.request as r; r.urlopen('http://localhost:8000/health', timeout=4)"]
@@ -49,7 +49,7 @@ WORKDIR /app
 COPY . .
 RUN SKIPKV_DEVICE=cpu scripts/bootstrap.sh \
     && test -f skipkv_vllm/ops/_skipkv_cpu.so \
-    && .venv/bin/python -c "from skipkv_vllm.compat.gate import check_sources; check_sources()" \
+    && .venv/bin/python -c "from skipkv_vllm.integration.compat.version import check_sources; check_sources()" \
     && rm -rf /root/.cache build
 ENV PATH=/app/.venv/bin:$PATH VLLM_CPU_KVCACHE_SPACE=4
 USER 1000

@@ -18,7 +18,7 @@ from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_utils import BlockHash, KVCacheBlock, make_block_hash_with_group_id
 
 from skipkv_vllm.evaluation.machine import provenance
-from skipkv_vllm.scheduler.prefix_eviction import GuardQueue
+from skipkv_vllm.integration.free_queue import GuardQueue
 
 from .accuracy.docs import write_summary
 

@@ -26,7 +26,7 @@ import numpy as np
 from benchmarks.real_models import FOLDER
 from benchmarks.texts import KINDS
 from skipkv_vllm.config import parse_json_object
-from skipkv_vllm.errors import KVPolicyError
+from skipkv_vllm.core.errors import KVPolicyError
 from skipkv_vllm.evaluation.arms import WHOLE, Arm, Arms, Request, Serve, budgets_of, check_each_once, check_methods
 from skipkv_vllm.evaluation.command import METHODS, check_at_least, check_configs, guarded, load_tokenizer
 from skipkv_vllm.evaluation.engine import Done, Setup, serve

@@ -20,9 +20,9 @@ import numpy as np
 import torch
 
 from skipkv_vllm import ops
+from skipkv_vllm.core.limits import Limits
 from skipkv_vllm.policies import Policy
 from skipkv_vllm.policies.thinkv import NEGLIGIBLE
-from skipkv_vllm.scheduler.planner import Limits
 
 from .markdown import table
 from .unequal_budgets.__main__ import Bench, policy_of

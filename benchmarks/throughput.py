@@ -23,8 +23,8 @@ from typing import Any
 import numpy as np
 
 from skipkv_vllm import KVPolicyError, bundled_model
+from skipkv_vllm.core.limits import Limits
 from skipkv_vllm.evaluation.machine import commit, machine, relative, versions
-from skipkv_vllm.scheduler.planner import Limits
 
 from .accuracy.docs import DOCS, TINY, write_docs, write_summary
 from .load.arms import (

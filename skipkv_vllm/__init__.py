@@ -6,11 +6,11 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import KVPolicyError
+from .core.errors import KVPolicyError
 
 if TYPE_CHECKING:
-    from .compat import engine_arguments
-    from .llm import LLM
+    from .integration.compat import engine_arguments
+    from .integration.llm import LLM
 
 try:
     __version__ = version("skipkv-vllm")
@@ -47,11 +47,11 @@ def bundled_gates() -> str:
 def __getattr__(name: str) -> Any:
     # Importing vLLM takes seconds; only those who want the engine pay for it.
     if name == "LLM":
-        from .llm import LLM
+        from .integration.llm import LLM
 
         return LLM
     if name == "engine_arguments":
-        from .compat import engine_arguments
+        from .integration.compat import engine_arguments
 
         return engine_arguments
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

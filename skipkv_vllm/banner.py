@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .capacity import Capacity
 from .config import KVPolicyConfig
-from .scheduler.planner import Limits
+from .core.limits import Limits
 
 
 def banner(config: KVPolicyConfig, capacity: Capacity | None, max_model_len: int, *, is_async: bool) -> list[str]:

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from .config import KVPolicyConfig, RequestOptions
-from .policies import Need
-from .scheduler.admission import Demand, limits_of, most_tokens
-from .scheduler.planner import ceil_div
+from .core.limits import Demand, ceil_div, most_tokens
+from .core.needs import Need
+from .scheduler.admission import limits_of
 
 POSITION_BYTES = 4
 """Of an entry of the position sidecar, and of any other."""

@@ -14,7 +14,7 @@ def register() -> None:
     It never raises: a vLLM that it cannot join runs as if this package were not installed.
     """
     try:
-        from .compat import install
+        from .integration.compat import install
 
         install()
     except Exception as error:

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from skipkv_vllm import bundled_model
-from skipkv_vllm.trace import Trace, trace_path
+from skipkv_vllm.trace.files import Trace, trace_path
 
 if TYPE_CHECKING:
     import vllm

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from skipkv_vllm.compat.gate import vllm_root
+from skipkv_vllm.integration.compat.version import vllm_root
 
 
 class Endpoint(NamedTuple):

@@ -20,7 +20,7 @@ from vllm.device_allocator import DEFERRABLE_TAGS
 from vllm.device_allocator.sleep_mode_backend import SleepModeBackend
 from vllm.v1.worker.gpu_worker import Worker
 
-from skipkv_vllm.worker import cpu_worker
+from skipkv_vllm.integration import cpu_worker
 
 TAGS = ("weights", "kv_cache", "runtime")
 

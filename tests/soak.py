@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from skipkv_vllm import bundled_gates, bundled_vector
 from skipkv_vllm.config import KVPolicyConfig, RequestOptions
-from skipkv_vllm.errors import KVPolicyError
+from skipkv_vllm.core.errors import KVPolicyError
 from skipkv_vllm.policies import policy_names
 from tests import conftest, engines  # noqa: F401  conftest sets the environment of engines in this process
 

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from skipkv_vllm.ops import KEYWORD_SHIFT, STATE, THOUGHT, batched
+from skipkv_vllm.ops import KEYWORD_SHIFT, STATE, THOUGHT
+from skipkv_vllm.ops import torch_backend as batched
 
 from .token_steps import token_step
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from skipkv_vllm.ops import batched
-from skipkv_vllm.sentences.tracker import OPEN
+from skipkv_vllm.ops import torch_backend as batched
+from skipkv_vllm.worker.signals.sentences import OPEN
 
 from .token_steps import token_step
 

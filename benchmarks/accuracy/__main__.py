@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from skipkv_vllm import bundled_gates
-from skipkv_vllm.errors import KVPolicyError
+from skipkv_vllm.core.errors import KVPolicyError
 from skipkv_vllm.evaluation.machine import relative
 from skipkv_vllm.policies import make_policy, policy_names
 

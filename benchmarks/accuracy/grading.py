@@ -6,7 +6,7 @@ import importlib
 import json
 from types import ModuleType
 
-from skipkv_vllm.steering.grading import Grade, grade_boxed, math_verify
+from skipkv_vllm.steering.extraction.grading import Grade, grade_boxed, math_verify
 
 from . import UsageError
 from .tasks import Task

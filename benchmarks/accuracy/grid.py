@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, NamedTuple
 
-from skipkv_vllm.scheduler.planner import Limits
+from skipkv_vllm.core.limits import Limits
 
 from . import UsageError
 

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from skipkv_vllm.ops import batched, native
+from skipkv_vllm.ops import native
+from skipkv_vllm.ops import torch_backend as batched
 from skipkv_vllm.ops.paging import LayerPages, Layout, PagedCache, layer_pages
 
 from . import rkv_style

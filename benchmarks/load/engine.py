@@ -89,7 +89,7 @@ class Engine:
         self._watch()
 
     def _watch(self) -> None:
-        from skipkv_vllm.compat import received_orders
+        from skipkv_vllm.integration.compat import received_orders
 
         schedule, scheduler, now = self.scheduler.schedule, self.scheduler, time.perf_counter
         evicted = scheduler.block_manager.num_evicted if self.evicts else None

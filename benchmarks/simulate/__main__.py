@@ -25,8 +25,8 @@ from benchmarks.load.lengths import Offered
 from skipkv_vllm import KVPolicyError
 from skipkv_vllm.capacity import ModelShape, pages_with_policy
 from skipkv_vllm.config import KVPolicyConfig
+from skipkv_vllm.core.limits import Limits
 from skipkv_vllm.evaluation.machine import commit
-from skipkv_vllm.scheduler.planner import Limits
 
 from .events import Engine, Outcome, Setup
 from .section import SIMULATION, simulation_table

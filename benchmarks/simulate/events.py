@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from benchmarks.load.lengths import Offered
-from skipkv_vllm.scheduler.planner import Limits
+from skipkv_vllm.core.limits import Limits
 
 from .steptime import StepLoad
 

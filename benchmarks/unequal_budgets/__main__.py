@@ -24,11 +24,11 @@ from benchmarks.accuracy.grid import Budget
 from benchmarks.tiny_reasoner import PAPER_PARAMETERS
 from benchmarks.tiny_reasoner.problems import Problem, extract_answer, problems
 from skipkv_vllm import bundled_model
+from skipkv_vllm.core.limits import Limits
 from skipkv_vllm.evaluation.machine import provenance
 from skipkv_vllm.policies import Policy, make_policy, policy_names
-from skipkv_vllm.scheduler.planner import Limits
 from skipkv_vllm.sentences import build_tables
-from skipkv_vllm.sentences.tracker import SentenceTracker
+from skipkv_vllm.worker.signals.sentences import SentenceTracker
 
 from .allocation import Allocation, ByHead, ByLayer, Equal
 from .generation import NOT_HERE, Rows, layer_similarity

@@ -16,9 +16,10 @@ from torch import Tensor
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
+from skipkv_vllm.core.needs import OBSERVED, Need
 from skipkv_vllm.ops.paging import Layout, PagedCache
-from skipkv_vllm.policies import OBSERVED, Need, Policy, View
-from skipkv_vllm.sentences.tracker import SentenceTracker, TrackedTokens
+from skipkv_vllm.policies import Policy, View
+from skipkv_vllm.worker.signals.sentences import SentenceTracker, TrackedTokens
 
 from .allocation import Allocation
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..errors import KVPolicyError
+from ..core.errors import KVPolicyError
 from . import vectors
 
 app = typer.Typer(

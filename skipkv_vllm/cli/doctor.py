@@ -8,9 +8,9 @@ from typing import NamedTuple
 
 import torch
 
-from ..compat import gate
-from ..compat.public import SEAMS, is_public
-from ..errors import KVPolicyError
+from ..core.errors import KVPolicyError
+from ..integration.compat import version as gate
+from ..integration.compat.public import SEAMS, is_public
 from ..ops.dispatch import report
 
 PACKAGES = ("skipkv-vllm", "vllm", "torch", "triton", "transformers")

@@ -10,13 +10,20 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
-from ..errors import KVPolicyError
-from ..steering.checkpoints import Checkpoint, open_checkpoint
-from ..steering.extraction import ClassSums, measure
-from ..steering.grading import grade_boxed, math_verify
-from ..steering.sweep import Outcome, cell, choose
+from ..core.errors import KVPolicyError
+from ..steering.extraction.activations import ClassSums, measure
+from ..steering.extraction.checkpoints import Checkpoint, open_checkpoint
+from ..steering.extraction.grading import grade_boxed, math_verify
+from ..steering.extraction.reasoning_texts import (
+    Problem,
+    Trace,
+    at_most_per_outcome,
+    load_problems,
+    read_traces,
+    write_traces,
+)
+from ..steering.extraction.sweep import Outcome, cell, choose
 from ..steering.thoughts import LABELS, KeywordSet, load_keywords, split_tokens
-from ..steering.traces import Problem, Trace, at_most_per_outcome, load_problems, read_traces, write_traces
 from . import generation
 
 AUTO = "auto"

@@ -12,9 +12,9 @@ import torch
 
 from ..capacity import Capacity, ModelShape, Pool, capacity, pages_with_policy, shape_of
 from ..config import KVPolicyConfig
-from ..errors import KVPolicyError
+from ..core.errors import KVPolicyError
+from ..core.limits import ceil_div
 from ..ops.paging import FP8_CACHES
-from ..scheduler.planner import ceil_div
 
 GIB = 2**30
 DTYPES = {"bfloat16": 2, "float16": 2, "float32": 4}

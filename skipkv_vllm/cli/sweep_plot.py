@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import KVPolicyError
-from ..steering.sweep import Cell
+from ..core.errors import KVPolicyError
+from ..steering.extraction.sweep import Cell
 
 
 def plot(plain: Cell, cells: Sequence[Cell], path: Path) -> Path:

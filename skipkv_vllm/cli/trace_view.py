@@ -20,9 +20,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..errors import KVPolicyError
+from ..core.errors import KVPolicyError
 from ..steering.controller import KINDS
-from ..trace import Trace
+from ..trace.files import Trace
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 MAX_TOKENS_OF_A_CHARACTER = 4  # a UTF-8 character has at most four bytes

@@ -15,7 +15,7 @@ import typer
 
 from ..capacity import Capacity, as_dict
 from ..config import KVPolicyConfig, flag_names
-from ..errors import KVPolicyError
+from ..core.errors import KVPolicyError
 from ..evaluation import RunError, command
 from ..evaluation.arms import Arm, Serve
 from ..evaluation.comparison import first_changed

@@ -7,7 +7,7 @@ from typing import Annotated, TypeVar
 
 import typer
 
-from ..errors import KVPolicyError
+from ..core.errors import KVPolicyError
 
 N = TypeVar("N", int, float)
 
@@ -107,8 +107,8 @@ def import_vector(
     ] = None,
 ) -> None:
     """Turn another project's steering vector into a file for --kv-steering-vectors."""
-    from ..steering import imports
-    from ..steering.checkpoints import open_checkpoint
+    from ..steering.extraction import imports
+    from ..steering.extraction.checkpoints import open_checkpoint
 
     if sign not in (None, "E-RT", "RT-E"):
         raise KVPolicyError(f"--sign {sign!r} is neither E-RT (execution minus the rest) nor RT-E (the opposite)")

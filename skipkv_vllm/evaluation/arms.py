@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from ..errors import KVPolicyError
+from ..core.errors import KVPolicyError
 from . import RunError
 from .engine import Answer, Done, Job, Setup
 from .figures import FULL

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..config import parse_json_object
-from ..errors import KVPolicyError
+from ..core.errors import KVPolicyError
 from . import RunError
 from .arms import Serve, budgets_of, check_methods
 from .engine import Setup, serve, with_fair_random

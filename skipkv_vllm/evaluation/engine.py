@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..config import KVPolicyConfig, check_budget
-from ..errors import KVPolicyError
+from ..core.errors import KVPolicyError
+from ..core.limits import Limits
 from ..policies import check_policy_name, make_policy
-from ..scheduler.planner import Limits
 from .children import Child, Finished, attended
 from .figures import FULL
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import KVPolicyError
+from ..core.errors import KVPolicyError
 from .arms import WHOLE, Arm, Arms, Request, Serve, check_methods
 from .comparison import Positions, summarise
 from .engine import Done, Scores, Setup, serve

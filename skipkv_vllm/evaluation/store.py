@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import KVPolicyError
+from ..core.errors import KVPolicyError
 
 SETTINGS = "settings.json"
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import KVPolicyError
+from ..core.errors import KVPolicyError
 
 BETWEEN = "\n\n"
 """What joins two documents of a source."""
@@ -160,7 +160,7 @@ def read_source(path: Path, tokenizer: Any, name: str | None = None) -> Source:
 
 
 def _trace(path: Path) -> list[int]:
-    from ..trace import Trace
+    from ..trace.files import Trace
 
     try:
         trace = Trace.load(path)

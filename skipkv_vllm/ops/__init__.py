@@ -5,9 +5,8 @@ what they compute, `dispatch.py` which backend runs them. `reference.py` has the
 request and layer that policies are written in.
 """
 
-from .batched import KEYWORD_SHIFT, RULES, STATE, THOUGHT
 from .dispatch import function, report, warn_if_slow
-from .reference import (
+from .functional import (
     EPSILON,
     attention_logits,
     attention_received,
@@ -20,6 +19,7 @@ from .reference import (
     redundancy,
     sentence_penalties,
 )
+from .torch_backend import KEYWORD_SHIFT, RULES, STATE, THOUGHT
 
 __all__ = [
     "EPSILON",

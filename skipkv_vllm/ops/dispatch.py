@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..errors import KVPolicyError
+from ..core.errors import KVPolicyError
 from .schema import FAKES, NAMESPACE, SCHEMAS
 
 logger = logging.getLogger("vllm.skipkv")
@@ -22,7 +22,7 @@ OVERRIDE = "SKIPKV_OPS"
 BACKENDS = {
     "native": "skipkv_vllm.ops.native",
     "triton": "skipkv_vllm.ops.triton_backend",
-    "reference": "skipkv_vllm.ops.batched",
+    "reference": "skipkv_vllm.ops.torch_backend",
 }
 """Backend -> module. A module has a function for each operator it offers, with the signature of `schema.SCHEMAS`. It
 may have `unavailable(device_type) -> str | None`: why it cannot run there, and the remedy; and

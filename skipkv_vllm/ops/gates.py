@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..errors import KVPolicyError
+from ..core.errors import KVPolicyError
 from .schema import NAMESPACE
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {

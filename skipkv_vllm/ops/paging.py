@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..errors import KVPolicyError
+from ..core.errors import KVPolicyError
 
 
 class Layout(IntEnum):
@@ -177,9 +177,3 @@ class PagedCache(NamedTuple):
                     f"layer 0 {tuple(first.shape)} {first.dtype}; start without --kv-policy"
                 )
         return PagedCache(caches, torch.tensor([c.data_ptr() for c in caches], device=first.device), layout)
-
-
-def to_device(values: object, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Host numbers as a device tensor, without making the host wait."""
-    host = torch.as_tensor(values, dtype=dtype)
-    return host if device.type == "cpu" else host.pin_memory().to(device, non_blocking=True)

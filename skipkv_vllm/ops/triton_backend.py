@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import KVPolicyError
-from .batched import RULES
+from ..core.errors import KVPolicyError
 from .paging import Layout
+from .torch_backend import RULES
 
 SCRATCH_BYTES = 256 << 20
 """Scratch memory that scoring may take; more rows are scored one part after the other."""

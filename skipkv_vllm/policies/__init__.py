@@ -1,5 +1,6 @@
 """Eviction methods, one file each. `CONTRIBUTING.md` says how to add one."""
 
+from ..core.needs import ACCUMULATED, IN_THE_CACHE, NUM_ACCUMULATED, OBSERVED, REPEATS, Need
 from . import (  # noqa: F401  (importing registers them)
     caote,
     finch,
@@ -23,13 +24,7 @@ from . import (  # noqa: F401  (importing registers them)
     vatp,
 )
 from .base import (
-    ACCUMULATED,
-    IN_THE_CACHE,
-    NUM_ACCUMULATED,
-    OBSERVED,
-    REPEATS,
     Measured,
-    Need,
     Policy,
     Probe,
     SentenceOptions,

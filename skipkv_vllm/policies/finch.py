@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from .base import About, Need, Policy, Probe, View, check_range, register_policy
+from ..core.needs import Need
+from .base import About, Policy, Probe, View, check_range, register_policy
 
 
 @register_policy

@@ -8,7 +8,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .base import About, Need, Policy, View, check_range, register_policy
+from ..core.needs import Need
+from .base import About, Policy, View, check_range, register_policy
 
 RECENT = 1e6  # above any attention mass: a query gives at most 1
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from .base import About, Need, Policy, View, check_choice, check_odd, check_range, register_policy
+from ..core.needs import Need
+from .base import About, Policy, View, check_choice, check_odd, check_range, register_policy
 from .value_aware import values_of
 
 

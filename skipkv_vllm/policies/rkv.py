@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from .base import About, Need, Policy, TokenScore, View, check_odd, check_range, register_policy
+from ..core.needs import Need
+from .base import About, Policy, TokenScore, View, check_odd, check_range, register_policy
 
 
 @register_policy

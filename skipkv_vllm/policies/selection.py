@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..ops.reference import select_per_head
+from ..ops.functional import select_per_head
 
 __all__ = ["select_per_head", "select_sentences"]
 

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..errors import KVPolicyError
+from ..core.errors import KVPolicyError
+from ..core.needs import Need
 from .base import (
     About,
     Measured,
-    Need,
     Policy,
     SentenceOptions,
     TokenScore,

@@ -8,7 +8,8 @@ from typing import ClassVar
 from torch import Tensor
 
 from .. import ops
-from .base import About, Need, Policy, View, check_odd, check_range, register_policy
+from ..core.needs import Need
+from .base import About, Policy, View, check_odd, check_range, register_policy
 
 
 @register_policy

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
-from . import Need, Policy, make_policy, policy_names
+from ..core.needs import Need
+from . import Policy, make_policy, policy_names
 from .base import About, refusals
 
 SUMS = "bytes a held token, layer and kv head; 32 queries instead of W"
@@ -36,9 +37,9 @@ protected prompt, the newest W tokens (`--kv-window`) and a method's sinks and q
 same ones for all layers and heads, by the mean score of their tokens. **Ties**: the earlier token stays. **Grouped
 queries**: what a method computes per query head is averaged over those of a kv head, unless its paper says otherwise.
 **Training**: only methods that read learned gates need any; they come with the model that is served, as a file
-(`skipkv_vllm/gates.py` says what is in it), and so only as the server's own method. `skipkv train-gates` makes one
-([gates.md](gates.md)). The thresholds of `thinkv` depend on the model; the defaults are the bundled one's, by `python
--m benchmarks.thinkv`.
+(`skipkv_vllm/policies/gates.py` says what is in it), and so only as the server's own method. `skipkv train-gates` makes
+one ([gates.md](gates.md)). The thresholds of `thinkv` depend on the model; the defaults are the bundled one's, by
+`python -m benchmarks.thinkv`.
 
 Cost is that of one compaction per layer and kv head, with L held tokens, the window W, G query heads a kv head and head
 size D; memory is what a request takes beside its KV pages. "Native" methods are scored by fused operators (C++, CUDA,

@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..errors import KVPolicyError
-from .base import About, Need, Policy, SegmentOptions, Segments, View, check_range, register_policy
+from ..core.errors import KVPolicyError
+from ..core.needs import Need
+from .base import About, Policy, SegmentOptions, Segments, View, check_range, register_policy
 
 FIRST_STEP, NUM_STEPS = 64, 5
 """A segment is cut to 64 tokens at first, and with every further step to half of that: 32, 16, 8, 4."""

@@ -8,7 +8,8 @@ from typing import ClassVar
 from torch import Tensor
 
 from .. import ops
-from .base import About, Need, Policy, View, register_policy
+from ..core.needs import Need
+from .base import About, Policy, View, register_policy
 
 
 @register_policy

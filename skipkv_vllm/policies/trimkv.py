@@ -7,8 +7,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from ..errors import KVPolicyError
-from .base import About, Need, Policy, View, register_policy
+from ..core.errors import KVPolicyError
+from ..core.needs import Need
+from .base import About, Policy, View, register_policy
 
 
 @register_policy
@@ -18,7 +19,7 @@ class TrimKV(Policy):
     layer's gate said when the token was written: the logarithm of what is left of it for the next query.
 
     Attributes:
-        gates: file of the model's gates, see `skipkv_vllm.gates`.
+        gates: file of the model's gates, see `skipkv_vllm.policies.gates`.
     """
 
     name: ClassVar[str] = "trimkv"

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..errors import KVPolicyError
-from .base import Need, Policy, View, make_policy, policies_with_weights
+from ..core.errors import KVPolicyError
+from ..core.needs import Need
+from .base import Policy, View, make_policy, policies_with_weights
 
 
 @dataclass(frozen=True)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 from ..config import KVPolicyConfig, RequestOptions
-from .planner import Limits, ceil_div
+from ..core.limits import Demand, Limits
 
 
 def limits_of(options: RequestOptions, config: KVPolicyConfig, num_prompt: int) -> Limits | None:
@@ -29,30 +28,6 @@ def limits_of(options: RequestOptions, config: KVPolicyConfig, num_prompt: int) 
         0 if policy.probe is None else policy.probe.num_tokens,
         0 if policy.probe is None or policy.probe.draft is not None else policy.num_task(config.kv_window),
     )
-
-
-def most_tokens(limits: Limits | None, longest: int) -> int:
-    """Tokens that a request of at most `longest` tokens ever holds at once."""
-    return longest if limits is None else min(limits.first_bound, longest)
-
-
-class Demand(NamedTuple):
-    """What one request may need.
-
-    Attributes:
-        num_tokens: most tokens it ever holds.
-        num_intact: leading pages that it will never write to if it finds them in the prefix cache.
-        probing: `Limits.probing`.
-    """
-
-    num_tokens: int
-    num_intact: int
-    probing: tuple[int, int] = (0, 0)
-
-    def num_pages(self, page_size: int) -> int:
-        """Most pages that it takes at once."""
-        held, scratch = self.probing
-        return max(ceil_div(self.num_tokens, page_size), ceil_div(held, page_size) + ceil_div(scratch, page_size))
 
 
 @dataclass

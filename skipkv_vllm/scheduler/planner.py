@@ -7,76 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-
-def ceil_div(a: int, b: int) -> int:
-    """Smallest integer not below a / b."""
-    return -(-a // b)
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What one request may hold, in tokens.
-
-    Attributes:
-        budget: B, what it is compacted to.
-        buffer: b, how far it may grow beyond that.
-        window: W, newest tokens that always survive.
-        protected: length of the prompt where it is protected, else 0.
-        deferred: tokens that are held whole at first, before anything is evicted, where that is more than the bound.
-        prompt_end: length of a prompt that is compacted as soon as it is computed, if it is longer than what is kept;
-            else 0.
-        num_ahead: tokens that are decoded ahead at that compaction, on a temporary copy.
-        num_asked: tokens of a question that is appended at each compaction before that one; else 0.
-    """
-
-    budget: int
-    buffer: int
-    window: int
-    protected: int
-    deferred: int = 0
-    prompt_end: int = 0
-    num_ahead: int = 0
-    num_asked: int = 0
-
-    @property
-    def keep(self) -> int:
-        """Resident length after a compaction: the budget, or prompt + window where that is more."""
-        return max(self.budget, self.protected + self.window)
-
-    @property
-    def bound(self) -> int:
-        """Resident length that triggers a compaction."""
-        return self.keep + self.buffer
-
-    @property
-    def first_bound(self) -> int:
-        """Resident length that triggers the first compaction at the latest, and the most the request ever holds."""
-        return max(self.bound, self.deferred)
-
-    @property
-    def first_due(self) -> int:
-        """Length at which the first compaction takes place."""
-        return min(self.first_bound, self.prompt_end if self.prompt_end > self.keep else self.first_bound)
-
-    @property
-    def probing(self) -> tuple[int, int]:
-        """Most tokens held when others are computed ahead, and those for which pages are lent then; else 0."""
-        if self.num_ahead and self.prompt_end > self.keep:
-            return min(self.prompt_end, self.first_bound), self.lent(self.prompt_end)
-        if self.num_asked and self.prompt_end > self.first_bound:
-            return self.first_bound, self.num_asked
-        return 0, 0
-
-    def lent(self, num_logical: int) -> int:
-        """Tokens for which pages are lent at a compaction: those computed ahead, and what is copied for them."""
-        if num_logical < self.prompt_end:
-            return self.num_asked
-        return self.keep + self.num_ahead if self.num_ahead and num_logical == self.prompt_end else 0
-
-    @property
-    def cacheable(self) -> int:
-        """Tokens it may take from the prefix cache: the last W before a compaction are computed, for their queries."""
-        return self.first_due - self.window
+from ..core.limits import Limits
 
 
 class Residency(NamedTuple):
@@ -97,25 +28,6 @@ class PlannedCompaction(NamedTuple):
     num_scratch: int = 0
 
 
-class Observation(NamedTuple):
-    """An order to the workers: look at the attention of the newest queries. They add it to the mass of the held
-    tokens, or note how sparse it is, whichever the request's method needs.
-
-    Attributes:
-        request_id: whose cache.
-        num_logical: tokens computed so far.
-        num_resident: tokens held, in the first slots of `pages`.
-        num_queries: queries to look at, the newest; at most as many as the workers keep.
-        pages: block ids.
-    """
-
-    request_id: str
-    num_logical: int
-    num_resident: int
-    num_queries: int
-    pages: list[int]
-
-
 class Looks(NamedTuple):
     """Which queries' attention a request's method looks at, and when.
 
@@ -128,36 +40,6 @@ class Looks(NamedTuple):
     first: int
     interval: int
     at_all: bool
-
-
-class Compaction(NamedTuple):
-    """An order to the workers: a planned compaction with the pages that the block manager assigned.
-
-    Attributes:
-        request_id: whose cache.
-        num_logical: tokens computed so far; the newest held token has position `num_logical - 1`.
-        num_resident: tokens held before, in the first slots of `source_pages`.
-        num_keep: tokens held afterwards, in the first slots of `target_pages`.
-        source_pages: block ids before.
-        target_pages: block ids afterwards, a page each either the same as before or fresh.
-        ordinal: number of compactions of this request before this one.
-        scratch_pages: block ids for tokens that are computed ahead, and for the copy of the cache that this takes, see
-            `policies.Probe`; nobody holds them, and other orders of the step do not use them.
-    """
-
-    request_id: str
-    num_logical: int
-    num_resident: int
-    num_keep: int
-    source_pages: list[int]
-    target_pages: list[int]
-    ordinal: int
-    scratch_pages: list[int] = []
-
-    @property
-    def num_evicted_before(self) -> int:
-        """Tokens evicted by earlier compactions; both sides know it, so the worker can check."""
-        return self.num_logical - self.num_resident
 
 
 @dataclass

@@ -14,7 +14,7 @@ import re
 from dataclasses import dataclass
 from typing import Protocol
 
-from ..errors import KVPolicyError
+from ..core.errors import KVPolicyError
 
 REFERENCE_DELIMITERS = ("\n", ".\n", ")\n", "\n\n", ".\n\n", ")\n\n", "?\n\n")
 KEYWORDS = ("Wait", "Alternatively", "again")

@@ -12,36 +12,13 @@ from typing import NamedTuple
 import torch
 
 from .. import ops
+from ..core.orders import SteeredRequest, Strength
 from .tables import ThoughtTables
 
 NEVER = 2**62
 """An interval that no position reaches."""
 
 KINDS = ("execution", "reflection", "transition")
-
-
-class Strength(NamedTuple):
-    """`alpha = min(alpha0 + gamma * N, alpha_max)`; N counts thoughts that are no execution."""
-
-    alpha0: float
-    gamma: float
-    alpha_max: float
-
-
-class SteeredRequest(NamedTuple):
-    """A request that is steered starts, or starts over after preemption.
-
-    Attributes:
-        request_id: its id.
-        first: logical position of the first token that may be steered.
-        state: of `track_thoughts`, before that token.
-        strength: its coefficients.
-    """
-
-    request_id: str
-    first: int
-    state: list[int]
-    strength: Strength
 
 
 class Thoughts(NamedTuple):

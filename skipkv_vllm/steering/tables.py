@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..errors import KVPolicyError
+from ..core.errors import KVPolicyError
 from ..ops import KEYWORD_SHIFT, THOUGHT
 from ..sentences import SentenceTables, build_tables
 from ..sentences.tables import Tokenizer

@@ -14,7 +14,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from ..errors import KVPolicyError
+from ..core.errors import KVPolicyError
 from ..sentences.tables import Tokenizer
 
 Label = Literal["execution", "reflection", "transition"]

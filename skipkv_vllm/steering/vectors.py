@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from ..errors import KVPolicyError
+from ..core.errors import KVPolicyError
 
 FORMAT_VERSION = "1"
 SITE = "layer_input"

@@ -14,11 +14,11 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from ..errors import KVPolicyError
+from ..core.errors import KVPolicyError
 from ..evaluation.command import add_inputs, check_at_least, guarded, load_tokenizer
 from ..evaluation.machine import relative, versions
 from ..evaluation.texts import Text, read_sources, take_in_turn
-from ..gates import PYTORCH_FILES
+from ..policies.gates import PYTORCH_FILES
 from . import attention
 from .loop import Progress, batches, measure, train
 from .losses import Losses

@@ -15,9 +15,9 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import MoeModelOutputWithPast
 from transformers.modeling_utils import AttentionInterface
 
-from ..errors import KVPolicyError
-from ..gates import INPUT, Gate, Gates
+from ..core.errors import KVPolicyError
 from ..ops.gates import check_activation, log_beta
+from ..policies.gates import INPUT, Gate, Gates
 from . import attention
 
 OTHER_ATTENTION = ("sliding_window", "softcap", "s_aux")

@@ -13,18 +13,21 @@ from torch import Tensor
 
 from .. import ops
 from ..config import KVPolicyConfig
-from ..ops.paging import LayerPages, PagedCache, layer_pages, to_device
-from ..policies import ACCUMULATED, REPEATS, Measured, Need, Policy, View
+from ..core.device import to_device
+from ..core.limits import ceil_div
+from ..core.needs import ACCUMULATED, REPEATS, Need
+from ..core.orders import Compaction, Observation
+from ..ops.paging import LayerPages, PagedCache, layer_pages
+from ..policies import Measured, Policy, View
 from ..policies.base import Segments
 from ..policies.selection import select_sentences
-from ..scheduler.planner import Compaction, Observation, ceil_div
-from ..sentences.tracker import SentenceTracker, look_up
-from .attention_sums import AttentionSums
-from .gates import TokenGates
-from .positions import PositionSidecar
-from .queries import QueryRing
+from .cache import PositionSidecar
 from .ranks import ALONE, Ranks
-from .segments import SegmentTable
+from .signals.attention_mass import AttentionSums
+from .signals.gates import TokenGates
+from .signals.queries import QueryRing
+from .signals.segments import SegmentTable
+from .signals.sentences import SentenceTracker, look_up
 
 MOST_TOKENS = 2**16
 """Held tokens that one call of an operator takes, requests times the longest of them. Temporary tensors have some 60

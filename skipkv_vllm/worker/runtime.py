@@ -15,23 +15,24 @@ from torch import Tensor
 
 from .. import ops
 from ..config import KVPolicyConfig, needs_of
-from ..ops.paging import PagedCache, to_device
-from ..policies import ACCUMULATED, Need, Policy, Probe, make_policy
-from ..scheduler.messages import Started, StepOrders
-from ..scheduler.planner import Compaction, Observation
-from ..sentences.tracker import SentenceTracker, TrackedTokens
-from ..trace import TraceWriter
-from .attention_sums import AttentionSums
+from ..core.device import to_device
+from ..core.needs import ACCUMULATED, Need
+from ..core.orders import Compaction, Observation, Started, StepOrders
+from ..ops.paging import PagedCache
+from ..policies import Policy, Probe, make_policy
+from ..trace.writer import TraceWriter
+from .batch import NEVER, BatchRows, Evicted, StepBatch
 from .compaction import Compactor, Job, Managed
-from .gates import TokenGates
-from .queries import QueryRing
 from .ranks import ALONE, Ranks
-from .rows import NEVER, BatchRows, Evicted, StepBatch
-from .segments import SegmentTable
+from .signals.attention_mass import AttentionSums
+from .signals.gates import TokenGates
+from .signals.queries import QueryRing
+from .signals.segments import SegmentTable
+from .signals.sentences import SentenceTracker, TrackedTokens
 from .steering import Steering
 
 if TYPE_CHECKING:
-    from .probe import Prober
+    from ..integration.forward import Prober
 
 
 class EvictionRuntime:
@@ -309,7 +310,10 @@ class EvictionRuntime:
             self.num_compactions += 1
             if self.trace is not None:
                 held, _ = self._positions(request, order.target_pages, order.num_keep)
-                self.trace.compacted(order, held.sort(dim=-1).values, self.tracker, request.slot)
+                similar = None
+                if self.tracker is not None and self.tracker.compares:
+                    similar = self.tracker.similar_pairs(request.slot)
+                self.trace.compacted(order, held.sort(dim=-1).values, similar)
             if self.config.kv_check_integrity:
                 self.check_integrity(order)
 

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..errors import KVPolicyError
-from ..ops.paging import to_device
-from ..steering.controller import SteeredRequest
+from ..core.device import to_device
+from ..core.errors import KVPolicyError
+from ..core.orders import SteeredRequest
 from ..steering.tables import ThoughtTables
 from ..steering.vectors import SteeringVector
-from .rows import RowSpans, StepBatch
+from .batch import RowSpans, StepBatch
 
 LAYER_INPUTS = ("positions", "hidden_states", "residual")
 """First parameters of a decoder layer that carries the residual stream as a sum of two."""

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from skipkv_vllm.ops import batched
+from skipkv_vllm.ops import torch_backend as batched
 from skipkv_vllm.ops.paging import FP8_CACHES, Layout
 from skipkv_vllm.worker.compaction import Compactor
 from tests import engines

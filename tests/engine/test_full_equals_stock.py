@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from skipkv_vllm.compat import seams
+from skipkv_vllm.integration.compat import seams
 from tests import engines
 from tests.engines import Job, Outcome
 

@@ -12,7 +12,7 @@ from vllm import SamplingParams
 
 from benchmarks.tiny_reasoner.problems import extract_answer, problems
 from skipkv_vllm import bundled_gates
-from skipkv_vllm.errors import KVPolicyError
+from skipkv_vllm.core.errors import KVPolicyError
 from skipkv_vllm.training import attention
 from skipkv_vllm.training.loop import train
 from skipkv_vllm.training.student import Student

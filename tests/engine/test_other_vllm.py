@@ -12,7 +12,7 @@ import pytest
 
 from benchmarks.server import serve
 from skipkv_vllm import bundled_model
-from skipkv_vllm.compat import gate
+from skipkv_vllm.integration.compat import version as gate
 from tests.engine.test_server import free_port, post
 from tests.engines import REPOSITORY
 

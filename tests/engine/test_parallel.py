@@ -18,7 +18,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from benchmarks.server import serve
 from skipkv_vllm import bundled_model
-from skipkv_vllm.trace import Trace
+from skipkv_vllm.trace.files import Trace
 from tests import engines
 from tests.engine import test_prompt_methods as prompt_methods
 from tests.engine import test_steering as steering

@@ -19,7 +19,7 @@ from benchmarks.server import metrics, serve
 from benchmarks.tiny_reasoner.problems import problems
 from skipkv_vllm import bundled_model
 from skipkv_vllm.steering import SteeringVector
-from skipkv_vllm.trace import Trace
+from skipkv_vllm.trace.files import Trace
 from tests.entry_points import CHAT, ENDPOINTS
 
 BUDGET, BUFFER, PAGE = 224, 64, 32

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import vllm
     from vllm import RequestOutput
 
-    from skipkv_vllm.trace import Trace
+    from skipkv_vllm.trace.files import Trace
     from tests.hf_reference import ReferenceCache
 
 # 39 pages that requests can use; a request at the server's bound takes 4, one that keeps everything up to 64.

@@ -8,7 +8,7 @@ from vllm import SamplingParams
 from benchmarks.load.lengths import Offered
 from benchmarks.simulate.events import Engine, Outcome, Setup
 from benchmarks.simulate.steptime import StepTime
-from skipkv_vllm.scheduler.planner import Limits
+from skipkv_vllm.core.limits import Limits
 from tests.engines import PAGE, engine, scheduler_of, stock_engine
 
 LOAD = [Offered(40 + 9 * i, 300 + 37 * (i % 5)) for i in range(10)]

@@ -9,8 +9,9 @@ import pytest
 from safetensors import SafetensorError
 from vllm import SamplingParams
 
-from skipkv_vllm import trace as trace_module
-from skipkv_vllm.trace import Trace, trace_path
+from skipkv_vllm.trace import collector as trace_collector
+from skipkv_vllm.trace import files as trace_files
+from skipkv_vllm.trace.files import Trace, trace_path
 from tests import engines
 
 
@@ -46,11 +47,11 @@ def fail(*_args, **_options):
 def test_requests_are_answered_while_no_trace_can_be_written(monkeypatch):
     llm, folder = engines.engine(), Path(engines.trace_folder())
     collector = engines.scheduler_of(llm).trace
-    monkeypatch.setattr(trace_module, "WAIT_SECONDS", 0.2)
+    monkeypatch.setattr(trace_collector, "WAIT_SECONDS", 0.2)
     collector.take_dropped()
 
     with monkeypatch.context() as patch:
-        patch.setattr(trace_module, "save_file", fail)
+        patch.setattr(trace_files, "save_file", fail)
         answer(llm, "full disk")
         assert collector.flush()
     shutil.rmtree(folder)

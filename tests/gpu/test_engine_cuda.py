@@ -20,7 +20,7 @@ import pytest
 import torch
 
 from skipkv_vllm import bundled_gates, bundled_model
-from skipkv_vllm.compat import refusals
+from skipkv_vllm.integration.compat import refusals
 from tests import engines
 from tests.comparison import Tolerance, check_replayed
 from tests.engines import Job, Outcome

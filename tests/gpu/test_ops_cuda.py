@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from skipkv_vllm.ops import batched
+from skipkv_vllm.ops import torch_backend as batched
 from skipkv_vllm.ops.paging import Layout, PagedCache
 from tests.thought_cases import check_thoughts
 from tests.tracking_cases import check_tracking

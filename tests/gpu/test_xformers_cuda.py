@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from skipkv_vllm.ops import batched
+from skipkv_vllm.ops import torch_backend as batched
 from skipkv_vllm.ops.paging import Layout, layer_pages
 from tests.op_backends import Backend, on
 from tests.op_cases import CompactCase, Compaction, Pages

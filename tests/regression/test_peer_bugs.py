@@ -15,13 +15,14 @@ from benchmarks.accuracy.grid import Arm
 from benchmarks.accuracy.run import Run, load
 from skipkv_vllm import ops
 from skipkv_vllm.config import KVPolicyConfig
+from skipkv_vllm.core.limits import Limits
+from skipkv_vllm.core.orders import Compaction, Started, StepOrders
 from skipkv_vllm.ops.paging import Layout, PagedCache
 from skipkv_vllm.policies import View, make_policy
-from skipkv_vllm.scheduler.messages import Started, StepOrders
-from skipkv_vllm.scheduler.planner import Compaction, EvictionPlanner, Limits, Residency
-from skipkv_vllm.worker.queries import QueryRing
-from skipkv_vllm.worker.rows import StepBatch
+from skipkv_vllm.scheduler.planner import EvictionPlanner, Residency
+from skipkv_vllm.worker.batch import StepBatch
 from skipkv_vllm.worker.runtime import EvictionRuntime
+from skipkv_vllm.worker.signals.queries import QueryRing
 from tests.unit.simulation import KV_HEADS, LAYERS, Simulation
 from tests.unit.test_accuracy_run import SETTINGS, pool  # noqa: F401
 

@@ -18,7 +18,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from skipkv_vllm.ops import paging
 from skipkv_vllm.scheduler.planner import Residency
-from skipkv_vllm.worker import compaction, positions, queries, rows, runtime
+from skipkv_vllm.worker import batch as rows
+from skipkv_vllm.worker import cache as positions
+from skipkv_vllm.worker import compaction, runtime
+from skipkv_vllm.worker.signals import queries
 from tests.engines import REPOSITORY
 from tests.unit import simulation
 from tests.unit.simulation import Simulation

@@ -20,18 +20,19 @@ import torch
 from torch import Tensor
 
 from skipkv_vllm.config import KVPolicyConfig
-from skipkv_vllm.gates import Gate, Gates
+from skipkv_vllm.core.limits import Limits, ceil_div
+from skipkv_vllm.core.needs import ACCUMULATED, OBSERVED, Need
+from skipkv_vllm.core.orders import Compaction, Observation, Started, StepOrders
 from skipkv_vllm.ops.paging import Layout, PagedCache, cpu_layout, layer_pages
-from skipkv_vllm.policies import ACCUMULATED, OBSERVED, Need
-from skipkv_vllm.scheduler.messages import Started, StepOrders
-from skipkv_vllm.scheduler.planner import Compaction, EvictionPlanner, Limits, Looks, Observation, ceil_div
+from skipkv_vllm.policies.gates import Gate, Gates
+from skipkv_vllm.scheduler.planner import EvictionPlanner, Looks
 from skipkv_vllm.sentences import SentenceTables, segment_with
 from skipkv_vllm.sentences.recurrence import GRAM
-from skipkv_vllm.sentences.tracker import SentenceTracker
-from skipkv_vllm.worker.gates import TokenGates
-from skipkv_vllm.worker.queries import QueryRing
-from skipkv_vllm.worker.rows import StepBatch
+from skipkv_vllm.worker.batch import StepBatch
 from skipkv_vllm.worker.runtime import EvictionRuntime
+from skipkv_vllm.worker.signals.gates import TokenGates
+from skipkv_vllm.worker.signals.queries import QueryRing
+from skipkv_vllm.worker.signals.sentences import SentenceTracker
 from tests import dense_policies
 
 LAYERS, KV_HEADS, Q_HEADS, DIM, HIDDEN = 2, 2, 4, 8, 6

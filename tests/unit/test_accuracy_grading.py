@@ -12,7 +12,7 @@ import pytest
 from benchmarks.accuracy import UsageError, grading
 from benchmarks.accuracy.grading import check_available, grade
 from benchmarks.accuracy.tasks import Task
-from skipkv_vllm.errors import KVPolicyError
+from skipkv_vllm.core.errors import KVPolicyError
 
 
 def math_task(reference: str) -> Task:

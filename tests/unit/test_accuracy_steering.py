@@ -29,7 +29,7 @@ from benchmarks.accuracy.steering_plot import draw_steering
 from benchmarks.accuracy.summary import summarise
 from skipkv_vllm import bundled_model, bundled_vector
 from skipkv_vllm.steering import SteeringVector
-from skipkv_vllm.steering.checkpoints import open_checkpoint
+from skipkv_vllm.steering.extraction.checkpoints import open_checkpoint
 from tests.unit.test_accuracy_report import INFO, REPOSITORY, SETTINGS, made_up, made_up_samples
 
 RANDOM = ("random-0", "random-1")

@@ -13,13 +13,14 @@ from vllm.exceptions import VLLMValidationError
 from vllm.v1.core import kv_cache_utils
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
-from skipkv_vllm.compat import capacity, is_public
-from skipkv_vllm.compat.capacity import install_pool_check
-from skipkv_vllm.compat.seams import check_request, has_policy, policy_config
 from skipkv_vllm.config import CONFIG_KEY, KVPolicyConfig, RequestOptions
-from skipkv_vllm.errors import KVPolicyError
-from skipkv_vllm.scheduler.admission import Demand, Ledger, limits_of, most_tokens
-from skipkv_vllm.scheduler.planner import Limits
+from skipkv_vllm.core.errors import KVPolicyError
+from skipkv_vllm.core.limits import Demand, Limits, most_tokens
+from skipkv_vllm.integration.compat import is_public
+from skipkv_vllm.integration.compat import pool as capacity
+from skipkv_vllm.integration.compat.pool import install_pool_check
+from skipkv_vllm.integration.compat.seams import check_request, has_policy, policy_config
+from skipkv_vllm.scheduler.admission import Ledger, limits_of
 
 PAGE = 16
 CONFIG = KVPolicyConfig(kv_policy="skipkv", kv_budget=96, kv_buffer=32)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from skipkv_vllm import ops
-from skipkv_vllm.worker.attention_sums import GROWTH, AttentionSums
+from skipkv_vllm.worker.signals.attention_mass import GROWTH, AttentionSums
 
 LAYERS, HEADS = 2, 3
 

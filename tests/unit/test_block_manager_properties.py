@@ -30,10 +30,10 @@ from vllm.v1.core.kv_cache_utils import (
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
 from vllm.v1.request import Request, RequestStatus
 
-from skipkv_vllm.scheduler.admission import Demand, most_tokens
-from skipkv_vllm.scheduler.block_manager import EvictingBlockManager
-from skipkv_vllm.scheduler.planner import EvictionPlanner, Limits, PlannedCompaction, Residency, ceil_div
-from skipkv_vllm.scheduler.prefix_eviction import GuardQueue
+from skipkv_vllm.core.limits import Demand, Limits, ceil_div, most_tokens
+from skipkv_vllm.integration.block_manager import EvictingBlockManager
+from skipkv_vllm.integration.free_queue import GuardQueue
+from skipkv_vllm.scheduler.planner import EvictionPlanner, PlannedCompaction, Residency
 
 PAGE = 4
 MAX_MODEL_LEN = 400

@@ -16,12 +16,13 @@ from skipkv_vllm.banner import banner
 from skipkv_vllm.capacity import ModelShape, Pool, capacity, pages_with_policy
 from skipkv_vllm.cli import _plan, main
 from skipkv_vllm.config import KVPolicyConfig, RequestOptions
-from skipkv_vllm.policies import REPEATS, Need
+from skipkv_vllm.core.limits import Demand, most_tokens
+from skipkv_vllm.core.needs import REPEATS, Need
 from skipkv_vllm.policies.base import SentenceOptions
-from skipkv_vllm.scheduler.admission import Demand, Ledger, limits_of, most_tokens
+from skipkv_vllm.scheduler.admission import Ledger, limits_of
 from skipkv_vllm.sentences.tables import build_tables
-from skipkv_vllm.sentences.tracker import SentenceTracker
-from skipkv_vllm.worker.queries import QueryRing
+from skipkv_vllm.worker.signals.queries import QueryRing
+from skipkv_vllm.worker.signals.sentences import SentenceTracker
 
 SHAPE = ModelShape(28, 28, 4, 128, 3584, 152064, 2)
 POOL = Pool(num_pages=5000, page_size=16, max_num_seqs=64, max_length=32768, max_tokens=2048)

@@ -13,9 +13,9 @@ import torch
 from benchmarks.tiny_reasoner.problems import make_problem, problems
 from skipkv_vllm import bundled_model
 from skipkv_vllm.cli import generation, main
-from skipkv_vllm.errors import KVPolicyError
+from skipkv_vllm.core.errors import KVPolicyError
 from skipkv_vllm.steering import SteeringVector
-from skipkv_vllm.steering.sweep import Cell, Outcome, cell, choose
+from skipkv_vllm.steering.extraction.sweep import Cell, Outcome, cell, choose
 
 MODEL = bundled_model()
 KEYWORDS = "benchmarks/tiny_reasoner/thoughts.json"

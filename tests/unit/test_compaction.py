@@ -5,12 +5,13 @@ from __future__ import annotations
 import torch
 
 from skipkv_vllm.config import KVPolicyConfig
+from skipkv_vllm.core.needs import Need
+from skipkv_vllm.core.orders import Compaction
 from skipkv_vllm.ops.paging import Layout, PagedCache
-from skipkv_vllm.policies import Need, make_policy
-from skipkv_vllm.scheduler.planner import Compaction
-from skipkv_vllm.worker.attention_sums import AttentionSums
+from skipkv_vllm.policies import make_policy
 from skipkv_vllm.worker.compaction import Compactor, Job, Managed
-from skipkv_vllm.worker.segments import SegmentTable
+from skipkv_vllm.worker.signals.attention_mass import AttentionSums
+from skipkv_vllm.worker.signals.segments import SegmentTable
 
 SIZE = 4
 STREAMING = make_policy("streaming_llm")

@@ -15,14 +15,18 @@ import vllm.envs
 from vllm.engine.arg_utils import EngineArgs
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-from skipkv_vllm import bundled_gates, compat
-from skipkv_vllm import config as config_module
-from skipkv_vllm.compat import gate, refusals
-from skipkv_vllm.compat.cli import SCHEDULER, WORKERS
-from skipkv_vllm.config import KVPolicyConfig, RequestOptions, flag_names, flags_table, parse_json_object
-from skipkv_vllm.errors import KVPolicyError
+from skipkv_vllm import bundled_gates
+from skipkv_vllm.config import KVPolicyConfig, RequestOptions, flag_names, parse_json_object
+from skipkv_vllm.config import request as request_module
+from skipkv_vllm.config.flags import flags_table
+from skipkv_vllm.core.errors import KVPolicyError
+from skipkv_vllm.core.needs import IN_THE_CACHE, Need
+from skipkv_vllm.integration import compat
+from skipkv_vllm.integration.compat import refusals
+from skipkv_vllm.integration.compat import version as gate
+from skipkv_vllm.integration.compat.flags import SCHEDULER, WORKERS
 from skipkv_vllm.plugin import register
-from skipkv_vllm.policies import IN_THE_CACHE, Need, base, make_policy, policy_names
+from skipkv_vllm.policies import base, make_policy, policy_names
 from skipkv_vllm.policies.rkv import RKV
 from skipkv_vllm.policies.skipkv import SkipKV
 from skipkv_vllm.policies.streaming_llm import StreamingLLM
@@ -381,16 +385,18 @@ def test_a_name_that_is_nearly_ours_is_refused(key, meant):
 
 def test_names_of_any_number_and_length_cost_little(monkeypatch):
     looked_at = []
-    monkeypatch.setattr(config_module, "meant_option", looked_at.append)
+    monkeypatch.setattr(request_module, "meant_option", looked_at.append)
     RequestOptions.check_names(["x" * 10_000_000, *(f"name{i}" for i in range(100_000))])
     assert len(looked_at) < 2000
 
 
 def test_few_names_are_compared_letter_by_letter(monkeypatch):
     compared = []
-    monkeypatch.setattr(config_module.difflib, "get_close_matches", lambda word, near, **_: compared.extend(near) or [])
+    monkeypatch.setattr(
+        request_module.difflib, "get_close_matches", lambda word, near, **_: compared.extend(near) or []
+    )
     for name in ("priority", "session_id", "trace_headers", "cache_salt", "top_a", "remote_block_ids"):
-        config_module.meant_option.__wrapped__(name)
+        request_module.meant_option.__wrapped__(name)
     assert len(compared) <= 40, "of 6 names with 27 options each"
 
 

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from skipkv_vllm.ops import batched, native
+from skipkv_vllm.ops import native
+from skipkv_vllm.ops import torch_backend as batched
 from skipkv_vllm.ops.paging import Layout
 from tests import emulated_cuda
 from tests.op_cases import CompactCase, MeasureCase, Pages, ScoreCase

@@ -17,8 +17,8 @@ import pytest
 import yaml
 from vllm.v1.metrics import loggers
 
-from skipkv_vllm import metrics
-from skipkv_vllm.compat import gate
+from skipkv_vllm.integration import metrics
+from skipkv_vllm.integration.compat import version as gate
 
 ROOT = Path(__file__).parents[2]
 HANDBOOK = (ROOT / "docs" / "operations.md").read_text()

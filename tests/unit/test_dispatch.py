@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from skipkv_vllm import cli
-from skipkv_vllm.errors import KVPolicyError
-from skipkv_vllm.ops import batched, dispatch, native
+from skipkv_vllm.core.errors import KVPolicyError
+from skipkv_vllm.ops import dispatch, native
+from skipkv_vllm.ops import torch_backend as batched
 from skipkv_vllm.ops.schema import FAKES, SCHEMAS
 
 

@@ -15,10 +15,10 @@ from vllm.entrypoints.speech_to_text.base.serving import SpeechToTextBaseServing
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import BeamSearchParams
 
-from skipkv_vllm import compat
-from skipkv_vllm.compat import seams
 from skipkv_vllm.config import KVPolicyConfig
-from skipkv_vllm.errors import KVPolicyError
+from skipkv_vllm.core.errors import KVPolicyError
+from skipkv_vllm.integration import compat
+from skipkv_vllm.integration.compat import seams
 from tests import entry_points
 from tests.entry_points import COMMANDS, ENDPOINTS, MAKERS, OTHER_ROUTES
 from tests.unit.test_config import make_vllm_config

@@ -16,7 +16,7 @@ import torch
 from benchmarks.texts import KINDS, default_sources, repetitive, solutions
 from skipkv_vllm import bundled_model
 from skipkv_vllm.cli import main as skipkv
-from skipkv_vllm.errors import KVPolicyError
+from skipkv_vllm.core.errors import KVPolicyError
 from skipkv_vllm.evaluation import RunError, command
 from skipkv_vllm.evaluation.arms import Arm, budgets_of
 from skipkv_vllm.evaluation.comparison import Positions, distance_bins, divergence, first_changed, summarise
@@ -24,7 +24,7 @@ from skipkv_vllm.evaluation.engine import Done, Job, Scores, Setup, with_fair_ra
 from skipkv_vllm.evaluation.fidelity import TOP, Fidelity
 from skipkv_vllm.evaluation.store import Store
 from skipkv_vllm.evaluation.texts import Source, Text, read_source, read_sources, take_in_turn
-from skipkv_vllm.trace import Trace
+from skipkv_vllm.trace.files import Trace
 
 MODEL = str(bundled_model())
 

@@ -15,10 +15,11 @@ import vllm
 from vllm.engine.arg_utils import EngineArgs
 from vllm.v1.core.block_pool import BlockPool
 
-from skipkv_vllm import compat
 from skipkv_vllm.cli import doctor
-from skipkv_vllm.compat import gate, record, sources
-from skipkv_vllm.errors import KVPolicyError
+from skipkv_vllm.core.errors import KVPolicyError
+from skipkv_vllm.integration import compat
+from skipkv_vllm.integration.compat import record, sources
+from skipkv_vllm.integration.compat import version as gate
 
 POOL = "v1/core/block_pool.py"
 
@@ -201,7 +202,9 @@ def test_the_check_sees_vllms_own_method_behind_the_packages_wrapper(name):
 def test_every_overridden_method_is_in_the_record():
     names = record.symbol_names()
     recorded = gate.tested()
-    assert names == sorted(recorded["symbols"]), "run: python -m skipkv_vllm.compat.record (see CONTRIBUTING.md)"
+    assert names == sorted(recorded["symbols"]), (
+        "run: python -m skipkv_vllm.integration.compat.record (see CONTRIBUTING.md)"
+    )
     # What is there is what would be written now; variants of patched copies come on top.
     fresh = record.record([n for n in names if None not in recorded["symbols"][n]], [gate.vllm_root()], "0.32.0")
     assert fresh["vllm"] == recorded["vllm"]
@@ -210,7 +213,7 @@ def test_every_overridden_method_is_in_the_record():
 
 
 def test_record_finds_the_methods_of_a_subclass():
-    base, own = "vllm.v1.core.block_pool:BlockPool", "skipkv_vllm.scheduler.block_manager:EvictingBlockManager"
+    base, own = "vllm.v1.core.block_pool:BlockPool", "skipkv_vllm.integration.block_manager:EvictingBlockManager"
     assert record._definition(BlockPool, "free_blocks") == f"{base}.free_blocks"
     assert record._definition(BlockPool, "no_such_method") is None
     assert own in record.OVERRIDES
@@ -226,7 +229,7 @@ def test_the_record_is_in_the_package():
 def test_the_check_of_sources_imports_no_part_of_vllm():
     # The API server must not load model runners, and with them CUDA, only to be checked.
     code = (
-        "import sys; from skipkv_vllm.compat import gate; gate.check_sources(); "
+        "import sys; from skipkv_vllm.integration.compat import version; version.check_sources(); "
         "loaded = [m for m in sys.modules if m == 'vllm' or m.startswith('vllm.')]; assert not loaded, loaded"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])

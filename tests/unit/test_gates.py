@@ -9,13 +9,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from skipkv_vllm import bundled_gates, compat
+from skipkv_vllm import bundled_gates
 from skipkv_vllm.capacity import ModelShape, Pool, capacity
 from skipkv_vllm.config import KVPolicyConfig, RequestOptions
-from skipkv_vllm.errors import KVPolicyError
-from skipkv_vllm.gates import PREFIX, Gates
-from skipkv_vllm.policies import Need, View, make_policy
-from skipkv_vllm.worker.gates import TokenGates, attention_blocks
+from skipkv_vllm.core.errors import KVPolicyError
+from skipkv_vllm.core.needs import Need
+from skipkv_vllm.integration import compat
+from skipkv_vllm.policies import View, make_policy
+from skipkv_vllm.policies.gates import PREFIX, Gates
+from skipkv_vllm.worker.signals.gates import TokenGates, attention_blocks
 from tests import dense_policies
 
 from .simulation import CPU, HIDDEN, KV_HEADS, LAYERS, FakeBlock, gates, gates_file

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from vllm.v1.core.sched.request_queue import FCFSRequestQueue, RequestQueue
 
 from skipkv_vllm.config import KVPolicyConfig
-from skipkv_vllm.errors import KVPolicyError
-from skipkv_vllm.scheduler.grouping import PrefillLengthQueue
+from skipkv_vllm.core.errors import KVPolicyError
+from skipkv_vllm.integration.waiting_queue import PrefillLengthQueue
 
 
 class Request(SimpleNamespace):

@@ -11,7 +11,8 @@ from benchmarks.kernels import __main__ as command_line
 from benchmarks.kernels import rkv_style
 from benchmarks.kernels.bench import MIX, POOL, THRESHOLD, Settings, make_request, needed_flops
 from benchmarks.kernels.section import KERNELS, kernels_section
-from skipkv_vllm.ops import batched, native
+from skipkv_vllm.ops import native
+from skipkv_vllm.ops import torch_backend as batched
 
 SETTINGS = Settings((200,), 40, 2, 2, 4, 32, 8, 16, "vec", "float32", 1, 0.0)
 

@@ -8,9 +8,10 @@ import prometheus_client
 import pytest
 from vllm.v1.metrics.stats import SchedulerStats
 
-from skipkv_vllm import compat, metrics
-from skipkv_vllm.metrics import EvictionStatLogger, EvictionStats
-from skipkv_vllm.scheduler.planner import Compaction
+from skipkv_vllm.core.orders import Compaction
+from skipkv_vllm.integration import compat, metrics
+from skipkv_vllm.integration.metrics import EvictionStatLogger
+from skipkv_vllm.scheduler.stats import EvictionStats
 
 WITH_POLICY = SimpleNamespace(additional_config={"skipkv": {}})
 WITHOUT = SimpleNamespace(additional_config=None)
@@ -197,7 +198,7 @@ def test_metrics_that_cannot_be_made_do_not_stop_a_server(registry, monkeypatch)
 def test_a_client_whose_configuration_came_from_elsewhere_switches_the_seams_on(monkeypatch):
     from vllm.v1.engine.input_processor import InputProcessor
 
-    from skipkv_vllm.compat import is_public, seams
+    from skipkv_vllm.integration.compat import is_public, seams
 
     if is_public("request check") and is_public("reports to metrics"):
         assert InputProcessor.request_validators == [seams.check_request]

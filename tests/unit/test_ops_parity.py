@@ -19,8 +19,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from skipkv_vllm.errors import KVPolicyError
-from skipkv_vllm.ops import batched, native
+from skipkv_vllm.core.errors import KVPolicyError
+from skipkv_vllm.ops import native
+from skipkv_vllm.ops import torch_backend as batched
 from skipkv_vllm.ops.paging import Layout
 from tests.op_backends import BACKENDS, INTERPRETED, Backend, cases, isa, on  # noqa: F401
 from tests.op_cases import CompactCase, Compaction, Pages, ScoreCase, Scoring, draw_pages, positions_of

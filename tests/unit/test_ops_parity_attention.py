@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from skipkv_vllm.ops import batched, native
+from skipkv_vllm.ops import native
+from skipkv_vllm.ops import torch_backend as batched
 from skipkv_vllm.ops.paging import Layout
 from tests.op_backends import INTERPRETED, Backend, cases, isa, on  # noqa: F401
 from tests.op_cases import MeasureCase, Pages, draw_pages

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from skipkv_vllm.ops import KEYWORD_SHIFT, STATE, batched, native
+from skipkv_vllm.ops import KEYWORD_SHIFT, STATE, native
+from skipkv_vllm.ops import torch_backend as batched
 from skipkv_vllm.ops.schema import SCHEMAS
-from skipkv_vllm.sentences.tracker import OPEN
+from skipkv_vllm.worker.signals.sentences import OPEN
 from tests.op_backends import Backend, cases, each_backend, isa, on  # noqa: F401
 from tests.op_cases import CompactCase, ScoreCase
 from tests.thought_cases import check_thoughts

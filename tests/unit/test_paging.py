@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from skipkv_vllm.config import CONFIG_KEY, KVPolicyConfig
-from skipkv_vllm.errors import KVPolicyError
+from skipkv_vllm.core.device import to_device
+from skipkv_vllm.core.errors import KVPolicyError
+from skipkv_vllm.integration import build
+from skipkv_vllm.integration.build import without_sidecar
 from skipkv_vllm.ops import paging
-from skipkv_vllm.ops.paging import FP8_CACHES, LayerPages, PagedCache, layer_pages, to_device
-from skipkv_vllm.worker import build
-from skipkv_vllm.worker.build import without_sidecar
-from skipkv_vllm.worker.positions import PositionSidecar
+from skipkv_vllm.ops.paging import FP8_CACHES, LayerPages, PagedCache, layer_pages
+from skipkv_vllm.worker.cache import PositionSidecar
 from tests.op_cases import Pages
 
 PAGES, HEADS = 5, 2

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from skipkv_vllm.compat import gate
-from skipkv_vllm.compat.public import SEAMS
+from skipkv_vllm.integration.compat import version as gate
+from skipkv_vllm.integration.compat.public import SEAMS
 
 REPOSITORY = Path(__file__).parents[2]
 spec = importlib.util.spec_from_file_location("apply_patches", REPOSITORY / "patches" / "apply.py")
@@ -26,9 +26,9 @@ spec.loader.exec_module(apply_patches)
 PATCHES = apply_patches.patch_files()
 LOOK = """
 import json
-from skipkv_vllm import compat
+from skipkv_vllm.integration import compat
 from skipkv_vllm.cli import doctor
-from skipkv_vllm.compat.public import SEAMS, is_public
+from skipkv_vllm.integration.compat.public import SEAMS, is_public
 import vllm
 compat.install()
 compat.check_vllm()
@@ -109,7 +109,8 @@ from vllm.v1.core import kv_cache_utils
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.engine.input_processor import InputProcessor
 from vllm.v1.metrics.stats import SchedulerStats
-from skipkv_vllm import bundled_model, compat, metrics  # a client loads the last
+from skipkv_vllm import bundled_model
+from skipkv_vllm.integration import compat, metrics  # a client loads the last
 
 parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser())
 compat.install()  # plugins may be loaded several times

@@ -6,15 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from skipkv_vllm.scheduler.planner import (
-    Compaction,
-    EvictionPlanner,
-    Limits,
-    Looks,
-    PlannedCompaction,
-    Residency,
-    ceil_div,
-)
+from skipkv_vllm.core.limits import Limits, ceil_div
+from skipkv_vllm.core.orders import Compaction
+from skipkv_vllm.scheduler.planner import EvictionPlanner, Looks, PlannedCompaction, Residency
 
 LIMITS = Limits(budget=100, buffer=16, window=8, protected=0)
 

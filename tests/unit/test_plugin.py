@@ -12,8 +12,9 @@ from typing import NamedTuple
 import pytest
 
 from skipkv_vllm import plugin
-from skipkv_vllm.compat import cli, seams
-from skipkv_vllm.errors import KVPolicyError
+from skipkv_vllm.core.errors import KVPolicyError
+from skipkv_vllm.integration.compat import flags as cli
+from skipkv_vllm.integration.compat import seams
 from tests.engines import REPOSITORY
 
 ARGUMENTS = "vllm/engine/arg_utils.py"
@@ -68,7 +69,7 @@ CASES = {
 CODE = """
 import importlib, io, json, logging, sys
 from pathlib import Path
-from skipkv_vllm.compat import public
+from skipkv_vllm.integration.compat import public
 from skipkv_vllm.plugin import register
 
 found = {}
@@ -150,7 +151,7 @@ def test_nothing_of_ours_that_fails_reaches_vllm(monkeypatch, caplog):
         raise RuntimeError("broken")
 
     monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
-    monkeypatch.setattr("skipkv_vllm.compat.install", broken)
+    monkeypatch.setattr("skipkv_vllm.integration.compat.install", broken)
     plugin.register()
     monkeypatch.setattr(sys, "argv", ["vllm", "serve", "m", "--kv-policy", "skipkv"])
     plugin.register()
@@ -207,7 +208,7 @@ def test_the_version_is_looked_at_before_the_configuration(monkeypatch):
 
 
 def test_metrics_of_another_vllm_do_nothing_without_a_policy(monkeypatch):
-    from skipkv_vllm.metrics import EvictionStatLogger
+    from skipkv_vllm.integration.metrics import EvictionStatLogger
 
     class Later(EvictionStatLogger):
         pass

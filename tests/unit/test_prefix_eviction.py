@@ -11,7 +11,7 @@ from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_utils import BlockHash, FreeKVCacheBlockQueue, make_block_hash_with_group_id
 
 from benchmarks.prefix_eviction import belady, document, pooled
-from skipkv_vllm.scheduler.prefix_eviction import GuardQueue
+from skipkv_vllm.integration.free_queue import GuardQueue
 
 
 def guard(trace: list[str], size: int) -> list[bool]:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from skipkv_vllm.worker.queries import QueryRing
+from skipkv_vllm.worker.signals.queries import QueryRing
 
 LAYERS, HEADS, DIM = 2, 3, 4
 

@@ -12,16 +12,16 @@ import torch.distributed as dist
 from torch import Tensor
 
 from skipkv_vllm.config import KVPolicyConfig
+from skipkv_vllm.core.needs import ACCUMULATED, Need
+from skipkv_vllm.core.orders import Compaction, Observation
 from skipkv_vllm.ops.paging import Layout, PagedCache
-from skipkv_vllm.policies import ACCUMULATED, Need
-from skipkv_vllm.scheduler.planner import Compaction, Observation
 from skipkv_vllm.sentences import SentenceTables
-from skipkv_vllm.sentences.tracker import SentenceTracker, TrackedTokens
-from skipkv_vllm.worker.attention_sums import AttentionSums
 from skipkv_vllm.worker.compaction import Compactor, Job, Managed
-from skipkv_vllm.worker.queries import QueryRing
 from skipkv_vllm.worker.ranks import ALONE, Ranks
-from skipkv_vllm.worker.segments import SegmentTable
+from skipkv_vllm.worker.signals.attention_mass import AttentionSums
+from skipkv_vllm.worker.signals.queries import QueryRing
+from skipkv_vllm.worker.signals.segments import SegmentTable
+from skipkv_vllm.worker.signals.sentences import SentenceTracker, TrackedTokens
 
 LAYERS, HEADS, GROUP, DIM, HIDDEN = 4, 4, 2, 8, 6
 STAGES, WIDTH = 2, 2

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from skipkv_vllm.config import flags_table
+from skipkv_vllm.config.flags import flags_table
 from skipkv_vllm.policies import policy_names
 from skipkv_vllm.policies.table import document
 
@@ -14,7 +14,7 @@ README = (Path(__file__).parents[2] / "README.md").read_text()
 
 
 def test_the_flags_table_is_the_generated_one():
-    assert flags_table() in README, "run `python -m skipkv_vllm.config` and paste its output into README.md"
+    assert flags_table() in README, "run `python -m skipkv_vllm.config.flags` and paste its output into README.md"
 
 
 @pytest.mark.parametrize("name", policy_names())

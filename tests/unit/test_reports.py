@@ -15,9 +15,9 @@ from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest, FinishReason
 from vllm.v1.engine.output_processor import OutputProcessor, RequestOutputCollector
 from vllm.v1.engine.parallel_sampling import ParentRequest
 
-from skipkv_vllm import auxiliary
-from skipkv_vllm.compat import install_reports, reports
-from skipkv_vllm.compat.reports import Reports, Tap
+from skipkv_vllm.core import auxiliary
+from skipkv_vllm.integration.compat import install_reports, reports
+from skipkv_vllm.integration.compat.reports import Reports, Tap
 
 install_reports()
 

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 
+from skipkv_vllm.core.orders import Started, StepOrders
 from skipkv_vllm.policies import View, make_policy
 from skipkv_vllm.policies.thinkv import REASONING, TRANSITION
-from skipkv_vllm.scheduler.messages import Started, StepOrders
 from skipkv_vllm.worker import compaction
-from skipkv_vllm.worker.attention_sums import GROWTH
-from skipkv_vllm.worker.rows import StepBatch
+from skipkv_vllm.worker.batch import StepBatch
+from skipkv_vllm.worker.signals.attention_mass import GROWTH
 
 from .simulation import DOT, HIDDEN, Simulation
 

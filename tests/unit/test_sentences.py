@@ -15,12 +15,12 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from skipkv_vllm.errors import KVPolicyError
+from skipkv_vllm.core.errors import KVPolicyError
 from skipkv_vllm.ops import dispatch, native
 from skipkv_vllm.policies import SentenceOptions
 from skipkv_vllm.sentences import Sentence, SentenceTables, build_tables, segment, segment_with
 from skipkv_vllm.sentences.recurrence import GRAM
-from skipkv_vllm.sentences.tracker import SentenceTracker, TrackedTokens
+from skipkv_vllm.worker.signals.sentences import SentenceTracker, TrackedTokens
 
 # ---- tokenizers
 

@@ -22,7 +22,7 @@ from benchmarks.simulate.steptime import (
     on_gpu,
 )
 from skipkv_vllm.capacity import ModelShape
-from skipkv_vllm.scheduler.planner import Limits
+from skipkv_vllm.core.limits import Limits
 
 SHAPE = ModelShape(28, 28, 4, 128, 3584, 152064, 2)
 UNIT = StepTime(1.0, 0.0, 0.0, 0.0, 0.0, 0.0)

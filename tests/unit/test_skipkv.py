@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from skipkv_vllm import ops
-from skipkv_vllm.ops import batched
+from skipkv_vllm.ops import torch_backend as batched
 from skipkv_vllm.policies import Measured, View, make_policy
 from skipkv_vllm.policies.skipkv import SkipKV
 from tests import dense_policies

@@ -15,11 +15,12 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from vllm.model_executor.models.utils import PPMissingLayer
 
 from skipkv_vllm import bundled_model
-from skipkv_vllm.errors import KVPolicyError
+from skipkv_vllm.core.errors import KVPolicyError
+from skipkv_vllm.core.orders import Strength
 from skipkv_vllm.ops import KEYWORD_SHIFT, STATE, THOUGHT
 from skipkv_vllm.sentences import SentenceTables, build_tables, segment_with
 from skipkv_vllm.steering import SteeringVector
-from skipkv_vllm.steering.controller import SteeringController, Strength
+from skipkv_vllm.steering.controller import SteeringController
 from skipkv_vllm.steering.tables import ThoughtTables, _keyword_machine, build_thought_tables
 from skipkv_vllm.worker.runtime import StepBatch
 from skipkv_vllm.worker.steering import Steering, decoder_layers

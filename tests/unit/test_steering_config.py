@@ -9,15 +9,17 @@ from typing import Any
 import pytest
 import torch
 
-from skipkv_vllm import compat
 from skipkv_vllm.banner import banner
 from skipkv_vllm.capacity import ModelShape, Pool, capacity
-from skipkv_vllm.compat.cli import SCHEDULER, STEERED_LAYERS_KEY
 from skipkv_vllm.config import KVPolicyConfig, RequestOptions
-from skipkv_vllm.errors import KVPolicyError
-from skipkv_vllm.metrics import EvictionStatLogger, EvictionStats
+from skipkv_vllm.core.errors import KVPolicyError
+from skipkv_vllm.core.orders import Strength
+from skipkv_vllm.integration import compat
+from skipkv_vllm.integration.compat.flags import SCHEDULER, STEERED_LAYERS_KEY
+from skipkv_vllm.integration.metrics import EvictionStatLogger
+from skipkv_vllm.scheduler.stats import EvictionStats
 from skipkv_vllm.steering import SteeringVector
-from skipkv_vllm.steering.controller import Strength, Thoughts
+from skipkv_vllm.steering.controller import Thoughts
 
 from .test_block_manager_properties import Engine, drive, finish_all
 from .test_config import engine_args, make_vllm_config, parser  # noqa: F401

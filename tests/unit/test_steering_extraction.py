@@ -10,12 +10,12 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks.tiny_reasoner.problems import make_problem
 from skipkv_vllm import bundled_model
-from skipkv_vllm.errors import KVPolicyError
+from skipkv_vllm.core.errors import KVPolicyError
 from skipkv_vllm.steering import SteeringVector
-from skipkv_vllm.steering.checkpoints import open_checkpoint
-from skipkv_vllm.steering.extraction import ClassSums, measure
+from skipkv_vllm.steering.extraction.activations import ClassSums, measure
+from skipkv_vllm.steering.extraction.checkpoints import open_checkpoint
+from skipkv_vllm.steering.extraction.reasoning_texts import Trace
 from skipkv_vllm.steering.thoughts import load_keywords
-from skipkv_vllm.steering.traces import Trace
 
 KEYWORDS = load_keywords("seal")
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from skipkv_vllm import bundled_model
-from skipkv_vllm.errors import KVPolicyError
-from skipkv_vllm.steering.checkpoints import open_checkpoint
-from skipkv_vllm.steering.imports import import_vector
+from skipkv_vllm.core.errors import KVPolicyError
+from skipkv_vllm.steering.extraction.checkpoints import open_checkpoint
+from skipkv_vllm.steering.extraction.imports import import_vector
 
 SIZE = 128
 DIRECTION = torch.arange(SIZE) / SIZE

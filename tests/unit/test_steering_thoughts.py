@@ -8,7 +8,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from skipkv_vllm import bundled_model
-from skipkv_vllm.errors import KVPolicyError
+from skipkv_vllm.core.errors import KVPolicyError
 from skipkv_vllm.steering.thoughts import load_keywords, split_tokens, thoughts
 
 OPEN, CLOSED = "question<think>\n", "question"

@@ -8,8 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from skipkv_vllm.errors import KVPolicyError
-from skipkv_vllm.steering.traces import (
+from skipkv_vllm.core.errors import KVPolicyError
+from skipkv_vllm.steering.extraction.reasoning_texts import (
     BOXED,
     Problem,
     Trace,

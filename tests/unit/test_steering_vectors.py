@@ -7,7 +7,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from skipkv_vllm.errors import KVPolicyError
+from skipkv_vllm.core.errors import KVPolicyError
 from skipkv_vllm.steering import SteeringVector, tokenizer_digest
 
 VALUES = torch.tensor([3.0, 0.0, -4.0, 0.0])

@@ -12,7 +12,7 @@ from benchmarks.thinkv import calibrate, minima, silverman, valleys
 from benchmarks.thinkv import density as density_of
 from skipkv_vllm import ops
 from skipkv_vllm.config import KVPolicyConfig, RequestOptions
-from skipkv_vllm.errors import KVPolicyError
+from skipkv_vllm.core.errors import KVPolicyError
 from skipkv_vllm.policies import make_policy
 from skipkv_vllm.policies.base import Segments
 from skipkv_vllm.policies.thinkv import ThinKV, _central

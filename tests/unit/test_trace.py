@@ -15,16 +15,18 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from skipkv_vllm import auxiliary
-from skipkv_vllm import trace as trace_module
 from skipkv_vllm.config import KVPolicyConfig
-from skipkv_vllm.errors import KVPolicyError
+from skipkv_vllm.core import auxiliary
+from skipkv_vllm.core.errors import KVPolicyError
+from skipkv_vllm.core.orders import Compaction, Started
 from skipkv_vllm.policies import SentenceOptions
-from skipkv_vllm.scheduler.messages import Started
-from skipkv_vllm.scheduler.planner import Compaction
 from skipkv_vllm.sentences import SentenceTables
-from skipkv_vllm.sentences.tracker import SentenceTracker, TrackedTokens
-from skipkv_vllm.trace import Trace, TraceCollector, TraceWriter, trace_path
+from skipkv_vllm.trace import collector as trace_collector
+from skipkv_vllm.trace import files as trace_files
+from skipkv_vllm.trace.collector import TraceCollector
+from skipkv_vllm.trace.files import Trace, trace_path
+from skipkv_vllm.trace.writer import TraceWriter
+from skipkv_vllm.worker.signals.sentences import SentenceTracker, TrackedTokens
 
 DOT = 9
 TABLES = SentenceTables(frozenset({DOT}), ((8,),), True, "max")
@@ -57,7 +59,7 @@ def kept(rank: int, seed: int, keep: int) -> Tensor:
     return torch.stack(rows).view(LAYERS, HEADS, keep)
 
 
-def tracker_with_repeats() -> SentenceTracker:
+def similar(slot: int) -> tuple[Tensor, Tensor]:
     """Sentences 0 and 2 say the same, 1 something else."""
     tracker = SentenceTracker(
         TABLES,
@@ -78,7 +80,7 @@ def tracker_with_repeats() -> SentenceTracker:
             hidden=torch.tensor([[1.0, 0], [1, 0], [0, 1], [0, 1], [1, 0], [1, 0]]),
         )
     )
-    return tracker
+    return tracker.similar_pairs(slot)
 
 
 def test_two_ranks_come_back_as_one(tmp_path):
@@ -91,7 +93,7 @@ def test_two_ranks_come_back_as_one(tmp_path):
     for one in orders:
         collector.sent([one], [])
         for rank, writer in enumerate(writers):
-            writer.compacted(one, kept(rank, one.ordinal, 16), tracker_with_repeats(), 1)
+            writer.compacted(one, kept(rank, one.ordinal, 16), similar(1))
     prompt, output = [1, 2, 3, DOT], [5, 6, DOT, DOT, 8, 7, DOT, 5]
     path = finish(collector, "chat/1", prompt, output)
 
@@ -126,7 +128,7 @@ def test_stages_of_a_pipeline_come_back_as_layers(tmp_path):
         writer = TraceWriter(str(tmp_path), rank)
         writer.started("a")
         # Only the last stage, ranks 2 and 3, follows sentences.
-        writer.compacted(one, kept(rank, 0, 16), tracker_with_repeats() if rank >= 2 else None, 1)
+        writer.compacted(one, kept(rank, 0, 16), similar(1) if rank >= 2 else None)
     trace = Trace.load(finish(collector, "a", [1, 2, 3, DOT], [5, 6]))
     first, last = (torch.cat([kept(rank, 0, 16), kept(rank + 1, 0, 16)], dim=1) for rank in (0, 2))
     assert torch.equal(trace.kept[0], torch.cat([first, last]).int())
@@ -140,7 +142,7 @@ def test_parts_are_removed_and_other_requests_are_left_alone(tmp_path):
         writer.started(name)
         one = order(name, 0, 24, 24, 16)
         collector.sent([one], [])
-        writer.compacted(one, kept(0, 0, 16), None, 0)
+        writer.compacted(one, kept(0, 0, 16), None)
     finish(collector, "a", [1], [2])
     assert [p.name for p in (tmp_path / ".parts").iterdir() if p.is_dir()] == ["b"]
     finish(collector, "b", [1], [2])
@@ -156,7 +158,7 @@ def test_many_compactions_keep_their_order(tmp_path):
     for i in range(12):
         one = order("a", i, 24 + 8 * i, 24, 16)
         collector.sent([one], [])
-        writer.compacted(one, torch.full((LAYERS, HEADS, 16), i), None, 0)
+        writer.compacted(one, torch.full((LAYERS, HEADS, 16), i), None)
     trace = Trace.load(finish(collector, "a", [1], [2]))
     assert [int(rows[0, 0, 0]) for rows in trace.kept] == list(range(12))
 
@@ -171,7 +173,7 @@ def test_a_preempted_request_has_several_lives(tmp_path):
             # The ordinal starts over in every life; parts must not be mixed up.
             one = order("a", ordinal, 24 + life, 24, 16)
             collector.sent([one], [])
-            writer.compacted(one, torch.full((LAYERS, HEADS, 16), 10 * life + ordinal), None, 0)
+            writer.compacted(one, torch.full((LAYERS, HEADS, 16), 10 * life + ordinal), None)
             seen.append((life, 10 * life + ordinal))
     trace = Trace.load(finish(collector, "a", [1], [2]))
     assert trace.life.tolist() == [life for life, _ in seen] == [1, 2, 2]
@@ -185,7 +187,7 @@ def test_an_id_that_is_used_again_starts_with_life_0(tmp_path):
         writer.started("a")
         one = order("a", 0, 24, 24, 16)
         collector.sent([one], [])
-        writer.compacted(one, torch.full((LAYERS, HEADS, 16), round_), None, 0)
+        writer.compacted(one, torch.full((LAYERS, HEADS, 16), round_), None)
         trace = Trace.load(finish(collector, "a", [1], [2]))
         writer.finished(["a"])
         assert trace.life.tolist() == [0]
@@ -199,8 +201,8 @@ def test_pairs_found_at_any_compaction_are_kept(tmp_path):
     first, second = order("a", 0, 24, 24, 16), order("a", 1, 32, 24, 16)
     for one in (first, second):
         collector.sent([one], [])
-    writer.compacted(first, kept(0, 0, 16), tracker_with_repeats(), 1)
-    writer.compacted(second, kept(0, 1, 16), tracker_with_repeats(), 0)  # a slot without sentences
+    writer.compacted(first, kept(0, 0, 16), similar(1))
+    writer.compacted(second, kept(0, 1, 16), similar(0))  # a slot without sentences
     trace = Trace.load(finish(collector, "a", [1], [2]))
     assert trace.similar_pairs.tolist() == [[0, 2]]
 
@@ -251,7 +253,7 @@ def compact_once(collector: TraceCollector, writer: TraceWriter, request_id: str
     collector.sent([one] if request_id in collector._logs else [], [start])
     collector.sent([one], [])
     writer.started(request_id)
-    writer.compacted(one, kept(0, 0, 16), None, 0)
+    writer.compacted(one, kept(0, 0, 16), None)
 
 
 @pytest.fixture
@@ -264,7 +266,7 @@ def errors(caplog, monkeypatch):
 
 
 def test_a_missing_part_drops_the_trace_and_names_the_file(tmp_path, monkeypatch, errors):
-    monkeypatch.setattr(trace_module, "WAIT_SECONDS", 0.02)
+    monkeypatch.setattr(trace_collector, "WAIT_SECONDS", 0.02)
     collector, writer = make_collector(tmp_path, ranks=2), TraceWriter(str(tmp_path), 0)
     compact_once(collector, writer, "a")
     assert not finish(collector, "a", [1], [2]).exists()
@@ -285,12 +287,12 @@ def full_disk(*_args, **_options):
 def test_a_part_that_cannot_be_written_drops_the_trace_at_once(tmp_path, monkeypatch, errors):
     collector, writer = make_collector(tmp_path), TraceWriter(str(tmp_path), 0)
     with monkeypatch.context() as patch:
-        patch.setattr(trace_module, "save_file", full_disk)
+        patch.setattr(trace_files, "save_file", full_disk)
         compact_once(collector, writer, "a")
         assert writer.flush()
     started = time.monotonic()
     finish(collector, "a", [1], [2])
-    assert time.monotonic() - started < trace_module.WAIT_SECONDS / 2, "nobody waits for a part that will never come"
+    assert time.monotonic() - started < trace_collector.WAIT_SECONDS / 2, "nobody waits for a part that will never come"
     assert collector.take_dropped() == {"missing_part": 1}
     assert "No space left" in errors()[0]
     # There is space again.
@@ -308,7 +310,7 @@ def test_a_trace_that_cannot_be_written_is_dropped_and_leaves_nothing(tmp_path, 
         Path(path).write_bytes(b"half a file")
         full_disk()
 
-    monkeypatch.setattr(trace_module, "save_file", half)
+    monkeypatch.setattr(trace_files, "save_file", half)
     for _ in range(3):
         finish(collector, "a", [1], [2])
     assert collector.take_dropped() == {"not_written": 3}
@@ -329,7 +331,7 @@ def test_a_folder_that_was_removed_is_made_again(tmp_path):
 
 
 def test_a_folder_that_became_a_file_stops_nobody(tmp_path, monkeypatch, errors):
-    monkeypatch.setattr(trace_module, "WAIT_SECONDS", 0.02)
+    monkeypatch.setattr(trace_collector, "WAIT_SECONDS", 0.02)
     folder = tmp_path / "traces"
     collector, writer = make_collector(folder), TraceWriter(str(folder), 0)
     shutil.rmtree(folder)
@@ -343,14 +345,14 @@ def test_a_folder_that_became_a_file_stops_nobody(tmp_path, monkeypatch, errors)
 
 def test_storage_that_hangs_delays_nobody_and_holds_little_memory(tmp_path, monkeypatch, errors):
     collector, writer = make_collector(tmp_path), TraceWriter(str(tmp_path), 0)
-    hangs, real_save = threading.Event(), trace_module.save_file
+    hangs, real_save = threading.Event(), trace_files.save_file
 
     def slow(*args):
         hangs.wait(60)
         real_save(*args)
 
-    monkeypatch.setattr(trace_module, "save_file", slow)
-    monkeypatch.setattr(trace_module, "WAIT_SECONDS", 2)
+    monkeypatch.setattr(trace_files, "save_file", slow)
+    monkeypatch.setattr(trace_collector, "WAIT_SECONDS", 2)
     monkeypatch.setattr(collector._jobs, "_max_waiting", 4)
     monkeypatch.setattr(writer._jobs, "_max_waiting", 4)
     started = time.monotonic()
@@ -372,23 +374,23 @@ def test_storage_that_hangs_delays_nobody_and_holds_little_memory(tmp_path, monk
 
 
 def test_an_idle_engine_waits_a_moment_for_its_traces_and_once_for_storage_that_hangs(tmp_path, monkeypatch):
-    collector, hangs, real_save = make_collector(tmp_path), threading.Event(), trace_module.save_file
+    collector, hangs, real_save = make_collector(tmp_path), threading.Event(), trace_files.save_file
     waits, real_flush = [], collector._jobs.flush
     monkeypatch.setattr(collector._jobs, "flush", lambda timeout: waits.append(timeout) or real_flush(timeout))
-    monkeypatch.setattr(trace_module, "SETTLE_SECONDS", 30)
+    monkeypatch.setattr(trace_collector, "SETTLE_SECONDS", 30)
     collector.finish("a", [1], [2])
     collector.settle()
     assert trace_path(tmp_path, "a").exists()
 
-    monkeypatch.setattr(trace_module, "SETTLE_SECONDS", 0.01)
-    monkeypatch.setattr(trace_module, "save_file", lambda *args: hangs.wait(60) and real_save(*args))
+    monkeypatch.setattr(trace_collector, "SETTLE_SECONDS", 0.01)
+    monkeypatch.setattr(trace_files, "save_file", lambda *args: hangs.wait(60) and real_save(*args))
     collector.finish("b", [1], [2])
     for _ in range(50):
         collector.settle()
     assert waits == [30, 0.01], "an engine waits once for storage that hangs"
     hangs.set()
     assert collector.flush(60)
-    monkeypatch.setattr(trace_module, "SETTLE_SECONDS", 30)
+    monkeypatch.setattr(trace_collector, "SETTLE_SECONDS", 30)
     collector.finish("c", [1], [2])
     collector.settle()
     assert trace_path(tmp_path, "c").exists()
@@ -402,14 +404,14 @@ def test_a_missing_part_holds_up_no_other_trace(tmp_path, monkeypatch):
     for i in range(40):
         compact_once(collector, writer, f"r{i}")
         collector.finish(f"r{i}", [1], [2])
-    deadline = time.monotonic() + trace_module.WAIT_SECONDS / 2
+    deadline = time.monotonic() + trace_collector.WAIT_SECONDS / 2
     while len(list(tmp_path.glob("*.safetensors"))) < 40 and time.monotonic() < deadline:
         time.sleep(0.01)
     assert len(list(tmp_path.glob("*.safetensors"))) == 40
     assert not collector._jobs.is_idle, "the other trace still waits for its part"
     # It comes after all.
     writer.started("a")
-    writer.compacted(order("a", 0, 24, 24, 16), kept(0, 0, 16), None, 0)
+    writer.compacted(order("a", 0, 24, 24, 16), kept(0, 0, 16), None)
     assert collector.flush(60)
     assert len(Trace.load(trace_path(tmp_path, "a")).kept) == 1
     assert collector.take_dropped() == {}

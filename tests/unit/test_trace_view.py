@@ -22,7 +22,7 @@ from torch import Tensor
 
 from skipkv_vllm import KVPolicyError, bundled_model
 from skipkv_vllm.cli import main, trace_view
-from skipkv_vllm.trace import Trace
+from skipkv_vllm.trace.files import Trace
 
 LAYERS, HEADS, BUDGET, BUFFER = 2, 3, 16, 8
 NASTY = "</script><script>alert(1)</script><b>b</b> &amp; <!-- {{DATA}} {{TITLE}} \u2028 é😀\n\t\\ \" '"

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from skipkv_vllm.cli import trace_view
-from skipkv_vllm.trace import Trace
+from skipkv_vllm.trace.files import Trace
 from tests.unit.test_trace_view import HEADS, LAYERS, NASTY, make_trace
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")

@@ -18,15 +18,15 @@ from torch import nn
 from skipkv_vllm import bundled_model
 from skipkv_vllm.cli import main as skipkv
 from skipkv_vllm.config import KVPolicyConfig
-from skipkv_vllm.errors import KVPolicyError
+from skipkv_vllm.core.errors import KVPolicyError
 from skipkv_vllm.evaluation import RunError
-from skipkv_vllm.gates import INPUT, Gates
+from skipkv_vllm.policies.gates import INPUT, Gates
 from skipkv_vllm.training import attention, loop
 from skipkv_vllm.training import losses as losses_module
 from skipkv_vllm.training.command import initial_bias
 from skipkv_vllm.training.losses import IGNORED, losses, over_capacity
 from skipkv_vllm.training.student import Student
-from skipkv_vllm.worker.gates import TokenGates
+from skipkv_vllm.worker.signals.gates import TokenGates
 from tests import dense_policies
 
 from .simulation import FakeBlock

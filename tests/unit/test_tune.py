@@ -11,13 +11,13 @@ import pytest
 
 from skipkv_vllm.cli import main as skipkv
 from skipkv_vllm.cli import tune
-from skipkv_vllm.compat.cli import update_arguments
 from skipkv_vllm.config import CONFIG_KEY, KVPolicyConfig
-from skipkv_vllm.errors import KVPolicyError
+from skipkv_vllm.core.errors import KVPolicyError
 from skipkv_vllm.evaluation.arms import Arm
 from skipkv_vllm.evaluation.command import guarded
 from skipkv_vllm.evaluation.engine import Done, Job, Setup, with_fair_random
 from skipkv_vllm.evaluation.texts import Text
+from skipkv_vllm.integration.compat.flags import update_arguments
 from tests.unit.test_deployment import serve_parser  # noqa: F401
 from tests.unit.test_fidelity import MODEL, Engines
 

@@ -1,0 +1,19 @@
+"""Configuration: one pydantic model for the server (`server`) and one for a request (`request`).
+
+They are the only source of the command-line flags, their help, their validation and their table in the docs.
+"""
+
+from .checks import check_budget, needs_of, parse_json_object
+from .request import RequestOptions, has_our_prefix
+from .server import CONFIG_KEY, KVPolicyConfig, flag_names
+
+__all__ = [
+    "CONFIG_KEY",
+    "KVPolicyConfig",
+    "RequestOptions",
+    "check_budget",
+    "flag_names",
+    "has_our_prefix",
+    "needs_of",
+    "parse_json_object",
+]

@@ -1,0 +1,91 @@
+"""Checks that the server's configuration and a request's options share, and how their errors read."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from pydantic import ValidationError
+
+from ..core.errors import KVPolicyError
+from ..core.needs import Need
+from ..policies import Policy
+
+MAX_ALPHA = 10.0
+
+
+OPTIONAL_NEEDS = {"sentence": Need.SENTENCES, "head": Need.NOTHING}
+
+
+def needs_of(policy: Policy, granularity: str) -> Need:
+    """What must be collected to run a policy at a granularity."""
+    return policy.needs | OPTIONAL_NEEDS[granularity]
+
+
+def check_budget(field: str, budget: int, policy: Policy, window: int, high: int | None = None) -> None:
+    """Raise `KVPolicyError` unless the budget holds the window, the sinks and at least one more token."""
+    low = window + policy.num_sinks + policy.num_task(window) + 1
+    if budget < low or (high is not None and budget > high):
+        allowed = f"at least {low}" if high is None else f"{low} to {high}"
+        sinks = f" + {policy.num_sinks} sinks" if policy.num_sinks else ""
+        if num_task := policy.num_task(window):
+            sinks += f" + question of {num_task}"
+        raise KVPolicyError(
+            f"{field}={budget} is out of range; allowed: {allowed} (window of {window} tokens{sinks} + 1"
+            + ("" if high is None else ", up to max_model_len")
+            + ")"
+        )
+
+
+def check_prompt(policy: Policy, is_protected: bool) -> None:
+    """Raise `KVPolicyError` for a method about the prompt where that is protected."""
+    if policy.compacts_prompt and is_protected:
+        raise KVPolicyError(
+            f"kv_policy={policy.name!r} compacts the prompt, which is protected; start the server with "
+            "--no-kv-protect-prompt, or choose a method that evicts what the model writes"
+        )
+
+
+def check_task(field: str, policy: Policy, window: int) -> None:
+    """Raise `KVPolicyError` unless the window holds the question: it is scored by queries of the window."""
+    if (num_task := policy.num_task(window)) > window:
+        raise KVPolicyError(
+            f"{field}={num_task} is out of range; allowed: 1 to {window} (kv_window, whose queries are kept); raise "
+            "--kv-window or name fewer tokens"
+        )
+
+
+def need_names(needs: Need) -> str:
+    return " and ".join(str(need.name).lower() for need in Need if need in needs)
+
+
+def describe(error: ValidationError) -> str:
+    """One readable line per failed field: name, value, what is allowed."""
+    lines = []
+    for item in error.errors():
+        field = ".".join(str(part) for part in item["loc"])
+        cause = item.get("ctx", {}).get("error")
+        if isinstance(cause, KVPolicyError):
+            lines.append(str(cause))
+        elif item["type"] == "extra_forbidden":
+            lines.append(f"{field} is not an option")
+        else:
+            lines.append(f"{field}={item['input']!r}: {item['msg'][0].lower()}{item['msg'][1:]}")
+    return "; ".join(lines)
+
+
+def parse_json_object(flag: str, text: str) -> dict[str, Any]:
+    """Read a JSON object from a flag.
+
+    Raises:
+        KVPolicyError: text that is not JSON, or not an object.
+    """
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise KVPolicyError(
+            f"{flag}: {text!r} is not valid JSON ({error}); quote it for the shell, e.g. '{{\"recent_share\": 0.4}}'"
+        ) from None
+    if not isinstance(value, dict):
+        raise KVPolicyError(f"{flag}: {text!r} is JSON but not an object; write e.g. '{{\"recent_share\": 0.4}}'")
+    return value

@@ -1,0 +1,221 @@
+"""What a request may set, and what its names may be mistaken for."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import itertools
+import re
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from ..core.errors import KVPolicyError
+from ..core.needs import IN_THE_CACHE
+from ..core.orders import Strength
+from ..policies import Policy, make_policy
+from .checks import MAX_ALPHA, check_budget, check_prompt, check_task, describe, need_names, needs_of
+from .server import CONFIG_KEY, OFF, KVPolicyConfig, flag_names
+
+MAX_NAMES, MAX_NAME_LENGTH = 1024, 64
+
+
+SIMILAR_NAMES = 0.85
+"""`difflib` ratio from which a name is taken for another one with a typing error"""
+
+
+class RequestOptions(BaseModel):
+    """What a request may set, through `vllm_xargs` or `SamplingParams.extra_args`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    kv_policy: str | None = Field(
+        None, description='Method for this request; "full" keeps everything. Default: the server\'s.'
+    )
+    kv_budget: int | None = Field(None, description="Budget of this request. Default: the server's.")
+    kv_task_tokens: int | None = Field(
+        None,
+        ge=1,
+        le=64,
+        description="Tokens of the question at the prompt's end, for methods that score by it. Default: the method's.",
+    )
+    steering: str | None = Field(
+        None, description='Name of a registered steering vector, or "off". Default: the server\'s.'
+    )
+    steering_alpha0: float | None = Field(
+        None, ge=-MAX_ALPHA, le=MAX_ALPHA, allow_inf_nan=False, description="Strength at first. Default: the server's."
+    )
+    steering_gamma: float | None = Field(
+        None, ge=-1, le=1, allow_inf_nan=False, description="Strength per thought. Default: the server's."
+    )
+
+    @classmethod
+    def parse(
+        cls,
+        extra_args: dict[str, Any] | None,
+        config: KVPolicyConfig,
+        max_model_len: int,
+        *,
+        check_names: bool = True,
+    ) -> RequestOptions:
+        """Read and check a request's options; keys that are not ours are left alone.
+
+        Args:
+            extra_args: the request's `vllm_xargs` or `extra_args`.
+            config: of the server.
+            max_model_len: of the model.
+            check_names: refuse names that are nearly ours; False where that was done before.
+
+        Raises:
+            KVPolicyError: naming the field, the value and what is allowed.
+        """
+        given = extra_args or {}
+        if check_names:
+            cls.check_names(given)
+        ours = {key: value for key, value in given.items() if key in cls.model_fields}
+        try:
+            options = cls(**ours)
+        except ValidationError as error:
+            raise KVPolicyError(describe(error)) from None
+        policy = options.resolve_policy(config)
+        options._check_steering(config)
+        if policy.name != "full" and not config.evicts:
+            raise KVPolicyError(
+                f"kv_policy={options.kv_policy!r} is not served here, where nothing is evicted; start the server with "
+                "--kv-policy, or choose 'full'"
+            )
+        policy.check_complete()
+        check_prompt(policy, config.kv_protect_prompt)
+        check_task("kv_task_tokens", policy, config.kv_window)
+        missing = needs_of(policy, config.kv_granularity) & ~(config.needs | IN_THE_CACHE)
+        if missing:
+            raise KVPolicyError(
+                f"kv_policy={options.kv_policy!r} needs {need_names(missing)}, which this server does not collect; "
+                f"start it with --kv-request-policies {options.kv_policy}, or choose {config.kv_policy!r} or 'full'"
+            )
+        if options.kv_budget is not None:
+            check_budget("kv_budget", options.kv_budget, policy, config.kv_window, max_model_len)
+        else:
+            # The server's budget holds its own method's sinks, which may be fewer.
+            check_budget("kv_budget", config.kv_budget, policy, config.kv_window)
+        return options
+
+    @classmethod
+    def check_names(cls, names: Iterable[str]) -> None:
+        """Refuse names that are nearly ours: an option that is not understood would be ignored silently.
+
+        Raises:
+            KVPolicyError: naming the option that was meant, or the flag where it is set for the whole server.
+        """
+        # A client may send any number of names of any length: no request has nearly as many, and none is as long.
+        for name in itertools.islice(map(str, names), MAX_NAMES):
+            is_foreign = len(name) > MAX_NAME_LENGTH or name in cls.model_fields
+            meant = None if is_foreign else meant_option(name)
+            if meant is None:
+                continue
+            if meant in cls.model_fields:
+                raise KVPolicyError(f"{name!r} is not a request option; did you mean {meant!r}?")
+            if meant == CONFIG_KEY:
+                problem = "is not a request option; write options side by side, each by its own name"
+            else:
+                problem = f"is set for the whole server, not for a request; start it with {flag_names()[meant]}"
+            raise KVPolicyError(f"{name!r} {problem}. A request may set: {', '.join(cls.model_fields)}")
+
+    def _check_steering(self, config: KVPolicyConfig) -> None:
+        if self.steering is not None and not config.steers:
+            if self.steering != OFF:
+                raise KVPolicyError(
+                    f"steering={self.steering!r}: this server has no steering vectors; start it with "
+                    "--kv-steering-vectors"
+                )
+        elif self.steering not in (None, OFF, *config.kv_steering_vectors):
+            raise KVPolicyError(
+                f"steering={self.steering!r} is not registered; choose one of: "
+                f"{', '.join((OFF, *config.kv_steering_vectors))}"
+            )
+        if self.vector(config) is None:
+            for field in ("steering_alpha0", "steering_gamma"):
+                if getattr(self, field) is not None:
+                    raise KVPolicyError(
+                        f"{field}={getattr(self, field)} is given but this request is not steered; name a vector "
+                        f"with 'steering': {', '.join(config.kv_steering_vectors) or 'none is registered'}"
+                    )
+
+    def check_streaming(self) -> None:
+        """Refuse what a streaming-input session cannot do: its prompt grows, so it keeps everything unsteered.
+
+        Raises:
+            KVPolicyError: naming the options.
+        """
+        harmless = {"kv_policy": "full", "steering": OFF}
+        asked = self.model_dump(exclude_none=True)
+        if refused := [f"{name}={value!r}" for name, value in asked.items() if value != harmless.get(name)]:
+            raise KVPolicyError(
+                f"{', '.join(refused)} cannot be had in a streaming-input session, which keeps everything and is not "
+                "steered; leave it out, or send the input as separate requests"
+            )
+
+    def vector(self, config: KVPolicyConfig) -> str | None:
+        """Name of the vector that this request is steered with."""
+        name = config.kv_steering_default if self.steering is None else self.steering
+        return None if name == OFF else name
+
+    def strength(self, config: KVPolicyConfig) -> Strength:
+        """How strongly this request is steered."""
+        return Strength(
+            config.kv_steering_alpha0 if self.steering_alpha0 is None else self.steering_alpha0,
+            config.kv_steering_gamma if self.steering_gamma is None else self.steering_gamma,
+            float("inf") if config.kv_steering_alpha_max is None else config.kv_steering_alpha_max,
+        )
+
+    def resolve_policy(self, config: KVPolicyConfig) -> Policy:
+        """The method of this request: the server's own, or another one with its default parameters."""
+        own = self.kv_policy is None or self.kv_policy == config.kv_policy
+        policy = config.policy if own else make_policy(str(self.kv_policy))
+        return policy if self.kv_task_tokens is None else policy.with_task(self.kv_task_tokens)
+
+
+@functools.lru_cache(maxsize=4096)
+def meant_option(name: str) -> str | None:
+    """The option of a request, or else of the server, that a name looks like; None for another's name.
+
+    Upper case, separators and the prefixes `kv` and `skipkv` make no difference, nor does a typing error in a name
+    that has such a prefix. `CONFIG_KEY` is the answer for names with our own prefix that look like no option.
+    """
+    if name in KVPolicyConfig.model_fields:
+        return name
+    letters, core = _letters(name), _core(name)
+    cores, spelt = _options_by(_core), _options_by(_letters)
+    if core in cores:
+        return cores[core]
+    wanted = letters if letters == core else f"kv{core}"
+    # The ratio counts letters that match, and these are cheap bounds of their number.
+    near = [
+        option
+        for option in spelt
+        if 2 * min(len(wanted) - len(set(wanted) - set(option)), len(option))
+        >= SIMILAR_NAMES * (len(wanted) + len(option))
+    ]
+    if close := difflib.get_close_matches(wanted, near, n=1, cutoff=SIMILAR_NAMES):
+        return spelt[close[0]]
+    return CONFIG_KEY if letters.startswith(CONFIG_KEY) else None
+
+
+def has_our_prefix(name: str) -> bool:
+    """Whether a name begins with `kv` or `skipkv`, in any spelling."""
+    return _letters(name) != _core(name)
+
+
+@functools.cache
+def _options_by(form: Callable[[str], str]) -> dict[str, str]:
+    # The options of a request come last, so that they win where the server has one of the same form.
+    return {form(name): name for name in (*KVPolicyConfig.model_fields, *RequestOptions.model_fields)}
+
+
+def _letters(name: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", name.casefold())
+
+
+def _core(name: str) -> str:
+    return re.sub(r"^(?:(?:skip)?kv)+", "", _letters(name))

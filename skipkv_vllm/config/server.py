@@ -1,0 +1,340 @@
+"""The configuration of a server: a field here is a flag of `vllm serve` and an argument of `LLM`."""
+
+from __future__ import annotations
+
+import functools
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from ..core.errors import KVPolicyError
+from ..core.needs import ACCUMULATED, NUM_ACCUMULATED, REPEATS, Need
+from ..policies import Policy, check_policy_name, make_policy, policy_names
+from ..policies.gates import Gates
+from ..steering import SteeringVector
+from .checks import MAX_ALPHA, check_budget, check_prompt, check_task, describe, needs_of
+
+CONFIG_KEY = "skipkv"
+"""Key of the configuration in vLLM's `additional_config`."""
+
+OFF = "off"
+"""What `kv_steering_default` and a request's `steering` say for no steering."""
+
+GROUPING_WIDTH, GROUPING_MAX_WAIT = 256, 5.0
+_VECTOR_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+class KVPolicyConfig(BaseModel):
+    """KV-cache policy of a server."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+    kv_policy: str = Field(
+        "full",
+        description="Eviction method that keeps the KV cache of every running request within the budget: "
+        + ", ".join(policy_names())
+        + '. "full" evicts nothing.',
+    )
+    kv_budget: int = Field(
+        1024,
+        ge=2,
+        strict=True,
+        description="Tokens of KV a request is compacted to, prompt included. A prompt longer than the "
+        "budget raises the bound of its own request.",
+    )
+    kv_buffer: int = Field(
+        128,
+        ge=1,
+        strict=True,
+        description="Tokens a request may grow beyond the budget before it is compacted: it never holds "
+        "more than budget + buffer.",
+    )
+    kv_window: int = Field(
+        8,
+        ge=1,
+        le=64,
+        strict=True,
+        description="Newest tokens that always survive; their queries score the older ones.",
+    )
+    kv_granularity: Literal["head", "sentence"] = Field(
+        "head",
+        description='"head": every layer and kv head keeps its own tokens (the paper\'s method). '
+        '"sentence": whole sentences leave, the same for all layers and heads.',
+    )
+    kv_protect_prompt: bool = Field(
+        True, description="Never evict the prompt. Off reproduces the paper, which evicts it like any other text."
+    )
+    kv_defer_prompt: bool = Field(
+        False,
+        description="With --no-kv-protect-prompt: hold a prompt longer than the bound whole until --kv-window more "
+        "tokens are written, and let their queries choose what stays of it; methods about the prompt choose as soon as "
+        "it is computed. Off: it is compacted between chunks, which bounds memory during prefill too.",
+    )
+    kv_admission: Literal["bounded", "optimistic"] = Field(
+        "bounded",
+        description='"bounded": a request starts once all the pages it may ever hold fit beside those of the running '
+        'ones, so none is ever preempted. "optimistic": it starts once its prompt fits, as in stock vLLM; more run at '
+        "once while they are short, and some are preempted and computed again when they grow.",
+    )
+    kv_policy_config: dict[str, Any] = Field(
+        default_factory=dict,
+        description='Parameters of the method as JSON, e.g. {"recent_share": 0.4, "decay": 0.8}.',
+    )
+    kv_request_policies: list[str] = Field(
+        default_factory=list,
+        description="Further methods that a request may choose with its `kv_policy`, on top of those whose inputs "
+        "the server's own method collects anyway.",
+    )
+    kv_batch_grouping: Literal["off", "prefill-length"] = Field(
+        "off",
+        description='"prefill-length": waiting requests of similar prompt length are admitted together. '
+        "docs/scheduling.md says when that helps.",
+    )
+    kv_grouping_width: int = Field(
+        GROUPING_WIDTH, ge=1, strict=True, description="Tokens by which the prompts of a group may differ."
+    )
+    kv_grouping_max_wait: float = Field(
+        GROUPING_MAX_WAIT,
+        ge=0,
+        allow_inf_nan=False,
+        description="Seconds past its turn, in order of arrival, from which no later request is admitted before a "
+        "waiting one. 0 is order of arrival.",
+    )
+    kv_prefix_eviction: Literal["lru", "guard"] = Field(
+        "lru",
+        description='Which page of the prefix cache gives way to a new one: "lru", as in stock vLLM, or "guard", which '
+        "follows LRU where it is right and does not fail where prompts come round in turn.",
+    )
+    kv_trace_dir: str | None = Field(
+        None, description="Write one replayable <request-id>.safetensors per finished request into this folder."
+    )
+    kv_check_integrity: bool = Field(
+        False, description="Verify all bookkeeping after every step. Slow; for tests and bug reports."
+    )
+    kv_steering_vectors: dict[str, str] = Field(
+        default_factory=dict,
+        description="Steering vectors that requests may name, as NAME=PATH (see `skipkv extract-vector`). They "
+        "make the model doubt less and go on; also with --kv-policy full.",
+    )
+    kv_steering_default: str = Field(
+        OFF, description='Vector of requests that name none with their `steering`; "off" steers only those that do.'
+    )
+    kv_steering_alpha0: float = Field(
+        1.0,
+        ge=-MAX_ALPHA,
+        le=MAX_ALPHA,
+        allow_inf_nan=False,
+        description="Strength at first: the vector is added this many times at the end of each thought.",
+    )
+    kv_steering_gamma: float = Field(
+        0.02,
+        ge=-1,
+        le=1,
+        allow_inf_nan=False,
+        description="What each thought that is no execution (a doubt, a change of approach) adds to the strength.",
+    )
+    kv_steering_alpha_max: float | None = Field(
+        None, gt=0, le=MAX_ALPHA, allow_inf_nan=False, description="The most that the strength grows to."
+    )
+    kv_steering_interval: int = Field(
+        128, ge=1, le=2**31 - 1, strict=True, description="Positions after which the strength is brought up to date."
+    )
+    kv_steering_compat: Literal["default", "reference"] = Field(
+        "default",
+        description='"reference": the rules of the published code, which counts the thoughts of the prompt and may '
+        "steer its last token.",
+    )
+
+    @field_validator("kv_policy")
+    @classmethod
+    def _known_policy(cls, value: str) -> str:
+        make_policy(value)
+        return value
+
+    @field_validator("kv_request_policies")
+    @classmethod
+    def _known_policies(cls, value: list[str]) -> list[str]:
+        for name in value:
+            if "," in name:
+                raise KVPolicyError(f"kv_request_policies={name!r} is no name; put names with spaces between them")
+            check_policy_name("kv_request_policies", name)
+        return value
+
+    @field_validator("kv_trace_dir")
+    @classmethod
+    def _absolute(cls, value: str | None) -> str | None:
+        return None if value is None else str(Path(value).expanduser().absolute())
+
+    @field_validator("kv_steering_vectors", mode="before")
+    @classmethod
+    def _pairs(cls, value: Any) -> Any:
+        """Flags come as a list of NAME=PATH."""
+        if not isinstance(value, list):
+            return value
+        pairs = [str(pair).partition("=") for pair in value]
+        for name, equals, path in pairs:
+            if not (equals and path):
+                raise KVPolicyError(
+                    f"kv_steering_vectors: {name + equals!r} is not NAME=PATH; write e.g. math=/models/math.safetensors"
+                )
+        names = [name for name, *_ in pairs]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise KVPolicyError(f"kv_steering_vectors: {', '.join(twice)} is given twice; names must differ")
+        return {name: path for name, _, path in pairs}
+
+    @field_validator("kv_steering_vectors")
+    @classmethod
+    def _named_files(cls, value: dict[str, str]) -> dict[str, str]:
+        for name in value:
+            if name == OFF or not _VECTOR_NAME.fullmatch(name):
+                raise KVPolicyError(
+                    f"kv_steering_vectors: {name!r} cannot be a name; use letters, digits, '.', '_' and '-', "
+                    f"and not {OFF!r}"
+                )
+        return {name: str(Path(path).expanduser().absolute()) for name, path in value.items()}
+
+    @model_validator(mode="after")
+    def _consistent(self) -> KVPolicyConfig:
+        check_budget("kv_budget", self.kv_budget, self.policy, self.kv_window)
+        for policy in self.policies:
+            policy.check_complete()
+            check_prompt(policy, self.kv_protect_prompt)
+        check_task("kv_policy_config: task_tokens", self.policy, self.kv_window)
+        if self.policy.name == "full" and self.kv_policy_config:
+            raise KVPolicyError("kv_policy_config is given but kv_policy is 'full', which has no parameters")
+        if self.policy.name == "full" and self.kv_request_policies:
+            raise KVPolicyError(
+                "kv_request_policies is given but kv_policy is 'full', which switches eviction off; start the server "
+                'with one of them as --kv-policy and let requests choose "full"'
+            )
+        steering = {name for name in self.model_fields_set if name.startswith("kv_steering_")}
+        changed = {n for n in steering if getattr(self, n) != KVPolicyConfig.model_fields[n].get_default()}
+        if not self.kv_steering_vectors and (changed := changed - {"kv_steering_vectors"}):
+            flags = ", ".join(flag_names()[name] for name in sorted(changed))
+            raise KVPolicyError(
+                f"{flags} given without --kv-steering-vectors, so nothing would be steered; register a vector"
+            )
+        if self.kv_steering_default not in (OFF, *self.kv_steering_vectors):
+            raise KVPolicyError(
+                f"kv_steering_default={self.kv_steering_default!r} is not registered; choose one of: "
+                f"{', '.join((OFF, *self.kv_steering_vectors))}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _repeats(self) -> KVPolicyConfig:
+        if REPEATS in self.needs:
+            raise KVPolicyError(
+                "kv_policy and kv_request_policies compare sentences in two ways, by hidden states and by words, of "
+                "which a server can collect one; drop one of the methods"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _deferral(self) -> KVPolicyConfig:
+        if self.kv_defer_prompt and self.kv_protect_prompt:
+            raise KVPolicyError(
+                "kv_defer_prompt is given but the prompt is protected, so it would do nothing; add "
+                "--no-kv-protect-prompt or drop --kv-defer-prompt"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _scheduling(self) -> KVPolicyConfig:
+        if self.kv_batch_grouping == "off":
+            defaults = {"kv_grouping_width": GROUPING_WIDTH, "kv_grouping_max_wait": GROUPING_MAX_WAIT}
+            for name, default in defaults.items():
+                if getattr(self, name) != default:
+                    raise KVPolicyError(
+                        f"{name}={getattr(self, name)} is given but kv_batch_grouping is 'off', so it would do "
+                        "nothing; add --kv-batch-grouping prefill-length"
+                    )
+        for name, stock in {"kv_batch_grouping": "off", "kv_prefix_eviction": "lru"}.items():
+            if getattr(self, name) != stock and not self.is_active:
+                raise KVPolicyError(
+                    f"{name} is given but kv_policy is 'full' and nothing is steered, which leaves vLLM's "
+                    f"scheduler alone; name another --kv-policy or drop {flag_names()[name]}"
+                )
+        return self
+
+    @functools.cached_property
+    def policy(self) -> Policy:
+        """The configured method."""
+        return make_policy(self.kv_policy, self.kv_policy_config)
+
+    @property
+    def policies(self) -> list[Policy]:
+        """The configured method and the further ones; who names the configured one among these gets it as it is."""
+        further = [name for name in self.kv_request_policies if name != self.kv_policy]
+        return [self.policy, *map(make_policy, further)]
+
+    @property
+    def evicts(self) -> bool:
+        """Whether anything can be evicted on this server."""
+        return self.kv_policy != "full"
+
+    @property
+    def steers(self) -> bool:
+        """Whether a request can be steered on this server."""
+        return bool(self.kv_steering_vectors)
+
+    @property
+    def is_active(self) -> bool:
+        """Whether this server differs from stock vLLM."""
+        return self.evicts or self.steers
+
+    def load_vectors(self) -> list[SteeringVector]:
+        """The registered vectors, in order; a request's row of the table is the number of its vector, from 1.
+
+        Raises:
+            KVPolicyError: a file that is missing or no vector.
+        """
+        vectors = []
+        for name, path in self.kv_steering_vectors.items():
+            try:
+                vectors.append(SteeringVector.load(path))
+            except KVPolicyError as error:
+                raise KVPolicyError(f"kv_steering_vectors: {name}: {error}") from None
+        return vectors
+
+    @functools.cached_property
+    def gates(self) -> Gates | None:
+        """The learned gates of the policy, None where it needs none.
+
+        Raises:
+            KVPolicyError: a file that is missing or holds no gates.
+        """
+        return Gates.load(self.policy.gates_file) if self.needs & Need.GATES else None
+
+    @functools.cached_property
+    def needs(self) -> Need:
+        """What the runtime of this server collects."""
+        needs = Need.NOTHING
+        for policy in self.policies:
+            needs |= needs_of(policy, self.kv_granularity)
+        return needs
+
+    @property
+    def num_queries(self) -> int:
+        """Newest queries that the workers keep of each request."""
+        return max(self.kv_window, NUM_ACCUMULATED if self.needs & ACCUMULATED else 0)
+
+    @classmethod
+    def parse(cls, values: dict[str, Any]) -> KVPolicyConfig:
+        """Build from flag values.
+
+        Raises:
+            KVPolicyError: with one line per bad field.
+        """
+        try:
+            return cls(**values)
+        except ValidationError as error:
+            raise KVPolicyError(describe(error)) from None
+
+
+@functools.cache
+def flag_names() -> dict[str, str]:
+    """Field name -> flag, for all fields of `KVPolicyConfig`."""
+    return {name: "--" + name.replace("_", "-") for name in KVPolicyConfig.model_fields}

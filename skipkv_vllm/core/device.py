@@ -1,0 +1,12 @@
+"""Copies from host to device."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def to_device(values: object, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Host numbers as a device tensor, without making the host wait."""
+    host = torch.as_tensor(values, dtype=dtype)
+    return host if device.type == "cpu" else host.pin_memory().to(device, non_blocking=True)

@@ -1,0 +1,111 @@
+"""What was evicted: counted by the scheduler, exported to Prometheus by the API server, and told to each client."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from prometheus_client import Counter, Gauge
+from vllm.v1.metrics.loggers import StatLoggerBase
+
+from ..core.auxiliary import auxiliary
+from ..scheduler.stats import SKIPPED, THOUGHTS, TRACES_DROPPED
+from ..steering.controller import KINDS
+from ..trace.collector import DROP_REASONS
+from .compat import has_policy, install_client_check, install_reports, policy_config, received_report
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+# vLLM loads this module wherever it builds an engine's client, before anything else of it.
+install_client_check()
+
+LABELLED = {SKIPPED: "skipped", THOUGHTS: "thoughts", TRACES_DROPPED: "traces_dropped"}
+"""Prefixes of names in a report, whose rest is a label of this counter."""
+
+
+class EvictionStatLogger(StatLoggerBase):
+    """Entry point `vllm.stat_logger_plugins`: exports the reports of one engine.
+
+    Does nothing on a server without a KV policy. Names do not begin with `vllm:`, because vLLM clears
+    that prefix when it rebuilds its own metrics.
+    """
+
+    _metrics: dict[str, Any] | None = None
+
+    def __init__(self, vllm_config: VllmConfig, engine_index: int = 0, *_: Any, **__: Any) -> None:
+        self._engine = str(engine_index)
+        if not has_policy(vllm_config):
+            return
+        # A client whose configuration came from another process may not have met a policy before.
+        install_reports()
+        with auxiliary("update the metrics"):
+            if EvictionStatLogger._metrics is None:
+                EvictionStatLogger._metrics = _make_metrics()
+            config = policy_config(vllm_config)
+            budget = config.kv_budget if config.evicts else 0
+            EvictionStatLogger._metrics["budget_tokens"].labels(self._engine).set(budget)
+
+    def record(self, scheduler_stats: Any, *_: Any, **__: Any) -> None:
+        """Add one report to the metrics."""
+        if self._metrics is None:
+            return
+        for name, value in (received_report(scheduler_stats) or {}).items():
+            with auxiliary("update the metrics"):
+                self._add(self._metrics, name, value)
+
+    def _add(self, metrics: dict[str, Any], name: str, value: float) -> None:
+        for prefix, counter in LABELLED.items():
+            if name.startswith(prefix):
+                metrics[counter].labels(self._engine, name.removeprefix(prefix)).inc(value)
+                return
+        if isinstance(metrics[name], Gauge):
+            metrics[name].labels(self._engine).set(value)
+        else:
+            metrics[name].labels(self._engine).inc(value)
+
+    def log_engine_initialized(self) -> None:
+        """Make the counters visible at zero, so that a dashboard can tell "none" from "absent"."""
+        known_labels = {"thoughts": KINDS, "traces_dropped": DROP_REASONS, "skipped": ()}
+        for name, metric in (self._metrics or {}).items():
+            if name not in known_labels:
+                metric.labels(self._engine)
+            for label in known_labels.get(name, ()):
+                metric.labels(self._engine, label)
+
+
+# A later vLLM may ask for further methods. Without a policy this class must work there too, doing nothing.
+EvictionStatLogger.__abstractmethods__ = frozenset()
+
+
+def _make_metrics() -> dict[str, Any]:
+    return {
+        "compactions": Counter("skipkv_compactions", "Compactions of running requests.", ["engine"]),
+        "evicted_tokens": Counter("skipkv_evicted_tokens", "Tokens whose KV was evicted.", ["engine"]),
+        "probes": Counter(
+            "skipkv_probes", "Compactions by queries of tokens that were computed ahead and thrown away.", ["engine"]
+        ),
+        "freed_pages": Counter("skipkv_freed_pages", "KV pages given back by compactions.", ["engine"]),
+        "skipped": Counter(
+            "skipkv_skipped", "Things the policy could not do as configured, by reason.", ["engine", "reason"]
+        ),
+        "steered_tokens": Counter(
+            "skipkv_steered_tokens", "Tokens that a vector was added to, of requests that ended.", ["engine"]
+        ),
+        "thoughts": Counter(
+            "skipkv_thoughts", "Sentences of steered requests that ended, by kind.", ["engine", "kind"]
+        ),
+        "traces_dropped": Counter(
+            "skipkv_traces_dropped", "Traces that could not be written, by reason.", ["engine", "reason"]
+        ),
+        "budget_tokens": _gauge(
+            "skipkv_budget_tokens", "Tokens that a request keeps unless it asks for others; 0 where nothing is evicted."
+        ),
+        "resident_tokens": _gauge("skipkv_resident_tokens", "Tokens whose KV is held by running requests."),
+        "logical_tokens": _gauge("skipkv_logical_tokens", "Prompt and output tokens of running requests."),
+        "promised_pages": _gauge("skipkv_promised_pages", "KV pages that running requests may come to hold."),
+        "peak_pages": _gauge("skipkv_peak_pages", "Most KV pages in use at once since the server started."),
+    }
+
+
+def _gauge(name: str, text: str) -> Gauge:
+    return Gauge(name, text, ["engine"], multiprocess_mode="mostrecent")

@@ -1,0 +1,155 @@
+"""Adapter for vLLM's Model Runner V1."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..core.needs import Need
+from ..worker.batch import Evicted, StepBatch
+from ..worker.runtime import EvictionRuntime
+from . import compat
+from .build import bind_cache, build_runtime
+from .forward import Prober
+
+if TYPE_CHECKING:
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner as _Base
+else:
+    _Base = object
+
+
+class EvictingRunnerV1(_Base):
+    """Physical lengths for the KV cache, logical lengths for everything else."""
+
+    runtime: EvictionRuntime
+    _begun: Any = None
+    """the step whose orders were carried out ahead of `execute_model`"""
+
+    def build_runtime(self) -> None:
+        """Allocate what eviction needs; the worker calls it once the model is loaded."""
+        self.runtime = build_runtime(self.vllm_config, self.get_model(), self.device)
+
+    def initialize_kv_cache(self, kv_cache_config: Any, *args: Any, **kwargs: Any) -> None:
+        super().initialize_kv_cache(kv_cache_config, *args, **kwargs)
+        if not kwargs.get("is_profiling", bool(args and args[0])):
+            bind_cache(self.runtime, self.vllm_config, kv_cache_config)
+            if self.runtime.config.needs & Need.PROBE:
+                assert self.runtime.ring is not None
+                self.runtime.prober = Prober(self, self.runtime.ring)
+
+    def begin_step(self, scheduler_output: Any) -> None:
+        """Carry out a step's orders; `execute_model` does it unless it was done before."""
+        self._begun = scheduler_output
+        orders = compat.received_orders(scheduler_output)
+        # Before the step zeroes or writes any page: pages freed by a compaction may be reused in it.
+        self.runtime.begin_step(orders, scheduler_output.finished_req_ids, scheduler_output.preempted_req_ids or ())
+        for order in orders.compactions if orders else ():
+            blocks = (list(order.target_pages),)
+            self.requests[order.request_id].block_ids = blocks
+            row = self.input_batch.req_id_to_index.get(order.request_id)
+            if row is not None:
+                self.input_batch.block_table.add_row(blocks, row)
+
+    def execute_model(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+        if scheduler_output is not self._begun:
+            self.begin_step(scheduler_output)
+        output = super().execute_model(scheduler_output, *args, **kwargs)
+        if self.runtime.gates is not None:
+            self.runtime.gates.store(self.input_batch.block_table[0].slot_mapping.gpu)
+        if self.execute_model_state is not None:
+            state = self.execute_model_state
+            self.runtime.finish_forward(self.input_ids.gpu, state.hidden_states, state.logits)
+        return output
+
+    def num_evicted_tokens(self, num_scheduled_tokens: np.ndarray) -> np.ndarray | None:
+        """Get ready for the forward pass; int32 `[R]` tokens that each request no longer holds, or None."""
+        batch = self._step_batch(num_scheduled_tokens, int(num_scheduled_tokens.sum()))
+        evicted = self.runtime.prepare(batch)
+        self.runtime.steer(batch, self.input_ids.gpu)
+        return None if evicted is None else evicted.host
+
+    def _step_batch(self, num_scheduled_tokens: np.ndarray, num_tokens: int) -> StepBatch:
+        n = self.input_batch.num_reqs
+        starts = self.input_batch.num_computed_tokens_cpu[:n]
+        return StepBatch(self.input_batch.req_ids[:n], num_scheduled_tokens, starts, num_tokens)
+
+    def _dummy_run(self, *args: Any, **kwargs: Any) -> Any:
+        self.runtime.prepare_dummy()
+        return super()._dummy_run(*args, **kwargs)
+
+
+class OnHost(NamedTuple):
+    """The runner's buffers as NumPy arrays where the device is the CPU: for a few numbers a step NumPy takes a third of
+    PyTorch's time, and a tenth of that of vLLM's slot mapping, which starts threads."""
+
+    seq_lens: np.ndarray
+    positions: np.ndarray
+    pages: np.ndarray
+    slots: np.ndarray
+
+
+class HookedRunnerV1(EvictingRunnerV1):
+    """The same where vLLM does not ask for `num_evicted_tokens` (`patches/0005`)."""
+
+    _evicted: Evicted | None = None
+    """of the batch in preparation"""
+    _on_host: OnHost | None = None
+
+    def initialize_kv_cache(self, kv_cache_config: Any, *args: Any, **kwargs: Any) -> None:
+        super().initialize_kv_cache(kv_cache_config, *args, **kwargs)
+        # vLLM may have replaced the block table with the cache, so it is hooked here.
+        table = self.input_batch.block_table
+        if table.compute_slot_mapping == self._map_slots:
+            return
+        self._stock_map_slots, table.compute_slot_mapping = table.compute_slot_mapping, self._map_slots
+        self._optimistic_seq_lens = self.optimistic_seq_lens_cpu.numpy()
+        if self.device.type == "cpu":
+            pages = table[0]
+            self._page_size = pages.block_size
+            on_host = (self.seq_lens, self.positions, pages.block_table.gpu, pages.slot_mapping.gpu)
+            self._on_host = OnHost(*(tensor.numpy() for tensor in on_host))
+        else:
+            self._slot_positions = torch.zeros_like(self.positions)
+
+    def _prepare_inputs(self, scheduler_output: Any, num_scheduled_tokens: np.ndarray) -> Any:
+        total = scheduler_output.total_num_scheduled_tokens
+        batch = self._step_batch(num_scheduled_tokens, total)
+        evicted = self._evicted = self.runtime.prepare(batch)
+        prepared = super()._prepare_inputs(scheduler_output, num_scheduled_tokens)
+        self.runtime.steer(batch, self.input_ids.gpu)
+        if evicted is not None:
+            n = self.input_batch.num_reqs
+            # After super(): until here vLLM compares these lengths with logical ones.
+            self._optimistic_seq_lens[:n] -= evicted.host
+            if self._on_host is None:
+                self.seq_lens[:n].sub_(evicted.device)
+            else:
+                self._on_host.seq_lens[:n] -= evicted.host
+        return prepared
+
+    def _map_slots(self, num_reqs: int, query_start_loc: Tensor, positions: Tensor) -> None:
+        """Stands in for the block table's `compute_slot_mapping`: slots come from physical positions."""
+        if self._on_host is not None:
+            self._map_slots_on_host(self._on_host, positions.shape[0])
+            return
+        if self._evicted is not None:
+            total = positions.shape[0]
+            offset = self._evicted.device
+            if total > num_reqs:
+                offset = offset[self.req_indices.gpu[:total].long()]
+            positions = torch.sub(positions, offset, out=self._slot_positions[:total])
+        self._stock_map_slots(num_reqs, query_start_loc, positions)
+
+    def _map_slots_on_host(self, host: OnHost, num_tokens: int) -> None:
+        rows, positions = self.req_indices.np[:num_tokens], host.positions[:num_tokens]
+        if self._evicted is not None:
+            positions = positions - self._evicted.host[rows]
+        page, within = np.divmod(positions, self._page_size)
+        np.add(host.pages[rows, page].astype(np.int64) * self._page_size, within, out=host.slots[:num_tokens])
+
+    def _dummy_run(self, *args: Any, **kwargs: Any) -> Any:
+        self._evicted = None
+        return super()._dummy_run(*args, **kwargs)

@@ -1,0 +1,130 @@
+"""Adapter for vLLM's Model Runner V2."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from ..core.device import to_device
+from ..worker.batch import Evicted, StepBatch
+from ..worker.runtime import EvictionRuntime
+from . import compat
+from .build import bind_cache, build_runtime
+
+if TYPE_CHECKING:
+    from vllm.v1.worker.gpu.model_runner import GPUModelRunner as _Base
+else:
+    _Base = object
+
+
+class EvictingRunnerV2(_Base):
+    """Physical lengths for the KV cache, logical lengths for everything else.
+
+    `input_batch.seq_lens` stays logical, because sampling reads it. Attention gets a persistent buffer of
+    physical lengths instead, also while graphs are captured, so that FULL graphs read it on replay.
+    """
+
+    evicts_kv_tokens = True  # read by vLLM where it has `num_evicted_tokens`
+    runtime: EvictionRuntime
+    _begun: Any = None
+    """the step whose orders were carried out ahead of `execute_model`"""
+
+    def build_runtime(self) -> None:
+        """Allocate what eviction needs; the worker calls it once the model is loaded."""
+        self.runtime = build_runtime(self.vllm_config, self.get_model(), self.device)
+
+    def initialize_kv_cache(self, kv_cache_config: Any, *args: Any, **kwargs: Any) -> None:
+        super().initialize_kv_cache(kv_cache_config, *args, **kwargs)
+        if not kwargs.get("is_profiling", bool(args and args[0])):
+            bind_cache(self.runtime, self.vllm_config, kv_cache_config)
+
+    def begin_step(self, scheduler_output: Any) -> None:
+        """Carry out a step's orders; `execute_model` does it unless it was done before."""
+        self._begun = scheduler_output
+        orders = compat.received_orders(scheduler_output)
+        # Before the step zeroes or writes any page: pages freed by a compaction may be reused in it.
+        self.runtime.begin_step(orders, scheduler_output.finished_req_ids, scheduler_output.preempted_req_ids or ())
+        for order in orders.compactions if orders else ():
+            row = self.req_states.req_id_to_index[order.request_id]
+            self.block_tables.append_block_ids(row, (list(order.target_pages),), overwrite=True)
+
+    def execute_model(self, scheduler_output: Any, *args: Any, dummy_run: bool = False, **kwargs: Any) -> Any:
+        if dummy_run:
+            self.runtime.prepare_dummy()
+            return super().execute_model(scheduler_output, *args, dummy_run=True, **kwargs)
+        if scheduler_output is not self._begun:
+            self.begin_step(scheduler_output)
+        output = super().execute_model(scheduler_output, *args, dummy_run=False, **kwargs)
+        if self.runtime.gates is not None:
+            self.runtime.gates.store(self.block_tables.slot_mappings[0])
+        state = self.execute_model_state
+        if state is not None and state.hidden_states is not None:
+            self.runtime.finish_forward(state.input_batch.input_ids, state.hidden_states)
+        return output
+
+    def capture_model(self, *args: Any, **kwargs: Any) -> Any:
+        # Warm-up ran steps without requests; what they need not do must be in the graphs all the same.
+        self.runtime.prepare_dummy()
+        return super().capture_model(*args, **kwargs)
+
+    def num_evicted_tokens(self, input_batch: Any) -> np.ndarray | None:
+        """Get ready for the forward pass; int32 `[R]` tokens that each request no longer holds, or None."""
+        evicted = self._prepare(input_batch)
+        return None if evicted is None else evicted.host
+
+    def _prepare(self, inputs: Any) -> Evicted | None:
+        counts, starts = inputs.num_scheduled_tokens, inputs.num_computed_tokens_np
+        batch = StepBatch(inputs.req_ids, counts, starts, inputs.num_tokens)
+        self.runtime.steer(batch, inputs.input_ids)
+        return self.runtime.prepare(batch)
+
+
+class HookedRunnerV2(EvictingRunnerV2):
+    """The same where vLLM does not ask for `num_evicted_tokens` (`patches/0006`)."""
+
+    _evicted: Evicted | None = None
+    """of the batch in preparation"""
+
+    def build_runtime(self) -> None:
+        super().build_runtime()
+        self._resident_seq_lens = torch.zeros(self.max_num_reqs, dtype=torch.int32, device=self.device)
+        self._slot_positions = torch.zeros(self.max_num_tokens, dtype=torch.int64, device=self.device)
+        self._stock_prepare_attn = self.model_state.prepare_attn
+        self.model_state.prepare_attn = self._prepare_attn_metadata
+
+    def execute_model(self, scheduler_output: Any, *args: Any, dummy_run: bool = False, **kwargs: Any) -> Any:
+        if dummy_run:
+            self._evicted = None
+        return super().execute_model(scheduler_output, *args, dummy_run=dummy_run, **kwargs)
+
+    def prepare_attn(self, input_batch: Any) -> Any:
+        """Slot mappings from physical positions; RoPE keeps `input_batch.positions`."""
+        evicted = self._evicted = self._prepare(input_batch)
+        if evicted is None:
+            return super().prepare_attn(input_batch)
+        positions = self._slot_positions[: input_batch.positions.shape[0]]
+        positions.copy_(input_batch.positions)
+        total, by_token = input_batch.num_tokens, evicted.device
+        if total > input_batch.num_reqs:
+            by_token = to_device(np.repeat(evicted.host, input_batch.num_scheduled_tokens), torch.int64, self.device)
+        positions[:total].sub_(by_token)
+        return super().prepare_attn(dataclasses.replace(input_batch, positions=positions))
+
+    def _prepare_attn_metadata(self, input_batch: Any, *args: Any, **kwargs: Any) -> Any:
+        """Stands in for the model state's `prepare_attn`: the same with physical sequence lengths."""
+        rows = input_batch.seq_lens.shape[0]
+        seq_lens = self._resident_seq_lens[:rows]
+        seq_lens.copy_(input_batch.seq_lens)
+        upper_bound = input_batch.seq_lens_cpu_upper_bound
+        evicted = self._evicted
+        if evicted is not None:
+            n = input_batch.num_reqs
+            seq_lens[:n].sub_(evicted.device)
+            # Some backends plan pages from this one as if it were exact.
+            upper_bound = upper_bound.clone()
+            upper_bound[:n].sub_(torch.from_numpy(evicted.host))
+        physical = dataclasses.replace(input_batch, seq_lens=seq_lens, seq_lens_cpu_upper_bound=upper_bound)
+        return self._stock_prepare_attn(physical, *args, **kwargs)

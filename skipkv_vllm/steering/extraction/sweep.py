@@ -1,0 +1,57 @@
+"""Which layer to steer: lengths and accuracies of a grid of layers and strengths on development problems."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+from ...core.errors import KVPolicyError
+
+
+class Outcome(NamedTuple):
+    """An answer: whether it is right, its length in tokens, and whether it was cut off."""
+
+    correct: bool
+    length: int
+    truncated: bool
+
+
+class Cell(NamedTuple):
+    """A cell of the grid.
+
+    Attributes:
+        layer: None for the model as it is.
+        alpha0: strength, 0 for the model as it is.
+        accuracy, truncated: shares of 1.
+        mean_length: tokens.
+    """
+
+    layer: int | None
+    alpha0: float
+    accuracy: float
+    mean_length: float
+    truncated: float
+
+
+def cell(layer: int | None, alpha0: float, outcomes: Sequence[Outcome]) -> Cell:
+    """The means of some answers."""
+    correct, lengths, truncated = zip(*outcomes, strict=True)
+    count = len(outcomes)
+    return Cell(layer, alpha0, sum(correct) / count, sum(lengths) / count, sum(truncated) / count)
+
+
+def choose(plain: Cell, cells: Iterable[Cell], tolerance: float) -> Cell:
+    """The cell with the shortest answers whose accuracy is at most `tolerance` below the model's as it is.
+
+    Of equally short ones the more accurate, then the weaker, then the earlier layer.
+
+    Raises:
+        KVPolicyError: no such cell has shorter answers.
+    """
+    good = [c for c in cells if c.accuracy >= plain.accuracy - tolerance and c.mean_length < plain.mean_length]
+    if not good:
+        raise KVPolicyError(
+            f"no layer and strength shortened the answers ({plain.mean_length:.0f} tokens) at an accuracy within "
+            f"{100 * tolerance:g} points of {plain.accuracy:.1%}; try other strengths (--alpha0) or keywords"
+        )
+    return min(good, key=lambda c: (c.mean_length, -c.accuracy, c.alpha0, c.layer))

@@ -1,0 +1,72 @@
+"""The worker's side of traces: one part per compaction."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..core.auxiliary import BackgroundJobs, auxiliary, report_failure
+from ..core.orders import Compaction
+from .files import FLUSH_SECONDS, TOO_MANY, on_host, part_path, save_tensors
+
+MAX_PARTS_WAITING = 64
+
+
+class TraceWriter:
+    """Worker side: leaves a part for each compaction. It waits for the device, as tracing must, never for storage."""
+
+    def __init__(self, folder: str, rank: int) -> None:
+        self._folder = Path(folder)
+        self._rank = rank
+        self._lives: dict[str, int] = {}
+        self._jobs = BackgroundJobs("write a trace part", MAX_PARTS_WAITING)
+
+    def started(self, request_id: str) -> None:
+        """A request starts or starts over."""
+        self._lives[request_id] = self._lives.get(request_id, -1) + 1
+
+    def finished(self, request_ids: Iterable[str]) -> None:
+        """These requests are gone for good."""
+        for request_id in request_ids:
+            self._lives.pop(request_id, None)
+
+    def compacted(self, order: Compaction, kept: Tensor, similar: tuple[Tensor, Tensor] | None) -> None:
+        """Record a compaction.
+
+        Args:
+            order: what was carried out.
+            kept: `[layers, heads, num_keep]`, ascending positions of the survivors.
+            similar: `similar_pairs` and `similarity` of `Trace` so far; None where sentences are not compared here.
+        """
+        with auxiliary("write a trace part"):
+            tensors = {"kept": kept.to(torch.int32)}
+            if similar is not None:
+                tensors["similar_pairs"], tensors["similarity"] = similar
+            path = part_path(self._folder, order.request_id, self._lives[order.request_id], order.ordinal, self._rank)
+            job, instead = functools.partial(_write_part, on_host(tensors), path), functools.partial(_lose, path)
+            if not self._jobs.submit(job, instead):
+                report_failure("write a trace part", TOO_MANY)
+
+    def flush(self, timeout: float = FLUSH_SECONDS) -> bool:
+        """Wait for the parts to be written; False if that takes longer than `timeout` seconds."""
+        return self._jobs.flush(timeout)
+
+
+def _write_part(tensors: dict[str, Tensor], path: Path) -> None:
+    try:
+        save_tensors(tensors, path)
+    except Exception:
+        _lose(path)
+        raise
+
+
+def _lose(path: Path) -> None:
+    """Tell the scheduler not to wait for a part, if as little as that can be written."""
+    # Where the folder is gone the trace was dropped already.
+    with contextlib.suppress(OSError):
+        path.with_suffix(".lost").touch()
