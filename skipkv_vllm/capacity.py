@@ -129,7 +129,7 @@ class Capacity:
         pages: pages with the policy.
         pages_full: pages that the same memory would hold without it.
         bound: tokens that a request of this prompt holds at most once it decodes.
-        request_pages: pages that it holds at most, those included that are lent to it for tokens computed ahead.
+        request_pages: pages that it holds at most, with those of tokens computed ahead.
         request_pages_full: pages that a request of this length holds at its end without the policy.
         length: that length.
         fit: requests at their bound that the pages hold.
@@ -213,7 +213,7 @@ def capacity(
     state = shape.state_bytes(config, pool.max_num_seqs, pool.max_length, pool.max_tokens)
     state_of_one = ceil_div(state, pool.max_num_seqs)
     pages_full = (pool.num_pages * page * (kv + sidecar) + state) // (page * kv)
-    request_pages = Demand(most_tokens(limits, length), 0, limits.probing).num_pages(page)
+    request_pages = Demand(most_tokens(limits, length), 0, limits.lookahead).num_blocks(page)
     request_pages_full = ceil_div(length, page)
     fit, fit_full = pool.num_pages // request_pages, pages_full // request_pages_full
     bytes_of_one = ceil_div(limits.bound, page) * page * (kv + sidecar) + state_of_one

@@ -49,7 +49,7 @@ def settings_of(job: Job, number: int) -> Settings:
         protect_prompt=arguments["kv_protect_prompt"],
         defer_prompt=arguments.get("kv_defer_prompt", False),
         parameters=tuple(parameters.items()) if job.policies[number] == arguments["kv_policy"] else (),
-        num_task=(job.options[number] if job.options else {}).get("kv_task_tokens", 8),
+        num_question=(job.options[number] if job.options else {}).get("kv_task_tokens", 8),
         **(arguments["kv_policy_config"] if job.policies[number] == arguments["kv_policy"] in ("laq", "finch") else {}),
     )
 

@@ -70,7 +70,7 @@ class Settings:
     window: int = 8
     protect_prompt: bool = True
     defer_prompt: bool = False
-    num_task: int = 8
+    num_question: int = 8
     ask_chunks: bool = False
     lookahead: int = LOOKAHEAD
     with_window: bool = False
@@ -621,7 +621,7 @@ class Request:
         first = max(first, NUM_SINKS.get(self._settings.method, 0))
         pinned = (self._positions < first) | (self._positions >= self._num_computed - self._settings.window)
         if self._settings.method == "finch":
-            task = self._num_prompt - self._settings.num_task
+            task = self._num_prompt - self._settings.num_question
             pinned |= (self._positions >= task) & (self._positions < self._num_prompt)
         return pinned
 
@@ -712,11 +712,11 @@ class Request:
         if self._settings.ask_chunks and self._num_computed < self._num_prompt:
             # The same cache with the question behind it.
             cache = self._held_by(torch.ones(self._positions.shape, dtype=torch.bool))
-            question = self._text[self._num_prompt - self._settings.num_task : self._num_prompt]
+            question = self._text[self._num_prompt - self._settings.num_question : self._num_prompt]
             _, _, asking = self._model.forward(question, self._num_computed, cache)
         for i, layer in enumerate(cache.layers):
             queries = asking[i].unflatten(0, (layer.keys.shape[1], -1)).transpose(1, 2)  # [heads, W, group, D]
-            queries = queries[:, -self._settings.num_task :] if in_prompt else queries
+            queries = queries[:, -self._settings.num_question :] if in_prompt else queries
             for head in range(len(queries)):
                 found = dense_policies.finch(queries[head], layer.keys[0, head])
                 scores[i, head] = torch.tensor(found[: scores.shape[2]])

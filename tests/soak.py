@@ -279,7 +279,7 @@ def check_nothing_left(llm: vllm.LLM) -> None:
         "steering": [scheduler._steered, manager._private_from],
         "planner": [planner._requests, planner.earliest],
         "pages": [manager.req_to_blocks, manager.num_cached_block, manager._evicted, manager._num_intact],
-        "lent pages": [manager._borrowed],
+        "lookahead blocks": [manager._borrowed],
         "ledger": [ledger._demands, ledger._own, ledger._shared, ledger._holders],
         "worker": [runtime._requests, runtime._sums._sums, runner.requests, runner.input_batch.req_id_to_index],
         "segments": [runtime._segments._sparsity, runtime._segments._memory],

@@ -16,14 +16,14 @@ from torch import Tensor
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
-from skipkv_vllm.core.needs import OBSERVED, Need
+from skipkv_vllm.core.needs import FROM_RECENT_QUERIES, Need
 from skipkv_vllm.ops.paging import Layout, PagedCache
 from skipkv_vllm.policies import Policy, View
 from skipkv_vllm.worker.signals.sentences import SentenceTracker, TrackedTokens
 
 from .allocation import Allocation
 
-NOT_HERE = OBSERVED | Need.GATES | Need.PROBE
+NOT_HERE = FROM_RECENT_QUERIES | Need.GATES | Need.LOOKAHEAD
 """What policies cannot have in this cache."""
 
 

@@ -24,12 +24,12 @@ def needs_of(policy: Policy, granularity: str) -> Need:
 
 def check_budget(field: str, budget: int, policy: Policy, window: int, high: int | None = None) -> None:
     """Raise `KVPolicyError` unless the budget holds the window, the sinks and at least one more token."""
-    low = window + policy.num_sinks + policy.num_task(window) + 1
+    low = window + policy.num_sinks + policy.num_question(window) + 1
     if budget < low or (high is not None and budget > high):
         allowed = f"at least {low}" if high is None else f"{low} to {high}"
         sinks = f" + {policy.num_sinks} sinks" if policy.num_sinks else ""
-        if num_task := policy.num_task(window):
-            sinks += f" + question of {num_task}"
+        if num_question := policy.num_question(window):
+            sinks += f" + question of {num_question}"
         raise KVPolicyError(
             f"{field}={budget} is out of range; allowed: {allowed} (window of {window} tokens{sinks} + 1"
             + ("" if high is None else ", up to max_model_len")
@@ -46,12 +46,12 @@ def check_prompt(policy: Policy, is_protected: bool) -> None:
         )
 
 
-def check_task(field: str, policy: Policy, window: int) -> None:
+def check_question(field: str, policy: Policy, window: int) -> None:
     """Raise `KVPolicyError` unless the window holds the question: it is scored by queries of the window."""
-    if (num_task := policy.num_task(window)) > window:
+    if (num_question := policy.num_question(window)) > window:
         raise KVPolicyError(
-            f"{field}={num_task} is out of range; allowed: 1 to {window} (kv_window, whose queries are kept); raise "
-            "--kv-window or name fewer tokens"
+            f"{field}={num_question} is out of range; allowed: 1 to {window} (kv_window, whose queries are kept); "
+            "raise --kv-window or name fewer tokens"
         )
 
 

@@ -15,7 +15,7 @@ from ..core.errors import KVPolicyError
 from ..core.needs import IN_THE_CACHE
 from ..core.orders import Strength
 from ..policies import Policy, make_policy
-from .checks import MAX_ALPHA, check_budget, check_prompt, check_task, describe, need_names, needs_of
+from .checks import MAX_ALPHA, check_budget, check_prompt, check_question, describe, need_names, needs_of
 from .server import CONFIG_KEY, OFF, KVPolicyConfig, flag_names
 
 MAX_NAMES, MAX_NAME_LENGTH = 1024, 64
@@ -87,7 +87,7 @@ class RequestOptions(BaseModel):
             )
         policy.check_complete()
         check_prompt(policy, config.kv_protect_prompt)
-        check_task("kv_task_tokens", policy, config.kv_window)
+        check_question("kv_task_tokens", policy, config.kv_window)
         missing = needs_of(policy, config.kv_granularity) & ~(config.needs | IN_THE_CACHE)
         if missing:
             raise KVPolicyError(
@@ -173,7 +173,7 @@ class RequestOptions(BaseModel):
         """The method of this request: the server's own, or another one with its default parameters."""
         own = self.kv_policy is None or self.kv_policy == config.kv_policy
         policy = config.policy if own else make_policy(str(self.kv_policy))
-        return policy if self.kv_task_tokens is None else policy.with_task(self.kv_task_tokens)
+        return policy if self.kv_task_tokens is None else policy.with_question(self.kv_task_tokens)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -14,7 +14,7 @@ from ..core.needs import ACCUMULATED, NUM_ACCUMULATED, REPEATS, Need
 from ..policies import Policy, check_policy_name, make_policy, policy_names
 from ..policies.gates import Gates
 from ..steering import SteeringVector
-from .checks import MAX_ALPHA, check_budget, check_prompt, check_task, describe, needs_of
+from .checks import MAX_ALPHA, check_budget, check_prompt, check_question, describe, needs_of
 
 CONFIG_KEY = "skipkv"
 """Key of the configuration in vLLM's `additional_config`."""
@@ -201,7 +201,7 @@ class KVPolicyConfig(BaseModel):
         for policy in self.policies:
             policy.check_complete()
             check_prompt(policy, self.kv_protect_prompt)
-        check_task("kv_policy_config: task_tokens", self.policy, self.kv_window)
+        check_question("kv_policy_config: task_tokens", self.policy, self.kv_window)
         if self.policy.name == "full" and self.kv_policy_config:
             raise KVPolicyError("kv_policy_config is given but kv_policy is 'full', which has no parameters")
         if self.policy.name == "full" and self.kv_request_policies:

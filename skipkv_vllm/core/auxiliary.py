@@ -1,4 +1,4 @@
-"""Output that a server can do without: metrics, traces, reports. It must never stop the server."""
+"""Auxiliary output (metrics, traces, reports) must never stop a server."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ logger = logging.getLogger("vllm.skipkv")
 
 LOG_EVERY_SECONDS = 60.0
 _reported: dict[str, tuple[float, int]] = {}
-"""by kind of output: when a failure was last logged, and how many came since"""
+"""kind of output -> time of the last logged failure, and number of failures since"""
 
 
 def report_failure(what: str, error: object) -> None:
     """Log a failure, at most one line a minute for each kind of output.
 
     Args:
-        what: what could not be done, e.g. "write a trace".
+        what: what failed, e.g. "write a trace".
         error: what went wrong.
     """
     last, unreported = _reported.get(what, (float("-inf"), 0))
@@ -37,7 +37,7 @@ def report_failure(what: str, error: object) -> None:
 
 @contextlib.contextmanager
 def auxiliary(what: str) -> Iterator[None]:
-    """Run a block whose failure is logged and not raised; see `report_failure`."""
+    """Run a block and log its failure instead of raising it; see `report_failure`."""
     try:
         yield
     except Exception as error:
@@ -45,13 +45,13 @@ def auxiliary(what: str) -> Iterator[None]:
 
 
 class BackgroundJobs:
-    """Runs jobs in order in one thread, so that slow or hung storage delays nobody who submits them.
+    """Run jobs in order in one thread, so that slow or hung storage never delays the caller.
 
-    The thread is a daemon and starts with the first job. What a job lets through is logged.
+    The thread is a daemon and starts with the first job. An exception of a job is logged.
 
     Args:
-        what: what they do, for the log; see `report_failure`.
-        max_waiting: jobs that may wait at once.
+        what: what the jobs do, for the log; see `report_failure`.
+        max_waiting: most jobs that may wait at once.
     """
 
     def __init__(self, what: str, max_waiting: int) -> None:
@@ -66,10 +66,10 @@ class BackgroundJobs:
 
         Args:
             job: what to run.
-            instead: small; it runs after some later job where this one cannot be taken.
+            instead: a small job; it runs after some later job if this one cannot be taken.
 
         Returns:
-            False where too many jobs wait, or where no thread can be started.
+            False if too many jobs wait, or if no thread can be started.
         """
         if self._jobs.qsize() >= self._max_waiting or not self._is_running():
             self._instead.append(instead)
@@ -78,7 +78,7 @@ class BackgroundJobs:
         return True
 
     def again(self, job: Callable[[], None]) -> None:
-        """Queue a job behind the others, from within a job that cannot be finished yet."""
+        """Queue a job behind the others; for a job that cannot finish yet."""
         self._jobs.put(job)
 
     @property
@@ -111,7 +111,7 @@ class BackgroundJobs:
             job = self._jobs.get()
             with auxiliary(self._what):
                 job()
-            # Not held until the next job comes.
+            # Release its memory before the next job comes.
             del job
             while self._instead:
                 with auxiliary(self._what):

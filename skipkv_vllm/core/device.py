@@ -7,6 +7,6 @@ from torch import Tensor
 
 
 def to_device(values: object, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Host numbers as a device tensor, without making the host wait."""
+    """Copy host numbers to a device tensor without blocking the host."""
     host = torch.as_tensor(values, dtype=dtype)
     return host if device.type == "cpu" else host.pin_memory().to(device, non_blocking=True)

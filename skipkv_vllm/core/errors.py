@@ -1,4 +1,4 @@
-"""The errors this package raises on purpose."""
+"""Errors that this package raises on purpose."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from __future__ import annotations
 class KVPolicyError(ValueError):
     """Bad input, or a set-up in which the KV policy cannot act.
 
-    The message names the field, the value, what is allowed and the remedy. vLLM's OpenAI server turns a
+    The message names the field, the value, the allowed range and the remedy. vLLM's OpenAI server turns a
     `ValueError` raised while a request is validated into HTTP 400, so a bad request never stops it.
 
     Attributes:
-        field: of a request's body, that is to blame; empty where it is an option of ours.
+        field: the field of the request's body at fault; empty for an option of ours.
     """
 
     def __init__(self, message: str, field: str = "") -> None:

@@ -11,20 +11,32 @@ def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
-@dataclass(frozen=True)
-class Limits:
-    """What one request may hold, in tokens.
+class LookaheadTokens(NamedTuple):
+    """Tokens of a request while others are computed ahead for it.
 
     Attributes:
-        budget: B, what it is compacted to.
-        buffer: b, how far it may grow beyond that.
-        window: W, newest tokens that always survive.
-        protected: length of the prompt where it is protected, else 0.
-        deferred: tokens that are held whole at first, before anything is evicted, where that is more than the bound.
-        prompt_end: length of a prompt that is compacted as soon as it is computed, if it is longer than what is kept;
-            else 0.
-        num_ahead: tokens that are decoded ahead at that compaction, on a temporary copy.
-        num_asked: tokens of a question that is appended at each compaction before that one; else 0.
+        held: tokens that it holds then.
+        extra: tokens that need lookahead blocks.
+    """
+
+    held: int = 0
+    extra: int = 0
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How many tokens one request may hold.
+
+    Attributes:
+        budget: B, the length it is compacted to.
+        buffer: b, how far it may grow beyond the budget.
+        window: W, number of newest tokens that always survive.
+        protected: prompt length if the prompt is protected, else 0.
+        deferred: tokens held whole before the first eviction, if that is more than the bound.
+        prompt_end: length of a prompt that is compacted as soon as it is computed, provided it is longer than what is
+            kept; else 0.
+        num_draft: tokens decoded ahead at that compaction, on a temporary copy.
+        num_question: tokens of the question that is appended at each compaction before the prompt's end; else 0.
     """
 
     budget: int
@@ -33,8 +45,8 @@ class Limits:
     protected: int
     deferred: int = 0
     prompt_end: int = 0
-    num_ahead: int = 0
-    num_asked: int = 0
+    num_draft: int = 0
+    num_question: int = 0
 
     @property
     def keep(self) -> int:
@@ -48,7 +60,7 @@ class Limits:
 
     @property
     def first_bound(self) -> int:
-        """Resident length that triggers the first compaction at the latest, and the most the request ever holds."""
+        """Resident length that triggers the first compaction at the latest; the request never holds more."""
         return max(self.bound, self.deferred)
 
     @property
@@ -57,45 +69,45 @@ class Limits:
         return min(self.first_bound, self.prompt_end if self.prompt_end > self.keep else self.first_bound)
 
     @property
-    def probing(self) -> tuple[int, int]:
-        """Most tokens held when others are computed ahead, and those for which pages are lent then; else 0."""
-        if self.num_ahead and self.prompt_end > self.keep:
-            return min(self.prompt_end, self.first_bound), self.lent(self.prompt_end)
-        if self.num_asked and self.prompt_end > self.first_bound:
-            return self.first_bound, self.num_asked
-        return 0, 0
+    def lookahead(self) -> LookaheadTokens:
+        """Tokens at the compaction with the most lookahead; zeros if nothing is computed ahead."""
+        if self.num_draft and self.prompt_end > self.keep:
+            return LookaheadTokens(min(self.prompt_end, self.first_bound), self.num_lookahead(self.prompt_end))
+        if self.num_question and self.prompt_end > self.first_bound:
+            return LookaheadTokens(self.first_bound, self.num_question)
+        return LookaheadTokens()
 
-    def lent(self, num_logical: int) -> int:
-        """Tokens for which pages are lent at a compaction: those computed ahead, and what is copied for them."""
+    def num_lookahead(self, num_logical: int) -> int:
+        """Tokens of the lookahead blocks of a compaction: those computed ahead, and the copy of the cache they need."""
         if num_logical < self.prompt_end:
-            return self.num_asked
-        return self.keep + self.num_ahead if self.num_ahead and num_logical == self.prompt_end else 0
+            return self.num_question
+        return self.keep + self.num_draft if self.num_draft and num_logical == self.prompt_end else 0
 
     @property
     def cacheable(self) -> int:
-        """Tokens it may take from the prefix cache: the last W before a compaction are computed, for their queries."""
+        """Tokens it may take from the prefix cache; the last W before a compaction are computed for their queries."""
         return self.first_due - self.window
 
 
 def most_tokens(limits: Limits | None, longest: int) -> int:
-    """Tokens that a request of at most `longest` tokens ever holds at once."""
+    """Return the most tokens that a request of at most `longest` tokens ever holds at once."""
     return longest if limits is None else min(limits.first_bound, longest)
 
 
 class Demand(NamedTuple):
-    """What one request may need.
+    """The most that one request may need.
 
     Attributes:
         num_tokens: most tokens it ever holds.
-        num_intact: leading pages that it will never write to if it finds them in the prefix cache.
-        probing: `Limits.probing`.
+        num_intact: number of leading blocks that it never writes to if the prefix cache has them.
+        lookahead: see `Limits.lookahead`.
     """
 
     num_tokens: int
     num_intact: int
-    probing: tuple[int, int] = (0, 0)
+    lookahead: LookaheadTokens = LookaheadTokens()
 
-    def num_pages(self, page_size: int) -> int:
-        """Most pages that it takes at once."""
-        held, scratch = self.probing
-        return max(ceil_div(self.num_tokens, page_size), ceil_div(held, page_size) + ceil_div(scratch, page_size))
+    def num_blocks(self, block_size: int) -> int:
+        """Return the most blocks that it takes at once."""
+        held, extra = (ceil_div(num_tokens, block_size) for num_tokens in self.lookahead)
+        return max(ceil_div(self.num_tokens, block_size), held + extra)

@@ -6,7 +6,7 @@ from enum import Flag, auto
 
 
 class Need(Flag):
-    """What the runtime must collect for a policy; a policy pays only for what it reads."""
+    """An input of policies. The workers collect only the needs of a server's policies."""
 
     NOTHING = 0
     QUERIES = auto()
@@ -14,43 +14,39 @@ class Need(Flag):
     KEYS = auto()
     """the held keys, gathered in positional order"""
     VALUES = auto()
-    """the held values, likewise"""
+    """the held values, gathered in positional order"""
     SENTENCES = auto()
-    """sentence boundaries (from token ids)"""
+    """sentence boundaries, from token ids"""
     HIDDEN = auto()
-    """sentence embeddings and the penalties of repeated sentences (from last hidden states)"""
+    """sentence embeddings and the penalties of repeated sentences, from last hidden states"""
     RECURRENCE = auto()
-    """how much of each sentence later text repeats (from token ids)"""
+    """share of each sentence that later text repeats, from token ids"""
     ATTENTION_MASS = auto()
-    """the attention that every held token has received so far; comes with the keys and queries it is made of"""
+    """attention that each held token has received so far; needs keys and queries"""
     OUTPUT_ERROR = auto()
-    """what leaving a held token out changes in the outputs of the queries since it was written, on average; comes with
-    the keys, values and queries it is made of; not together with `ATTENTION_MASS`"""
+    """mean change in recent outputs if a held token were left out; needs keys, values and queries; excludes
+    `ATTENTION_MASS`"""
     SEGMENTS = auto()
-    """how sparse attention was at the end of every segment of the text, and a number that the method keeps of each;
-    not together with `ATTENTION_MASS`"""
+    """sparsity of attention at the end of each segment of the text, and a number that the method keeps of each;
+    excludes `ATTENTION_MASS`"""
     GATES = auto()
-    """what learned gates said of every held token when it was written; `Policy.gates_file` names them"""
-    PROBE = auto()
-    """queries of tokens that are computed ahead, see `Probe`"""
+    """output of learned gates for each held token, computed when it was written; see `Policy.gates_file`"""
+    LOOKAHEAD = auto()
+    """queries of tokens that are computed ahead, see `LookaheadPlan`"""
 
 
 IN_THE_CACHE = Need.KEYS | Need.VALUES
-"""What is there without being collected."""
-
+"""Inputs already in the KV cache; collecting them costs nothing."""
 
 ACCUMULATED = Need.ATTENTION_MASS | Need.OUTPUT_ERROR
-"""Sums over all queries, so every query is used once."""
-
+"""Sums over all queries; each query is added once."""
 
 NUM_ACCUMULATED = 32
-"""Queries that the workers keep of each request for such sums, and use together. More take memory, fewer make more
-passes over the keys; the sums are the same."""
+"""Queries per request that are kept for such sums and added together. More of them take memory, fewer need more passes
+over the keys; the sums are the same."""
 
-
-OBSERVED = ACCUMULATED | Need.SEGMENTS
-"""What is made of the attention of queries while they are there."""
-
+FROM_RECENT_QUERIES = ACCUMULATED | Need.SEGMENTS
+"""Computed from recent queries before the ring overwrites them."""
 
 REPEATS = Need.HIDDEN | Need.RECURRENCE
-"""What says of a sentence whether a later one repeats it; a server collects one of the two."""
+"""Ways to tell whether a later sentence repeats an earlier one; a server collects one of the two."""

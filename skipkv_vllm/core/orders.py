@@ -5,57 +5,78 @@ from __future__ import annotations
 from typing import NamedTuple
 
 
-class Compaction(NamedTuple):
-    """An order to the workers: a planned compaction with the pages that the block manager assigned.
+class Started(NamedTuple):
+    """Start managing the cache of a request, or start over after a preemption.
 
     Attributes:
-        request_id: whose cache.
-        num_logical: tokens computed so far; the newest held token has position `num_logical - 1`.
-        num_resident: tokens held before, in the first slots of `source_pages`.
-        num_keep: tokens held afterwards, in the first slots of `target_pages`.
-        source_pages: block ids before.
-        target_pages: block ids afterwards, a page each either the same as before or fresh.
-        ordinal: number of compactions of this request before this one.
-        scratch_pages: block ids for tokens that are computed ahead, and for the copy of the cache that this takes, see
-            `policies.Probe`; nobody holds them, and other orders of the step do not use them.
+        request_id: the request.
+        policy: name of its method.
+        num_prompt: prompt length.
+        protected: number of prompt tokens that must survive.
+        first_tracked: logical position from which its sentences are tracked.
+        num_question: length of the question at the prompt's end, if the request sets it; else 0.
     """
 
     request_id: str
-    num_logical: int
-    num_resident: int
-    num_keep: int
-    source_pages: list[int]
-    target_pages: list[int]
-    ordinal: int
-    scratch_pages: list[int] = []
-
-    @property
-    def num_evicted_before(self) -> int:
-        """Tokens evicted by earlier compactions; both sides know it, so the worker can check."""
-        return self.num_logical - self.num_resident
+    policy: str
+    num_prompt: int
+    protected: int
+    first_tracked: int
+    num_question: int = 0
 
 
-class Observation(NamedTuple):
-    """An order to the workers: look at the attention of the newest queries. They add it to the mass of the held
-    tokens, or note how sparse it is, whichever the request's method needs.
+class Accumulation(NamedTuple):
+    """Measure the attention of a request's newest queries before the ring overwrites them.
+
+    The workers add it to the sums of the held tokens or record how sparse it is, whichever the method needs.
 
     Attributes:
-        request_id: whose cache.
+        request_id: the request.
         num_logical: tokens computed so far.
-        num_resident: tokens held, in the first slots of `pages`.
-        num_queries: queries to look at, the newest; at most as many as the workers keep.
-        pages: block ids.
+        num_resident: tokens held, in the first slots of `blocks`.
+        num_queries: number of newest queries to measure, at most as many as the ring keeps.
+        blocks: block ids.
     """
 
     request_id: str
     num_logical: int
     num_resident: int
     num_queries: int
-    pages: list[int]
+    blocks: list[int]
+
+
+class Compaction(NamedTuple):
+    """Compact a request into the blocks that the block manager assigned.
+
+    Attributes:
+        request_id: the request.
+        num_logical: tokens computed so far; the newest held token has position `num_logical - 1`.
+        num_resident: tokens held before, in the first slots of `source_blocks`.
+        num_keep: tokens held afterwards, in the first slots of `target_blocks`.
+        source_blocks: block ids before.
+        target_blocks: block ids afterwards; each is the one at this place before, or a fresh one.
+        ordinal: number of earlier compactions of this request.
+        lookahead_blocks: block ids for tokens computed ahead and for the copy of the cache they need, see
+            `policies.LookaheadPlan`. No request owns these blocks and no other order of the step uses them.
+    """
+
+    request_id: str
+    num_logical: int
+    num_resident: int
+    num_keep: int
+    source_blocks: list[int]
+    target_blocks: list[int]
+    ordinal: int
+    lookahead_blocks: list[int] = []
+
+    @property
+    def num_evicted_before(self) -> int:
+        """Tokens evicted by earlier compactions. The worker counts them too and checks that both agree."""
+        return self.num_logical - self.num_resident
 
 
 class Strength(NamedTuple):
-    """`alpha = min(alpha0 + gamma * N, alpha_max)`; N counts thoughts that are no execution."""
+    """Steering strength `alpha = min(alpha0 + gamma * N, alpha_max)`, N the number of non-execution thoughts."""
 
     alpha0: float
     gamma: float
@@ -63,13 +84,13 @@ class Strength(NamedTuple):
 
 
 class SteeredRequest(NamedTuple):
-    """A request that is steered starts, or starts over after preemption.
+    """Start steering a request, or start over after a preemption.
 
     Attributes:
-        request_id: its id.
+        request_id: the request.
         first: logical position of the first token that may be steered.
-        state: of `track_thoughts`, before that token.
-        strength: its coefficients.
+        state: state of `ops.track_thoughts` before that token.
+        strength: coefficients of the request.
     """
 
     request_id: str
@@ -78,36 +99,23 @@ class SteeredRequest(NamedTuple):
     strength: Strength
 
 
-class Started(NamedTuple):
-    """A request whose cache is managed starts, or starts over after preemption.
+class StepOrders(NamedTuple):
+    """The orders of one step, carried out before anything else of the step touches the cache.
+
+    The worker first forgets the requests that vLLM reports as finished or preempted. Then it accumulates, compacts and
+    starts, in this order.
 
     Attributes:
-        request_id: its id.
-        policy: name of its method.
-        num_prompt: prompt length.
-        protected: prompt tokens that must survive.
-        first_tracked: logical position from which its sentences are tracked.
-        num_task: last tokens of the prompt that are its question, where the request says so itself; else 0.
-    """
-
-    request_id: str
-    policy: str
-    num_prompt: int
-    protected: int
-    first_tracked: int
-    num_task: int = 0
-
-
-class StepOrders(NamedTuple):
-    """Orders of one step. The worker first forgets the requests that vLLM reports finished or preempted,
-    then observes, then compacts, then starts; all before anything else of the step touches the cache.
-
-    `records_queries` says whether a query of this step will be needed: those of the last W tokens before a compaction
-    are, and most steps have none of them. `steered` are the requests whose steering starts or starts over.
+        compactions: requests to compact.
+        started: requests that start or start over.
+        accumulations: queries to measure.
+        records_queries: whether a query of this step will be needed. Only the last W tokens before a compaction are,
+            so most steps record none.
+        steered: requests whose steering starts or starts over.
     """
 
     compactions: list[Compaction]
     started: list[Started]
-    observations: list[Observation] = []
+    accumulations: list[Accumulation] = []
     records_queries: bool = True
     steered: list[SteeredRequest] = []

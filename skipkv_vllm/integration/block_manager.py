@@ -18,8 +18,8 @@ from .free_queue import GuardQueue
 class CompactedPages(NamedTuple):
     """Block ids of a request before and after a compaction, and how many pages it gave back."""
 
-    source_pages: list[int]
-    target_pages: list[int]
+    source_blocks: list[int]
+    target_blocks: list[int]
     num_freed: int
 
 
@@ -159,7 +159,7 @@ class EvictingBlockManager(FullAttentionManager):
         if len(shared) > self.block_pool.get_num_free_blocks():
             return None
 
-        source_pages = self.pages(plan.request_id)
+        source_blocks = self.pages(plan.request_id)
         # Fresh pages come before any page is freed, so none of them is one that is still to be read.
         for i, fresh in zip(shared, self.block_pool.get_new_blocks(len(shared)), strict=True):
             dropped.append(target[i])
@@ -170,7 +170,7 @@ class EvictingBlockManager(FullAttentionManager):
         self._num_intact[plan.request_id] = num_intact
         self.num_cached_block[plan.request_id] = len(target)
         self.block_pool.free_blocks(reversed(dropped))
-        return CompactedPages(source_pages, [b.block_id for b in target], len(blocks) - num_target)
+        return CompactedPages(source_blocks, [b.block_id for b in target], len(blocks) - num_target)
 
     def borrow(self, num_tokens: int) -> list[int] | None:
         """Pages that nobody holds, for that many tokens, until `give_back`.

@@ -36,7 +36,7 @@ class EvictingRunnerV1(_Base):
         super().initialize_kv_cache(kv_cache_config, *args, **kwargs)
         if not kwargs.get("is_profiling", bool(args and args[0])):
             bind_cache(self.runtime, self.vllm_config, kv_cache_config)
-            if self.runtime.config.needs & Need.PROBE:
+            if self.runtime.config.needs & Need.LOOKAHEAD:
                 assert self.runtime.ring is not None
                 self.runtime.prober = Prober(self, self.runtime.ring)
 
@@ -47,7 +47,7 @@ class EvictingRunnerV1(_Base):
         # Before the step zeroes or writes any page: pages freed by a compaction may be reused in it.
         self.runtime.begin_step(orders, scheduler_output.finished_req_ids, scheduler_output.preempted_req_ids or ())
         for order in orders.compactions if orders else ():
-            blocks = (list(order.target_pages),)
+            blocks = (list(order.target_blocks),)
             self.requests[order.request_id].block_ids = blocks
             row = self.input_batch.req_id_to_index.get(order.request_id)
             if row is not None:

@@ -49,7 +49,7 @@ class EvictingRunnerV2(_Base):
         self.runtime.begin_step(orders, scheduler_output.finished_req_ids, scheduler_output.preempted_req_ids or ())
         for order in orders.compactions if orders else ():
             row = self.req_states.req_id_to_index[order.request_id]
-            self.block_tables.append_block_ids(row, (list(order.target_pages),), overwrite=True)
+            self.block_tables.append_block_ids(row, (list(order.target_blocks),), overwrite=True)
 
     def execute_model(self, scheduler_output: Any, *args: Any, dummy_run: bool = False, **kwargs: Any) -> Any:
         if dummy_run:

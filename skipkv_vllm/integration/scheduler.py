@@ -22,9 +22,9 @@ from ..banner import banner
 from ..capacity import Capacity, capacity
 from ..config import CONFIG_KEY, KVPolicyConfig, RequestOptions, needs_of
 from ..core.auxiliary import auxiliary
-from ..core.limits import Demand, Limits, ceil_div, most_tokens
-from ..core.needs import ACCUMULATED, OBSERVED, Need
-from ..core.orders import Compaction, Observation, Started, SteeredRequest, StepOrders
+from ..core.limits import Demand, Limits, LookaheadTokens, ceil_div, most_tokens
+from ..core.needs import ACCUMULATED, FROM_RECENT_QUERIES, Need
+from ..core.orders import Accumulation, Compaction, Started, SteeredRequest, StepOrders
 from ..policies import Policy
 from ..scheduler.admission import limits_of
 from ..scheduler.planner import EvictionPlanner, Looks, PlannedCompaction, Residency
@@ -55,14 +55,14 @@ class Terms(NamedTuple):
         limits: what it may hold.
         most_cached: tokens it may take from the prefix cache, whole pages.
         needs: what the workers collect for it.
-        num_task: length of the question, where the request gave it; else 0.
+        num_question: length of the question, where the request gave it; else 0.
     """
 
     policy: Policy
     limits: Limits
     most_cached: int
     needs: Need
-    num_task: int
+    num_question: int
 
 
 class EvictionMixin(_Base):
@@ -79,7 +79,7 @@ class EvictionMixin(_Base):
         is_bounded = self.kv_policy.kv_admission == "bounded" and self.kv_policy.evicts
         self.block_manager = EvictingBlockManager.adopt(manager, is_bounded=is_bounded)
         self.planner = EvictionPlanner()
-        self._observes = bool(self.kv_policy.needs & OBSERVED)
+        self._observes = bool(self.kv_policy.needs & FROM_RECENT_QUERIES)
         self.eviction_stats = EvictionStats()
         self.trace = self._make_trace() if self.kv_policy.kv_trace_dir else None
         self._terms: dict[str, Terms] = {}
@@ -115,7 +115,7 @@ class EvictionMixin(_Base):
     def _declare(self, request: Request) -> None:
         """Settle what a new request may hold, before anything of it is scheduled."""
         request_id, page_size = request.request_id, self.block_manager.block_size
-        terms, longest, num_intact, probing = None, self.max_model_len, sys.maxsize, (0, 0)
+        terms, longest, num_intact, lookahead = None, self.max_model_len, sys.maxsize, LookaheadTokens()
         if request.resumable:
             # A session that grows its prompt rewrites tokens and hashes; it keeps everything.
             self.eviction_stats.skipped("streaming_input")
@@ -128,7 +128,7 @@ class EvictionMixin(_Base):
             self._start_steering(request, options)
         if terms is not None:
             self._terms[request_id] = terms
-            num_intact, probing = terms.limits.protected // page_size, terms.limits.probing
+            num_intact, lookahead = terms.limits.protected // page_size, terms.limits.lookahead
         num_tokens = most_tokens(None if terms is None else terms.limits, longest)
         ledger = self.block_manager.ledger
         if num_tokens > (room := ledger.num_pages * page_size):
@@ -136,7 +136,7 @@ class EvictionMixin(_Base):
             logger.warning("SkipKV: request %s ends at %d tokens: the KV cache holds no more", request_id, room)
             request.max_tokens = max(1, room - request.num_prompt_tokens)
             num_tokens = room
-        ledger.declare(request_id, Demand(num_tokens, num_intact, probing))
+        ledger.declare(request_id, Demand(num_tokens, num_intact, lookahead))
 
     def _terms_of(self, request: Request, options: RequestOptions) -> Terms | None:
         """The terms of a request; None for one that keeps everything."""
@@ -180,7 +180,7 @@ class EvictionMixin(_Base):
         return num_new_tokens
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
-        compactions, observations = self._compact()
+        compactions, accumulations = self._compact()
         if self._is_short:
             # As in any step that preempts, nobody new starts; else a victim could resume in the step that stops it.
             self._is_short, before = False, self._pause_state
@@ -193,7 +193,7 @@ class EvictionMixin(_Base):
         # A request that this very step preempted has lost its pages; its orders must not be carried out.
         if preempted := output.preempted_req_ids:
             compactions = [c for c in compactions if c.request_id not in preempted]
-            observations = [o for o in observations if o.request_id not in preempted]
+            accumulations = [o for o in accumulations if o.request_id not in preempted]
         first_scheduled = self._first_scheduled(output)
         started = [self._start(i, self._terms[i]) for i in first_scheduled if i in self._terms]
         steered = [self._steered[i] for i in first_scheduled if i in self._steered]
@@ -206,7 +206,7 @@ class EvictionMixin(_Base):
         records_queries = self._observes or any(
             self.planner.needs_queries(r.request_id, r.num_computed_tokens) for r in self.running
         )
-        orders = StepOrders(compactions, started, observations, records_queries, steered)
+        orders = StepOrders(compactions, started, accumulations, records_queries, steered)
         if any(orders):
             compat.send_orders(output, orders)
         pool = self.kv_cache_manager.block_pool
@@ -215,7 +215,7 @@ class EvictionMixin(_Base):
             self.check_integrity()
         return output
 
-    def _compact(self) -> tuple[list[Compaction], list[Observation]]:
+    def _compact(self) -> tuple[list[Compaction], list[Accumulation]]:
         """Plan this step's orders and free the pages of the compactions, so that this very step can use them."""
         earliest = self.planner.earliest
         candidates = [
@@ -226,7 +226,7 @@ class EvictionMixin(_Base):
         if not candidates:
             return [], []
         compactions, planned = [], self.planner.plan(candidates)
-        observations = self._observe(candidates, {plan.request_id for plan in planned})
+        accumulations = self._observe(candidates, {plan.request_id for plan in planned})
         # Before any page is freed, so that none of them is still to be read.
         scratch = self._borrow(planned)
         for plan in planned:
@@ -240,16 +240,16 @@ class EvictionMixin(_Base):
                     num_logical=num_logical,
                     num_resident=plan.num_resident,
                     num_keep=plan.num_keep,
-                    source_pages=pages.source_pages,
-                    target_pages=pages.target_pages,
+                    source_blocks=pages.source_blocks,
+                    target_blocks=pages.target_blocks,
                     ordinal=self.planner.num_compactions(plan.request_id),
-                    scratch_pages=scratch.get(plan.request_id, []),
+                    lookahead_blocks=scratch.get(plan.request_id, []),
                 )
             )
             self.planner.committed(plan.request_id, num_logical)
         if scratch:
             self.block_manager.give_back()
-        return compactions, observations
+        return compactions, accumulations
 
     def _borrow(self, planned: list[PlannedCompaction]) -> dict[str, list[int]]:
         """Pages, by request, for tokens that are computed ahead.
@@ -259,9 +259,9 @@ class EvictionMixin(_Base):
         """
         pages = {}
         for plan in planned:
-            if not plan.num_scratch:
+            if not plan.num_lookahead:
                 continue
-            found = self.block_manager.borrow(plan.num_scratch)
+            found = self.block_manager.borrow(plan.num_lookahead)
             if found is None:
                 self.eviction_stats.skipped("no_pages_for_probe")
             else:
@@ -287,17 +287,19 @@ class EvictionMixin(_Base):
             self._is_short = True
         return None
 
-    def _observe(self, candidates: list[Residency], compacted: set[str]) -> list[Observation]:
+    def _observe(self, candidates: list[Residency], compacted: set[str]) -> list[Accumulation]:
         """The attention to count in this step, with the pages as they are before its compactions."""
         if not self._observes:
             return []
-        observations = []
+        accumulations = []
         for request_id, num_logical, num_evicted in candidates:
             num_queries = self.planner.observe(request_id, num_logical, request_id in compacted)
             if num_queries:
                 pages = self.block_manager.pages(request_id)
-                observations.append(Observation(request_id, num_logical, num_logical - num_evicted, num_queries, pages))
-        return observations
+                accumulations.append(
+                    Accumulation(request_id, num_logical, num_logical - num_evicted, num_queries, pages)
+                )
+        return accumulations
 
     def _first_scheduled(self, output: SchedulerOutput) -> list[str]:
         """Requests whose first tokens are computed in this step."""
@@ -317,7 +319,9 @@ class EvictionMixin(_Base):
         lives = 1 if before is None else before.lives + 1
         self._evictions[request_id] = RequestEvictions(terms.policy.name, lives=lives)
         num_prompt = self.requests[request_id].num_prompt_tokens
-        return Started(request_id, terms.policy.name, num_prompt, limits.protected, limits.protected, terms.num_task)
+        return Started(
+            request_id, terms.policy.name, num_prompt, limits.protected, limits.protected, terms.num_question
+        )
 
     def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
         super()._preempt_request(request, *args, **kwargs)

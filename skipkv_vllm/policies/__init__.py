@@ -1,6 +1,6 @@
 """Eviction methods, one file each. `CONTRIBUTING.md` says how to add one."""
 
-from ..core.needs import ACCUMULATED, IN_THE_CACHE, NUM_ACCUMULATED, OBSERVED, REPEATS, Need
+from ..core.needs import ACCUMULATED, FROM_RECENT_QUERIES, IN_THE_CACHE, NUM_ACCUMULATED, REPEATS, Need
 from . import (  # noqa: F401  (importing registers them)
     caote,
     finch,
@@ -24,9 +24,9 @@ from . import (  # noqa: F401  (importing registers them)
     vatp,
 )
 from .base import (
+    LookaheadPlan,
     Measured,
     Policy,
-    Probe,
     SentenceOptions,
     View,
     check_policy_name,
@@ -37,14 +37,14 @@ from .base import (
 
 __all__ = [
     "ACCUMULATED",
+    "FROM_RECENT_QUERIES",
     "IN_THE_CACHE",
     "NUM_ACCUMULATED",
-    "OBSERVED",
     "REPEATS",
+    "LookaheadPlan",
     "Measured",
     "Need",
     "Policy",
-    "Probe",
     "SentenceOptions",
     "View",
     "check_policy_name",

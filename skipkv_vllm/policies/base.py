@@ -64,8 +64,8 @@ class View:
         segments: what is known of the segments, with what `Policy.remember` just noted; or None likewise.
         gates: `[H, L]` float32, what the learned gates said of the token when it was written (`log beta`, not
             above 0), or None unless `Need.GATES`.
-        probe: post-RoPE queries `[n, Hq, D]` of the beginning of an answer (see `Probe`), which see all held tokens;
-            None but at the end of a prompt, and where no pages were free for them.
+        lookahead_queries: post-RoPE queries `[n, Hq, D]` of the beginning of an answer (see `LookaheadPlan`), which see
+            all held tokens; None but at the end of a prompt, and where no pages were free for them.
     """
 
     positions: Tensor
@@ -85,7 +85,7 @@ class View:
     segment: Tensor | None = None
     segments: Segments | None = None
     gates: Tensor | None = None
-    probe: Tensor | None = None
+    lookahead_queries: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -117,12 +117,12 @@ class TokenScore:
 
 
 @dataclass(frozen=True)
-class Probe:
+class LookaheadPlan:
     """Tokens that are computed ahead for their queries alone, and then forgotten.
 
     Either the beginning of an answer: decoded greedily from the end of a prompt on a temporary copy of the cache. Or
-    the question (`Policy.num_task`): appended to each chunk of a longer prompt, wherever that is compacted before its
-    end; the policy then sees the cache as if it ended with the question.
+    the question (`Policy.num_question`): appended to each chunk of a longer prompt that is compacted before its end; the
+    policy then sees the cache as if it ended with the question.
 
     Attributes:
         num_tokens: of the answer, at most; fewer where the model's length ends before. Of a question 0.
@@ -214,23 +214,24 @@ class Policy(ABC):
         return
 
     @property
-    def probe(self) -> Probe | None:
+    def lookahead_plan(self) -> LookaheadPlan | None:
         """What is computed ahead, for policies that need it and are about the prompt."""
         return None
 
-    def num_task(self, window: int) -> int:
+    def num_question(self, window: int) -> int:
         """Number of last tokens of the prompt that this method always keeps and by which it scores the others: the
         question; at most the window."""
         return 0
 
-    def with_task(self, num_task: int) -> Policy:
+    def with_question(self, num_question: int) -> Policy:
         """This method with another length of the question.
 
         Raises:
             KVPolicyError: the method knows no question.
         """
         raise KVPolicyError(
-            f"kv_task_tokens={num_task} is given but policy {self.name!r} does not score by a question; leave it out"
+            f"kv_task_tokens={num_question} is given but policy {self.name!r} does not score by a question; "
+            "leave it out"
         )
 
     @property

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import ops
 from ..core.needs import Need
-from .base import About, Policy, Probe, View, check_range, register_policy
+from .base import About, LookaheadPlan, Policy, View, check_range, register_policy
 
 
 @register_policy
@@ -47,23 +47,23 @@ class Finch(Policy):
     @property
     def needs(self) -> Need:  # type: ignore[override]
         """A question that is computed ahead takes more."""
-        return Need.QUERIES | Need.KEYS | (Need.PROBE if self.ask_chunks else Need.NOTHING)
+        return Need.QUERIES | Need.KEYS | (Need.LOOKAHEAD if self.ask_chunks else Need.NOTHING)
 
     @property
-    def probe(self) -> Probe | None:
-        return Probe() if self.ask_chunks else None
+    def lookahead_plan(self) -> LookaheadPlan | None:
+        return LookaheadPlan() if self.ask_chunks else None
 
-    def num_task(self, window: int) -> int:
+    def num_question(self, window: int) -> int:
         return self.task_tokens or window
 
-    def with_task(self, num_task: int) -> Finch:
-        return dataclasses.replace(self, task_tokens=num_task)
+    def with_question(self, num_question: int) -> Finch:
+        return dataclasses.replace(self, task_tokens=num_question)
 
     def score(self, view: View) -> Tensor:
         assert view.queries is not None
         assert view.keys is not None
         is_written = view.num_logical > view.num_prompt
-        queries = view.queries if is_written else view.queries[-self.num_task(view.window) :]
+        queries = view.queries if is_written else view.queries[-self.num_question(view.window) :]
         logits = ops.attention_logits(queries, view.keys.transpose(0, 1), view.positions)  # [H, G, n, L]
         num_seen = (logits > -torch.inf).sum(dim=-1, keepdim=True)
         return (logits.softmax(dim=-1) * num_seen).mean(dim=(1, 2))

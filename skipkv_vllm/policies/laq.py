@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import ops
 from ..core.needs import Need
-from .base import About, Policy, Probe, View, check_odd, check_range, register_policy
+from .base import About, LookaheadPlan, Policy, View, check_odd, check_range, register_policy
 from .snapkv import SnapKV
 
 
@@ -34,7 +34,7 @@ class LAQ(Policy):
         "the copy keeps as many tokens as the request, by the window's queries; a prompt longer than the bound is "
         "compacted between chunks as by SnapKV (`--kv-defer-prompt` holds it whole instead)",
     )
-    needs: ClassVar[Need] = Need.QUERIES | Need.KEYS | Need.PROBE
+    needs: ClassVar[Need] = Need.QUERIES | Need.KEYS | Need.LOOKAHEAD
     compacts_prompt: ClassVar[bool] = True
 
     lookahead: int = 8
@@ -52,16 +52,18 @@ class LAQ(Policy):
         return SnapKV(self.pool)
 
     @property
-    def probe(self) -> Probe:
-        return Probe(self.lookahead, self.draft)
+    def lookahead_plan(self) -> LookaheadPlan:
+        return LookaheadPlan(self.lookahead, self.draft)
 
     def score(self, view: View) -> Tensor:
-        if view.probe is None:
+        if view.lookahead_queries is None:
             return self.draft.score(view)
         assert view.queries is not None
         assert view.keys is not None
         keys = view.keys.transpose(0, 1)
-        received = ops.attention_received(view.probe, keys, view.positions, ahead=len(view.probe))
+        received = ops.attention_received(
+            view.lookahead_queries, keys, view.positions, ahead=len(view.lookahead_queries)
+        )
         if self.with_window:
             received += ops.attention_received(view.queries, keys, view.positions)
         return ops.pooled(received, view.window, self.pool)

@@ -20,7 +20,7 @@ INPUTS = {
     Need.ATTENTION_MASS: ("attention received so far", f"4 {SUMS}"),
     Need.SEGMENTS: ("sparsity of attention at the end of each segment", "12 bytes a segment"),
     Need.GATES: ("what learned gates said of each token", "4 bytes a token, layer and kv head; the gates"),
-    Need.PROBE: ("queries of tokens computed ahead", "their pages, and `laq`'s copy, for one step"),
+    Need.LOOKAHEAD: ("queries of tokens computed ahead", "their pages, and `laq`'s copy, for one step"),
 }
 """What a method reads, and what a request's share of it takes in memory."""
 

@@ -25,8 +25,10 @@ def limits_of(options: RequestOptions, config: KVPolicyConfig, num_prompt: int) 
         protected,
         deferred if config.kv_defer_prompt else 0,
         prompt_end,
-        0 if policy.probe is None else policy.probe.num_tokens,
-        0 if policy.probe is None or policy.probe.draft is not None else policy.num_task(config.kv_window),
+        0 if policy.lookahead_plan is None else policy.lookahead_plan.num_tokens,
+        0
+        if policy.lookahead_plan is None or policy.lookahead_plan.draft is not None
+        else policy.num_question(config.kv_window),
     )
 
 
@@ -79,7 +81,7 @@ class Ledger:
             return True
         demand = self._demands[request_id]
         shared = cached[: demand.num_intact]
-        needed = demand.num_pages(self.page_size) - len(shared)
+        needed = demand.num_blocks(self.page_size) - len(shared)
         # Each page is looked up only where the sum without them already fits.
         room = self.num_pages - self.num_promised - needed
         return room >= len(shared) or (room >= 0 and room >= sum(page not in self._holders for page in shared))
@@ -88,7 +90,7 @@ class Ledger:
         """Promise a request its pages; see `fits`."""
         demand = self._demands[request_id]
         shared = cached[: demand.num_intact]
-        own = demand.num_pages(self.page_size) - len(shared)
+        own = demand.num_blocks(self.page_size) - len(shared)
         self._own[request_id], self._shared[request_id] = own, shared
         self.num_promised += own
         for page in shared:

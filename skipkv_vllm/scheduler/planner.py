@@ -19,13 +19,13 @@ class Residency(NamedTuple):
 
 
 class PlannedCompaction(NamedTuple):
-    """Compact `request_id` from `num_resident` to exactly `num_keep` tokens, with pages lent for `num_scratch`."""
+    """A compaction that is due: from `num_resident` to exactly `num_keep` tokens."""
 
     request_id: str
     num_resident: int
     num_keep: int
     protected: int
-    num_scratch: int = 0
+    num_lookahead: int = 0
 
 
 class Looks(NamedTuple):
@@ -114,8 +114,10 @@ class EvictionPlanner:
                 continue
             limits, num_resident = request.limits, num_logical - num_evicted
             if request.is_due(num_logical, num_resident):
-                lent = limits.lent(num_logical)
-                planned.append(PlannedCompaction(request_id, num_resident, limits.keep, limits.protected, lent))
+                num_lookahead = limits.num_lookahead(num_logical)
+                planned.append(
+                    PlannedCompaction(request_id, num_resident, limits.keep, limits.protected, num_lookahead)
+                )
         return planned
 
     def room(self, request_id: str, num_logical: int, num_evicted: int) -> int:

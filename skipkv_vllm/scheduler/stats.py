@@ -53,8 +53,8 @@ class EvictionStats:
         """Count a compaction that was sent to the workers."""
         self._add("compactions", 1)
         self._add("evicted_tokens", compaction.num_resident - compaction.num_keep)
-        self._add("freed_pages", len(compaction.source_pages) - len(compaction.target_pages))
-        if compaction.scratch_pages:
+        self._add("freed_pages", len(compaction.source_blocks) - len(compaction.target_blocks))
+        if compaction.lookahead_blocks:
             self._add("probes", 1)
 
     def skipped(self, reason: str) -> None:

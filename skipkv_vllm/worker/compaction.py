@@ -16,7 +16,7 @@ from ..config import KVPolicyConfig
 from ..core.device import to_device
 from ..core.limits import ceil_div
 from ..core.needs import ACCUMULATED, REPEATS, Need
-from ..core.orders import Compaction, Observation
+from ..core.orders import Accumulation, Compaction
 from ..ops.paging import LayerPages, PagedCache, layer_pages
 from ..policies import Measured, Policy, View
 from ..policies.base import Segments
@@ -50,11 +50,11 @@ class Managed:
     """slots whose positions are in the sidecar; later slots follow in order"""
     num_compactions: int = 0
     num_prompt: int = 0
-    first_ahead: Tensor | None = None
+    first_draft: Tensor | None = None
     """likeliest token after the prompt, where tokens are decoded ahead from it"""
-    probe: Tensor | None = None
+    lookahead_queries: Tensor | None = None
     """queries of tokens computed ahead `[layers, n, Hq, D]`, for the compaction under way"""
-    num_asked: int = 0
+    num_question: int = 0
     """how many of them lie behind the held tokens, for the policy to see"""
 
     @property
@@ -170,7 +170,7 @@ class Compactor:
         held = self.layers[layer].keys.read_pages(pages, length)
         return held if self._key_scales is None else held * self._key_scales[layer, :, None, None]
 
-    def _queries(self, orders: Sequence[tuple[Compaction | Observation, Managed]], count: int) -> Tensor:
+    def _queries(self, orders: Sequence[tuple[Compaction | Accumulation, Managed]], count: int) -> Tensor:
         """The last `count` queries as `score_tokens` takes them: `[R, layers, count, Hq, D]`."""
         assert self._ring is not None
         slots, lengths = [request.slot for _, request in orders], [order.num_logical for order, _ in orders]
@@ -183,10 +183,10 @@ class Compactor:
         group = queries.shape[3] // self._key_scales.shape[1]
         return queries * self._key_scales.repeat_interleave(group, dim=1)[:, None, :, None]
 
-    def accumulate(self, orders: Sequence[tuple[Observation, Managed]]) -> None:
+    def accumulate(self, orders: Sequence[tuple[Accumulation, Managed]]) -> None:
         """Add what the newest queries of requests attend to, or what leaving each token out would change."""
         for by_error in (False, True):
-            part: list[tuple[Observation, Managed]] = []
+            part: list[tuple[Accumulation, Managed]] = []
             same = [each for each in orders if bool(each[1].needs & Need.OUTPUT_ERROR) is by_error]
             for each in sorted(same, key=lambda each: each[0].num_resident):
                 if part and (len(part) + 1) * each[0].num_resident > MOST_TOKENS:
@@ -196,11 +196,11 @@ class Compactor:
             if part:
                 self._accumulate(part, by_error)
 
-    def _accumulate(self, orders: Sequence[tuple[Observation, Managed]], output_error: bool) -> None:
+    def _accumulate(self, orders: Sequence[tuple[Accumulation, Managed]], output_error: bool) -> None:
         numbers = [(o.num_resident, o.num_queries, o.num_logical - 1, r.num_placed, r.num_evicted) for o, r in orders]
         columns = to_device(np.array(numbers, dtype=np.int32).T.copy(), torch.int32, self.device)
         resident, num_queries, newest, num_placed, num_evicted = columns.unbind()
-        table = self.table([order.pages for order, _ in orders])
+        table = self.table([order.blocks for order, _ in orders])
         positions = self.positions.read(table, max(o.num_resident for o, _ in orders), num_placed, num_evicted)
         queries = self._queries(orders, max(order.num_queries for order, _ in orders))
         found = self._measure_attention(
@@ -232,9 +232,9 @@ class Compactor:
         longest = 0
         for job in jobs:
             longest = max(longest, job.order.num_resident)
-            uses = set(job.order.source_pages)
+            uses = set(job.order.source_blocks)
             # Pages that lie wholly in a protected prompt may be shared, but nothing in them changes.
-            writes = set(job.order.target_pages[job.request.protected // self._block_size :])
+            writes = set(job.order.target_blocks[job.request.protected // self._block_size :])
             differs = part and job.request.policy != part[0].request.policy
             is_full = (len(part) + 1) * longest > MOST_TOKENS
             if part and (differs or is_full or writes & (read | written) or uses & written):
@@ -299,10 +299,10 @@ class Compactor:
         ]
         columns = to_device(np.array(numbers, dtype=np.int32).T.copy(), torch.int32, self.device)
         resident, keep, below, from_, slot, num_placed, num_evicted, logical = columns.unbind()
-        source_table = self.table([job.order.source_pages for job in jobs])
-        length = max(job.order.num_resident + job.request.num_asked for job in jobs)
+        source_table = self.table([job.order.source_blocks for job in jobs])
+        length = max(job.order.num_resident + job.request.num_question for job in jobs)
         positions = self.positions.read(source_table, length, num_placed, num_evicted)
-        target_table = self.table([job.order.target_pages for job in jobs])
+        target_table = self.table([job.order.target_blocks for job in jobs])
         gates = None
         if jobs[0].request.needs & Need.GATES:
             assert self._gates is not None
@@ -392,7 +392,7 @@ class Compactor:
     def _score_request(self, batch: _Batch, r: int, penalty: Tensor | None, scores: Tensor) -> None:
         """Let the policy score one request layer by layer, in ascending position; `scores` `[layers, H, N]` by slot."""
         order, request = batch.jobs[r]
-        policy, length = request.policy, order.num_resident + request.num_asked
+        policy, length = request.policy, order.num_resident + request.num_question
         by_position = batch.positions[r, ..., :length].argsort(dim=-1)
         positions = batch.positions[r, ..., :length].gather(-1, by_position)
         pages = batch.source_table[r, : ceil_div(length, self.layers[0].page_size)].long()
@@ -416,9 +416,9 @@ class Compactor:
             if policy.needs & Need.QUERIES:
                 assert self._ring is not None
                 queries = self._ring.read(i, request.slot, order.num_logical, self.config.kv_window)
-            probe = None if request.probe is None else request.probe[i]
-            if request.num_asked:
-                queries, probe = probe, None
+            lookahead = None if request.lookahead_queries is None else request.lookahead_queries[i]
+            if request.num_question:
+                queries, lookahead = lookahead, None
             view = View(
                 positions=positions[i],
                 window=self.config.kv_window,
@@ -436,7 +436,7 @@ class Compactor:
                 segment=None if numbers is None else numbers[i],
                 segments=segments,
                 gates=None if gates is None else gates[i],
-                probe=probe,
+                lookahead_queries=lookahead,
             )
             scores[i, :, :length].scatter_(-1, by_position[i], policy.score(view))
 
@@ -458,7 +458,7 @@ class Compactor:
     # ---- selection
 
     def _num_task(self, batch: _Batch) -> int:
-        return batch.jobs[0].request.policy.num_task(self.config.kv_window)
+        return batch.jobs[0].request.policy.num_question(self.config.kv_window)
 
     def _is_question(self, batch: _Batch, positions: Tensor, num_prompt: Tensor | int) -> Tensor:
         """Which positions the method keeps because they are the question, bool."""

@@ -17,9 +17,9 @@ from .. import ops
 from ..config import KVPolicyConfig, needs_of
 from ..core.device import to_device
 from ..core.needs import ACCUMULATED, Need
-from ..core.orders import Compaction, Observation, Started, StepOrders
+from ..core.orders import Accumulation, Compaction, Started, StepOrders
 from ..ops.paging import PagedCache
-from ..policies import Policy, Probe, make_policy
+from ..policies import LookaheadPlan, Policy, make_policy
 from ..trace.writer import TraceWriter
 from .batch import NEVER, BatchRows, Evicted, StepBatch
 from .compaction import Compactor, Job, Managed
@@ -125,8 +125,8 @@ class EvictionRuntime:
             return
         if orders.started:
             self._rows = None
-        if orders.observations:
-            self._observe([(order, self._requests[order.request_id]) for order in orders.observations])
+        if orders.accumulations:
+            self._observe([(order, self._requests[order.request_id]) for order in orders.accumulations])
         if orders.compactions:
             self._compact(orders.compactions)
             if self._rows is not None:
@@ -136,8 +136,8 @@ class EvictionRuntime:
 
     def _start(self, started: Started) -> None:
         policy = self.config.policy if started.policy == self.config.kv_policy else make_policy(started.policy)
-        if started.num_task:
-            policy = policy.with_task(started.num_task)
+        if started.num_question:
+            policy = policy.with_question(started.num_question)
         old = self._requests.pop(started.request_id, None)
         slot = self._free_slots.pop() if old is None else old.slot
         self._requests[started.request_id] = Managed(
@@ -236,8 +236,12 @@ class EvictionRuntime:
             ends = (batch.starts + batch.counts).tolist()
             for row, request_id in enumerate(batch.request_ids):
                 request = self._requests.get(request_id)
-                if request is not None and request.policy.probe is not None and ends[row] == request.num_prompt:
-                    request.first_ahead = logits[row].argmax()
+                if (
+                    request is not None
+                    and request.policy.lookahead_plan is not None
+                    and ends[row] == request.num_prompt
+                ):
+                    request.first_draft = logits[row].argmax()
         if self.tracker is None:
             return
         assert self._rows is not None
@@ -247,7 +251,7 @@ class EvictionRuntime:
 
     # ---- attention
 
-    def _observe(self, orders: Sequence[tuple[Observation, Managed]]) -> None:
+    def _observe(self, orders: Sequence[tuple[Accumulation, Managed]]) -> None:
         """Look at the attention of the newest queries, as far as each request's method asks for it."""
         assert self._compactor is not None
         if adding := [each for each in orders if each[1].needs & ACCUMULATED]:
@@ -256,16 +260,16 @@ class EvictionRuntime:
             if request.needs & Need.SEGMENTS:
                 self._note_segment(request, order)
 
-    def _seen(self, request: Managed, order: Observation) -> Iterator[tuple[int, tuple[Tensor, Tensor, Tensor]]]:
+    def _seen(self, request: Managed, order: Accumulation) -> Iterator[tuple[int, tuple[Tensor, Tensor, Tensor]]]:
         """By layer: the newest queries, the keys they saw and the positions of these, for `ops.attention_...`."""
         assert self._compactor is not None
         assert self.ring is not None
-        positions, pages = self._positions(request, order.pages, order.num_resident)
+        positions, pages = self._positions(request, order.blocks, order.num_resident)
         for i in range(len(self._compactor.layers)):
             queries = self.ring.read(i, request.slot, order.num_logical, order.num_queries)
             yield i, (queries, self._compactor.keys(i, pages, order.num_resident), positions[i])
 
-    def _note_segment(self, request: Managed, order: Observation) -> None:
+    def _note_segment(self, request: Managed, order: Accumulation) -> None:
         """A segment of the request's text is written: note how sparse the attention of its newest queries is."""
         options = request.policy.segment_options
         # Of every layer and head its sparsity and whether it counts, both averaged over ranks: so all note the same.
@@ -298,18 +302,18 @@ class EvictionRuntime:
                     f"tokens in {order.ordinal} compactions by the scheduler, {request.num_evicted} in "
                     f"{request.num_compactions} here"
                 )
-        if any(order.scratch_pages for order in orders):
+        if any(order.lookahead_blocks for order in orders):
             jobs = self._probe(jobs)
         self._compactor.run(jobs)
         for order, request in jobs:
-            request.probe, request.first_ahead, request.num_asked = None, None, 0
+            request.lookahead_queries, request.first_draft, request.num_question = None, None, 0
             request.num_evicted += order.num_resident - order.num_keep
             self._evicted[request.slot] = request.num_evicted
             request.num_placed = order.num_keep
             request.num_compactions += 1
             self.num_compactions += 1
             if self.trace is not None:
-                held, _ = self._positions(request, order.target_pages, order.num_keep)
+                held, _ = self._positions(request, order.target_blocks, order.num_keep)
                 similar = None
                 if self.tracker is not None and self.tracker.compares:
                     similar = self.tracker.similar_pairs(request.slot)
@@ -320,18 +324,20 @@ class EvictionRuntime:
     def _probe(self, jobs: Sequence[Job]) -> list[Job]:
         """Compute tokens ahead for those that have pages for it; the jobs with what that changes of their orders."""
         assert self.prober is not None
-        groups: dict[tuple[Probe, int], list[Job]] = {}
+        groups: dict[tuple[LookaheadPlan, int], list[Job]] = {}
         for job in jobs:
-            probe, window = job.request.policy.probe, self.config.kv_window
-            if job.order.scratch_pages and probe is not None:
-                num_tokens = job.request.policy.num_task(window) if probe.draft is None else probe.num_tokens
+            lookahead, window = job.request.policy.lookahead_plan, self.config.kv_window
+            if job.order.lookahead_blocks and lookahead is not None:
+                num_tokens = (
+                    job.request.policy.num_question(window) if lookahead.draft is None else lookahead.num_tokens
+                )
                 # Each request for itself: what is computed for it must not depend on the others.
                 num_tokens = min(num_tokens, self.prober.max_length - job.order.num_logical)
-                groups.setdefault((probe, num_tokens), []).append(job)
+                groups.setdefault((lookahead, num_tokens), []).append(job)
         asked: dict[str, Job] = {}
-        for (probe, num_tokens), group in groups.items():
-            if probe.draft is not None:
-                self._decode_ahead(group, probe.draft, num_tokens)
+        for (lookahead, num_tokens), group in groups.items():
+            if lookahead.draft is not None:
+                self._decode_ahead(group, lookahead.draft, num_tokens)
                 continue
             most = max(1, self.prober.max_tokens // num_tokens)
             for i in range(0, len(group), most):
@@ -342,14 +348,14 @@ class EvictionRuntime:
         """Append the question to each cache, in pages that the compaction then reads as well."""
         assert self.prober is not None
         asked = [
-            Job(order._replace(source_pages=order.source_pages + order.scratch_pages), request)
+            Job(order._replace(source_blocks=order.source_blocks + order.lookahead_blocks), request)
             for order, request in jobs
         ]
         questions = [self.prober.question(order.request_id, num_tokens) for order, _ in jobs]
         tokens = to_device(questions, torch.int64, self._device)
-        self._compute_ahead(asked, tokens, [o.num_resident for o, _ in jobs], [o.source_pages for o, _ in asked])
+        self._compute_ahead(asked, tokens, [o.num_resident for o, _ in jobs], [o.source_blocks for o, _ in asked])
         for _, request in jobs:
-            request.num_asked = num_tokens
+            request.num_question = num_tokens
         return asked
 
     def _decode_ahead(self, jobs: Sequence[Job], draft: Policy, num_tokens: int) -> None:
@@ -359,14 +365,14 @@ class EvictionRuntime:
         needs = needs_of(draft, self.config.kv_granularity)
         copies = [
             Job(
-                order._replace(target_pages=order.scratch_pages[: len(order.target_pages)]),
+                order._replace(target_blocks=order.lookahead_blocks[: len(order.target_blocks)]),
                 replace(request, policy=draft, needs=needs),
             )
             for order, request in jobs
         ]
         self._compactor.run(copies)
-        firsts = [request.first_ahead for _, request in jobs if request.first_ahead is not None]
-        held, pages = [order.num_keep for order, _ in jobs], [order.scratch_pages for order, _ in jobs]
+        firsts = [request.first_draft for _, request in jobs if request.first_draft is not None]
+        held, pages = [order.num_keep for order, _ in jobs], [order.lookahead_blocks for order, _ in jobs]
         self._compute_ahead(jobs, torch.stack(firsts)[:, None], held, pages, num_tokens)
 
     def _compute_ahead(
@@ -389,7 +395,7 @@ class EvictionRuntime:
             num_tokens,
         )
         for (_, request), each in zip(jobs, queries, strict=True):
-            request.probe = each
+            request.lookahead_queries = each
 
     # ---- checks
 
@@ -400,7 +406,7 @@ class EvictionRuntime:
             AssertionError: a token is held twice, out of range or missing although it must survive.
         """
         request = self._requests[order.request_id]
-        held, _ = self._positions(request, order.target_pages, order.num_keep)
+        held, _ = self._positions(request, order.target_blocks, order.num_keep)
         ordered = held.sort(dim=-1).values
         assert (ordered[..., 1:] > ordered[..., :-1]).all(), "a token is held twice"
         assert (ordered[..., 0] >= 0).all(), "a position is negative"
@@ -409,7 +415,7 @@ class EvictionRuntime:
         expected = torch.arange(order.num_logical - self.config.kv_window, order.num_logical, device=held.device)
         assert (newest == expected).all(), "the observation window was evicted"
         assert ((held < request.protected).sum(-1) == request.protected).all(), "a protected prompt token was evicted"
-        first = max(0, request.num_prompt - request.policy.num_task(self.config.kv_window))
+        first = max(0, request.num_prompt - request.policy.num_question(self.config.kv_window))
         for position in range(first, min(request.num_prompt, order.num_logical)):
             assert (held == position).any(-1).all(), "a token of the question was evicted"
         assert order.num_logical - request.num_evicted == order.num_keep

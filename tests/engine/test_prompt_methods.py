@@ -70,7 +70,7 @@ def test_methods_about_the_prompt_equal_the_reference(
     outcome = engines.run_on(llm, job)
 
     results = check(job, outcome, references, min_compactions=1)
-    num_ahead = num_asked = 0
+    num_draft = num_question = 0
     for number, (prompt, method, result) in enumerate(zip(job.prompts, job.policies, results, strict=True)):
         settings = settings_of(job, number)
         is_long = len(prompt) > settings.budget
@@ -78,12 +78,12 @@ def test_methods_about_the_prompt_equal_the_reference(
         assert len(at_end) == (is_long and method != "snapkv"), (number, method)
         if "kv_defer_prompt" in arguments and at_end:
             assert result.events[0].num_resident == len(prompt)
-        num_ahead += is_long and method == "laq"
+        num_draft += is_long and method == "laq"
         if method == "finch" and settings.ask_chunks:
-            num_asked += sum(e.num_logical < len(prompt) for e in result.events)
-    assert num_ahead == 4
-    assert (num_asked > 5) == (arguments.get("kv_policy") == "finch")
-    assert sum(batches) == num_ahead + num_asked == counted(llm, "probes") - before
+            num_question += sum(e.num_logical < len(prompt) for e in result.events)
+    assert num_draft == 4
+    assert (num_question > 5) == (arguments.get("kv_policy") == "finch")
+    assert sum(batches) == num_draft + num_question == counted(llm, "probes") - before
     # By sentence, those of a prompt are computed although it lies in the cache.
     assert outcome.skipped.keys() <= {"cached_prompt_sentences"}
     assert outcome.num_preemptions == [0] * len(job.prompts)

@@ -44,7 +44,7 @@ def test_silent_no_op_above_a_size_cap():
     sim.runtime.begin_step(StepOrders([order], []), [], [])
     assert sim.runtime.num_compactions == 1
     assert sim.runtime.num_evicted("a") == length - keep
-    request.pages, request.num_evicted = order.target_pages, length - keep
+    request.pages, request.num_evicted = order.target_blocks, length - keep
     positions = sim.positions("a")
     assert positions.shape == (LAYERS, KV_HEADS, keep)
     # Real survivors: distinct, the prompt and the window among them, and K where the sidecar says it is.

@@ -21,8 +21,8 @@ from torch import Tensor
 
 from skipkv_vllm.config import KVPolicyConfig
 from skipkv_vllm.core.limits import Limits, ceil_div
-from skipkv_vllm.core.needs import ACCUMULATED, OBSERVED, Need
-from skipkv_vllm.core.orders import Compaction, Observation, Started, StepOrders
+from skipkv_vllm.core.needs import ACCUMULATED, FROM_RECENT_QUERIES, Need
+from skipkv_vllm.core.orders import Accumulation, Compaction, Started, StepOrders
 from skipkv_vllm.ops.paging import Layout, PagedCache, cpu_layout, layer_pages
 from skipkv_vllm.policies.gates import Gate, Gates
 from skipkv_vllm.scheduler.planner import EvictionPlanner, Looks
@@ -139,7 +139,7 @@ class FakeProber:
         assert tokens.numel() <= self.max_tokens
         for r, start in enumerate(starts):
             (request,) = (each for each in self.sim.running.values() if each.num_logical == start)
-            num_read = request.probe.shape[1]
+            num_read = request.lookahead_queries.shape[1]
             if num_tokens:
                 assert start == request.num_prompt
                 assert tokens[r] == request.logits.argmax()
@@ -152,7 +152,7 @@ class FakeProber:
             for layer, pages in enumerate(self.sim.layers):
                 held = pages.keys.read_pages(table[r, : ceil_div(num_held[r], page_size)].long(), num_held[r])
                 assert [sorted(head) for head in held.tolist()] == request.copy[layer]
-            found.append(request.probe)
+            found.append(request.lookahead_queries)
         return torch.stack(found)
 
     def _append(self, request: Running, table: Tensor, page_size: int, num_held: int) -> None:
@@ -192,7 +192,7 @@ class Running:
     )
     """`[layer][head]`, ascending positions"""
     logits: Tensor | None = None
-    probe: Tensor | None = None
+    lookahead_queries: Tensor | None = None
     """queries of the tokens decoded ahead, `[layers, n, Hq, D]`"""
     copy: list[list[list[list[float]]]] = field(default_factory=list)
     """keys of the cache behind which they were computed, by layer and head, sorted"""
@@ -300,7 +300,7 @@ class Simulation:
             )
             token_gates.attach(self.blocks)
         self.runtime = EvictionRuntime(self.config, num_slots, ring, tracker, token_gates, None, CPU)
-        if needs & Need.PROBE:
+        if needs & Need.LOOKAHEAD:
             self.runtime.prober = FakeProber(self, max_length)
         self._lent: list[int] = []
         packing = Layout.ROWS if layout.startswith("gpu") else cpu_layout(layout)
@@ -423,16 +423,16 @@ class Simulation:
 
     def _lend(self, request: Running, keep: int) -> list[int]:
         """Pages for a temporary copy, where tokens are decoded ahead; their queries are drawn here."""
-        probe, request.probe, request.asked = self.config.policy.probe, None, None
-        if probe is None or not self.has_spare_pages or request.num_logical > request.num_prompt:
+        lookahead, request.lookahead_queries, request.asked = self.config.policy.lookahead_plan, None, None
+        if lookahead is None or not self.has_spare_pages or request.num_logical > request.num_prompt:
             return []
-        is_question = probe.draft is None
+        is_question = lookahead.draft is None
         if is_question == (request.num_logical == request.num_prompt):
             return []
-        num_tokens = self.config.policy.num_task(self.config.kv_window) if is_question else probe.num_tokens
+        num_tokens = self.config.policy.num_question(self.config.kv_window) if is_question else lookahead.num_tokens
         num_pages = ceil_div(num_tokens if is_question else keep + num_tokens, self.block_size)
         num_tokens = min(num_tokens, self.runtime.prober.max_length - request.num_logical)
-        request.probe = self.random(LAYERS, num_tokens, Q_HEADS, DIM)
+        request.lookahead_queries = self.random(LAYERS, num_tokens, Q_HEADS, DIM)
         request.copy = []
         if is_question:
             request.asked = self.random(LAYERS, num_tokens, KV_HEADS, DIM)
@@ -441,7 +441,7 @@ class Simulation:
             request.copy.append([])
             for head in range(KV_HEADS):
                 cells = request.dense[layer][head]
-                scores = self._snapkv(request, layer, head, request.num_logical, probe.draft.pool)
+                scores = self._snapkv(request, layer, head, request.num_logical, lookahead.draft.pool)
                 ranked = sorted(range(len(cells) - self.config.kv_window), key=lambda i: (-scores[i], i))
                 kept = ranked[: keep - self.config.kv_window]
                 kept += range(len(cells) - self.config.kv_window, len(cells))
@@ -459,7 +459,7 @@ class Simulation:
             for name in counts:
                 since = self.running[name].num_logical - self.running[name].protected
                 counts[name] = min(counts[name], -since if since < 0 else length - since % length)
-        orders, observations = [], []
+        orders, accumulations = [], []
         if compact:
             for request in self.running.values():
                 due = request.num_resident >= self.keep_of(request) + self.config.kv_buffer or (
@@ -469,18 +469,18 @@ class Simulation:
                 # Most methods are tested on answers; what a prompt takes from others has no queries.
                 started = request.num_logical >= request.num_prompt or self.config.policy.compacts_prompt
                 if request.managed and due and enough and started:
-                    self._observe(request, observations, True)
+                    self._observe(request, accumulations, True)
                     orders.append(self.order(request))
                     self._apply_order(request, orders[-1])
         for request in self.running.values():
-            self._observe(request, observations, False)
+            self._observe(request, accumulations, False)
         compacted = {order.request_id for order in orders}
         before = {name: self.snapshot(name) for name in self.running if orders and name not in compacted}
         # As the scheduler does it, so that a query that is missing shows.
-        records = bool(self.runtime.config.needs & OBSERVED) or any(
+        records = bool(self.runtime.config.needs & FROM_RECENT_QUERIES) or any(
             self.planner.needs_queries(name, self.running[name].num_logical + count) for name, count in counts.items()
         )
-        step = StepOrders(orders, self._starting, observations, records)
+        step = StepOrders(orders, self._starting, accumulations, records)
         self.runtime.begin_step(step, self._finished, self._preempted)
         self.free += self._lent
         self._lent = []
@@ -494,14 +494,14 @@ class Simulation:
                 self.check(name)
         return orders
 
-    def _observe(self, request: Running, observations: list[Observation], is_compacted: bool) -> None:
+    def _observe(self, request: Running, accumulations: list[Accumulation], is_compacted: bool) -> None:
         by_segment = bool(self.config.needs & Need.SEGMENTS)
-        if not self.config.needs & OBSERVED or (request.num_logical < request.num_prompt and not by_segment):
+        if not self.config.needs & FROM_RECENT_QUERIES or (request.num_logical < request.num_prompt and not by_segment):
             return
         count = self.planner.observe(request.name, request.num_logical, is_compacted)
         if count:
-            observations.append(
-                Observation(request.name, request.num_logical, request.num_resident, count, list(request.pages))
+            accumulations.append(
+                Accumulation(request.name, request.num_logical, request.num_resident, count, list(request.pages))
             )
             if by_segment:
                 request.sparsities.append(self._sparsity(request, count))
@@ -533,9 +533,9 @@ class Simulation:
     def _apply_order(self, request: Running, order: Compaction) -> None:
         """The same compaction on the dense lists and on the block table."""
         self._compact_densely(request, order)
-        for page in set(order.source_pages) - set(order.target_pages):
+        for page in set(order.source_blocks) - set(order.target_blocks):
             self._release(page)
-        request.pages = list(order.target_pages)
+        request.pages = list(order.target_blocks)
         request.num_evicted += order.num_resident - order.num_keep
         request.num_compactions += 1
         self.planner.committed(request.name, order.num_logical)
@@ -579,7 +579,7 @@ class Simulation:
             self.runtime.gates.store(torch.tensor(slots + [-1]))
         padding = 3
         padding, logits = 3, None
-        if self.config.needs & Need.PROBE:
+        if self.config.needs & Need.LOOKAHEAD:
             logits = self.random(len(names), 16)
             for name, each in zip(names, logits, strict=True):
                 self.running[name].logits = (
@@ -696,7 +696,7 @@ class Simulation:
         policy = self.runtime._requests[request.name].policy if request.name in self.runtime._requests else None
         policy = policy or self.config.policy
         first = max(request.protected, policy.num_sinks)
-        question = range(request.num_prompt - policy.num_task(self.config.kv_window), request.num_prompt)
+        question = range(request.num_prompt - policy.num_question(self.config.kv_window), request.num_prompt)
 
         def pinned(position: int) -> bool:
             return position < first or position in question or position >= order.num_logical - self.config.kv_window
@@ -825,18 +825,18 @@ class Simulation:
             numbers = [self._segment(request, cell.position) for cell in cells]
             return dense_policies.thinkv(keys, numbers, request.quota, request.shrinks)
         group = Q_HEADS // KV_HEADS
-        if policy.name == "laq" and request.probe is not None:
-            drafted = request.probe[layer, :, head * group : (head + 1) * group]
+        if policy.name == "laq" and request.lookahead_queries is not None:
+            drafted = request.lookahead_queries[layer, :, head * group : (head + 1) * group]
             return dense_policies.laq(drafted, queries if policy.with_window else queries[:0], keys, window)
         if policy.name in ("snapkv", "laq"):
             return self._snapkv(request, layer, head, num_logical, policy.pool)
         if policy.name == "finch":
             in_prompt = num_logical <= request.num_prompt
             if request.asked is not None:
-                asking = request.probe[layer, :, head * group : (head + 1) * group]
+                asking = request.lookahead_queries[layer, :, head * group : (head + 1) * group]
                 extended = torch.cat([keys, request.asked[layer, :, head]])
                 return dense_policies.finch(asking, extended)[: len(cells)]
-            return dense_policies.finch(queries[-policy.num_task(window) :] if in_prompt else queries, keys)
+            return dense_policies.finch(queries[-policy.num_question(window) :] if in_prompt else queries, keys)
         if policy.name not in ("rkv", "skipkv"):
             values = torch.stack([cell.value for cell in cells])
             mass = torch.tensor([request.mass.get((layer, head, cell.position), 0.0) for cell in cells])

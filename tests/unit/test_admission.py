@@ -52,7 +52,7 @@ def test_an_unprotected_prompt_does_not_raise_the_limits():
 
 
 @pytest.mark.parametrize(
-    ("num_prompt", "is_deferred", "probing"),
+    ("num_prompt", "is_deferred", "lookahead"),
     [
         (96, True, (0, 0)),
         (97, False, (97, 104)),
@@ -61,21 +61,21 @@ def test_an_unprotected_prompt_does_not_raise_the_limits():
         (400, True, (400, 104)),
     ],
 )
-def test_a_method_that_decodes_ahead_needs_room_for_a_copy(num_prompt, is_deferred, probing):
+def test_a_method_that_decodes_ahead_needs_room_for_a_copy(num_prompt, is_deferred, lookahead):
     config = KVPolicyConfig(
         kv_policy="laq", kv_budget=96, kv_buffer=32, kv_protect_prompt=False, kv_defer_prompt=is_deferred
     )
     limits = limits_of(RequestOptions(), config, num_prompt)
     assert limits == Limits(96, 32, 8, 0, num_prompt if is_deferred else 0, num_prompt, 8)
-    assert limits.probing == probing
+    assert limits.lookahead == lookahead
     assert limits.first_bound == max(128, num_prompt if is_deferred else 0)
-    assert limits_of(RequestOptions(kv_policy="rkv"), config, num_prompt).probing == (0, 0)
+    assert limits_of(RequestOptions(kv_policy="rkv"), config, num_prompt).lookahead == (0, 0)
 
 
 @pytest.mark.parametrize(
-    ("num_prompt", "is_deferred", "probing"), [(128, False, (0, 0)), (129, False, (128, 5)), (400, True, (0, 0))]
+    ("num_prompt", "is_deferred", "lookahead"), [(128, False, (0, 0)), (129, False, (128, 5)), (400, True, (0, 0))]
 )
-def test_a_question_needs_room_behind_the_bound(num_prompt, is_deferred, probing):
+def test_a_question_needs_room_behind_the_bound(num_prompt, is_deferred, lookahead):
     config = KVPolicyConfig(
         kv_policy="finch",
         kv_policy_config={"ask_chunks": True},
@@ -84,7 +84,7 @@ def test_a_question_needs_room_behind_the_bound(num_prompt, is_deferred, probing
         kv_protect_prompt=False,
         kv_defer_prompt=is_deferred,
     )
-    assert limits_of(RequestOptions(kv_task_tokens=5), config, num_prompt).probing == probing
+    assert limits_of(RequestOptions(kv_task_tokens=5), config, num_prompt).lookahead == lookahead
 
 
 def test_a_request_holds_its_bound_or_its_whole_text():
@@ -116,8 +116,8 @@ def test_the_last_page_counts_in_full():
 
 
 def test_a_temporary_copy_is_promised_where_it_takes_more_than_the_rest_of_a_life():
-    assert Demand(128, 0, (20, 100)).num_pages(PAGE) == 2 + 7
-    assert Demand(128, 0, (15, 33)).num_pages(PAGE) == 8
+    assert Demand(128, 0, (20, 100)).num_blocks(PAGE) == 2 + 7
+    assert Demand(128, 0, (15, 33)).num_blocks(PAGE) == 8
     book = ledger(17)
     for name in "ab":
         book.declare(name, Demand(128, 0, (20, 100)))

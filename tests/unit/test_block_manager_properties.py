@@ -30,7 +30,7 @@ from vllm.v1.core.kv_cache_utils import (
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
 from vllm.v1.request import Request, RequestStatus
 
-from skipkv_vllm.core.limits import Demand, Limits, ceil_div, most_tokens
+from skipkv_vllm.core.limits import Demand, Limits, LookaheadTokens, ceil_div, most_tokens
 from skipkv_vllm.integration.block_manager import EvictingBlockManager
 from skipkv_vllm.integration.free_queue import GuardQueue
 from skipkv_vllm.scheduler.planner import EvictionPlanner, PlannedCompaction, Residency
@@ -58,8 +58,8 @@ class Order(NamedTuple):
     protected: int
     window: int
     num_logical: int
-    source_pages: list[int]
-    target_pages: list[int]
+    source_blocks: list[int]
+    target_blocks: list[int]
 
 
 @dataclass
@@ -124,8 +124,8 @@ class Engine:
         if limits is not None:
             self.planner.start(request_id, limits)
         num_intact = MAX_MODEL_LEN if limits is None else limits.protected // PAGE
-        probing = (0, 0) if limits is None else limits.probing
-        self.manager.ledger.declare(request_id, Demand(most_tokens(limits, LONGEST + 1), num_intact, probing))
+        lookahead = LookaheadTokens() if limits is None else limits.lookahead
+        self.manager.ledger.declare(request_id, Demand(most_tokens(limits, LONGEST + 1), num_intact, lookahead))
         self.waiting.append(request_id)
 
     def leave(self, request_id: str) -> None:
@@ -177,11 +177,11 @@ class Engine:
         ]
         orders, plans, borrowed = [], self.planner.plan(running), []
         for plan in plans:
-            if plan.num_scratch:
+            if plan.num_lookahead:
                 held = {block.block_id for blocks in self.manager.req_to_blocks.values() for block in blocks}
-                found = self.manager.borrow(plan.num_scratch)
+                found = self.manager.borrow(plan.num_lookahead)
                 self.counts["borrowed" if found else "unborrowed"] += 1
-                assert found is None or len(set(found)) == ceil_div(plan.num_scratch, PAGE)
+                assert found is None or len(set(found)) == ceil_div(plan.num_lookahead, PAGE)
                 borrowed += found or []
                 assert len(set(borrowed) | held) == len(borrowed) + len(held), "a borrowed page is somebody's"
         for plan in plans:
@@ -196,15 +196,15 @@ class Engine:
             shared = {b.block_id for b in self.manager.req_to_blocks[plan.request_id] if b.ref_cnt > 1}
             pages = self.manager.compact(plan)
             assert pages is not None
-            assert pages.source_pages == blocks_before
-            assert len(pages.target_pages) == ceil_div(plan.num_keep, PAGE)
-            assert pages.num_freed == len(pages.source_pages) - len(pages.target_pages)
+            assert pages.source_blocks == blocks_before
+            assert len(pages.target_blocks) == ceil_div(plan.num_keep, PAGE)
+            assert pages.num_freed == len(pages.source_blocks) - len(pages.target_blocks)
             intact = plan.protected // PAGE
-            for i, target in enumerate(pages.target_pages):
-                source = pages.source_pages[i]
+            for i, target in enumerate(pages.target_blocks):
+                source = pages.source_blocks[i]
                 assert (target != source) == (i >= intact and source in shared)
                 self.counts["replaced"] += target != source
-            assert not set(pages.target_pages[intact:]) & shared, "a shared page would be written"
+            assert not set(pages.target_blocks[intact:]) & shared, "a shared page would be written"
             orders.append(
                 Order(
                     plan.request_id,
@@ -213,8 +213,8 @@ class Engine:
                     plan.protected,
                     tracked.limits.window,
                     tracked.request.num_computed_tokens,
-                    pages.source_pages,
-                    pages.target_pages,
+                    pages.source_blocks,
+                    pages.target_blocks,
                 )
             )
             self.planner.committed(plan.request_id, tracked.request.num_computed_tokens)
@@ -222,7 +222,7 @@ class Engine:
             assert self.manager.num_evicted(plan.request_id) == tracked.num_evicted
             assert tracked.request.num_computed_tokens - tracked.num_evicted == tracked.limits.keep
             self.counts["compactions"] += 1
-        assert not {page for order in orders for page in order.target_pages} & set(borrowed)
+        assert not {page for order in orders for page in order.target_blocks} & set(borrowed)
         if borrowed:
             self.manager.give_back()
         # The workers write there before anything else of the step; who gets the pages in it writes them anew.
@@ -300,10 +300,10 @@ class Engine:
 
     def _carry_out(self, order: Order) -> None:
         """Copy replaced pages, then move arbitrary survivors into the holes."""
-        for old, new in zip(order.source_pages, order.target_pages, strict=False):
+        for old, new in zip(order.source_blocks, order.target_blocks, strict=False):
             if old != new:
                 self.pages[new] = list(self.pages[old])
-        tokens = [self.pages[order.source_pages[s // PAGE]][s % PAGE] for s in range(order.num_resident)]
+        tokens = [self.pages[order.source_blocks[s // PAGE]][s % PAGE] for s in range(order.num_resident)]
         tracked = self.tracked[order.request_id]
         assert set(tokens) == tracked.held, "the pages to compact do not hold the request's tokens"
 
@@ -317,7 +317,7 @@ class Engine:
         holes = sorted(set(range(order.num_keep)) - set(kept))
         self.random.shuffle(holes)
         for mover, hole in zip(movers, holes, strict=True):
-            page = order.target_pages[hole // PAGE]
+            page = order.target_blocks[hole // PAGE]
             self._assert_writable(order.request_id, page)
             assert self.pool.blocks[page].block_hash is None, "a published page is overwritten"
             self.pages[page][hole % PAGE] = tokens[mover]
@@ -419,10 +419,10 @@ def apply(engine: Engine, operation: tuple) -> None:
             prompt = [*PREFIXES[prefix], *(100 + flavour for _ in range(tail))]
             limits = None
             if drawn is not None:
-                budget, buffer, window, protects, num_ahead = drawn
+                budget, buffer, window, protects, num_draft = drawn
                 limits = Limits(budget, buffer, window, len(prompt) if protects else 0)
-                if num_ahead and not protects:
-                    limits = Limits(budget, buffer, window, 0, prompt_end=len(prompt), num_ahead=num_ahead)
+                if num_draft and not protects:
+                    limits = Limits(budget, buffer, window, 0, prompt_end=len(prompt), num_draft=num_draft)
             engine.arrive(prompt, limits)
         case ("step", times, chunk):
             for _ in range(times):

@@ -106,7 +106,7 @@ def test_a_long_prompt_takes_what_its_request_is_promised(options, pages):
     limits = limits_of(RequestOptions(), config, 2000)
     ledger = Ledger(POOL.num_pages, POOL.page_size, is_bounded=True)
     for name in map(str, range(found.fit + 1)):
-        ledger.declare(name, Demand(most_tokens(limits, 8192), 0, limits.probing))
+        ledger.declare(name, Demand(most_tokens(limits, 8192), 0, limits.lookahead))
         assert ledger.fits(name, []) == (int(name) < found.fit)
         ledger.admit(name, [])
     assert capacity(config, SHAPE, POOL, length=8192, prompt=100).request_pages == 1152 / 16

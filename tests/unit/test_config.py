@@ -331,8 +331,8 @@ def test_a_bad_request_option_is_refused(extra, parts):
 )
 def test_a_question_must_fit_the_window_and_the_budget(extra, parts):
     server = KVPolicyConfig(kv_policy="finch", kv_protect_prompt=False, kv_budget=100)
-    assert RequestOptions.parse({"kv_task_tokens": 3}, server, 500).resolve_policy(server).num_task(8) == 3
-    assert RequestOptions.parse({}, server, 500).resolve_policy(server).num_task(8) == 8
+    assert RequestOptions.parse({"kv_task_tokens": 3}, server, 500).resolve_policy(server).num_question(8) == 3
+    assert RequestOptions.parse({}, server, 500).resolve_policy(server).num_question(8) == 8
     with pytest.raises(KVPolicyError) as error:
         RequestOptions.parse(extra, server, 500)
     for part in parts:
@@ -341,7 +341,7 @@ def test_a_question_must_fit_the_window_and_the_budget(extra, parts):
 
 def test_a_server_that_does_not_decode_ahead_says_what_would():
     server = KVPolicyConfig(kv_policy="finch", kv_protect_prompt=False)
-    with pytest.raises(KVPolicyError, match=r"'laq' needs probe, which this server .* --kv-request-policies laq"):
+    with pytest.raises(KVPolicyError, match=r"'laq' needs lookahead, which this server .* --kv-request-policies laq"):
         RequestOptions.parse({"kv_policy": "laq"}, server, 5000)
 
 

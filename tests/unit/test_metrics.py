@@ -39,7 +39,7 @@ def test_compactions_are_counted_and_reported_once():
 
 def test_prompts_that_were_compacted_by_tokens_decoded_ahead_are_counted():
     stats = EvictionStats()
-    stats.compacted(compaction(144, 16, 9, 1)._replace(scratch_pages=[20, 21]))
+    stats.compacted(compaction(144, 16, 9, 1)._replace(lookahead_blocks=[20, 21]))
     stats.compacted(compaction(144, 16, 9, 1))
     report = stats.take(0, 0, 0)
     assert (report["compactions"], report["probes"]) == (2, 1)

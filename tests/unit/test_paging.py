@@ -234,14 +234,14 @@ def test_copy_pages_copies_every_byte(filled):
     assert torch.equal(got_values, values)
 
 
-def compact(layout, source_pages, target_pages, source, hole, number) -> None:
+def compact(layout, source_blocks, target_blocks, source, hole, number) -> None:
     """The operator, for one request and one layer."""
     cache = PagedCache.of([layout.layer.raw], layout.layer.layout)
     moves = [torch.as_tensor(x, dtype=torch.int32)[None, None] for x in (source, hole, number)]
-    tables = [torch.as_tensor(pages, dtype=torch.int32)[None] for pages in (source_pages, target_pages)]
+    tables = [torch.as_tensor(pages, dtype=torch.int32)[None] for pages in (source_blocks, target_blocks)]
     sidecar = torch.zeros(1, *layout.layer.raw.shape[:3], dtype=torch.int32)
-    positions = torch.arange(len(source_pages) * layout.size, dtype=torch.int32).expand(1, 1, HEADS, -1).contiguous()
-    keep = torch.tensor([len(target_pages) * layout.size], dtype=torch.int32)
+    positions = torch.arange(len(source_blocks) * layout.size, dtype=torch.int32).expand(1, 1, HEADS, -1).contiguous()
+    keep = torch.tensor([len(target_blocks) * layout.size], dtype=torch.int32)
     torch.ops.skipkv.compact_pages(*cache, sidecar, positions, *tables, keep, *moves)
 
 
@@ -249,10 +249,10 @@ def test_move_tokens_between_pages_per_head(filled):
     layout, keys, values = filled
     size = layout.size
     # Three pages become two, of which the second is a fresh one; head 0 moves three tokens, head 1 one.
-    source_pages, target_pages = torch.tensor([3, 1, 4]), torch.tensor([3, 2])
+    source_blocks, target_blocks = torch.tensor([3, 1, 4]), torch.tensor([3, 2])
     source = torch.tensor([[2 * size, 2 * size + 1, 3 * size - 1], [2 * size + 2, 0, 0]])
     hole = torch.tensor([[0, size - 1, size + 1], [size + 3, 0, 0]])
-    compact(layout, source_pages, target_pages, source, hole, [3, 1])
+    compact(layout, source_blocks, target_blocks, source, hole, [3, 1])
     before_keys, before_values = keys.clone(), values.clone()
     # The fresh page takes the content of the one it replaces.
     keys[2], values[2] = keys[1], values[1]
@@ -262,7 +262,7 @@ def test_move_tokens_between_pages_per_head(filled):
         (0, 3 * size - 1, size + 1),
         (1, 2 * size + 2, size + 3),
     ):
-        old, new = int(source_pages[s // size]), int(target_pages[t // size])
+        old, new = int(source_blocks[s // size]), int(target_blocks[t // size])
         keys[new, h, t % size] = before_keys[old, h, s % size]
         values[new, h, t % size] = before_values[old, h, s % size]
     got_keys, got_values = layout.dump()

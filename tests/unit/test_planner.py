@@ -92,17 +92,17 @@ def test_a_prompt_longer_than_the_budget_can_be_compacted_at_its_end(num_prompt,
 
 def test_tokens_are_decoded_ahead_at_the_end_of_a_prompt_and_never_else():
     planner = EvictionPlanner()
-    planner.start("a", Limits(100, 16, 8, 0, prompt_end=140, num_ahead=5))
+    planner.start("a", Limits(100, 16, 8, 0, prompt_end=140, num_draft=5))
     assert planner.plan([Residency("a", 116, 0)]) == [PlannedCompaction("a", 116, 100, 0, 0)]
     assert planner.plan([Residency("a", 140, 24)]) == [PlannedCompaction("a", 116, 100, 0, 105)]
     assert planner.plan([Residency("a", 156, 40)]) == [PlannedCompaction("a", 116, 100, 0, 0)]
-    planner.start("b", Limits(100, 16, 8, 0, prompt_end=100, num_ahead=5))
+    planner.start("b", Limits(100, 16, 8, 0, prompt_end=100, num_draft=5))
     assert planner.plan([Residency("b", 116, 0)]) == [PlannedCompaction("b", 116, 100, 0, 0)]
 
 
 def test_a_question_is_appended_before_the_end_of_a_prompt_and_not_at_it():
     planner = EvictionPlanner()
-    planner.start("a", Limits(100, 16, 8, 0, prompt_end=140, num_asked=7))
+    planner.start("a", Limits(100, 16, 8, 0, prompt_end=140, num_question=7))
     assert planner.plan([Residency("a", 116, 0)]) == [PlannedCompaction("a", 116, 100, 0, 7)]
     assert planner.plan([Residency("a", 139, 23)]) == [PlannedCompaction("a", 116, 100, 0, 7)]
     assert planner.plan([Residency("a", 140, 24)]) == [PlannedCompaction("a", 116, 100, 0, 0)]

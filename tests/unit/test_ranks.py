@@ -13,7 +13,7 @@ from torch import Tensor
 
 from skipkv_vllm.config import KVPolicyConfig
 from skipkv_vllm.core.needs import ACCUMULATED, Need
-from skipkv_vllm.core.orders import Compaction, Observation
+from skipkv_vllm.core.orders import Accumulation, Compaction
 from skipkv_vllm.ops.paging import Layout, PagedCache
 from skipkv_vllm.sentences import SentenceTables
 from skipkv_vllm.worker.compaction import Compactor, Job, Managed
@@ -114,14 +114,14 @@ def kept(policy: str, granularity: str, layers: slice, heads: slice, ranks: Rank
         order = Compaction(str(slot), length, length, keep, pages, pages[: keep // PAGE], 0)
         jobs.append(Job(order, Managed(slot, config.policy, needs, 0)))
         number_seen = min(length, config.num_queries)
-        looks.append((Observation(order.request_id, length, length, number_seen, pages), jobs[-1].request))
+        looks.append((Accumulation(order.request_id, length, length, number_seen, pages), jobs[-1].request))
     if needs & ACCUMULATED:
         compactor.accumulate(looks)
     compactor.run(jobs)
     result = []
     for order, _ in jobs:
         placed = torch.tensor([[order.num_keep], [0]], dtype=torch.int32)
-        held = compactor.positions.read(compactor.table([order.target_pages]), order.num_keep, *placed)[0]
+        held = compactor.positions.read(compactor.table([order.target_blocks]), order.num_keep, *placed)[0]
         result.append(held.sort(dim=-1).values)
     return result
 

@@ -100,9 +100,9 @@ def test_segments_shrink_as_the_text_turns(parameters, protect, layout):
 
 @pytest.mark.parametrize("layout", ["gpu strided", "vec"])
 @pytest.mark.parametrize("granularity", ["head", "sentence"])
-@pytest.mark.parametrize("num_task", [0, 1, 3])
-def test_a_prompt_is_compacted_by_its_question_as_soon_as_it_is_computed(num_task, granularity, layout):
-    parameters = {"task_tokens": num_task}
+@pytest.mark.parametrize("num_question", [0, 1, 3])
+def test_a_prompt_is_compacted_by_its_question_as_soon_as_it_is_computed(num_question, granularity, layout):
+    parameters = {"task_tokens": num_question}
     sim = Simulation("finch", protect=False, parameters=parameters, layout=layout, granularity=granularity)
     # One is longer than its bound, one than its budget only, one shorter than its question, one than its budget.
     prompts, budgets = {"a": 45, "b": 27, "c": 2, "d": 15}, {"a": 26, "b": 26, "c": 26, "d": 20}
@@ -119,7 +119,7 @@ def test_a_prompt_is_compacted_by_its_question_as_soon_as_it_is_computed(num_tas
     for name, num_prompt in prompts.items():
         assert sim.running[name].num_compactions >= 2
         # Whatever was written since, the question is held.
-        question = set(range(max(0, num_prompt - (num_task or 4)), num_prompt))
+        question = set(range(max(0, num_prompt - (num_question or 4)), num_prompt))
         assert all(question <= set(held) for held in sim.positions(name).flatten(0, 1).tolist())
 
 
@@ -135,12 +135,12 @@ def test_a_question_is_asked_after_each_chunk(has_spare_pages, layout):
         sim.start(name, num_prompt=num_prompt, budget=budgets[name])
     sim.step({"a": 32, "b": 34})
     chunks = {"a": [8, 8, 8, 8, 1], "b": [8, 5]}
-    num_asked = []
+    num_question = []
     while any(chunks.values()):
         sim.step({name: each.pop(0) for name, each in chunks.items() if each})
-        num_asked.append([0 if r.asked is None else r.asked.shape[1] for r in sim.running.values()])
+        num_question.append([0 if r.asked is None else r.asked.shape[1] for r in sim.running.values()])
     expected = [[3, 3], [3, 3], [3, 0], [3, 0], [2, 0]] if has_spare_pages else [[0, 0]] * 5
-    assert num_asked == expected
+    assert num_question == expected
     sim.step({"a": 0})
     assert [sim.running[name].num_compactions for name in prompts] == [6, 3]
     for name in prompts:
@@ -166,7 +166,7 @@ def test_a_prompt_is_compacted_by_tokens_that_are_decoded_ahead(with_window, has
     sim.step(dict.fromkeys(prompts, 0))
     assert [sim.running[name].num_compactions for name in prompts] == [1, 1, 0, 1]
     assert sorted(set(free) & set(sim.free)) == free, "a page was lost"
-    ahead = {name: sim.running[name].probe for name in prompts}
+    ahead = {name: sim.running[name].lookahead_queries for name in prompts}
     if has_spare_pages:
         assert [0 if each is None else each.shape[1] for each in ahead.values()] == [5, 6, 0, 6]
     else:
@@ -176,7 +176,7 @@ def test_a_prompt_is_compacted_by_tokens_that_are_decoded_ahead(with_window, has
     for name in (*prompts, "plain"):
         sim.check(name)
     assert [sim.running[name].num_compactions for name in prompts] == [3, 3, 1, 3]
-    assert all(sim.running[name].probe is None for name in prompts)
+    assert all(sim.running[name].lookahead_queries is None for name in prompts)
 
 
 def test_queries_of_tokens_decoded_ahead_decide_other_than_the_window():
@@ -541,7 +541,7 @@ def test_check_integrity_finds_a_token_held_twice():
     order = sim.order(sim.running["a"])
     sim.runtime.begin_step(StepOrders([order], []), [], [])
     sim.runtime.check_integrity(order)
-    page = order.target_pages[-1]
+    page = order.target_blocks[-1]
     sim.runtime._compactor.positions.entries[0, page, 0, 0] = sim.runtime._compactor.positions.entries[0, page, 0, 1]
     with pytest.raises(AssertionError, match="held twice"):
         sim.runtime.check_integrity(order)
@@ -552,11 +552,11 @@ def test_check_integrity_finds_a_lost_prompt_token_and_window():
     order = sim.order(sim.running["a"])
     sim.runtime.begin_step(StepOrders([order], []), [], [])
     entries = sim.runtime._compactor.positions.entries
-    held = sim.runtime._positions(sim.runtime._requests["a"], order.target_pages, 20)[0][0, 0].tolist()
+    held = sim.runtime._positions(sim.runtime._requests["a"], order.target_blocks, 20)[0][0, 0].tolist()
     missing = next(p for p in range(8, 24) if p not in held)
     for position, message in ((0, "protected prompt token"), (27, "observation window")):
         slot = held.index(position)
-        page = order.target_pages[slot // 4]
+        page = order.target_blocks[slot // 4]
         entries[0, page, 0, slot % 4] = missing
         with pytest.raises(AssertionError, match=message):
             sim.runtime.check_integrity(order)

@@ -10,7 +10,7 @@ import torch
 from ...capacity import ModelShape, Pool
 from ...config import KVPolicyConfig, RequestOptions
 from ...core.errors import KVPolicyError
-from ...core.limits import Demand, Limits, ceil_div, most_tokens
+from ...core.limits import Demand, Limits, LookaheadTokens, ceil_div, most_tokens
 from ...scheduler.admission import limits_of
 from .public import is_public
 from .wrap import wrap
@@ -98,8 +98,8 @@ def check_fits_alone(
     if not request.resumable:
         longest = min(num_prompt + (params.max_tokens or 0), longest)
         limits = limits_of(options, config, num_prompt)
-    most, probing = most_tokens(limits, longest), (0, 0) if limits is None else limits.probing
-    if Demand(most, 0, probing).num_pages(cache.block_size) <= num_pages:
+    most, lookahead = most_tokens(limits, longest), LookaheadTokens() if limits is None else limits.lookahead
+    if Demand(most, 0, lookahead).num_blocks(cache.block_size) <= num_pages:
         return
     room, field = num_pages * cache.block_size, "prompt"
     if request.resumable:
@@ -111,7 +111,7 @@ def check_fits_alone(
             remedy, field = f"set max_tokens to at most {room - num_prompt}", "max_tokens"
         remedy += f", or use kv_policy={config.kv_policy!r}"
     elif ceil_div(most, cache.block_size) <= num_pages:
-        most, (held, scratch) = sum(probing), probing
+        most, (held, scratch) = sum(lookahead), lookahead
         cause = f"while its prompt is compacted {held}, and pages for {scratch} to compute tokens ahead"
         remedy = "shorten the prompt or lower kv_budget"
     elif limits.first_bound > limits.bound:

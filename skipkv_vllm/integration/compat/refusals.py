@@ -44,8 +44,8 @@ def check_config(vllm_config: VllmConfig, policy: KVPolicyConfig) -> None:
         )
     if policy.evicts:
         _check(vllm_config, policy, _refuse)
-    if policy.needs & Need.PROBE:
-        _check_probes(vllm_config, policy)
+    if policy.needs & Need.LOOKAHEAD:
+        _check_lookahead(vllm_config, policy)
     if policy.steers:
         _check(vllm_config, policy, functools.partial(_refuse, flag="--kv-steering-vectors"))
         _check_steering(vllm_config, policy)
@@ -117,9 +117,12 @@ def _check(vllm_config: VllmConfig, policy: KVPolicyConfig, _refuse: Callable[..
         )
 
 
-def _check_probes(vllm_config: VllmConfig, policy: KVPolicyConfig) -> None:
+def _check_lookahead(vllm_config: VllmConfig, policy: KVPolicyConfig) -> None:
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
-    own, names = policy.policy.probe is not None, [each.name for each in policy.policies if each.probe is not None]
+    own, names = (
+        policy.policy.lookahead_plan is not None,
+        [each.name for each in policy.policies if each.lookahead_plan is not None],
+    )
     flag = f"--kv-policy {policy.kv_policy}" if own else f"--kv-request-policies {' '.join(names)}"
     refuse = functools.partial(_refuse, flag=flag)
     if vllm_config.use_v2_model_runner:
