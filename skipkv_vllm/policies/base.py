@@ -121,8 +121,8 @@ class LookaheadPlan:
     """Tokens that are computed ahead for their queries alone, and then forgotten.
 
     Either the beginning of an answer: decoded greedily from the end of a prompt on a temporary copy of the cache. Or
-    the question (`Policy.num_question`): appended to each chunk of a longer prompt that is compacted before its end. The
-    policy then sees the cache as if it ended with the question.
+    the question (`Policy.num_question`): appended to each chunk of a longer prompt that is compacted before its end.
+    The policy then sees the cache as if it ended with the question.
 
     Attributes:
         num_tokens: of the answer, at most; fewer where the model's length ends before. Of a question 0.
