@@ -25,4 +25,4 @@ SKIPKV_SANITIZE=1 "$PY" setup.py -q build_ext --build-lib build/sanitize --build
 export SKIPKV_NATIVE_CPU=$library
 export ASAN_OPTIONS=detect_leaks=0:halt_on_error=1:abort_on_error=1 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1
 LD_PRELOAD="$runtime $("$CXX" -print-file-name=libstdc++.so.6)" "$PY" -m pytest -q --capture=sys -p no:cacheprovider \
-  tests/unit/test_ops_parity*.py -k "not interpreter" "$@"
+  tests/unit/ops/test_parity*.py -k "not interpreter" "$@"

@@ -15,14 +15,14 @@ os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 if TYPE_CHECKING:
-    from tests.hf_reference import ReferenceCache
+    from tests.reference.oracle import ReferenceCache
 
 
 @pytest.fixture(scope="session")
 def references() -> ReferenceCache:
     """Hugging Face references of this session."""
     from tests.engines import MODEL
-    from tests.hf_reference import Model, ReferenceCache
+    from tests.reference.oracle import Model, ReferenceCache
 
     return ReferenceCache(Model(MODEL))
 

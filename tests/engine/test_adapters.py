@@ -13,14 +13,14 @@ from torch import Tensor
 from vllm.lora.request import LoRARequest
 
 from tests import engines
-from tests.comparison import another_question, check
 from tests.engines import MODEL, PAGE, Job
-from tests.hf_reference import Model, ReferenceCache
+from tests.reference.comparison import another_question, check
+from tests.reference.oracle import Model, ReferenceCache
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from tests.hf_reference import EngineTrace, Result, Settings
+    from tests.reference.oracle import EngineTrace, Result, Settings
 
 RANK, SCALE = 4, 2.0
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests import engines
-from tests.comparison import UNPROTECTED, another_question, check
 from tests.engines import PAGE, Job
+from tests.reference.comparison import UNPROTECTED, another_question, check
 
 if TYPE_CHECKING:
-    from tests.hf_reference import ReferenceCache
+    from tests.reference.oracle import ReferenceCache
 
 CHUNKED = {True: {"max_num_batched_tokens": 64}, False: {"enable_chunked_prefill": False}}
 COMBINATIONS = list(itertools.product([True, False], [True, False]))

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from tests import engines
-from tests.comparison import UNPROTECTED, another_question, check
 from tests.engines import PAGE, Job, Outcome
-from tests.hf_reference import Settings, generate
+from tests.reference.comparison import UNPROTECTED, another_question, check
+from tests.reference.oracle import Settings, generate
 
 if TYPE_CHECKING:
-    from tests.hf_reference import ReferenceCache
+    from tests.reference.oracle import ReferenceCache
 
 METHODS = ("skipkv", "rkv", "streaming_llm")
 BASELINES = ("h2o", "snapkv", "random")

@@ -18,11 +18,11 @@ from skipkv_vllm.ops import torch_backend as batched
 from skipkv_vllm.ops.paging import FP8_CACHES, Layout
 from skipkv_vllm.worker.compaction import Compactor
 from tests import engines
-from tests.comparison import Tolerance, check_replayed, settings_of
 from tests.engines import PAGE, Job
+from tests.reference.comparison import Tolerance, check_replayed, settings_of
 
 if TYPE_CHECKING:
-    from tests.hf_reference import ReferenceCache
+    from tests.reference.oracle import ReferenceCache
 
 if not torch.cuda.is_available() and not torch.cpu._is_avx512_supported():
     pytest.skip("vLLM's CPU attention reads 8-bit caches with AVX-512 or AMX only", allow_module_level=True)

@@ -17,11 +17,11 @@ from skipkv_vllm.training import attention
 from skipkv_vllm.training.loop import train
 from skipkv_vllm.training.student import Student
 from tests import engines
-from tests.comparison import UNPROTECTED, another_question, check
 from tests.engines import PAGE, Job
+from tests.reference.comparison import UNPROTECTED, another_question, check
 
 if TYPE_CHECKING:
-    from tests.hf_reference import ReferenceCache
+    from tests.reference.oracle import ReferenceCache
 
 LONG = 150
 GATES: dict[str, Any] = {"kv_policy": "trimkv", "kv_policy_config": {"gates": bundled_gates()}}

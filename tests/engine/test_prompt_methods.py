@@ -8,12 +8,12 @@ import pytest
 from vllm.exceptions import VLLMValidationError
 
 from tests import engines
-from tests.comparison import UNPROTECTED, another_question, check, settings_of
 from tests.engines import PAGE, Job
+from tests.reference.comparison import UNPROTECTED, another_question, check, settings_of
 from tests.soak import runtime_of
 
 if TYPE_CHECKING:
-    from tests.hf_reference import ReferenceCache
+    from tests.reference.oracle import ReferenceCache
 
 ARGUMENTS: dict[str, Any] = UNPROTECTED | {
     "kv_policy": "laq",

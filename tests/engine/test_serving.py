@@ -9,15 +9,15 @@ import pytest
 import torch
 
 from tests import engines
-from tests.comparison import check
 from tests.engines import PAGE, Job, Sample
+from tests.reference.comparison import check
 
 if TYPE_CHECKING:
     import vllm
     from vllm import RequestOutput
 
     from skipkv_vllm.trace.files import Trace
-    from tests.hf_reference import ReferenceCache
+    from tests.reference.oracle import ReferenceCache
 
 # 39 pages that requests can use; a request at the server's bound takes 4, one that keeps everything up to 64.
 POOL = 40

@@ -14,10 +14,10 @@ import torch
 from skipkv_vllm.steering import SteeringVector
 from tests import engines
 from tests.engines import PAGE, Job, Outcome
-from tests.hf_reference import Result, Settings, Steering, generate
+from tests.reference.oracle import Result, Settings, Steering, generate
 
 if TYPE_CHECKING:
-    from tests.hf_reference import ReferenceCache
+    from tests.reference.oracle import ReferenceCache
 
 LAYERS = {"a": 2, "b": 1}
 # The residual stream has a norm of about 80 there.

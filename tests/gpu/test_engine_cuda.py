@@ -22,9 +22,9 @@ import torch
 from skipkv_vllm import bundled_gates, bundled_model
 from skipkv_vllm.integration.compat import refusals
 from tests import engines
-from tests.comparison import Tolerance, check_replayed
 from tests.engines import Job, Outcome
-from tests.hf_reference import Model
+from tests.reference.comparison import Tolerance, check_replayed
+from tests.reference.oracle import Model
 from tests.wide_model import widen
 
 ON_CPU = os.environ.get("SKIPKV_GPU_TESTS") == "cpu"

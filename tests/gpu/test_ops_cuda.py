@@ -1,6 +1,6 @@
 """The operators on a GPU, where size, streams, graphs and waiting matter.
 
-`unit/test_ops_parity.py` has the small cases. Backends that are not to be had are skipped with the reason.
+`tests/unit/ops/test_parity.py` has the small cases. Backends that are not to be had are skipped with the reason.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from torch import Tensor
 
 from skipkv_vllm.ops import torch_backend as batched
 from skipkv_vllm.ops.paging import Layout, PagedCache
-from tests.thought_cases import check_thoughts
-from tests.tracking_cases import check_tracking
+from tests.operators.thought_cases import check_thoughts
+from tests.operators.tracking_cases import check_tracking
 
 pytestmark = [
     pytest.mark.gpu,

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from skipkv_vllm.ops import torch_backend as batched
 from skipkv_vllm.ops.paging import Layout, layer_pages
-from tests.op_backends import Backend, on
-from tests.op_cases import CompactCase, Compaction, Pages
+from tests.operators.backends import Backend, on
+from tests.operators.cases import CompactCase, Compaction, Pages
 
 GROUP = 4
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from typing import NamedTuple
 
-U, E, R, G = "tests/unit/test_", "tests/engine/test_", "tests/regression/test_", "tests/gpu/test_"
+U, E, R, G = "tests/unit/", "tests/engine/test_", "tests/regression/test_", "tests/gpu/test_"
 
 
 class Row(NamedTuple):
@@ -34,7 +34,7 @@ BUGS = {
         (
             f"{R}peer_bugs.py::test_a_stale_count_is_not_carried_out",
             f"{R}load.py::test_1_40_and_100_concurrent_requests_give_the_same_answers",
-            f"{U}runtime.py::test_a_wrong_order_is_refused",
+            f"{U}worker/test_runtime.py::test_a_wrong_order_is_refused",
             f"{E}combinations.py::test_every_combination_equals_the_reference",
         ),
     ),
@@ -46,7 +46,7 @@ BUGS = {
             f"{R}load.py::test_1_40_and_100_concurrent_requests_give_the_same_answers",
             f"{E}exactness.py::test_shared_pages_are_not_overwritten",
             f"{E}exactness.py::test_unprotected_shared_prompt",
-            f"{U}block_manager_properties.py::test_two_requests_share_a_prompt_and_both_evict_it",
+            f"{U}integration/test_block_manager.py::test_two_requests_share_a_prompt_and_both_evict_it",
         ),
     ),
     "evicted-during-chunked-prefill": Row(
@@ -55,7 +55,7 @@ BUGS = {
         (
             f"{E}exactness.py::test_long_unprotected_prompt",
             f"{E}exactness.py::test_unprotected_prompt",
-            f"{U}planner.py::test_a_request_is_compacted_at_the_same_tokens_however_its_text_is_cut",
+            f"{U}scheduler/test_planner.py::test_a_request_is_compacted_at_the_same_tokens_however_its_text_is_cut",
         ),
     ),
     "cold-window": Row(
@@ -63,8 +63,8 @@ BUGS = {
         "the trigger is the absolute length, so the first compaction scores the prompt with a window nobody observed",
         (
             f"{R}peer_bugs.py::test_evicted_before_a_window_was_observed",
-            f"{U}planner.py::test_a_request_takes_no_more_from_the_prefix_cache_than_leaves_a_window_to_compute",
-            f"{U}planner.py::test_a_request_is_due_from_its_earliest_length_on_and_its_queries_are_there",
+            f"{U}scheduler/test_planner.py::test_a_request_takes_no_more_from_the_prefix_cache_than_leaves_a_window_to_compute",
+            f"{U}scheduler/test_planner.py::test_a_request_is_due_from_its_earliest_length_on_and_its_queries_are_there",
         ),
     ),
     "empty-window-in-mixed-steps": Row(
@@ -72,8 +72,8 @@ BUGS = {
         "the window stays empty in steps that read a prompt and decode",
         (
             f"{R}peer_bugs.py::test_window_empty_on_mixed_batches",
-            f"{U}query_ring.py::test_random_traffic",
-            f"{U}runtime.py::test_interleaved_requests_keep_what_the_method_says",
+            f"{U}worker/signals/test_queries.py::test_random_traffic",
+            f"{U}worker/test_runtime.py::test_interleaved_requests_keep_what_the_method_says",
         ),
     ),
     "preempted-keeps-its-counter": Row(
@@ -81,7 +81,7 @@ BUGS = {
         "a preempted request keeps its counter of evicted tokens, and its positions become negative",
         (
             f"{R}peer_bugs.py::test_a_preempted_request_keeps_its_counter",
-            f"{U}runtime.py::test_a_preempted_request_starts_over_with_a_clean_state",
+            f"{U}worker/test_runtime.py::test_a_preempted_request_starts_over_with_a_clean_state",
             f"{E}serving.py::test_a_preempted_request_resumes_within_its_bound",
         ),
     ),
@@ -91,7 +91,7 @@ BUGS = {
         (
             f"{R}peer_bugs.py::test_a_row_of_the_batch_that_moved",
             f"{R}peer_bugs.py::test_counters_not_reset_between_requests",
-            f"{U}runtime.py::test_slots_are_reused_without_leaking_state",
+            f"{U}worker/test_runtime.py::test_slots_are_reused_without_leaking_state",
             f"{R}load.py::test_a_soak_loses_no_page_and_violates_nothing",
         ),
     ),
@@ -117,8 +117,8 @@ BUGS = {
         "a view of a cache that is not contiguous is a copy",
         (
             f"{R}peer_bugs.py::test_a_cache_view_that_is_not_contiguous",
-            f"{U}paging.py::test_the_views_share_memory_with_the_cache",
-            f"{U}runtime.py::test_interleaved_requests_keep_what_the_method_says",
+            f"{U}ops/test_paging.py::test_the_views_share_memory_with_the_cache",
+            f"{U}worker/test_runtime.py::test_interleaved_requests_keep_what_the_method_says",
         ),
     ),
     "silent-no-op-in-a-graph-or-runner-v2": Row(
@@ -127,7 +127,7 @@ BUGS = {
         (
             f"{E}exactness.py::test_engine_equals_reference",
             f"{E}steering.py::test_engine_equals_reference",
-            f"{U}accuracy_run.py::test_a_run_that_did_not_compact_fails",
+            f"{U}benchmarks/accuracy/test_run.py::test_a_run_that_did_not_compact_fails",
             f"{G}ops_cuda.py::test_observing_and_steering_in_a_cuda_graph",
         ),
     ),
@@ -136,9 +136,9 @@ BUGS = {
         "the ring of queries has room for 4096 requests, 6.13 GiB, which the server's memory does not account for",
         (
             f"{R}load.py::test_the_ring_of_queries_is_as_large_as_the_requests_that_can_run",
-            f"{U}query_ring.py::test_ring_memory",
-            f"{U}sentences.py::test_buffers_are_accounted_for",
-            f"{U}paging.py::test_pages_leave_room_for_positions_and_for_the_attention_mass",
+            f"{U}worker/signals/test_queries.py::test_ring_memory",
+            f"{U}sentences/test_sentences.py::test_buffers_are_accounted_for",
+            f"{U}ops/test_paging.py::test_pages_leave_room_for_positions_and_for_the_attention_mass",
         ),
     ),
     "wrong-defaults": Row(
@@ -146,14 +146,14 @@ BUGS = {
         "importance has the weight 0.07 instead of 0.1: -2.5 points",
         (
             f"{R}peer_bugs.py::test_defaults_differ_from_the_papers",
-            f"{U}config.py::test_defaults_are_the_papers",
+            f"{U}config/test_config.py::test_defaults_are_the_papers",
         ),
     ),
     "ranks-disagree": Row(
         "R-KV on vLLM",
         "ranks of tensor parallelism keep different tokens",
         (
-            f"{U}ranks.py::test_ranks_keep_what_one_worker_keeps",
+            f"{U}worker/test_ranks.py::test_ranks_keep_what_one_worker_keeps",
             f"{E}parallel.py::test_tensor_parallelism",
             f"{E}parallel.py::test_tensor_parallelism_on_runner_v2",
         ),
@@ -180,8 +180,8 @@ BUGS = {
         "the evaluation reads a field of an earlier run; GSM8K stands still at 40 %",
         (
             f"{R}peer_bugs.py::test_an_evaluation_reads_only_the_answer_at_hand",
-            f"{U}accuracy_run.py::test_a_resumed_run_must_be_the_same_run",
-            f"{U}accuracy_grading.py::test_wrong_and_missing_answers",
+            f"{U}benchmarks/accuracy/test_run.py::test_a_resumed_run_must_be_the_same_run",
+            f"{U}benchmarks/accuracy/test_grading.py::test_wrong_and_missing_answers",
         ),
     ),
     "stale-readme": Row(
@@ -190,16 +190,16 @@ BUGS = {
         (
             f"{R}documented_commands.py::test_commands_are_accepted",
             f"{R}documented_commands.py::test_programs_run",
-            f"{U}readme.py::test_the_flags_table_is_the_generated_one",
-            f"{U}contributing.py::test_the_policy_of_the_guide_scores_and_is_selectable",
+            f"{U}repository/test_readme.py::test_the_flags_table_is_the_generated_one",
+            f"{U}repository/test_contributing.py::test_the_policy_of_the_guide_scores_and_is_selectable",
         ),
     ),
     "compacted-page-published": Row(
         "vllm-ascend, issue 10296",
         "a compressed page is found as a prefix by another session, which leaks a request's text",
         (
-            f"{U}block_manager_properties.py::test_a_compacted_request_publishes_nothing_more",
-            f"{U}block_manager_properties.py::test_check_integrity_can_fail",
+            f"{U}integration/test_block_manager.py::test_a_compacted_request_publishes_nothing_more",
+            f"{U}integration/test_block_manager.py::test_check_integrity_can_fail",
             f"{E}serving.py::test_a_conversation_hits_the_prefix_cache_after_its_first_turn_was_evicted",
         ),
     ),
@@ -221,7 +221,7 @@ BUGS = {
         "a rewrite leaves out that the published code spares token 0 where nothing is similar",
         (
             f"{R}peer_bugs.py::test_mask_of_token_0_where_nothing_is_similar",
-            f"{U}ops.py::test_redundancy_zeroes_column_0_where_nothing_is_similar",
+            f"{U}ops/test_functional.py::test_redundancy_zeroes_column_0_where_nothing_is_similar",
         ),
     ),
 }
@@ -243,8 +243,8 @@ WEAKNESSES = {
         (
             f"{R}peer_bugs.py::test_pages_are_held_although_their_tokens_are_gone",
             f"{R}peer_bugs.py::test_a_stale_count_is_not_carried_out",
-            f"{U}runtime.py::test_a_repeated_order_is_refused",
-            f"{U}runtime.py::test_an_order_of_a_life_before_is_refused",
+            f"{U}worker/test_runtime.py::test_a_repeated_order_is_refused",
+            f"{U}worker/test_runtime.py::test_an_order_of_a_life_before_is_refused",
         ),
     ),
     "W3": Row(
@@ -252,7 +252,7 @@ WEAKNESSES = {
         "a compaction rewrites all survivors",
         (
             f"{R}weaknesses.py::test_w3_only_what_fills_a_hole_is_moved",
-            f"{U}ops.py::test_moves_fill_exactly_the_first_slots",
+            f"{U}ops/test_functional.py::test_moves_fill_exactly_the_first_slots",
         ),
     ),
     "W4": Row(
@@ -288,7 +288,7 @@ WEAKNESSES = {
         "queries are recorded in every step, with work by the request and layer",
         (
             f"{R}weaknesses.py::test_w9_queries_are_recorded_only_where_a_compaction_can_read_them",
-            f"{U}planner.py::test_a_request_is_due_from_its_earliest_length_on_and_its_queries_are_there",
+            f"{U}scheduler/test_planner.py::test_a_request_is_due_from_its_earliest_length_on_and_its_queries_are_there",
         ),
     ),
     "W10": Row(
@@ -297,7 +297,7 @@ WEAKNESSES = {
         (
             f"{E}server.py::test_the_banner_says_what_the_server_does",
             f"{E}steering.py::test_engine_equals_reference",
-            f"{U}query_ring.py::test_a_dummy_pass_records_nothing",
+            f"{U}worker/signals/test_queries.py::test_a_dummy_pass_records_nothing",
             f"{G}ops_cuda.py::test_observing_and_steering_in_a_cuda_graph",
         ),
     ),
@@ -316,9 +316,9 @@ WEAKNESSES = {
         (
             f"{E}exactness.py::test_engine_equals_reference",
             f"{E}exactness.py::test_triton_attention_and_pages_of_gpus_equal_the_reference",
-            f"{U}gate.py::test_the_installed_vllm_passes",
-            f"{U}gate.py::test_changed_code_is_refused",
-            f"{U}patches.py::test_the_stock_vllm_has_no_seam",
+            f"{U}integration/compat/test_version.py::test_the_installed_vllm_passes",
+            f"{U}integration/compat/test_version.py::test_changed_code_is_refused",
+            f"{U}repository/test_patches.py::test_the_stock_vllm_has_no_seam",
         ),
     ),
     "W13": Row(
@@ -333,8 +333,8 @@ WEAKNESSES = {
         "R-KV on vLLM",
         "admission and the check of max_model_len assume that everything is kept",
         (
-            f"{U}admission.py::test_a_pool_smaller_than_the_longest_sequence_is_accepted_if_the_bound_fits",
-            f"{U}admission.py::test_as_many_requests_start_as_have_room_at_their_bound",
+            f"{U}scheduler/test_admission.py::test_a_pool_smaller_than_the_longest_sequence_is_accepted_if_the_bound_fits",
+            f"{U}scheduler/test_admission.py::test_as_many_requests_start_as_have_room_at_their_bound",
             f"{E}serving.py::test_every_request_counts_with_what_it_may_hold",
         ),
     ),
@@ -343,17 +343,17 @@ WEAKNESSES = {
         "the prompt is evicted like any other text",
         (
             f"{R}peer_bugs.py::test_silent_no_op_above_a_size_cap",
-            f"{U}planner.py::test_a_protected_prompt_longer_than_the_budget_raises_the_bound",
-            f"{U}runtime.py::test_check_integrity_finds_a_lost_prompt_token_and_window",
-            f"{U}block_manager_properties.py::test_a_protected_shared_prompt_is_never_replaced",
+            f"{U}scheduler/test_planner.py::test_a_protected_prompt_longer_than_the_budget_raises_the_bound",
+            f"{U}worker/test_runtime.py::test_check_integrity_finds_a_lost_prompt_token_and_window",
+            f"{U}integration/test_block_manager.py::test_a_protected_shared_prompt_is_never_replaced",
         ),
     ),
     "W16": Row(
         "R-KV on vLLM",
         "one set of tokens for all layers and heads",
         (
-            f"{U}runtime.py::test_different_heads_and_layers_keep_different_tokens_by_head_and_the_same_by_sentence",
-            f"{U}selection.py::test_every_head_keeps_its_own_best_tokens",
+            f"{U}worker/test_runtime.py::test_different_heads_and_layers_keep_different_tokens_by_head_and_the_same_by_sentence",
+            f"{U}policies/test_selection.py::test_every_head_keeps_its_own_best_tokens",
         ),
     ),
     "W17": Row(
@@ -361,7 +361,7 @@ WEAKNESSES = {
         "a request that is longer than expected raises, which kills the engine",
         (
             f"{R}weaknesses.py::test_w17_a_request_past_its_bound_waits_for_its_compaction",
-            f"{U}planner.py::test_a_request_beyond_its_bound_is_compacted_to_the_budget_all_the_same",
+            f"{U}scheduler/test_planner.py::test_a_request_beyond_its_bound_is_compacted_to_the_budget_all_the_same",
             f"{E}serving.py::test_a_request_that_slips_through_ends_where_the_pool_does",
             f"{E}combinations.py::test_a_compaction_that_finds_no_page_for_a_shared_one_preempts",
         ),
@@ -370,10 +370,10 @@ WEAKNESSES = {
         "R-KV on vLLM",
         "few published numbers, none of latency, and nothing that tests kernels where there is no GPU",
         (
-            f"{U}accuracy_report.py::test_the_results_page_is_the_generated_one",
-            f"{U}accuracy_report.py::test_published_tables_are_whole_and_their_commands_parse",
-            f"{U}cuda_emulated.py::test_compact_pages",
-            f"{U}cuda_emulated.py::test_score_tokens",
+            f"{U}benchmarks/accuracy/test_report.py::test_the_results_page_is_the_generated_one",
+            f"{U}benchmarks/accuracy/test_report.py::test_published_tables_are_whole_and_their_commands_parse",
+            f"{U}ops/test_cuda_emulated.py::test_compact_pages",
+            f"{U}ops/test_cuda_emulated.py::test_score_tokens",
         ),
     ),
 }
@@ -415,7 +415,7 @@ DEMANDS = {
         "ours",
         "the log warns that a feature of vLLM is off which is on",
         (
-            f"{U}steering_config.py::test_the_banner_says_how_steps_are_scheduled",
+            f"{U}config/test_steering.py::test_the_banner_says_how_steps_are_scheduled",
             f"{E}server.py::test_the_banner_says_what_the_server_does",
         ),
     ),
@@ -423,9 +423,9 @@ DEMANDS = {
         "ours",
         "a way into vLLM goes past the check of a request's options, so that an opt-out is evicted all the same",
         (
-            f"{U}entry_points.py::test_every_route_of_vllm_is_in_the_table",
-            f"{U}entry_points.py::test_a_bad_option_is_refused_before_the_response_begins",
-            f"{U}entry_points.py::test_vllms_front_end_in_rust_is_refused",
+            f"{U}integration/compat/test_entries.py::test_every_route_of_vllm_is_in_the_table",
+            f"{U}integration/compat/test_entries.py::test_a_bad_option_is_refused_before_the_response_begins",
+            f"{U}integration/compat/test_entries.py::test_vllms_front_end_in_rust_is_refused",
             f"{E}server.py::test_beam_search_is_http_400",
             f"{E}serving.py::test_beam_search_offline_is_refused",
         ),
@@ -434,16 +434,16 @@ DEMANDS = {
         "ours",
         "an option whose name is nearly right is ignored",
         (
-            f"{U}config.py::test_a_name_that_is_nearly_ours_is_refused",
-            f"{U}config.py::test_names_that_vllm_and_its_connectors_read_are_never_refused",
-            f"{U}entry_points.py::test_an_option_beside_vllm_xargs_is_refused",
+            f"{U}config/test_config.py::test_a_name_that_is_nearly_ours_is_refused",
+            f"{U}config/test_config.py::test_names_that_vllm_and_its_connectors_read_are_never_refused",
+            f"{U}integration/compat/test_entries.py::test_an_option_beside_vllm_xargs_is_refused",
         ),
     ),
     "error-fields": Row(
         "ours",
         "an error names a field that its caller never wrote",
         (
-            f"{U}entry_points.py::test_an_error_names_what_its_caller_wrote",
+            f"{U}integration/compat/test_entries.py::test_an_error_names_what_its_caller_wrote",
             f"{E}serving.py::test_errors_offline_name_what_the_caller_wrote",
             f"{E}server.py::test_a_request_that_could_outgrow_the_pool_is_http_400",
         ),
@@ -453,7 +453,7 @@ DEMANDS = {
         "something small is lost with every thousandth request",
         (
             f"{R}load.py::test_a_soak_loses_no_page_and_violates_nothing",
-            f"{U}block_manager_properties.py::test_random_traffic_keeps_every_page_right",
+            f"{U}integration/test_block_manager.py::test_random_traffic_keeps_every_page_right",
         ),
     ),
     "installed-and-unused": Row(
@@ -462,10 +462,10 @@ DEMANDS = {
         (
             f"{E}other_vllm.py::test_a_server_without_a_policy_answers_as_stock_vllm_does",
             f"{E}other_vllm.py::test_a_policy_is_refused_there_by_the_version",
-            f"{U}plugin.py::test_a_vllm_without_what_we_touch_is_left_alone",
-            f"{U}plugin.py::test_a_pool_check_of_another_kind_is_left_alone",
-            f"{U}plugin.py::test_a_flag_that_vllm_has_itself_is_vllms",
-            f"{U}plugin.py::test_metrics_of_another_vllm_do_nothing_without_a_policy",
+            f"{U}test_plugin.py::test_a_vllm_without_what_we_touch_is_left_alone",
+            f"{U}test_plugin.py::test_a_pool_check_of_another_kind_is_left_alone",
+            f"{U}test_plugin.py::test_a_flag_that_vllm_has_itself_is_vllms",
+            f"{U}test_plugin.py::test_metrics_of_another_vllm_do_nothing_without_a_policy",
         ),
     ),
     "client-input-as-file-name": Row(
@@ -473,9 +473,9 @@ DEMANDS = {
         "a client's text of any length becomes a file name, and the server ends",
         (
             f"{E}traces.py::test_a_long_request_id_is_answered_and_traced",
-            f"{U}trace.py::test_an_id_of_any_length_and_alphabet_has_a_file",
-            f"{U}trace.py::test_no_two_ids_share_a_file",
-            f"{U}trace.py::test_request_ids_cannot_leave_the_folder",
+            f"{U}trace/test_trace.py::test_an_id_of_any_length_and_alphabet_has_a_file",
+            f"{U}trace/test_trace.py::test_no_two_ids_share_a_file",
+            f"{U}trace/test_trace.py::test_request_ids_cannot_leave_the_folder",
         ),
     ),
     "auxiliary-output": Row(
@@ -483,12 +483,12 @@ DEMANDS = {
         "a trace, a metric or a log line that cannot be written stops or delays the server",
         (
             f"{E}traces.py::test_requests_are_answered_while_no_trace_can_be_written",
-            f"{U}trace.py::test_a_part_that_cannot_be_written_drops_the_trace_at_once",
-            f"{U}trace.py::test_a_trace_that_cannot_be_written_is_dropped_and_leaves_nothing",
-            f"{U}trace.py::test_a_folder_that_became_a_file_stops_nobody",
-            f"{U}trace.py::test_storage_that_hangs_delays_nobody_and_holds_little_memory",
-            f"{U}metrics.py::test_a_report_that_nobody_knows_costs_nothing_else",
-            f"{U}reports.py::test_a_stream_survives_an_event_that_cannot_be_stamped",
+            f"{U}trace/test_trace.py::test_a_part_that_cannot_be_written_drops_the_trace_at_once",
+            f"{U}trace/test_trace.py::test_a_trace_that_cannot_be_written_is_dropped_and_leaves_nothing",
+            f"{U}trace/test_trace.py::test_a_folder_that_became_a_file_stops_nobody",
+            f"{U}trace/test_trace.py::test_storage_that_hangs_delays_nobody_and_holds_little_memory",
+            f"{U}integration/test_metrics.py::test_a_report_that_nobody_knows_costs_nothing_else",
+            f"{U}integration/compat/test_reports.py::test_a_stream_survives_an_event_that_cannot_be_stamped",
         ),
     ),
     "report-of-a-part": Row(
@@ -499,9 +499,9 @@ DEMANDS = {
             f"{E}server.py::test_every_answer_reports_all_that_was_evicted_for_it",
             f"{E}serving.py::test_several_choices_are_summed",
             f"{E}serving.py::test_a_stop_string_hides_nothing",
-            f"{U}reports.py::test_an_answer_has_the_sum_of_its_choices",
-            f"{U}reports.py::test_a_stream_has_the_sum_in_its_last_output",
-            f"{U}reports.py::test_the_turns_of_a_response_are_summed",
+            f"{U}integration/compat/test_reports.py::test_an_answer_has_the_sum_of_its_choices",
+            f"{U}integration/compat/test_reports.py::test_a_stream_has_the_sum_in_its_last_output",
+            f"{U}integration/compat/test_reports.py::test_the_turns_of_a_response_are_summed",
         ),
     ),
     "report-of-lost-work": Row(

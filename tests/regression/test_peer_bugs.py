@@ -23,8 +23,8 @@ from skipkv_vllm.scheduler.planner import EvictionPlanner, Residency
 from skipkv_vllm.worker.batch import StepBatch
 from skipkv_vllm.worker.runtime import EvictionRuntime
 from skipkv_vllm.worker.signals.queries import QueryRing
-from tests.unit.simulation import KV_HEADS, LAYERS, Simulation
-from tests.unit.test_accuracy_run import SETTINGS, pool  # noqa: F401
+from tests.simulation import KV_HEADS, LAYERS, Simulation
+from tests.unit.benchmarks.accuracy.test_run import SETTINGS, pool  # noqa: F401
 
 
 def decode(sim: Simulation, steps: int, *names: str) -> None:

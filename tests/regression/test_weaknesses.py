@@ -23,8 +23,7 @@ from skipkv_vllm.worker import cache as positions
 from skipkv_vllm.worker import compaction, runtime
 from skipkv_vllm.worker.signals import queries
 from tests.engines import REPOSITORY
-from tests.unit import simulation
-from tests.unit.simulation import Simulation
+from tests.simulation import Simulation, simulation
 
 
 class Operators(TorchDispatchMode):

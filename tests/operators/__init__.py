@@ -1,0 +1,1 @@
+"""Backends and inputs for the tests of the operators."""

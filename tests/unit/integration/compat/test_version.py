@@ -1,0 +1,235 @@
+"""The version gate: a vLLM that differs where it matters is refused by name, everything else passes."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import vllm
+from vllm.engine.arg_utils import EngineArgs
+from vllm.v1.core.block_pool import BlockPool
+
+from skipkv_vllm.cli import doctor
+from skipkv_vllm.core.errors import KVPolicyError
+from skipkv_vllm.integration import compat
+from skipkv_vllm.integration.compat import record, sources
+from skipkv_vllm.integration.compat import version as gate
+
+POOL = "v1/core/block_pool.py"
+
+
+@pytest.fixture(autouse=True)
+def uncached():
+    gate.check_vllm.cache_clear()
+    yield
+    gate.check_vllm.cache_clear()
+
+
+@pytest.fixture
+def copied(tmp_path, monkeypatch) -> Path:
+    """The watched files of vLLM in a folder of their own, which the gate looks at."""
+    root = gate.vllm_root()
+    for file in gate.tested()["files"]:
+        if (root / file).exists():
+            (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(root / file, tmp_path / file)
+    monkeypatch.setattr(gate, "vllm_root", lambda: tmp_path)
+    return tmp_path
+
+
+def edit(path: Path, old: str, new: str) -> None:
+    text = path.read_text()
+    assert text.count(old) == 1, f"{text.count(old)} times {old!r}"
+    path.write_text(text.replace(old, new))
+
+
+def refusal() -> str:
+    with pytest.raises(KVPolicyError) as error:
+        compat.check_vllm()
+    return str(error.value)
+
+
+# ---- versions
+
+
+@pytest.mark.parametrize("version", ["0.31.2", "0.33.0", "0.3.2", "1.32.0", "0.320.0", "dev"])
+def test_another_vllm_is_refused(monkeypatch, version):
+    monkeypatch.setattr(vllm, "__version__", version)
+    message = refusal()
+    for part in (version, "0.32", "pip install", "without --kv-policy", gate.OVERRIDE):
+        assert part in message
+    with pytest.raises(KVPolicyError):
+        compat.engine_arguments({"kv_policy": "rkv"}, {})
+    # Without a policy nothing is checked, because nothing is changed.
+    compat.engine_arguments({}, {})
+
+
+@pytest.mark.parametrize("version", ["0.32.0", "0.32.1", "0.32.0+cpu", "0.32.0.dev3"])
+def test_patch_releases_are_fine_if_the_code_is(monkeypatch, version):
+    monkeypatch.setattr(vllm, "__version__", version)
+    compat.check_vllm()
+
+
+# ---- sources
+
+
+def test_the_installed_vllm_passes(copied):
+    compat.check_vllm()
+    assert gate.differences(copied) == []
+
+
+def test_what_is_not_watched_may_change(copied):
+    # The file is another one now, so every watched symbol in it is compared by itself.
+    path = copied / POOL
+    path.write_text("# a comment\n" + path.read_text() + "\ndef new_function():\n    pass\n")
+    compat.check_vllm()
+
+
+def test_changed_code_is_refused(copied):
+    edit(copied / POOL, "    def free_blocks(", "    @staticmethod\n    def free_blocks(")
+    message = refusal()
+    for part in ("block_pool:BlockPool.free_blocks", "other code", "pip install 'vllm==0.32.0'", gate.OVERRIDE):
+        assert part in message
+    assert "get_new_blocks" not in message
+
+
+def test_a_changed_signature_is_refused_with_both(copied):
+    edit(copied / POOL, "def get_new_blocks(self, num_blocks: int)", "def get_new_blocks(self, count: int)")
+    message = refusal()
+    assert "BlockPool.get_new_blocks has the signature (self, count: int)" in message
+    assert "instead of (self, num_blocks: int)" in message
+
+
+def test_missing_symbols_are_refused_and_all_are_listed(copied):
+    edit(copied / POOL, "def evict_blocks(", "def drop_blocks(")
+    edit(copied / "v1/core/sched/scheduler.py", "def _free_request(", "def _drop_request(")
+    (copied / "v1/worker/gpu_worker.py").unlink()
+    message = refusal()
+    for name in ("BlockPool.evict_blocks", "Scheduler._free_request", "gpu_worker:Worker._make_model_runner"):
+        assert f"{name} is gone" in message
+
+
+def test_a_file_that_python_cannot_read_is_refused(copied):
+    (copied / POOL).write_text("def broken(:\n")
+    assert f"{POOL} cannot be parsed" in refusal()
+
+
+def test_a_changed_default_of_a_dataclass_is_refused(copied):
+    path = copied / "v1/core/sched/output.py"
+    edit(path, "preempted_req_ids: set[str] | None = None", "preempted_req_ids: list[str] | None = None")
+    assert "SchedulerOutput has other code" in refusal()
+
+
+def test_indentation_and_blank_ends_do_not_count():
+    once = sources.symbols("class A:\n    @wrap\n    def f(self, x=1):\n        return x\n")
+    moved = sources.symbols("# moved\n\nclass A:\n    y = 2\n\n    @wrap\n    def f(self, x=1):   \n        return x\n")
+    assert once["A.f"] == moved["A.f"]
+    assert once["A"] != moved["A"]
+    assert once["A.f"] != sources.symbols("class A:\n    def f(self, x=1):\n        return x\n")["A.f"]
+
+
+# ---- the way out for those who know better
+
+
+def test_the_override_starts_and_says_so_loudly(copied, monkeypatch, caplog):
+    edit(copied / POOL, "def evict_blocks(", "def drop_blocks(")
+    monkeypatch.setenv(gate.OVERRIDE, "1")
+    compat.check_vllm()
+    for part in ("WARNING", "BlockPool.evict_blocks is gone", "WRONG", gate.OVERRIDE):
+        assert part in caplog.text
+
+
+@pytest.mark.parametrize("value", ["", "0", "yes"])
+def test_only_1_overrides(copied, monkeypatch, value):
+    edit(copied / POOL, "def evict_blocks(", "def drop_blocks(")
+    monkeypatch.setenv(gate.OVERRIDE, value)
+    refusal()
+
+
+def test_doctor_lists_what_differs(copied, monkeypatch):
+    edit(copied / POOL, "def evict_blocks(", "def drop_blocks(")
+    findings = doctor.examine()
+    assert not findings.healthy
+    assert any("BlockPool.evict_blocks is gone" in line for line in findings.lines if line.startswith("!"))
+    monkeypatch.setenv(gate.OVERRIDE, "1")
+    lines = doctor.examine().lines
+    assert any("UNTESTED" in line for line in lines)
+    assert any("BlockPool.evict_blocks is gone" in line for line in lines)
+
+
+# ---- other plugins
+
+
+def test_a_method_that_another_plugin_replaced_is_refused(monkeypatch):
+    def free_blocks(self, ordered_blocks):
+        raise NotImplementedError
+
+    monkeypatch.setattr(BlockPool, "free_blocks", free_blocks)
+    message = refusal()
+    assert "BlockPool.free_blocks was replaced by" in message
+    assert __name__ in message
+
+
+def test_a_wrapper_that_says_what_it_wraps_passes(monkeypatch):
+    stock = BlockPool.free_blocks
+
+    @functools.wraps(stock)
+    def free_blocks(self, ordered_blocks):
+        return stock(self, ordered_blocks)
+
+    monkeypatch.setattr(BlockPool, "free_blocks", free_blocks)
+    compat.check_vllm()
+
+
+@pytest.mark.parametrize("name", ["add_cli_args", "from_cli_args", "create_engine_config"])
+def test_the_check_sees_vllms_own_method_behind_the_packages_wrapper(name):
+    # The package wraps these before the check runs; checking its own wrapper would always pass.
+    compat.install()
+    found = getattr(EngineArgs, name)
+    assert inspect.unwrap(getattr(found, "__func__", found)).__code__.co_filename == inspect.getfile(EngineArgs)
+    compat.check_vllm()
+
+
+# ---- the record
+
+
+def test_every_overridden_method_is_in_the_record():
+    names = record.symbol_names()
+    recorded = gate.tested()
+    assert names == sorted(recorded["symbols"]), (
+        "run: python -m skipkv_vllm.integration.compat.record (see CONTRIBUTING.md)"
+    )
+    # What is there is what would be written now; variants of patched copies come on top.
+    fresh = record.record([n for n in names if None not in recorded["symbols"][n]], [gate.vllm_root()], "0.32.0")
+    assert fresh["vllm"] == recorded["vllm"]
+    for name, variants in fresh["symbols"].items():
+        assert variants[0] in recorded["symbols"][name]
+
+
+def test_record_finds_the_methods_of_a_subclass():
+    base, own = "vllm.v1.core.block_pool:BlockPool", "skipkv_vllm.integration.block_manager:EvictingBlockManager"
+    assert record._definition(BlockPool, "free_blocks") == f"{base}.free_blocks"
+    assert record._definition(BlockPool, "no_such_method") is None
+    assert own in record.OVERRIDES
+    with pytest.raises(LookupError, match=r"BlockPool\.nothing"):
+        record.record([f"{base}.nothing"], [gate.vllm_root()], "0.32.0")
+
+
+def test_the_record_is_in_the_package():
+    assert json.loads(gate.TESTED.read_text()) == gate.tested()
+    assert gate.TESTED.name in {p.name for p in Path(compat.__file__).parent.glob("*.json")}
+
+
+def test_the_check_of_sources_imports_no_part_of_vllm():
+    # The API server must not load model runners, and with them CUDA, only to be checked.
+    code = (
+        "import sys; from skipkv_vllm.integration.compat import version; version.check_sources(); "
+        "loaded = [m for m in sys.modules if m == 'vllm' or m.startswith('vllm.')]; assert not loaded, loaded"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[4])

@@ -1,0 +1,156 @@
+"""The CUDA kernels without a GPU: compiled for the CPU, every case of the parity tests, against `batched.py`.
+
+This finds wrong indices, barriers and arithmetic. It cannot find what only the hardware knows: limits of shared memory,
+the layout of tensor-core operands, and races between threads of a warp. `tests/gpu` is for those.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from skipkv_vllm.ops import native
+from skipkv_vllm.ops import torch_backend as batched
+from skipkv_vllm.ops.paging import Layout
+from tests.operators import emulated_cuda
+from tests.operators.cases import CompactCase, MeasureCase, Pages, ScoreCase
+from tests.operators.thought_cases import check_thoughts
+from tests.operators.tracking_cases import check_tracking
+from tests.unit.ops import test_parity as parity
+from tests.unit.ops import test_parity_attention as attention
+from tests.unit.ops import test_parity_tokens as tokens
+
+if why := emulated_cuda.unavailable():
+    pytest.skip(f"cannot build the CUDA kernels for the CPU: {why}", allow_module_level=True)
+if native.unavailable("cuda") is None:
+    pytest.skip("the CUDA operators themselves can be loaded; test_parity.py tests them", allow_module_level=True)
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+FP8 = [torch.float8_e4m3fn, torch.float8_e5m2]
+
+
+@pytest.fixture(scope="session")
+def cuda(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A backend as the parity tests take it."""
+    torch.ops.load_library(emulated_cuda.build(tmp_path_factory.mktemp("emulated_cuda")))
+    return SimpleNamespace(name="native", device="cpu", module=torch.ops.skipkv_cuda, tolerance=1e-5)
+
+
+def rows(cases: dict[str, Any]) -> Any:
+    """Parametrise with the cases whose pages a GPU could have."""
+    fit = {k: v for k, v in cases.items() if not hasattr(v, "pages") or v.pages.layout is Layout.ROWS}
+    return pytest.mark.parametrize("case", list(fit.values()), ids=[name.replace(" ", "-") for name in fit])
+
+
+@rows(parity.SCORES)
+def test_score_tokens(cuda, case):
+    parity.check_score_case(cuda, case)
+
+
+@rows(parity.BYTES_OF)
+def test_every_number_of_8_bits_is_read_as_it_is(cuda, case):
+    parity.check_every_byte(cuda, case)
+
+
+@pytest.mark.parametrize("dtype", FP8)
+def test_no_number_is_read_as_none(cuda, dtype):
+    parity.test_no_number_is_read_as_none(cuda, dtype)
+
+
+def test_queries_for_keys_of_8_bits_are_float32(cuda):
+    parity.test_queries_for_keys_of_8_bits_are_float32(cuda)
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, *FP8])
+@pytest.mark.parametrize("dim", [8, 32, 36, 64, 72, 80, 96, 112, 128, 192, 256])
+def test_scores_of_every_head_size(cuda, dtype, dim):
+    case = ScoreCase(Pages(dtype=dtype, dim=dim, layers=1), (150, 65), window=11, keys="clusters", threshold=0.7)
+    parity.check_score_case(cuda, case)
+
+
+@pytest.mark.parametrize("output_error", [False, True], ids=["attention", "error"])
+@rows(attention.MEASURES)
+def test_measure_attention(cuda, case, output_error):
+    attention.check_measure_case(cuda, case, output_error)
+
+
+@rows(attention.MEASURES)
+def test_key_similarity(cuda, case):
+    attention.check_similarity_case(cuda, case)
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, *FP8])
+@pytest.mark.parametrize("dim", [8, 36, 72, 112, 136, 256])
+def test_attention_of_every_head_size(cuda, dtype, dim):
+    case = MeasureCase(Pages(dtype=dtype, dim=dim, layers=1), (150, 65), (11, 7), window=11, group=3)
+    attention.check_measure_case(cuda, case, output_error=True)
+    attention.check_similarity_case(cuda, case)
+
+
+@rows(parity.SELECTIONS)
+def test_select_keep(cuda, case):
+    arguments = case.build()
+    parity.check_selection(cuda.module.select_keep(*arguments), arguments)
+
+
+@rows(parity.COMPACTIONS)
+@pytest.mark.parametrize("seed", [0, 1])
+def test_compact_pages(cuda, case, seed):
+    wanted = replace(case, seed=seed).build()
+    got = wanted.copy()
+    cuda.module.compact_pages(*got)
+    batched.compact_pages(*wanted)
+    parity.check_compaction(got, wanted)
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_track_sentences(cuda, seed):
+    check_tracking(cuda.module, seed)
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_track_thoughts(cuda, seed):
+    check_thoughts(cuda.module, seed)
+
+
+@rows(tokens.SENTENCES)
+def test_sentence_similarity(cuda, case):
+    tokens.test_sentence_similarity(cuda, case)
+
+
+@rows(tokens.HELD)
+def test_held_positions(cuda, case):
+    tokens.test_held_positions(cuda, case)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_token_penalties(cuda, seed):
+    tokens.test_token_penalties(cuda, seed)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", tokens.STRIDES)
+def test_tokens(cuda, dtype, kind):
+    tokens.test_observe_queries(cuda, dtype, kind)
+    for width in (1, 48, 203):
+        tokens.test_steer_add(cuda, dtype, kind, width)
+
+
+@pytest.mark.parametrize("layout", [Layout.VEC, Layout.AMX])
+def test_layouts_of_cpus_are_refused(cuda, layout):
+    pages = Pages(layout, torch.bfloat16, size=32)
+    with pytest.raises(RuntimeError, match="layout must be 0"):
+        cuda.module.score_tokens(*ScoreCase(pages).build())
+    with pytest.raises(RuntimeError, match="layout must be 0"):
+        cuda.module.compact_pages(*CompactCase(pages).build())
+
+
+def test_the_library_has_the_schemas(cuda):
+    for op in tokens.SCHEMAS:
+        registered = str(getattr(cuda.module, op).default._schema)
+        wanted = str(getattr(torch.ops.skipkv, op).default._schema)
+        assert registered == wanted.replace("skipkv::", "skipkv_cuda::")

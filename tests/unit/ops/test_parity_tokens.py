@@ -1,0 +1,442 @@
+"""The operators that run at every step, and the errors of all: every backend against `batched.py`."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+
+from skipkv_vllm.ops import KEYWORD_SHIFT, STATE, native
+from skipkv_vllm.ops import torch_backend as batched
+from skipkv_vllm.ops.schema import SCHEMAS
+from skipkv_vllm.worker.signals.sentences import OPEN
+from tests.operators.backends import Backend, cases, each_backend, isa, on  # noqa: F401
+from tests.operators.cases import CompactCase, ScoreCase
+from tests.operators.thought_cases import check_thoughts
+
+FLOAT, BF16, HALF = torch.float32, torch.bfloat16, torch.float16
+
+
+# ---- track_sentences
+
+
+@dataclass(frozen=True)
+class TrackCase:
+    """Random token streams in steps of random sizes.
+
+    Attributes:
+        merge: of the operator.
+        width: E, or 0 for no embeddings.
+        often: share of delimiters.
+        dtype: of hidden states and embeddings.
+        id_type: of token ids.
+        longest: most tokens of a request in a step.
+        held: embeddings kept.
+        keeps_text: whether token ids are kept.
+    """
+
+    merge: bool = True
+    width: int = 48
+    often: float = 0.3
+    dtype: torch.dtype = FLOAT
+    id_type: torch.dtype = torch.int32
+    longest: int = 9
+    held: int = 4
+    keeps_text: bool = False
+
+    def state(self, slots: int) -> list[torch.Tensor]:
+        """ends, count, after_delimiter, open_length, open_sum, embeddings and text of new requests."""
+        return [
+            torch.full((slots, 400), OPEN, dtype=torch.int32),
+            torch.zeros(slots, dtype=torch.int64),
+            torch.zeros(slots, dtype=torch.bool),
+            torch.zeros(slots),
+            torch.zeros(slots, self.width),
+            torch.zeros(slots, self.held + 1, self.width, dtype=self.dtype),
+            torch.zeros(slots, self.longest * 8 + 100 if self.keeps_text else 0, dtype=torch.int32),
+        ]
+
+
+TRACKS = {
+    "merged": TrackCase(),
+    "not merged": TrackCase(merge=False),
+    "no embeddings": TrackCase(width=0),
+    "bf16": TrackCase(dtype=BF16, width=201),
+    "half, int64 ids": TrackCase(dtype=HALF, id_type=torch.int64),
+    "one token a step": TrackCase(longest=1, often=0.6),
+    "mostly delimiters": TrackCase(often=0.9),
+    "mostly delimiters, not merged": TrackCase(often=0.9, merge=False),
+    "long steps": TrackCase(longest=90, held=2, keeps_text=True),
+    "text": TrackCase(width=0, keeps_text=True),
+    "no delimiter": TrackCase(often=0.0),
+}
+
+
+@cases(TRACKS, few=("merged", "not merged", "one token a step", "text"))
+def test_track_sentences(backend, case):
+    if not hasattr(backend.module, "track_sentences"):
+        pytest.skip(f"{backend} leaves track_sentences to PyTorch")
+    generator = torch.Generator().manual_seed(0)
+    slots = 5
+    delimiters = torch.rand(50, generator=generator) < case.often
+    got, wanted = on(backend.device, case.state(slots)), case.state(slots)
+    written = [0] * slots
+    for _ in range(8):
+        asked = torch.randperm(slots - 1, generator=generator)[: 1 + int(torch.randint(3, (), generator=generator))]
+        spans, begin = [], 2
+        for slot in asked.tolist():
+            number = int(torch.randint(1, case.longest + 1, (), generator=generator))
+            spans.append((slot, begin, number, 100 + written[slot]))
+            begin += number + 1  # tokens of requests that nobody tracks lie between
+            written[slot] += number
+        ids = torch.randint(50, (begin,), generator=generator).to(case.id_type)
+        hidden = torch.randn(begin, case.width, generator=generator).to(case.dtype) if case.width else None
+        table = torch.tensor(spans).T.contiguous()
+        arguments = (ids, hidden, table, int(table[2].sum()), delimiters, case.merge)
+        backend.module.track_sentences(*on(backend.device, arguments), *got)
+        batched.track_sentences(*arguments, *wanted)
+        for i, (a, b) in enumerate(zip(got, wanted, strict=True)):
+            # The last column of ends and the last row of embeddings are for nobody.
+            here, there = (x.cpu()[:, :-1] if i in (0, 5) else x.cpu() for x in (a, b))
+            rtol = 2e-2 if i == 5 and case.dtype is not FLOAT else 1e-5
+            torch.testing.assert_close(here, there, rtol=rtol, atol=1e-5 if rtol < 1e-3 else 1e-3)
+    assert bool(wanted[1].any()) == (case.often > 0)
+
+
+# ---- sentence_similarity
+
+
+@dataclass(frozen=True)
+class SentenceCase:
+    """Sentences that close in several steps; `counts` are those closed by each slot after each step."""
+
+    counts: tuple[tuple[int, ...], ...] = ((2, 0, 5), (3, 1, 5), (7, 4, 9))
+    held: int = 16
+    width: int = 64
+    dtype: torch.dtype = FLOAT
+    threshold: float = 0.6
+    rule: int = 0
+    topics: int = 3
+
+
+SENTENCES = {
+    "max": SentenceCase(),
+    "last": SentenceCase(rule=1),
+    "bf16": SentenceCase(dtype=BF16, width=200),
+    "half, last": SentenceCase(dtype=HALF, width=200, rule=1),
+    "more than are held": SentenceCase(((3, 4, 0), (9, 8, 1), (12, 30, 2)), held=4),
+    "more than are held, last": SentenceCase(((3, 4, 0), (9, 8, 1), (12, 30, 2)), held=4, rule=1),
+    "below zero": SentenceCase(threshold=-0.5),
+    "below zero, last": SentenceCase(threshold=-0.5, rule=1),
+    "nothing repeats": SentenceCase(threshold=1.1),
+    "odd width": SentenceCase(width=37),
+    "one topic": SentenceCase(topics=1, rule=1),
+    "nothing is new": SentenceCase(((3, 4, 5), (3, 4, 5))),
+    "none is held": SentenceCase(held=0),
+    "hundreds": SentenceCase(((200, 0, 300), (290, 70, 401)), held=310, topics=40),
+    "hundreds, last": SentenceCase(((200, 0, 300), (290, 70, 401)), held=310, topics=40, rule=1),
+}
+
+
+@cases(SENTENCES, few=("max", "last", "more than are held", "more than are held, last"))
+def test_sentence_similarity(backend, case):
+    generator = torch.Generator().manual_seed(0)
+    slots = len(case.counts[0]) + 1
+    topics = torch.randn(case.topics, case.width, generator=generator)
+    embeddings = torch.zeros(slots, case.held + 1, case.width, dtype=case.dtype)
+    compared = torch.zeros(slots, dtype=torch.int64)
+    penalties = torch.zeros(slots, max(map(max, case.counts)) + 2)
+    count = torch.zeros(slots, dtype=torch.int64)
+    embeddings, compared, penalties, count = on(backend.device, (embeddings, compared, penalties, count))
+    wanted_compared, wanted = compared.cpu(), penalties.cpu()
+    for step in case.counts:
+        for slot, number in enumerate(step):
+            for n in range(int(count[slot]), number) if case.held else ():
+                noise = 0.5 * torch.randn(case.width, generator=generator)
+                sentence = noise + topics[torch.randint(case.topics, (), generator=generator)]
+                embeddings[slot, n % case.held] = (sentence / sentence.norm()).to(embeddings)
+            count[slot] = number
+        # The last slot is not asked for, and in no order.
+        asked = torch.tensor([2, 0, 1])
+        options = (case.threshold, case.rule)
+        backend.module.sentence_similarity(embeddings, asked.to(backend.device), count, compared, penalties, *options)
+        batched.sentence_similarity(embeddings.cpu(), asked, count.cpu(), wanted_compared, wanted, *options)
+        assert torch.equal(compared.cpu(), wanted_compared)
+        torch.testing.assert_close(penalties.cpu(), wanted, rtol=1e-5, atol=1e-6)
+
+
+# ---- held_positions and token_penalties
+
+HELD = {
+    "plain": (4, [20, 13], [9, 0]),
+    "nothing was moved": (4, [0, 0], [0, 0]),
+    "everything was moved": (8, [40, 40], [7, 1]),
+    "pages of one token": (1, [5, 40], [3, 100_000]),
+    "more was moved than is asked for": (16, [64, 3], [2, 2]),
+}
+
+
+@cases(HELD)
+def test_held_positions(backend, case):
+    page_size, placed, evicted = case
+    generator = torch.Generator().manual_seed(0)
+    pages = 2 * 64 // page_size + 3
+    sidecar = torch.randint(100, (3, pages, 2, page_size), generator=generator, dtype=torch.int32)
+    table = torch.randperm(pages, generator=generator)[: pages - 3].view(2, -1).int()
+    arguments = (sidecar, table, torch.tensor(placed).int(), torch.tensor(evicted).int())
+    for length in (40, 1, 0):
+        got = backend.module.held_positions(*on(backend.device, arguments), length).cpu()
+        assert got.dtype is torch.int32
+        assert torch.equal(got, batched.held_positions(*arguments, length))
+    # From its definition, token by token.
+    whole = batched.held_positions(*arguments, 40)
+    for r, layer, head, slot in itertools.product(range(2), range(3), range(2), range(40)):
+        entry = sidecar[layer, table[r, slot // page_size], head, slot % page_size]
+        assert whole[r, layer, head, slot] == (entry if slot < placed[r] else slot + evicted[r])
+
+
+@each_backend
+@pytest.mark.parametrize("seed", range(6))
+def test_token_penalties(backend, seed):
+    generator = torch.Generator().manual_seed(seed)
+    most, slots = 90, 4
+    ends = torch.full((slots, most + 1), torch.iinfo(torch.int32).max, dtype=torch.int32)
+    penalties = torch.zeros(slots, most + 1)
+    first = torch.tensor([0, 7, 30, 85])
+    for slot, number in enumerate((12, 0, 20, most - 85)):
+        closed = first[slot] + torch.randperm(most - int(first[slot]), generator=generator)[:number].sort().values
+        ends[slot, :number] = closed.int()
+        penalties[slot, :number] = torch.rand(number, generator=generator)
+    asked = torch.tensor([2, 0, 3, 1])
+    positions = torch.randint(most, (4, 2, 3, 60), generator=generator, dtype=torch.int32)
+    positions[1, :, :, -2:] = torch.tensor([-3, -1], dtype=torch.int32)
+    arguments = (ends, penalties, first, asked, positions)
+    got = backend.module.token_penalties(*on(backend.device, arguments)).cpu()
+    assert torch.equal(got, batched.token_penalties(*arguments))
+    # Past the longest sequence any number will do, but nothing foreign may be read.
+    positions[:, :, :, -1] = 2**31 - 1
+    far = backend.module.token_penalties(*on(backend.device, arguments)).cpu()
+    assert torch.equal(far[..., :-1], got[..., :-1])
+    assert (got > 0).any()
+    for r, place in itertools.product(range(4), range(60)):
+        position = int(positions[r, 0, 0, place]) if place < 59 else -1
+        sentence = next(i for i, end in enumerate(ends[asked[r]].tolist()) if end >= position)
+        wanted = penalties[asked[r], sentence] if position >= first[asked[r]] else 0.0
+        assert place == 59 or got[r, 0, 0, place] == wanted
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("held_positions", {1: torch.full((1, 4), 9, dtype=torch.int32)}, "names page 9 of 6"),
+        ("held_positions", {2: torch.tensor([40], dtype=torch.int32)}, "table has 4 pages; 5 are needed"),
+        ("held_positions", {4: -1}, "length=-1"),
+        ("token_penalties", {3: torch.tensor([3])}, "slot 3 of 3"),
+        ("token_penalties", {1: torch.zeros(3, 8)}, "penalties must have size 9"),
+    ],
+)
+def test_bad_arguments_of_what_is_held_are_refused(name, change, message):
+    if why := native.unavailable("cpu"):
+        pytest.skip(why)
+    table, one = torch.arange(4, dtype=torch.int32)[None], torch.ones(1, dtype=torch.int32)
+    given: dict[str, list[Any]] = {
+        "held_positions": [torch.zeros(2, 6, 2, 4, dtype=torch.int32), table, one, one, 20],
+        "token_penalties": [
+            *(torch.zeros(3, 9, dtype=torch.int32), torch.zeros(3, 9), torch.zeros(3, dtype=torch.int64)),
+            *(torch.tensor([1]), torch.zeros(1, 2, 2, 4, dtype=torch.int32)),
+        ],
+    }
+    arguments = given[name]
+    for place, value in change.items():
+        arguments[place] = value
+    with pytest.raises(RuntimeError, match=message):
+        getattr(native, name)(*arguments)
+
+
+# ---- track_thoughts
+
+
+@each_backend
+@pytest.mark.parametrize("seed", range(12))
+def test_track_thoughts(backend, seed):
+    check_thoughts(backend.module, seed, backend.device, steps=5 if backend.whole else 2)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"slot": 9}, "slot 9 of 2"),
+        ({"number": 9}, "exceeds the step"),
+        ({"token": 77}, "token id 77 of 10"),
+        ({"written": 99}, "written=99"),
+        ({"interval": 0}, "interval=0"),
+        ({"flags": 5 << KEYWORD_SHIFT}, "no entry for state 0 and class 5"),
+    ],
+)
+def test_bad_arguments_of_track_thoughts_are_refused(change, message):
+    if why := native.unavailable("cpu"):
+        pytest.skip(why)
+    given = {"slot": 0, "number": 3, "token": 1, "written": 0, "interval": 128, "flags": 0} | change
+    vocabulary = torch.full((10,), given["flags"], dtype=torch.int32)
+    spans = torch.tensor([[given["slot"]], [0], [given["number"]], [5]])
+    with pytest.raises(RuntimeError, match=message):
+        native.track_thoughts(
+            *(torch.full((3,), given["token"]), spans, vocabulary, torch.zeros(1, 1, dtype=torch.int32)),
+            *(True, given["interval"], torch.zeros(2, 3), torch.zeros(2, len(STATE), dtype=torch.int32)),
+            *(given["written"], torch.zeros(4, dtype=torch.int32), torch.zeros(4)),
+        )
+
+
+# ---- observe_queries and steer_add
+
+STRIDES = ("contiguous", "part of a row", "transposed")
+
+
+def strided(values: torch.Tensor, kind: str) -> torch.Tensor:
+    """The same values in other memory."""
+    if kind == "part of a row":
+        wide = torch.full((values.shape[0], values[0].numel() + 24), float("nan"), dtype=values.dtype)
+        view = wide[:, 8:-16].unflatten(1, values.shape[1:])
+        view.copy_(values)
+        return view
+    if kind == "transposed":
+        return values.transpose(0, -1).contiguous().transpose(0, -1)
+    return values
+
+
+@each_backend
+@pytest.mark.parametrize("dtype", [FLOAT, BF16, HALF])
+@pytest.mark.parametrize("kind", STRIDES)
+def test_observe_queries(backend, dtype, kind):
+    if kind == "transposed" and backend.name == "triton":
+        pytest.skip("Triton's kernel needs contiguous heads, and says so")
+    generator = torch.Generator().manual_seed(0)
+    query = strided(torch.randn(9, 6, 32, generator=generator).to(dtype), kind)
+    index = torch.tensor([4, 11, 0, 11, 7, 2, 11, 1, 9, 3, 5])
+    rows = torch.randn(12, 6, 32, generator=generator).to(dtype)
+    wanted = rows.clone()
+    device = on(backend.device, (query, index, rows))
+    backend.module.observe_queries(*device)
+    batched.observe_queries(query, index, wanted)
+    # Nobody reads the last row.
+    assert torch.equal(device[2].cpu()[:-1], wanted[:-1])
+
+
+@each_backend
+@pytest.mark.parametrize("dtype", [FLOAT, BF16, HALF])
+@pytest.mark.parametrize("kind", STRIDES)
+@pytest.mark.parametrize("width", [1, 48, 203])
+def test_steer_add(backend, dtype, kind, width):
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(17, width, generator=generator) * torch.logspace(-8, 6, 17)[:, None]
+    hidden[3:5] = torch.tensor([[float("nan")], [-0.0]])
+    hidden[6] = float("inf")
+    row = torch.tensor([0, 1, 2, 0, 0, 1, 0, 2, 1, 1, 2, 2, 1, 0, 1, 2, 1, -99, -99], dtype=torch.int32)
+    coefficient = torch.randn(19, generator=generator)
+    vectors = torch.randn(3, width, generator=generator)
+    vectors[0] = float("nan")
+    arguments = (strided(hidden.to(dtype), kind), coefficient, row, vectors)
+    got = backend.module.steer_add(*on(backend.device, arguments)).cpu()
+    wanted = batched.steer_add(*arguments)
+    assert got.dtype is dtype
+    bits = {FLOAT: torch.int32, BF16: torch.int16, HALF: torch.int16}[dtype]
+    untouched = row[:17] == 0
+    assert torch.equal(got[untouched].view(bits), arguments[0][untouched].contiguous().view(bits))
+    if backend.name == "native" and backend.device == "cpu":
+        assert torch.equal(got[~untouched], wanted[~untouched])
+    else:
+        torch.testing.assert_close(got[~untouched], wanted[~untouched])
+
+
+def test_steer_add_of_every_half_and_bfloat16():
+    if why := native.unavailable("cpu"):
+        pytest.skip(why)
+    for dtype in (HALF, BF16):
+        every = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
+        # Adding nothing converts to float32 and back.
+        numbers = torch.ones(256), torch.ones(256, dtype=torch.int32), torch.zeros(2, 256)
+        got = native.steer_add(every.view(256, 256), *numbers).flatten()
+        torch.testing.assert_close(got, every, rtol=0, atol=0, equal_nan=True)
+        spread = torch.randn(64, 256) * torch.logspace(-9, 5.2, 64)[:, None]
+        numbers = torch.ones(64), torch.ones(64, dtype=torch.int32), spread[:2].contiguous()
+        zeros = torch.zeros(64, 256, dtype=dtype)
+        for i in range(0, 64, 2):
+            vectors = torch.cat([torch.zeros(1, 256), spread[i : i + 1]])
+            got = native.steer_add(zeros, numbers[0], numbers[1], vectors)
+            assert torch.equal(got[0], spread[i].to(dtype))
+
+
+def test_no_tokens():
+    if why := native.unavailable("cpu"):
+        pytest.skip(why)
+    none = torch.zeros(0, 8), torch.zeros(2), torch.zeros(2, dtype=torch.int32), torch.zeros(1, 8)
+    assert native.steer_add(*none).shape == (0, 8)
+    native.observe_queries(torch.zeros(0, 2, 8), torch.zeros(1, dtype=torch.int64), torch.zeros(3, 2, 8))
+
+
+# ---- the libraries
+
+LIBRARIES = [device for device in ("cpu", "cuda") if native.unavailable(device) is None]
+
+
+@pytest.mark.parametrize("device", LIBRARIES)
+@pytest.mark.parametrize("op", SCHEMAS)
+def test_the_library_has_the_schema(device, op):
+    registered = str(getattr(getattr(torch.ops, f"skipkv_{device}"), op).default._schema)
+    wanted = str(getattr(torch.ops.skipkv, op).default._schema)
+    assert registered == wanted.replace("skipkv::", f"skipkv_{device}::")
+
+
+BAD: dict[str, tuple[str, dict[str, Any], str]] = {
+    "length within the window": ("score", {"num_resident": torch.tensor([8, 33], dtype=torch.int32)}, "window"),
+    "length beyond the slots": ("score", {"num_resident": torch.tensor([75, 99], dtype=torch.int32)}, "at most"),
+    "page that is not there": ("score", {"table": torch.full((2, 5), 99, dtype=torch.int32)}, "names page 99 of"),
+    "negative page": ("score", {"table": torch.full((2, 5), -1, dtype=torch.int32)}, "names page -1 of"),
+    "table too narrow": ("score", {"table": torch.ones(2, 1, dtype=torch.int32)}, "has 1 pages"),
+    "int64 table": ("score", {"table": torch.ones(2, 5, dtype=torch.int64)}, "table must be Int"),
+    "even pool": ("score", {"pool": 4}, "must be odd"),
+    "queries in another dtype": ("score", {"queries": torch.zeros(2, 2, 8, 4, 64, dtype=BF16)}, "queries must be"),
+    "unknown layout": ("score", {"layout": 3}, "layout must be"),
+    "no caches": ("score", {"caches": []}, "must not be empty"),
+    "layers that differ": ("score", {"caches": [torch.zeros(9, 2, 16, 128), torch.zeros(9, 2, 16, 64)]}, "alike"),
+    "float64": ("score", {"caches": [torch.zeros(9, 2, 16, 128).double()] * 2}, "must be float32"),
+    "hole beyond what is kept": ("compact", {"hole": 40}, "move from slot"),
+    "source beyond the row": ("compact", {"source": 78}, "move from slot"),
+    "more moves than given": ("compact", {"count": 99}, "count=99"),
+    "target page that is not there": ("compact", {"target_table": 99}, "names page 99"),
+    "sidecar of another shape": ("compact", {"sidecar": torch.zeros(2, 9, 2, 8, dtype=torch.int32)}, "sidecar"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_arguments_are_refused(name):
+    if why := native.unavailable("cpu"):
+        pytest.skip(why)
+    op, change, message = BAD[name]
+    arguments = ScoreCase().build() if op == "score" else CompactCase().build()
+    for key, value in change.items():
+        old = getattr(arguments, key)
+        arguments = arguments._replace(
+            **{key: torch.full_like(old, value) if isinstance(old, torch.Tensor) and isinstance(value, int) else value}
+        )
+    with pytest.raises(RuntimeError, match=message):
+        native.score_tokens(*arguments) if op == "score" else native.compact_pages(*arguments)
+
+
+def test_a_library_that_is_missing_is_said_with_the_remedy(monkeypatch, tmp_path):
+    monkeypatch.setenv(native.OVERRIDE, str(tmp_path / "nowhere.so"))
+    assert "nowhere.so was not built; run `pip install" in str(native.unavailable.__wrapped__("cpu"))
+    (tmp_path / "nowhere.so").write_text("this is no library")
+    assert "cannot be loaded" in str(native.unavailable.__wrapped__("cpu"))
+    assert "has no operators for mps" in str(native.unavailable("mps"))
+
+
+def test_a_library_of_other_sources_is_not_used(monkeypatch):
+    if why := native.unavailable("cpu"):
+        pytest.skip(why)
+    monkeypatch.setitem(native.SCHEMAS, "steer_add", "(Tensor hidden, float coefficient) -> Tensor")
+    monkeypatch.setitem(native.SCHEMAS, "new_op", "(Tensor hidden) -> Tensor")
+    assert "was built from other sources (steer_add, new_op differ); run" in str(native.unavailable.__wrapped__("cpu"))

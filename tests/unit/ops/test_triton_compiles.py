@@ -1,0 +1,50 @@
+"""Triton's compiler takes the kernels that read keys, which its interpreter does not show; no GPU is needed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.operators.backends import INTERPRETED
+
+triton = pytest.importorskip("triton")
+if INTERPRETED:
+    pytest.skip("an interpreting Triton does not compile", allow_module_level=True)
+tl = pytest.importorskip("triton.language")
+
+FLOATS = ("top", "share", "squares", "outputs", "out", "inverse", "partial", "logits")
+NUMBERS = (
+    *("first", "n", "layers", "heads", "table_stride", "page_stride", "head_stride", "token_stride"),
+    *("page_size", "dim", "window", "group", "errors", "block", "dims", "tile", "windows"),
+)
+ELEMENTS = {"fp32": "fp32", "bf16": "bf16", "float8e4nv": "fp32", "float8e5": "fp32"}
+"""Type of the cache -> of the queries."""
+
+
+def signature(kernel: Any, element: str) -> dict[str, str]:
+    known = {"pointers": "*i64", "root": "fp32", "queries": f"*{ELEMENTS[element]}"}
+    known |= dict.fromkeys(FLOATS, "*fp32") | dict.fromkeys(NUMBERS, "i32")
+    return {
+        p.name: "constexpr" if p.is_constexpr else known.get(p.name, "*i32")  # tables, positions and lengths
+        for p in kernel.params
+    }
+
+
+@pytest.mark.parametrize("element", ELEMENTS)
+@pytest.mark.parametrize("name", ["scoring.measure_keys", *(f"attention.{k}_queries" for k in ("attend", "sum"))])
+def test_compiles_for_an_older_gpu(name, element):
+    from triton.backends.compiler import GPUTarget
+
+    from skipkv_vllm.ops.triton_kernels import attention, scoring
+
+    kernel = getattr({"attention": attention, "scoring": scoring}[name.split(".")[0]], name.split(".")[1])
+    types = {"fp32": tl.float32, "bf16": tl.bfloat16, "float8e4nv": tl.float8e4nv, "float8e5": tl.float8e5}
+    values = {"page_size": 16, "dim": 80, "window": 32, "group": 4, "errors": True, "block": 64, "dims": 128}
+    values |= {"tile": 16, "windows": 32, "element": types[element], "multiply": types[ELEMENTS[element]]}
+    kinds = signature(kernel, element)
+    constants = {(i,): values[name] for i, (name, kind) in enumerate(kinds.items()) if kind == "constexpr"}
+    source = triton.compiler.ASTSource(kernel, kinds, constexprs=constants)
+    compiled = triton.compile(source, target=GPUTarget("cuda", 80, 32))
+    # What the smallest GPUs of the last three generations give a block.
+    assert compiled.metadata.shared <= 99 * 1024
