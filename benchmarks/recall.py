@@ -4,15 +4,14 @@
     python -m benchmarks.recall --lengths 1000 2500 --questions 96 --methods skipkv snapkv
 
 `make real-models MODELS=smollm2` fetches the model. Prompts are not protected, so they are compacted like generated
-text. docs/fidelity.md says what is measured. Results are kept in --out as soon as they are there; the same command goes
-on after an interruption.
+text. docs/guides/evaluation.md says what is measured. Results are kept in --out as soon as they are there; the same
+command goes on after an interruption.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import random
 import re
 import sys
@@ -24,13 +23,16 @@ from typing import Any
 import numpy as np
 
 from benchmarks.real_models import FOLDER
+from benchmarks.results.pages import publish
+from benchmarks.results.provenance import record
+from benchmarks.results.store import DOCS, RECALL
 from benchmarks.texts import KINDS
 from skipkv_vllm.config import parse_json_object
 from skipkv_vllm.core.errors import KVPolicyError
 from skipkv_vllm.evaluation.arms import WHOLE, Arm, Arms, Request, Serve, budgets_of, check_each_once, check_methods
 from skipkv_vllm.evaluation.command import METHODS, check_at_least, check_configs, guarded, load_tokenizer
 from skipkv_vllm.evaluation.engine import Done, Setup, serve
-from skipkv_vllm.evaluation.machine import provenance, relative
+from skipkv_vllm.evaluation.machine import relative
 from skipkv_vllm.evaluation.report import terminal_table
 from skipkv_vllm.evaluation.stats import paired_difference, wilson
 from skipkv_vllm.evaluation.texts import Source, Text, leading_tokens, take_in_turn
@@ -274,6 +276,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--out", type=Path, default=Path("build/recall"), metavar="FOLDER", help="where results are kept"
     )
+    parser.add_argument("--write-docs", action="store_true", help="write docs/results/recall.json and the pages")
     return parser
 
 
@@ -304,12 +307,10 @@ def run(args: argparse.Namespace, serve: Serve = serve) -> dict[str, Any]:
     )
     rows = Recall(setup, methods, args.ratio, questions, tokenizer, args.out, serve)()
     settings = {name: value for name, value in vars(args).items() if name != "out"} | {"policy_config": configs}
-    report = {"run": provenance("benchmarks.recall", settings), "rows": rows}
+    report = {"run": record("benchmarks.recall", settings), "rows": rows}
     print(describe(rows))
-    path = args.out / "recall.json"
-    lines = ",\n  ".join(json.dumps(row) for row in rows)
-    path.write_text(f'{{\n "run": {json.dumps(report["run"])},\n "rows": [\n  {lines}\n ]\n}}\n')
-    print(f"wrote {path}")
+    for path in (args.out / RECALL.name, *([DOCS / RECALL] if args.write_docs else [])):
+        publish(report, path)
     return report
 
 

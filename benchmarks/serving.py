@@ -1,4 +1,4 @@
-"""Drives `vllm bench serve` against servers with full KV and with a policy, over pool sizes; or against one that runs.
+"""Drive `vllm bench serve` against servers with full KV and with a policy, over pool sizes; or against one that runs.
 
     python -m benchmarks.serving --url http://127.0.0.1:8000 --model Qwen/Qwen3-8B --lengths reasoning
     python -m benchmarks.serving --pools 0.1 1 --requests 32 --output-median 1600
@@ -20,18 +20,18 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 from prometheus_client.parser import text_string_to_metric_families
 
 from skipkv_vllm import KVPolicyError, bundled_model
-from skipkv_vllm.evaluation.machine import commit, machine, relative, versions
+from skipkv_vllm.evaluation.machine import relative
 
-from .accuracy.docs import write_summary
 from .load.arms import PRODUCTION, SAME, Arm, add_engine_arguments, check_engine_arguments, engine_arguments
 from .load.lengths import Offered, add_length_arguments, check_length_arguments, offered_load, pages_needed
+from .results.pages import publish
+from .results.provenance import record
 from .server import ServerError, serve
 
 COUNTERS = {
@@ -70,17 +70,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if args.out:
-        settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
-        run = {
-            "command": ["python", "-m", "benchmarks.serving", *(sys.argv[1:] if arguments is None else arguments)],
-            "commit": commit(),
-            "date": date.today().isoformat(),
-            "machine": machine(),
-            "versions": versions(),
-            "settings": settings | {"model": relative(args.model)},
-        }
-        write_summary({"run": run, "servers": rows}, args.out)
-        print(f"wrote {args.out}")
+        run = record("benchmarks.serving", vars(args) | {"model": relative(args.model)}, arguments)
+        publish({"run": run, "servers": rows}, args.out)
     return 0
 
 

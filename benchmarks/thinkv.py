@@ -24,9 +24,9 @@ from skipkv_vllm.core.limits import Limits
 from skipkv_vllm.policies import Policy
 from skipkv_vllm.policies.thinkv import NEGLIGIBLE
 
-from .markdown import table
-from .unequal_budgets.__main__ import Bench, policy_of
+from .results.markdown import table
 from .unequal_budgets.allocation import Equal
+from .unequal_budgets.bench import Bench, policy_of
 from .unequal_budgets.generation import NOT_HERE, Layer, Rows
 
 GRID = np.linspace(0, 1, 2001)

@@ -1,4 +1,4 @@
-"""Refuses runs that measured nothing: a policy that should have evicted and did not, a vector that was never added."""
+"""Refuse runs that measured nothing: a policy that should have evicted and did not, or a vector never added."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ from collections import defaultdict
 from collections.abc import Iterable
 from statistics import mean
 
-from .grid import FULL, Arm, Settings
+from skipkv_vllm.evaluation.figures import FULL
+
+from .grid import Arm, Settings
 from .samples import Sample
 
 SHOWN = 10

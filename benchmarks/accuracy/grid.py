@@ -1,4 +1,4 @@
-"""What is run: policies x budgets x batch sizes x steering, and everything else that decides what comes out."""
+"""The grid of a run: policies x budgets x batch sizes x steering, and all other settings that decide the answers."""
 
 from __future__ import annotations
 
@@ -7,10 +7,9 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, NamedTuple
 
 from skipkv_vllm.core.limits import Limits
+from skipkv_vllm.evaluation.figures import FULL
 
 from . import UsageError
-
-FULL = "full"
 
 
 class Arm(NamedTuple):

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from skipkv_vllm.evaluation.children import Finished, attended
+from skipkv_vllm.evaluation.figures import FULL
 
-from .grid import FULL, Arm, Settings, Steer
+from .grid import Arm, Settings, Steer
 
 if TYPE_CHECKING:
     import vllm
