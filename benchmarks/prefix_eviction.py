@@ -1,4 +1,4 @@
-"""Hit rates of the prefix cache under LRU, Guard and the best possible eviction, on vLLM's own page pool.
+"""Hit rates of the prefix cache under LRU, Guard and the best possible eviction, on vLLM's own block pool.
 
     python -m benchmarks.prefix_eviction
 
@@ -86,7 +86,7 @@ def pooled(trace: Trace, num_pages: int, is_guarded: bool) -> float:
 
 
 def belady(trace: Trace, num_pages: int) -> float:
-    """The same by the rule that knows the future: the page asked for last goes, of one request the deepest."""
+    """Share of the pages found with Belady's rule: evict the page requested last, of one request the deepest."""
     places: dict[str, list[int]] = {}
     for i in reversed(range(len(trace))):
         for page in trace[i]:

@@ -1,4 +1,4 @@
-"""Recall: facts that are stated once in a long text, and asked for at its end.
+"""Recall: facts are stated once in a long text, and each is asked for at its end.
 
     python -m benchmarks.recall                                   # SmolLM2, 1,000 tokens, 48 questions
     python -m benchmarks.recall --lengths 1000 2500 --questions 96 --methods skipkv snapkv
@@ -66,7 +66,7 @@ class Question:
 
     @property
     def requests(self) -> tuple[Request, Request]:
-        """To answer freely, and to score the right answer."""
+        """Two requests: a free answer, and the score of the right answer."""
         title = f"question {self.name}"
         return (
             Request(f"{self.name}-answer", title, self.prompt, num_new=ANSWER_TOKENS),
@@ -112,7 +112,7 @@ def _encoder(tokenizer: Any) -> Any:
 
 
 def _chat(tokenizer: Any) -> tuple[str, str, str]:
-    """What a model's chat has before and after a user's message, and what an answer begins with."""
+    """Return the text that a model's chat has before and after a user's message, and the text that begins an answer."""
     if not tokenizer.chat_template:
         return "", "\nAnswer:", " "
     mark = "@@@"
@@ -122,7 +122,7 @@ def _chat(tokenizer: Any) -> tuple[str, str, str]:
 
 
 def is_right(code: str, answer: str) -> bool:
-    """Whether the code is in the answer, as a number of its own."""
+    """Return whether the answer has the code as a number of its own."""
     return re.search(rf"(?<!\d){code}(?!\d)", answer) is not None
 
 
@@ -210,7 +210,7 @@ class Recall:
 
 
 def describe(rows: Sequence[dict[str, Any]]) -> str:
-    """The rows as a table for a terminal."""
+    """Format the rows as a table for a terminal."""
     head = ("length", "method", "budget", "right", "95 % interval", "log probability", "to full KV", "compactions")
     cells = []
     for row in rows:
@@ -240,7 +240,7 @@ def describe(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def make_questions(kinds: Sequence[str], tokenizer: Any, length: int, count: int, facts: int) -> list[Question]:
-    """At least `count` questions about contexts of a length.
+    """Make at least `count` questions about contexts of a length.
 
     Raises:
         KVPolicyError: there is not enough text.
@@ -281,7 +281,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def run(args: argparse.Namespace, serve: Serve = serve) -> dict[str, Any]:
-    """Measure, print the table and write `recall.json` into --out; returns what it holds."""
+    """Measure, print the table and write `recall.json` into --out; returns its contents."""
     for flag, value, low in (("--questions", args.questions, 1), ("--num-seqs", args.num_seqs, 1)):
         check_at_least(flag, value, low)
     if not 1 <= args.facts <= len(NAMES):

@@ -1,4 +1,4 @@
-"""Texts that every machine with this repository has, or can make: prose, code, mathematics, and repetitive reasoning.
+"""Texts available on every machine with this repository: prose, code, mathematics, and repetitive reasoning.
 
 python -m benchmarks.texts mathematics 0      # print one of them
 """

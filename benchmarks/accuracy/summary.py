@@ -27,7 +27,7 @@ def read_run(out: Path) -> Summary:
 
 
 def summarise(settings: Settings, info: Mapping[str, Any], samples: Sequence[Sample]) -> Summary:
-    """All figures of a run.
+    """Compute all figures of a run.
 
     Args:
         settings, info, samples: as `run.load` returns them.
@@ -74,7 +74,7 @@ def summarise(settings: Settings, info: Mapping[str, Any], samples: Sequence[Sam
 
 
 def peak_tokens(sample: Sample, settings: Settings) -> int:
-    """Most tokens of KV that the request held: all of them, or its bound once it was compacted."""
+    """Return the most KV tokens that the request held: all of its tokens, or its bound once it was compacted."""
     total = sample.prompt_tokens + sample.completion_tokens
     if not sample.compactions:
         return total
@@ -138,7 +138,7 @@ def _grouped(samples: Sequence[Sample]) -> list[list[Sample]]:
 
 
 def _difference(ours: Sequence[Sample], theirs: Sequence[Sample]) -> dict[str, Any]:
-    """Paired difference in accuracy over the problems of both."""
+    """Return the paired difference in accuracy over the problems of both."""
     a, b = ([mean(s.correct for s in group) for group in _grouped(samples)] for samples in (ours, theirs))
     value, low, high = paired_difference(a, b)
     one_each = len(a) == len(ours) and len(b) == len(theirs)

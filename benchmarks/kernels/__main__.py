@@ -31,7 +31,7 @@ BARS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run; returns the exit status: 1 where a bar was missed."""
+    """Command line; returns the exit status, 1 if a bar was missed."""
     args = _parser().parse_args(arguments)
     if why := native.unavailable("cpu"):
         print(f"error: {why}", file=sys.stderr)
@@ -71,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def check_bars(
     scoring: Sequence[dict[str, Any]], compaction: Sequence[dict[str, Any]]
 ) -> dict[str, tuple[float, bool]]:
-    """The bars that these lengths say something about: the figure, and whether it reaches the bar."""
+    """Check the bars that apply to these lengths: each with its figure, and whether the figure reaches it."""
     fast, machine_share, buffer, cheap = BARS
     found: dict[str, tuple[float, bool]] = {}
     at_2176 = [row["speedup_over_rkv"] for row in scoring if row["length"] == 2176]

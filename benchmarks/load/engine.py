@@ -165,7 +165,7 @@ class Engine:
         return run
 
     def _prompt(self, offset: int, length: int) -> list[int]:
-        """Its own piece of the text, so that no two prompts begin alike."""
+        """Cut a piece out of the text; no two prompts begin alike."""
         return [self.ids[(offset + i) % len(self.ids)] for i in range(length)]
 
 

@@ -46,7 +46,7 @@ def made_by(run: Mapping[str, Any]) -> str:
 
 def device(machine: Mapping[str, Any]) -> str:
     """The GPUs of a machine, or its processor."""
-    return " and ".join(machine["gpus"]) or f"{counted(machine['cores'], 'core')} of {machine['cpu']}"
+    return " and ".join(machine.get("gpus", ())) or f"{counted(machine['cores'], 'core')} of {machine['cpu']}"
 
 
 def how_it_was_made(run: Mapping[str, Any]) -> str:

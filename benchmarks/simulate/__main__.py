@@ -54,7 +54,7 @@ MODELS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run; returns the exit status."""
+    """Command line; returns the exit status."""
     parser = _parser()
     args = parser.parse_args(arguments)
     try:
@@ -118,7 +118,7 @@ def _simulate(
     output: int,
     config: KVPolicyConfig | None,
 ) -> Outcome:
-    """One replica that answers its load."""
+    """Simulate one replica that answers its load."""
     random, shape = np.random.default_rng(args.seed), split(model.shape, ranks)
     mean = np.log(output) - args.spread**2 / 2
     memory = _kv_memory(model, gpu, ranks)
@@ -144,7 +144,7 @@ def _outcome(outcome: Outcome) -> dict[str, Any]:
 
 
 def _calibrate(args: argparse.Namespace, gpu: GPU, parser: argparse.ArgumentParser) -> tuple[Efficiency, str]:
-    """What was reached by a measured run on this kind of GPU."""
+    """Read the efficiency that a measured run reached on this kind of GPU."""
     try:
         figures = json.loads(args.calibration.read_text())
         found, run = figures["calibration"], figures["run"]

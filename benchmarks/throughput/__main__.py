@@ -1,4 +1,4 @@
-"""Throughput of full KV and of a policy at equal memory, over pool sizes; and what batch grouping does.
+"""Throughput of full KV and of a policy at equal memory, over pool sizes; and the effect of batch grouping.
 
     python -m benchmarks.throughput --pools 0.1 0.3 1 --lengths reasoning --output-median 1600
 
@@ -35,7 +35,7 @@ from .predict import predict
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line; returns the exit status, 1 where an engine failed or a bar was missed."""
+    """Command line; returns the exit status, 1 if an engine failed or a bar was missed."""
     parser = _parser()
     args = parser.parse_args(arguments)
     _check(args, parser)

@@ -1,4 +1,4 @@
-"""The least figures that a run has to reach."""
+"""The figures that a run must reach at least."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ BARS = {
 
 
 def check_bars(pools: Iterable[Row], grouping: Sequence[Row]) -> dict[str, tuple[float, bool]]:
-    """The bars that these runs say something about: the figure, and whether it reaches the bar."""
+    """Check the bars that apply to these runs: each with its figure, and whether the figure reaches it."""
     rows = list(pools)
     found: dict[str, float] = {}
     policy = [row for row in rows if row["arm"] not in (PRODUCTION, SAME)]

@@ -22,7 +22,7 @@ WARM_UP = 400
 
 
 def measure_pools(args: argparse.Namespace, load: Sequence[Offered], logs: Path) -> tuple[list[Row], dict[Arm, Run]]:
-    """All engines over all pools: a row for each, and the last run of each."""
+    """Measure all engines over all pools: a row for each, and the last run of each."""
     needed = pages_needed(load, args.block_size)
     arms = [Arm(name, pool) for pool in args.pools for name in (PRODUCTION, SAME, args.policy)]
     runs = in_turns(
@@ -42,7 +42,7 @@ def measure_pools(args: argparse.Namespace, load: Sequence[Offered], logs: Path)
 
 
 def measure_grouping(args: argparse.Namespace, logs: Path) -> list[Row]:
-    """The policy with and without grouping, on prompts of mixed lengths and few requests at once."""
+    """Measure the policy with and without grouping, on prompts of mixed lengths and few requests at once."""
     mixed = argparse.Namespace(
         **vars(args) | {"lengths": "sharegpt", "requests": args.grouping_requests, "output_min": 16, "output_max": 384}
         | {"output_median": None, "prompt_median": None, "max_num_seqs": args.grouping_batch}

@@ -46,7 +46,7 @@ class Bench:
         return self.tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
 
     def similarity(self) -> tuple[float, ...]:
-        """EpiCache's profile, on training problems."""
+        """Take EpiCache's profile on training problems."""
         texts = [
             self._prompt(problem) + self.tokenizer(problem.completion, add_special_tokens=False).input_ids
             for problem in problems("train", self.args.train)
@@ -54,7 +54,7 @@ class Bench:
         return tuple(layer_similarity(self.model, torch.tensor(texts), len(self.prompts[0]), self.args.buffer))
 
     def rows(self) -> Rows:
-        """All problems, with their prompts computed."""
+        """Compute the prompts of all problems."""
         options, config = policy_of("skipkv").sentence_options, self.model.config
         tracker = SentenceTracker(
             build_tables(self.tokenizer, options.compat),
@@ -70,13 +70,13 @@ class Bench:
             return Rows(self.model, self.prompts, self.args.window, self.args.max_tokens, tracker)
 
     def right(self, rows: Rows) -> list[int]:
-        """1 for each problem whose answer is right, else 0."""
+        """Return 1 for each problem whose answer is right, else 0."""
         texts = map(self.tokenizer.decode, rows.answers)
         return [int(extract_answer(text) == problem.answer) for text, problem in zip(texts, self.problems, strict=True)]
 
 
 def policy_of(name: str) -> Policy:
-    """A base with its parameters for this model.
+    """Make a base method with its parameters for this model.
 
     Raises:
         KVPolicyError: it is unknown.
@@ -85,7 +85,7 @@ def policy_of(name: str) -> Policy:
 
 
 def run(bench: Bench) -> dict[str, Any]:
-    """All arms; what a file of figures holds but for its provenance."""
+    """Run all arms; returns the contents of a summary without `run`."""
     args = bench.args
     similarity = bench.similarity()
     allocations: dict[str, Allocation] = {"equal": Equal()}
