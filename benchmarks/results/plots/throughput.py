@@ -32,7 +32,7 @@ def draw_throughput(rows: Sequence[Mapping[str, Any]], folder: Path) -> Path:
         axes.set_xlabel("pool, as a share of what full KV needs for the load")
         axes.set_ylabel("output tokens per second")
         axes.legend(frameon=False)
-        title(axes, "Throughput against pool size", "all requests there at the start, engines at equal memory")
+        title(axes, "Throughput against pool size", "all requests arrive at the start, engines at equal memory")
         save(canvas, folder / FIGURE)
         plt.close(canvas)
     return folder / f"{FIGURE}.svg"

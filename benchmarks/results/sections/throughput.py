@@ -26,7 +26,7 @@ def throughput_section(figures: Mapping[str, Any]) -> list[str]:
     )
     parts = [
         "## Throughput at equal memory, measured here",
-        f"All {load['requests']} requests are there at the start: {load['prompt_tokens']:,} prompt tokens and "
+        f"All {load['requests']} requests arrive at the start: {load['prompt_tokens']:,} prompt tokens and "
         f"{load['output_tokens']:,} output tokens, at least {load['shortest_output']:,} a request. A pool of 1 holds "
         f"all of them at their full length ({load['pages']:,} blocks of {settings['block_size']} tokens). A policy "
         f"pays for its token positions out of its pool. The policy is `{settings['policy']}` with a budget of "
