@@ -29,10 +29,10 @@ lint: dev          ## ruff and mypy
 	@$(PY) -m ruff format --check .
 	@$(PY) -m mypy
 
-eval-tiny: dev     ## accuracy, length and memory of every policy on the bundled model; writes docs/results*
+eval-tiny: dev     ## accuracy, length and memory of every policy on the bundled model; writes docs/results/
 	@$(PY) -m benchmarks.accuracy tiny
 
-eval-steering: dev ## length and accuracy of the bundled model, steered and not; writes docs/results*
+eval-steering: dev ## length and accuracy of the bundled model, steered and not; writes docs/results/
 	@$(PY) -m benchmarks.accuracy steering
 
 MODELS :=
@@ -73,7 +73,7 @@ vector: dev        ## make the bundled model's steering vector again (training p
 	@cp $(VECTOR).safetensors skipkv_vllm/models/
 	@cp $(VECTOR).sweep.json docs/results/steering-sweep.json
 	@cp $(VECTOR).sweep.svg docs/results/steering-sweep.svg
-	@$(PY) -m benchmarks.accuracy docs
+	@$(PY) -m benchmarks.results
 
 setup:
 	@scripts/bootstrap.sh

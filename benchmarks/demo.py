@@ -26,7 +26,7 @@ MAX_MODEL_LEN = 2048
 
 @dataclass
 class Arm:
-    """What one policy did with the prompts."""
+    """The figures of one policy on the prompts."""
 
     right: int
     finished: int

@@ -1,4 +1,4 @@
-"""Hit rates of the prefix cache under LRU, Guard and the best possible eviction, on vLLM's own page pool.
+"""Hit rates of the prefix cache under LRU, Guard and the best possible eviction, on vLLM's own block pool.
 
     python -m benchmarks.prefix_eviction
 
@@ -17,10 +17,10 @@ from pathlib import Path
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_utils import BlockHash, KVCacheBlock, make_block_hash_with_group_id
 
-from skipkv_vllm.evaluation.machine import provenance
 from skipkv_vllm.integration.free_queue import GuardQueue
 
-from .accuracy.docs import write_summary
+from .results.pages import publish
+from .results.provenance import record
 
 Trace = list[list[str]]
 """Of each request the pages of its prompt, in order."""
@@ -86,7 +86,7 @@ def pooled(trace: Trace, num_pages: int, is_guarded: bool) -> float:
 
 
 def belady(trace: Trace, num_pages: int) -> float:
-    """The same by the rule that knows the future: the page asked for last goes, of one request the deepest."""
+    """Share of the pages found with Belady's rule: evict the page requested last, of one request the deepest."""
     places: dict[str, list[int]] = {}
     for i in reversed(range(len(trace))):
         for page in trace[i]:
@@ -132,8 +132,7 @@ def main() -> int:
         rows.append(row)
         print(f"{name:<8}{row['lru']:8.3f}{row['guard']:8.3f}{row['belady']:8.3f}")
     if args.out:
-        run = provenance("benchmarks.prefix_eviction", vars(args) | {"out": str(args.out)})
-        write_summary({"run": run, "traces": rows}, args.out)
+        publish({"run": record("benchmarks.prefix_eviction", vars(args)), "traces": rows}, args.out)
     return 0
 
 

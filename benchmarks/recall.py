@@ -1,18 +1,17 @@
-"""Recall: facts that are stated once in a long text, and asked for at its end.
+"""Recall: facts are stated once in a long text, and each is asked for at its end.
 
     python -m benchmarks.recall                                   # SmolLM2, 1,000 tokens, 48 questions
     python -m benchmarks.recall --lengths 1000 2500 --questions 96 --methods skipkv snapkv
 
 `make real-models MODELS=smollm2` fetches the model. Prompts are not protected, so they are compacted like generated
-text. docs/fidelity.md says what is measured. Results are kept in --out as soon as they are there; the same command goes
-on after an interruption.
+text. docs/guides/evaluation.md says what is measured. Results are kept in --out as soon as they are there; the same
+command goes on after an interruption.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import random
 import re
 import sys
@@ -24,13 +23,16 @@ from typing import Any
 import numpy as np
 
 from benchmarks.real_models import FOLDER
+from benchmarks.results.pages import publish
+from benchmarks.results.provenance import record
+from benchmarks.results.store import DOCS, RECALL
 from benchmarks.texts import KINDS
 from skipkv_vllm.config import parse_json_object
 from skipkv_vllm.core.errors import KVPolicyError
 from skipkv_vllm.evaluation.arms import WHOLE, Arm, Arms, Request, Serve, budgets_of, check_each_once, check_methods
 from skipkv_vllm.evaluation.command import METHODS, check_at_least, check_configs, guarded, load_tokenizer
 from skipkv_vllm.evaluation.engine import Done, Setup, serve
-from skipkv_vllm.evaluation.machine import provenance, relative
+from skipkv_vllm.evaluation.machine import relative
 from skipkv_vllm.evaluation.report import terminal_table
 from skipkv_vllm.evaluation.stats import paired_difference, wilson
 from skipkv_vllm.evaluation.texts import Source, Text, leading_tokens, take_in_turn
@@ -64,7 +66,7 @@ class Question:
 
     @property
     def requests(self) -> tuple[Request, Request]:
-        """To answer freely, and to score the right answer."""
+        """Two requests: a free answer, and the score of the right answer."""
         title = f"question {self.name}"
         return (
             Request(f"{self.name}-answer", title, self.prompt, num_new=ANSWER_TOKENS),
@@ -110,7 +112,7 @@ def _encoder(tokenizer: Any) -> Any:
 
 
 def _chat(tokenizer: Any) -> tuple[str, str, str]:
-    """What a model's chat has before and after a user's message, and what an answer begins with."""
+    """Return the text that a model's chat has before and after a user's message, and the text that begins an answer."""
     if not tokenizer.chat_template:
         return "", "\nAnswer:", " "
     mark = "@@@"
@@ -120,7 +122,7 @@ def _chat(tokenizer: Any) -> tuple[str, str, str]:
 
 
 def is_right(code: str, answer: str) -> bool:
-    """Whether the code is in the answer, as a number of its own."""
+    """Return whether the answer has the code as a number of its own."""
     return re.search(rf"(?<!\d){code}(?!\d)", answer) is not None
 
 
@@ -208,7 +210,7 @@ class Recall:
 
 
 def describe(rows: Sequence[dict[str, Any]]) -> str:
-    """The rows as a table for a terminal."""
+    """Format the rows as a table for a terminal."""
     head = ("length", "method", "budget", "right", "95 % interval", "log probability", "to full KV", "compactions")
     cells = []
     for row in rows:
@@ -238,7 +240,7 @@ def describe(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def make_questions(kinds: Sequence[str], tokenizer: Any, length: int, count: int, facts: int) -> list[Question]:
-    """At least `count` questions about contexts of a length.
+    """Make at least `count` questions about contexts of a length.
 
     Raises:
         KVPolicyError: there is not enough text.
@@ -274,11 +276,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--out", type=Path, default=Path("build/recall"), metavar="FOLDER", help="where results are kept"
     )
+    parser.add_argument("--write-docs", action="store_true", help="write docs/results/recall.json and the pages")
     return parser
 
 
 def run(args: argparse.Namespace, serve: Serve = serve) -> dict[str, Any]:
-    """Measure, print the table and write `recall.json` into --out; returns what it holds."""
+    """Measure, print the table and write `recall.json` into --out; returns its contents."""
     for flag, value, low in (("--questions", args.questions, 1), ("--num-seqs", args.num_seqs, 1)):
         check_at_least(flag, value, low)
     if not 1 <= args.facts <= len(NAMES):
@@ -304,12 +307,10 @@ def run(args: argparse.Namespace, serve: Serve = serve) -> dict[str, Any]:
     )
     rows = Recall(setup, methods, args.ratio, questions, tokenizer, args.out, serve)()
     settings = {name: value for name, value in vars(args).items() if name != "out"} | {"policy_config": configs}
-    report = {"run": provenance("benchmarks.recall", settings), "rows": rows}
+    report = {"run": record("benchmarks.recall", settings), "rows": rows}
     print(describe(rows))
-    path = args.out / "recall.json"
-    lines = ",\n  ".join(json.dumps(row) for row in rows)
-    path.write_text(f'{{\n "run": {json.dumps(report["run"])},\n "rows": [\n  {lines}\n ]\n}}\n')
-    print(f"wrote {path}")
+    for path in (args.out / RECALL.name, *([DOCS / RECALL] if args.write_docs else [])):
+        publish(report, path)
     return report
 
 

@@ -1,4 +1,4 @@
-"""Drives `vllm bench serve` against servers with full KV and with a policy, over pool sizes; or against one that runs.
+"""Drive `vllm bench serve` against servers with full KV and with a policy, over pool sizes; or against a running one.
 
     python -m benchmarks.serving --url http://127.0.0.1:8000 --model Qwen/Qwen3-8B --lengths reasoning
     python -m benchmarks.serving --pools 0.1 1 --requests 32 --output-median 1600
@@ -20,18 +20,18 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 from prometheus_client.parser import text_string_to_metric_families
 
 from skipkv_vllm import KVPolicyError, bundled_model
-from skipkv_vllm.evaluation.machine import commit, machine, relative, versions
+from skipkv_vllm.evaluation.machine import relative
 
-from .accuracy.docs import write_summary
 from .load.arms import PRODUCTION, SAME, Arm, add_engine_arguments, check_engine_arguments, engine_arguments
 from .load.lengths import Offered, add_length_arguments, check_length_arguments, offered_load, pages_needed
+from .results.pages import publish
+from .results.provenance import record
 from .server import ServerError, serve
 
 COUNTERS = {
@@ -49,7 +49,7 @@ class BenchError(RuntimeError):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run; returns the exit status."""
+    """Command line; returns the exit status."""
     parser = _parser()
     args = parser.parse_args(arguments)
     check_length_arguments(args, parser)
@@ -70,22 +70,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if args.out:
-        settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
-        run = {
-            "command": ["python", "-m", "benchmarks.serving", *(sys.argv[1:] if arguments is None else arguments)],
-            "commit": commit(),
-            "date": date.today().isoformat(),
-            "machine": machine(),
-            "versions": versions(),
-            "settings": settings | {"model": relative(args.model)},
-        }
-        write_summary({"run": run, "servers": rows}, args.out)
-        print(f"wrote {args.out}")
+        run = record("benchmarks.serving", vars(args) | {"model": relative(args.model)}, arguments)
+        publish({"run": run, "servers": rows}, args.out)
     return 0
 
 
 def write_prompts(args: argparse.Namespace, load: Sequence[Offered], folder: Path) -> Path:
-    """The load as a data set of `vllm bench serve`: a text and its answer's length a line."""
+    """Write the load as a data set of `vllm bench serve`: a text and the length of its answer on each line."""
     from transformers import AutoTokenizer
 
     from .tiny_reasoner.problems import problems
@@ -102,7 +93,7 @@ def write_prompts(args: argparse.Namespace, load: Sequence[Offered], folder: Pat
 
 
 def drive(args: argparse.Namespace, url: str, data: Path, count: int, folder: Path) -> Row:
-    """Have `vllm bench serve` send the load to a server; what it and the server's metrics say.
+    """Have `vllm bench serve` send the load to a server; return its figures and those of the server's metrics.
 
     Raises:
         BenchError: it failed, or not every request was answered.
@@ -140,7 +131,7 @@ def drive(args: argparse.Namespace, url: str, data: Path, count: int, folder: Pa
 
 
 def read_metrics(url: str) -> dict[str, float]:
-    """The samples that are read here, summed over engines."""
+    """Read the samples that are used here, summed over engines."""
     with urllib.request.urlopen(f"{url}/metrics", timeout=10) as answer:
         text = answer.read().decode()
     wanted, values = {*COUNTERS.values(), RUNNING}, dict[str, float]()
@@ -153,7 +144,7 @@ def read_metrics(url: str) -> dict[str, float]:
 
 @contextmanager
 def _watching(url: str) -> Iterator[list[int]]:
-    """A list with the most requests that were seen running at once while the block runs."""
+    """Yield a list with the largest number of running requests seen while the block runs."""
     peak, ended = [0], threading.Event()
 
     def watch() -> None:
@@ -174,7 +165,7 @@ def _watching(url: str) -> Iterator[list[int]]:
 
 @contextmanager
 def _server(args: argparse.Namespace, arm: Arm | None, load: Sequence[Offered], logs: Path) -> Iterator[str]:
-    """The server that runs already, or one of our own."""
+    """Yield the address of the running server, or start one."""
     if arm is None:
         yield args.url.rstrip("/")
         return
@@ -202,7 +193,7 @@ def server_flags(arguments: Mapping[str, Any]) -> list[str]:
 
 
 def table(rows: Sequence[Row], *, head: bool) -> str:
-    """For people."""
+    """Format rows for a terminal."""
     columns = {
         "tokens/s": "tokens_per_second", "requests/s": "requests_per_second", "TTFT p50": "p50_ttft_ms",
         "TTFT p99": "p99_ttft_ms", "ITL p50": "p50_itl_ms", "ITL p99": "p99_itl_ms", "at once": "peak_running",

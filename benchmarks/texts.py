@@ -1,4 +1,4 @@
-"""Texts that every machine with this repository has, or can make: prose, code, mathematics, and repetitive reasoning.
+"""Texts available on every machine with this repository: prose, code, mathematics, and repetitive reasoning.
 
 python -m benchmarks.texts mathematics 0      # print one of them
 """
@@ -29,8 +29,9 @@ def default_sources() -> list[Source]:
 
 
 def prose() -> Iterator[str]:
-    """The project's own documentation, but for the page of results."""
-    pages = [path for path in sorted(REPOSITORY.glob("docs/*.md")) if path.name != "results.md"]
+    """The project's own documentation without the pages of results."""
+    docs = REPOSITORY / "docs"
+    pages = [path for path in sorted(docs.rglob("*.md")) if not path.is_relative_to(docs / "results")]
     for path in (*pages, REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md"):
         yield path.read_text()
 

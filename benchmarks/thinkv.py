@@ -24,9 +24,9 @@ from skipkv_vllm.core.limits import Limits
 from skipkv_vllm.policies import Policy
 from skipkv_vllm.policies.thinkv import NEGLIGIBLE
 
-from .markdown import table
-from .unequal_budgets.__main__ import Bench, policy_of
+from .results.markdown import table
 from .unequal_budgets.allocation import Equal
+from .unequal_budgets.bench import Bench, policy_of
 from .unequal_budgets.generation import NOT_HERE, Layer, Rows
 
 GRID = np.linspace(0, 1, 2001)
@@ -61,7 +61,7 @@ def minima(values: np.ndarray) -> np.ndarray:
 
 
 def valleys(samples: np.ndarray) -> Valleys | None:
-    """The two deepest minima between three modes; None where no width of the kernel shows three."""
+    """The two deepest minima between three modes; None if no width of the kernel shows three."""
     whole = silverman(samples)
     width = whole
     while width >= LEAST_WIDTH:
@@ -101,7 +101,7 @@ def measure(rows: Rows, policy: Policy, limits: Limits, segment: int) -> np.ndar
 
 
 def calibrate(sparsity: np.ndarray) -> tuple[list[int], Valleys | None, list[list[str]]]:
-    """Layers to look at, the thresholds, and what was found of each layer.
+    """Choose the layers and the thresholds, and describe each layer.
 
     Args:
         sparsity: `[segments, layers]`.

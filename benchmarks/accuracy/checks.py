@@ -1,4 +1,4 @@
-"""Refuses runs that measured nothing: a policy that should have evicted and did not, a vector that was never added."""
+"""Refuse runs that measured nothing: a policy that should have evicted and did not, or a vector never added."""
 
 from __future__ import annotations
 
@@ -6,14 +6,16 @@ from collections import defaultdict
 from collections.abc import Iterable
 from statistics import mean
 
-from .grid import FULL, Arm, Settings
+from skipkv_vllm.evaluation.figures import FULL
+
+from .grid import Arm, Settings
 from .samples import Sample
 
 SHOWN = 10
 
 
 def must_have_compacted(sample: Sample, settings: Settings) -> bool:
-    """Whether the sample's length demanded a compaction.
+    """Return whether the sample is long enough that it must have been compacted.
 
     The last step that generates token N of a prompt of P starts with P + N - 2 tokens computed, and a request
     that has reached its bound is compacted when a step starts.
@@ -25,7 +27,7 @@ def must_have_compacted(sample: Sample, settings: Settings) -> bool:
 
 
 def failures(samples: Iterable[Sample], settings: Settings) -> list[str]:
-    """Why the run does not count; empty for a good one. One line per sample or arm."""
+    """List the reasons why a run does not count, a line per sample or arm; empty for a good run."""
     found = []
     arms: dict[Arm, list[Sample]] = defaultdict(list)
     for sample in samples:
@@ -56,6 +58,6 @@ def failures(samples: Iterable[Sample], settings: Settings) -> list[str]:
 
 
 def describe(found: list[str]) -> str:
-    """The failures as text, the first few in full."""
+    """Describe the failures; only the first few in full."""
     more = f"\n  and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
     return "this run does not count:\n  " + "\n  ".join(found[:SHOWN]) + more

@@ -1,4 +1,4 @@
-"""Is the answer right? Judged by math-verify, and for programs by lighteval's LiveCodeBench metric."""
+"""Judge answers with math-verify, and programs with lighteval's LiveCodeBench metric."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def grade(task: Task, text: str) -> Grade:
 
 
 def check_available(kind: str, allow_code_execution: bool) -> None:
-    """Fail before anything is generated where the grader could not run.
+    """Fail before anything is generated if the grader cannot run.
 
     Raises:
         KVPolicyError, UsageError: saying what to install, or that --allow-code-execution is missing.

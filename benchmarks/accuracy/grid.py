@@ -1,4 +1,4 @@
-"""What is run: policies x budgets x batch sizes x steering, and everything else that decides what comes out."""
+"""The grid of a run: policies x budgets x batch sizes x steering, and all other settings that decide the answers."""
 
 from __future__ import annotations
 
@@ -7,10 +7,9 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, NamedTuple
 
 from skipkv_vllm.core.limits import Limits
+from skipkv_vllm.evaluation.figures import FULL
 
 from . import UsageError
-
-FULL = "full"
 
 
 class Arm(NamedTuple):
@@ -53,7 +52,7 @@ class Steer(NamedTuple):
         return cls(vector, alpha0, gamma, policy if slash else None)
 
     def __str__(self) -> str:
-        """Without the policy, which the arm has."""
+        """Leave out the policy, which the arm names."""
         return f"{self.vector}:{self.alpha0:g}:{self.gamma:g}"
 
 
@@ -94,7 +93,7 @@ class Budget:
 
 @dataclass(frozen=True)
 class Settings:
-    """One run. Fields of the grid may be extended when a run is resumed, all others must stay.
+    """One run. When a run is resumed, fields of the grid may be extended; all others must stay.
 
     Attributes:
         model: path or name.
@@ -197,12 +196,12 @@ class Settings:
 
     @property
     def shared(self) -> Settings:
-        """What the engine serves that all policies share but those with one of their own."""
+        """Settings of the shared engine: all policies except those that have an engine of their own."""
         policies = tuple(name for name in self.policies if name not in self.own) or (FULL,)
         return replace(self, policies=policies, own={}) if self.own else self
 
     def of(self, policy: str) -> Settings:
-        """What the engine serves that a policy has for itself."""
+        """Settings of the engine that serves only this policy."""
         alone = tuple(name for name in self.policies if name in (FULL, policy))
         return replace(self, policies=alone, own={}, steering=(), **self.own[policy])
 
@@ -222,7 +221,7 @@ class Settings:
         return resolved
 
     def arms(self, batch_size: int, budgets: Sequence[int]) -> list[Arm]:
-        """All arms of a batch size but plain `full`: budget by budget, then each way to steer."""
+        """All arms of a batch size except plain `full`: budget by budget, then each way to steer."""
         evicting = [Arm(policy, budget, batch_size) for budget in budgets for policy in self.evicting]
         plain = [Arm(FULL, 0, batch_size)] * (FULL in self.policies) + evicting
         steers = [Steer.parse(text) for text in self.steering]
@@ -231,7 +230,7 @@ class Settings:
         ]
 
     def limits(self, policy: str, budget: int, prompt_tokens: int) -> Limits:
-        """What a request may hold."""
+        """The limits of a request."""
         protects = self.own.get(policy, {}).get("protect_prompt", self.protect_prompt)
         return Limits(budget, self.buffer, self.window, prompt_tokens if protects else 0)
 

@@ -1,4 +1,4 @@
-"""Runs the grid: starts the workers of each batch size, hands out what is still missing, grades and keeps answers."""
+"""Run the grid: start the workers of each batch size, hand out the missing requests, grade and keep the answers."""
 
 from __future__ import annotations
 
@@ -14,11 +14,13 @@ from typing import Any
 
 from tqdm import tqdm
 
+from skipkv_vllm.evaluation.figures import FULL
 from skipkv_vllm.evaluation.machine import commit, fingerprint, machine, source, versions
+from skipkv_vllm.policies import make_policy
 
 from . import RunError, UsageError, checks, worker
 from .grading import check_available, grade
-from .grid import FULL, Arm, Settings
+from .grid import Arm, Settings
 from .pool import Pool
 from .samples import Sample, SampleWriter, read_samples
 from .tasks import Task, load_tasks
@@ -214,6 +216,28 @@ class Run:
         pool.stop(patience=20)
 
 
+def execute(
+    settings: Settings,
+    out: Path,
+    command: Sequence[str],
+    *,
+    processes: int,
+    allow_code_execution: bool = False,
+) -> None:
+    """Check that model and policies can be served, and run the grid; see `Run`.
+
+    Raises:
+        KVPolicyError: bad input.
+        RunError: the run failed.
+    """
+    if settings.model.startswith(("/", ".")) and not Path(settings.model).is_dir():
+        raise UsageError(f"--model {settings.model}: there is no such folder; give a checkpoint's folder or its name")
+    for name in settings.policies:
+        served = settings.of(name) if name in settings.own else settings.shared
+        make_policy(name, served.policy_config if served.evicting[:1] == (name,) else {}).check_complete()
+    Run(settings, out, processes=processes, allow_code_execution=allow_code_execution, command=command)()
+
+
 def _graded(answer: worker.Answer, task: Task) -> Sample:
     found = grade(task, answer.text)
     arm = answer.request.arm
@@ -238,7 +262,7 @@ def _graded(answer: worker.Answer, task: Task) -> Sample:
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """What keeps a run from being resumed, one line per setting."""
+    """List what keeps a run from being resumed, a line per setting."""
     lines = []
     for part in ("model_digest", "vectors_digest", "tasks_digest", "source_digest"):
         if old.get(part) != new[part]:
@@ -255,7 +279,7 @@ def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
 
 def load(out: Path) -> tuple[Settings, dict[str, Any], list[Sample]]:
-    """Settings, run information and samples of a finished run.
+    """Read settings, run information and samples of a finished run.
 
     Raises:
         UsageError: there is none, or it is not complete.

@@ -1,4 +1,4 @@
-"""What came out, one JSON line per sample."""
+"""The generated answers, one JSON line per sample."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class Sample:
 
     @property
     def key(self) -> tuple[Arm, str, int]:
-        """What it is a sample of."""
+        """Arm, problem and number; unique within a run."""
         return self.arm, self.problem, self.number
 
     @property
@@ -69,7 +69,7 @@ class Sample:
 
 
 def read_samples(path: Path) -> list[Sample]:
-    """All whole lines of a results file; [] where there is none.
+    """Read all whole lines of a results file; [] if there is no file.
 
     Raises:
         UsageError: a line that is not a sample.

@@ -1,25 +1,33 @@
-"""From samples to figures: one JSON document that plots, report and docs are made of, and nothing else."""
+"""From samples to figures: one JSON document, the only source of plots, reports and pages."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from skipkv_vllm.evaluation.figures import OURS as OURS
+from benchmarks.results.store import Summary
+from skipkv_vllm.evaluation.figures import FULL, OURS
 from skipkv_vllm.evaluation.stats import bootstrap_mean, mcnemar, paired_difference, wilson
 
-from .grid import FULL, Arm, Settings, Steer
+from .grid import Arm, Settings, Steer
+from .run import load
 from .samples import Sample
 
-"""The method that all others are compared with, where a run has it."""
 
-Summary = dict[str, Any]
+def read_run(out: Path) -> Summary:
+    """Summarise a finished run; see `summarise`.
+
+    Args:
+        out: its folder.
+    """
+    return summarise(*load(out))
 
 
 def summarise(settings: Settings, info: Mapping[str, Any], samples: Sequence[Sample]) -> Summary:
-    """All figures of a run.
+    """Compute all figures of a run.
 
     Args:
         settings, info, samples: as `run.load` returns them.
@@ -66,21 +74,11 @@ def summarise(settings: Settings, info: Mapping[str, Any], samples: Sequence[Sam
 
 
 def peak_tokens(sample: Sample, settings: Settings) -> int:
-    """Most tokens of KV that the request held: all of them, or its bound once it was compacted."""
+    """Return the most KV tokens that the request held: all of its tokens, or its bound once it was compacted."""
     total = sample.prompt_tokens + sample.completion_tokens
     if not sample.compactions:
         return total
     return min(total, settings.limits(sample.policy, sample.budget, sample.prompt_tokens).bound)
-
-
-def find(summary: Summary, policy: str, budget: int, batch_size: int, steering: str = "") -> dict[str, Any] | None:
-    """The figures of an arm, None where it was not run."""
-    wanted = (policy, budget, batch_size, steering)
-    return next((a for a in summary["arms"] if _key(a) == wanted), None)
-
-
-def _key(arm: Mapping[str, Any]) -> tuple[str, int, int, str]:
-    return arm["policy"], arm["budget"], arm["batch_size"], arm.get("steering", "")
 
 
 def _arm(arm: Arm, samples: Sequence[Sample], settings: Settings, per_token: int) -> dict[str, Any]:
@@ -112,7 +110,7 @@ def _arm(arm: Arm, samples: Sequence[Sample], settings: Settings, per_token: int
 
 
 def _steering(arm: Arm, samples: Sequence[Sample]) -> dict[str, Any]:
-    """How an arm is steered and what was counted; there is none of it in arms that are not."""
+    """The way an arm is steered, and its counts."""
     return {
         "steering": arm.steering,
         **Steer.parse(arm.steering)._asdict(),
@@ -140,7 +138,7 @@ def _grouped(samples: Sequence[Sample]) -> list[list[Sample]]:
 
 
 def _difference(ours: Sequence[Sample], theirs: Sequence[Sample]) -> dict[str, Any]:
-    """Paired difference in accuracy over the problems of both."""
+    """Return the paired difference in accuracy over the problems of both."""
     a, b = ([mean(s.correct for s in group) for group in _grouped(samples)] for samples in (ours, theirs))
     value, low, high = paired_difference(a, b)
     one_each = len(a) == len(ours) and len(b) == len(theirs)
@@ -169,7 +167,7 @@ def _versus(settings: Settings, by_arm: Mapping[Arm, list[Sample]], budgets: Seq
 def _batch_invariance(
     settings: Settings, by_arm: Mapping[Arm, list[Sample]], budgets: Sequence[int]
 ) -> list[dict[str, Any]]:
-    """For every arm and every further batch size: what changed against the first batch size."""
+    """Count, for every arm and every further batch size, the changes against the first batch size."""
     first, *others = settings.batch_sizes
     cells = [(FULL, 0)] * (FULL in settings.policies) + [(p, b) for b in budgets for p in settings.evicting]
     rows = []
@@ -192,3 +190,13 @@ def _batch_invariance(
                 }
             )
     return rows
+
+
+def changed_answers(summary: Summary) -> list[str]:
+    """Name the arms whose answers changed with the batch size, a line each."""
+    return [
+        f"{row['policy']} {row['budget'] or ''}: {row['other_answer']} of {row['compared']} answers differ between "
+        f"batch sizes {' and '.join(map(str, row['batch_sizes']))}"
+        for row in summary["batch_invariance"]
+        if row["other_answer"]
+    ]

@@ -45,7 +45,7 @@ class Task:
 
 @dataclass(frozen=True)
 class DataSet:
-    """Where a data set is published and how its rows become tasks.
+    """The place where a data set is published, and the way its rows become tasks.
 
     Attributes:
         path: repository on the hub; None for one that is generated here.
@@ -119,7 +119,7 @@ DATA_SETS: dict[str, DataSet] = {
 
 
 def load_tasks(name: str, count: int | None, *, split: str | None = None, jsonl: str | None = None) -> list[Task]:
-    """The first `count` tasks of a data set; None for all.
+    """Load the first `count` tasks of a data set; None for all.
 
     Raises:
         UsageError: unknown name or split, fewer rows than asked for, a row without a field, no `datasets`.

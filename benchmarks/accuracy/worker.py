@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from skipkv_vllm.evaluation.children import Finished, attended
+from skipkv_vllm.evaluation.figures import FULL
 
-from .grid import FULL, Arm, Settings, Steer
+from .grid import Arm, Settings, Steer
 
 if TYPE_CHECKING:
     import vllm
@@ -81,7 +82,7 @@ def work(connection: Connection, settings: Settings, batch_size: int, cores: Seq
 
 
 def _set_environment(cores: Sequence[int]) -> None:
-    """Has to happen before torch and vLLM are imported."""
+    """Set the environment; must run before torch and vLLM are imported."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
@@ -159,7 +160,7 @@ def _answer(
 
 
 def request_options(arm: Arm, settings: Settings) -> dict[str, Any]:
-    """What a request of an arm asks for."""
+    """The options that a request of an arm sends."""
     options: dict[str, Any] = {"kv_policy": arm.policy} if settings.evicting else {}
     if arm.policy != FULL:
         options["kv_budget"] = arm.budget

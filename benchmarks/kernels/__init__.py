@@ -1,1 +1,1 @@
-"""Times the operators of `skipkv_vllm.ops` on this machine: `python -m benchmarks.kernels`."""
+"""Time the operators of `skipkv_vllm.ops` on this machine: `python -m benchmarks.kernels`."""

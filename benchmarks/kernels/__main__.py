@@ -1,4 +1,4 @@
-"""Times our operators, PyTorch's and R-KV-style code side by side; writes `docs/results/kernels.json`."""
+"""Time our operators, PyTorch's and R-KV-style code side by side; write `docs/results/kernels.json`."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ import dataclasses
 import os
 import sys
 from collections.abc import Sequence
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.accuracy.docs import DOCS, TINY, write_docs, write_summary
-from skipkv_vllm.evaluation.machine import commit, machine, versions
+from benchmarks.results.pages import publish
+from benchmarks.results.provenance import record
+from benchmarks.results.sections.operators import compaction_table, measuring_table, scoring_table
+from benchmarks.results.store import DOCS, OPERATORS
 from skipkv_vllm.ops import native
 
 from .bench import KEYS, Settings, bench_compaction, bench_measuring, bench_scoring
-from .section import KERNELS, compaction_table, measuring_table, scoring_table
 
 Row = dict[str, Any]
 LENGTHS = (640, 1152, 2176, 4224)
@@ -31,7 +31,7 @@ BARS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run; returns the exit status: 1 where a bar was missed."""
+    """Command line; returns the exit status, 1 if a bar was missed."""
     args = _parser().parse_args(arguments)
     if why := native.unavailable("cpu"):
         print(f"error: {why}", file=sys.stderr)
@@ -56,33 +56,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     bars = check_bars(scoring, compaction)
     for text, (value, reached) in bars.items():
         print(f"{'reached' if reached else 'MISSED '} {text}: {value:.2f}")
+    run = record("benchmarks.kernels", dataclasses.asdict(settings), arguments, threads=args.threads, note=args.note)
     figures = {
-        "run": {
-            "command": ["python", "-m", "benchmarks.kernels", *(sys.argv[1:] if arguments is None else arguments)],
-            "commit": commit(),
-            "date": date.today().isoformat(),
-            "machine": machine(),
-            "versions": versions(),
-            "threads": args.threads,
-            "note": args.note,
-            "settings": dataclasses.asdict(settings),
-        },
+        "run": run,
         "bars": {text: value for text, (value, _) in bars.items()},
         "scoring": scoring,
         "measuring": measuring,
         "compaction": compaction,
     }
-    write_summary(figures, args.out)
-    print(f"wrote {args.out}")
-    if args.out == DOCS / KERNELS and (DOCS / TINY).exists():
-        print(f"wrote {write_docs(DOCS)}")
+    publish(figures, args.out)
     return 0 if all(reached for _, reached in bars.values()) else 1
 
 
 def check_bars(
     scoring: Sequence[dict[str, Any]], compaction: Sequence[dict[str, Any]]
 ) -> dict[str, tuple[float, bool]]:
-    """The bars that these lengths say something about: the figure, and whether it reaches the bar."""
+    """Check the bars that apply to these lengths: each with its figure, and whether the figure reaches it."""
     fast, machine_share, buffer, cheap = BARS
     found: dict[str, tuple[float, bool]] = {}
     at_2176 = [row["speedup_over_rkv"] for row in scoring if row["length"] == 2176]
@@ -119,7 +108,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seconds", type=float, default=4.0, help="of rounds for each row")
     parser.add_argument("--note", default="", help="something that readers of the results should know")
     parser.add_argument("--quick", action="store_true", help="short lengths, few rounds")
-    parser.add_argument("--out", type=Path, default=DOCS / KERNELS)
+    parser.add_argument("--out", type=Path, default=DOCS / OPERATORS)
     return parser
 
 

@@ -1,4 +1,4 @@
-"""What is timed: scoring and compaction of a request in vLLM's pages, by three implementations in turn."""
+"""Scoring and compaction of a request in vLLM's pages, by three implementations that take turns."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ KEYS = {
 
 @dataclass(frozen=True)
 class Settings:
-    """Sizes of the run; those of an 8B model, but for the layers."""
+    """Sizes of the run: those of an 8B model, except for the number of layers."""
 
     lengths: tuple[int, ...]
     buffer: int

@@ -15,7 +15,7 @@ Work = Callable[[], object]
 
 
 def interleaved(works: Mapping[str, Work], repeats: int, seconds: float) -> dict[str, list[float]]:
-    """Seconds of every call, one round after the other, so that a disturbance meets all alike.
+    """Time every call, one round after the other, so that a disturbance affects all of them.
 
     Args:
         works: what to time; each is called once before.
@@ -40,7 +40,7 @@ def medians(times: Mapping[str, list[float]]) -> dict[str, float]:
 
 
 def limits() -> dict[str, Work]:
-    """Works that reach this machine's limits with the current number of threads: a float32 matmul, and a copy of
+    """Functions that reach this machine's limits with the current number of threads: a float32 matmul, and a copy of
     memory that no cache holds."""
     a = torch.randn(MATMUL, MATMUL)
     out = torch.empty_like(a)
@@ -64,7 +64,7 @@ def gigabytes(seconds: float) -> float:
 
 
 def peak_memory(work: Work) -> int | None:
-    """Bytes by which the process grows at most while it works; None where the system does not tell."""
+    """Bytes by which the process grows at most while it works; None where the system does not report it."""
     gc.collect()
     try:
         # Memory that the allocator kept would hide what is used of it.

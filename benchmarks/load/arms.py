@@ -19,7 +19,7 @@ GROUPED = ", grouped"
 
 
 class Arm(NamedTuple):
-    """An engine with a share of the pages that full KV needs for the whole load."""
+    """An engine with a share of the blocks that full KV needs for the whole load."""
 
     name: str
     pool: float
@@ -31,7 +31,7 @@ class Arm(NamedTuple):
 
 
 def model_shape(args: argparse.Namespace) -> ModelShape:
-    """Of the model that is served, with its overrides."""
+    """The shape of the served model, with its overrides."""
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(args.model).get_text_config()
@@ -104,7 +104,7 @@ def engine_arguments(args: argparse.Namespace, arm: Arm, load: Sequence[Offered]
 
 
 def add_engine_arguments(parser: argparse.ArgumentParser, model: str) -> None:
-    """Flags that `engine_arguments` reads."""
+    """Add the flags that `engine_arguments` reads."""
     group = parser.add_argument_group("engines")
     group.add_argument("--model", default=model)
     group.add_argument("--tokenizer", help="default: the model's")
@@ -128,7 +128,7 @@ def add_engine_arguments(parser: argparse.ArgumentParser, model: str) -> None:
 
 
 def check_engine_arguments(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
-    """Exit with an error where the flags, `--pools` among them, make no engines that can be compared."""
+    """Exit with an error if the flags, including `--pools`, give no engines that can be compared."""
     if args.policy == "full":
         parser.error("--policy full: full KV is measured anyway; name the method to compare it with")
     if not all(pool > 0 for pool in args.pools):

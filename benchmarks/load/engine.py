@@ -1,11 +1,8 @@
-"""An engine in a process of its own that answers a load and says what every step and token took."""
+"""An engine in a process of its own that answers a load and times every step and token."""
 
 from __future__ import annotations
 
-import gc
-import multiprocessing
 import os
-import sys
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -16,13 +13,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from benchmarks import remote
+from benchmarks.remote import answer_orders
+from skipkv_vllm.evaluation.children import attended
+
 from .lengths import Offered
 
 STEP_COLUMNS = ("seconds", "requests", "tokens", "prefill_tokens", "resident_tokens", "compactions")
-
-
-class EngineError(RuntimeError):
-    """An engine failed; the message ends with the last lines of its log."""
 
 
 class Order(NamedTuple):
@@ -34,7 +31,7 @@ class Order(NamedTuple):
 
 @dataclass
 class Run:
-    """What an engine did.
+    """The figures of a run.
 
     Attributes:
         seconds: from the first request's arrival to the last one's end.
@@ -168,64 +165,36 @@ class Engine:
         return run
 
     def _prompt(self, offset: int, length: int) -> list[int]:
-        """Its own piece of the text, so that no two prompts begin alike."""
+        """Cut a piece out of the text; no two prompts begin alike."""
         return [self.ids[(offset + i) % len(self.ids)] for i in range(length)]
 
 
-def work(connection: Connection, arguments: Mapping[str, Any], log: str) -> None:
-    """Body of an engine's process: takes an `Order`, sends back a `Run`; None ends it."""
-    with open(log, "w") as file:
-        os.dup2(file.fileno(), sys.stdout.fileno())
-        os.dup2(file.fileno(), sys.stderr.fileno())
-    os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "INFO")
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-    try:
-        engine = Engine(arguments)
-        gc.collect()
-        gc.freeze()
-        connection.send(None)
-        while (order := connection.recv()) is not None:
-            connection.send(engine.answer(order))
-    except Exception as error:
-        connection.send(EngineError(f"{type(error).__name__}: {error}"))
-        raise
+def work(connection: Connection, arguments: Mapping[str, Any], log: Path) -> None:
+    """Body of an engine's process: answers each `Order` with a `Run`; see `benchmarks.remote`."""
+    with attended(connection, log):
+        os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "INFO")
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+        answer_orders(connection, Engine(arguments).answer)
 
 
-class Remote:
+class Remote(remote.Remote):
     """An engine in another process.
 
-    Raises:
-        EngineError: from each method, when the engine failed.
+    Args:
+        arguments: of `skipkv_vllm.LLM`.
+        log: file for what the engine prints.
     """
 
     def __init__(self, arguments: Mapping[str, Any], log: Path) -> None:
-        context = multiprocessing.get_context("spawn")
-        self.connection, there = context.Pipe()
-        self.log = log
-        self.process = context.Process(target=work, args=(there, arguments, str(log)), daemon=True)
-        self.process.start()
-        there.close()
-        self._receive()
-
-    def _receive(self) -> Any:
-        try:
-            message = self.connection.recv()
-        except EOFError:
-            message = EngineError("the engine died")
-        if isinstance(message, Exception):
-            tail = "\n".join(self.log.read_text(errors="replace").splitlines()[-12:])
-            raise EngineError(f"{message}; log: {self.log}\n{tail}")
-        return message
+        super().__init__(work, (arguments,), log)
 
     def answer(self, order: Order) -> Run:
-        """Have a load answered."""
-        self.connection.send(order)
-        run = self._receive()
+        """Have a load answered.
+
+        Raises:
+            RunError: the engine failed.
+        """
+        run = self.ask(order)
         assert isinstance(run, Run)
         return run
-
-    def stop(self) -> None:
-        """End the process."""
-        self.connection.send(None)
-        self.process.join(20)

@@ -29,7 +29,7 @@ DISTRIBUTIONS = {
 
 
 class Offered(NamedTuple):
-    """One request: tokens of its prompt, and tokens it is answered with (at most, if it may stop by itself)."""
+    """One request: the tokens of its prompt and of its answer (at most, if it may stop by itself)."""
 
     num_prompt: int
     num_output: int
@@ -58,7 +58,7 @@ def pages_needed(load: Sequence[Offered], page_size: int) -> int:
 
 
 def add_length_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags that `offered_load` reads."""
+    """Add the flags that `offered_load` reads."""
     group = parser.add_argument_group("offered load")
     group.add_argument("--requests", type=int, default=40, help="all are there at the start")
     group.add_argument("--lengths", choices=sorted(DISTRIBUTIONS), default="reasoning")
@@ -73,7 +73,7 @@ def add_length_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def check_length_arguments(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
-    """Exit with an error where the flags contradict each other."""
+    """Exit with an error if the flags contradict each other."""
     if args.requests < 1:
         parser.error(f"--requests {args.requests} is out of range; allowed: 1 and more")
     if not 1 <= args.output_min <= args.output_max:

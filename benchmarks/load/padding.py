@@ -1,4 +1,4 @@
-"""What batch grouping can save, counted from the steps and admissions of a run."""
+"""The padding that batch grouping can save, counted from the steps and admissions of a run."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def capture_sizes(max_num_seqs: int, ceiling: int = 512) -> list[int]:
 
 
 def graph_padding(tokens: Sequence[int], sizes: Sequence[int]) -> tuple[int, int]:
-    """Padded tokens of steps that run as a graph, and their real tokens. A step above the largest size runs without.
+    """Count padded and real tokens of steps that run as a graph. A step above the largest size runs without one.
 
     Args:
         tokens: of each step.
@@ -44,7 +44,7 @@ def parallel_padding(ranks: Sequence[Sequence[int]]) -> tuple[int, int]:
 
 
 def static_padding(admitted: Sequence[Offered], batch_size: int) -> tuple[int, int, int, int]:
-    """What an engine that pads batches would pay for requests that come in this order, a batch after the other.
+    """Count the padding of an engine that pads batches, for requests that come in this order.
 
     Returns:
         Padded and real prompt tokens, padded and real output tokens.

@@ -1,1 +1,1 @@
-"""Predicts throughput where it cannot be measured: `python -m benchmarks.simulate`."""
+"""Predict throughput where it cannot be measured: `python -m benchmarks.simulate`."""

@@ -1,4 +1,4 @@
-"""Predicts throughput of full KV and of a policy on GPUs that are not here; writes `docs/results/simulation.json`.
+"""Predict the throughput of full KV and of a policy on GPUs that are not here; write `docs/results/simulation.json`.
 
     python -m benchmarks.simulate --gpu H100 --models 7B 70B --outputs 16384 65536 --gpus 1 8 64
     python -m benchmarks.simulate --calibration build/h100/throughput.json --calibrated-with 7B
@@ -14,22 +14,22 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
-from datetime import date
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from benchmarks.accuracy.docs import DOCS, TINY, write_docs, write_summary
 from benchmarks.load.lengths import Offered
+from benchmarks.results.pages import publish
+from benchmarks.results.provenance import record
+from benchmarks.results.sections.simulation import simulation_table
+from benchmarks.results.store import DOCS, SIMULATION
 from skipkv_vllm import KVPolicyError
 from skipkv_vllm.capacity import ModelShape, pages_with_policy
 from skipkv_vllm.config import KVPolicyConfig
 from skipkv_vllm.core.limits import Limits
-from skipkv_vllm.evaluation.machine import commit
 
 from .events import Engine, Outcome, Setup
-from .section import SIMULATION, simulation_table
 from .steptime import GPU, GPUS, Efficiency, Eviction, StepTime, calibrated, on_gpu, read_step_time
 
 GIB = 2**30
@@ -54,7 +54,7 @@ MODELS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run; returns the exit status."""
+    """Command line; returns the exit status."""
     parser = _parser()
     args = parser.parse_args(arguments)
     try:
@@ -85,19 +85,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not rows:
         parser.error(f"--gpus {args.gpus}: no model fits so few; a replica takes up to {ranks} of {args.gpu}")
     print(simulation_table(rows))
-    settings = vars(args) | {"out": str(args.out), "calibration": args.calibration and str(args.calibration)}
-    run = {
-        "command": ["python", "-m", "benchmarks.simulate", *(sys.argv[1:] if arguments is None else arguments)],
-        "commit": commit(),
-        "date": date.today().isoformat(),
-        "origin": origin,
-        "efficiency": asdict(efficiency),
-        "settings": settings,
-    }
-    write_summary({"run": run, "rows": rows}, args.out)
-    print(f"wrote {args.out}")
-    if args.out == DOCS / SIMULATION and (DOCS / TINY).exists():
-        print(f"wrote {write_docs(DOCS)}")
+    run = record("benchmarks.simulate", vars(args), arguments, origin=origin, efficiency=asdict(efficiency))
+    publish({"run": run, "rows": rows}, args.out)
     return 0
 
 
@@ -129,7 +118,7 @@ def _simulate(
     output: int,
     config: KVPolicyConfig | None,
 ) -> Outcome:
-    """One replica that answers its load."""
+    """Simulate one replica that answers its load."""
     random, shape = np.random.default_rng(args.seed), split(model.shape, ranks)
     mean = np.log(output) - args.spread**2 / 2
     memory = _kv_memory(model, gpu, ranks)
@@ -155,7 +144,7 @@ def _outcome(outcome: Outcome) -> dict[str, Any]:
 
 
 def _calibrate(args: argparse.Namespace, gpu: GPU, parser: argparse.ArgumentParser) -> tuple[Efficiency, str]:
-    """What was reached by a measured run on this kind of GPU."""
+    """Read the efficiency that a measured run reached on this kind of GPU."""
     try:
         figures = json.loads(args.calibration.read_text())
         found, run = figures["calibration"], figures["run"]

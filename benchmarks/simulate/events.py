@@ -39,7 +39,7 @@ class Setup:
 
 @dataclass
 class Outcome:
-    """What came of it.
+    """The result of a simulation.
 
     Attributes:
         seconds: until the last request ended.
@@ -97,7 +97,7 @@ class Engine:
         return keep, keep + limits.buffer
 
     def pages(self, tokens: np.ndarray) -> np.ndarray:
-        """Pages that hold so many tokens."""
+        """Number of pages that hold this many tokens."""
         return -(-tokens // self.setup.page_size)
 
     def _need(self, number: int) -> int:

@@ -1,4 +1,4 @@
-"""Seconds of a step as a function of what is in it: fitted to measured steps, or worked out from a GPU's figures."""
+"""Seconds of a step as a function of its contents: fitted to measured steps, or computed from a GPU's figures."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from skipkv_vllm.capacity import ModelShape
 
 
 class StepLoad(NamedTuple):
-    """What a step has to do: requests, tokens computed, tokens held by all, compactions (may be a mean)."""
+    """The work of a step: requests, tokens computed, tokens held by all, compactions (may be a mean)."""
 
     requests: float
     tokens: float
@@ -43,7 +43,7 @@ class StepTime:
 
 
 def fit(steps: np.ndarray) -> StepTime:
-    """Least squares without negative costs.
+    """Fit by least squares without negative costs.
 
     Args:
         steps: `[steps, 6]`, see `benchmarks.load.engine.STEP_COLUMNS`.
@@ -87,7 +87,7 @@ GPUS = {
 
 @dataclass(frozen=True)
 class Efficiency:
-    """What of a GPU's figures an engine reaches. The defaults are assumptions; `calibrated` replaces them.
+    """The shares of a GPU's figures that an engine reaches. The defaults are assumptions; `calibrated` replaces them.
 
     Attributes:
         weights: share of the bandwidth while weights are read.
@@ -151,7 +151,7 @@ def on_gpu(
 def calibrated(
     measured: StepTime, gpu: GPU, shape: ModelShape, parameters: float, eviction: Eviction, assumed: Efficiency
 ) -> Efficiency:
-    """What a measured engine of one rank reached of its GPU's figures; what the fit left at 0 stays as assumed.
+    """Compute the efficiency of a measured engine of one rank; terms that the fit left at 0 stay as assumed.
 
     Args:
         measured: fitted to its steps. Its fixed part holds the reading of the weights.
@@ -178,5 +178,5 @@ def calibrated(
 
 
 def read_step_time(values: Mapping[str, Any]) -> StepTime:
-    """From `StepTime.as_dict`."""
+    """Read the result of `StepTime.as_dict`."""
     return StepTime(**{name: float(values[name]) for name in StepTime.__dataclass_fields__})

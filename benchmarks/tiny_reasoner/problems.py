@@ -49,7 +49,7 @@ class Problem:
 
     @property
     def completion(self) -> str:
-        """What the model should write after `<think>\\n`."""
+        """The text that the model should write after `<think>\\n`."""
         return f"{self.thoughts}</think>\n\nThe answer is \\boxed{{{self.answer}}}."
 
 

@@ -1,4 +1,4 @@
-"""Train gates for the bundled model by distillation: which token counts how long (TRIM-KV, arXiv 2512.03324).
+"""Train gates for the bundled model by distillation: how long each token matters (TRIM-KV, arXiv 2512.03324).
 
     python -m benchmarks.tiny_reasoner.train_gates
 

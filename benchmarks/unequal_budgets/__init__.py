@@ -1,1 +1,1 @@
-"""What budgets that differ between layers or heads would gain over equal ones, at equal total memory."""
+"""The gain of budgets that differ between layers or heads over equal ones, at equal total memory."""

@@ -1,4 +1,4 @@
-"""Who gets how many of the tokens that a row may hold: equal shares, AdaKV's by head, EpiCache's by layer."""
+"""Ways to divide the tokens of a row: equal shares, AdaKV's by head, EpiCache's by layer."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from skipkv_vllm.policies.selection import select_per_head
 
 
 class Allocation(Protocol):
-    """A way to share out tokens; all of them keep `layers * heads * keep` tokens of a row."""
+    """A way to divide tokens; all ways keep `layers * heads * keep` tokens of a row."""
 
     def select(self, scores: Sequence[Tensor], pinned: Sequence[Tensor], num_pinned: int, keep: int) -> list[Tensor]:
         """Survivors by layer, bool `[R, H, N]`.
@@ -58,7 +58,7 @@ class ByHead:
 
 @dataclass(frozen=True)
 class ByLayer:
-    """EpiCache (arXiv 2509.17396): layers whose keys depend more on the text far back keep more tokens.
+    """EpiCache (arXiv 2509.17396): layers whose keys depend more on distant text keep more tokens.
 
     Attributes:
         similarity: of each layer, see `generation.layer_similarity`.

@@ -28,7 +28,7 @@ NOT_HERE = FROM_RECENT_QUERIES | Need.GATES | Need.LOOKAHEAD
 
 
 class Holder(Protocol):
-    """What answers the attention of a forward pass: queries `[R, Hq, T, D]`, keys and values `[R, H, T, D]`."""
+    """Computes the attention of a forward pass from queries `[R, Hq, T, D]`, keys and values `[R, H, T, D]`."""
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """The output, `[R, Hq, T, D]`."""
@@ -45,7 +45,7 @@ AttentionMaskInterface.register("held", lambda *args, **kwargs: None)
 
 
 class Layer:
-    """What one layer holds of R rows.
+    """The cells of one layer for R rows.
 
     Attributes:
         cells: keys and values, `[R, H, C, 2 D]`, in ascending position.
@@ -81,7 +81,7 @@ class Layer:
         return F.scaled_dot_product_attention(grouped, keys, values, mask).flatten(1, 2).unsqueeze(2)
 
     def keep(self, kept: Tensor, room: int) -> None:
-        """Hold on to some cells, bool `[R, H, N]`, and have room for others."""
+        """Keep some cells, bool `[R, H, N]`, and free the others."""
         self.counts = kept.sum(-1)
         index = (~kept).sort(dim=-1, stable=True).indices[..., : int(self.counts.max())]
         cells = self.cells.gather(2, index[..., None].expand(*index.shape, self.cells.shape[-1]))
@@ -240,7 +240,7 @@ def _scores(policy: Policy, layer: Layer, positions: Tensor, penalties: Tensor |
 
 
 class Profile:
-    """A forward pass over whole texts of which each token sees only some; remembers the keys of every layer."""
+    """A forward pass over whole texts in which each token sees only a part; remembers the keys of every layer."""
 
     def __init__(self, mask: Tensor) -> None:
         self.mask = mask

@@ -6,7 +6,6 @@ import hashlib
 import os
 import platform
 import subprocess
-import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -40,18 +39,6 @@ def commit() -> str:
         ).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-
-
-def provenance(module: str, settings: dict[str, Any]) -> dict[str, Any]:
-    """What made a file of figures: the command of `python -m module` that is running, and what it runs on."""
-    command = ["python", "-m", module, *sys.argv[1:]]
-    return {
-        "command": command,
-        "commit": commit(),
-        "machine": machine(),
-        "versions": versions(),
-        "settings": settings,
-    }
 
 
 def machine() -> dict[str, Any]:

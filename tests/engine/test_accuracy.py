@@ -10,7 +10,7 @@ import sys
 import time
 from pathlib import Path
 
-from benchmarks.accuracy.__main__ import TINY_ENGINE
+from benchmarks.accuracy.bundled import TINY_ENGINE
 from benchmarks.accuracy.run import load
 from benchmarks.accuracy.samples import read_samples
 from tests.engines import MODEL, REPOSITORY

@@ -370,7 +370,7 @@ WEAKNESSES = {
         "R-KV on vLLM",
         "few published numbers, none of latency, and nothing that tests kernels where there is no GPU",
         (
-            f"{U}benchmarks/accuracy/test_report.py::test_the_results_page_is_the_generated_one",
+            f"{U}benchmarks/test_results.py::test_the_pages_are_the_generated_ones",
             f"{U}benchmarks/accuracy/test_report.py::test_published_tables_are_whole_and_their_commands_parse",
             f"{U}ops/test_cuda_emulated.py::test_compact_pages",
             f"{U}ops/test_cuda_emulated.py::test_score_tokens",

@@ -28,7 +28,7 @@ from tests.unit.repository.test_deployment import serve_parser  # noqa: F401
 DOCUMENTS = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
 PARSERS = {
     "benchmarks.accuracy": "benchmarks.accuracy.__main__",
-    "benchmarks.throughput": "benchmarks.throughput",
+    "benchmarks.throughput": "benchmarks.throughput.__main__",
     "benchmarks.serving": "benchmarks.serving",
 }
 """Module as it is called -> where its `_parser` is."""

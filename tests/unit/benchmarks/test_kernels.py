@@ -10,7 +10,8 @@ import torch
 from benchmarks.kernels import __main__ as command_line
 from benchmarks.kernels import rkv_style
 from benchmarks.kernels.bench import MIX, POOL, THRESHOLD, Settings, make_request, needed_flops
-from benchmarks.kernels.section import KERNELS, kernels_section
+from benchmarks.results.sections.operators import operators_section
+from benchmarks.results.store import OPERATORS
 from skipkv_vllm.ops import native
 from skipkv_vllm.ops import torch_backend as batched
 
@@ -48,7 +49,7 @@ def test_flops_of_two_keys():
 def test_command_line_and_page(tmp_path, capsys):
     if why := native.unavailable("cpu"):
         pytest.skip(why)
-    out = tmp_path / KERNELS
+    out = tmp_path / OPERATORS
     words = ["--lengths", "96", "--buffer", "32", "--layers", "1", "--heads", "2", "--query-heads", "4", "--dim", "32"]
     command_line.main([*words, "--threads", "1", "--repeats", "1", "--seconds", "0", "--out", str(out)])
     assert "no head moves more tokens than the buffer" in capsys.readouterr().out
@@ -59,7 +60,7 @@ def test_command_line_and_page(tmp_path, capsys):
     row = figures["compaction"][0]
     assert row["bytes"] == row["fewest_bytes"] <= row["rewrite_bytes"] // 2
     assert row["most_moved_per_head"] <= 32
-    page = "\n\n".join(kernels_section(figures))
+    page = "\n\n".join(operators_section(figures))
     assert page.count("| 96 |") == 3
     assert "python -m benchmarks.kernels --lengths 96" in page
 

@@ -8,12 +8,15 @@ import json
 import numpy as np
 import pytest
 
-from benchmarks import serving, throughput
+from benchmarks import serving
 from benchmarks.load.arms import GROUPED, PRODUCTION, SAME, Arm, add_engine_arguments, engine_arguments, pool_pages
 from benchmarks.load.engine import STEP_COLUMNS, Run
 from benchmarks.load.lengths import Offered, add_length_arguments, offered_load, pages_needed
 from benchmarks.load.padding import capture_sizes, effects, graph_padding, parallel_padding, static_padding
-from benchmarks.load.section import throughput_section
+from benchmarks.results.sections.throughput import throughput_section
+from benchmarks.throughput import __main__ as command_line
+from benchmarks.throughput import measure
+from benchmarks.throughput.bars import check_bars
 from skipkv_vllm import bundled_model
 
 
@@ -104,9 +107,9 @@ def test_engines_take_turns_or_run_one_by_one(monkeypatch, tmp_path, one_by_one)
         def stop(self):
             said.append(f"stop {self.name}")
 
-    monkeypatch.setattr(throughput, "Remote", Engine)
+    monkeypatch.setattr(measure, "Remote", Engine)
     arms = {Arm("a", 1.0): {"name": "a"}, Arm("b", 1.0): {"name": "b"}}
-    runs = throughput.in_turns(arms, [throughput.Order([Offered(1, 1)], True)], 2, tmp_path, one_by_one=one_by_one)
+    runs = measure.in_turns(arms, [measure.Order([Offered(1, 1)], True)], 2, tmp_path, one_by_one=one_by_one)
     assert {arm: len(rounds) for arm, rounds in runs.items()} == dict.fromkeys(arms, 2)
     alone = [word for name in "ab" for word in (f"start {name}", name, name, name, f"stop {name}")]
     together = ["start a", "a", "start b", "b", "a", "b", "b", "a", "stop a", "stop b"]
@@ -122,13 +125,13 @@ def rows(**changes: float) -> list[dict]:
 
 
 def test_bars_take_the_harder_baseline_and_only_the_policys_preemptions():
-    bars = throughput.check_bars(rows(), [])
+    bars = check_bars(rows(), [])
     assert all(reached for _, reached in bars.values())
     assert bars["same pool of at most 10 %: the policy over the faster full KV"][0] == 2.6
-    assert not all(reached for _, reached in throughput.check_bars(rows(of_production=2.4), []).values())
-    assert not all(reached for _, reached in throughput.check_bars(rows(preemptions=1), []).values())
+    assert not all(reached for _, reached in check_bars(rows(of_production=2.4), []).values())
+    assert not all(reached for _, reached in check_bars(rows(preemptions=1), []).values())
     grouping = [{"of_ungrouped": 0.98, "preemptions": 0, "bound": 1.0, "longest_overtaken": 1.5}]
-    missed = [text for text, (_, reached) in throughput.check_bars(rows(), grouping).items() if not reached]
+    missed = [text for text, (_, reached) in check_bars(rows(), grouping).items() if not reached]
     assert missed == ["grouping over no grouping", "overtaken at most 1 s past the turn"]
 
 
@@ -146,7 +149,7 @@ def test_bars_take_the_harder_baseline_and_only_the_policys_preemptions():
 )
 def test_bad_arguments_are_refused(capsys, given, said):
     with pytest.raises(SystemExit) as stop:
-        throughput.main(given)
+        command_line.main(given)
     assert stop.value.code == 2
     assert said in capsys.readouterr().err
 
@@ -185,12 +188,12 @@ def test_the_prompts_of_a_server_have_the_drawn_lengths(tmp_path):
 def test_the_page_reads_what_a_run_writes():
     run = {
         "command": ["python", "-m", "benchmarks.throughput"], "commit": "c", "date": "d", "note": "",
-        "machine": {"cores": 2, "cpu": "x", "gpus": []}, "settings": vars(throughput._parser().parse_args([])),
+        "machine": {"cores": 2, "cpu": "x", "gpus": []}, "settings": vars(command_line._parser().parse_args([])),
     }  # fmt: skip
     load = {"requests": 1, "prompt_tokens": 2, "output_tokens": 3, "shortest_output": 3, "pages": 4}
     steps = np.ones((5, len(STEP_COLUMNS)))
     measured = Run(1.0, 3, 1, [0.1], np.array([0.1, 0.2]), 1, 0, 5, steps, [0], 0.0, 2048, 4)
-    row = throughput._row(Arm("skipkv", 0.1), [measured])
+    row = measure._row(Arm("skipkv", 0.1), [measured])
     row |= {"of_same": 2.0, "of_production": 2.0, "of_full_at_largest": 1.0}
     figures = {"run": run, "load": load, "pools": [row], "grouping": [], "predictions": []}
     text = "\n\n".join(throughput_section(json.loads(json.dumps(figures, default=str))))

@@ -9,10 +9,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from benchmarks.results.sections.unequal_budgets import again_section, gains, unequal_section
 from benchmarks.tiny_reasoner import PAPER_PARAMETERS
-from benchmarks.unequal_budgets.__main__ import Bench, policy_of
 from benchmarks.unequal_budgets.allocation import ByHead, ByLayer, Equal, shares
-from benchmarks.unequal_budgets.section import again_section, gains, unequal_section
+from benchmarks.unequal_budgets.bench import Bench, policy_of
 from skipkv_vllm import bundled_model
 from tests.reference import oracle
 
@@ -139,6 +139,6 @@ def test_gains_and_verdict() -> None:
     figures = {"run": run, "full": {"accuracy": 1.0}, "profile": profile, "arms": arms}
     text = "\n".join(unequal_section(figures))
     assert "from the 101st on" in "\n".join(again_section(figures))
-    assert "it is met: `adakv` +20.0" in text
-    assert "Of 2 single cells it is met in 1 (`adakv` with `rkv` at 25% (+40.0))" in text
+    assert "the rule is met: `adakv` +20.0" in text
+    assert "Of 2 single cells 1 meet it (`adakv` with `rkv` at 25% (+40.0))" in text
     assert "| rkv | 25% | 50.0 | +40.0 [" in text

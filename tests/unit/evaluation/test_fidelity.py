@@ -437,7 +437,7 @@ def test_the_report_says_what_was_run(tmp_path, capsys):
 
 
 def test_a_section_of_the_results_is_made_of_the_report(tmp_path):
-    from benchmarks.fidelity import fidelity_section
+    from benchmarks.results.sections.fidelity import fidelity_section
 
     text = "\n\n".join(fidelity_section(run_command(tmp_path, Engines())))
     assert "| rkv | 100 |" in text

@@ -1,4 +1,4 @@
-"""Statistics against hand-computed numbers; summary, figures, report and docs of a made-up run."""
+"""Statistics against hand-computed numbers; summary, figures and report of a made-up run."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ from pathlib import Path
 import pytest
 
 from benchmarks.accuracy import __main__ as command_line
-from benchmarks.accuracy.docs import DOCS, PAPER, TINY, measured_sections, results_page, write_docs, write_summary
 from benchmarks.accuracy.grid import Settings
 from benchmarks.accuracy.report import html, markdown, print_table, write_report
 from benchmarks.accuracy.samples import Sample
-from benchmarks.accuracy.summary import Summary, find, peak_tokens, summarise
+from benchmarks.accuracy.summary import changed_answers, peak_tokens, summarise
+from benchmarks.results.arms import find
+from benchmarks.results.store import PAPER, Summary
 from skipkv_vllm.evaluation.figures import spread
 from skipkv_vllm.evaluation.stats import mcnemar, paired_difference, wilson
 
-REPOSITORY = Path(__file__).parents[4]
+PROG = "python -m benchmarks.accuracy"
 
 # ---- statistics
 
@@ -172,17 +173,19 @@ def test_what_the_batch_size_changed(summary):
     assert (rows["rkv", 250]["other_tokens"], rows["rkv", 250]["other_answer"]) == (1, 0)
 
 
-def test_a_changed_answer_fails_where_it_must_not(capsys):
+def test_a_changed_answer_fails_where_it_must_not(monkeypatch, tmp_path, capsys):
     samples = made_up_samples()
     changed = [
         replace(s, answer="8") if (s.policy, s.batch_size, s.problem) == ("skipkv", 1, "held-out-0") else s
         for s in samples
     ]
     summary = summarise(SETTINGS, INFO, changed)
-    assert command_line._batch_invariance(summary, required=False) == 0
-    assert command_line._batch_invariance(summary, required=True) == 1
-    assert "error: skipkv 250: 1 of 2 answers differ between batch sizes 4 and 1" in capsys.readouterr().err
-    assert command_line._batch_invariance(summarise(SETTINGS, INFO, samples), required=True) == 0
+    monkeypatch.setattr(command_line, "read_run", lambda _: summary)
+    text = "".join(f"skipkv {at}: 1 of 2 answers differ between batch sizes 4 and 1\n" for at in (250, 400))
+    for words, status, said in (([], 0, text), (["--require-batch-invariance"], 1, f"{PROG}: error: {text}")):
+        assert command_line.main(["report", str(tmp_path), *words]) == status
+        assert capsys.readouterr().err == said
+    assert changed_answers(summarise(SETTINGS, INFO, samples)) == []
 
 
 def test_several_samples_of_a_problem():
@@ -246,17 +249,7 @@ def test_html_escapes():
     assert "<script>" not in html("# t\n\n`<script>`", Path())
 
 
-# ---- docs
-
-
-def test_docs_are_made_of_the_json_alone(summary, tmp_path):
-    write_summary(summary, tmp_path / TINY)
-    assert json.loads((tmp_path / TINY).read_text()) == summary
-    text = write_docs(tmp_path).read_text()
-    paper = json.loads(PAPER.read_text())
-    assert text == results_page(summary, paper)
-    assert text.count("**Not run here.**") == len(paper["tables"])
-    assert "results/tiny-accuracy.svg" in text
+# ---- published figures
 
 
 def test_published_tables_are_whole_and_their_commands_parse():
@@ -271,13 +264,3 @@ def test_published_tables_are_whole_and_their_commands_parse():
             assert args.model.startswith("deepseek-ai/DeepSeek-R1-Distill-")
             assert args.out not in folders, "runs with other settings need folders of their own"
             folders.add(args.out)
-
-
-@pytest.mark.skipif(not (REPOSITORY / DOCS / TINY).exists(), reason="no results yet: make eval-tiny")
-def test_the_results_page_is_the_generated_one():
-    tiny = json.loads((REPOSITORY / DOCS / TINY).read_text())
-    page = (REPOSITORY / DOCS / "results.md").read_text()
-    paper = json.loads(PAPER.read_text())
-    assert page == results_page(tiny, paper, measured_sections(REPOSITORY / DOCS)), (
-        "run `python -m benchmarks.accuracy docs`"
-    )

@@ -3,34 +3,28 @@
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import replace
 
 import pytest
 import torch
 
 from benchmarks.accuracy.__main__ import main
-from benchmarks.accuracy.docs import DOCS, TINY, write_docs, write_summary
 from benchmarks.accuracy.grid import Arm, Settings
 from benchmarks.accuracy.report import markdown, print_table
 from benchmarks.accuracy.samples import Sample
-from benchmarks.accuracy.steering import (
-    STEERING,
-    SWEEP,
-    curve,
-    describe_vector,
-    lowest,
-    random_vectors,
-    side_by_side,
-    steering_section,
-    ways_to_steer,
-)
-from benchmarks.accuracy.steering_plot import draw_steering
+from benchmarks.accuracy.steering import describe_vector, random_vectors, ways_to_steer
 from benchmarks.accuracy.summary import summarise
+from benchmarks.results.pages import publish
+from benchmarks.results.plots.steering import draw_steering
+from benchmarks.results.sections.steering import FIGURE, layer_section, lowest, side_by_side, steering_section
+from benchmarks.results.steering import curve
+from benchmarks.results.store import DOCS, RESULTS, STEERING, SWEEP, TINY
 from skipkv_vllm import bundled_model, bundled_vector
 from skipkv_vllm.steering import SteeringVector
 from skipkv_vllm.steering.extraction.checkpoints import open_checkpoint
+from tests.engines import REPOSITORY
 from tests.unit.benchmarks.accuracy.test_report import INFO, REPOSITORY, SETTINGS, made_up, made_up_samples
+from tests.unit.test_accuracy_report import INFO, SETTINGS, made_up, made_up_samples
 
 RANDOM = ("random-0", "random-1")
 STEERED = replace(
@@ -115,11 +109,10 @@ def test_the_section(summary):
     cells = [(None, 0, 1.0, 1000, 0)] + [(layer, a, 0.9, 1000 / a, 0) for layer in (1, 2) for a in (0.5, 1.0)]
     names = ("layer", "alpha0", "accuracy", "mean_length", "truncated")
     sweep = {"settings": {"dev_problems": 8}, "cells": [dict(zip(names, values, strict=True)) for values in cells]}
-    text = "\n".join(steering_section(summary, sweep))
+    text = "\n".join([*steering_section(summary), *layer_section(sweep)])
     assert "answers 61 % shorter than with full KV and no steering (400 instead of 1,017 tokens)" in text
     assert "| 1 | 2,000 (90 %) | 1,000 (90 %) |" in text
     assert "bundled:0.5:0.02" in text
-    assert "### Which layer" not in "\n".join(steering_section(summary, None))
 
 
 def test_a_strength_that_costs_accuracy_with_eviction_is_named(summary):
@@ -127,7 +120,7 @@ def test_a_strength_that_costs_accuracy_with_eviction_is_named(summary):
     for arm in summary["arms"]:
         if arm["policy"] == "skipkv" and arm.get("alpha0") == 0.5:
             arm["accuracy"] = 0.75
-    assert "at alpha0 0.5 75.0 % are right" in lowest(summary)
+    assert "at alpha0 0.5, 75.0 % are right" in lowest(summary)
 
 
 def test_reports_name_the_steering(summary):
@@ -146,11 +139,12 @@ def test_the_figure(summary, tmp_path):
 
 def test_the_page_has_the_section_where_it_was_run(summary, tmp_path):
     plain = summarise(SETTINGS, INFO, made_up_samples())
-    write_summary(plain, tmp_path / TINY)
-    assert "## Steering" not in write_docs(tmp_path).read_text()
-    write_summary(summary, tmp_path / STEERING)
+    page = tmp_path / RESULTS / "accuracy.md"
+    publish(plain, tmp_path / TINY, tmp_path)
+    assert "## Steering" not in page.read_text()
+    publish(summary, tmp_path / STEERING, tmp_path)
     assert json.loads((tmp_path / STEERING).read_text()) == summary
-    assert "## Steering the bundled model" in write_docs(tmp_path).read_text()
+    assert "## Steering the bundled model" in page.read_text()
 
 
 @pytest.mark.parametrize("pair", ["v", "=f", "v="])
@@ -194,4 +188,4 @@ def test_what_the_results_show():
     assert any(good["eviction"])
     assert summary["vector"]["norm"] == pytest.approx(SteeringVector.load(bundled_vector()).norm)
     assert (REPOSITORY / DOCS / SWEEP).exists()
-    assert re.search(r"!\[.*\]\(results/steering-strength.svg\)", (REPOSITORY / DOCS / "results.md").read_text())
+    assert (REPOSITORY / DOCS / RESULTS / f"{FIGURE}.svg").exists()

@@ -1,19 +1,16 @@
-"""The section of `docs/results.md` about predicted throughput, made of `docs/results/simulation.json`."""
+"""Predicted throughput on GPUs."""
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
-from benchmarks.markdown import table
-
-SIMULATION = Path("results", "simulation.json")
+from ..markdown import table
+from ..provenance import made_by
 
 
 def simulation_section(figures: Mapping[str, Any]) -> list[str]:
-    """Paragraphs in Markdown.
+    """Write the section.
 
     Args:
         figures: what `python -m benchmarks.simulate` wrote.
@@ -22,15 +19,16 @@ def simulation_section(figures: Mapping[str, Any]) -> list[str]:
     settings, origin = run["settings"], run["origin"]
     return [
         "## Predicted throughput on GPUs, not measured",
-        f"**No row of this table was run on a GPU.** `python -m benchmarks.simulate` predicts it: a model of vLLM's "
-        f"scheduler, with step times worked out from the published figures of the GPU ({settings['gpu']}) and from "
-        f"what an engine reaches of them ({origin}). Budget {settings['budget']}, buffer {settings['buffer']}, prompts "
-        f"of {settings['prompt']} tokens, outputs of the stated mean with a spread of {settings['spread']:g}, "
+        "**No row of this table was run on a GPU.** `python -m benchmarks.simulate` predicts it with a model of vLLM's "
+        f"scheduler. Step times follow from the published figures of the GPU ({settings['gpu']}) and from the share of "
+        f"them that an engine reaches ({origin}). Budget {settings['budget']}, buffer {settings['buffer']}, prompts of "
+        f"{settings['prompt']} tokens, outputs of the stated mean with a spread of {settings['spread']:g}, "
         f"{settings['requests']} requests a replica. A replica has the fewest GPUs whose memory leaves "
-        f"{settings['kv_share']:.0%} for KV. How far the scheduler's model is off where it can be checked stands in "
-        "the section about throughput.",
+        f"{settings['kv_share']:.0%} for KV. Where the scheduler's model can be checked, its error is known: see "
+        "[the simulator against these runs](#the-simulator-against-these-runs).",
         simulation_table(figures["rows"]),
-        f"Made by `{shlex.join(run['command'])}` at commit `{run['commit']}` on {run['date']}.",
+        # A prediction does not depend on the machine.
+        made_by({key: value for key, value in run.items() if key != "machine"}),
     ]
 
 

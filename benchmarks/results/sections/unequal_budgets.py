@@ -1,26 +1,24 @@
-"""The section of `docs/results.md` about unequal budgets, made of `docs/results/unequal-budgets.json`."""
+"""Unequal budgets for layers and heads, in a dense reference."""
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from benchmarks.markdown import table
 from skipkv_vllm.evaluation.stats import paired_difference
 
-UNEQUAL = Path("results", "unequal-budgets.json")
-AGAIN = Path("results", "unequal-budgets-again.json")
+from ..markdown import table
+from ..provenance import made_by
+
 ALL = "all"
 WORTH = 2.0
 """Points of accuracy, fixed before the first run, from which unequal budgets would be worth tables of their own."""
 
 
 def unequal_section(figures: Mapping[str, Any]) -> list[str]:
-    """Paragraphs in Markdown.
+    """Write the section.
 
     Args:
         figures: what `python -m benchmarks.unequal_budgets` wrote.
@@ -28,45 +26,41 @@ def unequal_section(figures: Mapping[str, Any]) -> list[str]:
     settings, full = figures["run"]["settings"], figures["full"]
     return [
         "## Unequal budgets for layers and heads, in a dense reference",
-        "A block table holds equally many tokens of every layer and head. This is what it would be worth to share the "
-        "same total differently: `adakv` by head (the best tokens of a layer stay, whichever head they are of; no head "
-        "falls below 0.2 of its equal share), `epicache` by layer, with its exponent (layers whose keys depend more on "
-        "the text far back get more; none falls below a quarter of its equal share). Prompt and window stay in every "
-        "head; the rest is shared out. The bundled model in Hugging Face's code with a dense cache, "
-        f"{settings['problems']} dev problems, of which full KV solves {full['accuracy']:.0%}; the profile of "
-        f"`epicache` is of {settings['train']} training problems. Gains are in points against equal budgets, with 95 % "
-        "intervals of the paired bootstrap over problems.",
+        "A block table holds the same number of tokens for every layer and head. These figures show what it would be "
+        "worth to divide the same total differently. `adakv` divides by head: the best tokens of a layer stay, "
+        "whichever head they belong to, and no head falls below 0.2 of its equal share. `epicache` divides by layer, "
+        "with the exponent in its name: layers whose keys depend more on distant text get more, and none falls below "
+        "a quarter of its equal share. Prompt and window stay in every head; only the rest is divided. The bundled "
+        f"model ran in Hugging Face's code with a dense cache on {settings['problems']} dev problems, of which full "
+        f"KV solves {full['accuracy']:.0%}; the profile of `epicache` was taken on {settings['train']} training "
+        "problems. Gains are in points against equal budgets, with 95 % intervals of the paired bootstrap over "
+        "problems.",
         unequal_table(figures),
         profile_table(figures),
         verdict(figures),
-        _made_by(figures["run"]),
+        made_by(figures["run"]),
     ]
 
 
 def again_section(figures: Mapping[str, Any]) -> list[str]:
-    """The same of a run on other problems, with what the first run found best."""
+    """Write the section about a run on other problems with what was best in the first run."""
     settings = figures["run"]["settings"]
     return [
         "### Again, on other problems",
-        "The best of several looks better than it is. So what was best above was run once more on "
+        "The best of several candidates looks better than it is. The best one above was therefore run once more, on "
         f"{settings['problems']} further dev problems, from the {settings['skip'] + 1}st on.",
         unequal_table(figures),
         verdict(figures),
-        _made_by(figures["run"]),
+        made_by(figures["run"]),
     ]
 
 
-def _made_by(run: Mapping[str, Any]) -> str:
-    machine = run["machine"]
-    return (
-        f"Made by `{shlex.join(run['command'])}` at commit `{run['commit']}`, on {machine['cores']} cores of "
-        f"{machine['cpu']}."
-    )
-
-
 def gains(arms: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Each way to share against equal shares in points, paired by problem: over all methods and budgets, by method, and
-    by method and budget."""
+    """Compare each way to divide with equal budgets, in points, paired by problem.
+
+    Returns:
+        A row over all methods and budgets, one for each method, and one for each method and budget.
+    """
     found = []
     for name in dict.fromkeys(arm["shares"] for arm in arms):
         ours = [arm for arm in arms if arm["shares"] == name]
@@ -85,7 +79,7 @@ def gains(arms: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def unequal_table(figures: Mapping[str, Any]) -> str:
-    """A row per base and budget, a column per way to share."""
+    """A row per method and budget, a column per way to divide."""
     rows = gains(figures["arms"])
     names = list(dict.fromkeys(row["shares"] for row in rows))
     cells = {(row["base"], row["budget"], row["shares"]): row for row in rows}
@@ -99,13 +93,13 @@ def unequal_table(figures: Mapping[str, Any]) -> str:
 
 
 def profile_table(figures: Mapping[str, Any]) -> str:
-    """The profile and the weights that follow from it."""
+    """The similarity of each layer, and the weights that follow from it."""
     rows = figures["profile"]
     return table(list(rows[0]), [[row["layer"], *(f"{row[key]:.3f}" for key in list(row)[1:])] for row in rows])
 
 
 def verdict(figures: Mapping[str, Any]) -> str:
-    """What the rule says."""
+    """Apply the rule that was fixed before the run."""
     unequal = [row for row in gains(figures["arms"]) if row["shares"] != "equal"]
     overall, cells = [row for row in unequal if row["base"] == ALL], [row for row in unequal if row["budget"] != ALL]
     mean = "; ".join(f"`{row['shares']}` {_gain(row)}" for row in overall)
@@ -114,11 +108,11 @@ def verdict(figures: Mapping[str, Any]) -> str:
         f"`{row['shares']}` with `{row['base']}` at {row['budget']} ({row['gain']:+.1f})" for row in single
     )
     return (
-        f"**The rule, fixed before the run**: tables by layer or head are worth building from {WORTH:g} points on, "
-        "with an interval above 0. Over all methods and budgets it is "
-        f"{'met' if any(map(_is_worth, overall)) else 'not met'}: {mean}. Of {len(cells)} single cells it is met in "
-        f"{len(single)}{f' ({found})' if found else ''}; {sum(row['high'] < 0 for row in cells)} are worse than equal "
-        "budgets by an interval below 0."
+        f"**The rule, fixed before the run**: block tables by layer or head are worth building from {WORTH:g} points "
+        "on, if the interval is above 0. Over all methods and budgets the rule is "
+        f"{'met' if any(map(_is_worth, overall)) else 'not met'}: {mean}. Of {len(cells)} single cells {len(single)} "
+        f"meet it{f' ({found})' if found else ''}; in {sum(row['high'] < 0 for row in cells)} the interval is below 0, "
+        "so equal budgets are better."
     )
 
 

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from skipkv_vllm.evaluation.figures import LOOK, OURS, RULE, draw_line, label_lines, pyplot, save, style, title
+from skipkv_vllm.evaluation.figures import FULL, LOOK, OURS, RULE, draw_line, label_lines, pyplot, save, style, title
 
-from .grid import FULL
-from .summary import Summary, find
+from ..arms import find, plain_arms
+from ..store import Summary
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -47,7 +47,7 @@ def draw(summary: Summary, folder: Path, prefix: str = "") -> dict[str, str]:
 
 
 def subtitle(summary: Summary) -> str:
-    """What a figure shows, in a line."""
+    """State in a line what a figure shows."""
     settings = summary["run"]["settings"]
     model, count = Path(settings["model"]).name, len(summary["problems"])
     return f"{model}, {settings['data']}, {count} problems, batch size {settings['batch_sizes'][0]}"
@@ -55,7 +55,7 @@ def subtitle(summary: Summary) -> str:
 
 def _accuracy(axes: Axes, summary: Summary) -> None:
     lines = _lines(summary, "accuracy", "accuracy_interval", 100)
-    _against_budget(axes, summary, lines, 100)
+    _against_budget(axes, summary, lines)
     axes.set_ylabel("right answers, %")
     axes.set_ylim(0, 102)
     label_lines(axes, {policy: line.y[-1] for policy, line in lines.items()})
@@ -63,14 +63,14 @@ def _accuracy(axes: Axes, summary: Summary) -> None:
 
 def _length(axes: Axes, summary: Summary) -> None:
     lines = _lines(summary, "mean_length", "length_interval", 1)
-    _against_budget(axes, summary, lines, 1)
+    _against_budget(axes, summary, lines)
     axes.set_ylabel("generated tokens, mean")
     low, high = axes.get_ylim()
     axes.set_ylim(max(0, low - 0.1 * (high - low)), high + 0.1 * (high - low))
     label_lines(axes, {policy: line.y[-1] for policy, line in lines.items()})
 
 
-def _against_budget(axes: Axes, summary: Summary, lines: dict[str, _Line], scale: float) -> None:
+def _against_budget(axes: Axes, summary: Summary, lines: dict[str, _Line]) -> None:
     budgets = summary["run"]["budgets"]
     for number, (policy, line) in enumerate(lines.items()):
         if policy == FULL:
@@ -92,10 +92,7 @@ def _memory(axes: Axes, summary: Summary) -> None:
     size = summary["run"]["settings"]["batch_sizes"][0]
     unit, name = _unit(max(arm["peak_bytes"] for arm in summary["arms"] if not arm.get("steering")))
     for policy in summary["run"]["settings"]["policies"]:
-        arms = sorted(
-            (a for a in summary["arms"] if (a["policy"], a["batch_size"], a.get("steering")) == (policy, size, None)),
-            key=lambda a: a["budget"],
-        )
+        arms = sorted(plain_arms(summary, policy), key=lambda arm: arm["budget"])
         x, y = [a["peak_bytes"] / unit for a in arms], [100 * a["accuracy"] for a in arms]
         colour, marker = style(policy)
         axes.plot(

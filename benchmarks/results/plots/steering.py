@@ -7,9 +7,9 @@ from pathlib import Path
 from skipkv_vllm.cli.sweep_plot import label_axes
 from skipkv_vllm.evaluation.figures import LOOK, pyplot, save
 
-from .plots import subtitle
-from .steering import KINDS, curve, plain_arms
-from .summary import Summary
+from ..steering import KINDS, curve, unsteered
+from ..store import Summary
+from .accuracy import subtitle
 
 STYLE = {
     "static": ("#0072B2", "s", "-"),
@@ -28,7 +28,7 @@ def draw_steering(summary: Summary, path: Path) -> None:
     """
     plt = pyplot()
     path.parent.mkdir(parents=True, exist_ok=True)
-    full, evicting = plain_arms(summary)
+    full, evicting = unsteered(summary)
     with plt.rc_context(LOOK):
         canvas, (lengths, accuracies) = plt.subplots(
             2, 1, sharex=True, figsize=(6.8, 6.4), layout="constrained", height_ratios=(3, 2)

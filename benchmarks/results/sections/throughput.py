@@ -1,69 +1,63 @@
-"""The sections of `docs/results.md` about throughput, made of `docs/results/throughput.json`."""
+"""Throughput at equal memory, batch grouping, and the simulator's error."""
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
-from benchmarks.markdown import table
+from ..links import SCHEDULING
+from ..markdown import milliseconds, table
+from ..provenance import made_by
 
-THROUGHPUT = Path("results", "throughput.json")
-FIGURE = "throughput.svg"
+FIGURE = "throughput"
 
 
 def throughput_section(figures: Mapping[str, Any]) -> list[str]:
-    """Paragraphs in Markdown.
+    """Write the section.
 
     Args:
         figures: what `python -m benchmarks.throughput` wrote.
     """
     run, load, settings = figures["run"], figures["load"], figures["run"]["settings"]
-    machine = run["machine"]
-    device = " and ".join(machine["gpus"]) or f"{machine['cores']} cores of {machine['cpu']}"
-    prompts = "evicted too" if settings["no_protect_prompt"] else "protected"
+    prompts = "not protected" if settings["no_protect_prompt"] else "protected"
     cache = "prefix caching too" if settings["prefix_caching"] else "no prefix cache"
     turns = (
         "Each engine has all its rounds before the next one starts" if settings["one_by_one"] else "Engines take turns"
     )
     parts = [
         "## Throughput at equal memory, measured here",
-        f"{load['requests']} requests that are all there at the start: {load['prompt_tokens']:,} prompt and "
+        f"All {load['requests']} requests arrive at the start: {load['prompt_tokens']:,} prompt tokens and "
         f"{load['output_tokens']:,} output tokens, at least {load['shortest_output']:,} a request. A pool of 1 holds "
-        f"all of them at their full length ({load['pages']:,} pages of {settings['block_size']} tokens); a policy pays "
-        f"for its positions out of its pool. `{settings['policy']}` with a budget of {settings['budget']} and a buffer "
-        f"of {settings['buffer']}, prompts {prompts}, model `{settings['model']}` in {settings['dtype']}. *Production* "
-        "is vLLM as it starts by default; *same settings* has the policy's chunk size and number of requests, and "
-        f"{cache}. {turns}; rates are medians of {settings['rounds']} rounds, ratios medians of the rounds' ratios.",
+        f"all of them at their full length ({load['pages']:,} blocks of {settings['block_size']} tokens). A policy "
+        f"pays for its token positions out of its pool. The policy is `{settings['policy']}` with a budget of "
+        f"{settings['budget']} and a buffer of {settings['buffer']}, prompts {prompts}; the model is "
+        f"`{settings['model']}` in {settings['dtype']}. *Production* is vLLM with its defaults. *Same settings* has "
+        f"the policy's chunk size and number of requests, and {cache}. {turns}; rates are medians of "
+        f"{settings['rounds']} rounds, and ratios are medians of the rounds' ratios.",
         pools_table(figures["pools"]),
-        f"![tokens per second over pool size](results/{FIGURE})",
-        "*ITL* counts every pause between two tokens of a request, those with a compaction in them too. A first token "
-        "waits for a place, so *TTFT* is mostly the queue.",
+        f"![Tokens per second over pool size]({FIGURE}.svg)",
+        "*ITL* counts every pause between two tokens of a request, including those with a compaction. A first token "
+        "waits for a free place, so *TTFT* is mostly queueing time.",
     ]
     if figures["grouping"]:
         parts += [
             "### Batch grouping",
-            f"{settings['grouping_requests']} requests of ShareGPT-like prompt lengths, {settings['grouping_batch']} "
-            f"at once, groups of {settings['grouping_width']} tokens, order of arrival after "
-            f"{settings['grouping_max_wait']:g} s. Shares are of the real tokens: what CUDA graphs of vLLM's default "
-            f"sizes would pad, what {settings['grouping_ranks']} data-parallel ranks would pad (each ran its part), "
-            "and what an engine with static batches would pay for the same order of admission. "
-            "[scheduling.md](scheduling.md) says what follows from it.",
+            f"{settings['grouping_requests']} requests with ShareGPT-like prompt lengths, "
+            f"{settings['grouping_batch']} at once, in groups of {settings['grouping_width']} tokens, and in order of "
+            f"arrival after {settings['grouping_max_wait']:g} s. Padding is a share of the real tokens: the padding "
+            f"of CUDA graphs of vLLM's default sizes, the padding of {settings['grouping_ranks']} data-parallel ranks "
+            "(each ran its part), and the padding of an engine with static batches that admits requests in the same "
+            f"order. [Scheduling]({SCHEDULING}) explains what follows from these figures.",
             grouping_table(figures["grouping"]),
         ]
     if figures["predictions"]:
         parts += [
             "### The simulator against these runs",
-            "Step times were fitted to the steps of the engines with the largest pool; the others are predictions, of "
-            "step times and of what the scheduler does. Pairs are measured / predicted.",
+            "Step times were fitted to the steps of the engines with the largest pool. The other rows are predictions, "
+            "of the step times and of the scheduler's decisions. Pairs are measured / predicted.",
             prediction_table(figures["predictions"]),
         ]
-    parts.append(
-        f"Made by `{shlex.join(run['command'])}` at commit `{run['commit']}` on {run['date']}, on {device}."
-        f"{' ' + run['note'] if run['note'] else ''}"
-    )
-    return parts
+    return [*parts, made_by(run)]
 
 
 def pools_table(rows: Iterable[Mapping[str, Any]]) -> str:
@@ -76,7 +70,10 @@ def pools_table(rows: Iterable[Mapping[str, Any]]) -> str:
     lines = []
     for row in rows:
         ratios = [f"{row[key]:.2f}" for key in ("of_same", "of_production", "of_full_at_largest")]
-        times = [_ms(row[key]) for key in ("ttft_p50_ms", "itl_p50_ms", "itl_p99_ms", "step_ms", "compaction_step_ms")]
+        times = [
+            milliseconds(row[key])
+            for key in ("ttft_p50_ms", "itl_p50_ms", "itl_p99_ms", "step_ms", "compaction_step_ms")
+        ]
         counts = [f"{row[key]:,}" for key in ("peak_running", "preemptions", "compactions")]
         rates = [f"{row['tokens_per_second']:,.0f}", f"{row['requests_per_second']:.2f}"]
         lines.append([f"{row['pool']:g}", row["arm"], *rates, *ratios, *times, *counts])
@@ -96,7 +93,7 @@ def grouping_table(rows: Iterable[Mapping[str, Any]]) -> str:
         bound = ["", ""] if row["bound"] is None else [f"{row['longest_overtaken']:.2f}", f"{row['bound']:g}"]
         rates = [f"{row['tokens_per_second']:,.0f}", f"{row['of_ungrouped']:.3f}"]
         launches = f"{row['compactions_a_launch']:.2f}"
-        lines.append([row["arm"], *rates, *padding, launches, *static, *bound, _ms(row["ttft_p99_ms"])])
+        lines.append([row["arm"], *rates, *padding, launches, *static, *bound, milliseconds(row["ttft_p99_ms"])])
     return table(head, lines)
 
 
@@ -115,7 +112,3 @@ def prediction_table(rows: Iterable[Mapping[str, Any]]) -> str:
             [f"{row['pool']:g}", row["arm"], f"{row['measured']:,.0f}", f"{row['predicted']:,.0f}", error, *pairs]
         )
     return table(head, lines)
-
-
-def _ms(value: float | None) -> str:
-    return "" if value is None else f"{value:.3g}" if value < 1000 else f"{value:,.0f}"

@@ -1,0 +1,1 @@
+"""What eviction or steering costs a decode step: `python -m benchmarks.overhead`."""

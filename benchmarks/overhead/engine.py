@@ -1,0 +1,157 @@
+"""An engine with endless requests, in a process of its own, that is timed step by step."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from benchmarks import remote
+from benchmarks.remote import answer_orders
+from skipkv_vllm.evaluation.children import attended
+from skipkv_vllm.ops import STATE
+
+LONGEST = 4000  # tokens of a request
+
+
+class Shape(NamedTuple):
+    """One measurement: tokens kept a request, and requests at once."""
+
+    budget: int
+    batch_size: int
+
+
+class Engine:
+    """A vLLM engine in this process, with requests that never end by themselves."""
+
+    def __init__(self, arm: str, shape: Shape, args: argparse.Namespace) -> None:
+        import vllm
+        from vllm.tokenizers import cached_tokenizer_from_config
+
+        from skipkv_vllm import LLM
+
+        arguments: dict[str, Any] = {
+            "dtype": args.dtype,
+            "max_num_seqs": shape.batch_size,
+            "max_model_len": 4096,
+            "block_size": 32,
+            "enforce_eager": not args.compiled,
+            "enable_prefix_caching": False,
+            "disable_log_stats": True,
+            "max_num_batched_tokens": 4096,
+        }
+        self.evicts = arm == "evicting"
+        if args.steering and arm != "stock":
+            vectors, default = {"bench": args.vector}, "bench" if arm == "steered" else "off"
+            self.llm = LLM(args.model, **arguments, kv_steering_vectors=vectors, kv_steering_default=default)
+        elif self.evicts:
+            policy = {"kv_policy": args.policy, "kv_budget": shape.budget, "kv_buffer": args.buffer}
+            self.llm = LLM(args.model, **arguments, **policy)
+        else:
+            self.llm = vllm.LLM(args.model, **arguments)
+        self.shape, self.buffer = shape, args.buffer
+        config = self.llm.llm_engine.vllm_config.model_config
+        # Running text with sentences in it, so that the tracker has its usual work.
+        text = "Wait, is that right?\n\nRead c = 3 + 1, so c: 4.\n\nSo b holds.\n\n" * 200
+        tokenizer = cached_tokenizer_from_config(config)
+        self.ids = tokenizer.encode(text)
+        # Only thoughts are steered.
+        self.opening = tokenizer.encode("<think>") if args.steering else []
+        self.number = 0
+
+    def start(self) -> int:
+        """(Re)start all requests and bring them to the point where measuring begins.
+
+        Returns:
+            Compactions so far.
+        """
+        from vllm import SamplingParams
+
+        engine = self.llm.llm_engine
+        if engine.has_unfinished_requests():
+            if self.evicts and self._room():
+                return self._compactions()
+            scheduler = engine.engine_core.engine_core.scheduler
+            engine.abort_request(list(scheduler.requests), internal=True)
+            while engine.has_unfinished_requests():
+                engine.step()
+        params = SamplingParams(max_tokens=LONGEST, temperature=0, ignore_eos=True, detokenize=False)
+        for i in range(self.shape.batch_size):
+            # Requests of a server are at different points between two compactions.
+            length = self.shape.budget + (self.buffer * i // self.shape.batch_size if self.evicts else 0)
+            # The protected prompt is short: it is text that the model could have written.
+            written = self.ids[i : i + (length if not self.evicts else min(64, length)) - len(self.opening)]
+            prompt = {"prompt_token_ids": self.opening + written}
+            engine.add_request(str(self.number), prompt, params)
+            self.number += 1
+            if self.evicts and i + 1 < self.shape.batch_size:
+                self.steps(max(1, self.buffer // self.shape.batch_size))
+        # Until every request was compacted, and for the stock engine until all prompts are in.
+        ready = self.shape.batch_size * (1 if self.evicts else 0)
+        before = self._compactions()
+        scheduler = engine.engine_core.engine_core.scheduler
+        while any(r.num_output_tokens == 0 for r in scheduler.requests.values()):
+            self.steps(1)
+        while self.evicts and self._compactions() - before < ready:
+            self.steps(1)
+        return self._compactions()
+
+    def _room(self) -> bool:
+        scheduler = self.llm.llm_engine.engine_core.engine_core.scheduler
+        return all(request.num_tokens + 2 * self.buffer < LONGEST for request in scheduler.running)
+
+    def _compactions(self) -> int:
+        if not self.evicts:
+            return 0
+        return int(self._runtime().num_compactions)
+
+    def _runtime(self) -> Any:
+        return self.llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner.runtime
+
+    def steered(self) -> int:
+        """Count the steered tokens of the running requests."""
+        steering = self._runtime().steering
+        return int(steering.state[:, STATE.index("steered")].sum()) if steering._requests else 0
+
+    def steps(self, count: int) -> float:
+        """Run steps; returns seconds."""
+        engine = self.llm.llm_engine
+        started = time.perf_counter()
+        for _ in range(count):
+            engine.step()
+        return time.perf_counter() - started
+
+
+def work(connection: Connection, arm: str, shape: Shape, args: argparse.Namespace, log: Path) -> None:
+    """Body of an engine's process: an order is the name of a method of `Engine` and its arguments."""
+    with attended(connection, log):
+        os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "WARNING"}
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
+        engine = Engine(arm, shape, args)
+        answer_orders(connection, lambda order: getattr(engine, order[0])(*order[1:]))
+
+
+class Remote(remote.Remote):
+    """An engine in another process.
+
+    Args:
+        arm: "stock", "evicting", "steered" or "idle".
+        shape: of the measurement.
+        args: the command line.
+        folder: for the engine's log.
+    """
+
+    def __init__(self, arm: str, shape: Shape, args: argparse.Namespace, folder: Path) -> None:
+        log = folder / f"{arm}-{shape.budget}-{shape.batch_size}.log"
+        super().__init__(work, (arm, shape, args), log)
+
+    def call(self, method: str, *arguments: Any) -> Any:
+        """Call a method of the engine.
+
+        Raises:
+            RunError: the engine failed.
+        """
+        return self.ask((method, *arguments))

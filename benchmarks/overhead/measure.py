@@ -1,0 +1,88 @@
+"""Step times of engines that take turns, as ratios of each round."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from .engine import Remote, Shape
+
+ARMS = ("stock", "evicting")
+STEERING_ARMS = ("stock", "steered", "idle")
+TURN = 16  # steps of one engine before the other has its turn
+
+
+@contextmanager
+def _engines(arms: Sequence[str], shape: Shape, args: argparse.Namespace, folder: Path) -> Iterator[dict[str, Remote]]:
+    """Start the engines of all arms; they end with the block."""
+    engines: dict[str, Remote] = {}
+    try:
+        for arm in arms:
+            engines[arm] = Remote(arm, shape, args, folder)
+        yield engines
+    finally:
+        for engine in engines.values():
+            engine.stop()
+
+
+def measure(shape: Shape, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Time both engines; the ratio is that of each round of `buffer` steps."""
+    seconds: dict[str, list[float]] = {arm: [] for arm in ARMS}
+    compactions = 0
+    with _engines(ARMS, shape, args, folder) as engines:
+        for number in range(args.rounds + 1):
+            before = {arm: engine.call("start") for arm, engine in engines.items()}["evicting"]
+            total = dict.fromkeys(ARMS, 0.0)
+            for _ in range(args.buffer // TURN):
+                for arm in ARMS if number % 2 else reversed(ARMS):
+                    total[arm] += engines[arm].call("steps", TURN)
+            if number:  # the first round warms up
+                for arm in ARMS:
+                    seconds[arm].append(total[arm])
+                compactions += engines["evicting"].call("start") - before
+    ratios = sorted(b / a for a, b in zip(seconds["stock"], seconds["evicting"], strict=True))
+    return {
+        "budget": shape.budget,
+        "batch_size": shape.batch_size,
+        "rounds": args.rounds,
+        "compactions": compactions,
+        "stock_ms": 1000 * median(seconds["stock"]) / args.buffer,
+        "evicting_ms": 1000 * median(seconds["evicting"]) / args.buffer,
+        "ratio": median(ratios),
+        "ratio_low": ratios[0],
+        "ratio_high": ratios[-1],
+    }
+
+
+def measure_steering(shape: Shape, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Time steered and unsteered requests; the ratios are those of each round of `buffer` steps."""
+    seconds: dict[str, list[float]] = {arm: [] for arm in STEERING_ARMS}
+    steered = 0
+    with _engines(STEERING_ARMS, shape, args, folder) as engines:
+        for number in range(args.rounds + 1):
+            for engine in engines.values():
+                engine.call("start")
+            total = dict.fromkeys(STEERING_ARMS, 0.0)
+            for turn in range(args.buffer // TURN):
+                first = (number + turn) % len(STEERING_ARMS)
+                for arm in STEERING_ARMS[first:] + STEERING_ARMS[:first]:
+                    total[arm] += engines[arm].call("steps", TURN)
+            if number:  # the first round warms up
+                for arm in STEERING_ARMS:
+                    seconds[arm].append(total[arm])
+                steered += engines["steered"].call("steered")
+    row: dict[str, Any] = {
+        "length": shape.budget,
+        "batch_size": shape.batch_size,
+        "rounds": args.rounds,
+        "steered_tokens": steered,
+    }
+    for arm in STEERING_ARMS:
+        row[f"{arm}_ms"] = 1000 * median(seconds[arm]) / args.buffer
+        ratios = sorted(b / a for a, b in zip(seconds["stock"], seconds[arm], strict=True))
+        row |= {f"{arm}_ratio": median(ratios), f"{arm}_low": ratios[0], f"{arm}_high": ratios[-1]}
+    return row

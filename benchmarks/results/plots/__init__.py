@@ -1,0 +1,1 @@
+"""Figures of the pages, in the style of `skipkv_vllm.evaluation.figures`."""
