@@ -3,7 +3,7 @@
     python -m benchmarks.fidelity                        # SmolLM2 on the texts of benchmarks.texts
     python -m benchmarks.fidelity --write-docs           # and write docs/results/fidelity.*, docs/results.md
 
-`make real-models MODELS=smollm2` fetches the model. docs/fidelity.md says what is measured.
+`make real-models MODELS=smollm2` fetches the model. docs/guides/evaluation.md says what is measured.
 """
 
 from __future__ import annotations

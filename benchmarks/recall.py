@@ -4,8 +4,8 @@
     python -m benchmarks.recall --lengths 1000 2500 --questions 96 --methods skipkv snapkv
 
 `make real-models MODELS=smollm2` fetches the model. Prompts are not protected, so they are compacted like generated
-text. docs/fidelity.md says what is measured. Results are kept in --out as soon as they are there; the same command goes
-on after an interruption.
+text. docs/guides/evaluation.md says what is measured. Results are kept in --out as soon as they are there; the same
+command goes on after an interruption.
 """
 
 from __future__ import annotations

@@ -29,8 +29,9 @@ def default_sources() -> list[Source]:
 
 
 def prose() -> Iterator[str]:
-    """The project's own documentation, but for the page of results."""
-    pages = [path for path in sorted(REPOSITORY.glob("docs/*.md")) if path.name != "results.md"]
+    """The project's own documentation without the pages of results."""
+    docs = REPOSITORY / "docs"
+    pages = [path for path in sorted(docs.rglob("*.md")) if not path.is_relative_to(docs / "results")]
     for path in (*pages, REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md"):
         yield path.read_text()
 
