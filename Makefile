@@ -1,7 +1,7 @@
 # Every target sets up what it needs; see scripts/bootstrap.sh.
 PY := .venv/bin/python
 
-.PHONY: demo serve test test-patched soak gpu-test lint setup dev train vector eval-tiny eval-steering build \
+.PHONY: demo serve test test-patched soak gpu-test lint docs setup dev train vector eval-tiny eval-steering build \
 	build-cuda sanitize bench-kernels bench-throughput simulate real-models clean
 
 demo: setup        ## serve the bundled model with SkipKV and show what it saved against full KV
@@ -23,6 +23,9 @@ soak: dev          ## random traffic on real engines until REQUESTS are answered
 
 gpu-test: dev      ## everything that needs a CUDA GPU: operators, engines on every backend, FP8, a short measurement
 	@PYTHON=$(PY) scripts/gpu_test.sh
+
+docs: dev          ## build the documentation site into build/site; any warning is an error
+	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
 
 lint: dev          ## ruff and mypy
 	@$(PY) -m ruff check .

@@ -69,12 +69,12 @@ class KVPolicyConfig(BaseModel):
     kv_defer_prompt: bool = Field(
         False,
         description="With --no-kv-protect-prompt: hold a prompt longer than the bound whole until --kv-window more "
-        "tokens are written, and let their queries choose what stays of it; methods about the prompt choose as soon as "
-        "it is computed. Off: it is compacted between chunks, which bounds memory during prefill too.",
+        "tokens are written, and let their queries choose which of its tokens stay; methods about the prompt choose as "
+        "soon as it is computed. Off: compact it between chunks, which bounds memory during prefill too.",
     )
     kv_admission: Literal["bounded", "optimistic"] = Field(
         "bounded",
-        description='"bounded": a request starts once all the pages it may ever hold fit beside those of the running '
+        description='"bounded": a request starts once all the blocks it may ever hold fit beside those of the running '
         'ones, so none is ever preempted. "optimistic": it starts once its prompt fits, as in stock vLLM; more run at '
         "once while they are short, and some are preempted and computed again when they grow.",
     )
@@ -90,7 +90,7 @@ class KVPolicyConfig(BaseModel):
     kv_batch_grouping: Literal["off", "prefill-length"] = Field(
         "off",
         description='"prefill-length": waiting requests of similar prompt length are admitted together. '
-        "docs/scheduling.md says when that helps.",
+        "docs/guides/capacity-and-admission.md says when that helps.",
     )
     kv_grouping_width: int = Field(
         GROUPING_WIDTH, ge=1, strict=True, description="Tokens by which the prompts of a group may differ."
@@ -104,11 +104,11 @@ class KVPolicyConfig(BaseModel):
     )
     kv_prefix_eviction: Literal["lru", "guard"] = Field(
         "lru",
-        description='Which page of the prefix cache gives way to a new one: "lru", as in stock vLLM, or "guard", which '
-        "follows LRU where it is right and does not fail where prompts come round in turn.",
+        description='Which block of the prefix cache gives way to a new one: "lru", as in stock vLLM, or "guard", '
+        "which follows LRU where it is right and does not fail where prompts come round in turn.",
     )
     kv_trace_dir: str | None = Field(
-        None, description="Write one replayable <request-id>.safetensors per finished request into this folder."
+        None, description="Write one replayable `<request-id>.safetensors` per finished request into this folder."
     )
     kv_check_integrity: bool = Field(
         False, description="Verify all bookkeeping after every step. Slow; for tests and bug reports."
@@ -126,20 +126,20 @@ class KVPolicyConfig(BaseModel):
         ge=-MAX_ALPHA,
         le=MAX_ALPHA,
         allow_inf_nan=False,
-        description="Strength at first: the vector is added this many times at the end of each thought.",
+        description="Initial strength: the vector is added this many times at the end of each thought.",
     )
     kv_steering_gamma: float = Field(
         0.02,
         ge=-1,
         le=1,
         allow_inf_nan=False,
-        description="What each thought that is no execution (a doubt, a change of approach) adds to the strength.",
+        description="Strength added per non-execution thought (a doubt or a change of approach).",
     )
     kv_steering_alpha_max: float | None = Field(
-        None, gt=0, le=MAX_ALPHA, allow_inf_nan=False, description="The most that the strength grows to."
+        None, gt=0, le=MAX_ALPHA, allow_inf_nan=False, description="Largest strength."
     )
     kv_steering_interval: int = Field(
-        128, ge=1, le=2**31 - 1, strict=True, description="Positions after which the strength is brought up to date."
+        128, ge=1, le=2**31 - 1, strict=True, description="Positions after which the strength is updated."
     )
     kv_steering_compat: Literal["default", "reference"] = Field(
         "default",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from prometheus_client import Counter, Gauge
 from vllm.v1.metrics.loggers import StatLoggerBase
@@ -21,6 +21,40 @@ install_client_check()
 
 LABELLED = {SKIPPED: "skipped", THOUGHTS: "thoughts", TRACES_DROPPED: "traces_dropped"}
 """Prefixes of names in a report, whose rest is a label of this counter."""
+
+
+class Metric(NamedTuple):
+    """A series on `/metrics`.
+
+    Attributes:
+        kind: its type in Prometheus.
+        text: its help.
+        label: a label beside `engine`, or none.
+    """
+
+    kind: Literal["counter", "gauge"]
+    text: str
+    label: str = ""
+
+
+METRICS = {
+    "compactions": Metric("counter", "Compactions of running requests."),
+    "evicted_tokens": Metric("counter", "Tokens whose KV was evicted."),
+    "freed_pages": Metric("counter", "KV blocks given back by compactions."),
+    "probes": Metric("counter", "Compactions by queries of lookahead tokens."),
+    "skipped": Metric("counter", "Things the policy could not do as configured, by reason.", "reason"),
+    "steered_tokens": Metric("counter", "Tokens that a steering vector was added to, of finished requests."),
+    "thoughts": Metric("counter", "Sentences of finished steered requests, by kind.", "kind"),
+    "traces_dropped": Metric("counter", "Traces that could not be written, by reason.", "reason"),
+    "budget_tokens": Metric(
+        "gauge", "Tokens that a request keeps unless it sets its own budget; 0 where nothing is evicted."
+    ),
+    "resident_tokens": Metric("gauge", "Tokens of running requests whose KV is held."),
+    "logical_tokens": Metric("gauge", "Prompt and output tokens of running requests."),
+    "promised_pages": Metric("gauge", "KV blocks that running requests may come to hold."),
+    "peak_pages": Metric("gauge", "Most KV blocks in use at once since the server started."),
+}
+"""Name in a report, without the prefix `skipkv_` -> its series. `metrics_page` makes the documentation of it."""
 
 
 class EvictionStatLogger(StatLoggerBase):
@@ -78,34 +112,11 @@ EvictionStatLogger.__abstractmethods__ = frozenset()
 
 
 def _make_metrics() -> dict[str, Any]:
-    return {
-        "compactions": Counter("skipkv_compactions", "Compactions of running requests.", ["engine"]),
-        "evicted_tokens": Counter("skipkv_evicted_tokens", "Tokens whose KV was evicted.", ["engine"]),
-        "probes": Counter(
-            "skipkv_probes", "Compactions by queries of tokens that were computed ahead and thrown away.", ["engine"]
-        ),
-        "freed_pages": Counter("skipkv_freed_pages", "KV pages given back by compactions.", ["engine"]),
-        "skipped": Counter(
-            "skipkv_skipped", "Things the policy could not do as configured, by reason.", ["engine", "reason"]
-        ),
-        "steered_tokens": Counter(
-            "skipkv_steered_tokens", "Tokens that a vector was added to, of requests that ended.", ["engine"]
-        ),
-        "thoughts": Counter(
-            "skipkv_thoughts", "Sentences of steered requests that ended, by kind.", ["engine", "kind"]
-        ),
-        "traces_dropped": Counter(
-            "skipkv_traces_dropped", "Traces that could not be written, by reason.", ["engine", "reason"]
-        ),
-        "budget_tokens": _gauge(
-            "skipkv_budget_tokens", "Tokens that a request keeps unless it asks for others; 0 where nothing is evicted."
-        ),
-        "resident_tokens": _gauge("skipkv_resident_tokens", "Tokens whose KV is held by running requests."),
-        "logical_tokens": _gauge("skipkv_logical_tokens", "Prompt and output tokens of running requests."),
-        "promised_pages": _gauge("skipkv_promised_pages", "KV pages that running requests may come to hold."),
-        "peak_pages": _gauge("skipkv_peak_pages", "Most KV pages in use at once since the server started."),
-    }
+    return {name: _make(name, each) for name, each in METRICS.items()}
 
 
-def _gauge(name: str, text: str) -> Gauge:
-    return Gauge(name, text, ["engine"], multiprocess_mode="mostrecent")
+def _make(name: str, metric: Metric) -> Counter | Gauge:
+    labels = ["engine", *filter(None, [metric.label])]
+    if metric.kind == "counter":
+        return Counter(f"skipkv_{name}", metric.text, labels)
+    return Gauge(f"skipkv_{name}", metric.text, labels, multiprocess_mode="mostrecent")

@@ -135,7 +135,7 @@ class LookaheadPlan:
 
 @dataclass(frozen=True)
 class About:
-    """What `docs/policies.md` says of a method beside what its code says.
+    """Facts about a method for `docs/reference/methods.md` that its code does not state.
 
     Attributes:
         paper: its name.

@@ -1,4 +1,4 @@
-"""Methods that were looked at and are not offered, so that who asks for one is told why and what to use instead."""
+"""Methods that were considered and are not offered; choosing one gives the reason and an alternative."""
 
 from .base import About, Refusal, refuse_policy
 
@@ -7,7 +7,7 @@ refuse_policy(
         "adakv",
         About("AdaKV", "2407.11550"),
         "it budgets by head, and one block table holds equally many tokens of every head; tables by head would gain "
-        "nothing on the bundled model (docs/results.md)",
+        "nothing on the bundled model (docs/results/accuracy.md)",
         "snapkv, rkv or skipkv",
     )
 )
@@ -17,7 +17,7 @@ refuse_policy(
         About("EpiCache", "2509.17396"),
         "it budgets by layer, and one block table holds equally many tokens of every layer; tables by layer, which are "
         "not built, would be worth 2 to 3 points on the bundled model, with snapkv most and with skipkv nothing "
-        "(docs/results.md); and its episodes are the application's to route",
+        "(docs/results/accuracy.md); and its episodes are the application's to route",
         "skipkv, or snapkv and rkv with a larger budget",
     )
 )

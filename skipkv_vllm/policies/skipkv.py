@@ -81,7 +81,7 @@ class SkipKV(Policy):
         "2512.07993",
         "O(n G L D) for every n queries, and O(T log T) for T tokens of text",
         "scores by output error, and compares sentences by their words; `compat` gives the paper's rule; see "
-        'docs/architecture.md, "The method, and where it departs from the paper"',
+        "docs/design/departures-from-papers.md",
     )
 
     recent_share: float = 0.5

@@ -62,7 +62,7 @@ class ThinKV(Policy):
         "2510.01290",
         "O(T P D) with T tokens so far and P the length of a segment; O(W G L D) every P tokens",
         "no quantisation; a compaction leaves exactly the budget, so heads are filled up with the newest tokens left "
-        "out; segments shrink at compactions; a segment's kind is told from its last W queries; where even 4 tokens a "
+        "out; segments shrink at compactions; a segment's kind follows from its last W queries; where even 4 tokens a "
         "segment are too many, the oldest of the least important segments leave",
         training="thresholds",
     )

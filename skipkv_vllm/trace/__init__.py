@@ -5,5 +5,9 @@ part per compaction in `<trace-dir>/.parts`; when the request ends the scheduler
 several machines the folder must be on a file system they share. Nothing of this exists when tracing is off.
 
 All files are read and written by a thread of each process. A trace that cannot be written is dropped, logged and
-counted. Nobody waits for the storage but an engine that has nothing else to do, for a quarter of a second.
+counted. Only an idle engine waits for the storage, for a quarter of a second.
 """
+
+from .files import Trace, trace_path
+
+__all__ = ["Trace", "trace_path"]

@@ -21,11 +21,12 @@ from skipkv_vllm import cli
 from skipkv_vllm.cli import tune
 from skipkv_vllm.config import CONFIG_KEY, KVPolicyConfig, RequestOptions
 from skipkv_vllm.evaluation import command as evaluation
+from skipkv_vllm.policies import policy_names
 from skipkv_vllm.training import command as train_gates
 from tests.engines import REPOSITORY
 from tests.unit.repository.test_deployment import serve_parser  # noqa: F401
 
-DOCUMENTS = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
+DOCUMENTS = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").rglob("*.md"))]
 PARSERS = {
     "benchmarks.accuracy": "benchmarks.accuracy.__main__",
     "benchmarks.throughput": "benchmarks.throughput.__main__",
@@ -41,7 +42,10 @@ FENCED = re.compile(r"^ *```(\w*)\n(.*?)^ *```", re.MULTILINE | re.DOTALL)
 def blocks(language: str) -> list[tuple[str, str]]:
     """File name and text of the fenced blocks in a language; "" for none."""
     return [
-        (path.name, text) for path in DOCUMENTS for kind, text in FENCED.findall(path.read_text()) if kind == language
+        (str(path.relative_to(REPOSITORY)), text)
+        for path in DOCUMENTS
+        for kind, text in FENCED.findall(path.read_text())
+        if kind == language
     ]
 
 
@@ -82,7 +86,7 @@ def check_skipkv(words: list[str]) -> None:
 def test_commands_are_accepted(name: str, words: list[str], serve_parser: Any) -> None:  # noqa: F811
     if words[0] == "vllm":
         arguments = serve_parser.parse_args(words[2:])
-        assert arguments.kv_policy == "skipkv"
+        assert arguments.kv_policy in policy_names()
         assert int(arguments.kv_budget) > 0
     elif words[0] == "python":
         importlib.import_module(PARSERS[words[2]])._parser().parse_args(words[3:])

@@ -426,7 +426,7 @@ def test_a_request_may_choose_what_the_server_can_do():
     assert RequestOptions.parse({"kv_budget": 500}, SERVER, 500).kv_budget == 500
 
 
-def test_the_readme_names_what_a_server_does_not_serve_by_default():
+def test_the_guide_names_what_a_server_does_not_serve_by_default():
     server, refused = KVPolicyConfig(kv_policy="skipkv"), []
     for name in policy_names():
         with suppress(KVPolicyError):
@@ -434,9 +434,10 @@ def test_the_readme_names_what_a_server_does_not_serve_by_default():
             continue
         refused.append(name)
     assert refused == ["finch", "h2o", "laq", "thinkv", "trimkv", "vatp"]
-    text = (Path(__file__).parents[3] / "README.md").read_text()
-    told = re.search(r"a `skipkv` server also(.*?)A response", text, re.S).group(1)
-    assert {name for name in policy_names() if f"`{name}`" in told} == set(refused)
+    text = (Path(__file__).parents[3] / "docs" / "guides" / "per-request.md").read_text()
+    rows = re.search(r"offers every method except:(.*?)\n## ", text, re.S).group(1)
+    named = set(re.findall(r"`(\w+)`", " ".join(row.split("|")[1] for row in rows.splitlines() if row.startswith("|"))))
+    assert named == set(refused)
 
 
 def test_the_servers_own_method_may_be_named_among_the_further_ones():

@@ -27,6 +27,6 @@ def test_the_policy_of_the_guide_scores_and_is_selectable(monkeypatch):
     keys = torch.tensor([[[3.0, 4.0]], [[0.0, 1.0]]])
     view = View(positions=torch.tensor([[0, 1]]), window=1, keys=keys)
     torch.testing.assert_close(policy.score(view), torch.tensor([[-25.0, -1.0]]))
-    # A line of docs/policies.md, with nothing left open.
+    # A line of docs/reference/methods.md, with nothing left open.
     assert all(part in row(policy) for part in ("`key_norm`", "arxiv.org/abs/2406.11430", "`power` (2.0)", "O(L D)"))
     assert "?" not in row(policy)

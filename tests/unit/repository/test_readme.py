@@ -1,28 +1,54 @@
-"""What the README says about flags and parameters is what the code has."""
+"""The README and the generated pages of the documentation agree with the code."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 
-from skipkv_vllm.config.flags import flags_table
-from skipkv_vllm.policies import policy_names
-from skipkv_vllm.policies.table import document
+from skipkv_vllm.config import KVPolicyConfig, flags
+from skipkv_vllm.integration import metrics_page
+from skipkv_vllm.policies import make_policy, policy_names, table
 
-README = (Path(__file__).parents[3] / "README.md").read_text()
+REPOSITORY = Path(__file__).parents[3]
+README = (REPOSITORY / "README.md").read_text()
+PAGES = REPOSITORY / "docs" / "reference"
 
 
 def test_the_flags_table_is_the_generated_one():
-    assert flags_table() in README, "run `python -m skipkv_vllm.config.flags` and paste its output into README.md"
-
-
-@pytest.mark.parametrize("name", policy_names())
-def test_every_policy_is_named(name):
-    assert f"`{name}`" in README
+    assert (PAGES / "flags.md").read_text() == flags.document(), (
+        "run `python -m skipkv_vllm.config.flags > docs/reference/flags.md`"
+    )
 
 
 def test_the_table_of_policies_is_the_generated_one():
-    written = Path(__file__).parents[3] / "docs/policies.md"
-    assert document() == written.read_text(), "run `python -m skipkv_vllm.policies.table > docs/policies.md`"
-    assert "?" not in document(), "a policy does not say what it costs"
+    assert (PAGES / "methods.md").read_text() == table.document(), (
+        "run `python -m skipkv_vllm.policies.table > docs/reference/methods.md`"
+    )
+    assert "?" not in table.document(), "a policy does not say what it costs"
+
+
+def test_the_table_of_metrics_is_the_generated_one():
+    assert (PAGES / "metrics.md").read_text() == metrics_page.document(), (
+        "run `python -m skipkv_vllm.integration.metrics_page > docs/reference/metrics.md`"
+    )
+
+
+@pytest.mark.parametrize("name", policy_names())
+def test_every_policy_is_named_with_its_paper(name):
+    assert f"`{name}`" in README
+    paper = make_policy(name).about.arxiv
+    assert not paper or re.search(rf"`{name}` \([^)]*\]\(https://arxiv.org/abs/{paper}\)", README)
+
+
+def test_the_flags_of_the_readme_have_their_defaults():
+    rows = re.findall(r"^\| `--(?:\[no-\])?(kv-[a-z0-9-]+)` \| `(\w+)` \|", README, re.MULTILINE)
+    assert len(rows) == 6
+    for flag, default in rows:
+        value = KVPolicyConfig.model_fields[flag.replace("-", "_")].get_default(call_default_factory=True)
+        assert {"True": "on", "{}": "none"}.get(str(value), str(value)) == default
+
+
+def test_the_readme_is_short():
+    assert len(README.encode()) <= 7168

@@ -23,8 +23,7 @@ from skipkv_vllm import bundled_model, bundled_vector
 from skipkv_vllm.steering import SteeringVector
 from skipkv_vllm.steering.extraction.checkpoints import open_checkpoint
 from tests.engines import REPOSITORY
-from tests.unit.benchmarks.accuracy.test_report import INFO, REPOSITORY, SETTINGS, made_up, made_up_samples
-from tests.unit.test_accuracy_report import INFO, SETTINGS, made_up, made_up_samples
+from tests.unit.benchmarks.accuracy.test_report import INFO, SETTINGS, made_up, made_up_samples
 
 RANDOM = ("random-0", "random-1")
 STEERED = replace(
