@@ -11,9 +11,10 @@ from torch import Tensor
 from ..core.needs import Need
 from ..worker.batch import Evicted, StepBatch
 from ..worker.runtime import EvictionRuntime
+from ..worker.signals.base import ForwardOutput
 from . import compat
 from .build import bind_cache, build_runtime
-from .forward import Prober
+from .forward import LookaheadDecoder
 
 if TYPE_CHECKING:
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner as _Base
@@ -35,10 +36,11 @@ class EvictingRunnerV1(_Base):
     def initialize_kv_cache(self, kv_cache_config: Any, *args: Any, **kwargs: Any) -> None:
         super().initialize_kv_cache(kv_cache_config, *args, **kwargs)
         if not kwargs.get("is_profiling", bool(args and args[0])):
-            bind_cache(self.runtime, self.vllm_config, kv_cache_config)
+            ring, decoder = self.runtime.signals.queries, None
             if self.runtime.config.needs & Need.LOOKAHEAD:
-                assert self.runtime.ring is not None
-                self.runtime.prober = Prober(self, self.runtime.ring)
+                assert ring is not None
+                decoder = LookaheadDecoder(self, ring)
+            bind_cache(self.runtime, self.vllm_config, kv_cache_config, decoder)
 
     def begin_step(self, scheduler_output: Any) -> None:
         """Carry out a step's orders; `execute_model` does it unless it was done before."""
@@ -57,11 +59,9 @@ class EvictingRunnerV1(_Base):
         if scheduler_output is not self._begun:
             self.begin_step(scheduler_output)
         output = super().execute_model(scheduler_output, *args, **kwargs)
-        if self.runtime.gates is not None:
-            self.runtime.gates.store(self.input_batch.block_table[0].slot_mapping.gpu)
-        if self.execute_model_state is not None:
-            state = self.execute_model_state
-            self.runtime.finish_forward(self.input_ids.gpu, state.hidden_states, state.logits)
+        state, slots = self.execute_model_state, self.input_batch.block_table[0].slot_mapping.gpu
+        produced = (None, None) if state is None else (state.hidden_states, state.logits)
+        self.runtime.finish_forward(ForwardOutput(self.input_ids.gpu, slots, *produced))
         return output
 
     def num_evicted_tokens(self, num_scheduled_tokens: np.ndarray) -> np.ndarray | None:

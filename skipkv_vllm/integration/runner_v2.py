@@ -11,6 +11,7 @@ import torch
 from ..core.device import to_device
 from ..worker.batch import Evicted, StepBatch
 from ..worker.runtime import EvictionRuntime
+from ..worker.signals.base import ForwardOutput
 from . import compat
 from .build import bind_cache, build_runtime
 
@@ -58,11 +59,9 @@ class EvictingRunnerV2(_Base):
         if scheduler_output is not self._begun:
             self.begin_step(scheduler_output)
         output = super().execute_model(scheduler_output, *args, dummy_run=False, **kwargs)
-        if self.runtime.gates is not None:
-            self.runtime.gates.store(self.block_tables.slot_mappings[0])
-        state = self.execute_model_state
-        if state is not None and state.hidden_states is not None:
-            self.runtime.finish_forward(state.input_batch.input_ids, state.hidden_states)
+        state, slots = self.execute_model_state, self.block_tables.slot_mappings[0]
+        if state is not None:
+            self.runtime.finish_forward(ForwardOutput(state.input_batch.input_ids, slots, state.hidden_states))
         return output
 
     def capture_model(self, *args: Any, **kwargs: Any) -> Any:
