@@ -11,6 +11,7 @@ import torch
 from skipkv_vllm.core.orders import Started, StepOrders
 from skipkv_vllm.policies import View, make_policy
 from skipkv_vllm.policies.thinkv import REASONING, TRANSITION
+from skipkv_vllm.worker import jobs
 from skipkv_vllm.worker.batch import StepBatch
 from skipkv_vllm.worker.signals import attention_mass
 from skipkv_vllm.worker.signals.attention_mass import GROWTH
