@@ -273,7 +273,7 @@ def check_nothing_left(llm: vllm.LLM) -> None:
     scheduler.check_integrity()
     manager, runner = scheduler.block_manager, llm.llm_engine.engine_core.engine_core.model_executor
     runner = runner.driver_worker.worker.model_runner
-    ledger, planner = manager.ledger, scheduler.planner
+    ledger, planner, signals = manager.ledger, scheduler.planner, runtime.signals
     left = {
         "scheduler": [scheduler.requests, scheduler._terms, scheduler._recomputed, scheduler._evictions],
         "steering": [scheduler._steered, manager._private_from],
@@ -281,15 +281,16 @@ def check_nothing_left(llm: vllm.LLM) -> None:
         "pages": [manager.req_to_blocks, manager.num_cached_block, manager._evicted, manager._num_intact],
         "lookahead blocks": [manager._borrowed],
         "ledger": [ledger._demands, ledger._own, ledger._shared, ledger._holders],
-        "worker": [runtime._requests, runtime._sums._sums, runner.requests, runner.input_batch.req_id_to_index],
-        "segments": [runtime._segments._sparsity, runtime._segments._memory],
+        "worker": [runtime._requests, runner.requests, runner.input_batch.req_id_to_index],
+        "sums": [] if signals.attention_mass is None else [signals.attention_mass.sums._sums],
+        "segments": [] if signals.segments is None else list(vars(signals.segments.table).values()),
         "client": [llm.llm_engine.output_processor.request_states],
     }
     for where, every in left.items():
         assert not any(every), f"{where} remembers {every}"
     assert ledger.num_promised == 0
     slots = llm.llm_engine.vllm_config.scheduler_config.max_num_seqs
-    assert sorted(runtime._free_slots) == list(range(slots)), "a state slot was lost"
+    assert sorted(runtime._rows._free) == list(range(slots)), "a row was lost"
 
 
 def main() -> None:

@@ -18,7 +18,7 @@ from skipkv_vllm import bundled_model
 from skipkv_vllm.core.limits import Limits
 from skipkv_vllm.policies import Policy, make_policy
 from skipkv_vllm.sentences import build_tables
-from skipkv_vllm.worker.signals.sentences import SentenceTracker
+from skipkv_vllm.worker.signals.sentence_tracker import SentenceTracker
 
 from .allocation import Allocation, ByHead, ByLayer, Equal
 from .generation import Rows, layer_similarity
@@ -59,7 +59,7 @@ class Bench:
         tracker = SentenceTracker(
             build_tables(self.tokenizer, options.compat),
             options,
-            num_slots=len(self.prompts),
+            num_rows=len(self.prompts),
             max_length=len(self.prompts[0]) + self.args.max_tokens,
             hidden_size=config.hidden_size,
             vocab_size=config.vocab_size,

@@ -19,7 +19,7 @@ from transformers.modeling_utils import AttentionInterface
 from skipkv_vllm.core.needs import FROM_RECENT_QUERIES, Need
 from skipkv_vllm.ops.paging import Layout, PagedCache
 from skipkv_vllm.policies import Policy, View
-from skipkv_vllm.worker.signals.sentences import SentenceTracker, TrackedTokens
+from skipkv_vllm.worker.signals.sentence_tracker import SentenceTracker, TrackedTokens
 
 from .allocation import Allocation
 

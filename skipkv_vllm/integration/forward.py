@@ -1,4 +1,4 @@
-"""Computing tokens ahead, for their queries only: the target model is its own draft model."""
+"""Run the model between two steps, to compute tokens ahead: the target model is its own draft model."""
 
 from __future__ import annotations
 
@@ -17,19 +17,18 @@ if TYPE_CHECKING:
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 
-class Prober:
+class LookaheadDecoder:
     """Runs the model of vLLM's Model Runner V1 between two steps, outside CUDA graphs, on tensors of its own.
 
     Args:
         runner: with its KV cache bound.
-        ring: sees the queries.
+        ring: hands out the queries.
     """
 
     def __init__(self, runner: GPUModelRunner, ring: QueryRing) -> None:
         self._runner, self._ring = runner, ring
         self.max_length: int = runner.max_model_len
         self.max_tokens: int = runner.max_num_tokens
-        """of a forward pass"""
 
     def decode(
         self,
@@ -40,19 +39,7 @@ class Prober:
         page_size: int,
         num_tokens: int = 0,
     ) -> Tensor:
-        """Read tokens of R requests, then decode more of them greedily.
-
-        Args:
-            tokens: integer `[R, n]`.
-            starts: logical position of the first one.
-            num_held: tokens in the pages so far.
-            table: int32 `[R, pages]` kernel pages with room for the tokens.
-            page_size: tokens of such a page.
-            num_tokens: how many to decode; the last one is not even read.
-
-        Returns:
-            Post-RoPE queries of all tokens that were read, `[R, layers, n + max(num_tokens - 1, 0), Hq, D]`.
-        """
+        """See `worker.lookahead.Decoder`."""
         hidden, queries = self._read(tokens, starts, num_held, table, page_size)
         every, num_read = [queries], tokens.shape[1]
         for i in range(num_read, num_read + num_tokens - 1):
@@ -65,7 +52,7 @@ class Prober:
     def _read(
         self, tokens: Tensor, starts: Sequence[int], num_held: Sequence[int], table: Tensor, page_size: int
     ) -> tuple[Tensor, Tensor]:
-        """One forward pass; see `decode`.
+        """Run one forward pass; see `decode`.
 
         Returns:
             Hidden states of each request's last token `[R, E]`, and queries `[R, layers, n, Hq, D]`.
@@ -106,5 +93,5 @@ class Prober:
         return hidden.unflatten(0, (num_requests, num_tokens))[:, -1], queries
 
     def question(self, request_id: str, num_tokens: int) -> list[int]:
-        """Last tokens of a request's prompt."""
+        """Return the last tokens of a request's prompt."""
         return self._runner.requests[request_id].prompt_token_ids[-num_tokens:]

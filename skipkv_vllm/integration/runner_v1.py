@@ -11,9 +11,10 @@ from torch import Tensor
 from ..core.needs import Need
 from ..worker.batch import Evicted, StepBatch
 from ..worker.runtime import EvictionRuntime
+from ..worker.signals.base import ForwardOutput
 from . import compat
 from .build import bind_cache, build_runtime
-from .forward import Prober
+from .forward import LookaheadDecoder
 
 if TYPE_CHECKING:
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner as _Base
@@ -22,29 +23,30 @@ else:
 
 
 class EvictingRunnerV1(_Base):
-    """Physical lengths for the KV cache, logical lengths for everything else."""
+    """Resident lengths for the KV cache, logical lengths for everything else."""
 
     runtime: EvictionRuntime
     _begun: Any = None
-    """the step whose orders were carried out ahead of `execute_model`"""
+    """the step whose orders were carried out before `execute_model`"""
 
     def build_runtime(self) -> None:
-        """Allocate what eviction needs; the worker calls it once the model is loaded."""
+        """Allocate the runtime. The worker calls this once the model is loaded."""
         self.runtime = build_runtime(self.vllm_config, self.get_model(), self.device)
 
     def initialize_kv_cache(self, kv_cache_config: Any, *args: Any, **kwargs: Any) -> None:
         super().initialize_kv_cache(kv_cache_config, *args, **kwargs)
         if not kwargs.get("is_profiling", bool(args and args[0])):
-            bind_cache(self.runtime, self.vllm_config, kv_cache_config)
+            ring, decoder = self.runtime.signals.queries, None
             if self.runtime.config.needs & Need.LOOKAHEAD:
-                assert self.runtime.ring is not None
-                self.runtime.prober = Prober(self, self.runtime.ring)
+                assert ring is not None
+                decoder = LookaheadDecoder(self, ring)
+            bind_cache(self.runtime, self.vllm_config, kv_cache_config, decoder)
 
     def begin_step(self, scheduler_output: Any) -> None:
-        """Carry out a step's orders; `execute_model` does it unless it was done before."""
+        """Carry out a step's orders. `execute_model` does so unless it was done before."""
         self._begun = scheduler_output
         orders = compat.received_orders(scheduler_output)
-        # Before the step zeroes or writes any page: pages freed by a compaction may be reused in it.
+        # Before the step zeroes or writes any block, because blocks freed by a compaction may be reused in it.
         self.runtime.begin_step(orders, scheduler_output.finished_req_ids, scheduler_output.preempted_req_ids or ())
         for order in orders.compactions if orders else ():
             blocks = (list(order.target_blocks),)
@@ -57,15 +59,17 @@ class EvictingRunnerV1(_Base):
         if scheduler_output is not self._begun:
             self.begin_step(scheduler_output)
         output = super().execute_model(scheduler_output, *args, **kwargs)
-        if self.runtime.gates is not None:
-            self.runtime.gates.store(self.input_batch.block_table[0].slot_mapping.gpu)
-        if self.execute_model_state is not None:
-            state = self.execute_model_state
-            self.runtime.finish_forward(self.input_ids.gpu, state.hidden_states, state.logits)
+        state, slots = self.execute_model_state, self.input_batch.block_table[0].slot_mapping.gpu
+        produced = (None, None) if state is None else (state.hidden_states, state.logits)
+        self.runtime.finish_forward(ForwardOutput(self.input_ids.gpu, slots, *produced))
         return output
 
     def num_evicted_tokens(self, num_scheduled_tokens: np.ndarray) -> np.ndarray | None:
-        """Get ready for the forward pass; int32 `[R]` tokens that each request no longer holds, or None."""
+        """Get ready for the forward pass.
+
+        Returns:
+            int32 `[R]`, tokens that each request no longer holds; None if no request has evicted any.
+        """
         batch = self._step_batch(num_scheduled_tokens, int(num_scheduled_tokens.sum()))
         evicted = self.runtime.prepare(batch)
         self.runtime.steer(batch, self.input_ids.gpu)
@@ -82,34 +86,37 @@ class EvictingRunnerV1(_Base):
 
 
 class OnHost(NamedTuple):
-    """The runner's buffers as NumPy arrays where the device is the CPU: for a few numbers a step NumPy takes a third of
-    PyTorch's time, and a tenth of that of vLLM's slot mapping, which starts threads."""
+    """The runner's buffers as NumPy arrays, if the device is the CPU.
+
+    For the few numbers of a step NumPy takes a third of PyTorch's time, and a tenth of the time of vLLM's slot mapping,
+    which starts threads.
+    """
 
     seq_lens: np.ndarray
     positions: np.ndarray
-    pages: np.ndarray
+    blocks: np.ndarray
     slots: np.ndarray
 
 
 class HookedRunnerV1(EvictingRunnerV1):
-    """The same where vLLM does not ask for `num_evicted_tokens` (`patches/0005`)."""
+    """The same for a vLLM that does not call `num_evicted_tokens` (`patches/0005`)."""
 
     _evicted: Evicted | None = None
-    """of the batch in preparation"""
+    """of the batch that is being prepared"""
     _on_host: OnHost | None = None
 
     def initialize_kv_cache(self, kv_cache_config: Any, *args: Any, **kwargs: Any) -> None:
         super().initialize_kv_cache(kv_cache_config, *args, **kwargs)
-        # vLLM may have replaced the block table with the cache, so it is hooked here.
+        # vLLM may have replaced the block table together with the cache, so it is hooked here.
         table = self.input_batch.block_table
         if table.compute_slot_mapping == self._map_slots:
             return
         self._stock_map_slots, table.compute_slot_mapping = table.compute_slot_mapping, self._map_slots
         self._optimistic_seq_lens = self.optimistic_seq_lens_cpu.numpy()
         if self.device.type == "cpu":
-            pages = table[0]
-            self._page_size = pages.block_size
-            on_host = (self.seq_lens, self.positions, pages.block_table.gpu, pages.slot_mapping.gpu)
+            blocks = table[0]
+            self._block_size = blocks.block_size
+            on_host = (self.seq_lens, self.positions, blocks.block_table.gpu, blocks.slot_mapping.gpu)
             self._on_host = OnHost(*(tensor.numpy() for tensor in on_host))
         else:
             self._slot_positions = torch.zeros_like(self.positions)
@@ -131,7 +138,7 @@ class HookedRunnerV1(EvictingRunnerV1):
         return prepared
 
     def _map_slots(self, num_reqs: int, query_start_loc: Tensor, positions: Tensor) -> None:
-        """Stands in for the block table's `compute_slot_mapping`: slots come from physical positions."""
+        """Replace the block table's `compute_slot_mapping`: slots follow from resident positions."""
         if self._on_host is not None:
             self._map_slots_on_host(self._on_host, positions.shape[0])
             return
@@ -147,8 +154,8 @@ class HookedRunnerV1(EvictingRunnerV1):
         rows, positions = self.req_indices.np[:num_tokens], host.positions[:num_tokens]
         if self._evicted is not None:
             positions = positions - self._evicted.host[rows]
-        page, within = np.divmod(positions, self._page_size)
-        np.add(host.pages[rows, page].astype(np.int64) * self._page_size, within, out=host.slots[:num_tokens])
+        block, within = np.divmod(positions, self._block_size)
+        np.add(host.blocks[rows, block].astype(np.int64) * self._block_size, within, out=host.slots[:num_tokens])
 
     def _dummy_run(self, *args: Any, **kwargs: Any) -> Any:
         self._evicted = None

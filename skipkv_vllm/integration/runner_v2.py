@@ -11,6 +11,7 @@ import torch
 from ..core.device import to_device
 from ..worker.batch import Evicted, StepBatch
 from ..worker.runtime import EvictionRuntime
+from ..worker.signals.base import ForwardOutput
 from . import compat
 from .build import bind_cache, build_runtime
 
@@ -21,19 +22,19 @@ else:
 
 
 class EvictingRunnerV2(_Base):
-    """Physical lengths for the KV cache, logical lengths for everything else.
+    """Resident lengths for the KV cache, logical lengths for everything else.
 
     `input_batch.seq_lens` stays logical, because sampling reads it. Attention gets a persistent buffer of
-    physical lengths instead, also while graphs are captured, so that FULL graphs read it on replay.
+    resident lengths instead, also while graphs are captured, so that FULL graphs read it on replay.
     """
 
     evicts_kv_tokens = True  # read by vLLM where it has `num_evicted_tokens`
     runtime: EvictionRuntime
     _begun: Any = None
-    """the step whose orders were carried out ahead of `execute_model`"""
+    """the step whose orders were carried out before `execute_model`"""
 
     def build_runtime(self) -> None:
-        """Allocate what eviction needs; the worker calls it once the model is loaded."""
+        """Allocate the runtime. The worker calls this once the model is loaded."""
         self.runtime = build_runtime(self.vllm_config, self.get_model(), self.device)
 
     def initialize_kv_cache(self, kv_cache_config: Any, *args: Any, **kwargs: Any) -> None:
@@ -42,10 +43,10 @@ class EvictingRunnerV2(_Base):
             bind_cache(self.runtime, self.vllm_config, kv_cache_config)
 
     def begin_step(self, scheduler_output: Any) -> None:
-        """Carry out a step's orders; `execute_model` does it unless it was done before."""
+        """Carry out a step's orders. `execute_model` does so unless it was done before."""
         self._begun = scheduler_output
         orders = compat.received_orders(scheduler_output)
-        # Before the step zeroes or writes any page: pages freed by a compaction may be reused in it.
+        # Before the step zeroes or writes any block, because blocks freed by a compaction may be reused in it.
         self.runtime.begin_step(orders, scheduler_output.finished_req_ids, scheduler_output.preempted_req_ids or ())
         for order in orders.compactions if orders else ():
             row = self.req_states.req_id_to_index[order.request_id]
@@ -58,20 +59,22 @@ class EvictingRunnerV2(_Base):
         if scheduler_output is not self._begun:
             self.begin_step(scheduler_output)
         output = super().execute_model(scheduler_output, *args, dummy_run=False, **kwargs)
-        if self.runtime.gates is not None:
-            self.runtime.gates.store(self.block_tables.slot_mappings[0])
-        state = self.execute_model_state
-        if state is not None and state.hidden_states is not None:
-            self.runtime.finish_forward(state.input_batch.input_ids, state.hidden_states)
+        state, slots = self.execute_model_state, self.block_tables.slot_mappings[0]
+        if state is not None:
+            self.runtime.finish_forward(ForwardOutput(state.input_batch.input_ids, slots, state.hidden_states))
         return output
 
     def capture_model(self, *args: Any, **kwargs: Any) -> Any:
-        # Warm-up ran steps without requests; what they need not do must be in the graphs all the same.
+        # Warm-up ran steps without requests. The graphs must contain what those steps could skip.
         self.runtime.prepare_dummy()
         return super().capture_model(*args, **kwargs)
 
     def num_evicted_tokens(self, input_batch: Any) -> np.ndarray | None:
-        """Get ready for the forward pass; int32 `[R]` tokens that each request no longer holds, or None."""
+        """Get ready for the forward pass.
+
+        Returns:
+            int32 `[R]`, tokens that each request no longer holds; None if no request has evicted any.
+        """
         evicted = self._prepare(input_batch)
         return None if evicted is None else evicted.host
 
@@ -83,10 +86,10 @@ class EvictingRunnerV2(_Base):
 
 
 class HookedRunnerV2(EvictingRunnerV2):
-    """The same where vLLM does not ask for `num_evicted_tokens` (`patches/0006`)."""
+    """The same for a vLLM that does not call `num_evicted_tokens` (`patches/0006`)."""
 
     _evicted: Evicted | None = None
-    """of the batch in preparation"""
+    """of the batch that is being prepared"""
 
     def build_runtime(self) -> None:
         super().build_runtime()
@@ -101,7 +104,7 @@ class HookedRunnerV2(EvictingRunnerV2):
         return super().execute_model(scheduler_output, *args, dummy_run=dummy_run, **kwargs)
 
     def prepare_attn(self, input_batch: Any) -> Any:
-        """Slot mappings from physical positions; RoPE keeps `input_batch.positions`."""
+        """Compute slot mappings from resident positions; RoPE keeps `input_batch.positions`."""
         evicted = self._evicted = self._prepare(input_batch)
         if evicted is None:
             return super().prepare_attn(input_batch)
@@ -114,7 +117,7 @@ class HookedRunnerV2(EvictingRunnerV2):
         return super().prepare_attn(dataclasses.replace(input_batch, positions=positions))
 
     def _prepare_attn_metadata(self, input_batch: Any, *args: Any, **kwargs: Any) -> Any:
-        """Stands in for the model state's `prepare_attn`: the same with physical sequence lengths."""
+        """Replace the model state's `prepare_attn`: the same with resident sequence lengths."""
         rows = input_batch.seq_lens.shape[0]
         seq_lens = self._resident_seq_lens[:rows]
         seq_lens.copy_(input_batch.seq_lens)
@@ -123,8 +126,8 @@ class HookedRunnerV2(EvictingRunnerV2):
         if evicted is not None:
             n = input_batch.num_reqs
             seq_lens[:n].sub_(evicted.device)
-            # Some backends plan pages from this one as if it were exact.
+            # Some backends plan pages from this bound as if it were exact.
             upper_bound = upper_bound.clone()
             upper_bound[:n].sub_(torch.from_numpy(evicted.host))
-        physical = dataclasses.replace(input_batch, seq_lens=seq_lens, seq_lens_cpu_upper_bound=upper_bound)
-        return self._stock_prepare_attn(physical, *args, **kwargs)
+        resident = dataclasses.replace(input_batch, seq_lens=seq_lens, seq_lens_cpu_upper_bound=upper_bound)
+        return self._stock_prepare_attn(resident, *args, **kwargs)

@@ -1,5 +1,7 @@
-"""State of the running batch by row. Most steps decode one token of the same requests as the step before, so what
-follows from the requests alone is computed once and kept until a request comes, goes or is compacted.
+"""The running batch of a step, and what follows from the rows of its requests.
+
+Most steps decode one token of the same requests as the step before. So what follows from the requests alone is computed
+once and kept until a request comes, goes or is compacted.
 """
 
 from __future__ import annotations
@@ -14,16 +16,16 @@ from torch import Tensor
 from ..core.device import to_device
 
 NEVER = np.iinfo(np.int64).max
-"""First tracked position of a request whose sentences nobody reads."""
+"""First tracked position of a request whose sentences are not tracked."""
 
 
 class StepBatch(NamedTuple):
-    """The requests of a step in batch order, their tokens contiguous.
+    """The R requests of a step in batch order, their tokens contiguous.
 
     Attributes:
         request_ids: R ids.
-        counts: integer `[R]` tokens of each request in this step, at least one.
-        starts: integer `[R]` logical position of each one's first token.
+        counts: integer `[R]`, tokens of each request in this step, at least one.
+        starts: integer `[R]`, logical position of each one's first token.
         num_tokens: sum of the counts.
     """
 
@@ -41,31 +43,34 @@ class Evicted(NamedTuple):
 
 
 class RowSpans:
-    """Where the tokens of some requests of a batch lie, of each request from its first position on.
+    """Where the tokens of K requests of a batch lie, of each request from a first position on.
 
     Args:
-        rows: int64 `[K]` rows of the requests in the batch, ascending.
-        slots: int64 `[K]` their state slots.
-        firsts: int64 `[K]` their first positions.
+        places: int64 `[K]`, places of the requests in the batch, ascending.
+        rows: int64 `[K]`, their rows.
+        firsts: int64 `[K]`, their first positions.
         device: where the model runs.
     """
 
-    def __init__(self, rows: np.ndarray, slots: np.ndarray, firsts: np.ndarray, device: torch.device) -> None:
-        self.rows, self._firsts, self._device = rows, firsts, device
+    def __init__(self, places: np.ndarray, rows: np.ndarray, firsts: np.ndarray, device: torch.device) -> None:
+        self.places, self._firsts, self._device = places, firsts, device
         # Spans of a step that only decodes: all but the positions stay the same.
-        self._spans = np.ones((4, len(rows)), dtype=np.int64)
-        self._spans[0], self._spans[1] = slots, rows
+        self._spans = np.ones((4, len(places)), dtype=np.int64)
+        self._spans[0], self._spans[1] = rows, places
         self._positions = self._spans[3]
         self._on_host = torch.from_numpy(self._spans) if device.type == "cpu" else None
         self._have_begun = False
 
     def of(self, batch: StepBatch) -> tuple[Tensor, int]:
-        """The spans of a step: int64 `[4, <= K]` on the device (state slot, first token in the step, number of tokens,
-        position of the first token), and how many tokens they have."""
-        number = len(self.rows)
+        """Return the spans of a step and how many tokens they have.
+
+        The spans are int64 `[4, <= K]` on the device: row, first token in the step, number of tokens, position of the
+        first token.
+        """
+        number = len(self.places)
         if batch.num_tokens > len(batch.request_ids):
             return self._mixed(batch)
-        starts = batch.starts if number == len(batch.starts) else batch.starts[self.rows]
+        starts = batch.starts if number == len(batch.starts) else batch.starts[self.places]
         if not self._have_begun:
             # Once every request is past its first position it stays so.
             self._have_begun = bool((starts >= self._firsts).all())
@@ -75,10 +80,10 @@ class RowSpans:
         return self._to_device(self._spans) if self._on_host is None else self._on_host, number
 
     def _mixed(self, batch: StepBatch) -> tuple[Tensor, int]:
-        starts, counts = batch.starts[self.rows], batch.counts[self.rows]
+        starts, counts = batch.starts[self.places], batch.counts[self.places]
         # np.clip takes several times as long for the few requests of a step.
         skipped = np.minimum(np.maximum(self._firsts - starts, 0), counts)
-        fresh, ends = counts - skipped, batch.counts.cumsum()[self.rows]
+        fresh, ends = counts - skipped, batch.counts.cumsum()[self.places]
         spans = np.array([self._spans[0], ends - fresh, fresh, starts + skipped], dtype=np.int64)
         if not fresh.all():
             spans = spans[:, fresh > 0]
@@ -88,34 +93,52 @@ class RowSpans:
         return to_device(spans, torch.int64, self._device)
 
 
+class RowTable:
+    """What the forward pass needs of each row, on the host; the last entry is for unmanaged requests.
+
+    Args:
+        number: requests that can run at once.
+
+    Attributes:
+        unmanaged: index of the last entry.
+        num_evicted: int32, tokens evicted so far.
+        is_recorded: bool, whether the request's queries are recorded.
+        first_tracked: int64, position from which its sentences are tracked, or `NEVER`.
+    """
+
+    def __init__(self, number: int) -> None:
+        self.unmanaged = number
+        self.num_evicted = np.zeros(number + 1, dtype=np.int32)
+        self.is_recorded = np.zeros(number + 1, dtype=bool)
+        self.first_tracked = np.full(number + 1, NEVER, dtype=np.int64)
+
+
 class BatchRows:
-    """What is known of the requests of a batch, by row.
+    """What follows from the rows of a batch's requests.
 
     Args:
         request_ids: R ids in batch order.
-        slots: int64 `[R]` state slots.
-        evicted: int32 `[R]` tokens evicted so far.
-        observed: bool `[R]`, whether somebody reads the request's queries.
-        first_tracked: int64 `[R]` position from which its sentences are tracked, or `NEVER`.
+        rows: int64 `[R]`, the row of each request, or that of unmanaged ones.
+        table: what is known of the rows.
         device: where the model runs.
+
+    Attributes:
+        request_ids: see above.
+        recorded: int64 `[R]`, the rows, or -1 where queries are not recorded.
+        evicted: tokens that the requests have evicted; None if none has evicted any.
+        tracked: spans of the requests whose sentences are tracked.
     """
 
-    def __init__(
-        self,
-        request_ids: Sequence[str],
-        slots: np.ndarray,
-        evicted: np.ndarray,
-        observed: np.ndarray,
-        first_tracked: np.ndarray,
-        device: torch.device,
-    ) -> None:
-        self.request_ids, self.slots, self._device = request_ids, slots, device
-        self.observed_slots = np.where(observed, slots, -1)
-        self.set_evicted(evicted)
+    def __init__(self, request_ids: Sequence[str], rows: np.ndarray, table: RowTable, device: torch.device) -> None:
+        self.request_ids, self._rows, self._table, self._device = request_ids, rows, table, device
+        self.recorded = np.where(table.is_recorded[rows], rows, -1)
+        self.update_evicted()
+        first_tracked = table.first_tracked[rows]
         tracked = np.flatnonzero(first_tracked < NEVER)
-        self.tracked = RowSpans(tracked, slots[tracked], first_tracked[tracked], device)
+        self.tracked = RowSpans(tracked, rows[tracked], first_tracked[tracked], device)
 
-    def set_evicted(self, evicted: np.ndarray) -> None:
-        """Note how many tokens each request has evicted, int32 `[R]`."""
+    def update_evicted(self) -> None:
+        """Take over how many tokens each request has evicted."""
+        evicted = self._table.num_evicted[self._rows]
         on_device = to_device(evicted, torch.int32, self._device) if evicted.any() else None
         self.evicted = None if on_device is None else Evicted(evicted, on_device)

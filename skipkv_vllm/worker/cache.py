@@ -1,27 +1,85 @@
-"""The position sidecar: the logical position of every token that was ever moved, kept per page.
+"""The KV cache of a worker, and the logical position of every token in it.
 
-Between compactions tokens are appended in order, so only slots that a compaction filled need an entry.
+Between compactions tokens are appended in order, so only slots that a compaction filled need an entry in the position
+sidecar.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import numpy as np
 import torch
 from torch import Tensor
 
 from .. import ops
-from ..ops.paging import PagedCache
+from ..core.device import to_device
+from ..ops.paging import LayerPages, PagedCache, layer_pages
 
 
-class PositionSidecar:
-    """`entries`, int32 `[layers, pages, H, page_size]`, is addressed by the same page ids as the cache."""
+class KVCache:
+    """The kernel pages of all layers with their position sidecar.
 
-    def __init__(self, cache: PagedCache) -> None:
-        first = cache.caches[0]
-        self.entries = torch.zeros(len(cache.caches), *first.shape[:3], dtype=torch.int32, device=first.device)
-        self._read = ops.function("held_positions", first.device)
+    Args:
+        pages: KV pages of this worker's layers, in model order.
+        block_size: tokens of one of vLLM's blocks; a multiple of the kernel page size.
+        key_scales: float32 `[layers, H]` by which stored keys must be multiplied, or None for 1.
 
-    def read(self, table: Tensor, length: int, num_placed: Tensor, num_evicted: Tensor) -> Tensor:
-        """Logical positions of the tokens of R requests by slot, int32 `[R, layers, H, length]`; for the arguments see
-        `ops.batched.held_positions`."""
-        held: Tensor = self._read(self.entries, table, num_placed, num_evicted, length)
+    Attributes:
+        pages: see above.
+        layers: the pages of each layer.
+        page_size: tokens of a kernel page.
+        block_size: see above.
+        device: where the pages are.
+        sidecar: int32 `[layers, pages, H, page_size]`, logical positions; addressed by the same page ids as the cache.
+    """
+
+    def __init__(self, pages: PagedCache, block_size: int, key_scales: Tensor | None = None) -> None:
+        first = pages.caches[0]
+        self.pages = pages
+        self.layers: list[LayerPages] = [layer_pages(each, pages.layout) for each in pages.caches]
+        self.page_size = self.layers[0].page_size
+        self.block_size = block_size
+        self.device = first.device
+        self.sidecar = torch.zeros(len(pages.caches), *first.shape[:3], dtype=torch.int32, device=first.device)
+        self._key_scales = key_scales
+        self._held_positions = ops.function("held_positions", first.device)
+
+    def table(self, rows: Sequence[Sequence[int]]) -> Tensor:
+        """Convert the block ids of R requests to kernel page ids, int32 `[R, pages]`, padded with page 0."""
+        blocks = np.zeros((len(rows), max(map(len, rows))), dtype=np.int32)
+        for r, row in enumerate(rows):
+            blocks[r, : len(row)] = row
+        if (ratio := self.block_size // self.page_size) > 1:
+            blocks = (blocks[..., None] * ratio + np.arange(ratio, dtype=np.int32)).reshape(len(rows), -1)
+        return to_device(blocks, torch.int32, self.device)
+
+    def positions(self, table: Tensor, length: int, num_placed: Tensor, num_evicted: Tensor) -> Tensor:
+        """Return the logical positions of the tokens of R requests by slot, int32 `[R, layers, H, length]`.
+
+        See `held_positions` in `ops` for the arguments.
+        """
+        held: Tensor = self._held_positions(self.sidecar, table, num_placed, num_evicted, length)
         return held
+
+    def positions_of(self, blocks: Sequence[int], length: int, num_placed: int, num_evicted: int) -> Tensor:
+        """Return the logical positions of one request's first `length` tokens, int32 `[layers, H, length]`."""
+        placed = to_device([[num_placed], [num_evicted]], torch.int32, self.device)
+        return self.positions(self.table([blocks]), length, *placed)[0]
+
+    def keys(self, layer: int, pages: Tensor, length: int) -> Tensor:
+        """Return the first `length` keys of a request in these kernel pages, `[H, length, D]` in slot order."""
+        held = self.layers[layer].keys.read_pages(pages, length)
+        return held if self._key_scales is None else held * self._key_scales[layer, :, None, None]
+
+    def scale_queries(self, queries: Tensor) -> Tensor:
+        """Scale queries `[R, layers, n, Hq, D]` so that operators can read the stored keys as they are.
+
+        `q . (scale * k)` is `(scale * q) . k`, and cosines do not depend on the scale.
+        """
+        if self.pages.caches[0].element_size() == 1:
+            queries = queries.float()
+        if self._key_scales is None:
+            return queries
+        group = queries.shape[3] // self._key_scales.shape[1]
+        return queries * self._key_scales.repeat_interleave(group, dim=1)[:, None, :, None]

@@ -1,14 +1,14 @@
-"""The worker's part of steering: adds a vector to what enters a decoder layer, at the tokens that part two thoughts.
+"""The worker's part of steering: adds a vector to the input of a decoder layer at the tokens between two thoughts.
 
-Which tokens, and how strongly, is computed on the device from the step's token ids before the forward pass, in buffers
-that compiled code and CUDA graphs read.
+Which tokens are steered, and how strongly, is computed on the device from the step's token ids before the forward pass,
+in buffers that compiled code and CUDA graphs read.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,14 +24,14 @@ from ..steering.vectors import SteeringVector
 from .batch import RowSpans, StepBatch
 
 LAYER_INPUTS = ("positions", "hidden_states", "residual")
-"""First parameters of a decoder layer that carries the residual stream as a sum of two."""
+"""First parameters of a decoder layer that passes the residual stream on as a sum of two."""
 
 
 def decoder_layers(model: nn.Module, num_layers: int) -> nn.ModuleList:
-    """The decoder layers of a model of vLLM, found by what they are and not by name.
+    """Find the decoder layers of a model of vLLM by their signature, not by name.
 
     Raises:
-        KVPolicyError: there is not exactly one list of `num_layers` of them.
+        KVPolicyError: the model has no list of `num_layers` of them, or several.
     """
     found = {
         name: module
@@ -58,15 +58,21 @@ def _is_decoder_layer(module: nn.Module) -> bool:
 
 
 class Steering:
-    """Coefficients of the step's tokens, the state of the requests they come from, and the hooks that add.
+    """Coefficients of the step's tokens, the state of the steered requests, and the hooks that add the vectors.
 
     Args:
-        tables: of the tokenizer.
+        tables: thought tables of the tokenizer.
         vectors: registered vectors; a request names one by its number, from 1.
-        interval: positions after which the number of thoughts is taken over.
-        num_slots: requests that can run at once.
+        interval: number of positions after which the strength takes new thoughts into account.
+        num_rows: requests that can run at once.
         max_tokens: tokens of the largest step.
         device: where the model runs.
+
+    Attributes:
+        row: int32 `[max_tokens]`, row of each token's vector in the table; 0 steers nothing.
+        coefficient: float32 `[max_tokens]`, strength at each token.
+        state: int32, state of `ops.track_thoughts` by row of the request.
+        is_active: False in a step that steers no token. Compiled code and graphs add zeros all the same.
     """
 
     def __init__(
@@ -75,7 +81,7 @@ class Steering:
         vectors: Sequence[SteeringVector],
         *,
         interval: int,
-        num_slots: int,
+        num_rows: int,
         max_tokens: int,
         device: torch.device,
     ) -> None:
@@ -86,12 +92,11 @@ class Steering:
         self._add = ops.function("steer_add", device)
         self.row = torch.zeros(max_tokens, dtype=torch.int32, device=device)
         self.coefficient = torch.zeros(max_tokens, dtype=torch.float32, device=device)
-        self.state = torch.zeros(num_slots, len(ops.STATE), dtype=torch.int32, device=device)
-        self._strengths = torch.zeros(num_slots, 3, dtype=torch.float32, device=device)
-        self._free_slots = list(reversed(range(num_slots)))
+        self.state = torch.zeros(num_rows, len(ops.STATE), dtype=torch.int32, device=device)
+        self._strengths = torch.zeros(num_rows, 3, dtype=torch.float32, device=device)
         self._requests: dict[str, tuple[int, int]] = {}
+        """request -> its row and the position of the first token that may be steered"""
         self.is_active = True
-        """False in a step that is known to steer nothing; compiled code and graphs add all the same, nothing"""
         # On a CPU the host may look at what was computed; most steps of a few requests steer no token.
         self._row_on_host = self.row.numpy() if device.type == "cpu" else None
         self._written = 0
@@ -105,7 +110,7 @@ class Steering:
         return sum(t.nbytes for t in vars(self).values() if isinstance(t, Tensor))
 
     def attach(self, layers: nn.ModuleList) -> None:
-        """Put a hook on every layer that some vector belongs to. Call it before anything is compiled."""
+        """Hook every layer that a vector belongs to. Call it before anything is compiled."""
         for index in sorted({vector.layer for vector in self._vectors}):
             width = self._vectors[0].hidden_size
             table = torch.zeros(len(self._vectors) + 1, width, dtype=torch.float32, device=self._device)
@@ -123,7 +128,7 @@ class Steering:
     def _before_layer(
         self, table: Tensor, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        # What is compiled is compiled once, for steps that steer and steps that do not, and reads registered buffers.
+        # A layer is compiled once, for steps that steer and steps that do not, and reads registered buffers.
         if torch.compiler.is_compiling():
             add: Callable[..., Any] = torch.ops.skipkv.steer_add
             how = layer.skipkv_coefficient, layer.skipkv_row, layer.skipkv_vectors
@@ -139,19 +144,16 @@ class Steering:
 
     # ---- a step
 
-    def begin(self, started: Iterable[SteeredRequest], ended: Iterable[str]) -> None:
-        """Forget requests that ended or lost their cache, then get ready for those that start."""
-        for request_id in ended:
-            held = self._requests.pop(request_id, None)
-            if held is not None:
-                self._free_slots.append(held[0])
-                self._request_ids = None
-        for request in started:
-            old = self._requests.get(request.request_id)
-            slot = self._free_slots.pop() if old is None else old[0]
-            self._requests[request.request_id] = slot, request.first
-            self.state[slot] = to_device(request.state, torch.int32, self._device)
-            self._strengths[slot] = to_device(request.strength, torch.float32, self._device)
+    def start(self, request: SteeredRequest, row: int) -> None:
+        """Begin to steer a request, which has this row."""
+        self._requests[request.request_id] = row, request.first
+        self.state[row] = to_device(request.state, torch.int32, self._device)
+        self._strengths[row] = to_device(request.strength, torch.float32, self._device)
+        self._request_ids = None
+
+    def forget(self, request_id: str) -> None:
+        """Drop a request that ended or lost its cache, if it was steered."""
+        if self._requests.pop(request_id, None) is not None:
             self._request_ids = None
 
     def prepare(self, batch: StepBatch, token_ids: Tensor) -> None:
@@ -188,7 +190,7 @@ class Steering:
         self.is_active = self._row_on_host is None or bool(self._row_on_host[: self._written].any())
 
     def prepare_dummy(self) -> None:
-        """The coming forward pass has no requests, but a graph may be captured in it."""
+        """Get ready for a forward pass without requests, in which a graph may be captured."""
         self._rest()
         self.is_active = True
 

@@ -65,7 +65,7 @@ class Shadow:
         self.compactor: Compactor = runner.runtime._compactor
         self.num_compared = 0
         self.num_moves = 0
-        real = self.compactor.cache.caches
+        real = self.compactor.cache.pages.caches
         pages, heads, size, double = real[0].shape
         self.device = real[0].device
         # K in the first half of each token, whatever the real pages look like.
@@ -75,8 +75,9 @@ class Shadow:
         for layer, cache in zip(context.values(), self.caches, strict=True):
             self._record(layer.impl, cache, monkeypatch)
             self.scales.append(layer._k_scale_float)
-        for name in ("_scores", "_select_tokens"):
-            monkeypatch.setattr(self.compactor, name, getattr(self, name)(getattr(self.compactor, name)))
+        self.scorer = self.compactor._scorer
+        monkeypatch.setattr(self.scorer, "scores", self._scores(self.scorer.scores))
+        monkeypatch.setattr(self.compactor, "_select_tokens", self._select_tokens(self.compactor._select_tokens))
 
     @staticmethod
     def _record(impl: Any, cache: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,24 +92,23 @@ class Shadow:
         monkeypatch.setattr(impl, "do_kv_cache_update", record)
 
     def _scores(self, original: Any) -> Any:
-        """Around `Compactor._scores`: the keys read are the ones cached, and the scores are their policy's."""
+        """Around `Scorer.scores`: the keys read are the ones cached, and the scores are their policy's."""
 
-        def scores(batch: Any) -> Tensor:
-            got = original(batch)
-            relative, least = MANTISSA[self.compactor.cache.caches[0].dtype]
+        def scores(batch: Any, inputs: Any) -> Tensor:
+            got = original(batch, inputs)
+            relative, least = MANTISSA[self.compactor.cache.pages.caches[0].dtype]
             for r, (order, request) in enumerate(batch.jobs):
                 length = order.num_resident
                 pages = batch.source_table[r, : -(-length // self.caches[0].shape[2])].long()
                 for i, cache in enumerate(self.caches):
-                    read = self.compactor.keys(i, pages, length)
+                    read = self.compactor.cache.keys(i, pages, length)
                     true = cache[pages].transpose(0, 1).flatten(1, 2)[:, :length, : read.shape[2]]
                     assert ((read - true).abs() <= true.abs() * relative + least * self.scales[i]).all()
                     self.num_compared += 1
                 if request.policy.token_score is None:
                     continue
-                penalty = self.compactor._penalties(batch)[r] if request.policy.name == "skipkv" else None
                 wanted = torch.full_like(got[r], -torch.inf)
-                self.compactor._score_request(batch, r, penalty, wanted)
+                self.scorer._score_request(batch, inputs, r, wanted)
                 torch.testing.assert_close(got[r, ..., :length], wanted[..., :length], rtol=2e-4, atol=2e-6)
             return got
 
@@ -121,7 +121,7 @@ class Shadow:
             moves = original(batch, scores)
             pointers = torch.tensor([cache.data_ptr() for cache in self.caches], device=self.device)
             tables = (batch.source_table, batch.target_table, batch.num_keep)
-            sidecar = self.compactor.positions.entries.clone()
+            sidecar = self.compactor.cache.sidecar.clone()
             batched.compact_pages(self.caches, pointers, Layout.ROWS, sidecar, batch.positions, *tables, *moves)
             self.num_moves += int(moves.number.sum())
             return moves

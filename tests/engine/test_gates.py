@@ -128,7 +128,9 @@ def test_trained_gates_say_the_same_in_the_engine(tmp_path: Path) -> None:
         student(ids, gated=False)
     for number, wanted in enumerate(said):
         assert wanted.std() > 1e-3
-        torch.testing.assert_close(runner.runtime.gates._said[number][: ids.shape[1]], wanted, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(
+            runner.runtime.signals.gates._outputs[number][: ids.shape[1]], wanted, atol=1e-4, rtol=1e-4
+        )
 
 
 def _trained(folder: Path) -> Student:

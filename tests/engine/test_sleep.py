@@ -117,8 +117,9 @@ def discarded(tensors: Iterable[Tensor], pools: Pools, pages: Iterable[Tensor]) 
 def test_all_state_survives_whatever_is_woken_first(tags: list[list[str] | None], llm: LLM) -> None:
     worker = worker_of(llm)
     runtime, held = worker.model_runner.runtime, held_by(worker)
-    pages = runtime._compactor.cache.caches
-    assert None not in (runtime.ring, runtime.tracker, runtime.gates, runtime.steering)
+    pages = runtime._compactor.cache.pages.caches
+    signals = runtime.signals
+    assert None not in (signals.queries, signals.sentences.tracker, signals.gates, runtime.steering)
     assert discarded(held, worker.pools, pages) == []
     with worker.pools.allocate("weights"):
         runtime.forgotten = torch.zeros(3)

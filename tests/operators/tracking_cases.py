@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from skipkv_vllm.ops import torch_backend as batched
-from skipkv_vllm.worker.signals.sentences import OPEN
+from skipkv_vllm.worker.signals.sentence_tracker import OPEN
 from tests.operators.token_steps import token_step
 
 VOCABULARY = 20

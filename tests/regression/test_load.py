@@ -70,7 +70,7 @@ def test_1_40_and_100_concurrent_requests_give_the_same_answers(llm: vllm.LLM, k
 
 def test_the_ring_of_queries_is_as_large_as_the_requests_that_can_run(llm: vllm.LLM) -> None:
     """R-KV's port sized it for 4096 requests: 6.13 GiB."""
-    ring, config = runtime_of(llm).ring, llm.llm_engine.vllm_config
+    ring, config = runtime_of(llm).signals.queries, llm.llm_engine.vllm_config
     model, slots = config.model_config.hf_config, config.scheduler_config.max_num_seqs
     # As many query heads as make the hidden size, in float32.
     query = model.num_hidden_layers * model.hidden_size * 4

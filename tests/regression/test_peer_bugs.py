@@ -21,7 +21,9 @@ from skipkv_vllm.ops.paging import Layout, PagedCache
 from skipkv_vllm.policies import View, make_policy
 from skipkv_vllm.scheduler.planner import EvictionPlanner, Residency
 from skipkv_vllm.worker.batch import StepBatch
+from skipkv_vllm.worker.requests import Rows
 from skipkv_vllm.worker.runtime import EvictionRuntime
+from skipkv_vllm.worker.signals import Signals
 from skipkv_vllm.worker.signals.queries import QueryRing
 from tests.simulation import KV_HEADS, LAYERS, Simulation
 from tests.unit.benchmarks.accuracy.test_run import SETTINGS, pool  # noqa: F401
@@ -82,13 +84,13 @@ def test_physical_slots_used_as_rope_positions():
 
 def test_counters_not_reset_between_requests():
     """R-KV: per-request state survived the request; the next one in its slot inherited offsets and queries."""
-    sim = Simulation("skipkv", num_slots=1)
+    sim = Simulation("skipkv", num_rows=1)
     for name, prompt in (("first", 6), ("second", 9), ("third", 6)):
         sim.start(name, num_prompt=prompt, budget=20)
         sim.step({name: prompt})
         assert sim.runtime.num_evicted(name) == 0
         assert sim.last_evicted is None
-        state = sim.runtime.tracker.state(sim.runtime._requests[name].slot)
+        state = sim.runtime.signals.sentences.tracker.state(sim.runtime._requests[name].row)
         assert not state.penalties.any()
         decode(sim, 30)
         assert sim.running[name].num_compactions >= 1
@@ -191,7 +193,8 @@ def test_window_empty_on_mixed_batches():
     """R-KV: in a step with prefill and decode tokens the window of the decoding request was not recorded."""
     ring = QueryRing(
         num_layers=1,
-        num_slots=2,
+        num_rows=2,
+        window=4,
         num_kept=4,
         num_heads=1,
         head_size=1,
@@ -210,11 +213,11 @@ def test_window_empty_on_mixed_batches():
     for chunk in (7, 1, 12, 3):
         # One decode token of slot 1 among a prefill chunk of slot 0, which lies in front of it.
         counts = np.array([chunk, 1])
-        ring.prepare(np.array([0, 1]), counts, np.array([100, position]), int(counts.sum()))
+        ring.place(np.array([0, 1]), counts, np.array([100, position]), int(counts.sum()))
         rows = [*(1000.0 + i for i in range(chunk)), float(position)]
         impl.forward(None, torch.tensor(rows).view(-1, 1, 1))
         position += 1
-    assert ring.read(0, 1, 14, 4).flatten().tolist() == [10.0, 11.0, 12.0, 13.0]
+    assert ring.of_layer(0, 1, 14, 4).flatten().tolist() == [10.0, 11.0, 12.0, 13.0]
 
 
 def test_evicted_before_a_window_was_observed():
@@ -231,7 +234,7 @@ def test_evicted_before_a_window_was_observed():
 def test_a_stale_count_is_not_carried_out():
     """R-KV: step N + 1 used the count of step N - 1 and overwrote live tokens. Here a wrong count is an error."""
     config = KVPolicyConfig(kv_policy="streaming_llm", kv_budget=16, kv_window=4)
-    runtime = EvictionRuntime(config, 2, None, None, None, None, torch.device("cpu"))
+    runtime = EvictionRuntime(config, Rows(2), Signals(), torch.device("cpu"))
     raw = torch.randn(8, 1, 4, 16)
     before = raw.clone()
     runtime.bind_cache(PagedCache.of([raw], Layout.ROWS), 4)
@@ -266,7 +269,7 @@ def test_a_cache_view_that_is_not_contiguous():
 
 def test_a_row_of_the_batch_that_moved():
     """R-KV: when vLLM closes a gap in the batch, the last request moves into it; its counters stayed behind."""
-    sim = Simulation("skipkv", num_slots=4)
+    sim = Simulation("skipkv", num_rows=4)
     prompts = {"a": 5, "b": 9, "c": 13}
     for name, length in prompts.items():
         sim.start(name, num_prompt=length, budget={"a": 25, "b": 20, "c": 33}[name])
@@ -289,7 +292,7 @@ def test_a_row_of_the_batch_that_moved():
 
 def test_more_tokens_held_than_a_step_may_have():
     """R-KV: a map of the slots of all held tokens was as long as a step's tokens may be, and overflowed."""
-    sim = Simulation("skipkv", num_slots=8, max_tokens=16, num_blocks=200)
+    sim = Simulation("skipkv", num_rows=8, max_tokens=16, num_blocks=200)
     names = [str(i) for i in range(8)]
     for name in names:
         sim.start(name, num_prompt=16, budget=40)

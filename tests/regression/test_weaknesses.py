@@ -243,7 +243,7 @@ def test_w9_queries_are_recorded_only_where_a_compaction_can_read_them():
     recorded = 0
     for _ in range(4 * 32):
         sim.step({"a": 1})
-        recorded += sim.runtime.ring.recording
+        recorded += sim.runtime.signals.queries.recording
     assert sim.running["a"].num_compactions >= 3
     # The window before each compaction, and no more.
     assert recorded <= 4 * (sim.config.kv_window + 1)

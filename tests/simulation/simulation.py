@@ -29,10 +29,18 @@ from skipkv_vllm.scheduler.planner import EvictionPlanner, Looks
 from skipkv_vllm.sentences import SentenceTables, segment_with
 from skipkv_vllm.sentences.recurrence import GRAM
 from skipkv_vllm.worker.batch import StepBatch
+from skipkv_vllm.worker.cache import KVCache
+from skipkv_vllm.worker.ranks import ALONE
+from skipkv_vllm.worker.requests import Rows
 from skipkv_vllm.worker.runtime import EvictionRuntime
+from skipkv_vllm.worker.signals import Signals
+from skipkv_vllm.worker.signals.attention_mass import AttentionMass
+from skipkv_vllm.worker.signals.base import ForwardOutput
 from skipkv_vllm.worker.signals.gates import TokenGates
 from skipkv_vllm.worker.signals.queries import QueryRing
-from skipkv_vllm.worker.signals.sentences import SentenceTracker
+from skipkv_vllm.worker.signals.segments import SegmentSparsity
+from skipkv_vllm.worker.signals.sentence_tracker import SentenceTracker
+from skipkv_vllm.worker.signals.sentences import Sentences
 from tests.reference import formulas
 
 LAYERS, KV_HEADS, Q_HEADS, DIM, HIDDEN = 2, 2, 4, 8, 6
@@ -125,7 +133,7 @@ class FakeBlock(torch.nn.Module):
 
 
 @dataclass
-class FakeProber:
+class FakeDecoder:
     """Stands in for the model that decodes ahead: checks what it is given, and returns queries drawn before."""
 
     sim: Simulation
@@ -224,7 +232,7 @@ class Simulation:
         policy, granularity, window, protect, parameters: of the server.
         layout: "gpu", "gpu strided" or "vec".
         ratio: kernel pages per block.
-        num_slots: requests that can run at once.
+        num_rows: requests that can run at once.
     """
 
     def __init__(
@@ -237,7 +245,7 @@ class Simulation:
         parameters: dict | None = None,
         layout: str = "gpu",
         ratio: int = 1,
-        num_slots: int = 4,
+        num_rows: int = 4,
         num_blocks: int = 60,
         page_size: int = 4,
         seed: int = 0,
@@ -265,7 +273,8 @@ class Simulation:
         if needs & Need.QUERIES:
             ring = QueryRing(
                 num_layers=LAYERS,
-                num_slots=num_slots,
+                num_rows=num_rows,
+                window=window,
                 num_kept=self.config.num_queries,
                 num_heads=Q_HEADS,
                 head_size=DIM,
@@ -279,7 +288,7 @@ class Simulation:
             tracker = SentenceTracker(
                 TABLES,
                 self.config.policy.sentence_options,
-                num_slots=num_slots,
+                num_rows=num_rows,
                 max_length=max_length,
                 hidden_size=HIDDEN if needs & Need.HIDDEN else 0,
                 vocab_size=16,
@@ -299,13 +308,19 @@ class Simulation:
                 device=CPU,
             )
             token_gates.attach(self.blocks)
-        self.runtime = EvictionRuntime(self.config, num_slots, ring, tracker, token_gates, None, CPU)
-        if needs & Need.LOOKAHEAD:
-            self.runtime.prober = FakeProber(self, max_length)
+        signals = Signals(
+            ring,
+            Sentences(tracker) if tracker is not None else None,
+            AttentionMass(ring, buffer) if ring is not None and needs & ACCUMULATED else None,
+            SegmentSparsity(ring, window, ALONE) if ring is not None and needs & Need.SEGMENTS else None,
+            token_gates,
+        )
+        self.runtime = EvictionRuntime(self.config, Rows(num_rows), signals, CPU)
+        self.decoder = FakeDecoder(self, max_length) if needs & Need.LOOKAHEAD else None
         self._lent: list[int] = []
         packing = Layout.ROWS if layout.startswith("gpu") else cpu_layout(layout)
         self.layers = [layer_pages(raw, packing) for raw in self.raw]
-        self.runtime.bind_cache(PagedCache.of(self.raw, packing), self.block_size)
+        self.runtime.bind_cache(PagedCache.of(self.raw, packing), self.block_size, decoder=self.decoder)
         self.ratio = ratio
         # Block 0 belongs to nobody, as in vLLM.
         self.free = list(range(1, num_blocks))
@@ -431,7 +446,7 @@ class Simulation:
             return []
         num_tokens = self.config.policy.num_question(self.config.kv_window) if is_question else lookahead.num_tokens
         num_pages = ceil_div(num_tokens if is_question else keep + num_tokens, self.block_size)
-        num_tokens = min(num_tokens, self.runtime.prober.max_length - request.num_logical)
+        num_tokens = min(num_tokens, self.decoder.max_length - request.num_logical)
         request.lookahead_queries = self.random(LAYERS, num_tokens, Q_HEADS, DIM)
         request.copy = []
         if is_question:
@@ -575,9 +590,6 @@ class Simulation:
                 slots.append(self._append(request, keys[:, row], values[:, row], entering[:, row]))
                 self._weigh(request)
                 row += 1
-        if self.runtime.gates is not None:
-            self.runtime.gates.store(torch.tensor(slots + [-1]))
-        padding = 3
         padding, logits = 3, None
         if self.config.needs & Need.LOOKAHEAD:
             logits = self.random(len(names), 16)
@@ -585,9 +597,13 @@ class Simulation:
                 self.running[name].logits = (
                     each if self.running[name].num_logical == self.running[name].num_prompt else None
                 )
-        self.runtime.finish_forward(
-            torch.tensor(token_ids + [DOT] * padding), torch.stack([*hidden, *(torch.ones(HIDDEN),) * padding]), logits
+        output = ForwardOutput(
+            torch.tensor(token_ids + [DOT] * padding),
+            torch.tensor(slots + [-1] * padding),
+            torch.stack([*hidden, *(torch.ones(HIDDEN),) * padding]),
+            logits,
         )
+        self.runtime.finish_forward(output)
 
     def _next_token(self, request: Running) -> int:
         """A random word, or the next one of a stretch of the request's text that is said again."""
@@ -651,12 +667,18 @@ class Simulation:
         ]
         return (read[0][..., :DIM], read[0][..., DIM:]) if len(read) == 1 else (read[0], read[1])
 
+    @property
+    def cache(self) -> KVCache:
+        """The runtime's cache."""
+        assert self.runtime._compactor is not None
+        return self.runtime._compactor.cache
+
     def positions(self, name: str) -> Tensor:
         """Positions by slot as the runtime has them, `[layers, H, resident]`."""
         request, state = self.running[name], self.runtime._requests.get(name)
         if state is None:
             return torch.arange(request.num_resident).expand(LAYERS, KV_HEADS, -1)
-        return self.runtime._positions(state, request.pages, request.num_resident)[0]
+        return self.cache.positions_of(request.pages, request.num_resident, state.num_placed, request.num_evicted)
 
     def check(self, name: str) -> None:
         """The cache holds exactly the dense tokens, each with its position, and in the pages' first slots."""
@@ -677,12 +699,11 @@ class Simulation:
                 assert torch.equal(values[head][order], torch.stack([cell.value for cell in cells])), name
         # What gates said follows the tokens of requests that read it, and of others until they are compacted.
         state = self.runtime._requests.get(name)
-        if self.runtime.gates is not None and (not request.num_evicted or state.needs & Need.GATES):
-            assert self.runtime._compactor is not None
-            said = self.runtime.gates.read(self.runtime._compactor.table([request.pages]), length)[0]
-            said = said.gather(-1, positions.argsort(dim=-1))
+        if self.runtime.signals.gates is not None and (not request.num_evicted or state.needs & Need.GATES):
+            found = self.runtime.signals.gates.by_slot(self.cache.table([request.pages]), length)[0]
+            found = found.gather(-1, positions.argsort(dim=-1))
             wanted = [[[cell.log_beta for cell in cells] for cells in heads] for heads in request.dense]
-            torch.testing.assert_close(said, torch.tensor(wanted), rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(found, torch.tensor(wanted), rtol=1e-5, atol=1e-6)
 
     # ---- the dense reference
 

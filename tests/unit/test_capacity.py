@@ -22,7 +22,7 @@ from skipkv_vllm.policies.base import SentenceOptions
 from skipkv_vllm.scheduler.admission import Ledger, limits_of
 from skipkv_vllm.sentences.tables import build_tables
 from skipkv_vllm.worker.signals.queries import QueryRing
-from skipkv_vllm.worker.signals.sentences import SentenceTracker
+from skipkv_vllm.worker.signals.sentence_tracker import SentenceTracker
 
 SHAPE = ModelShape(28, 28, 4, 128, 3584, 152064, 2)
 POOL = Pool(num_pages=5000, page_size=16, max_num_seqs=64, max_length=32768, max_tokens=2048)
@@ -33,7 +33,7 @@ CONFIG = KVPolicyConfig(kv_policy="skipkv", kv_budget=1024)
 @pytest.mark.parametrize("slots", [1, 7])
 def test_the_ring_takes_what_was_counted(kept, slots):
     ring = QueryRing(
-        num_layers=3, num_slots=slots, num_kept=kept, num_heads=6, head_size=16, max_tokens=50,
+        num_layers=3, num_rows=slots, window=kept, num_kept=kept, num_heads=6, head_size=16, max_tokens=50,
         dtype=torch.bfloat16, device=torch.device("cpu"),
     )  # fmt: skip
     assert ModelShape(3, 6, 2, 16, 96, 500, 2).ring_bytes(kept, slots, 50) == ring.nbytes
@@ -56,7 +56,7 @@ def test_the_tracker_takes_what_was_counted(policy, parameters, need, slots):
     assert config.needs & REPEATS == need
     tracker = SentenceTracker(
         build_tables(AutoTokenizer.from_pretrained(bundled_model()), "default"), SentenceOptions(max_sentences=9),
-        num_slots=slots, max_length=100, hidden_size=48 if need is Need.HIDDEN else 0, vocab_size=503,
+        num_rows=slots, max_length=100, hidden_size=48 if need is Need.HIDDEN else 0, vocab_size=503,
         dtype=torch.float32, device=torch.device("cpu"), keeps_text=need is Need.RECURRENCE,
     )  # fmt: skip
     shape = ModelShape(2, 4, 2, 32, 48, 503, 4)

@@ -1,0 +1,38 @@
+"""What workers collect for policies. `base.Signal` is the protocol; a new signal is a file here and a field below."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from .attention_mass import AttentionMass
+from .base import Signal
+from .gates import TokenGates
+from .queries import QueryRing
+from .segments import SegmentSparsity
+from .sentences import Sentences
+
+__all__ = ["Signal", "Signals"]
+
+
+@dataclass(frozen=True)
+class Signals:
+    """The signals of a worker; None for those that no policy of the server needs."""
+
+    queries: QueryRing | None = None
+    sentences: Sentences | None = None
+    attention_mass: AttentionMass | None = None
+    segments: SegmentSparsity | None = None
+    gates: TokenGates | None = None
+
+    def __post_init__(self) -> None:
+        every = (self.queries, self.sentences, self.attention_mass, self.segments, self.gates)
+        object.__setattr__(self, "_present", tuple(signal for signal in every if signal is not None))
+
+    def __iter__(self) -> Iterator[Signal]:
+        return iter(self._present)  # type: ignore[attr-defined]
+
+    @property
+    def nbytes(self) -> int:
+        """Device memory of all signals, see `Signal.nbytes`."""
+        return sum(signal.nbytes for signal in self)

@@ -1,9 +1,8 @@
-"""Learned gates at work: what they say of every token when it is written, kept beside its KV.
+"""Learned gates: their output for every token when it is written, kept beside its KV.
 
-A hook in front of each attention block lets the layer's gate read what the block reads. The numbers of a step land in
+A hook in front of each attention block lets the layer's gate read the input of the block. The outputs of a step land in
 buffers that compiled code and CUDA graphs write; after the forward pass they go to the slots of the step's tokens. They
-are kept by slot and for every request's tokens, whatever its policy, so that a page that is found in the prefix cache
-has them.
+are kept by slot and for every request's tokens, whatever its policy, so that blocks of the prefix cache have them.
 """
 
 from __future__ import annotations
@@ -17,16 +16,19 @@ import torch
 from torch import Tensor, nn
 
 from ...core.errors import KVPolicyError
+from ...core.needs import Need
 from ...ops.gates import check_activation, token_gates
-from ...ops.paging import PagedCache
 from ...policies.gates import INPUT, Gate
+from ..cache import KVCache
+from ..jobs import CompactionBatch, Moves
+from .base import ForwardOutput, Inputs, Signal, Step
 
 
 def attention_blocks(model: nn.Module, layers: Mapping[str, Any]) -> list[nn.Module]:
-    """The modules that attention layers, by name and in model order, are part of.
+    """Return the modules that contain the attention layers, which are given by name in model order.
 
     Raises:
-        KVPolicyError: one whose input cannot be told.
+        KVPolicyError: a module whose input is unknown.
     """
     parents = {id(child): module for module in model.modules() for child in module.children()}
     blocks = []
@@ -42,19 +44,19 @@ def attention_blocks(model: nn.Module, layers: Mapping[str, Any]) -> list[nn.Mod
     return blocks
 
 
-class TokenGates:
-    """The gates of this rank's layers and heads, and what they said of each held token.
+class TokenGates(Signal):
+    """The gates of this rank's layers and heads, and their output for each held token.
 
     Args:
         gates: of this rank's layers, with all kv heads of the model.
         first_head, num_heads: this rank's kv heads.
         activation: name of the model's activation, which the gates share.
         max_tokens: tokens of the largest step.
-        dtype: of the model.
+        dtype: dtype of the model.
         device: where the model runs.
 
     Raises:
-        KVPolicyError: an activation that is not known.
+        KVPolicyError: unknown activation.
     """
 
     def __init__(
@@ -80,20 +82,19 @@ class TokenGates:
             for gate in gates
         ]
         # A tensor of its own for each layer: compiled code may not write two views of one.
-        self._said = [torch.zeros(max_tokens, num_heads, dtype=torch.float32, device=device) for _ in gates]
-        self._num_said = 0
+        self._outputs = [torch.zeros(max_tokens, num_heads, dtype=torch.float32, device=device) for _ in gates]
+        self._num_tokens = 0
         self._entries = torch.empty(0)
         self._page_size = 0
 
     @property
     def nbytes(self) -> int:
-        """Device memory beside the entries of the cache's slots."""
-        return sum(t.nbytes for t in (*self._said, *(t for gate in self._weights for t in gate)))
+        return sum(t.nbytes for t in (*self._outputs, *(t for gate in self._weights for t in gate)))
 
     def attach(self, blocks: Sequence[nn.Module]) -> None:
         """Put a hook on the attention block of each layer. Call it before anything is compiled."""
         for i, (block, gate) in enumerate(zip(blocks, self._weights, strict=True)):
-            for name, buffer in {**gate._asdict(), "said": self._said[i]}.items():
+            for name, buffer in {**gate._asdict(), "output": self._outputs[i]}.items():
                 block.register_buffer(f"skipkv_gate_{name}", buffer, persistent=False)
             place = list(inspect.signature(block.forward).parameters).index(INPUT)
             block.register_forward_pre_hook(functools.partial(self._before_block, i, place), with_kwargs=True)
@@ -103,51 +104,69 @@ class TokenGates:
         if torch.compiler.is_compiling():
             gate = (block.skipkv_gate_weight1, block.skipkv_gate_bias1, block.skipkv_gate_weight2)
             torch.ops.skipkv.token_gates(
-                hidden, *gate, block.skipkv_gate_bias2, self._activation, block.skipkv_gate_said
+                hidden, *gate, block.skipkv_gate_bias2, self._activation, block.skipkv_gate_output
             )
         else:
-            token_gates(hidden, *self._weights[index], self._activation, self._said[index])
+            token_gates(hidden, *self._weights[index], self._activation, self._outputs[index])
 
-    def bind_cache(self, cache: PagedCache) -> None:
-        """Make room for an entry a slot: float32 `[layers, slots, H]`."""
-        pages, heads, self._page_size, _ = cache.caches[0].shape
-        device = cache.caches[0].device
-        shape = (len(cache.caches), pages * self._page_size, heads)
-        self._entries = torch.zeros(shape, dtype=torch.float32, device=device)
+    def bind_cache(self, cache: KVCache) -> None:
+        """Allocate one entry per slot: float32 `[layers, slots, H]`."""
+        num_layers, num_pages, heads, self._page_size = cache.sidecar.shape
+        shape = (num_layers, num_pages * self._page_size, heads)
+        self._entries = torch.zeros(shape, dtype=torch.float32, device=cache.device)
 
-    def prepare(self, num_tokens: int) -> None:
-        """The coming forward pass has so many tokens; 0 where it is a dummy."""
-        self._num_said = num_tokens
+    def prepare(self, step: Step) -> None:
+        self._num_tokens = step.batch.num_tokens
+
+    def prepare_dummy(self) -> None:
+        self._num_tokens = 0
+
+    def after_forward(self, step: Step, output: ForwardOutput) -> None:
+        self.store(output.slots)
 
     def store(self, slots: Tensor) -> None:
-        """Keep what was said in the forward pass that ran.
+        """Keep the outputs of the forward pass that ran.
 
         Args:
-            slots: integer `[>= T]`, where the KV of each token went.
+            slots: integer `[>= T]`, slot of each token in the cache.
         """
-        count, self._num_said = self._num_said, 0
+        count, self._num_tokens = self._num_tokens, 0
         if count:
-            self._entries[:, slots[:count].long()] = torch.stack([said[:count] for said in self._said])
+            self._entries[:, slots[:count].long()] = torch.stack([output[:count] for output in self._outputs])
 
-    def read(self, table: Tensor, length: int) -> Tensor:
-        """What was said of the tokens of R requests by slot, float32 `[R, layers, H, length]`.
+    def read(self, batch: CompactionBatch, inputs: Inputs) -> None:
+        if batch.needs & Need.GATES:
+            inputs.gates = self.by_slot(batch.source_table, batch.length)
+
+    def by_slot(self, table: Tensor, length: int) -> Tensor:
+        """Return the outputs for the tokens of R requests by slot, float32 `[R, layers, H, length]`.
 
         Args:
             table: integer `[R, pages]` page ids, padded with any page.
-            length: resident length of the longest request; what lies past a shorter one's means nothing.
+            length: resident length of the longest request; entries beyond a shorter request's tokens are arbitrary.
         """
         by_page = self._entries.unflatten(1, (-1, self._page_size))[:, table.long()]  # [layers, R, pages, P, H]
         return by_page.flatten(2, 3)[:, :, :length].permute(1, 0, 3, 2)
 
-    def move(self, held: Tensor, table: Tensor, num_keep: int, source: Tensor, hole: Tensor, valid: Tensor) -> None:
-        """Follow a compaction; the moves are those of `ops.move_list`.
+    def move(self, batch: CompactionBatch, inputs: Inputs, moves: Moves) -> None:
+        if inputs.gates is None:
+            return
+        source, hole, valid = moves.source.long(), moves.hole.long(), moves.valid
+        for r, (order, _) in enumerate(batch.jobs):
+            kept = moved(inputs.gates[r], order.num_keep, source[r], hole[r], valid[r])
+            slot = torch.arange(order.num_keep, device=kept.device)
+            pages = batch.target_table[r].long()
+            slots = pages[slot // self._page_size] * self._page_size + slot % self._page_size
+            self._entries[:, slots] = kept.transpose(1, 2)
 
-        Args:
-            held: `[layers, H, N]` by slot, before; N is above `num_keep`.
-            table: integer `[pages]` page ids after it.
-        """
-        # Padding goes to a place beyond the kept ones.
-        kept = held.scatter(-1, torch.where(valid, hole, num_keep), held.gather(-1, source))[..., :num_keep]
-        order = torch.arange(num_keep, device=table.device)
-        slots = table.long()[order // self._page_size] * self._page_size + order % self._page_size
-        self._entries[:, slots] = kept.transpose(1, 2)
+
+def moved(held: Tensor, num_keep: int, source: Tensor, hole: Tensor, valid: Tensor) -> Tensor:
+    """Return entries by slot after a compaction, `[layers, H, num_keep]`; for the moves see `ops.move_list`.
+
+    Args:
+        held: `[layers, H, N]` by slot, before; N is above `num_keep`.
+        num_keep: number of tokens that stay.
+        source, hole, valid: the moves.
+    """
+    # Padding goes to a place beyond the kept ones.
+    return held.scatter(-1, torch.where(valid, hole, num_keep), held.gather(-1, source))[..., :num_keep]

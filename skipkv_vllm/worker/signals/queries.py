@@ -1,7 +1,7 @@
-"""The observation-query ring: the newest post-RoPE queries of every running request, in every layer.
+"""The query ring: the newest post-RoPE queries of every running request, in every layer.
 
-One indexed copy per layer into a persistent buffer, inside the attention call. It is safe in CUDA graphs:
-the index is a persistent buffer too, refilled before each step.
+One indexed copy per layer into a persistent buffer, inside the attention call. It is safe in CUDA graphs, because the
+index is a persistent buffer too and is refilled before each step.
 """
 
 from __future__ import annotations
@@ -17,20 +17,41 @@ from torch import Tensor
 
 from ... import ops
 from ...core.device import to_device
+from ...core.needs import Need
+from ..jobs import CompactionBatch
+from .base import Inputs, Signal, Step
 
 
-class QueryRing:
-    """Ring buffer `[layers, slots * n + 1, Hq, D]`; position p of slot s lies in row `s * n + p % n`.
+class QueryRing(Signal):
+    """Ring buffer `[layers, rows * n + 1, Hq, D]`; position p of row r lies in entry `r * n + p % n`.
 
-    The number n of queries kept is the window W, or more for methods that add up attention. The last row
-    is for what nobody reads: padding, older tokens of a long chunk, unmanaged requests.
+    The number n of queries kept is the window W, or more for methods that add up attention. The last entry is the
+    discard entry: padding, older tokens of a long chunk, unmanaged requests.
+
+    Args:
+        num_layers: attention layers of this worker.
+        num_rows: requests that can run at once.
+        window: W, number of queries that score the held tokens.
+        num_kept: n, at least W.
+        num_heads: query heads of this worker.
+        head_size: elements of a query.
+        max_tokens: tokens of the largest step.
+        dtype: of the stored queries.
+        device: where the model runs.
+
+    Attributes:
+        num_kept: see above.
+        record: the operator that copies queries into the ring.
+        recording: False in a step whose queries are not needed; a captured graph then records into the discard entry.
+        index: int64 `[max_tokens]`, entry of each token of the step.
     """
 
     def __init__(
         self,
         *,
         num_layers: int,
-        num_slots: int,
+        num_rows: int,
+        window: int,
         num_kept: int,
         num_heads: int,
         head_size: int,
@@ -39,71 +60,80 @@ class QueryRing:
         device: torch.device,
     ) -> None:
         self.num_kept = num_kept
-        self._nobody = num_slots * num_kept
-        self._rows = torch.zeros(num_layers, self._nobody + 1, num_heads, head_size, dtype=dtype, device=device)
-        self._first_of_layer = np.arange(num_layers) * (self._nobody + 1)
-        self.observe = ops.function("observe_queries", device)
+        self._window = window
+        self._discard = num_rows * num_kept
+        self._entries = torch.zeros(num_layers, self._discard + 1, num_heads, head_size, dtype=dtype, device=device)
+        self._first_of_layer = np.arange(num_layers) * (self._discard + 1)
+        self.record = ops.function("observe_queries", device)
         self.recording = True
-        """False in a step whose queries nobody needs; a captured graph records them all the same, for nobody"""
-        self.index = torch.full((max_tokens,), self._nobody, dtype=torch.int64, device=device)
+        self.index = torch.full((max_tokens,), self._discard, dtype=torch.int64, device=device)
         # For the few numbers of a step NumPy takes a fraction of PyTorch's time.
         self._index_on_host = self.index.numpy() if self.index.device.type == "cpu" else None
         self._num_set = 0
-        """leading entries of the index that may name a row; the others name nobody's"""
-        # Of the batch before, because most batches are the one before: first row and number of rows by request.
-        self._slots: np.ndarray | None = None
-        self._first_row = self._cycle = np.zeros(0, dtype=np.int64)
+        """first tokens of the index that may name an entry; the others name the discard entry"""
+        # Of the batch before, because most batches are the one before: first entry and number of entries by request.
+        self._rows: np.ndarray | None = None
+        self._first_entry = self._cycle = np.zeros(0, dtype=np.int64)
 
     @property
     def nbytes(self) -> int:
-        """Device memory of the ring."""
-        return self._rows.nbytes + self.index.nbytes
+        return self._entries.nbytes + self.index.nbytes
 
     def attach(self, layer_index: int, impl: Any) -> None:
         """Make an attention implementation of vLLM write its queries into the ring.
 
         The object's class is replaced by a subclass, so this works for every backend and inside graphs.
         """
-        impl.__class__ = _observing(type(impl))  # type: ignore[arg-type]
+        impl.__class__ = _recording(type(impl))  # type: ignore[arg-type]
         impl._skipkv_ring = self
-        impl._skipkv_rows = self._rows[layer_index]
+        impl._skipkv_entries = self._entries[layer_index]
 
-    def prepare(self, slots: np.ndarray, counts: np.ndarray, starts: np.ndarray, num_tokens: int) -> None:
-        """Say where the queries of the coming step go. R requests, their tokens contiguous.
+    def prepare(self, step: Step) -> None:
+        if step.records_queries:
+            batch = step.batch
+            self.place(step.rows.recorded, batch.counts, batch.starts, batch.num_tokens)
+        else:
+            self.skip()
+
+    def place(self, rows: np.ndarray, counts: np.ndarray, starts: np.ndarray, num_tokens: int) -> None:
+        """Choose where the queries of the coming step go; R requests, their tokens contiguous.
 
         Args:
-            slots: int64 `[R]`, -1 for a request that is not observed; never changed afterwards.
-            counts: integer `[R]` tokens of each request in this step, at least one.
-            starts: integer `[R]` logical position of each one's first token.
+            rows: int64 `[R]`, -1 for a request whose queries are not recorded; never changed afterwards.
+            counts: integer `[R]`, tokens of each request in this step, at least one.
+            starts: integer `[R]`, logical position of each one's first token.
             num_tokens: sum of the counts.
         """
-        if slots is not self._slots:
-            self._slots, observed = slots, slots >= 0
-            self._first_row = np.where(observed, slots * self.num_kept, self._nobody)
-            self._cycle = np.where(observed, self.num_kept, 1)
-        if num_tokens == len(slots):
-            rows = self._first_row + starts % self._cycle
+        if rows is not self._rows:
+            self._rows, is_recorded = rows, rows >= 0
+            self._first_entry = np.where(is_recorded, rows * self.num_kept, self._discard)
+            self._cycle = np.where(is_recorded, self.num_kept, 1)
+        if num_tokens == len(rows):
+            entries = self._first_entry + starts % self._cycle
         else:
             offsets = np.arange(num_tokens) - np.repeat(counts.cumsum() - counts, counts)
-            start, count, first, cycle = (np.repeat(x, counts) for x in (starts, counts, self._first_row, self._cycle))
-            rows = np.where(offsets >= count - self.num_kept, first + (start + offsets) % cycle, self._nobody)
+            start, count, first, cycle = (
+                np.repeat(x, counts) for x in (starts, counts, self._first_entry, self._cycle)
+            )
+            is_new = offsets >= count - self.num_kept
+            entries = np.where(is_new, first + (start + offsets) % cycle, self._discard)
         if num_tokens < self._num_set:
-            self.index[num_tokens : self._num_set].fill_(self._nobody)
+            self.index[num_tokens : self._num_set].fill_(self._discard)
         self._num_set = num_tokens
         if self._index_on_host is None:
-            self.index[:num_tokens].copy_(to_device(rows, torch.int64, self.index.device), non_blocking=True)
+            self.index[:num_tokens].copy_(to_device(entries, torch.int64, self.index.device), non_blocking=True)
         else:
-            self._index_on_host[:num_tokens] = rows
+            self._index_on_host[:num_tokens] = entries
         self.recording = True
 
     def skip(self) -> None:
-        """Nobody needs the queries of the coming step."""
+        """Record no query of the coming step."""
         if self.recording:
             self._clear()
             self.recording = False
 
-    def idle(self) -> None:
-        """The coming forward pass is a dummy: what it records is for nobody, but a graph may be captured in it."""
+    def prepare_dummy(self) -> None:
+        # A graph may be captured, so it records, into the discard entry.
         self._clear()
         self.recording = True
 
@@ -111,37 +141,43 @@ class QueryRing:
     def handing_out(self) -> Iterator[list[Tensor]]:
         """Collect the queries of an eager forward pass, `[T, Hq, D]` by layer, instead of recording them."""
         seen: list[Tensor] = []
-        observe, recording = self.observe, self.recording
-        self.observe, self.recording = lambda query, index, rows: seen.append(query.clone()), True
+        record, recording = self.record, self.recording
+        self.record, self.recording = lambda query, index, entries: seen.append(query.clone()), True
         try:
             yield seen
         finally:
-            self.observe, self.recording = observe, recording
+            self.record, self.recording = record, recording
 
     def _clear(self) -> None:
-        self.index[: self._num_set].fill_(self._nobody)
+        self.index[: self._num_set].fill_(self._discard)
         self._num_set = 0
 
-    def read(self, layer_index: int, slot: int, num_logical: int, count: int) -> Tensor:
-        """Queries of the last `count` tokens before position `num_logical`, oldest first: `[count, Hq, D]`."""
-        rows = self._rows[layer_index, slot * self.num_kept : (slot + 1) * self.num_kept]
-        return rows.roll(-(num_logical % self.num_kept), dims=0)[self.num_kept - count :]
+    def read(self, batch: CompactionBatch, inputs: Inputs) -> None:
+        if batch.policy.needs & Need.QUERIES and not batch.policy.needs & Need.OUTPUT_ERROR:
+            rows, lengths = zip(*((request.row, order.num_logical) for order, request in batch.jobs), strict=True)
+            inputs.queries = self.newest(rows, lengths, self._window)
 
-    def read_all(self, slots: Sequence[int], num_logical: Sequence[int], count: int) -> Tensor:
-        """The same for R requests and all layers: `[R, layers, count, Hq, D]`."""
-        if len(slots) == 1:
-            # One request's rows lie together: a copy of a slice takes a fraction of the time.
-            own = self._rows[:, slots[0] * self.num_kept : (slots[0] + 1) * self.num_kept]
+    def of_layer(self, layer_index: int, row: int, num_logical: int, count: int) -> Tensor:
+        """Return the queries of the last `count` tokens before position `num_logical`: `[count, Hq, D]`."""
+        entries = self._entries[layer_index, row * self.num_kept : (row + 1) * self.num_kept]
+        return entries.roll(-(num_logical % self.num_kept), dims=0)[self.num_kept - count :]
+
+    def newest(self, rows: Sequence[int], num_logical: Sequence[int], count: int) -> Tensor:
+        """Return the same of R requests and all layers, oldest first: `[R, layers, count, Hq, D]`."""
+        if len(rows) == 1:
+            # One request's entries lie together: a copy of a slice takes a fraction of the time.
+            own = self._entries[:, rows[0] * self.num_kept : (rows[0] + 1) * self.num_kept]
             return own.roll(-(num_logical[0] % self.num_kept), dims=1)[None, :, self.num_kept - count :].contiguous()
-        first = np.array(slots)[:, None] * self.num_kept
-        rows = first + (np.array(num_logical)[:, None] - count + np.arange(count)) % self.num_kept
-        of_layers = self._first_of_layer[:, None] + rows[:, None]
-        found = self._rows.flatten(0, 1).index_select(0, to_device(of_layers.ravel(), torch.int64, self._rows.device))
+        first = np.array(rows)[:, None] * self.num_kept
+        entries = first + (np.array(num_logical)[:, None] - count + np.arange(count)) % self.num_kept
+        of_layers = self._first_of_layer[:, None] + entries[:, None]
+        chosen = to_device(of_layers.ravel(), torch.int64, self._entries.device)
+        found = self._entries.flatten(0, 1).index_select(0, chosen)
         return found.view(*of_layers.shape, *found.shape[1:])
 
 
 def _dequantised(query: Tensor, scale: Tensor) -> Tensor:
-    """What vLLM quantised for an attention kernel that multiplies 8-bit queries with 8-bit keys; float32.
+    """Return float32 queries of what vLLM quantised for an attention kernel with 8-bit queries and keys.
 
     Args:
         query: `[T, Hq, D]`.
@@ -152,19 +188,18 @@ def _dequantised(query: Tensor, scale: Tensor) -> Tensor:
 
 
 @functools.cache
-def _observing(cls: type) -> type:
-    """The subclass of an attention implementation that records queries; one per class.
+def _recording(cls: type) -> type:
+    """Return the subclass of an attention implementation that records queries; one per class.
 
-    It adds no instance attributes of its own kind, because an object can only change to a class of the
-    same memory layout.
+    It adds no instance layout of its own, because an object can only change to a class of the same memory layout.
     """
 
     def forward(self: Any, layer: Any, query: Tensor, *args: Any, **kwargs: Any) -> Any:
         ring = self._skipkv_ring
         if ring.recording:
-            rows = self._skipkv_rows
-            seen = query if query.dtype is rows.dtype else _dequantised(query, layer._q_scale).to(rows.dtype)
-            ring.observe(seen, ring.index, rows)
+            entries = self._skipkv_entries
+            seen = query if query.dtype is entries.dtype else _dequantised(query, layer._q_scale).to(entries.dtype)
+            ring.record(seen, ring.index, entries)
         return cls.forward(self, layer, query, *args, **kwargs)  # type: ignore[attr-defined]
 
-    return type(f"Observing{cls.__name__}", (cls,), {"forward": forward, "__slots__": ()})
+    return type(f"Recording{cls.__name__}", (cls,), {"forward": forward, "__slots__": ()})

@@ -17,7 +17,7 @@ from skipkv_vllm.integration import build
 from skipkv_vllm.integration.build import without_sidecar
 from skipkv_vllm.ops import paging
 from skipkv_vllm.ops.paging import FP8_CACHES, LayerPages, PagedCache, layer_pages
-from skipkv_vllm.worker.cache import PositionSidecar
+from skipkv_vllm.worker.cache import KVCache
 from tests.operators.cases import Pages
 
 PAGES, HEADS = 5, 2
@@ -329,16 +329,16 @@ def test_vec_layout_equals_vllms_writer(size, dim):
 # ---- positions
 
 
-def sidecar(size: int = 4, layers: int = 2) -> PositionSidecar:
-    return PositionSidecar(PagedCache.of([torch.zeros(PAGES, HEADS, size, 16)] * layers, paging.Layout.ROWS))
+def sidecar(size: int = 4, layers: int = 2) -> KVCache:
+    return KVCache(PagedCache.of([torch.zeros(PAGES, HEADS, size, 16)] * layers, paging.Layout.ROWS), size)
 
 
 def whole(numbers: list[Any]) -> Tensor:
     return torch.tensor(numbers, dtype=torch.int32)
 
 
-def read(side: PositionSidecar, pages: list[int], length: int, placed: int, evicted: int) -> Tensor:
-    return side.read(whole([pages]), length, whole([placed]), whole([evicted]))[0]
+def read(side: KVCache, pages: list[int], length: int, placed: int, evicted: int) -> Tensor:
+    return side.positions(whole([pages]), length, whole([placed]), whole([evicted]))[0]
 
 
 def test_positions_before_any_compaction_are_the_slots():
@@ -350,7 +350,7 @@ def test_positions_before_any_compaction_are_the_slots():
 def test_positions_after_a_compaction():
     side = sidecar()
     # Head 0 of both layers keeps 0, 5, 2, 6 (5 into slot 1, 6 into slot 3); head 1 keeps its first four.
-    side.entries[:, 3] = torch.tensor([[0, 5, 2, 6], [0, 1, 2, 3]])
+    side.sidecar[:, 3] = torch.tensor([[0, 5, 2, 6], [0, 1, 2, 3]])
     assert read(side, [3], 4, 4, 3)[0].tolist() == [[0, 5, 2, 6], [0, 1, 2, 3]]
     # Tokens appended since lie behind them, in order: slot 4 holds position 7.
     assert read(side, [3, 1], 6, 4, 3)[1].tolist() == [[0, 5, 2, 6, 7, 8], [0, 1, 2, 3, 7, 8]]
@@ -358,8 +358,8 @@ def test_positions_after_a_compaction():
 
 def test_positions_of_several_requests_are_read_at_once():
     side = sidecar()
-    side.entries[:, 3] = torch.tensor([[0, 5, 2, 6], [0, 1, 2, 3]])
-    got = side.read(whole([[3, 1], [2, 0]]), 6, whole([4, 0]), whole([3, 0]))
+    side.sidecar[:, 3] = torch.tensor([[0, 5, 2, 6], [0, 1, 2, 3]])
+    got = side.positions(whole([[3, 1], [2, 0]]), 6, whole([4, 0]), whole([3, 0]))
     assert torch.equal(got[0], read(side, [3, 1], 6, 4, 3))
     assert torch.equal(got[1], read(side, [2, 4], 6, 0, 0))
 

@@ -12,7 +12,7 @@ import torch
 from skipkv_vllm.ops import KEYWORD_SHIFT, STATE, native
 from skipkv_vllm.ops import torch_backend as batched
 from skipkv_vllm.ops.schema import SCHEMAS
-from skipkv_vllm.worker.signals.sentences import OPEN
+from skipkv_vllm.worker.signals.sentence_tracker import OPEN
 from tests.operators.backends import Backend, cases, each_backend, isa, on  # noqa: F401
 from tests.operators.cases import CompactCase, ScoreCase
 from tests.operators.thought_cases import check_thoughts

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -15,14 +16,22 @@ from skipkv_vllm.config import KVPolicyConfig, RequestOptions
 from skipkv_vllm.core.errors import KVPolicyError
 from skipkv_vllm.core.needs import Need
 from skipkv_vllm.integration import compat
+from skipkv_vllm.ops.paging import Layout, PagedCache
 from skipkv_vllm.policies import View, make_policy
 from skipkv_vllm.policies.gates import PREFIX, Gates
+from skipkv_vllm.worker.batch import BatchRows, RowTable, StepBatch
+from skipkv_vllm.worker.cache import KVCache
+from skipkv_vllm.worker.signals.base import Step
 from skipkv_vllm.worker.signals.gates import TokenGates, attention_blocks
 from tests.reference import formulas
 from tests.simulation import CPU, HIDDEN, KV_HEADS, LAYERS, FakeBlock, gates, gates_file
 from tests.unit.config.test_steering import model_for
 
 FIRST = PREFIX.format(0)
+
+
+def cache(heads: int) -> KVCache:
+    return KVCache(PagedCache.of([torch.zeros(5, heads, 4, 2)] * LAYERS, Layout.ROWS), 4)
 
 
 def token_gates(**changes) -> TokenGates:
@@ -183,14 +192,15 @@ def test_a_hook_computes_the_formula_for_the_heads_of_a_rank(first_head):
     for i, block in enumerate(blocks):
         # Both ways in which models call it, and more rows than tokens, as padding makes them.
         block(None, hidden_states=hidden[i]) if i else block(None, hidden[i])
-    found.bind_cache(type("Cache", (), {"caches": [torch.zeros(5, 1, 4, 2)] * LAYERS}))
+    found.bind_cache(cache(heads=1))
     slots = torch.tensor([4, 5, 6, 7, 12, 13, 14])
-    found.prepare(len(slots))
+    batch = StepBatch(["a"], np.array([len(slots)]), np.array([0]), len(slots))
+    found.prepare(Step(batch, BatchRows(["a"], np.array([0]), RowTable(1), CPU), False))
     found.store(slots)
-    said = found.read(torch.tensor([[1, 3]]), 7)[0]
+    outputs = found.by_slot(torch.tensor([[1, 3]]), 7)[0]
     for i, gate in enumerate(gates().layers):
         wanted = [formulas.log_beta(gate, hidden[i, t])[first_head] for t in range(7)]
-        torch.testing.assert_close(said[i, 0], torch.tensor(wanted))
+        torch.testing.assert_close(outputs[i, 0], torch.tensor(wanted))
 
 
 def test_compiled_code_writes_what_a_step_says():
@@ -199,11 +209,11 @@ def test_compiled_code_writes_what_a_step_says():
     hidden = torch.randn(6, HIDDEN, generator=torch.Generator().manual_seed(4))
     compiled = torch.compile(block, backend="aot_eager", fullgraph=True)
     for rows in (3, 6):
-        found._said[0].zero_()
+        found._outputs[0].zero_()
         assert torch.equal(compiled(None, hidden[:rows]), hidden[:rows])
         wanted = [formulas.log_beta(gates().layers[0], hidden[t]) for t in range(rows)]
-        torch.testing.assert_close(found._said[0][:rows], torch.tensor(wanted))
-        assert not found._said[0][rows:].any()
+        torch.testing.assert_close(found._outputs[0][:rows], torch.tensor(wanted))
+        assert not found._outputs[0][rows:].any()
 
 
 def test_blocks_are_found_by_the_attention_layers_in_them():
@@ -245,7 +255,7 @@ def test_what_was_counted_is_what_they_take():
     shape = ModelShape(LAYERS, 4, KV_HEADS, 8, HIDDEN, 16, 4)
     assert shape.gate_bytes(gates().width, 16) == token_gates().nbytes
     found = token_gates()
-    found.bind_cache(type("Cache", (), {"caches": [torch.zeros(5, KV_HEADS, 4, 2)] * LAYERS}))
+    found.bind_cache(cache(KV_HEADS))
     per_token = shape.sidecar_bytes(Need.GATES) - shape.sidecar_bytes(Need.NOTHING)
     assert found._entries.nbytes == 5 * 4 * per_token
     config = KVPolicyConfig(kv_policy="trimkv", kv_policy_config={"gates": gates_file()})

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from skipkv_vllm.sentences.recurrence import GRAM, next_occurrence, repeated_shares, repeated_tokens
-from skipkv_vllm.worker.signals.sentences import OPEN
+from skipkv_vllm.worker.signals.sentence_tracker import OPEN
 
 DOT = 0
 

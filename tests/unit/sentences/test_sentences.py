@@ -20,7 +20,7 @@ from skipkv_vllm.ops import dispatch, native
 from skipkv_vllm.policies import SentenceOptions
 from skipkv_vllm.sentences import Sentence, SentenceTables, build_tables, segment, segment_with
 from skipkv_vllm.sentences.recurrence import GRAM
-from skipkv_vllm.worker.signals.sentences import SentenceTracker, TrackedTokens
+from skipkv_vllm.worker.signals.sentence_tracker import SentenceTracker, TrackedTokens
 
 # ---- tokenizers
 
@@ -278,7 +278,7 @@ def make_tracker(backend: str) -> MakeTracker:
         tracker = SentenceTracker(
             tables,
             SentenceOptions(**options),
-            num_slots=slots,
+            num_rows=slots,
             max_length=100,
             hidden_size=0 if keeps_text else hidden,
             vocab_size=20,
@@ -466,7 +466,7 @@ def test_one_step_that_closes_more_sentences_than_are_kept(backend, threads):
     tracker = SentenceTracker(
         TABLES,
         SentenceOptions(max_sentences=kept),
-        num_slots=1,
+        num_rows=1,
         max_length=2 * count,
         hidden_size=size,
         vocab_size=20,

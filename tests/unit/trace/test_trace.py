@@ -26,7 +26,7 @@ from skipkv_vllm.trace import files as trace_files
 from skipkv_vllm.trace.collector import TraceCollector
 from skipkv_vllm.trace.files import Trace, trace_path
 from skipkv_vllm.trace.writer import TraceWriter
-from skipkv_vllm.worker.signals.sentences import SentenceTracker, TrackedTokens
+from skipkv_vllm.worker.signals.sentence_tracker import SentenceTracker, TrackedTokens
 
 DOT = 9
 TABLES = SentenceTables(frozenset({DOT}), ((8,),), True, "max")
@@ -64,7 +64,7 @@ def similar(slot: int) -> tuple[Tensor, Tensor]:
     tracker = SentenceTracker(
         TABLES,
         SentenceOptions(0.9, 16),
-        num_slots=2,
+        num_rows=2,
         max_length=50,
         hidden_size=2,
         vocab_size=10,

@@ -200,7 +200,7 @@ def test_the_engine_says_of_a_file_what_was_trained(kind, tmp_path):
         _, log_beta = student(ids[:1], gated=True)
     for i, hidden in enumerate(entering):
         blocks[i](None, hidden_states=hidden)
-        torch.testing.assert_close(engine._said[i], log_beta[i, 0])
+        torch.testing.assert_close(engine._outputs[i], log_beta[i, 0])
         wanted = formulas.log_beta(config.gates.layers[i], hidden[5])
         torch.testing.assert_close(log_beta[i, 0, 5], torch.tensor(wanted))
     assert len(entering) == 2

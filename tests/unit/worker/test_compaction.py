@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import torch
-
-from skipkv_vllm.config import KVPolicyConfig
 from skipkv_vllm.core.needs import Need
 from skipkv_vllm.core.orders import Compaction
-from skipkv_vllm.ops.paging import Layout, PagedCache
 from skipkv_vllm.policies import make_policy
-from skipkv_vllm.worker.compaction import Compactor, Job, Managed
-from skipkv_vllm.worker.signals.attention_mass import AttentionSums
-from skipkv_vllm.worker.signals.segments import SegmentTable
+from skipkv_vllm.worker.jobs import independent
+from skipkv_vllm.worker.requests import Job, ManagedRequest
 
 SIZE = 4
 STREAMING = make_policy("streaming_llm")
@@ -19,14 +14,11 @@ STREAMING = make_policy("streaming_llm")
 
 def job(name: str, source: list[int], target: list[int], *, protected: int = 0, policy=STREAMING) -> Job:
     order = Compaction(name, 4 * len(source), 4 * len(source), 4 * len(target), source, target, 0)
-    return Job(order, Managed(slot=0, policy=policy, needs=Need.NOTHING, protected=protected))
+    return Job(order, ManagedRequest(row=0, policy=policy, needs=Need.NOTHING, protected=protected))
 
 
 def parts(*jobs: Job) -> list[list[str]]:
-    cache = PagedCache.of([torch.zeros(20, 1, SIZE, 8)], Layout.ROWS)
-    collected = (None, None, None, AttentionSums(), SegmentTable())
-    compactor = Compactor(KVPolicyConfig(kv_policy="streaming_llm"), cache, SIZE, *collected)
-    return [[each.order.request_id for each in part] for part in compactor._independent(jobs)]
+    return [[each.order.request_id for each in part] for part in independent(jobs, SIZE)]
 
 
 def test_requests_with_pages_of_their_own_go_together():

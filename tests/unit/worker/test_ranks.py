@@ -16,12 +16,15 @@ from skipkv_vllm.core.needs import ACCUMULATED, Need
 from skipkv_vllm.core.orders import Accumulation, Compaction
 from skipkv_vllm.ops.paging import Layout, PagedCache
 from skipkv_vllm.sentences import SentenceTables
-from skipkv_vllm.worker.compaction import Compactor, Job, Managed
+from skipkv_vllm.worker.cache import KVCache
+from skipkv_vllm.worker.compaction import Compactor
 from skipkv_vllm.worker.ranks import ALONE, Ranks
-from skipkv_vllm.worker.signals.attention_mass import AttentionSums
+from skipkv_vllm.worker.requests import Job, ManagedRequest, Reading
+from skipkv_vllm.worker.signals import Signals
+from skipkv_vllm.worker.signals.attention_mass import AttentionMass
 from skipkv_vllm.worker.signals.queries import QueryRing
-from skipkv_vllm.worker.signals.segments import SegmentTable
-from skipkv_vllm.worker.signals.sentences import SentenceTracker, TrackedTokens
+from skipkv_vllm.worker.signals.sentence_tracker import SentenceTracker, TrackedTokens
+from skipkv_vllm.worker.signals.sentences import Sentences
 
 LAYERS, HEADS, GROUP, DIM, HIDDEN = 4, 4, 2, 8, 6
 STAGES, WIDTH = 2, 2
@@ -70,7 +73,8 @@ def kept(policy: str, granularity: str, layers: slice, heads: slice, ranks: Rank
     if needs & Need.QUERIES:
         ring = QueryRing(
             num_layers=num_layers,
-            num_slots=2,
+            num_rows=2,
+            window=WINDOW,
             num_kept=config.num_queries,
             num_heads=num_heads * GROUP,
             head_size=DIM,
@@ -78,7 +82,7 @@ def kept(policy: str, granularity: str, layers: slice, heads: slice, ranks: Rank
             dtype=torch.float32,
             device=CPU,
         )
-        ring.prepare(np.array([0, 1]), counts, np.zeros(2, dtype=np.int64), total)
+        ring.place(np.array([0, 1]), counts, np.zeros(2, dtype=np.int64), total)
         for i in range(num_layers):
             impl = FakeAttention()
             ring.attach(i, impl)
@@ -88,7 +92,7 @@ def kept(policy: str, granularity: str, layers: slice, heads: slice, ranks: Rank
         tracker = SentenceTracker(
             TABLES,
             config.policy.sentence_options,
-            num_slots=2,
+            num_rows=2,
             max_length=64,
             hidden_size=size,
             vocab_size=16,
@@ -105,23 +109,26 @@ def kept(policy: str, granularity: str, layers: slice, heads: slice, ranks: Rank
         for slot in (0, 1):
             tracker.reset(slot, 0)
         tracker.update(TrackedTokens(tokens, spans, total, topics[place // 5 % 3] + noise if size else None))
-    collected = (ring, tracker, None, AttentionSums(), SegmentTable())
-    compactor = Compactor(config, PagedCache.of(caches, Layout.ROWS), PAGE, *collected, ranks)
+    mass = AttentionMass(ring, config.kv_buffer) if ring is not None and needs & ACCUMULATED else None
+    sentences = Sentences(tracker, ranks) if needs & Need.SENTENCES else None
+    signals, cache = Signals(ring, sentences, mass), KVCache(PagedCache.of(caches, Layout.ROWS), PAGE)
+    for signal in signals:
+        signal.bind_cache(cache)
+    compactor = Compactor(config, cache, signals, ranks)
     jobs, looks, first = [], [], 1
     for slot, (length, keep, number) in enumerate(zip(LENGTHS, KEEP, blocks, strict=True)):
         pages = list(range(first, first + number))
         first += number
         order = Compaction(str(slot), length, length, keep, pages, pages[: keep // PAGE], 0)
-        jobs.append(Job(order, Managed(slot, config.policy, needs, 0)))
+        jobs.append(Job(order, ManagedRequest(slot, config.policy, needs)))
         number_seen = min(length, config.num_queries)
-        looks.append((Accumulation(order.request_id, length, length, number_seen, pages), jobs[-1].request))
-    if needs & ACCUMULATED:
-        compactor.accumulate(looks)
+        looks.append(Reading(Accumulation(order.request_id, length, length, number_seen, pages), jobs[-1].request))
+    if mass is not None:
+        mass.accumulate(looks)
     compactor.run(jobs)
     result = []
     for order, _ in jobs:
-        placed = torch.tensor([[order.num_keep], [0]], dtype=torch.int32)
-        held = compactor.positions.read(compactor.table([order.target_blocks]), order.num_keep, *placed)[0]
+        held = cache.positions_of(order.target_blocks, order.num_keep, order.num_keep, 0)
         result.append(held.sort(dim=-1).values)
     return result
 

@@ -11,9 +11,11 @@ import torch
 from skipkv_vllm.core.orders import Started, StepOrders
 from skipkv_vllm.policies import View, make_policy
 from skipkv_vllm.policies.thinkv import REASONING, TRANSITION
-from skipkv_vllm.worker import compaction
+from skipkv_vllm.worker import jobs
 from skipkv_vllm.worker.batch import StepBatch
+from skipkv_vllm.worker.signals import attention_mass
 from skipkv_vllm.worker.signals.attention_mass import GROWTH
+from skipkv_vllm.worker.signals.base import ForwardOutput
 from tests.simulation import DOT, HIDDEN, Simulation
 
 PAPER = {"compat": "paper"}
@@ -255,12 +257,12 @@ def test_a_dummy_pass_leaves_what_gates_said_alone():
     sim = Simulation("trimkv")
     sim.start("a", num_prompt=9, budget=30)
     sim.step({"a": 9})
-    before = sim.runtime.gates._entries.clone()
+    before = sim.runtime.signals.gates._entries.clone()
     sim.runtime.prepare_dummy()
     for block in sim.blocks:
         block(torch.zeros(9), torch.ones(9, HIDDEN))
-    sim.runtime.gates.store(torch.arange(9))
-    assert torch.equal(sim.runtime.gates._entries, before)
+    sim.runtime.signals.gates.store(torch.arange(9))
+    assert torch.equal(sim.runtime.signals.gates._entries, before)
     assert before.any()
 
 
@@ -363,12 +365,12 @@ def test_a_request_may_use_another_method_than_the_server():
     assert all(r.num_compactions >= 2 for r in sim.running.values())
     assert sim.runtime._requests["other"].policy == make_policy("streaming_llm")
     # streaming_llm reads no queries, so none of its queries may be recorded.
-    assert not sim.runtime.ring.read(0, sim.runtime._requests["other"].slot, 48, 4).any()
+    assert not sim.runtime.signals.queries.of_layer(0, sim.runtime._requests["other"].row, 48, 4).any()
 
 
 @pytest.mark.parametrize("policy", ["skipkv", "h2o", "trimkv"])
 def test_a_preempted_request_starts_over_with_a_clean_state(policy):
-    sim = Simulation(policy, protect=False, num_slots=2)
+    sim = Simulation(policy, protect=False, num_rows=2)
     sim.start("a", num_prompt=8, budget=24)
     sim.start("b", num_prompt=8, budget=24)
     sim.step({"a": 8, "b": 8})
@@ -388,7 +390,7 @@ def test_a_preempted_request_starts_over_with_a_clean_state(policy):
 
 @pytest.mark.parametrize("policy", ["skipkv", "h2o", "trimkv"])
 def test_slots_are_reused_without_leaking_state(policy):
-    sim = Simulation(policy, protect=False, num_slots=2, num_blocks=40)
+    sim = Simulation(policy, protect=False, num_rows=2, num_blocks=40)
     for i in range(6):
         name = f"r{i}"
         sim.start(name, num_prompt=7 + i, budget=24)
@@ -401,7 +403,7 @@ def test_slots_are_reused_without_leaking_state(policy):
 
 
 def test_a_request_that_starts_again_in_the_same_step_as_its_preemption():
-    sim = Simulation("rkv", num_slots=1)
+    sim = Simulation("rkv", num_rows=1)
     sim.start("a", num_prompt=8, budget=24)
     sim.step({"a": 8})
     sim.stop("a", preempt=True)
@@ -413,7 +415,8 @@ def test_a_request_that_starts_again_in_the_same_step_as_its_preemption():
 @pytest.mark.parametrize("policy", ["skipkv", "h2o", "paper"])
 def test_a_call_takes_no_more_tokens_than_it_may(policy, monkeypatch):
     """Requests that are due together are split, and keep the same tokens."""
-    monkeypatch.setattr(compaction, "MOST_TOKENS", 70)
+    monkeypatch.setattr(jobs, "MOST_TOKENS", 70)
+    monkeypatch.setattr(attention_mass, "MOST_TOKENS", 70)
     sim = simulation(policy, protect=False)
     names = ("a", "b", "c")
     for name in names:
@@ -434,14 +437,14 @@ def test_sums_are_as_long_as_their_own_request():
         sim.step({"long": 1, "short": 1})
     assert sim.running["short"].num_compactions >= 2
     # Nobody ranks the protected prompt, so it has no sums.
-    sums = sim.runtime._sums._sums
-    assert {sums[sim.runtime._requests[name].slot].shape[-1] for name in ("long", "short")} == {GROWTH}
+    sums = sim.runtime.signals.attention_mass.sums._sums
+    assert {sums[sim.runtime._requests[name].row].shape[-1] for name in ("long", "short")} == {GROWTH}
 
 
 def test_finished_requests_that_were_never_managed_are_ignored():
     sim = Simulation("rkv")
     sim.runtime.begin_step(None, ["stranger"], ["another"])
-    assert len(sim.runtime._free_slots) == 4
+    assert len(sim.runtime._rows._free) == 4
 
 
 @pytest.mark.parametrize("protect", [True, False])
@@ -456,7 +459,7 @@ def test_sentences_are_tracked_from_the_end_of_a_protected_prompt(protect):
     ends = [p for p in range(30) if p >= first and tokens[p] == DOT]
     ends = [p for p in ends if p == first or tokens[p - 1] != DOT or p - 1 < first]  # opening delimiters of a run
     assert any(tokens[p] == DOT for p in range(20)), "the prompt must have a sentence"
-    state = sim.runtime.tracker.state(sim.runtime._requests["a"].slot)
+    state = sim.runtime.signals.sentences.tracker.state(sim.runtime._requests["a"].row)
     closed = int((state.ends < 2**31 - 1).sum())
     assert closed == len(ends)
     assert state.first == first
@@ -484,11 +487,11 @@ def test_a_dummy_pass_after_prepare_is_not_taken_for_the_batch():
     sim = Simulation("skipkv", protect=False)
     sim.start("a", num_prompt=8, budget=20)
     sim.step({"a": 8})
-    state = sim.runtime.tracker.state(0)
+    state = sim.runtime.signals.sentences.tracker.state(0)
     sim.runtime.prepare(StepBatch(["a"], np.array([1]), np.array([8]), 1))
     sim.runtime.prepare_dummy()
-    sim.runtime.finish_forward(torch.full((4,), DOT), torch.ones(4, 6))
-    assert torch.equal(sim.runtime.tracker.state(0).ends, state.ends)
+    sim.runtime.finish_forward(ForwardOutput(torch.full((4,), DOT), torch.zeros(4), torch.ones(4, 6)))
+    assert torch.equal(sim.runtime.signals.sentences.tracker.state(0).ends, state.ends)
 
 
 # ---- disagreement
@@ -541,7 +544,7 @@ def test_check_integrity_finds_a_token_held_twice():
     sim.runtime.begin_step(StepOrders([order], []), [], [])
     sim.runtime.check_integrity(order)
     page = order.target_blocks[-1]
-    sim.runtime._compactor.positions.entries[0, page, 0, 0] = sim.runtime._compactor.positions.entries[0, page, 0, 1]
+    sim.cache.sidecar[0, page, 0, 0] = sim.cache.sidecar[0, page, 0, 1]
     with pytest.raises(AssertionError, match="held twice"):
         sim.runtime.check_integrity(order)
 
@@ -550,8 +553,8 @@ def test_check_integrity_finds_a_lost_prompt_token_and_window():
     sim = started(Simulation("rkv"))
     order = sim.order(sim.running["a"])
     sim.runtime.begin_step(StepOrders([order], []), [], [])
-    entries = sim.runtime._compactor.positions.entries
-    held = sim.runtime._positions(sim.runtime._requests["a"], order.target_blocks, 20)[0][0, 0].tolist()
+    entries = sim.cache.sidecar
+    held = sim.runtime.held(order)[0, 0].tolist()
     missing = next(p for p in range(8, 24) if p not in held)
     for position, message in ((0, "protected prompt token"), (27, "observation window")):
         slot = held.index(position)
@@ -567,6 +570,6 @@ def test_check_integrity_finds_a_lost_state_slot():
     sim = started(Simulation("rkv"))
     order = sim.order(sim.running["a"])
     sim.runtime.begin_step(StepOrders([order], []), [], [])
-    sim.runtime._free_slots.append(sim.runtime._requests["a"].slot)
+    sim.runtime._rows._free.append(sim.runtime._requests["a"].row)
     with pytest.raises(AssertionError, match="slot was lost"):
         sim.runtime.check_integrity(order)

@@ -22,7 +22,8 @@ from skipkv_vllm.sentences import SentenceTables, build_tables, segment_with
 from skipkv_vllm.steering import SteeringVector
 from skipkv_vllm.steering.controller import SteeringController
 from skipkv_vllm.steering.tables import ThoughtTables, _keyword_machine, build_thought_tables
-from skipkv_vllm.worker.runtime import StepBatch
+from skipkv_vllm.worker.batch import StepBatch
+from skipkv_vllm.worker.requests import Rows
 from skipkv_vllm.worker.steering import Steering, decoder_layers
 
 STRENGTH = Strength(1.0, 0.25, 2.0)
@@ -173,23 +174,21 @@ def test_kinds_of_thoughts():
 # ---- the worker
 
 
-def make_steering(num_slots: int = 3, interval: int = 16, layers: tuple[int, ...] = (1, 0)) -> Steering:
+def make_steering(num_rows: int = 3, interval: int = 16, layers: tuple[int, ...] = (1, 0)) -> Steering:
     vectors = [
         SteeringVector(
             values=torch.arange(1, WIDTH + 1).float() * (i + 1), layer=layer, num_layers=3, base_model="m", method="m"
         )
         for i, layer in enumerate(layers)
     ]
-    return Steering(
-        tables(), vectors, interval=interval, num_slots=num_slots, max_tokens=600, device=torch.device("cpu")
-    )
+    return Steering(tables(), vectors, interval=interval, num_rows=num_rows, max_tokens=600, device=torch.device("cpu"))
 
 
 class Feed:
     """Runs texts through a `Steering` in steps and keeps what it says of every position."""
 
     def __init__(self, steering: Steering, counts_prompt: bool = False, interval: int = 16) -> None:
-        self.steering = steering
+        self.steering, self.rows = steering, Rows(3)
         self.controller = SteeringController(tables(), interval, counts_prompt)
         self.texts: dict[str, list[int]] = {}
         self.read: dict[str, int] = {}
@@ -200,7 +199,11 @@ class Feed:
         self.texts[name], self.read[name], self.alphas[name] = text, 0, [0.0] * len(text)
         if vector:
             self.starts[name] = self.controller.start(name, text[:num_prompt], vector, STRENGTH)
-            self.steering.begin([self.starts[name]], [])
+            self.steering.start(self.starts[name], self.rows.take(name))
+
+    def end(self, name: str) -> None:
+        self.steering.forget(name)
+        self.rows.release(name)
 
     def step(self, counts: dict[str, int]) -> None:
         """One step of these requests, in this order."""
@@ -225,7 +228,7 @@ class Feed:
 @pytest.mark.parametrize("seed", range(12))
 def test_coefficients_do_not_depend_on_how_the_text_is_fed(seed):
     draw = random.Random(seed)
-    feed = Feed(make_steering(num_slots=4))
+    feed = Feed(make_steering(num_rows=4))
     prompt = ids("Read a.\n\n<think>")
     texts = {name: prompt + random_text(seed * 10 + i, 200) for i, name in enumerate("abcd")}
     for i, (name, text) in enumerate(texts.items()):
@@ -257,19 +260,19 @@ def ends_thinking(prompt: list[int]) -> bool:
 
 def test_a_resumed_request_is_steered_again_as_it_was():
     prompt, text = ids("a<think>"), random_text(3, 150)
-    feed = Feed(make_steering(num_slots=2))
+    feed = Feed(make_steering(num_rows=2))
     feed.start("a", prompt + text, len(prompt))
     feed.step({"a": len(prompt)})
     for _ in range(120):
         feed.step({"a": 1})
     before = feed.alphas["a"].copy()
-    slot = feed.steering._requests["a"][0]
-    counted = dict(zip(STATE, feed.steering.state[slot].tolist(), strict=True))
+    row = feed.steering._requests["a"][0]
+    counted = dict(zip(STATE, feed.steering.state[row].tolist(), strict=True))
     thoughts = feed.controller.finish(feed.starts["a"], (prompt + text)[: len(prompt) + 120])
     assert (counted["steered"], counted["execution"]) == (thoughts.steered_tokens, thoughts.execution)
     assert (counted["reflection"], counted["transition"]) == (thoughts.reflection, thoughts.transition)
-    # Preempted; another takes its slot; it comes back with all it had written, in two chunks.
-    feed.steering.begin([], ["a"])
+    # Preempted; another takes its row; it comes back with all it had written, in two chunks.
+    feed.end("a")
     feed.start("b", prompt + text, len(prompt), vector=2)
     feed.step({"b": 40})
     feed.start("a", prompt + text, len(prompt))
@@ -288,7 +291,7 @@ def test_nobody_steered_costs_nothing_and_leaves_nothing():
     feed.step({"plain": 1, "a": 4})
     assert feed.steering.is_active
     assert feed.steering.row.any()
-    feed.steering.begin([], ["a"])
+    feed.end("a")
     feed.step({"plain": 1})
     assert not feed.steering.is_active
     assert not feed.steering.row.any()
@@ -312,13 +315,18 @@ def test_a_dummy_pass_steers_nothing_but_may_be_captured():
     assert not feed.steering.row.any()
 
 
-def test_slots_come_back():
-    steering = make_steering(num_slots=2)
-    controller = SteeringController(tables(), 16, counts_prompt=False)
+def test_rows_come_back():
+    rows = Rows(2)
     for i in range(7):
-        steering.begin([controller.start(f"r{i}", ids("a"), 1, STRENGTH)], [f"r{i - 2}"])
-    steering.begin([], ["r5", "r6", "stranger"])
-    assert sorted(steering._free_slots) == [0, 1]
+        rows.release(f"r{i - 2}")
+        assert rows.take(f"r{i}") == rows.take(f"r{i}")
+        rows.check_integrity()
+    for name in ("r5", "r6", "stranger"):
+        rows.release(name)
+    assert sorted(rows._free) == [0, 1]
+    rows._free.pop()
+    with pytest.raises(AssertionError, match="a row was lost"):
+        rows.check_integrity()
 
 
 # ---- the hook

@@ -30,7 +30,8 @@ class FakeImpl:
 def make_ring(num_kept: int = 4, slots: int = 3, max_tokens: int = 64) -> tuple[QueryRing, list[FakeImpl]]:
     ring = QueryRing(
         num_layers=LAYERS,
-        num_slots=slots,
+        num_rows=slots,
+        window=num_kept,
         num_kept=num_kept,
         num_heads=HEADS,
         head_size=DIM,
@@ -53,7 +54,7 @@ def query_of(layer: int, request: int, position: int) -> Tensor:
 def step(ring: QueryRing, impls: list[FakeImpl], parts: list[tuple[int, int, int, int]], padding: int = 0) -> None:
     """One forward pass over (slot, request, start, count) parts."""
     slots, _, starts, counts = (np.array(column, dtype=np.int64) for column in zip(*parts, strict=True))
-    ring.prepare(slots, counts, starts, int(counts.sum()))
+    ring.place(slots, counts, starts, int(counts.sum()))
     for layer, impl in enumerate(impls):
         rows = [query_of(layer, request, p) for _, request, start, count in parts for p in range(start, start + count)]
         query = torch.stack([*rows, *(torch.full((HEADS, DIM), -1.0) for _ in range(padding))])
@@ -63,7 +64,7 @@ def step(ring: QueryRing, impls: list[FakeImpl], parts: list[tuple[int, int, int
 def expect(ring: QueryRing, slot: int, request: int, num_logical: int) -> None:
     for layer in range(LAYERS):
         wanted = torch.stack([query_of(layer, request, p) for p in range(num_logical - ring.num_kept, num_logical)])
-        assert torch.equal(ring.read(layer, slot, num_logical, ring.num_kept), wanted)
+        assert torch.equal(ring.of_layer(layer, slot, num_logical, ring.num_kept), wanted)
 
 
 @pytest.mark.parametrize("count", [4, 5, 7, 8, 30])
@@ -101,7 +102,7 @@ def test_several_requests_and_an_unmanaged_one():
     step(ring, impls, [(2, 1, 0, 9), (-1, 2, 0, 11), (0, 3, 100, 5)], padding=6)
     expect(ring, 2, 1, 9)
     expect(ring, 0, 3, 105)
-    assert not ring.read(0, 1, 4, ring.num_kept).any(), "nobody's queries must not reach a slot"
+    assert not ring.of_layer(0, 1, 4, ring.num_kept).any(), "nobody's queries must not reach a slot"
 
 
 def test_padding_is_recorded_nowhere():
@@ -110,7 +111,7 @@ def test_padding_is_recorded_nowhere():
     step(ring, impls, [(0, 1, 8, 1)], padding=15)
     expect(ring, 0, 1, 9)
     for slot in (1, 2):
-        assert not ring.read(0, slot, 4, ring.num_kept).any()
+        assert not ring.of_layer(0, slot, 4, ring.num_kept).any()
 
 
 def test_a_shorter_step_forgets_the_index_of_the_longer_one_before():
@@ -125,19 +126,19 @@ def test_a_shorter_step_forgets_the_index_of_the_longer_one_before():
 def test_a_dummy_pass_records_nothing():
     ring, impls = make_ring()
     step(ring, impls, [(0, 1, 0, 8)])
-    ring.idle()
+    ring.prepare_dummy()
     garbage = torch.full((20, HEADS, DIM), -7.0)
     for impl in impls:
         impl.forward(None, garbage, garbage, garbage)
     expect(ring, 0, 1, 8)
     for slot in (1, 2):
-        assert not ring.read(1, slot, 4, ring.num_kept).any()
+        assert not ring.of_layer(1, slot, 4, ring.num_kept).any()
 
 
 def test_a_step_without_requests():
     ring, _ = make_ring()
     nothing = np.zeros(0, dtype=np.int64)
-    ring.prepare(nothing, nothing, nothing, 0)
+    ring.place(nothing, nothing, nothing, 0)
 
 
 @pytest.mark.parametrize("window", [1, 4, 8])
@@ -166,7 +167,7 @@ def test_random_traffic(window, seed):
 
 def test_attach_leaves_the_result_and_the_arguments_alone():
     ring, impls = make_ring()
-    ring.prepare(np.array([0]), np.array([2]), np.array([0]), 2)
+    ring.place(np.array([0]), np.array([2]), np.array([0]), 2)
     query, key, value = (torch.randn(2, HEADS, DIM) for _ in range(3))
     result = impls[0].forward(None, query, key, value, scale=2.0)
     assert torch.equal(result, query * 2.0 + key + value)
@@ -182,11 +183,11 @@ def test_queries_that_vllm_quantised_are_recorded_as_they_were(scale):
     ring, _ = make_ring()
     impl: Any = Kernel()
     ring.attach(1, impl)
-    ring.prepare(np.array([1]), np.array([2]), np.array([4]), 2)
+    ring.place(np.array([1]), np.array([2]), np.array([4]), 2)
     queries = torch.randn(2, HEADS, DIM, generator=torch.Generator().manual_seed(0))
     stored = (queries / scale.reshape(-1, 1)).to(torch.float8_e4m3fn)
     impl.forward(SimpleNamespace(_q_scale=scale), stored)
-    torch.testing.assert_close(ring.read(1, 1, 6, ring.num_kept)[-2:], queries, rtol=2**-4, atol=2**-8)
+    torch.testing.assert_close(ring.of_layer(1, 1, 6, ring.num_kept)[-2:], queries, rtol=2**-4, atol=2**-8)
     assert impl.seen[0] is stored, "attention gets what it would have got"
 
 
@@ -205,11 +206,11 @@ def test_attach_works_for_different_classes_at_once():
     ring, _ = make_ring()
     impl = Doubling()
     ring.attach(1, impl)
-    ring.prepare(np.array([2]), np.array([4]), np.array([0]), 4)
+    ring.place(np.array([2]), np.array([4]), np.array([0]), 4)
     query = torch.randn(4, HEADS, DIM)
     assert torch.equal(impl.forward(None, query, query, query), query * 6)
-    assert torch.equal(ring.read(1, 2, 4, ring.num_kept), query)
-    assert not ring.read(0, 2, 4, ring.num_kept).any(), "layer 0 saw no pass"
+    assert torch.equal(ring.of_layer(1, 2, 4, ring.num_kept), query)
+    assert not ring.of_layer(0, 2, 4, ring.num_kept).any(), "layer 0 saw no pass"
 
 
 def test_ring_memory():
@@ -221,7 +222,7 @@ def test_queries_can_be_handed_out_instead():
     ring, impls = make_ring()
     step(ring, impls, [(0, 0, 0, 4)])
     ring.skip()
-    held = [ring.read(layer, 0, 4, ring.num_kept) for layer in range(LAYERS)]
+    held = [ring.of_layer(layer, 0, 4, ring.num_kept) for layer in range(LAYERS)]
     with ring.handing_out() as seen:
         for layer, impl in enumerate(impls):
             query = torch.full((2, HEADS, DIM), float(layer))
@@ -230,5 +231,5 @@ def test_queries_can_be_handed_out_instead():
     assert [each.unique().tolist() for each in seen] == [[0.0], [1.0]]
     assert not ring.recording
     step(ring, impls, [(1, 1, 0, 4)])
-    assert all(torch.equal(ring.read(layer, 0, 4, ring.num_kept), held[layer]) for layer in range(LAYERS))
+    assert all(torch.equal(ring.of_layer(layer, 0, 4, ring.num_kept), held[layer]) for layer in range(LAYERS))
     assert len(seen) == LAYERS

@@ -1,0 +1,94 @@
+"""What a worker knows of its requests: one record per request, and the row of the persistent buffers it uses."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor
+
+from ..core.needs import Need
+from ..core.orders import Accumulation, Compaction
+from ..policies import Policy
+
+
+@dataclass
+class ManagedRequest:
+    """Host-side state of a request whose cache is managed.
+
+    Attributes:
+        row: its row in the buffers of the signals.
+        policy: its method.
+        needs: inputs that are collected for it.
+        num_prompt: prompt length.
+        protected: number of prompt tokens that must survive.
+        num_placed: number of first slots whose positions are in the sidecar; later slots follow in order.
+        num_compactions: compactions since it started.
+        first_draft: likeliest token after the prompt, if tokens are decoded ahead from it.
+        lookahead_queries: queries of tokens computed ahead `[layers, n, Hq, D]`, for the compaction under way.
+        num_question: how many of these lie behind the held tokens, where the policy sees them.
+    """
+
+    row: int
+    policy: Policy
+    needs: Need
+    num_prompt: int = 0
+    protected: int = 0
+    num_placed: int = 0
+    num_compactions: int = 0
+    first_draft: Tensor | None = None
+    lookahead_queries: Tensor | None = None
+    num_question: int = 0
+
+    @property
+    def first_summed(self) -> int:
+        """First slot with sums. Output errors rank only tokens that may leave; protected ones stay in front."""
+        return self.protected if self.needs & Need.OUTPUT_ERROR else 0
+
+
+class Job(NamedTuple):
+    """A compaction and the state of its request before it."""
+
+    order: Compaction
+    request: ManagedRequest
+
+
+class Reading(NamedTuple):
+    """An accumulation and the state of its request."""
+
+    order: Accumulation
+    request: ManagedRequest
+
+
+class Rows:
+    """Gives each request a row of the persistent buffers while it runs.
+
+    Args:
+        number: requests that can run at once.
+    """
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self._free = list(reversed(range(number)))
+        self._taken: dict[str, int] = {}
+
+    def take(self, request_id: str) -> int:
+        """Return the row of a request; a request without one gets a free one."""
+        row = self._taken.get(request_id)
+        if row is None:
+            row = self._taken[request_id] = self._free.pop()
+        return row
+
+    def release(self, request_id: str) -> None:
+        """Free the row of a request, if it has one."""
+        row = self._taken.pop(request_id, None)
+        if row is not None:
+            self._free.append(row)
+
+    def check_integrity(self) -> None:
+        """Verify that each row is either free or taken by one request.
+
+        Raises:
+            AssertionError: a row was lost or is used twice.
+        """
+        assert sorted((*self._free, *self._taken.values())) == list(range(self.number)), "a row was lost"

@@ -1,0 +1,105 @@
+"""The protocol of everything that workers collect for policies."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor
+
+from ...core.orders import Started
+from ...policies.base import Segments
+from ..batch import BatchRows, StepBatch
+from ..cache import KVCache
+from ..jobs import CompactionBatch, Moves
+from ..requests import ManagedRequest, Reading
+
+
+class Step(NamedTuple):
+    """The forward pass to come.
+
+    Attributes:
+        batch: its requests.
+        rows: their rows, and what follows from these.
+        records_queries: whether a query of this step will be needed.
+    """
+
+    batch: StepBatch
+    rows: BatchRows
+    records_queries: bool
+
+
+class ForwardOutput(NamedTuple):
+    """What a forward pass over T tokens produced.
+
+    Attributes:
+        token_ids: integer `[>= T]`, the step's input ids.
+        slots: integer `[>= T]`, slot of each token in the cache.
+        hidden: `[>= T, E]` last hidden states after the final norm; None except in a pipeline's last stage.
+        logits: `[R, V]` of each request's last token; None if no tokens are computed ahead from them.
+    """
+
+    token_ids: Tensor
+    slots: Tensor
+    hidden: Tensor | None = None
+    logits: Tensor | None = None
+
+
+@dataclass
+class Inputs:
+    """What the signals know of the requests of a compaction. N slots; only what the policy needs is set.
+
+    Attributes:
+        queries: the last W queries `[R, layers, W, Hq, D]`, oldest first.
+        penalties: float32 `[R, layers, H, N]`, how much later text repeats the sentence of each token.
+        sums: float32 `[K, R, layers, H, N]`: attention mass, or output error and number of queries.
+        segments: of each request.
+        gates: float32 `[R, layers, H, N]`.
+    """
+
+    queries: Tensor | None = None
+    penalties: Tensor | None = None
+    sums: Tensor | None = None
+    segments: Sequence[Segments] | None = None
+    gates: Tensor | None = None
+
+
+class Signal:
+    """Something that is collected of every managed request. The hooks of a step are called in this order.
+
+    A signal keeps its state by row, in buffers that live as long as the runtime. No hook makes the host wait for the
+    device. Hooks that a signal does not override do nothing.
+    """
+
+    @property
+    def nbytes(self) -> int:
+        """Device memory that is held whatever runs, without entries of the cache's slots."""
+        return 0
+
+    def bind_cache(self, cache: KVCache) -> None:
+        """Take the KV cache once vLLM has allocated it."""
+
+    def forget(self, row: int) -> None:
+        """Drop the state of a row: its request ended, was preempted or starts over."""
+
+    def accumulate(self, readings: Sequence[Reading]) -> None:
+        """Measure the attention of recent queries, with the blocks as they are before this step's compactions."""
+
+    def read(self, batch: CompactionBatch, inputs: Inputs) -> None:
+        """Set the inputs that the policy of a batch needs. Every rank calls it, in the same order."""
+
+    def move(self, batch: CompactionBatch, inputs: Inputs, moves: Moves) -> None:
+        """Follow a compaction that was carried out."""
+
+    def start(self, request: ManagedRequest, order: Started) -> None:
+        """Begin with a request, in a row that was forgotten."""
+
+    def prepare(self, step: Step) -> None:
+        """Get ready for a forward pass; compiled code and CUDA graphs read the buffers that this fills."""
+
+    def prepare_dummy(self) -> None:
+        """Get ready for a forward pass without requests: profiling, graph capture, idle data-parallel rank."""
+
+    def after_forward(self, step: Step, output: ForwardOutput) -> None:
+        """Read what the forward pass produced."""
