@@ -566,10 +566,10 @@ def test_check_integrity_finds_a_lost_prompt_token_and_window():
     sim.runtime.check_integrity(order)
 
 
-def test_check_integrity_finds_a_lost_state_slot():
+def test_check_integrity_finds_a_lost_row():
     sim = started(Simulation("rkv"))
     order = sim.order(sim.running["a"])
     sim.runtime.begin_step(StepOrders([order], []), [], [])
     sim.runtime._rows._free.append(sim.runtime._requests["a"].row)
-    with pytest.raises(AssertionError, match="slot was lost"):
+    with pytest.raises(AssertionError, match="a row was lost"):
         sim.runtime.check_integrity(order)
