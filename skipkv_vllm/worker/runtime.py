@@ -157,9 +157,9 @@ class EvictionRuntime:
         rows = self._batch_rows
         if rows is None or rows.request_ids != batch.request_ids:
             rows = self._batch_rows = self._rows_of(batch.request_ids)
-        self._step = Step(batch, rows, self._records_queries)
-        for signal in self.signals:
-            signal.prepare(self._step)
+        self._step = step = Step(batch, rows, self._records_queries)
+        for prepare in self.signals.prepare:
+            prepare(step)
         return rows.evicted
 
     def steer(self, batch: StepBatch, token_ids: Tensor) -> None:
@@ -200,8 +200,8 @@ class EvictionRuntime:
             return
         if self._lookahead is not None:
             self._lookahead.after_forward(step, output, self._requests)
-        for signal in self.signals:
-            signal.after_forward(step, output)
+        for after_forward in self.signals.after_forward:
+            after_forward(step, output)
 
     # ---- compaction
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 
 from .attention_mass import AttentionMass
-from .base import Signal
+from .base import ForwardOutput, Signal, Step
 from .gates import TokenGates
 from .queries import QueryRing
 from .segments import SegmentSparsity
@@ -17,17 +17,27 @@ __all__ = ["Signal", "Signals"]
 
 @dataclass(frozen=True)
 class Signals:
-    """The signals of a worker; None for those that no policy of the server needs."""
+    """The signals of a worker; None for those that no policy of the server needs.
+
+    Attributes:
+        prepare: the hooks of this name that do something; a step calls them without the others.
+        after_forward: likewise.
+    """
 
     queries: QueryRing | None = None
     sentences: Sentences | None = None
     attention_mass: AttentionMass | None = None
     segments: SegmentSparsity | None = None
     gates: TokenGates | None = None
+    prepare: tuple[Callable[[Step], None], ...] = field(init=False, repr=False)
+    after_forward: tuple[Callable[[Step, ForwardOutput], None], ...] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         every = (self.queries, self.sentences, self.attention_mass, self.segments, self.gates)
         object.__setattr__(self, "_present", tuple(signal for signal in every if signal is not None))
+        for hook in ("prepare", "after_forward"):
+            overriding = (each for each in self if getattr(type(each), hook) is not getattr(Signal, hook))
+            object.__setattr__(self, hook, tuple(getattr(each, hook) for each in overriding))
 
     def __iter__(self) -> Iterator[Signal]:
         return iter(self._present)  # type: ignore[attr-defined]
