@@ -141,9 +141,9 @@ class KVPolicyConfig(BaseModel):
     kv_steering_interval: int = Field(
         128, ge=1, le=2**31 - 1, strict=True, description="Positions after which the strength is updated."
     )
-    kv_steering_compat: Literal["default", "reference"] = Field(
+    kv_steering_compat: Literal["default", "published"] = Field(
         "default",
-        description='"reference": the rules of the published code, which counts the thoughts of the prompt and may '
+        description='"published": the rules of the published code, which counts the thoughts of the prompt and may '
         "steer its last token.",
     )
 

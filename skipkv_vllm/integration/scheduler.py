@@ -384,7 +384,7 @@ class EvictionMixin(_Base):
         tables = build_thought_tables(
             cached_tokenizer_from_config(model), model.get_vocab_size(), config.kv_steering_compat
         )
-        return SteeringController(tables, config.kv_steering_interval, config.kv_steering_compat == "reference")
+        return SteeringController(tables, config.kv_steering_interval, config.kv_steering_compat == "published")
 
     def _make_trace(self) -> TraceCollector:
         model = self.vllm_config.model_config

@@ -17,7 +17,7 @@ class SentenceOptions:
         similarity_threshold: cosine above which the earlier of two sentences counts as repeated.
         max_sentences: sentence embeddings kept per request; an older sentence keeps its penalty but can
             no longer be found repeated.
-        compat: "default", or "reference" for the token tables of the method's published code.
+        compat: "default", or "published" for the token tables of the method's published code.
     """
 
     similarity_threshold: float = 0.95

@@ -26,7 +26,7 @@ from .base import (
 )
 from .rkv import RKV
 
-COMPAT = ("default", "paper", "reference")
+COMPAT = ("default", "paper", "published")
 
 SMALLEST_ERROR = 1e-6
 """Share of a row's mean error below which errors count as this one, so that tokens nobody attends to do not stretch the
@@ -65,7 +65,7 @@ class SkipKV(Policy):
         decay: what an error counts after 128 tokens more; it falls at compactions.
         key_weight: what key similarity weighs against the error.
         sentence_weight: what the logarithm of a sentence's novelty weighs against it.
-        compat: "default"; "paper" for the rule of the paper with our tables of sentence ends; "reference" for that of
+        compat: "default"; "paper" for the rule of the paper with our tables of sentence ends; "published" for that of
             its published code. The parameters below belong to these two.
         mix: weight of importance against redundancy, see `RKV`.
         pool: width of the max-pooling of importance, odd.
@@ -129,7 +129,7 @@ class SkipKV(Policy):
 
     @property
     def sentence_options(self) -> SentenceOptions:
-        tables = "reference" if self.compat == "reference" else "default"
+        tables = "published" if self.compat == "published" else "default"
         return SentenceOptions(self.similarity_threshold, self.max_sentences, tables)
 
     @property

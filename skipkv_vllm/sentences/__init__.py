@@ -31,7 +31,7 @@ def segment(token_ids: Sequence[int], tokenizer: Tokenizer, *, compat: str = "de
     Args:
         token_ids: any text in the tokenizer's ids.
         tokenizer: the Hugging Face tokenizer they come from.
-        compat: "default" or "reference", see `sentences.tables`.
+        compat: "default" or "published", see `sentences.tables`.
 
     Returns:
         The closed sentences in order. They tile the text; tokens after the last delimiter belong to none.

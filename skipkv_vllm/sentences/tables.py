@@ -5,7 +5,7 @@ misses what real tokenizers do: a newline merges with the punctuation in front o
 (`").\\n\\n"`, `" .\\n"`), and a keyword inside a sentence carries a leading space. So by default every token
 of the vocabulary whose text is closing punctuation followed by newlines is a delimiter (a colon or comma
 is not closing punctuation), and keywords count with and without a leading space, in either case of their
-first letter, even where they take several tokens. `compat="reference"` gives the published code's tables.
+first letter, even where they take several tokens. `compat="published"` gives the published code's tables.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Protocol
 
 from ..core.errors import KVPolicyError
 
-REFERENCE_DELIMITERS = ("\n", ".\n", ")\n", "\n\n", ".\n\n", ")\n\n", "?\n\n")
+PUBLISHED_DELIMITERS = ("\n", ".\n", ")\n", "\n\n", ".\n\n", ")\n\n", "?\n\n")
 KEYWORDS = ("Wait", "Alternatively", "again")
 TRANSITIONS = ("Alternatively",)
 """Keywords of a change of approach; the others are those of doubt."""
@@ -59,20 +59,20 @@ def build_tables(tokenizer: Tokenizer, compat: str = "default") -> SentenceTable
 
     Args:
         tokenizer: any Hugging Face tokenizer.
-        compat: "default", or "reference" for the rules of the published code.
+        compat: "default", or "published" for the rules of the published code.
 
     Raises:
         KVPolicyError: unknown `compat`, or a tokenizer without any delimiter.
     """
-    if compat == "reference":
-        last = {text: tokenizer.encode(text, add_special_tokens=False)[-1] for text in REFERENCE_DELIMITERS}
+    if compat == "published":
+        last = {text: tokenizer.encode(text, add_special_tokens=False)[-1] for text in PUBLISHED_DELIMITERS}
         ids: dict[str, tuple[int, ...]] = {
             word: (tokenizer.encode(word, add_special_tokens=False)[-1],) for word in KEYWORDS
         }
         transitions = frozenset(ids[word] for word in TRANSITIONS)
         return SentenceTables(frozenset(last.values()), tuple(sorted(set(ids.values()))), False, "last", transitions)
     if compat != "default":
-        raise KVPolicyError(f"compat={compat!r} must be 'default' or 'reference'")
+        raise KVPolicyError(f"compat={compat!r} must be 'default' or 'published'")
 
     delimiters = frozenset(
         token_id

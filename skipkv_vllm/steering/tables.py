@@ -44,7 +44,7 @@ def build_thought_tables(tokenizer: Tokenizer, vocab_size: int, compat: str = "d
     Args:
         tokenizer: any Hugging Face tokenizer.
         vocab_size: number of token ids of the model, which may be more than the tokenizer's.
-        compat: "default" or "reference", as for `sentences.build_tables`.
+        compat: "default" or "published", as for `sentences.build_tables`.
 
     Raises:
         KVPolicyError: a tokenizer without tokens for <think> and </think>, or without one that has a blank line.

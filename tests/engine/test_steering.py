@@ -158,7 +158,7 @@ def test_preempted_requests_are_steered_again_as_they_were(references: Reference
     check(job, outcome, references)
 
 
-def test_reference_compat_counts_the_prompt_and_steers_its_last_token(references: ReferenceCache) -> None:
+def test_published_compat_counts_the_prompt_and_steers_its_last_token(references: ReferenceCache) -> None:
     thought = "Read a = 1 + 2, so a: 3.\n\nWait, start over.\n\nRead a = 1 + 2, so a: 3.\n\nAlternatively go on.\n\n"
     thought = engines.tokenizer().encode(thought, add_special_tokens=False)
     (first, *_), (second, *_) = engines.demo_prompts(1), engines.demo_prompts(1, at_least=LONG)
@@ -171,14 +171,14 @@ def test_reference_compat_counts_the_prompt_and_steers_its_last_token(references
         [method for method, _ in pairs],
         200,
         every=20,
-        arguments=arguments(kv_steering_compat="reference"),
+        arguments=arguments(kv_steering_compat="published"),
         num_logprobs=0,
         options=options,
     )
 
     outcome = engines.run(job)
 
-    results = check(job, outcome, references, "reference")
+    results = check(job, outcome, references, "published")
     assert results[0].alphas[len(prompts[0]) - 1] == STRENGTH["alpha0"], "the last prompt token was not steered"
     assert not any(results[0].alphas[: len(prompts[0]) - 1])
     doubts = [alpha for alpha in results[0].alphas[len(prompts[0]) :] if alpha]

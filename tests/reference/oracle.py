@@ -344,7 +344,7 @@ def repeated_shares(text: Sequence[int], first: int, sentences: list[Sentence]) 
 
 def alpha_at(model: Model, text: list[int], num_prompt: int, position: int, steering: Steering) -> float:
     """How often the vector is added at a position, from the text alone."""
-    by_code = steering.compat == "reference"
+    by_code = steering.compat == "published"
     first = num_prompt - 1 if by_code else num_prompt
     read = [model.texts[token] for token in text[: position + 1]]
     markers = [token for token in read if token in ("<think>", "</think>")]

@@ -77,7 +77,9 @@ def test_an_integer_is_fine_where_a_float_is_meant():
         ("rkv", {"redundancy_threshold": -2.0}, ["redundancy_threshold=-2.0", "-1.0 to 1.0"]),
         ("skipkv", {"similarity_threshold": 1.01}, ["similarity_threshold=1.01", "0.0 to 1.0"]),
         ("skipkv", {"max_sentences": 1}, ["max_sentences=1", "2 to 65536"]),
-        ("skipkv", {"compat": "papers"}, ["compat='papers'", "default, paper, reference"]),
+        ("skipkv", {"compat": "papers"}, ["compat='papers'", "default, paper, published"]),
+        # The former name of the published code's rules.
+        ("skipkv", {"compat": "reference"}, ["compat='reference'", "choose one of: default, paper, published"]),
         ("skipkv", {"compat": 1}, ["compat=1", "str"]),
         ("skipkv", {"recent_share": 1.1}, ["recent_share=1.1", "0.0 to 1.0"]),
         ("skipkv", {"recent_weight": 101}, ["recent_weight=101", "0.0 to 100.0"]),
@@ -118,7 +120,7 @@ OF_THE_DEFAULT = {
 def test_every_parameter_belongs_to_one_rule_of_skipkv():
     assert {*OF_THE_PAPER, *OF_THE_DEFAULT, "compat"} == {field.name for field in dataclasses.fields(SkipKV)}
     assert make_policy("skipkv", OF_THE_DEFAULT) == SkipKV(**OF_THE_DEFAULT)
-    for rule in ("paper", "reference"):
+    for rule in ("paper", "published"):
         assert make_policy("skipkv", OF_THE_PAPER | {"compat": rule}) == SkipKV(**OF_THE_PAPER, compat=rule)
 
 
@@ -134,7 +136,7 @@ def test_a_parameter_of_the_papers_rule_is_refused_without_it(name):
         KVPolicyConfig.parse({"kv_policy": "skipkv", "kv_policy_config": {name: OF_THE_PAPER[name]}})
 
 
-@pytest.mark.parametrize("rule", ["paper", "reference"])
+@pytest.mark.parametrize("rule", ["paper", "published"])
 @pytest.mark.parametrize("name", OF_THE_DEFAULT)
 def test_a_parameter_of_the_default_is_refused_with_another_rule(name, rule):
     with pytest.raises(KVPolicyError) as error:

@@ -77,7 +77,12 @@ def test_vectors_are_name_and_path(tmp_path, monkeypatch):
         ({"kv_steering_vectors": {"a": "x"}, "kv_steering_interval": 0}, ["kv_steering_interval=0", "equal to 1"]),
         (
             {"kv_steering_vectors": {"a": "x"}, "kv_steering_compat": "paper"},
-            ["kv_steering_compat='paper'", "'reference'"],
+            ["kv_steering_compat='paper'", "'published'"],
+        ),
+        # The former name of the published code's rules.
+        (
+            {"kv_steering_vectors": {"a": "x"}, "kv_steering_compat": "reference"},
+            ["kv_steering_compat='reference'", "'default' or 'published'"],
         ),
     ],
 )
@@ -97,7 +102,7 @@ def test_flags_reach_the_engine(engine_args, math):  # noqa: F811
     args = engine_args(
         *("--kv-steering-vectors", f"math={math}", f"other={math}", "--kv-steering-default", "math"),
         *("--kv-steering-alpha0", "1.25", "--kv-steering-gamma", "0.05", "--kv-steering-alpha-max", "2"),
-        *("--kv-steering-interval", "64", "--kv-steering-compat", "reference"),
+        *("--kv-steering-interval", "64", "--kv-steering-compat", "published"),
     )
     config = KVPolicyConfig.parse(args.additional_config["skipkv"])
     assert config == KVPolicyConfig(
@@ -107,7 +112,7 @@ def test_flags_reach_the_engine(engine_args, math):  # noqa: F811
         kv_steering_gamma=0.05,
         kv_steering_alpha_max=2.0,
         kv_steering_interval=64,
-        kv_steering_compat="reference",
+        kv_steering_compat="published",
     )
     assert args.scheduler_cls == SCHEDULER
     # Where the hooks are must be part of what compiled code is found by.

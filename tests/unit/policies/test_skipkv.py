@@ -154,7 +154,7 @@ def test_weights_of_the_parts():
     assert not torch.equal(SkipKV().rank(measured), SkipKV().rank(unrepeated))
 
 
-@pytest.mark.parametrize("compat", ["paper", "reference"])
+@pytest.mark.parametrize("compat", ["paper", "published"])
 def test_the_rule_of_the_paper_is_rkv_less_the_penalty(compat):
     measured, positions, keys = example(0)
     queries = torch.randn(4, 6, DIM, generator=torch.Generator().manual_seed(0))
@@ -163,7 +163,7 @@ def test_the_rule_of_the_paper_is_rkv_less_the_penalty(compat):
     wanted = make_policy("rkv", {"mix": 0.3}).score(view) - view.sentence_penalty
     torch.testing.assert_close(policy.score(view), wanted)
     assert policy.token_score == make_policy("rkv", {"mix": 0.3}).token_score
-    assert policy.sentence_options.compat == ("reference" if compat == "reference" else "default")
+    assert policy.sentence_options.compat == ("published" if compat == "published" else "default")
     assert (policy.decay, SkipKV().token_score) == (0.7, None)
 
 

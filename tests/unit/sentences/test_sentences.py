@@ -115,9 +115,9 @@ def test_keywords_count_with_and_without_space_and_in_either_case():
     }
 
 
-def test_reference_tables_are_the_last_ids_of_the_published_strings():
+def test_published_tables_are_the_last_ids_of_the_published_strings():
     tokenizer = byte_level(["\n\n", ".\n", ".\n\n", " .\n", ")\n", ":\n", "Wait", " again"])
-    tables = build_tables(tokenizer, compat="reference")
+    tables = build_tables(tokenizer, compat="published")
     last = {encode(tokenizer, text)[-1] for text in ("\n", ".\n", ")\n", "\n\n", ".\n\n", ")\n\n", "?\n\n")}
     assert tables.delimiters == last
     # " .\n" is a delimiter by default and unknown to the published code.
@@ -134,7 +134,7 @@ def test_default_tables_merge_delimiters_and_take_the_highest_repeat(qwen_like):
 
 
 def test_unknown_compat_is_refused(qwen_like):
-    with pytest.raises(KVPolicyError, match="compat='paper' must be 'default' or 'reference'"):
+    with pytest.raises(KVPolicyError, match="compat='paper' must be 'default' or 'published'"):
         build_tables(qwen_like, compat="paper")
 
 
@@ -149,7 +149,7 @@ def test_a_tokenizer_without_newlines_is_refused_with_a_remedy():
 
 DOT, WAIT, A, OF, NL = 10, 11, 1, 2, 13
 TABLES = SentenceTables(frozenset({DOT, NL}), ((WAIT,), (A, OF)), True, "max")
-REFERENCE = SentenceTables(TABLES.delimiters, TABLES.keywords, False, "last")
+PUBLISHED = SentenceTables(TABLES.delimiters, TABLES.keywords, False, "last")
 
 
 def test_segment_literal():
@@ -160,8 +160,8 @@ def test_consecutive_delimiters_extend_the_sentence_before_them():
     assert segment_with([3, DOT, NL, NL, 4, DOT], TABLES) == [Sentence(0, 4, True), Sentence(4, 6, True)]
 
 
-def test_consecutive_delimiters_are_sentences_in_reference_mode():
-    assert segment_with([3, DOT, NL, 4, DOT], REFERENCE) == [
+def test_consecutive_delimiters_are_sentences_in_published_tables():
+    assert segment_with([3, DOT, NL, 4, DOT], PUBLISHED) == [
         Sentence(0, 2, True),
         Sentence(2, 3, True),
         Sentence(3, 5, True),
@@ -189,11 +189,11 @@ def test_segment_of_real_text(qwen_like):
     assert [s.is_execution for s in sentences[:3]] == [True, False, True]
 
 
-def test_reference_mode_misses_keywords_with_a_space():
+def test_published_tables_miss_keywords_with_a_space():
     tokenizer = byte_level([".\n\n", " again"])
     ids = encode(tokenizer, "check again.\n\n")
     assert segment(ids, tokenizer)[0].is_execution is False
-    assert segment(ids, tokenizer, compat="reference")[0].is_execution is True
+    assert segment(ids, tokenizer, compat="published")[0].is_execution is True
 
 
 streams = st.lists(st.sampled_from([A, OF, 3, 4, WAIT, DOT, NL]), max_size=60)
@@ -202,7 +202,7 @@ streams = st.lists(st.sampled_from([A, OF, 3, 4, WAIT, DOT, NL]), max_size=60)
 @settings(max_examples=300, deadline=None)
 @given(streams, st.booleans())
 def test_sentences_tile_the_text(tokens, merges):
-    sentences = segment_with(tokens, TABLES if merges else REFERENCE)
+    sentences = segment_with(tokens, TABLES if merges else PUBLISHED)
     end = 0
     for sentence in sentences:
         assert sentence.start == end < sentence.end
@@ -355,7 +355,7 @@ def assert_state(tracker: SentenceTracker, slot: int, text: Text) -> None:
     assert not state.penalties[len(ends) :].any()
 
 
-@pytest.mark.parametrize("tables", [TABLES, REFERENCE], ids=["default", "reference"])
+@pytest.mark.parametrize("tables", [TABLES, PUBLISHED], ids=["default", "published"])
 @pytest.mark.parametrize("seed", range(6))
 def test_one_request_in_one_step(make_tracker, seed, tables):
     tracker, text = make_tracker(tables), make_text(seed, 60)
@@ -366,7 +366,7 @@ def test_one_request_in_one_step(make_tracker, seed, tables):
 
 
 @pytest.mark.parametrize("hidden", [HIDDEN, 0], ids=["embeddings", "ends only"])
-@pytest.mark.parametrize("tables", [TABLES, REFERENCE], ids=["default", "reference"])
+@pytest.mark.parametrize("tables", [TABLES, PUBLISHED], ids=["default", "published"])
 @pytest.mark.parametrize("seed", range(8))
 def test_any_chunking_of_several_requests_gives_the_same_state(make_tracker, seed, tables, hidden):
     chance = random.Random(seed)
@@ -405,7 +405,7 @@ def test_any_chunking_of_several_requests_gives_the_same_state(make_tracker, see
 def test_delimiters_at_every_step_border(make_tracker, tokens, cuts, merges):
     hidden = torch.randn(len(tokens), HIDDEN, generator=torch.Generator().manual_seed(len(tokens)))
     text = Text(0, tokens, hidden)
-    tracker = make_tracker(TABLES if merges else REFERENCE)
+    tracker = make_tracker(TABLES if merges else PUBLISHED)
     tracker.reset(1, 0)
     borders = [0, *sorted(c for c in cuts if c < len(tokens)), len(tokens)]
     for start, end in itertools.pairwise(borders):
@@ -437,7 +437,7 @@ def test_reset_leaves_other_slots_alone(make_tracker):
     assert (tracker.state(1).ends == FOREVER).all()
 
 
-@pytest.mark.parametrize("tables", [TABLES, REFERENCE], ids=["default", "reference"])
+@pytest.mark.parametrize("tables", [TABLES, PUBLISHED], ids=["default", "published"])
 @pytest.mark.parametrize("seed", range(4))
 def test_only_the_newest_embeddings_are_compared_and_old_penalties_stay(make_tracker, seed, tables):
     kept = 5
@@ -496,7 +496,7 @@ def test_more_embeddings_than_tokens_fit(make_tracker):
 
 def test_a_sequence_of_delimiters_alone_fills_the_table(make_tracker):
     # As many sentences as tokens fit: the last usable entry must not meet the one that swallows padding.
-    tracker = make_tracker(REFERENCE)
+    tracker = make_tracker(PUBLISHED)
     text = Text(0, [DOT] * 100, torch.randn(100, HIDDEN))
     tracker.reset(0, 0)
     feed(tracker, [(0, text, 0, 100)])
@@ -605,7 +605,7 @@ def assert_shares(tracker: SentenceTracker, texts: dict[int, Text]) -> None:
         torch.testing.assert_close(row[0, 1, :length], wanted.flip(0))
 
 
-@pytest.mark.parametrize("tables", [TABLES, REFERENCE], ids=["default", "reference"])
+@pytest.mark.parametrize("tables", [TABLES, PUBLISHED], ids=["default", "published"])
 @pytest.mark.parametrize("seed", range(8))
 def test_shares_do_not_depend_on_the_steps_that_brought_the_text(make_tracker, seed, tables):
     """Chunks, single tokens, and steps of both; all requests of different lengths and beginnings."""
@@ -665,7 +665,7 @@ def assert_pairs(tracker: SentenceTracker, slot: int, text: Text) -> dict[tuple[
     return wanted
 
 
-@pytest.mark.parametrize("tables", [TABLES, REFERENCE], ids=["default", "reference"])
+@pytest.mark.parametrize("tables", [TABLES, PUBLISHED], ids=["default", "published"])
 def test_similar_pairs_by_words(make_tracker, tables):
     found, sizes = 0, set()
     for seed in range(30):

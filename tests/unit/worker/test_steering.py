@@ -89,7 +89,7 @@ def test_what_the_bundled_tokenizers_tokens_are():
     assert texts(THOUGHT.SPLIT) == {"\n\n", ".\n\n", "?\n\n", ")\n\n", ">\n\n"}
     assert set((flags & THOUGHT.DELIMITER).nonzero().flatten().tolist()) == build_tables(tokenizer()).delimiters
     assert (texts(THOUGHT.BEGIN), texts(THOUGHT.END)) == ({"<think>"}, {"</think>"})
-    assert tables("reference").merge is False
+    assert tables("published").merge is False
     assert tables().merge is True
 
 
@@ -139,9 +139,9 @@ def test_the_last_marker_of_the_prompt_decides_whether_the_model_thinks(prompt, 
     assert start.first == len(ids(prompt))
 
 
-def test_reference_counts_the_prompt_up_to_its_last_token():
+def test_published_rules_counts_the_prompt_up_to_its_last_token():
     prompt = ids("Wait, a.\n\n<think>Alternatively b.\n\nRead.\n\n")
-    start = SteeringController(tables("reference"), 16, counts_prompt=True).start("r", prompt, 1, STRENGTH)
+    start = SteeringController(tables("published"), 16, counts_prompt=True).start("r", prompt, 1, STRENGTH)
     state = dict(zip(STATE, start.state, strict=True))
     assert start.first == len(prompt) - 1
     # The last token of "Wait" is in "Alternatively" too, so that both are doubts by the published code.
