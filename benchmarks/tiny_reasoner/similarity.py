@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from skipkv_vllm import bundled_model
-from skipkv_vllm.sentences import build_tables, segment_with
+from skipkv_vllm.sentences import build_tables, split_sentences
 
 from .problems import SPLITS, problems
 
@@ -42,7 +42,7 @@ def main() -> None:
         text = tokenizer(problem.completion, add_special_tokens=False).input_ids
         with torch.no_grad():
             hidden = model.model(torch.tensor([prompt + text])).last_hidden_state[0, len(prompt) :]
-        spans = [(s.start, s.end) for s in segment_with(text, tables)]
+        spans = [(s.start, s.end) for s in split_sentences(text, tables)]
         unit = torch.nn.functional.normalize(torch.stack([hidden[a:b].mean(0) for a, b in spans]), dim=-1)
         cosine = (unit @ unit.T).triu(1)
         for i, j in combinations(range(len(spans)), 2):

@@ -16,14 +16,15 @@ from ..steering.extraction.checkpoints import Checkpoint, open_checkpoint
 from ..steering.extraction.grading import grade_boxed, math_verify
 from ..steering.extraction.reasoning_texts import (
     Problem,
-    Trace,
+    ReasoningText,
     at_most_per_outcome,
     load_problems,
-    read_traces,
-    write_traces,
+    read_texts,
+    write_texts,
 )
 from ..steering.extraction.sweep import Outcome, cell, choose
-from ..steering.thoughts import LABELS, KeywordSet, load_keywords, split_tokens
+from ..steering.extraction.thoughts import LABELS, KeywordSet, load_keywords
+from ..steering.tables import split_tokens
 from . import generation
 
 AUTO = "auto"
@@ -115,9 +116,9 @@ def extract(options: Options, echo: Callable[[str], None]) -> None:
 # ---- traces
 
 
-def _traces(options: Options, checkpoint: Checkpoint, echo: Callable[[str], None]) -> list[Trace]:
+def _traces(options: Options, checkpoint: Checkpoint, echo: Callable[[str], None]) -> list[ReasoningText]:
     if options.traces is not None:
-        return read_traces(options.traces)
+        return read_texts(options.traces)
     assert options.dataset is not None
     problems = load_problems(options.dataset, options.skip, options.problems)
     if any(problem.answer is not None for problem in problems):
@@ -126,7 +127,11 @@ def _traces(options: Options, checkpoint: Checkpoint, echo: Callable[[str], None
     with generation.engine(options.model, options.engine) as llm:
         answers = _answer(options, llm, [generation.Job(prompt, {}) for prompt in prompts])
     traces = [
-        Trace(prompt, answer.text, None if problem.answer is None else grade_boxed(problem.answer, answer.text).correct)
+        ReasoningText(
+            prompt,
+            answer.text,
+            None if problem.answer is None else grade_boxed(problem.answer, answer.text).correct,
+        )
         for prompt, problem, answer in zip(prompts, problems, answers, strict=True)
     ]
     graded = [trace.correct for trace in traces if trace.correct is not None]
@@ -134,7 +139,7 @@ def _traces(options: Options, checkpoint: Checkpoint, echo: Callable[[str], None
     length = sum(answer.length for answer in answers) / len(answers)
     echo(f"{len(traces)} traces of {length:.0f} tokens{right}, {sum(a.truncated for a in answers)} cut off")
     if options.save_traces is not None:
-        write_traces(options.save_traces, traces)
+        write_texts(options.save_traces, traces)
     return traces
 
 

@@ -1,4 +1,4 @@
-"""How much of a sentence later text says again, word for word: from token ids alone."""
+"""Find which tokens of a sentence recur word for word in later text; from token ids alone."""
 
 from __future__ import annotations
 
@@ -7,24 +7,24 @@ import torch.nn.functional as F
 from torch import Tensor
 
 GRAM = 6
-"""Tokens of a phrase. Shorter ones recur by chance; longer ones miss what is said again with another number in it."""
+"""Tokens of a phrase. Shorter phrases recur by chance; longer ones miss repetitions in which a number has changed."""
 
 _MULTIPLIERS = (
     *(-0x61C8864680B583EB, 0x2545F4914F6CDD1D, -0x4B47D0C5A1A53CBB),
     *(0x5851F42D4C957F2D, -0x40A7B892E31B1A47, 0x369DEA0F31A53F85),
 )
-"""Odd 64-bit numbers, as signed ones; the hash of a phrase is the sum of its token ids times them."""
+"""Odd signed 64-bit numbers; the hash of a phrase is the sum of its token ids, each times one of them."""
 
 
 def next_occurrence(token_ids: Tensor) -> Tensor:
-    """Where each phrase occurs next.
+    """Find the next occurrence of each phrase.
 
     Args:
         token_ids: integer `[R, T]`.
 
     Returns:
-        int64 `[R, T]`: for each start of a phrase of `GRAM` tokens the start of its next occurrence, and T where it
-        does not occur again or has fewer tokens. Two different phrases count as one if their 64-bit hashes are equal.
+        int64 `[R, T]`: for each start of a phrase of `GRAM` tokens, the start of its next occurrence; T where the
+        phrase does not recur or fewer tokens follow. Different phrases with the same 64-bit hash count as equal.
     """
     rows, length = token_ids.shape
     starts = max(0, length - GRAM + 1)
@@ -41,10 +41,10 @@ def next_occurrence(token_ids: Tensor) -> Tensor:
 
 
 def repeated_tokens(token_ids: Tensor, is_text: Tensor) -> Tensor:
-    """Which tokens are part of a phrase that occurs again later.
+    """Find the tokens that are part of a phrase which recurs later.
 
     Args:
-        token_ids: integer `[R, T]`; may be anything where there is no text.
+        token_ids: integer `[R, T]`; arbitrary where there is no text.
         is_text: bool `[R, T]`.
 
     Returns:
@@ -52,22 +52,22 @@ def repeated_tokens(token_ids: Tensor, is_text: Tensor) -> Tensor:
     """
     num_tokens = token_ids.shape[1]
     order = torch.arange(num_tokens, device=token_ids.device)
-    # Numbers that no token has and that differ from place to place, so that no phrase with one of them recurs.
+    # Use a different negative number at each place, so that no phrase that contains one recurs.
     follows = next_occurrence(torch.where(is_text, token_ids.long(), -1 - order))
     begun = (follows < num_tokens).int().cumsum(1)
     return begun > F.pad(begun, (GRAM, 0))[:, :num_tokens]
 
 
 def repeated_shares(token_ids: Tensor, is_text: Tensor, ends: Tensor) -> Tensor:
-    """Share of the tokens of each closed sentence that are part of a phrase which occurs again later.
+    """Compute the share of each closed sentence's tokens that are part of a phrase which recurs later.
 
     Args:
-        token_ids: integer `[R, T]`; may be anything where there is no text.
+        token_ids: integer `[R, T]`; arbitrary where there is no text.
         is_text: bool `[R, T]`.
-        ends: int32 `[R, S]`, index of each sentence's last token, ascending; past the closed sentences not below T.
+        ends: int32 `[R, S]`, index of each sentence's last token, ascending; at least T past the closed sentences.
 
     Returns:
-        float32 `[R, T]` by token, 0 for tokens of the open sentence and where there is no text.
+        float32 `[R, T]` for each token; 0 in the open sentence and where there is no text.
     """
     rows, num_tokens = token_ids.shape
     order = torch.arange(num_tokens, dtype=ends.dtype, device=ends.device).expand(rows, -1).contiguous()

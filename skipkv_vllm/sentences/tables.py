@@ -1,11 +1,12 @@
-"""Which tokens end a sentence and which mark a thought as verification: tables built from a tokenizer.
+"""Token tables of a tokenizer: which tokens end a sentence, and which keywords mark a thought as verification.
 
-The published code knows seven delimiters and three keywords by the last token id of each string. That
-misses what real tokenizers do: a newline merges with the punctuation in front of it in many more ways
-(`").\\n\\n"`, `" .\\n"`), and a keyword inside a sentence carries a leading space. So by default every token
-of the vocabulary whose text is closing punctuation followed by newlines is a delimiter (a colon or comma
-is not closing punctuation), and keywords count with and without a leading space, in either case of their
-first letter, even where they take several tokens. `compat="published"` gives the published code's tables.
+The published code knows seven delimiters and three keywords, each by the last token id of its string. Real tokenizers
+need more than that. They merge a newline with the punctuation in front of it in many other ways (`").\\n\\n"`,
+`" .\\n"`), and a keyword inside a sentence carries a leading space.
+
+By default, every token of the vocabulary whose text is closing punctuation followed by newlines is a delimiter (a colon
+or comma is not closing punctuation). Keywords count with and without a leading space, with the first letter in either
+case, and also where they take several tokens. `compat="published"` gives the tables of the published code.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from ..core.errors import KVPolicyError
 PUBLISHED_DELIMITERS = ("\n", ".\n", ")\n", "\n\n", ".\n\n", ")\n\n", "?\n\n")
 KEYWORDS = ("Wait", "Alternatively", "again")
 TRANSITIONS = ("Alternatively",)
-"""Keywords of a change of approach; the others are those of doubt."""
+"""Keywords of a change of approach; the others express doubt."""
 _DELIMITER = re.compile(r" ?[.)?!\]}\"'”’。]*\n+")
 _MAY_HOLD_NEWLINE = ("\n", "Ċ", "<0x0A>")
 
@@ -40,11 +41,11 @@ class SentenceTables:
 
     Attributes:
         delimiters: ids of the tokens that end a sentence.
-        keywords: token id sequences, any of which makes a sentence a non-execution thought.
-        merges_delimiters: whether a delimiter right after a delimiter extends the sentence before it.
-            The published code makes a one-token sentence of it.
-        penalty_rule: which repeat's similarity counts when there are several, see `ops.sentence_penalties`.
-        transitions: those of the keywords that announce another approach; the others express doubt.
+        keywords: token id sequences; a sentence with any of them is a non-execution thought.
+        merges_delimiters: whether a delimiter right after another one extends the sentence before it. In the published
+            code it becomes a sentence of one token.
+        penalty_rule: which similarity counts when a sentence is repeated several times, see `ops.sentence_penalties`.
+        transitions: the keywords that announce another approach; the others express doubt.
     """
 
     delimiters: frozenset[int]
@@ -65,14 +66,9 @@ def build_tables(tokenizer: Tokenizer, compat: str = "default") -> SentenceTable
         KVPolicyError: unknown `compat`, or a tokenizer without any delimiter.
     """
     if compat == "published":
-        last = {text: tokenizer.encode(text, add_special_tokens=False)[-1] for text in PUBLISHED_DELIMITERS}
-        ids: dict[str, tuple[int, ...]] = {
-            word: (tokenizer.encode(word, add_special_tokens=False)[-1],) for word in KEYWORDS
-        }
-        transitions = frozenset(ids[word] for word in TRANSITIONS)
-        return SentenceTables(frozenset(last.values()), tuple(sorted(set(ids.values()))), False, "last", transitions)
+        return _published_tables(tokenizer)
     if compat != "default":
-        raise KVPolicyError(f"compat={compat!r} must be 'default' or 'published'")
+        raise KVPolicyError(f"compat={compat!r} is unknown; choose one of: default, published")
 
     delimiters = frozenset(
         token_id
@@ -89,7 +85,14 @@ def build_tables(tokenizer: Tokenizer, compat: str = "default") -> SentenceTable
         for form in {word, word.lower(), word.capitalize()}:
             for text in (form, f" {form}"):
                 keywords[tuple(tokenizer.encode(text, add_special_tokens=False))] = word
-    # A tokenizer that cannot spell a keyword at all gives no ids, and no ids would be found everywhere.
+    # A tokenizer that cannot spell a keyword gives no ids for it, and an empty sequence would match everywhere.
     keywords.pop((), None)
     transitions = frozenset(ids for ids, word in keywords.items() if word in TRANSITIONS)
     return SentenceTables(delimiters, tuple(sorted(keywords)), True, "max", transitions)
+
+
+def _published_tables(tokenizer: Tokenizer) -> SentenceTables:
+    last = {text: tokenizer.encode(text, add_special_tokens=False)[-1] for text in (*PUBLISHED_DELIMITERS, *KEYWORDS)}
+    delimiters = frozenset(last[text] for text in PUBLISHED_DELIMITERS)
+    keywords = tuple(sorted({(last[word],) for word in KEYWORDS}))
+    return SentenceTables(delimiters, keywords, False, "last", frozenset((last[word],) for word in TRANSITIONS))

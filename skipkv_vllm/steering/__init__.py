@@ -1,4 +1,4 @@
-"""Activation steering: vector files, their extraction and import. Imports no vLLM."""
+"""Activation steering: vector files, token tables and the host's counts; `extraction` makes and imports vectors."""
 
 from .vectors import SteeringVector, tokenizer_digest
 

@@ -1,7 +1,7 @@
-"""The host's part of steering: from which token on, in which state, and what came of it.
+"""The host's part of steering: where it starts, in which state, and the thought counts of a finished request.
 
-The workers compute the coefficients, step by step. What they start from and what they did follows from the text
-alone, so the host finds both with the same operator.
+The workers compute the coefficients step by step. Both the state at the start and the counts at the end follow from
+the text alone, so the host computes them with the same operator.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from ..core.orders import SteeredRequest, Strength
 from .tables import ThoughtTables
 
 NEVER = 2**62
-"""An interval that no position reaches."""
+"""Interval longer than any text, so that the strength never changes."""
 
 KINDS = ("execution", "reflection", "transition")
 
 
 class Thoughts(NamedTuple):
-    """What a request thought, and how often it was steered.
+    """Thought counts of a finished request, and how often it was steered.
 
     Attributes:
-        steered_tokens: tokens that a vector was added to.
-        execution, reflection, transition: sentences of its output by kind.
+        steered_tokens: tokens to which a vector was added.
+        execution, reflection, transition: sentences of the output by kind.
     """
 
     steered_tokens: int
@@ -36,12 +36,12 @@ class Thoughts(NamedTuple):
 
 
 class SteeringController:
-    """Says where a request's steering starts and counts its thoughts.
+    """Find where the steering of a request starts, and count its thoughts when it ends.
 
     Args:
-        tables: of the tokenizer.
-        interval: positions after which the number of thoughts is taken over.
-        counts_prompt: the published code's rule: the prompt's sentences count, and its last token may be steered.
+        tables: tables of the tokenizer.
+        interval: positions between two updates of the strength.
+        counts_prompt: follow the published code: count the prompt's sentences, and let its last token be steered.
     """
 
     def __init__(self, tables: ThoughtTables, interval: int, counts_prompt: bool) -> None:
@@ -51,17 +51,17 @@ class SteeringController:
         self._track = ops.function("track_thoughts", torch.device("cpu"))
 
     def first(self, num_prompt: int) -> int:
-        """Position of the first token that may be steered; what comes before is any request's."""
+        """Return the position of the first token that may be steered; steering leaves the KV before it unchanged."""
         return num_prompt - self._counts_prompt
 
     def start(self, request_id: str, prompt: Sequence[int], vector: int, strength: Strength) -> SteeredRequest:
-        """Read the prompt: does the model think when it starts to write?
+        """Compute the state at the first steered token, e.g. whether the prompt leaves the model thinking.
 
         Args:
-            request_id: its id.
+            request_id: the request.
             prompt: token ids.
-            vector: row of its vector, from 1; 0 steers nothing and counts all the same.
-            strength: its coefficients.
+            vector: row of its vector, from 1; 0 to count thoughts without steering.
+            strength: coefficients of the request.
         """
         first = self.first(len(prompt))
         read = self._run([0] * len(ops.STATE), prompt[:first], 0, Strength(0, 0, 0), NEVER)
@@ -70,11 +70,11 @@ class SteeringController:
         return SteeredRequest(request_id, first, state, strength)
 
     def finish(self, start: SteeredRequest, token_ids: Sequence[int]) -> Thoughts:
-        """Count what came of it.
+        """Count the thoughts of a finished request.
 
         Args:
-            start: where it began.
-            token_ids: prompt and output, without what was sampled last, which the model never read.
+            start: what `start` returned for it.
+            token_ids: prompt and output without the last sampled token, which the model never read.
         """
         after = self._run(start.state, token_ids[start.first :], start.first, start.strength, self._interval)
         before = dict(zip(ops.STATE, start.state, strict=True))

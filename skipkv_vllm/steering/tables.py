@@ -1,6 +1,6 @@
-"""What `track_thoughts` must know of a tokenizer: where thoughts part, and the keywords that say what they are.
+"""Token tables for `track_thoughts`: where thoughts end, and the keywords that tell their kind.
 
-Sentences and keywords are those of `sentences.tables`, so that steering counts what eviction and traces see.
+Sentences and keywords are those of `sentences.tables`, so that steering, eviction and traces agree.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from torch import Tensor
 
 from ..core.errors import KVPolicyError
 from ..ops import KEYWORD_SHIFT, THOUGHT
-from ..sentences import SentenceTables, build_tables
-from ..sentences.tables import Tokenizer
-from .thoughts import THINK_END, THINK_START, split_tokens
+from ..sentences import SentenceTables, Tokenizer, build_tables
 
+THINK_START, THINK_END = "<think>", "</think>"
 MARKERS = {THINK_START: THOUGHT.BEGIN, THINK_END: THOUGHT.END}
 REFLECTION, TRANSITION = 1, 2
+_MAY_HOLD_NEWLINE = ("\n", "Ċ")
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,8 +26,8 @@ class ThoughtTables:
     """Tables of one tokenizer, on the CPU.
 
     Attributes:
-        vocabulary, keywords: see `ops.batched.track_thoughts`.
-        merge: whether a delimiter right after another one closes nothing.
+        vocabulary, keywords: see the operator `track_thoughts`.
+        merge: whether a delimiter right after another one closes no sentence.
     """
 
     vocabulary: Tensor
@@ -35,24 +35,43 @@ class ThoughtTables:
     merge: bool
 
 
+def split_tokens(tokenizer: Tokenizer) -> frozenset[int]:
+    """Return the ids of the tokens that hold a blank line.
+
+    Raises:
+        KVPolicyError: the tokenizer has no such token.
+    """
+    found = frozenset(
+        token_id
+        for token, token_id in tokenizer.get_vocab().items()
+        if any(mark in token for mark in _MAY_HOLD_NEWLINE) and "\n\n" in tokenizer.decode([token_id])
+    )
+    if not found:
+        raise KVPolicyError(
+            "the tokenizer has no token with a blank line, so thoughts cannot be told apart; use a model whose "
+            "tokenizer merges newlines, as those of Qwen and Llama 3 do, or start without --kv-steering-vectors"
+        )
+    return found
+
+
 def build_thought_tables(tokenizer: Tokenizer, vocab_size: int, compat: str = "default") -> ThoughtTables:
     """Build the tables of a tokenizer.
 
-    A token is steered at the end of a thought: where its text has a blank line. Vectors are made from the hidden
-    states of these tokens.
+    The tokens that are steered are those at the end of a thought, whose text has a blank line. Vectors are made from
+    the hidden states of the same tokens.
 
     Args:
         tokenizer: any Hugging Face tokenizer.
-        vocab_size: number of token ids of the model, which may be more than the tokenizer's.
+        vocab_size: number of token ids of the model; may exceed the tokenizer's.
         compat: "default" or "published", as for `sentences.build_tables`.
 
     Raises:
-        KVPolicyError: a tokenizer without tokens for <think> and </think>, or without one that has a blank line.
+        KVPolicyError: no token for <think> or for </think>, or none with a blank line.
     """
     vocab = tokenizer.get_vocab()
     if missing := [marker for marker in MARKERS if marker not in vocab]:
         raise KVPolicyError(
-            f"the tokenizer has no token for {' and '.join(missing)}, so it cannot be told where the model thinks; "
+            f"the tokenizer has no token for {' and '.join(missing)}, so its thinking cannot be found; "
             "start without --kv-steering-vectors"
         )
     splits = split_tokens(tokenizer)
@@ -70,7 +89,7 @@ def build_thought_tables(tokenizer: Tokenizer, vocab_size: int, compat: str = "d
 
 
 def _keyword_machine(sentences: SentenceTables, tokens: list[int]) -> Tensor:
-    """The machine of Aho and Corasick; a state is the longest end of the text that begins a keyword."""
+    """Build the Aho-Corasick automaton; its state is the longest suffix of the text that is a prefix of a keyword."""
     words = sentences.keywords
     prefixes = sorted({word[:n] for word in words for n in range(len(word) + 1)}, key=len)
     number = {prefix: i for i, prefix in enumerate(prefixes)}

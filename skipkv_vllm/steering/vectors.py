@@ -1,8 +1,8 @@
-"""Steering vectors and their file: safetensors with one float32 tensor `vector` and all that is known about it.
+"""Steering vectors and their file format: safetensors with one float32 tensor `vector` and metadata.
 
-A vector points from reflection and transition thoughts to execution thoughts (E - RT), so a positive coefficient
-makes a model go on instead of doubting. It is added to what enters a decoder layer (`hidden_states[layer]` of Hugging
-Face). It is not normalised: its norm is the distance of the two class means, and coefficients are multiples of it.
+A vector points from reflection and transition thoughts to execution thoughts (E - RT), so a positive coefficient makes
+a model doubt less. It is added to the input of a decoder layer (`hidden_states[layer]` in Hugging Face). It is not
+normalised: its norm is the distance between the two class means, and coefficients are multiples of it.
 """
 
 from __future__ import annotations
@@ -29,24 +29,23 @@ SIGN = "E-RT"
 TENSOR = "vector"
 NORM_TOLERANCE = 1e-3
 
-
 Count = Annotated[int, Field(ge=0)]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class SteeringVector:
-    """A vector and where it belongs.
+    """A steering vector and the model and layer it was made for.
 
     Attributes:
-        values: float32 `[hidden size]` on the CPU, execution minus the rest, as large as it was measured.
+        values: float32 `[hidden size]` on the CPU, execution minus the rest, not normalised.
         layer: decoder layer whose input it is added to, from 0.
-        num_layers: decoder layers of its model.
+        num_layers: decoder layers of that model.
         base_model: name or folder of the model it was made from.
-        method: how it came about.
-        keyword_set: what told the classes apart.
-        execution, reflection, transition: thoughts that were averaged, by class; None where nobody wrote it down.
-        split_half_cosine: between the vectors of two halves of the traces, None where unknown.
-        tokenizer_sha: see `tokenizer_digest`, None where unknown.
+        method: how it was made.
+        keyword_set: the keywords that classified the thoughts.
+        execution, reflection, transition: number of thoughts averaged, by class; None if unknown.
+        split_half_cosine: cosine between the vectors of two halves of the reasoning texts; None if unknown.
+        tokenizer_sha: see `tokenizer_digest`; None if unknown.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(arbitrary_types_allowed=True)
@@ -70,7 +69,7 @@ class SteeringVector:
                 "`skipkv import-vector` converts other formats"
             )
         if not math.isfinite(self.norm) or self.norm == 0:
-            raise KVPolicyError(f"a steering vector of norm {self.norm} cannot steer; make it again")
+            raise KVPolicyError(f"a steering vector of norm {self.norm} has no effect; make it again")
         if not 0 <= self.layer < self.num_layers:
             raise KVPolicyError(
                 f"layer={self.layer} is out of range for a model of {self.num_layers} layers; "
@@ -88,7 +87,7 @@ class SteeringVector:
         return float(self.values.double().norm())
 
     def check_fits(self, hidden_size: int, num_layers: int, tokenizer_sha: str | None = None) -> None:
-        """Raise `KVPolicyError` unless it belongs to a model of this width, depth and, if both are known, tokenizer."""
+        """Raise `KVPolicyError` unless the vector fits this width, depth and, if both are known, tokenizer."""
         mine = {"hidden size": self.hidden_size, "number of layers": self.num_layers}
         for what, other in {"hidden size": hidden_size, "number of layers": num_layers}.items():
             if mine[what] != other:
@@ -103,13 +102,13 @@ class SteeringVector:
             )
 
     def with_values(self, values: Tensor, method: str) -> SteeringVector:
-        """The same place, other values; what was counted no longer applies."""
+        """Return a copy with other values, without the counts of the old ones."""
         return replace(
             self, values=values, method=method, execution=None, reflection=None, transition=None, split_half_cosine=None
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the file; an older one is replaced as a whole.
+        """Write the file, replacing an older one atomically.
 
         Raises:
             KVPolicyError: the path is a folder, or its folder does not exist or cannot be written.
@@ -123,7 +122,7 @@ class SteeringVector:
             raise KVPolicyError(f"cannot write the steering vector {path}: it is a folder; name a file in it")
         partial = path.with_name(f".{path.name}.partial")
         try:
-            # Not save_file: its files can be read by their owner alone.
+            # save_file would make a file that only its owner can read.
             partial.write_bytes(save({TENSOR: self.values.contiguous()}, metadata))
             partial.replace(path)
         except (OSError, SafetensorError) as error:
@@ -134,8 +133,8 @@ class SteeringVector:
         """Read a file.
 
         Raises:
-            KVPolicyError: not a file of ours, one of another version, sign or site, or one whose tensor does not
-                agree with what is written about it.
+            KVPolicyError: no such file, another format, version, sign or site, or a tensor that contradicts the
+                metadata.
         """
         values, metadata = _read(Path(path))
         version = metadata.pop("format_version", None)
@@ -146,7 +145,7 @@ class SteeringVector:
             )
         for field, value in {"site": SITE, "sign": SIGN}.items():
             if (found := metadata.pop(field, None)) != value:
-                raise KVPolicyError(f"{path} has {field}={found!r}; only {value!r} can be used. Make it again")
+                raise KVPolicyError(f"{path} has {field}={found!r}; only {value!r} is supported, make it again")
         size, norm = metadata.pop("hidden_size", None), metadata.pop("norm", None)
         known = {f.name: metadata[f.name] for f in fields(cls) if f.name in metadata}
         try:
@@ -157,19 +156,21 @@ class SteeringVector:
         if size != str(vector.hidden_size) or not _is_close(norm, vector.norm):
             raise KVPolicyError(
                 f"{path} says hidden_size={size}, norm={norm}, but its vector has {vector.hidden_size} and "
-                f"{vector.norm}; the file was changed or damaged, make it again"
+                f"{vector.norm}; the file was modified or is damaged, make it again"
             )
         return vector
 
 
 def _read(path: Path) -> tuple[Tensor, dict[str, str]]:
     if not path.is_file():
-        raise KVPolicyError(f"steering vector {path}: there is no such file; `skipkv extract-vector` makes one")
+        raise KVPolicyError(f"steering vector {path}: there is no such file; make one with `skipkv extract-vector`")
     try:
         with safe_open(path, framework="pt") as file:
             metadata, names = dict(file.metadata() or {}), list(file.keys())
             if names != [TENSOR]:
-                raise KVPolicyError(f"{path} holds the tensors {names}, not just {TENSOR!r}; it is no steering vector")
+                raise KVPolicyError(
+                    f"{path} holds the tensors {names}, not just {TENSOR!r}; it is not a steering vector"
+                )
             return file.get_tensor(TENSOR), metadata
     except (OSError, SafetensorError) as error:
         raise KVPolicyError(
@@ -185,7 +186,7 @@ def _is_close(written: str | None, norm: float) -> bool:
 
 
 def describe(tensor: Tensor) -> str:
-    """dtype and shape as a message names them."""
+    """Return dtype and shape for a message."""
     return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
 
 
@@ -196,6 +197,6 @@ class Tokenizer(Protocol):
 
 
 def tokenizer_digest(tokenizer: Tokenizer) -> str:
-    """16 hexadecimal digits that change with any token's text or id."""
+    """Return 16 hexadecimal digits that change with the text or id of any token."""
     vocabulary = json.dumps(sorted(tokenizer.get_vocab().items()), ensure_ascii=True)
     return hashlib.sha256(vocabulary.encode()).hexdigest()[:16]

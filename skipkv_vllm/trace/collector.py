@@ -19,7 +19,7 @@ from ..config import KVPolicyConfig
 from ..core.auxiliary import BackgroundJobs, auxiliary, report_failure
 from ..core.errors import KVPolicyError
 from ..core.orders import Compaction, Started
-from ..sentences import SentenceTables, segment_with
+from ..sentences import SentenceTables, split_sentences
 from .files import FLUSH_SECONDS, TOO_MANY, Trace, part_path, parts_folder, trace_path
 
 WAIT_SECONDS = 30.0
@@ -216,7 +216,7 @@ class TraceCollector:
                 rows = zip(part["similar_pairs"].tolist(), part["similarity"].tolist(), strict=True)
                 pairs |= {(earlier, later): similarity for (earlier, later), similarity in rows}
         text = [*ended.prompt_token_ids, *ended.output_token_ids]
-        found = segment_with(text[log.first_tracked :], self._tables) if self._tables else []
+        found = split_sentences(text[log.first_tracked :], self._tables) if self._tables else []
         orders = [order for _, order in log.orders]
         Trace(
             prompt_token_ids=torch.tensor(ended.prompt_token_ids, dtype=torch.int64),

@@ -26,7 +26,7 @@ from skipkv_vllm.core.orders import Accumulation, Compaction, Started, StepOrder
 from skipkv_vllm.ops.paging import Layout, PagedCache, cpu_layout, layer_pages
 from skipkv_vllm.policies.gates import Gate, Gates
 from skipkv_vllm.scheduler.planner import EvictionPlanner, Looks
-from skipkv_vllm.sentences import SentenceTables, segment_with
+from skipkv_vllm.sentences import SentenceTables, split_sentences
 from skipkv_vllm.sentences.recurrence import GRAM
 from skipkv_vllm.worker.batch import StepBatch
 from skipkv_vllm.worker.cache import KVCache
@@ -768,7 +768,7 @@ class Simulation:
     def _sentences(self, request: Running):
         """Functions position -> number of its sentence, and -> penalty of it."""
         text = request.tokens[request.first_tracked :]
-        found = segment_with(text, TABLES)
+        found = split_sentences(text, TABLES)
         starts = [s.start + request.first_tracked for s in found]
         ends = [s.end + request.first_tracked for s in found]
         if self.config.needs & Need.RECURRENCE:

@@ -1,4 +1,4 @@
-"""From traces to a vector: the mean state before execution thoughts minus the mean before all others (SEAL)."""
+"""Make a vector from reasoning texts: the mean state before execution thoughts minus that before all others (SEAL)."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from ...core.errors import KVPolicyError
-from ..thoughts import LABELS, KeywordSet, split_tokens, thoughts
+from ..tables import split_tokens
 from ..vectors import SteeringVector
 from .checkpoints import Checkpoint
-from .reasoning_texts import Trace
+from .reasoning_texts import ReasoningText
+from .thoughts import LABELS, KeywordSet, thoughts
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -26,13 +27,13 @@ EXECUTION = LABELS.index("execution")
 
 @dataclass(eq=False)
 class ClassSums:
-    """States at the boundaries of thoughts, summed by class. Traces alternate between two halves.
+    """Hidden states at the boundaries of thoughts, summed by class. Texts alternate between two halves.
 
     Attributes:
-        layers: those looked at.
+        layers: the layers measured.
         sums: float64 `[2 halves, layers, 3 classes, hidden size]`, classes as in `LABELS`.
         counts: int64 `[2 halves, 3 classes]`.
-        norms: float64 `[layers]`, sum of the states' norms.
+        norms: float64 `[layers]`, sum of the norms of the states.
     """
 
     layers: tuple[int, ...]
@@ -42,7 +43,7 @@ class ClassSums:
 
     @classmethod
     def zeros(cls, layers: Sequence[int], hidden_size: int) -> ClassSums:
-        """Nothing seen yet."""
+        """Return empty sums."""
         classes = len(LABELS)
         return cls(
             tuple(layers),
@@ -52,7 +53,7 @@ class ClassSums:
         )
 
     def add(self, half: int, states: Tensor, classes: Tensor) -> None:
-        """Count a trace.
+        """Add the states of a text.
 
         Args:
             half: 0 or 1.
@@ -65,27 +66,27 @@ class ClassSums:
         self.norms += states.norm(dim=-1).sum(-1)
 
     def difference(self, layer: int, half: int | None = None) -> Tensor:
-        """Execution minus the rest, float64 `[hidden size]`; of a half of the traces, or of all."""
+        """Return execution minus the rest, float64 `[hidden size]`; of one half of the texts or of all."""
         halves = slice(None) if half is None else slice(half, half + 1)
         sums, counts = self.sums[halves, self.layers.index(layer)].sum(0), self.counts[halves].sum(0)
         others = [i for i in range(len(LABELS)) if i != EXECUTION]
         return sums[EXECUTION] / counts[EXECUTION] - sums[others].sum(0) / counts[others].sum()
 
     def split_half_cosine(self, layer: int) -> float | None:
-        """Cosine between the differences of both halves; None where a half lacks a class."""
+        """Return the cosine between the differences of the two halves; None if a half lacks a class."""
         one, other = (self.difference(layer, half) for half in (0, 1))
         cosine = float(one @ other / (one.norm() * other.norm()))
         return cosine if math.isfinite(cosine) else None
 
     def mean_norm(self, layer: int) -> float:
-        """Mean norm of the states, to compare the vector's with."""
+        """Return the mean norm of the states, as a scale for the norm of the vector."""
         return float(self.norms[self.layers.index(layer)] / self.counts.sum())
 
     def vector(self, layer: int, checkpoint: Checkpoint, keywords: KeywordSet) -> SteeringVector:
-        """The vector of a layer.
+        """Make the vector of a layer.
 
         Raises:
-            KVPolicyError: there is no difference, as where the same token enters the first layer each time.
+            KVPolicyError: the difference is zero, e.g. at the first layer if every boundary is the same token.
         """
         values = self.difference(layer).float()
         if not values.any():
@@ -104,36 +105,36 @@ class ClassSums:
         )
 
     def check(self, least: int) -> None:
-        """Raise `KVPolicyError` unless both sides of the difference have at least so many thoughts."""
+        """Raise `KVPolicyError` unless each side of the difference has at least `least` thoughts."""
         execution, *others = self.counts.sum(0).tolist()
         if min(execution, sum(others)) < least:
             raise KVPolicyError(
-                f"the traces hold {execution} execution thoughts and {sum(others)} of reflection or transition; each "
-                f"side needs at least {least} (--min-thoughts). Give more traces, or keywords that fit the text"
+                f"the texts hold {execution} execution thoughts and {sum(others)} of reflection or transition; each "
+                f"side needs at least {least} (--min-thoughts). Give more texts, or keywords that match them"
             )
 
 
 def measure(
     checkpoint: Checkpoint,
-    traces: Iterable[Trace],
+    texts: Iterable[ReasoningText],
     layers: Sequence[int],
     keywords: KeywordSet,
     *,
     dtype: str = "float32",
     device: str | None = None,
 ) -> ClassSums:
-    """Run a model over traces and sum its states, one forward pass a trace.
+    """Run a model over reasoning texts, one forward pass each, and sum its hidden states.
 
     Args:
         checkpoint: the model.
-        traces: prompts and responses.
-        layers: whose inputs are looked at.
-        keywords: tell the classes apart.
-        dtype: of the model; sums are float64.
-        device: of the model; None: a GPU if there is one.
+        texts: prompts and responses.
+        layers: layers whose inputs are measured.
+        keywords: keywords that classify the thoughts.
+        dtype: dtype of the model; sums are float64.
+        device: device of the model; None for a GPU if there is one.
 
     Raises:
-        KVPolicyError: a layer that does not exist, a model without a list of decoder layers, a trace without thoughts.
+        KVPolicyError: a layer that does not exist, a model without a list of decoder layers, a text without thoughts.
     """
     for layer in layers:
         checkpoint.check_layer(layer)
@@ -141,13 +142,13 @@ def measure(
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     model, decoder = _load(checkpoint, max(layers), dtype, device)
     sums = ClassSums.zeros(layers, checkpoint.hidden_size)
-    for number, trace in enumerate(traces):
-        # The prompt's text has its special tokens already.
-        prompt = tokenizer.encode(trace.prompt, add_special_tokens=False)
-        response = tokenizer.encode(trace.response, add_special_tokens=False)
+    for number, text in enumerate(texts):
+        # The text of the prompt already contains the special tokens.
+        prompt = tokenizer.encode(text.prompt, add_special_tokens=False)
+        response = tokenizer.encode(text.response, add_special_tokens=False)
         labelled = [
             (thought.boundary, LABELS.index(label))
-            for thought in thoughts(trace.prompt, response, tokenizer, splits)
+            for thought in thoughts(text.prompt, response, tokenizer, splits)
             if (label := keywords.label(thought.text)) is not None
         ]
         if not labelled:
@@ -160,7 +161,7 @@ def measure(
 
 
 def _load(checkpoint: Checkpoint, last: int, dtype: str, device: str) -> tuple[Any, nn.ModuleList]:
-    """The model up to a layer, without its head."""
+    """Load the model up to a layer, without its head."""
     from transformers import AutoModel
 
     model = AutoModel.from_pretrained(checkpoint.name, dtype=getattr(torch, dtype)).eval()
@@ -176,7 +177,7 @@ def _load(checkpoint: Checkpoint, last: int, dtype: str, device: str) -> tuple[A
 
 @contextmanager
 def _inputs(decoder: nn.ModuleList, layers: Sequence[int], positions: Tensor) -> Iterator[dict[int, Tensor]]:
-    """Collects what enters layers at positions: layer -> `[positions, hidden size]`."""
+    """Collect the inputs of layers at positions: layer -> `[positions, hidden size]`."""
     states: dict[int, Tensor] = {}
 
     def keep(layer: int) -> Any:

@@ -1,4 +1,4 @@
-"""What steering must know of a checkpoint; reads its configuration and tokenizer, no weights."""
+"""Properties of a checkpoint that steering needs; read from its configuration and tokenizer, without its weights."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from ..vectors import tokenizer_digest
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """A model of the hub or a folder.
+    """A model on the hub or in a folder.
 
     Attributes:
         name: as given.
-        hidden_size, num_layers: of the text model.
-        tokenizer: Hugging Face's.
+        hidden_size, num_layers: width and depth of the text model.
+        tokenizer: the Hugging Face tokenizer.
         tokenizer_sha: see `tokenizer_digest`.
     """
 
@@ -38,10 +38,10 @@ class Checkpoint:
 
 
 def open_checkpoint(name: str) -> Checkpoint:
-    """Look at a checkpoint.
+    """Read the properties of a checkpoint.
 
     Raises:
-        KVPolicyError: there is none, or it is not a text model.
+        KVPolicyError: it does not exist, or is not a text model.
     """
     try:
         config = AutoConfig.from_pretrained(name).get_text_config()
@@ -49,7 +49,7 @@ def open_checkpoint(name: str) -> Checkpoint:
     except (OSError, ValueError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise KVPolicyError(
-            f"model={name!r} cannot be opened ({reason}); give a checkpoint's folder or its name on the hub"
+            f"model={name!r} cannot be opened ({reason}); give the folder of a checkpoint or its name on the hub"
         ) from None
     hidden_size, num_layers = (getattr(config, key, None) for key in ("hidden_size", "num_hidden_layers"))
     if not isinstance(hidden_size, int) or not isinstance(num_layers, int):

@@ -1,4 +1,4 @@
-"""Is a boxed answer right? Judged by math-verify."""
+"""Grade boxed answers with math-verify."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ from typing import NamedTuple
 
 from ...core.errors import KVPolicyError
 
-TIMEOUT = 5  # seconds for parsing and for each comparison
+TIMEOUT = 5
+"""seconds for parsing and for each comparison"""
 
 
 class Grade(NamedTuple):
-    """What was found in an output and whether it is right.
+    """The answer found in an output.
 
     Attributes:
-        answer: the answer as written; None where there is none.
+        answer: the answer as written; None if there is none.
         correct: whether it is right.
     """
 
@@ -26,11 +27,11 @@ class Grade(NamedTuple):
 
 
 def grade_boxed(reference: str, text: str) -> Grade:
-    r"""Judge the last `\boxed{}` of an output after its thoughts, or of the whole text where `</think>` is missing.
+    r"""Grade the last `\boxed{}` after the thoughts of an output, or in the whole text if `</think>` is missing.
 
     Raises:
-        KVPolicyError: math-verify is missing or cannot read the reference, or this is not the main thread (its time
-            limits are signals).
+        KVPolicyError: math-verify is not installed or cannot read the reference, or this is not the main thread
+            (math-verify limits its time with signals).
     """
     tail = text.rpartition("</think>")[2]
     start = max(tail.rfind("\\boxed"), tail.rfind("\\fbox"))
@@ -41,11 +42,13 @@ def grade_boxed(reference: str, text: str) -> Grade:
 def _compare(reference: str, boxed: str) -> Grade:
     library = math_verify()
     if threading.current_thread() is not threading.main_thread():
-        raise KVPolicyError("math-verify limits its time by signals, so answers are graded in the main thread only")
+        raise KVPolicyError(
+            "math-verify limits its time with signals, so answers can only be graded in the main thread"
+        )
     how = [library.LatexExtractionConfig(boxed_match_priority=0, try_extract_without_anchor=False)]
     gold = library.parse(f"\\boxed{{{reference}}}", how, parsing_timeout=TIMEOUT)
     if not gold:
-        raise KVPolicyError(f"the reference answer {reference!r} is nothing that math-verify can read")
+        raise KVPolicyError(f"math-verify cannot read the reference answer {reference!r}")
     found = library.parse(boxed, how, parsing_timeout=TIMEOUT)
     if not found:
         return Grade(None, False)
@@ -53,7 +56,7 @@ def _compare(reference: str, boxed: str) -> Grade:
 
 
 def math_verify() -> ModuleType:
-    """The library.
+    """Import math-verify.
 
     Raises:
         KVPolicyError: it is not installed.

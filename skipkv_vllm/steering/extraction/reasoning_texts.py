@@ -1,4 +1,4 @@
-"""Problems to think about and traces of thinking: JSON lines, or data sets of the Hugging Face hub."""
+"""Problems and reasoning texts: JSON lines, or data sets on the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Problem:
 
     Attributes:
         question: the user's message.
-        answer: the true answer; None where nobody knows.
+        answer: the correct answer; None if unknown.
     """
 
     question: str
@@ -28,13 +28,13 @@ class Problem:
 
 
 @dataclass(frozen=True)
-class Trace:
-    """What a model wrote.
+class ReasoningText:
+    """A response of a reasoning model.
 
     Attributes:
-        prompt: text that went in, chat template and all.
-        response: text that came out, thoughts and all.
-        correct: whether the answer is right, None where unknown.
+        prompt: text of the prompt, chat template included.
+        response: text of the response, thoughts included.
+        correct: whether the answer is right; None if unknown.
     """
 
     prompt: str
@@ -44,7 +44,7 @@ class Trace:
 
 @dataclass(frozen=True)
 class DataSet:
-    """Training problems of the hub: repository, configuration, split, and how a row becomes a problem."""
+    """Training problems on the hub: repository, configuration, split, and how a row becomes a problem."""
 
     path: str
     config: str | None
@@ -57,9 +57,9 @@ def _boxed(question: str, answer: str) -> Problem:
     return Problem(f"{question}\n{BOXED}", answer)
 
 
-# Vectors are made of training problems only, so that no test set leaks into them.
+# Only training problems, so that no test set leaks into a vector.
 DATA_SETS = {
-    # 12,000 problems of MATH: all but the 500 of MATH-500.
+    # 12,000 problems of MATH: all except MATH-500.
     "math-train": DataSet(
         "nlile/hendrycks-MATH-benchmark",
         None,
@@ -78,10 +78,10 @@ DATA_SETS = {
 
 
 def load_problems(name: str, first: int, count: int) -> list[Problem]:
-    """Problems `first` to `first + count` of a data set, or of a file with `question` and, optionally, `answer`.
+    """Load problems `first` to `first + count` of a data set, or of a file with `question` and optionally `answer`.
 
     Raises:
-        KVPolicyError: neither a name nor a usable file, or too few problems.
+        KVPolicyError: neither a known name nor a usable file, or too few problems.
     """
     if name in DATA_SETS:
         rows, found = _download(name, DATA_SETS[name]), [*DATA_SETS[name].fields]
@@ -97,7 +97,7 @@ def load_problems(name: str, first: int, count: int) -> list[Problem]:
     chosen = rows[first : first + count]
     if len(chosen) < count:
         raise KVPolicyError(
-            f"{name} has {len(rows)} problems, but {first + count} are needed; ask for fewer, or give more"
+            f"{name} has {len(rows)} problems, but {first + count} are needed; request fewer, or give more"
         )
     for number, row in enumerate(chosen, first + 1):
         if missing := [field for field in found if not isinstance(row.get(field), str)]:
@@ -120,67 +120,71 @@ def _download(name: str, data: DataSet) -> list[dict[str, Any]]:
         ) from None
     try:
         return list(datasets.load_dataset(data.path, data.config, split=data.split))
-    except Exception as error:  # of any kind, by the library's many layers
+    except Exception as error:  # the library's many layers raise errors of any kind
         raise KVPolicyError(
             f"{name}: could not load {data.path} ({type(error).__name__}: {error}); check the network, or give the "
             "problems as a file"
         ) from error
 
 
-def read_traces(path: Path) -> list[Trace]:
-    """Traces of a file: one JSON object per line with `prompt`, `response` and, optionally, `correct`.
+def read_texts(path: Path) -> list[ReasoningText]:
+    """Read reasoning texts: one JSON object per line with `prompt`, `response` and optionally `correct`.
 
     Raises:
-        KVPolicyError: there is no such file, it is empty, or a line is no trace.
+        KVPolicyError: no such file, an empty file, or a line that is not a reasoning text.
     """
-    traces = []
+    texts = []
     for number, row in enumerate(_read_lines(path), 1):
         correct = row.get("correct")
         if not (isinstance(row.get("prompt"), str) and isinstance(row.get("response"), str)) or not (
             correct is None or isinstance(correct, bool)
         ):
             raise KVPolicyError(
-                f"{path}, row {number} is no trace; it needs texts named prompt (chat template and all) and response, "
-                "and may have correct (true or false)"
+                f"{path}, row {number} is not a reasoning text; it needs the strings prompt (with chat template) and "
+                "response, and may have correct (true or false)"
             )
-        traces.append(Trace(row["prompt"], row["response"], correct))
-    if not traces:
-        raise KVPolicyError(f"{path} has no traces")
-    return traces
+        texts.append(ReasoningText(row["prompt"], row["response"], correct))
+    if not texts:
+        raise KVPolicyError(f"{path} has no reasoning texts; give a file with one JSON object per line")
+    return texts
 
 
-def write_traces(path: Path, traces: Iterable[Trace]) -> None:
-    """Write what `read_traces` reads.
+def write_texts(path: Path, texts: Iterable[ReasoningText]) -> None:
+    """Write a file for `read_texts`.
 
     Raises:
         KVPolicyError: the file cannot be written.
     """
     try:
-        path.write_text("".join(json.dumps(asdict(trace)) + "\n" for trace in traces))
+        path.write_text("".join(json.dumps(asdict(text)) + "\n" for text in texts))
     except OSError as error:
-        raise KVPolicyError(f"cannot write the traces {path} ({error.strerror}); choose another path") from None
+        raise KVPolicyError(
+            f"cannot write the reasoning texts {path} ({error.strerror}); choose another path"
+        ) from None
 
 
-def at_most_per_outcome(traces: Sequence[Trace], limit: int) -> list[Trace]:
-    """The first `limit` right and the first `limit` wrong traces, in their order.
+def at_most_per_outcome(texts: Sequence[ReasoningText], limit: int) -> list[ReasoningText]:
+    """Return the first `limit` right and the first `limit` wrong texts, in their order.
 
     Raises:
-        KVPolicyError: a trace of which nobody knows whether it is right.
+        KVPolicyError: a text whose outcome is unknown.
     """
     left = {True: limit, False: limit}
     chosen = []
-    for trace in traces:
-        if trace.correct is None:
-            raise KVPolicyError("per-outcome limits need to know which traces are right; give answers, or leave it out")
-        if left[trace.correct] > 0:
-            left[trace.correct] -= 1
-            chosen.append(trace)
+    for text in texts:
+        if text.correct is None:
+            raise KVPolicyError(
+                "--per-outcome needs texts that are known to be right or wrong; give answers, or drop it"
+            )
+        if left[text.correct] > 0:
+            left[text.correct] -= 1
+            chosen.append(text)
     return chosen
 
 
 def _read_lines(path: Path) -> Iterator[dict[str, Any]]:
     try:
-        # Not splitlines: texts may hold other line ends, which JSON leaves alone.
+        # splitlines would also split at other line ends, which JSON does not escape.
         lines = path.read_text().split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise KVPolicyError(f"cannot read {path} ({error}); give a file with one JSON object per line") from None
@@ -190,7 +194,7 @@ def _read_lines(path: Path) -> Iterator[dict[str, Any]]:
         try:
             row = json.loads(line)
         except ValueError as error:
-            raise KVPolicyError(f"{path}, line {number} is not JSON: {error}") from None
+            raise KVPolicyError(f"{path}, line {number} is not JSON ({error}); give one JSON object per line") from None
         if not isinstance(row, dict):
-            raise KVPolicyError(f"{path}, line {number} is JSON but not an object")
+            raise KVPolicyError(f"{path}, line {number} is JSON but not an object; give one JSON object per line")
         yield row

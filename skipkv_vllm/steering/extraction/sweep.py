@@ -1,4 +1,4 @@
-"""Which layer to steer: lengths and accuracies of a grid of layers and strengths on development problems."""
+"""Choose the layer to steer from a grid of layers and strengths on development problems."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ...core.errors import KVPolicyError
 
 
 class Outcome(NamedTuple):
-    """An answer: whether it is right, its length in tokens, and whether it was cut off."""
+    """Whether an answer is right, its length in tokens, and whether it was cut off."""
 
     correct: bool
     length: int
@@ -20,10 +20,10 @@ class Cell(NamedTuple):
     """A cell of the grid.
 
     Attributes:
-        layer: None for the model as it is.
-        alpha0: strength, 0 for the model as it is.
-        accuracy, truncated: shares of 1.
-        mean_length: tokens.
+        layer: the steered layer; None for the unsteered model.
+        alpha0: strength; 0 for the unsteered model.
+        accuracy, truncated: shares, from 0 to 1.
+        mean_length: mean length in tokens.
     """
 
     layer: int | None
@@ -34,16 +34,16 @@ class Cell(NamedTuple):
 
 
 def cell(layer: int | None, alpha0: float, outcomes: Sequence[Outcome]) -> Cell:
-    """The means of some answers."""
+    """Average answers into a cell."""
     correct, lengths, truncated = zip(*outcomes, strict=True)
     count = len(outcomes)
     return Cell(layer, alpha0, sum(correct) / count, sum(lengths) / count, sum(truncated) / count)
 
 
 def choose(plain: Cell, cells: Iterable[Cell], tolerance: float) -> Cell:
-    """The cell with the shortest answers whose accuracy is at most `tolerance` below the model's as it is.
+    """Return the cell with the shortest answers; its accuracy may be `tolerance` below that of the unsteered model.
 
-    Of equally short ones the more accurate, then the weaker, then the earlier layer.
+    Ties go to the higher accuracy, then to the lower strength, then to the earlier layer.
 
     Raises:
         KVPolicyError: no such cell has shorter answers.

@@ -146,7 +146,7 @@ def test_auto_keeps_the_layer_whose_answers_are_short_and_right(files, answers, 
         ({"--engine": "[]"}, r"--engine: .* is JSON but not an object"),
         # Everything enters the first layer in the same state.
         ({"--layer": "0"}, "layer 0: all thoughts begin in the same state"),
-        ({"--per-outcome": "2", "--traces": "unknown"}, "need to know which traces are right"),
+        ({"--per-outcome": "2", "--traces": "unknown"}, "needs texts that are known to be right or wrong"),
     ],
 )
 def test_bad_options_of_extract_vector(files, capsys, changes, message, tmp_path):
@@ -185,7 +185,7 @@ def test_import_vector(tmp_path, capsys):
     assert "--sign 'RT+E' is neither E-RT" in err
     code, _, err = run(capsys, *arguments, "--layer", 2)
     assert code == 2
-    assert "--layer 2 contradicts the name layer_1_steervec.pt" in err
+    assert "--layer 2 contradicts the file name layer_1_steervec.pt" in err
 
 
 def test_the_best_cell():

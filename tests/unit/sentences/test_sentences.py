@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerFast
 from skipkv_vllm.core.errors import KVPolicyError
 from skipkv_vllm.ops import dispatch, native
 from skipkv_vllm.policies import SentenceOptions
-from skipkv_vllm.sentences import Sentence, SentenceTables, build_tables, segment, segment_with
+from skipkv_vllm.sentences import Sentence, SentenceTables, build_tables, split_sentences
 from skipkv_vllm.sentences.recurrence import GRAM
 from skipkv_vllm.worker.signals.sentence_tracker import SentenceTracker, TrackedTokens
 
@@ -94,7 +94,7 @@ def test_delimiters_of_a_sentence_piece_tokenizer_are_byte_tokens():
     assert {(wait,), (space_wait,)} <= set(tables.keywords)
     # "again" takes five pieces here and six with its space.
     assert {len(word) for word in tables.keywords if tokenizer.decode(list(word)).strip() == "again"} == {5, 6}
-    sentences = segment(encode(tokenizer, "go.\n Wait go\n\ngo again\ngo"), tokenizer)
+    sentences = split_sentences(encode(tokenizer, "go.\n Wait go\n\ngo again\ngo"), build_tables(tokenizer))
     assert [s.is_execution for s in sentences] == [True, False, False]
 
 
@@ -134,7 +134,7 @@ def test_default_tables_merge_delimiters_and_take_the_highest_repeat(qwen_like):
 
 
 def test_unknown_compat_is_refused(qwen_like):
-    with pytest.raises(KVPolicyError, match="compat='paper' must be 'default' or 'published'"):
+    with pytest.raises(KVPolicyError, match="compat='paper' is unknown; choose one of: default, published"):
         build_tables(qwen_like, compat="paper")
 
 
@@ -153,15 +153,15 @@ PUBLISHED = SentenceTables(TABLES.delimiters, TABLES.keywords, False, "last")
 
 
 def test_segment_literal():
-    assert segment_with([1, 3, DOT, 4, 5, 6, NL, 7], TABLES) == [Sentence(0, 3, True), Sentence(3, 7, True)]
+    assert split_sentences([1, 3, DOT, 4, 5, 6, NL, 7], TABLES) == [Sentence(0, 3, True), Sentence(3, 7, True)]
 
 
 def test_consecutive_delimiters_extend_the_sentence_before_them():
-    assert segment_with([3, DOT, NL, NL, 4, DOT], TABLES) == [Sentence(0, 4, True), Sentence(4, 6, True)]
+    assert split_sentences([3, DOT, NL, NL, 4, DOT], TABLES) == [Sentence(0, 4, True), Sentence(4, 6, True)]
 
 
 def test_consecutive_delimiters_are_sentences_in_published_tables():
-    assert segment_with([3, DOT, NL, 4, DOT], PUBLISHED) == [
+    assert split_sentences([3, DOT, NL, 4, DOT], PUBLISHED) == [
         Sentence(0, 2, True),
         Sentence(2, 3, True),
         Sentence(3, 5, True),
@@ -169,19 +169,19 @@ def test_consecutive_delimiters_are_sentences_in_published_tables():
 
 
 def test_a_leading_delimiter_is_a_sentence_and_takes_the_following_ones():
-    assert segment_with([NL, NL, 5, DOT], TABLES) == [Sentence(0, 2, True), Sentence(2, 4, True)]
+    assert split_sentences([NL, NL, 5, DOT], TABLES) == [Sentence(0, 2, True), Sentence(2, 4, True)]
 
 
 def test_keywords_of_several_tokens_must_be_consecutive_and_inside_one_sentence():
-    assert segment_with([A, OF, DOT], TABLES)[0].is_execution is False
-    assert segment_with([A, 5, OF, DOT], TABLES)[0].is_execution is True
-    assert [s.is_execution for s in segment_with([5, A, DOT, OF, WAIT, DOT], TABLES)] == [True, False]
+    assert split_sentences([A, OF, DOT], TABLES)[0].is_execution is False
+    assert split_sentences([A, 5, OF, DOT], TABLES)[0].is_execution is True
+    assert [s.is_execution for s in split_sentences([5, A, DOT, OF, WAIT, DOT], TABLES)] == [True, False]
 
 
 def test_segment_of_real_text(qwen_like):
     text = "The answer is 12.\n\nWait, let me check it again.\nThis is right: \n a list.\n\n\nso"
     ids = encode(qwen_like, text)
-    sentences = segment(ids, qwen_like)
+    sentences = split_sentences(ids, build_tables(qwen_like))
     spelt = [qwen_like.decode(ids[s.start : s.end]) for s in sentences]
     assert "".join(spelt) + "so" == text
     assert spelt[0] == "The answer is 12.\n\n"
@@ -192,8 +192,8 @@ def test_segment_of_real_text(qwen_like):
 def test_published_tables_miss_keywords_with_a_space():
     tokenizer = byte_level([".\n\n", " again"])
     ids = encode(tokenizer, "check again.\n\n")
-    assert segment(ids, tokenizer)[0].is_execution is False
-    assert segment(ids, tokenizer, compat="published")[0].is_execution is True
+    assert split_sentences(ids, build_tables(tokenizer))[0].is_execution is False
+    assert split_sentences(ids, build_tables(tokenizer, "published"))[0].is_execution is True
 
 
 streams = st.lists(st.sampled_from([A, OF, 3, 4, WAIT, DOT, NL]), max_size=60)
@@ -202,7 +202,7 @@ streams = st.lists(st.sampled_from([A, OF, 3, 4, WAIT, DOT, NL]), max_size=60)
 @settings(max_examples=300, deadline=None)
 @given(streams, st.booleans())
 def test_sentences_tile_the_text(tokens, merges):
-    sentences = segment_with(tokens, TABLES if merges else PUBLISHED)
+    sentences = split_sentences(tokens, TABLES if merges else PUBLISHED)
     end = 0
     for sentence in sentences:
         assert sentence.start == end < sentence.end
@@ -315,13 +315,13 @@ def feed(tracker: SentenceTracker, parts: list[tuple[int, Text, int, int]]) -> N
 
 
 def expected_ends(text: Text, tables: SentenceTables) -> list[int]:
-    return [text.first + s.end - 1 for s in segment_with(text.tokens, tables)]
+    return [text.first + s.end - 1 for s in split_sentences(text.tokens, tables)]
 
 
 def expected_embeddings(text: Text, tables: SentenceTables) -> Tensor:
     """Normalised mean hidden state up to and including the first delimiter of each sentence."""
     rows = []
-    for sentence in segment_with(text.tokens, tables):
+    for sentence in split_sentences(text.tokens, tables):
         end = next(i for i in range(sentence.start, sentence.end) if text.tokens[i] in tables.delimiters) + 1
         mean = text.hidden[sentence.start : end].double().mean(0)
         rows.append(mean / mean.norm())
@@ -447,7 +447,7 @@ def test_only_the_newest_embeddings_are_compared_and_old_penalties_stay(make_tra
     known = [0.0] * len(embeddings)
     for start in range(0, 90, 6):
         feed(tracker, [(0, text, start, start + 6)])
-        closed = len(segment_with(text.tokens[: start + 6], tables))
+        closed = len(split_sentences(text.tokens[: start + 6], tables))
         oldest = max(0, closed - kept)
         fresh = pair_penalties(embeddings[oldest:closed], 0.9, tables.penalty_rule)
         for i, value in enumerate(fresh, start=oldest):
@@ -566,7 +566,7 @@ def shares_of(text: Text, tables: SentenceTables) -> list[float]:
     phrases = [tuple(text.tokens[i : i + GRAM]) for i in range(len(text.tokens) - GRAM + 1)]
     again = {i + k for i, phrase in enumerate(phrases) if phrase in phrases[i + 1 :] for k in range(GRAM)}
     shares = [0.0] * (text.first + len(text.tokens))
-    for s in segment_with(text.tokens, tables):
+    for s in split_sentences(text.tokens, tables):
         share = sum(i in again for i in range(s.start, s.end)) / (s.end - s.start)
         shares[text.first + s.start : text.first + s.end] = [share] * (s.end - s.start)
     return shares
@@ -574,7 +574,7 @@ def shares_of(text: Text, tables: SentenceTables) -> list[float]:
 
 def repeats_of(text: Text, tables: SentenceTables) -> dict[tuple[int, int], float]:
     """Pairs of closed sentences of which the later says most of the earlier one again, next, and how much."""
-    sentences, counts = segment_with(text.tokens, tables), {}
+    sentences, counts = split_sentences(text.tokens, tables), {}
     closed = text.tokens[: sentences[-1].end] if sentences else []
     number = {i: n for n, s in enumerate(sentences) for i in range(s.start, s.end)}
     for i in range(len(closed) - GRAM + 1):

@@ -9,7 +9,8 @@ from transformers import AutoTokenizer
 
 from skipkv_vllm import bundled_model
 from skipkv_vllm.core.errors import KVPolicyError
-from skipkv_vllm.steering.thoughts import load_keywords, split_tokens, thoughts
+from skipkv_vllm.steering.extraction.thoughts import load_keywords, thoughts
+from skipkv_vllm.steering.tables import split_tokens
 
 OPEN, CLOSED = "question<think>\n", "question"
 
@@ -105,7 +106,7 @@ def test_keywords_from_a_file(tmp_path):
         ('{"reflection": ["wait"], "doubt": ["hm"]}', "must be an object with lists named"),
         ('{"reflection": "wait"}', "reflection must be a list of regular expressions, not 'wait'"),
         ('{"reflection": []}', r"reflection must be a list of regular expressions, not \[\]"),
-        ('{"reflection": ["("]}', "is no regular expression"),
+        ('{"reflection": ["("]}', "is not a valid regular expression"),
     ],
 )
 def test_bad_keyword_files(tmp_path, content, message):

@@ -73,8 +73,8 @@ def test_values_are_not_normalised(tmp_path):
         ({"norm": "long"}, VALUES, r"norm=long"),
         ({}, VALUES.half(), r"must be float32 of shape \[hidden size\], not float16 \[4\]"),
         ({}, VALUES[None], r"not float32 \[1, 4\]"),
-        ({}, VALUES * 0, r"norm 0.0 cannot steer"),
-        ({}, VALUES * torch.nan, r"norm nan cannot steer"),
+        ({}, VALUES * 0, r"norm 0.0 has no effect"),
+        ({}, VALUES * torch.nan, r"norm nan has no effect"),
     ],
 )
 def test_unusable_files_are_refused(tmp_path, metadata, values, message):
@@ -86,13 +86,13 @@ def test_unusable_files_are_refused(tmp_path, metadata, values, message):
 
 
 def test_other_files_are_refused(tmp_path):
-    with pytest.raises(KVPolicyError, match=r"no such file; `skipkv extract-vector` makes one"):
+    with pytest.raises(KVPolicyError, match=r"no such file; make one with `skipkv extract-vector`"):
         SteeringVector.load(tmp_path / "none.safetensors")
     (tmp_path / "text").write_text("hello")
     with pytest.raises(KVPolicyError, match="not a safetensors file"):
         SteeringVector.load(tmp_path / "text")
     save_file({"weight": VALUES, "vector": VALUES.clone()}, tmp_path / "model")
-    with pytest.raises(KVPolicyError, match="it is no steering vector"):
+    with pytest.raises(KVPolicyError, match="it is not a steering vector"):
         SteeringVector.load(tmp_path / "model")
 
 

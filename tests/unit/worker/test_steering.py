@@ -18,7 +18,7 @@ from skipkv_vllm import bundled_model
 from skipkv_vllm.core.errors import KVPolicyError
 from skipkv_vllm.core.orders import Strength
 from skipkv_vllm.ops import KEYWORD_SHIFT, STATE, THOUGHT
-from skipkv_vllm.sentences import SentenceTables, build_tables, segment_with
+from skipkv_vllm.sentences import SentenceTables, build_tables, split_sentences
 from skipkv_vllm.steering import SteeringVector
 from skipkv_vllm.steering.controller import SteeringController
 from skipkv_vllm.steering.tables import ThoughtTables, _keyword_machine, build_thought_tables
@@ -59,7 +59,7 @@ def random_text(seed: int, length: int) -> list[int]:
 def naive_alphas(text: list[int], first: int, thinks: bool, interval: int, strength: Strength) -> list[float]:
     """The rule, for a text whose tokens count from position `first` on."""
     read = [tokenizer().decode([token]) for token in text]
-    sentences = segment_with(text[first:], build_tables(tokenizer()))
+    sentences = split_sentences(text[first:], build_tables(tokenizer()))
     doubts = [first + s.end for s in sentences if not s.is_execution]
     # A delimiter that follows another one moves the end of the sentence; that was counted at the first of them.
     body = {first + s.start: first + s.end for s in sentences}
@@ -156,7 +156,7 @@ def test_thoughts_are_the_sentences_that_eviction_and_traces_see(seed):
     start = controller.start("r", ids("a<think>"), 1, STRENGTH)
     prompt = ids("a<think>")
     thoughts = controller.finish(start, prompt + text)
-    sentences = segment_with(text, build_tables(tokenizer()))
+    sentences = split_sentences(text, build_tables(tokenizer()))
     assert thoughts.execution == sum(s.is_execution for s in sentences)
     assert thoughts.reflection + thoughts.transition == sum(not s.is_execution for s in sentences)
     wanted = naive_alphas(prompt + text, len(prompt), True, 16, STRENGTH)

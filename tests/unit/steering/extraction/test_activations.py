@@ -14,8 +14,8 @@ from skipkv_vllm.core.errors import KVPolicyError
 from skipkv_vllm.steering import SteeringVector
 from skipkv_vllm.steering.extraction.activations import ClassSums, measure
 from skipkv_vllm.steering.extraction.checkpoints import open_checkpoint
-from skipkv_vllm.steering.extraction.reasoning_texts import Trace
-from skipkv_vllm.steering.thoughts import load_keywords
+from skipkv_vllm.steering.extraction.reasoning_texts import ReasoningText
+from skipkv_vllm.steering.extraction.thoughts import load_keywords
 
 KEYWORDS = load_keywords("seal")
 
@@ -30,17 +30,17 @@ def traces(checkpoint):
     return ideal_traces(checkpoint, 4)
 
 
-def ideal_traces(checkpoint, count: int) -> list[Trace]:
+def ideal_traces(checkpoint, count: int) -> list[ReasoningText]:
     found = []
     for seed in range(count):
         problem = make_problem(10**9 + seed, rules=(2, 2), doubt=(0.8, 0.8))
         chat = [{"role": "user", "content": problem.question}]
         prompt = checkpoint.tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
-        found.append(Trace(prompt, problem.completion, True))
+        found.append(ReasoningText(prompt, problem.completion, True))
     return found
 
 
-def plain_difference(checkpoint, traces: list[Trace], layer: int) -> tuple[torch.Tensor, dict[str, int]]:
+def plain_difference(checkpoint, traces: list[ReasoningText], layer: int) -> tuple[torch.Tensor, dict[str, int]]:
     """Means of `hidden_states[layer]` at the last token before each thought, by the text alone."""
     model = AutoModelForCausalLM.from_pretrained(checkpoint.name, dtype=torch.float32).eval()
     states: dict[str, list[torch.Tensor]] = {"execution": [], "reflection": [], "transition": []}

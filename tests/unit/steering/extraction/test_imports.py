@@ -57,9 +57,9 @@ def test_pt_whose_vector_points_our_way(tmp_path, checkpoint):
 def test_the_layer_of_a_pt(tmp_path, checkpoint):
     nameless = save_pt(tmp_path, DIRECTION, "vector.pt")
     assert import_vector(nameless, checkpoint, layer=0).layer == 0
-    with pytest.raises(KVPolicyError, match="does not say the layer, as layer_20 does; give --layer"):
+    with pytest.raises(KVPolicyError, match="does not contain the layer, like layer_20; give --layer"):
         import_vector(nameless, checkpoint)
-    with pytest.raises(KVPolicyError, match="--layer 1 contradicts the name"):
+    with pytest.raises(KVPolicyError, match="--layer 1 contradicts the file name"):
         import_vector(save_pt(tmp_path, DIRECTION), checkpoint, layer=1)
     with pytest.raises(KVPolicyError, match=r"layer=53 is out of range: .* has 4 layers; allowed: 0 to 3"):
         import_vector(save_pt(tmp_path, DIRECTION, "layer_53.pt"), checkpoint)
@@ -72,7 +72,7 @@ def test_the_layer_of_a_pt(tmp_path, checkpoint):
         (torch.zeros(1, SIZE), r"holds float32 \[1, 128\]"),
         (torch.zeros(SIZE, dtype=torch.int64), r"holds int64 \[128\]"),
         ({"dir": DIRECTION}, "holds a dict, not a tensor"),
-        (torch.zeros(SIZE), "norm 0.0 cannot steer"),
+        (torch.zeros(SIZE), "norm 0.0 has no effect"),
     ],
 )
 def test_pt_that_is_no_vector_of_this_model(tmp_path, checkpoint, content, message):
@@ -86,10 +86,10 @@ class Harmful:
 
 
 def test_pt_runs_no_code(tmp_path, checkpoint, capsys):
-    with pytest.raises(KVPolicyError, match="is no file of plain tensors"):
+    with pytest.raises(KVPolicyError, match="is not a file of plain tensors"):
         import_vector(save_pt(tmp_path, Harmful()), checkpoint)
     (tmp_path / "layer_1.pt").write_text("hello")
-    with pytest.raises(KVPolicyError, match="is no file of plain tensors"):
+    with pytest.raises(KVPolicyError, match="is not a file of plain tensors"):
         import_vector(tmp_path / "layer_1.pt", checkpoint)
     assert "this would have run" not in capsys.readouterr().out
 
@@ -139,5 +139,5 @@ def test_other_files(tmp_path, checkpoint):
     with pytest.raises(KVPolicyError, match="there is no such file"):
         import_vector(tmp_path / "layer_1.pt", checkpoint)
     (tmp_path / "v.svec").write_text("{}")
-    with pytest.raises(KVPolicyError, match=r"ends in '.svec'; one of .pt, .pth, .gguf"):
+    with pytest.raises(KVPolicyError, match=r"ends in '.svec'; supported formats: .pt, .pth, .gguf"):
         import_vector(tmp_path / "v.svec", checkpoint)

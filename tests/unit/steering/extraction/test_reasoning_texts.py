@@ -1,4 +1,4 @@
-"""Traces and problems: files, data sets of the hub, and what is wrong with them."""
+"""Reasoning texts and problems: files, data sets of the hub, and what is wrong with them."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from skipkv_vllm.core.errors import KVPolicyError
 from skipkv_vllm.steering.extraction.reasoning_texts import (
     BOXED,
     Problem,
-    Trace,
+    ReasoningText,
     at_most_per_outcome,
     load_problems,
-    read_traces,
-    write_traces,
+    read_texts,
+    write_texts,
 )
 
 
@@ -25,43 +25,43 @@ def lines(path, *rows) -> str:
     return str(path)
 
 
-def test_traces_come_back(tmp_path):
-    traces = [Trace("a<think>", "b\u2028c\n\nd", True), Trace("e", "f", False), Trace("g", "h")]
-    write_traces(tmp_path / "t.jsonl", traces)
-    assert read_traces(tmp_path / "t.jsonl") == traces
+def test_texts_come_back(tmp_path):
+    texts = [ReasoningText("a<think>", "b\u2028c\n\nd", True), ReasoningText("e", "f", False), ReasoningText("g", "h")]
+    write_texts(tmp_path / "t.jsonl", texts)
+    assert read_texts(tmp_path / "t.jsonl") == texts
 
 
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"prompt": "a"}, "row 1 is no trace"),
-        ({"prompt": "a", "response": 1}, "row 1 is no trace"),
-        ({"prompt": "a", "response": "b", "correct": "yes"}, "row 1 is no trace"),
+        ({"prompt": "a"}, "row 1 is not a reasoning text"),
+        ({"prompt": "a", "response": 1}, "row 1 is not a reasoning text"),
+        ({"prompt": "a", "response": "b", "correct": "yes"}, "row 1 is not a reasoning text"),
         ("[1]", "line 1 is JSON but not an object"),
         ("{", "line 1 is not JSON"),
-        ("", "has no traces"),
+        ("", "has no reasoning texts"),
     ],
 )
 def test_bad_traces(tmp_path, row, message):
     lines(tmp_path / "t.jsonl", row)
     with pytest.raises(KVPolicyError, match=message):
-        read_traces(tmp_path / "t.jsonl")
+        read_texts(tmp_path / "t.jsonl")
 
 
 def test_missing_files(tmp_path):
     with pytest.raises(KVPolicyError, match="cannot read"):
-        read_traces(tmp_path / "none.jsonl")
-    with pytest.raises(KVPolicyError, match="cannot write the traces"):
-        write_traces(tmp_path / "none" / "t.jsonl", [])
+        read_texts(tmp_path / "none.jsonl")
+    with pytest.raises(KVPolicyError, match="cannot write the reasoning texts"):
+        write_texts(tmp_path / "none" / "t.jsonl", [])
     with pytest.raises(KVPolicyError, match=r"neither a data set \(math-train, gsm8k-train\) nor a file"):
         load_problems("math-test", 0, 1)
 
 
 def test_right_and_wrong_traces_are_limited_in_order():
-    traces = [Trace("p", str(i), i % 3 == 0) for i in range(9)]
-    assert [t.response for t in at_most_per_outcome(traces, 2)] == ["0", "1", "2", "3"]
-    with pytest.raises(KVPolicyError, match="need to know which traces are right"):
-        at_most_per_outcome([Trace("p", "r")], 2)
+    texts = [ReasoningText("p", str(i), i % 3 == 0) for i in range(9)]
+    assert [t.response for t in at_most_per_outcome(texts, 2)] == ["0", "1", "2", "3"]
+    with pytest.raises(KVPolicyError, match="needs texts that are known to be right or wrong"):
+        at_most_per_outcome([ReasoningText("p", "r")], 2)
 
 
 def test_problems_of_a_file(tmp_path):

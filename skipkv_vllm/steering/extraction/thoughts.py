@@ -1,7 +1,7 @@
-"""Thoughts of a chain of thought: where they begin, and which of them are execution, reflection or transition.
+"""Split a chain of thought into thoughts and classify each as execution, reflection or transition.
 
-A thought is the text between two tokens that hold a blank line. It belongs to the token *before* it, because that is
-where the model decides what to do next (SEAL, arXiv 2504.07986).
+A thought is the text between two tokens that hold a blank line. It is attributed to the token *before* it, at which the
+model decides what to do next (SEAL, arXiv 2504.07986).
 """
 
 from __future__ import annotations
@@ -14,24 +14,22 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from ..core.errors import KVPolicyError
-from ..sentences.tables import Tokenizer
+from ...core.errors import KVPolicyError
+from ...sentences import Tokenizer
+from ..tables import THINK_END, THINK_START
 
 Label = Literal["execution", "reflection", "transition"]
 LABELS: tuple[Label, ...] = ("execution", "reflection", "transition")
 
-THINK_START, THINK_END = "<think>", "</think>"
-_MAY_HOLD_NEWLINE = ("\n", "Ċ")
-
 
 @dataclass(frozen=True)
 class KeywordSet:
-    """Regular expressions that tell thoughts apart; searched in the thought without outer spaces, ignoring case.
+    """Regular expressions that classify thoughts; they are searched in the stripped text, ignoring case.
 
     Attributes:
-        name: what a vector file says about it.
-        reflection, transition: asked in this order.
-        execution: asked last; a thought that matches nothing counts for no class. None: everything else is execution.
+        name: recorded in the vector file.
+        reflection, transition: tried in this order.
+        execution: tried last; a thought that matches nothing has no class. None: every other thought is execution.
     """
 
     name: str
@@ -40,7 +38,7 @@ class KeywordSet:
     execution: re.Pattern[str] | None = None
 
     def label(self, thought: str) -> Label | None:
-        """The class of a thought; None where it counts for none, as an empty one does."""
+        """Return the class of a thought; None if it has none, e.g. because it is empty."""
         text = thought.strip()
         if not text:
             return None
@@ -54,7 +52,7 @@ class KeywordSet:
 
 
 def _any_of(patterns: Sequence[str]) -> re.Pattern[str]:
-    # A set without patterns matches nothing.
+    # Without patterns, match nothing.
     return re.compile("|".join(f"(?:{pattern})" for pattern in patterns) or r"(?!)", re.IGNORECASE)
 
 
@@ -78,18 +76,18 @@ KEYWORD_SETS = {
         ),
         _any_of(["^alternatively", "think differenly", _ANOTHER]),
     ),
-    # The words by which SkipKV labels sentences.
+    # The words by which SkipKV classifies sentences.
     "skipkv": KeywordSet("skipkv", _any_of([r"\bwait\b", r"\bagain\b"]), _any_of([r"\balternatively\b"])),
 }
 
 
 def load_keywords(name: str) -> KeywordSet:
-    """A keyword set by its name, or from a JSON file.
+    """Load a keyword set by its name or from a JSON file.
 
-    The file has lists of regular expressions: `reflection`, `transition` and, optionally, `execution`.
+    The file holds an object with lists of regular expressions: `reflection`, `transition` and optionally `execution`.
 
     Raises:
-        KVPolicyError: neither a name nor a usable file.
+        KVPolicyError: neither a known name nor a usable file.
     """
     if name in KEYWORD_SETS:
         return KEYWORD_SETS[name]
@@ -115,7 +113,9 @@ def load_keywords(name: str) -> KeywordSet:
         try:
             patterns[label] = _any_of(values)
         except re.error as error:
-            raise KVPolicyError(f"keywords {path}: {label} {values!r} is no regular expression ({error})") from None
+            raise KVPolicyError(
+                f"keywords {path}: {label} {values!r} is not a valid regular expression ({error})"
+            ) from None
     nothing = _any_of([])
     written = json.dumps(lists, sort_keys=True)
     return KeywordSet(
@@ -123,43 +123,29 @@ def load_keywords(name: str) -> KeywordSet:
     )
 
 
-def split_tokens(tokenizer: Tokenizer) -> frozenset[int]:
-    """Ids of the tokens that hold a blank line.
-
-    Raises:
-        KVPolicyError: there is none.
-    """
-    found = frozenset(
-        token_id
-        for token, token_id in tokenizer.get_vocab().items()
-        if any(mark in token for mark in _MAY_HOLD_NEWLINE) and "\n\n" in tokenizer.decode([token_id])
-    )
-    if not found:
-        raise KVPolicyError(
-            "the tokenizer has no token with a blank line, so thoughts cannot be told apart; use a model whose "
-            "tokenizer merges newlines, as those of Qwen and Llama 3 do, or start without --kv-steering-vectors"
-        )
-    return found
-
-
 class Thought(NamedTuple):
-    """A thought and the index, in the response's token ids, of the token before it."""
+    """A thought.
+
+    Attributes:
+        boundary: index in the response's token ids of the token before it.
+        text: its text.
+    """
 
     boundary: int
     text: str
 
 
 def thoughts(prompt: str, response: Sequence[int], tokenizer: Tokenizer, splits: frozenset[int]) -> list[Thought]:
-    """The thoughts of a response that have a boundary before them; what follows `</think>` is none.
+    """Find the thoughts of a response that have a boundary before them. Text after `</think>` is not a thought.
 
     Args:
-        prompt: text of the prompt, which may already open the thoughts.
+        prompt: text of the prompt, which may already contain `<think>`.
         response: token ids.
-        tokenizer: theirs.
+        tokenizer: tokenizer of the ids.
         splits: `split_tokens` of the tokenizer.
 
     Raises:
-        KVPolicyError: nothing opens the thoughts.
+        KVPolicyError: neither the prompt nor the response opens the thoughts.
     """
     ids = list(response)
     start = _find(ids, tokenizer.encode(THINK_START, add_special_tokens=False))
