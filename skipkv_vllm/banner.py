@@ -1,4 +1,4 @@
-"""What a server says about its KV policy when it starts."""
+"""Lines about the KV policy that a server logs at start-up."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from .core.limits import Limits
 
 
 def banner(config: KVPolicyConfig, capacity: Capacity | None, max_model_len: int, *, is_async: bool) -> list[str]:
-    """A few lines: policy, budget, bound, granularity, what fits, scheduling, grouping, steering, and what is off.
+    """Describe the policy, the capacity, scheduling, steering and traces, one line each.
 
     Args:
-        config: an active policy, steering, or both.
-        capacity: what fits; None where nothing is evicted.
+        config: a configuration that evicts, steers or does both.
+        capacity: how many requests fit; None if nothing is evicted.
         max_model_len: longest request.
         is_async: whether the scheduler is asynchronous.
     """
@@ -23,17 +23,17 @@ def banner(config: KVPolicyConfig, capacity: Capacity | None, max_model_len: int
     )
     if config.kv_batch_grouping != "off":
         lines.append(
-            f"SkipKV: waiting requests grouped by prompt length, {config.kv_grouping_width} tokens a group; from "
-            f"{config.kv_grouping_max_wait:g} s past its turn a request is no longer overtaken"
+            f"SkipKV: waiting requests are grouped by prompt length, at most {config.kv_grouping_width} tokens apart; "
+            f"no request is overtaken from {config.kv_grouping_max_wait:g} s past its turn on"
         )
     if config.kv_prefix_eviction == "guard":
-        lines.append("SkipKV: cached prefixes give way by Guard instead of LRU")
+        lines.append("SkipKV: the prefix cache evicts blocks by Guard instead of LRU")
     if config.steers:
         most = "" if config.kv_steering_alpha_max is None else f", at most {config.kv_steering_alpha_max}"
         lines.append(
             f"SkipKV: steering vectors {', '.join(config.kv_steering_vectors)}, default {config.kv_steering_default}; "
-            f"alpha {config.kv_steering_alpha0} + {config.kv_steering_gamma} a thought that is no execution{most}, "
-            f"brought up to date every {config.kv_steering_interval} positions; rules {config.kv_steering_compat}"
+            f"alpha {config.kv_steering_alpha0} + {config.kv_steering_gamma} per non-execution thought{most}, updated "
+            f"every {config.kv_steering_interval} positions; {config.kv_steering_compat} rules"
         )
     if config.kv_trace_dir:
         lines.append(f"SkipKV: writing one trace per request to {config.kv_trace_dir}")
@@ -44,21 +44,25 @@ def _eviction(config: KVPolicyConfig, capacity: Capacity, max_model_len: int) ->
     limits = Limits(config.kv_budget, config.kv_buffer, config.kv_window, 0)
     prompt = "protected, counts toward the budget" if config.kv_protect_prompt else "evicted like any other text"
     if config.policy.compacts_prompt:
-        prompt = "compacted as soon as it is computed" + (", whole until then" if config.kv_defer_prompt else "")
+        prompt = "compacted as soon as it is computed" + (", held whole until then" if config.kv_defer_prompt else "")
     elif config.kv_defer_prompt:
-        prompt += f", from {config.kv_window} tokens after its end on"
-    admission = "none is ever preempted" if config.kv_admission == "bounded" else "more may start and be preempted"
+        prompt += f", but not until {config.kv_window} tokens after its end"
+    admission = (
+        "no request is ever preempted"
+        if config.kv_admission == "bounded"
+        else "more requests may start, and some be preempted"
+    )
     lines = [
         f"SkipKV: policy {config.policy!r}, granularity {config.kv_granularity}",
-        f"SkipKV: budget {config.kv_budget} + buffer {config.kv_buffer} = bound {limits.bound} tokens a request, "
+        f"SkipKV: budget {config.kv_budget} + buffer {config.kv_buffer} = bound {limits.bound} tokens per request, "
         f"newest {config.kv_window} always kept; prompt {prompt}",
         *(f"SkipKV: {line}" for line in capacity.lines()),
-        "SkipKV: vLLM features switched off: none",
+        "SkipKV: vLLM features turned off: none",
         f"SkipKV: admission {config.kv_admission}, {admission}",
     ]
-    if capacity.request_pages_full > capacity.pages:
+    if capacity.request_blocks_full > capacity.blocks:
         lines.append(
-            f"SkipKV: a request that may come to hold more than {capacity.pages * capacity.page_size} tokens is "
+            f"SkipKV: a request that may hold more than {capacity.blocks * capacity.block_size} tokens is "
             'refused: one with kv_policy "full", with a large kv_budget or with a long protected prompt'
         )
     if limits.bound >= max_model_len:

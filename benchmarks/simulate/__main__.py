@@ -25,7 +25,7 @@ from benchmarks.results.provenance import record
 from benchmarks.results.sections.simulation import simulation_table
 from benchmarks.results.store import DOCS, SIMULATION
 from skipkv_vllm import KVPolicyError
-from skipkv_vllm.capacity import ModelShape, pages_with_policy
+from skipkv_vllm.capacity import ModelShape, blocks_with_policy
 from skipkv_vllm.config import KVPolicyConfig
 from skipkv_vllm.core.limits import Limits
 
@@ -131,8 +131,8 @@ def _simulate(
         setup = Setup(memory // (PAGE * shape.kv_bytes), PAGE, seqs, MAX_TOKENS, stride=args.stride)
         return Engine(load, setup).run(on_gpu(gpu, shape, model.parameters, ranks, efficiency))
     limits = Limits(config.kv_budget, config.kv_buffer, config.kv_window, 0)
-    pages = pages_with_policy(
-        config, shape, memory, page_size=PAGE, max_num_seqs=seqs, max_length=longest, max_tokens=MAX_TOKENS
+    pages = blocks_with_policy(
+        config, shape, memory, block_size=PAGE, max_num_seqs=seqs, max_length=longest, max_tokens=MAX_TOKENS
     )
     setup = Setup(pages, PAGE, seqs, MAX_TOKENS, limits, stride=args.stride)
     time = on_gpu(gpu, shape, model.parameters, ranks, efficiency, Eviction(limits.bound, limits.buffer))

@@ -103,7 +103,7 @@ def _plan(
         stages=pipeline_parallel_size,
         dtype=dtype,
         kv_dtype=kv_cache_dtype,
-        page_size=block_size,
+        block_size=block_size,
         max_model_len=max_model_len,
         max_num_seqs=max_num_seqs,
         max_tokens=max_num_batched_tokens,

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..capacity import Capacity, ModelShape, Pool, capacity, pages_with_policy, shape_of
+from ..capacity import Capacity, ModelShape, Pool, capacity, blocks_with_policy, shape_of
 from ..config import KVPolicyConfig
 from ..core.errors import KVPolicyError
 from ..core.limits import ceil_div
@@ -33,7 +33,7 @@ class Machine:
         stages: of a pipeline, each of `ranks` GPUs.
         dtype: of weights and KV; "auto" for the model's own.
         kv_dtype: of KV; "auto" for the same.
-        page_size: tokens of a page.
+        block_size: tokens per block.
         max_model_len: longest request; None for the model's own limit.
         max_num_seqs: requests at once; None for vLLM's default of an API server.
         max_tokens: tokens of a step; None likewise.
@@ -49,7 +49,7 @@ class Machine:
     stages: int = 1
     dtype: str = "auto"
     kv_dtype: str = "auto"
-    page_size: int = 16
+    block_size: int = 16
     max_model_len: int | None = None
     max_num_seqs: int | None = None
     max_tokens: int | None = None
@@ -64,7 +64,7 @@ FLAGS = {
     "utilization": "--gpu-memory-utilization",
     "ranks": "--tensor-parallel-size",
     "stages": "--pipeline-parallel-size",
-    "page_size": "--block-size",
+    "block_size": "--block-size",
     "max_model_len": "--max-model-len",
     "max_num_seqs": "--max-num-seqs",
     "max_tokens": "--max-num-batched-tokens",
@@ -161,23 +161,23 @@ def plan(model: str, config: KVPolicyConfig, machine: Machine, *, length: int | 
         memory = _memory(model, text, shape, machine, max_num_seqs, max_tokens, notes)
         available = sum(memory.values())
     memory["for KV, with positions"] = available - state
-    sizes = {"page_size": machine.page_size, "max_num_seqs": max_num_seqs, "max_length": max_length}
-    pages = pages_with_policy(config, shape, available, **sizes, max_tokens=max_tokens)
-    needed = ceil_div(min(config.kv_budget + config.kv_buffer, max_length), machine.page_size)
-    if pages < needed:
+    sizes = {"block_size": machine.block_size, "max_num_seqs": max_num_seqs, "max_length": max_length}
+    blocks = blocks_with_policy(config, shape, available, **sizes, max_tokens=max_tokens)
+    needed = ceil_div(min(config.kv_budget + config.kv_buffer, max_length), machine.block_size)
+    if blocks < needed:
         raise KVPolicyError(
-            f"{max(pages, 0)} pages of {machine.page_size} tokens are left for KV, and one request at its bound takes "
+            f"{max(blocks, 0)} blocks of {machine.block_size} tokens are left for KV, but a request at its bound takes "
             f"{needed}. Memory of a rank in GiB: "
             + ", ".join(f"{name} {size / GIB:.2f}" for name, size in memory.items())
             + f", state of {max_num_seqs} requests {-state / GIB:.2f}. Lower the budget or --max-num-seqs, or use "
             "more GPUs (--tensor-parallel-size, --pipeline-parallel-size)"
         )
-    found = capacity(config, shape, Pool(pages, max_tokens=max_tokens, **sizes), length=length, prompt=prompt)
-    if found.request_pages > pages:
+    found = capacity(config, shape, Pool(blocks, max_tokens=max_tokens, **sizes), length=length, prompt=prompt)
+    if found.request_blocks > blocks:
         notes.append(f"not one request of {length} tokens with a prompt of {prompt} fits; it would be refused")
     if found.bound >= length:
         notes.append(f"the bound of {found.bound} tokens is never reached at {length} tokens, so nothing is evicted")
-    if found.request_pages_full > pages:
+    if found.request_blocks_full > blocks:
         notes.append(f"without the policy not one request of {length} tokens fits")
     if length < found.break_even:
         notes.append(f"at {length} tokens a request costs more with the policy than without")

@@ -1,6 +1,6 @@
 """Configuration: one pydantic model for the server (`server`) and one for a request (`request`).
 
-They are the only source of the command-line flags, their help, their validation and their table in the docs.
+They are the only source of the command-line flags, their help, their validation and their page in the docs.
 """
 
 from .checks import check_budget, needs_of, parse_json_object

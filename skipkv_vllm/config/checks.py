@@ -1,4 +1,4 @@
-"""Checks that the server's configuration and a request's options share, and how their errors read."""
+"""Checks and error messages that the server's configuration and a request's options share."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from ..core.needs import Need
 from ..policies import Policy
 
 MAX_ALPHA = 10.0
-
+"""largest absolute steering strength"""
 
 OPTIONAL_NEEDS = {"sentence": Need.SENTENCES, "head": Need.NOTHING}
+"""granularity -> what it needs on top of the policy"""
 
 
 def needs_of(policy: Policy, granularity: str) -> Need:
-    """What must be collected to run a policy at a granularity."""
+    """Return what the workers must collect to run a policy at a granularity."""
     return policy.needs | OPTIONAL_NEEDS[granularity]
 
 
@@ -38,29 +39,30 @@ def check_budget(field: str, budget: int, policy: Policy, window: int, high: int
 
 
 def check_prompt(policy: Policy, is_protected: bool) -> None:
-    """Raise `KVPolicyError` for a method about the prompt where that is protected."""
+    """Raise `KVPolicyError` if the policy compacts the prompt but the prompt is protected."""
     if policy.compacts_prompt and is_protected:
         raise KVPolicyError(
             f"kv_policy={policy.name!r} compacts the prompt, which is protected; start the server with "
-            "--no-kv-protect-prompt, or choose a method that evicts what the model writes"
+            "--no-kv-protect-prompt, or choose a method that leaves the prompt alone"
         )
 
 
 def check_question(field: str, policy: Policy, window: int) -> None:
-    """Raise `KVPolicyError` unless the window holds the question: it is scored by queries of the window."""
+    """Raise `KVPolicyError` unless the question fits into the window, whose queries are the only ones recorded."""
     if (num_question := policy.num_question(window)) > window:
         raise KVPolicyError(
-            f"{field}={num_question} is out of range; allowed: 1 to {window} (kv_window, whose queries are kept); "
-            "raise --kv-window or name fewer tokens"
+            f"{field}={num_question} is out of range; allowed: 1 to {window} (kv_window, whose queries are recorded); "
+            "raise --kv-window or set fewer tokens"
         )
 
 
 def need_names(needs: Need) -> str:
+    """Return the names of needs for a message."""
     return " and ".join(str(need.name).lower() for need in Need if need in needs)
 
 
 def describe(error: ValidationError) -> str:
-    """One readable line per failed field: name, value, what is allowed."""
+    """Describe each failed field: name, value, what is allowed."""
     lines = []
     for item in error.errors():
         field = ".".join(str(part) for part in item["loc"])

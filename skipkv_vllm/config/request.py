@@ -1,4 +1,4 @@
-"""What a request may set, and what its names may be mistaken for."""
+"""Options of a request, and detection of misspelt option names."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from .checks import MAX_ALPHA, check_budget, check_prompt, check_question, descr
 from .server import CONFIG_KEY, OFF, KVPolicyConfig, flag_names
 
 MAX_NAMES, MAX_NAME_LENGTH = 1024, 64
-
+"""Only so many names, of such lengths, are checked: a client may send any number of names of any length."""
 
 SIMILAR_NAMES = 0.85
-"""`difflib` ratio from which a name is taken for another one with a typing error"""
+"""`difflib` ratio from which a name counts as a misspelling of another one"""
 
 
 class RequestOptions(BaseModel):
-    """What a request may set, through `vllm_xargs` or `SamplingParams.extra_args`."""
+    """Options of a request, given in `vllm_xargs` or `SamplingParams.extra_args`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
@@ -59,16 +59,16 @@ class RequestOptions(BaseModel):
         *,
         check_names: bool = True,
     ) -> RequestOptions:
-        """Read and check a request's options; keys that are not ours are left alone.
+        """Read and check the options of a request, ignoring keys that are not ours.
 
         Args:
             extra_args: the request's `vllm_xargs` or `extra_args`.
-            config: of the server.
-            max_model_len: of the model.
-            check_names: refuse names that are nearly ours; False where that was done before.
+            config: configuration of the server.
+            max_model_len: longest request of the model.
+            check_names: refuse misspelt names of options; False if they were checked before.
 
         Raises:
-            KVPolicyError: naming the field, the value and what is allowed.
+            KVPolicyError: a bad option; the message names the field, the value and what is allowed.
         """
         given = extra_args or {}
         if check_names:
@@ -82,7 +82,7 @@ class RequestOptions(BaseModel):
         options._check_steering(config)
         if policy.name != "full" and not config.evicts:
             raise KVPolicyError(
-                f"kv_policy={options.kv_policy!r} is not served here, where nothing is evicted; start the server with "
+                f"kv_policy={options.kv_policy!r} is not available, as this server evicts nothing; start it with "
                 "--kv-policy, or choose 'full'"
             )
         policy.check_complete()
@@ -97,18 +97,17 @@ class RequestOptions(BaseModel):
         if options.kv_budget is not None:
             check_budget("kv_budget", options.kv_budget, policy, config.kv_window, max_model_len)
         else:
-            # The server's budget holds its own method's sinks, which may be fewer.
+            # The server's budget was checked for its own method, which may have fewer sinks.
             check_budget("kv_budget", config.kv_budget, policy, config.kv_window)
         return options
 
     @classmethod
     def check_names(cls, names: Iterable[str]) -> None:
-        """Refuse names that are nearly ours: an option that is not understood would be ignored silently.
+        """Refuse misspelt names of options, which would otherwise be ignored silently.
 
         Raises:
-            KVPolicyError: naming the option that was meant, or the flag where it is set for the whole server.
+            KVPolicyError: a misspelt name; the message has the correct one, or the flag of an option of the server.
         """
-        # A client may send any number of names of any length: no request has nearly as many, and none is as long.
         for name in itertools.islice(map(str, names), MAX_NAMES):
             is_foreign = len(name) > MAX_NAME_LENGTH or name in cls.model_fields
             meant = None if is_foreign else meant_option(name)
@@ -117,7 +116,7 @@ class RequestOptions(BaseModel):
             if meant in cls.model_fields:
                 raise KVPolicyError(f"{name!r} is not a request option; did you mean {meant!r}?")
             if meant == CONFIG_KEY:
-                problem = "is not a request option; write options side by side, each by its own name"
+                problem = "is not a request option; write each option under its own name"
             else:
                 problem = f"is set for the whole server, not for a request; start it with {flag_names()[meant]}"
             raise KVPolicyError(f"{name!r} {problem}. A request may set: {', '.join(cls.model_fields)}")
@@ -143,26 +142,26 @@ class RequestOptions(BaseModel):
                     )
 
     def check_streaming(self) -> None:
-        """Refuse what a streaming-input session cannot do: its prompt grows, so it keeps everything unsteered.
+        """Refuse options that a streaming-input session cannot have, as its prompt grows: eviction and steering.
 
         Raises:
-            KVPolicyError: naming the options.
+            KVPolicyError: such options are given.
         """
         harmless = {"kv_policy": "full", "steering": OFF}
-        asked = self.model_dump(exclude_none=True)
-        if refused := [f"{name}={value!r}" for name, value in asked.items() if value != harmless.get(name)]:
+        given = self.model_dump(exclude_none=True)
+        if refused := [f"{name}={value!r}" for name, value in given.items() if value != harmless.get(name)]:
             raise KVPolicyError(
-                f"{', '.join(refused)} cannot be had in a streaming-input session, which keeps everything and is not "
+                f"{', '.join(refused)} not supported in a streaming-input session, where nothing is evicted or "
                 "steered; leave it out, or send the input as separate requests"
             )
 
     def vector(self, config: KVPolicyConfig) -> str | None:
-        """Name of the vector that this request is steered with."""
+        """Return the name of the vector that steers this request, if any."""
         name = config.kv_steering_default if self.steering is None else self.steering
         return None if name == OFF else name
 
     def strength(self, config: KVPolicyConfig) -> Strength:
-        """How strongly this request is steered."""
+        """Return the steering strength of this request."""
         return Strength(
             config.kv_steering_alpha0 if self.steering_alpha0 is None else self.steering_alpha0,
             config.kv_steering_gamma if self.steering_gamma is None else self.steering_gamma,
@@ -170,7 +169,7 @@ class RequestOptions(BaseModel):
         )
 
     def resolve_policy(self, config: KVPolicyConfig) -> Policy:
-        """The method of this request: the server's own, or another one with its default parameters."""
+        """Return the method of this request: the server's own, or another one with its default parameters."""
         own = self.kv_policy is None or self.kv_policy == config.kv_policy
         policy = config.policy if own else make_policy(str(self.kv_policy))
         return policy if self.kv_task_tokens is None else policy.with_question(self.kv_task_tokens)
@@ -178,10 +177,10 @@ class RequestOptions(BaseModel):
 
 @functools.lru_cache(maxsize=4096)
 def meant_option(name: str) -> str | None:
-    """The option of a request, or else of the server, that a name looks like; None for another's name.
+    """Return the option of a request, or else of the server, that a name resembles; None for unrelated names.
 
-    Upper case, separators and the prefixes `kv` and `skipkv` make no difference, nor does a typing error in a name
-    that has such a prefix. `CONFIG_KEY` is the answer for names with our own prefix that look like no option.
+    Case, separators and the prefixes `kv` and `skipkv` are ignored, and so is a misspelling in a name with such a
+    prefix. A name with our own prefix that resembles no option gives `CONFIG_KEY`.
     """
     if name in KVPolicyConfig.model_fields:
         return name
@@ -190,7 +189,7 @@ def meant_option(name: str) -> str | None:
     if core in cores:
         return cores[core]
     wanted = letters if letters == core else f"kv{core}"
-    # The ratio counts letters that match, and these are cheap bounds of their number.
+    # A cheap upper bound of the ratio, which counts matching letters.
     near = [
         option
         for option in spelt
@@ -203,13 +202,13 @@ def meant_option(name: str) -> str | None:
 
 
 def has_our_prefix(name: str) -> bool:
-    """Whether a name begins with `kv` or `skipkv`, in any spelling."""
+    """Return whether a name begins with `kv` or `skipkv`, in any spelling."""
     return _letters(name) != _core(name)
 
 
 @functools.cache
 def _options_by(form: Callable[[str], str]) -> dict[str, str]:
-    # The options of a request come last, so that they win where the server has one of the same form.
+    # Options of a request come last, so that they win over options of the server with the same form.
     return {form(name): name for name in (*KVPolicyConfig.model_fields, *RequestOptions.model_fields)}
 
 

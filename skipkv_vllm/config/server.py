@@ -1,4 +1,4 @@
-"""The configuration of a server: a field here is a flag of `vllm serve` and an argument of `LLM`."""
+"""The configuration of a server: each field is a flag of `vllm serve` and an argument of `LLM`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CONFIG_KEY = "skipkv"
 """Key of the configuration in vLLM's `additional_config`."""
 
 OFF = "off"
-"""What `kv_steering_default` and a request's `steering` say for no steering."""
+"""Value of `kv_steering_default` and of a request's `steering` for no steering."""
 
 GROUPING_WIDTH, GROUPING_MAX_WAIT = 256, 5.0
 _VECTOR_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -33,38 +33,36 @@ class KVPolicyConfig(BaseModel):
 
     kv_policy: str = Field(
         "full",
-        description="Eviction method that keeps the KV cache of every running request within the budget: "
-        + ", ".join(policy_names())
-        + '. "full" evicts nothing.',
+        description="Eviction method: " + ", ".join(policy_names()) + '. "full" evicts nothing.',
     )
     kv_budget: int = Field(
         1024,
         ge=2,
         strict=True,
-        description="Tokens of KV a request is compacted to, prompt included. A prompt longer than the "
-        "budget raises the bound of its own request.",
+        description="Tokens that a request keeps when it is compacted, prompt included. A protected prompt longer than "
+        "the budget is kept whole, and raises the bound of its request.",
     )
     kv_buffer: int = Field(
         128,
         ge=1,
         strict=True,
-        description="Tokens a request may grow beyond the budget before it is compacted: it never holds "
-        "more than budget + buffer.",
+        description="Tokens by which a request may exceed the budget before it is compacted; it never holds more than "
+        "budget + buffer.",
     )
     kv_window: int = Field(
         8,
         ge=1,
         le=64,
         strict=True,
-        description="Newest tokens that always survive; their queries score the older ones.",
+        description="Number of newest tokens that always survive; their queries score the older tokens.",
     )
     kv_granularity: Literal["head", "sentence"] = Field(
         "head",
         description='"head": every layer and kv head keeps its own tokens (the paper\'s method). '
-        '"sentence": whole sentences leave, the same for all layers and heads.',
+        '"sentence": whole sentences are evicted, the same ones in all layers and heads.',
     )
     kv_protect_prompt: bool = Field(
-        True, description="Never evict the prompt. Off reproduces the paper, which evicts it like any other text."
+        True, description="Never evict the prompt. Off: evict it like any other text, as the paper does."
     )
     kv_defer_prompt: bool = Field(
         False,
@@ -75,8 +73,8 @@ class KVPolicyConfig(BaseModel):
     kv_admission: Literal["bounded", "optimistic"] = Field(
         "bounded",
         description='"bounded": a request starts once all the blocks it may ever hold fit beside those of the running '
-        'ones, so none is ever preempted. "optimistic": it starts once its prompt fits, as in stock vLLM; more run at '
-        "once while they are short, and some are preempted and computed again when they grow.",
+        'requests, so none is ever preempted. "optimistic": it starts once its prompt fits, as in stock vLLM; more '
+        "requests run at once while they are short, and some are preempted and computed again when they grow.",
     )
     kv_policy_config: dict[str, Any] = Field(
         default_factory=dict,
@@ -84,28 +82,28 @@ class KVPolicyConfig(BaseModel):
     )
     kv_request_policies: list[str] = Field(
         default_factory=list,
-        description="Further methods that a request may choose with its `kv_policy`, on top of those whose inputs "
-        "the server's own method collects anyway.",
+        description="Further methods that a request may choose with its `kv_policy`. It may always choose those that "
+        "need no more inputs than the server's own method.",
     )
     kv_batch_grouping: Literal["off", "prefill-length"] = Field(
         "off",
-        description='"prefill-length": waiting requests of similar prompt length are admitted together. '
+        description='"prefill-length": admit waiting requests of similar prompt length together; '
         "docs/guides/capacity-and-admission.md says when that helps.",
     )
     kv_grouping_width: int = Field(
-        GROUPING_WIDTH, ge=1, strict=True, description="Tokens by which the prompts of a group may differ."
+        GROUPING_WIDTH, ge=1, strict=True, description="Largest difference in prompt length within a group, in tokens."
     )
     kv_grouping_max_wait: float = Field(
         GROUPING_MAX_WAIT,
         ge=0,
         allow_inf_nan=False,
-        description="Seconds past its turn, in order of arrival, from which no later request is admitted before a "
-        "waiting one. 0 is order of arrival.",
+        description="Seconds by which grouping may delay a request beyond its turn in order of arrival; after that, no "
+        "later request is admitted before it. 0 keeps the order of arrival.",
     )
     kv_prefix_eviction: Literal["lru", "guard"] = Field(
         "lru",
-        description='Which block of the prefix cache gives way to a new one: "lru", as in stock vLLM, or "guard", '
-        "which follows LRU where it is right and does not fail where prompts come round in turn.",
+        description='Which block of the prefix cache to replace first. "lru": as in stock vLLM. "guard": LRU that '
+        "protects blocks it has evicted too early, which helps where the same prompts recur in turn.",
     )
     kv_trace_dir: str | None = Field(
         None, description="Write one replayable `<request-id>.safetensors` per finished request into this folder."
@@ -115,11 +113,11 @@ class KVPolicyConfig(BaseModel):
     )
     kv_steering_vectors: dict[str, str] = Field(
         default_factory=dict,
-        description="Steering vectors that requests may name, as NAME=PATH (see `skipkv extract-vector`). They "
-        "make the model doubt less and go on; also with --kv-policy full.",
+        description="Steering vectors that requests may choose, as NAME=PATH (see `skipkv extract-vector`). They "
+        "make the model doubt less, so that it writes less; they also work with --kv-policy full.",
     )
     kv_steering_default: str = Field(
-        OFF, description='Vector of requests that name none with their `steering`; "off" steers only those that do.'
+        OFF, description='Vector for requests that do not set `steering`; "off" steers only those that do.'
     )
     kv_steering_alpha0: float = Field(
         1.0,
@@ -143,7 +141,7 @@ class KVPolicyConfig(BaseModel):
     )
     kv_steering_compat: Literal["default", "published"] = Field(
         "default",
-        description='"published": the rules of the published code, which counts the thoughts of the prompt and may '
+        description='"published": follow the published code, which also counts the thoughts of the prompt and may '
         "steer its last token.",
     )
 
@@ -158,7 +156,7 @@ class KVPolicyConfig(BaseModel):
     def _known_policies(cls, value: list[str]) -> list[str]:
         for name in value:
             if "," in name:
-                raise KVPolicyError(f"kv_request_policies={name!r} is no name; put names with spaces between them")
+                raise KVPolicyError(f"kv_request_policies={name!r} is not a name; separate names by spaces")
             check_policy_name("kv_request_policies", name)
         return value
 
@@ -170,7 +168,7 @@ class KVPolicyConfig(BaseModel):
     @field_validator("kv_steering_vectors", mode="before")
     @classmethod
     def _pairs(cls, value: Any) -> Any:
-        """Flags come as a list of NAME=PATH."""
+        """Convert the list of NAME=PATH that the flag gives."""
         if not isinstance(value, list):
             return value
         pairs = [str(pair).partition("=") for pair in value]
@@ -190,25 +188,34 @@ class KVPolicyConfig(BaseModel):
         for name in value:
             if name == OFF or not _VECTOR_NAME.fullmatch(name):
                 raise KVPolicyError(
-                    f"kv_steering_vectors: {name!r} cannot be a name; use letters, digits, '.', '_' and '-', "
+                    f"kv_steering_vectors: {name!r} is not allowed as a name; use letters, digits, '.', '_' and '-', "
                     f"and not {OFF!r}"
                 )
         return {name: str(Path(path).expanduser().absolute()) for name, path in value.items()}
 
     @model_validator(mode="after")
-    def _consistent(self) -> KVPolicyConfig:
+    def _check_methods(self) -> KVPolicyConfig:
         check_budget("kv_budget", self.kv_budget, self.policy, self.kv_window)
         for policy in self.policies:
             policy.check_complete()
             check_prompt(policy, self.kv_protect_prompt)
         check_question("kv_policy_config: task_tokens", self.policy, self.kv_window)
         if self.policy.name == "full" and self.kv_policy_config:
-            raise KVPolicyError("kv_policy_config is given but kv_policy is 'full', which has no parameters")
+            raise KVPolicyError("kv_policy_config is given but kv_policy is 'full', which has no parameters; drop it")
         if self.policy.name == "full" and self.kv_request_policies:
             raise KVPolicyError(
-                "kv_request_policies is given but kv_policy is 'full', which switches eviction off; start the server "
+                "kv_request_policies is given but kv_policy is 'full', which turns eviction off; start the server "
                 'with one of them as --kv-policy and let requests choose "full"'
             )
+        if REPEATS in self.needs:
+            raise KVPolicyError(
+                "kv_policy and kv_request_policies compare sentences in two ways, by hidden states and by words, but a "
+                "server can do only one; drop one of the methods"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_steering(self) -> KVPolicyConfig:
         steering = {name for name in self.model_fields_set if name.startswith("kv_steering_")}
         changed = {n for n in steering if getattr(self, n) != KVPolicyConfig.model_fields[n].get_default()}
         if not self.kv_steering_vectors and (changed := changed - {"kv_steering_vectors"}):
@@ -224,38 +231,29 @@ class KVPolicyConfig(BaseModel):
         return self
 
     @model_validator(mode="after")
-    def _repeats(self) -> KVPolicyConfig:
-        if REPEATS in self.needs:
-            raise KVPolicyError(
-                "kv_policy and kv_request_policies compare sentences in two ways, by hidden states and by words, of "
-                "which a server can collect one; drop one of the methods"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _deferral(self) -> KVPolicyConfig:
+    def _check_prompt(self) -> KVPolicyConfig:
         if self.kv_defer_prompt and self.kv_protect_prompt:
             raise KVPolicyError(
-                "kv_defer_prompt is given but the prompt is protected, so it would do nothing; add "
+                "kv_defer_prompt is given but the prompt is protected, so it has no effect; add "
                 "--no-kv-protect-prompt or drop --kv-defer-prompt"
             )
         return self
 
     @model_validator(mode="after")
-    def _scheduling(self) -> KVPolicyConfig:
+    def _check_scheduling(self) -> KVPolicyConfig:
         if self.kv_batch_grouping == "off":
             defaults = {"kv_grouping_width": GROUPING_WIDTH, "kv_grouping_max_wait": GROUPING_MAX_WAIT}
             for name, default in defaults.items():
                 if getattr(self, name) != default:
                     raise KVPolicyError(
-                        f"{name}={getattr(self, name)} is given but kv_batch_grouping is 'off', so it would do "
-                        "nothing; add --kv-batch-grouping prefill-length"
+                        f"{name}={getattr(self, name)} is given but kv_batch_grouping is 'off', so it has no "
+                        "effect; add --kv-batch-grouping prefill-length"
                     )
         for name, stock in {"kv_batch_grouping": "off", "kv_prefix_eviction": "lru"}.items():
             if getattr(self, name) != stock and not self.is_active:
                 raise KVPolicyError(
-                    f"{name} is given but kv_policy is 'full' and nothing is steered, which leaves vLLM's "
-                    f"scheduler alone; name another --kv-policy or drop {flag_names()[name]}"
+                    f"{name} is given but kv_policy is 'full' and nothing is steered, so vLLM's own "
+                    f"scheduler runs; choose another --kv-policy or drop {flag_names()[name]}"
                 )
         return self
 
@@ -266,7 +264,7 @@ class KVPolicyConfig(BaseModel):
 
     @property
     def policies(self) -> list[Policy]:
-        """The configured method and the further ones; who names the configured one among these gets it as it is."""
+        """The configured method and the further ones; the configured one keeps its parameters if it is named again."""
         further = [name for name in self.kv_request_policies if name != self.kv_policy]
         return [self.policy, *map(make_policy, further)]
 
@@ -286,10 +284,10 @@ class KVPolicyConfig(BaseModel):
         return self.evicts or self.steers
 
     def load_vectors(self) -> list[SteeringVector]:
-        """The registered vectors, in order; a request's row of the table is the number of its vector, from 1.
+        """Load the registered vectors in order; the n-th one, from 1, is row n of the table of vectors.
 
         Raises:
-            KVPolicyError: a file that is missing or no vector.
+            KVPolicyError: a file is missing or not a vector.
         """
         vectors = []
         for name, path in self.kv_steering_vectors.items():
@@ -301,16 +299,16 @@ class KVPolicyConfig(BaseModel):
 
     @functools.cached_property
     def gates(self) -> Gates | None:
-        """The learned gates of the policy, None where it needs none.
+        """The learned gates of the policy; None if it needs none.
 
         Raises:
-            KVPolicyError: a file that is missing or holds no gates.
+            KVPolicyError: the file is missing or holds no gates.
         """
         return Gates.load(self.policy.gates_file) if self.needs & Need.GATES else None
 
     @functools.cached_property
     def needs(self) -> Need:
-        """What the runtime of this server collects."""
+        """What the workers of this server collect."""
         needs = Need.NOTHING
         for policy in self.policies:
             needs |= needs_of(policy, self.kv_granularity)
@@ -318,15 +316,15 @@ class KVPolicyConfig(BaseModel):
 
     @property
     def num_queries(self) -> int:
-        """Newest queries that the workers keep of each request."""
+        """Number of newest queries that the workers keep per request."""
         return max(self.kv_window, NUM_ACCUMULATED if self.needs & ACCUMULATED else 0)
 
     @classmethod
     def parse(cls, values: dict[str, Any]) -> KVPolicyConfig:
-        """Build from flag values.
+        """Build the configuration from the values of flags.
 
         Raises:
-            KVPolicyError: with one line per bad field.
+            KVPolicyError: bad values; the message names each field.
         """
         try:
             return cls(**values)
@@ -336,5 +334,5 @@ class KVPolicyConfig(BaseModel):
 
 @functools.cache
 def flag_names() -> dict[str, str]:
-    """Field name -> flag, for all fields of `KVPolicyConfig`."""
+    """Return field name -> flag for all fields of `KVPolicyConfig`."""
     return {name: "--" + name.replace("_", "-") for name in KVPolicyConfig.model_fields}

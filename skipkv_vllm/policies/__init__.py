@@ -1,7 +1,7 @@
 """Eviction methods, one file each. `CONTRIBUTING.md` says how to add one."""
 
 from ..core.needs import ACCUMULATED, FROM_RECENT_QUERIES, IN_THE_CACHE, NUM_ACCUMULATED, REPEATS, Need
-from . import (  # noqa: F401  (importing registers them)
+from . import (  # noqa: F401  (the imports register them)
     caote,
     finch,
     full,

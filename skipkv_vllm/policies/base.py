@@ -1,4 +1,4 @@
-"""What a policy is: a frozen dataclass of hyper-parameters with a score for every held token."""
+"""The base class of policies, frozen dataclasses that score every held token, and their registry."""
 
 from __future__ import annotations
 
@@ -50,73 +50,81 @@ class Policy(ABC):
     needs: ClassVar[Need] = Need.NOTHING
     compacts_prompt: ClassVar[bool] = False
     """whether a prompt longer than the budget is compacted as soon as it is computed, not only at the bound; such a
-    method is about the prompt, which then must not be protected"""
+    method requires a prompt that is not protected"""
 
     @abstractmethod
     def score(self, view: View) -> Tensor:
-        """Score every held token of one layer: float32 `[H, L]`, higher is kept longer."""
+        """Score every held token of one layer: float32 `[H, L]`; higher scores are kept longer."""
 
     def rank(self, measured: Measured) -> Tensor:
-        """Score tokens of any number of requests, layers and heads at once, for methods with `Need.OUTPUT_ERROR`;
-        float32 `[..., N]`."""
+        """Score tokens of any number of requests, layers and heads at once: float32 `[..., N]`.
+
+        Only methods with `Need.OUTPUT_ERROR` implement it.
+        """
         raise NotImplementedError
 
     def num_recent(self, num_keep: int, num_protected: int) -> int:
-        """How many of `num_keep` tokens count as recent, where the first ones are protected; for methods with
-        `Need.OUTPUT_ERROR`."""
+        """Return how many of `num_keep` tokens count as recent if the first `num_protected` are protected.
+
+        Only methods with `Need.OUTPUT_ERROR` use it.
+        """
         return 0
 
     @property
     def decay(self) -> float:
-        """By what the sums of `Need.OUTPUT_ERROR` are multiplied every 128 tokens, by compactions."""
+        """Factor per 128 tokens by which compactions discount the sums of `Need.OUTPUT_ERROR`."""
         return 1.0
 
     def weights(self, view: View) -> Tensor | None:
-        """How much attention every held token of one layer gets by this method's account: float32 `[H, L]`, not
-        negative, rows summing to 1; None where the method does not go by attention. Value-aware methods build on it."""
+        """Return the attention weight of every held token of one layer, on which value-aware methods build.
+
+        The weights are float32 `[H, L]`, not negative, and sum to 1 along L. None for methods that do not score by
+        attention.
+        """
         return None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        # A subclass with a score of its own must not inherit the operator that computes its parent's.
+        # A subclass with its own score must not inherit the operator that computes its parent's.
         if "score" in vars(cls) and "token_score" not in vars(cls):
             cls.token_score = None  # type: ignore[assignment]
 
     @property
     def token_score(self) -> TokenScore | None:
-        """Parameters with which `torch.ops.skipkv.score_tokens` computes what `score` defines, for all layers and
-        requests at once; None where it does not."""
+        """Parameters with which the operator `score_tokens` computes `score`; None if it cannot.
+
+        The operator scores all layers and requests at once.
+        """
         return None
 
     @property
     def num_sinks(self) -> int:
-        """Number of first tokens of the sequence that this method always keeps."""
+        """Number of first tokens of the sequence that the method always keeps."""
         return 0
 
     @property
     def gates_file(self) -> str:
-        """Path of the learned gates that `Need.GATES` asks for; see `skipkv_vllm.policies.gates`."""
+        """Path of the learned gates, for methods with `Need.GATES`; see `skipkv_vllm.policies.gates`."""
         return ""
 
     def check_complete(self) -> None:
-        """Raise `KVPolicyError` if a parameter is missing that has no useful default; what serves a policy asks."""
+        """Raise `KVPolicyError` if a parameter without a useful default is missing; servers call it."""
         return
 
     @property
     def lookahead_plan(self) -> LookaheadPlan | None:
-        """What is computed ahead, for policies that need it and are about the prompt."""
+        """Tokens to compute ahead, for methods with `Need.LOOKAHEAD`."""
         return None
 
     def num_question(self, window: int) -> int:
-        """Number of last tokens of the prompt that this method always keeps and by which it scores the others: the
-        question; at most the window."""
+        """Return the length of the question, at most the window; its tokens always stay and score the others."""
         return 0
 
     def with_question(self, num_question: int) -> Policy:
-        """This method with another length of the question.
+        """Return this method with another length of the question.
 
         Raises:
-            KVPolicyError: the method knows no question.
+            KVPolicyError: the method does not score by a question.
         """
         raise KVPolicyError(
             f"kv_task_tokens={num_question} is given but policy {self.name!r} does not score by a question; "
@@ -125,17 +133,19 @@ class Policy(ABC):
 
     @property
     def sentence_options(self) -> SentenceOptions:
-        """How sentences are found and compared, for policies that need them."""
+        """How sentences are found and compared, for methods with `Need.SENTENCES`."""
         return SentenceOptions()
 
     @property
     def segment_options(self) -> SegmentOptions:
-        """What a segment is and how its sparsity is measured, for policies that need segments."""
+        """The length of a segment and how its sparsity is measured, for methods with `Need.SEGMENTS`."""
         return SegmentOptions()
 
     def remember(self, segments: Segments) -> Tensor:
-        """What to keep of each segment until the next compaction, int64 `[S]`; asked once a compaction, before any
-        layer is scored."""
+        """Return a number for each segment to remember until the next compaction, int64 `[S]`.
+
+        It is called once per compaction, before any layer is scored.
+        """
         return segments.memory
 
 
@@ -145,7 +155,7 @@ P = TypeVar("P", bound=type[Policy])
 
 
 def register_policy(cls: P) -> P:
-    """Class decorator that makes a policy selectable by its `name`."""
+    """Make a policy selectable by its `name`; a class decorator."""
     if cls.name in _REGISTRY:
         raise ValueError(f"a policy named {cls.name!r} is already registered")
     _REGISTRY[cls.name] = cls
@@ -153,22 +163,22 @@ def register_policy(cls: P) -> P:
 
 
 def policy_names() -> list[str]:
-    """Names of all registered policies; "full" (eviction off) comes first."""
+    """Return the names of all registered policies; "full" (eviction off) comes first."""
     return ["full", *sorted(n for n in _REGISTRY if n != "full")]
 
 
 def refuse_policy(refusal: Refusal) -> None:
-    """Make `check_policy_name` say why a method is not offered."""
+    """Register the reason for which a method is not offered; `check_policy_name` reports it."""
     _REFUSED[refusal.name] = refusal
 
 
 def refusals() -> list[Refusal]:
-    """All methods that are known and not offered."""
+    """Return all methods that are known but not offered."""
     return [_REFUSED[name] for name in sorted(_REFUSED)]
 
 
 def check_policy_name(field: str, name: str) -> None:
-    """Raise `KVPolicyError`, with the reason where one is known, unless a policy of this name is registered."""
+    """Raise `KVPolicyError` unless a policy of this name is registered; with the reason if one is known."""
     if name in _REFUSED:
         refusal = _REFUSED[name]
         raise KVPolicyError(
@@ -180,10 +190,10 @@ def check_policy_name(field: str, name: str) -> None:
 
 
 def make_policy(name: str, options: dict[str, object] | None = None) -> Policy:
-    """Build a policy from its name and the fields to override.
+    """Build a policy from its name and the parameters to override.
 
     Raises:
-        KVPolicyError: unknown or refused name, unknown field, wrong type or a value out of range.
+        KVPolicyError: unknown or refused name, unknown parameter, wrong type, or a value out of range.
     """
     check_policy_name("kv_policy", name)
     cls = _REGISTRY[name]
@@ -204,5 +214,5 @@ def make_policy(name: str, options: dict[str, object] | None = None) -> Policy:
 
 
 def policies_with_weights() -> list[str]:
-    """Names of the methods that go by attention and can tell how much; see `Policy.weights`."""
+    """Return the names of the methods that score by attention; see `Policy.weights`."""
     return sorted(name for name, cls in _REGISTRY.items() if cls.weights is not Policy.weights)

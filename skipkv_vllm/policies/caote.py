@@ -1,4 +1,4 @@
-"""`caote`: the error that leaving a token out makes in the attention output (CAOTE, arXiv 2504.14051)."""
+"""`caote`: the error in the attention output if a token is left out (CAOTE, arXiv 2504.14051)."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from torch import Tensor
 from .base import About, View, check_choice, register_policy
 from .value_aware import ValueAware, values_of
 
-# A token with all the attention cannot be left out: the error has no bound.
 LEAST_REST = 1e-6
+"""Bounds the error of a token that receives all the attention, which would be infinite."""
 
 
 @register_policy
@@ -19,10 +19,10 @@ LEAST_REST = 1e-6
 class CAOTE(ValueAware):
     """`a / (1 - a) * |o - v|` with a token's attention weight a, its value v and the output o of all held tokens.
 
-    The original removes one token after the other; here all that a compaction removes are scored at once.
+    The original removes one token after another; here a compaction scores all tokens at once.
 
     Attributes:
-        base: whose attention weights.
+        base: method that gives the attention weights.
         form: "exact", or "fast" with the mean of all values instead of o.
     """
 

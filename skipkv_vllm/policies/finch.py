@@ -1,4 +1,4 @@
-"""`finch`: what the question at the end of the prompt attends to (Finch, Corallo and Papotti, arXiv 2408.00167)."""
+"""`finch`: attention of the question at the end of the prompt (Finch, Corallo and Papotti, arXiv 2408.00167)."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from .base import About, LookaheadPlan, Policy, View, check_range, register_poli
 @register_policy
 @dataclass(frozen=True)
 class Finch(Policy):
-    """Attention of the question, times the number of tokens each of its queries sees, averaged over them and the query
-    heads of a kv head. The question itself always stays. What the model writes is scored the same way by the newest W.
+    """Attention of the question's queries, each times the number of tokens it sees, averaged over them and the query
+    heads of a kv head. The question itself always stays. In text that the model writes, the newest W queries score.
 
     Attributes:
-        task_tokens: length of the question, the last tokens of the prompt; 0 for the window. A request gives its own
+        task_tokens: length of the question, the last tokens of the prompt; 0 for the window. A request sets its own
             with `kv_task_tokens`.
-        ask_chunks: compute the question after each chunk of a prompt longer than the bound and let it score there too,
-            as the original does. Off: there the newest tokens score.
+        ask_chunks: append the question to each chunk of a prompt longer than the bound and let it score there too, as
+            the original does. Off: the newest tokens of each chunk score.
     """
 
     name: ClassVar[str] = "finch"
@@ -46,7 +46,7 @@ class Finch(Policy):
 
     @property
     def needs(self) -> Need:  # type: ignore[override]
-        """A question that is computed ahead takes more."""
+        """A question that is computed ahead needs lookahead."""
         return Need.QUERIES | Need.KEYS | (Need.LOOKAHEAD if self.ask_chunks else Need.NOTHING)
 
     @property

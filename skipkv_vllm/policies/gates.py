@@ -1,7 +1,8 @@
-"""Learned gates and their file: a small network a layer that says of a token, when it is written, how long it counts.
+"""Learned gates and their file: per layer, a small network that predicts how long a token will matter.
 
-`log beta = logsigmoid(W2 act(W1 h + b1) + b2)`, one number a kv head, where h is what enters the layer's attention
-block, after its norm (TRIM-KV, arXiv 2512.03324). The tensors of layer i have the names of the published checkpoints:
+`log beta = logsigmoid(W2 act(W1 h + b1) + b2)` is computed when the token is written, one number per kv head. h is the
+normalised input of the layer's attention block (TRIM-KV, arXiv 2512.03324). The tensors of layer i have the names of
+the published checkpoints:
 
     | tensor | shape | here |
     |---|---|---|
@@ -10,8 +11,8 @@ block, after its norm (TRIM-KV, arXiv 2512.03324). The tensors of layer i have t
     | `model.layers.{i}.self_attn.retention_gate.linear2.weight` | `[kv heads, width]` | W2 |
     | `model.layers.{i}.self_attn.retention_gate.bias` | `[kv heads]` | b2 |
 
-Files are safetensors, or PyTorch's (`.pth`, `.pt`), as which those checkpoints were published; of the latter nothing
-but tensors is read.
+Files are safetensors or PyTorch's (`.pth`, `.pt`), the format of those checkpoints. From PyTorch's only tensors are
+read.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from ..core.errors import KVPolicyError
 
 PREFIX = "model.layers.{}.self_attn.retention_gate."
 INPUT = "hidden_states"
-"""The parameter of an attention block that the gates read."""
+"""Argument of an attention block that is the input of the gates."""
 PYTORCH_FILES = (".pth", ".pt")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _NAME = re.compile(re.escape(PREFIX).replace(r"\{\}", r"(\d+)") + r"(.+)")
@@ -57,8 +58,8 @@ class Gates:
     """The gates of a model, on the CPU.
 
     Attributes:
-        layers: a gate a layer, all of the same shapes.
-        source: where they come from, for messages.
+        layers: one gate per layer, all of the same shapes.
+        source: where the gates come from, for messages.
     """
 
     layers: Sequence[Gate]
@@ -66,7 +67,7 @@ class Gates:
 
     def __post_init__(self) -> None:
         if not self.layers:
-            raise KVPolicyError(f"{self.source}: there is no gate in it; name a file with {PREFIX.format(0)}...")
+            raise KVPolicyError(f"{self.source} holds no gates; give a file with tensors {PREFIX.format(0)}...")
         width, hidden = self.layers[0].weight1.shape if self.layers[0].weight1.dim() == 2 else (0, 0)
         heads = len(self.layers[0].weight2) if self.layers[0].weight2.dim() == 2 else 0
         wanted = ((width, hidden), (width,), (heads, width), (heads,))
@@ -74,17 +75,17 @@ class Gates:
             for name, tensor, shape in zip(TENSORS, gate, wanted, strict=True):
                 if tuple(tensor.shape) != shape or not all(shape):
                     raise KVPolicyError(
-                        f"{self.source}: {PREFIX.format(i)}{name} has shape {list(tensor.shape)}, not {list(shape)} as "
-                        "the other tensors say; the file is damaged or of another kind"
+                        f"{self.source}: {PREFIX.format(i)}{name} has shape {list(tensor.shape)}, but the other "
+                        f"tensors need {list(shape)}; the file is damaged or of another kind"
                     )
                 if tensor.dtype not in DTYPES:
                     raise KVPolicyError(
                         f"{self.source}: {PREFIX.format(i)}{name} is {_dtype(tensor.dtype)}; allowed: "
-                        f"{', '.join(map(_dtype, DTYPES))}. Convert it"
+                        f"{', '.join(map(_dtype, DTYPES))}; convert it"
                     )
                 if not tensor.isfinite().all():
                     raise KVPolicyError(
-                        f"{self.source}: {PREFIX.format(i)}{name} holds numbers that are not finite; train it again"
+                        f"{self.source}: {PREFIX.format(i)}{name} is not finite everywhere; train the gates again"
                     )
 
     @property
@@ -94,16 +95,16 @@ class Gates:
 
     @property
     def hidden_size(self) -> int:
-        """Width of the model."""
+        """Hidden size of the model."""
         return self.layers[0].weight1.shape[1]
 
     @property
     def num_kv_heads(self) -> int:
-        """KV heads of the model."""
+        """Number of kv heads of the model."""
         return self.layers[0].bias2.shape[0]
 
     def check_fits(self, *, hidden_size: int, num_layers: int, num_kv_heads: int) -> None:
-        """Raise `KVPolicyError` unless they belong to a model of this shape."""
+        """Raise `KVPolicyError` unless the gates fit a model of this shape."""
         for what, mine, other in (
             ("hidden size", self.hidden_size, hidden_size),
             ("number of layers", len(self.layers), num_layers),
@@ -111,12 +112,12 @@ class Gates:
         ):
             if mine != other:
                 raise KVPolicyError(
-                    f"{self.source} was made for a model whose {what} is {mine}, but this model's is {other}; name "
+                    f"{self.source} was made for a model whose {what} is {mine}, but this model's is {other}; give "
                     "gates that were trained for this model"
                 )
 
     def save(self, path: str | os.PathLike[str], metadata: Mapping[str, str]) -> None:
-        """Write a safetensors file, with what is known about the gates as its metadata."""
+        """Write a safetensors file with the given metadata."""
         tensors = {
             PREFIX.format(i) + name: tensor.contiguous()
             for i, gate in enumerate(self.layers)
@@ -129,7 +130,7 @@ class Gates:
         """Read a file.
 
         Raises:
-            KVPolicyError: no such file, none of these formats, tensors that are missing, unknown or do not agree.
+            KVPolicyError: no such file, another format, or missing, unknown or inconsistent tensors.
         """
         path = Path(path).expanduser()
         tensors = _read(path)
@@ -138,13 +139,15 @@ class Gates:
             found = _NAME.fullmatch(name)
             if found is None or found[2] not in TENSORS:
                 raise KVPolicyError(
-                    f"{path}: {name!r} is no tensor of a gate of two layers; a gate has {PREFIX.format('N')} with "
-                    f"{', '.join(TENSORS)}. Rename the tensors, or name another file"
+                    f"{path}: {name!r} is not a tensor of a gate with two layers; a gate has {PREFIX.format('N')} with "
+                    f"{', '.join(TENSORS)}; rename the tensors, or give another file"
                 )
             layers.setdefault(int(found[1]), {})[found[2]] = tensor
         for i in range(max(layers, default=-1) + 1):
             if missing := [name for name in TENSORS if name not in layers.get(i, {})]:
-                raise KVPolicyError(f"{path}: {PREFIX.format(i)}{missing[0]} is missing; the file is not complete")
+                raise KVPolicyError(
+                    f"{path}: {PREFIX.format(i)}{missing[0]} is missing; the file is incomplete, give a complete one"
+                )
         gates = [Gate(*(layers[i][name] for name in TENSORS)) for i in range(len(layers))]
         return cls(gates, str(path))
 
@@ -157,12 +160,12 @@ def _read(path: Path) -> dict[str, Tensor]:
             return load_file(path)
         held = dict(torch.load(path, map_location="cpu", weights_only=True))
         if others := [name for name, value in held.items() if not isinstance(value, Tensor)]:
-            raise TypeError(f"{others[0]!r} is no tensor")
+            raise TypeError(f"{others[0]!r} is not a tensor")
         return held
     except (OSError, SafetensorError, RuntimeError, EOFError, pickle.UnpicklingError, TypeError, ValueError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise KVPolicyError(
-            f"gates {str(path)!r} cannot be read ({reason}); give a safetensors file, or one of PyTorch "
+            f"gates {str(path)!r} cannot be read ({reason}); give a safetensors file, or a PyTorch file "
             f"({', '.join(PYTORCH_FILES)})"
         ) from None
 

@@ -1,4 +1,4 @@
-"""`h2o`: heavy hitters, the tokens that have received most attention (H2O, Zhang et al., arXiv 2306.14048)."""
+"""`h2o`: heavy hitters, the tokens that have received the most attention (H2O, Zhang et al., arXiv 2306.14048)."""
 
 from __future__ import annotations
 
@@ -11,17 +11,18 @@ from torch import Tensor
 from ..core.needs import Need
 from .base import About, Policy, View, check_range, register_policy
 
-RECENT = 1e6  # above any attention mass: a query gives at most 1
+RECENT = 1e6
+"""Exceeds any attention mass, as a query adds at most 1."""
 
 
 @register_policy
 @dataclass(frozen=True)
 class H2O(Policy):
-    """Half of the budget goes to the newest tokens, the rest to those with the largest attention mass.
+    """Spend a share of the budget on the newest tokens, and the rest on those with the largest attention mass.
 
-    The mass is exact: every query from the prompt's last token on is counted once, over the tokens held at its
-    time. Queries of earlier prompt tokens are not counted, so that neither chunked prefill nor a prefix-cache
-    hit changes what is kept. A prompt that is compacted before its end is counted from one buffer before that on.
+    The mass is exact: every query from the prompt's last token on counts once, over the tokens held at its time.
+    Queries of earlier prompt tokens do not count, so that neither chunked prefill nor a prefix-cache hit changes the
+    selection. If a prompt is compacted before its end, queries count from one buffer before that compaction on.
 
     Attributes:
         recent_share: share of the budget for the newest tokens.
@@ -50,5 +51,5 @@ class H2O(Policy):
         assert view.attention_mass is not None
         newest = view.positions[:, -1:]
         recent = view.positions > newest - int(self.recent_share * view.num_keep)
-        # The newer first: a long protected prompt may leave no room for all of them.
+        # Newer tokens score higher, as a long protected prompt may leave no room for all of them.
         return torch.where(recent, view.positions.float() + RECENT, view.attention_mass)

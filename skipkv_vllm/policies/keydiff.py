@@ -1,4 +1,4 @@
-"""`keydiff`: keys unlike the others (KeyDiff, Park et al., arXiv 2504.15364)."""
+"""`keydiff`: keys that differ from the others (KeyDiff, Park et al., arXiv 2504.15364)."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from .base import About, Policy, View, register_policy
 @register_policy
 @dataclass(frozen=True)
 class KNorm(Policy):
-    """Tokens whose keys have a large norm go first: on average they receive little attention."""
+    """Minus the norm of the key: on average, tokens whose keys have a large norm receive little attention."""
 
     name: ClassVar[str] = "knorm"
     about: ClassVar[About] = About("L2 norm", "2406.11430", "O(L D)", "decides at every compaction, not at every token")

@@ -1,4 +1,4 @@
-"""`laq`: what the model will ask for when it begins to answer (Lookahead Q-Cache, Wang et al., arXiv 2505.20334)."""
+"""`laq`: attention of the first tokens of a draft answer (Lookahead Q-Cache, Wang et al., arXiv 2505.20334)."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from .snapkv import SnapKV
 @register_policy
 @dataclass(frozen=True)
 class LAQ(Policy):
-    """Attention of the first tokens of a draft answer, summed over them, averaged over the query heads of a kv head,
-    max-pooled. The draft is decoded greedily on a temporary copy of the cache that SnapKV has compacted, and thrown
-    away. What the model writes is scored as by SnapKV.
+    """Attention of the first tokens of a draft answer, summed over them, averaged over the query heads of a kv head and
+    max-pooled. The draft is decoded greedily on a temporary copy of the cache that SnapKV has compacted, and then
+    discarded. Text that the model writes is scored as by SnapKV.
 
     Attributes:
         lookahead: tokens of the draft.
-        with_window: count the last W queries of the prompt as well (LAQ++).
+        with_window: also count the last W queries of the prompt (LAQ++).
         pool: width of the max-pooling, odd.
     """
 
@@ -48,7 +48,7 @@ class LAQ(Policy):
 
     @property
     def draft(self) -> SnapKV:
-        """Method of the copy, and of what the model writes."""
+        """Method that compacts the copy and the text that the model writes."""
         return SnapKV(self.pool)
 
     @property

@@ -1,4 +1,4 @@
-"""`longflow`: what the newest query takes from a token (LongFlow, arXiv 2603.11504)."""
+"""`longflow`: contribution of a token to the newest query's output (LongFlow, arXiv 2603.11504)."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from .vatp import VATP
 class LongFlow(VATP):
     """Attention weight of the newest query times the l1 norm of the value.
 
-    The original evicts one token at every step, the same one for all heads of a layer, inside its attention kernel;
-    here the score decides at every compaction, for each kv head. With `base` it takes another method's attention.
+    The original evicts one token at every step inside its attention kernel, the same one for all heads of a layer. Here
+    the score decides at every compaction, for each kv head. `base` selects another method's attention.
 
     Attributes:
-        base: whose attention weights.
+        base: method that gives the attention weights.
     """
 
     name: ClassVar[str] = "longflow"

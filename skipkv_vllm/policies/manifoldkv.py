@@ -18,8 +18,8 @@ class ManifoldKV(Policy):
     """Euclidean distance of a key from the mean key of its head.
 
     Attributes:
-        centroid_window: held tokens that share a mean, counted from the first one (the windowed variant; 4096 in its
-            authors' tests); 0 for one mean of all.
+        centroid_window: number of consecutive held tokens that share a mean (the windowed variant; 4096 in the
+            authors' tests); 0 for one mean of all tokens.
     """
 
     name: ClassVar[str] = "manifoldkv"

@@ -17,14 +17,14 @@ from .value_aware import values_of
 @register_policy
 @dataclass(frozen=True)
 class OBCache(Policy):
-    """What pruning a token's value, key or both changes in the output of a query, to second order.
+    """Second-order change in the output of a query if a token's value, key or both are pruned.
 
     With attention A, logit z, value v and output o of a query: `A^2 |v|^2` (value), `(A z)^2 |v - o|^2` (key) and
     `A^2 |v + z (v - o)|^2` (joint), summed over the queries and averaged over the query heads of a kv head.
 
     Attributes:
         form: "value", "key" or "joint".
-        queries: the newest queries that count; 0 for the whole window.
+        queries: number of newest queries that count; 0 for the whole window.
         pool: width of the max-pooling, odd; 1 for none.
     """
 
@@ -56,7 +56,7 @@ class OBCache(Policy):
         if self.form == "value":
             error = attention**2 * values.square().sum(dim=-1)
         else:
-            # A token in a query's future has no part in its output.
+            # Tokens after a query do not contribute to its output.
             logits = logits.masked_fill(logits == -torch.inf, 0.0)[..., None]
             output = attention @ values[:, :, 0]
             change = logits * (values - output[..., None, :])

@@ -1,4 +1,4 @@
-"""What a policy declares: what is computed for it, and what the docs say of it."""
+"""Declarations of a policy: options of its inputs, and facts for the docs."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ class SentenceOptions:
 
     Attributes:
         similarity_threshold: cosine above which the earlier of two sentences counts as repeated.
-        max_sentences: sentence embeddings kept per request; an older sentence keeps its penalty but can
-            no longer be found repeated.
+        max_sentences: sentence embeddings kept per request; older sentences keep their penalty but are no longer
+            compared with new ones.
         compat: "default", or "published" for the token tables of the method's published code.
     """
 
@@ -27,12 +27,12 @@ class SentenceOptions:
 
 @dataclass(frozen=True)
 class SegmentOptions:
-    """What a segment is and how the sparsity of its attention is measured.
+    """The length of a segment, and how the sparsity of its attention is measured.
 
     Attributes:
         length: tokens of a segment.
         negligible: share of the largest weight of a query's attention below which another weight counts as zero.
-        layers: indices in the model of the layers whose attention is looked at; empty for all.
+        layers: indices in the model of the layers whose attention is measured; empty for all.
     """
 
     length: int = 128
@@ -42,7 +42,7 @@ class SegmentOptions:
 
 @dataclass(frozen=True)
 class TokenScore:
-    """Parameters of the operator `score_tokens`; see `ops/batched.py`. The penalty is that of `View`, if needed."""
+    """Parameters of the operator `score_tokens`, which also subtracts `View.sentence_penalty`, if any."""
 
     pool: int
     mix: float
@@ -51,14 +51,14 @@ class TokenScore:
 
 @dataclass(frozen=True)
 class LookaheadPlan:
-    """Tokens that are computed ahead for their queries alone, and then forgotten.
+    """Tokens that are computed ahead for their queries alone and then discarded.
 
-    Either the beginning of an answer: decoded greedily from the end of a prompt on a temporary copy of the cache. Or
-    the question (`Policy.num_question`): appended to each chunk of a longer prompt that is compacted before its end.
-    The policy then sees the cache as if it ended with the question.
+    They are one of two things. The beginning of an answer is decoded greedily from the end of a prompt, on a temporary
+    copy of the cache. The question (`Policy.num_question`) is appended to each chunk of a long prompt that is compacted
+    before its end; the policy then sees the cache as if it ended with the question.
 
     Attributes:
-        num_tokens: of the answer, at most; fewer where the model's length ends before. Of a question 0.
+        num_tokens: most tokens of the answer, fewer at the end of the context length; 0 for a question.
         draft: method that compacts the temporary copy; None for a question.
     """
 
@@ -68,14 +68,14 @@ class LookaheadPlan:
 
 @dataclass(frozen=True)
 class About:
-    """What `docs/policies.md` says of a method beside what its code says.
+    """Facts about a method for `docs/reference/methods.md` that its code does not state.
 
     Attributes:
-        paper: its name.
-        arxiv: number of the paper.
-        cost: of a compaction, per layer and kv head.
-        departs: where it does something else than its paper.
-        training: what must be learned from the model that is served.
+        paper: name of the paper's method.
+        arxiv: arXiv number of the paper.
+        cost: cost of a compaction, per layer and kv head.
+        departs: differences from the paper.
+        training: what must be trained for the model that is served.
     """
 
     paper: str = "own"
@@ -90,10 +90,10 @@ class Refusal:
     """A published method that is not offered.
 
     Attributes:
-        name: by which it may be asked for.
+        name: the name that users may try.
         about: its paper.
         reason: why it is not offered.
-        instead: what to use.
+        instead: methods to use instead.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""`random`: a control that evicts at random, the same on every run of a seed."""
+"""`random`: a control that evicts at random, reproducibly for each seed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _BITS = 2**32 - 1
 
 
 def _mixed(state: Tensor) -> Tensor:
-    """Wellons' 32-bit integer hash (hash-prospector, 21f0aaad-735a2d97); products stay below 2**63."""
+    """Hash 32-bit integers (Wellons, hash-prospector, 21f0aaad-735a2d97); products stay below 2**63."""
     state = ((state ^ (state >> 16)) * 0x21F0AAAD) & _BITS
     state = ((state ^ (state >> 15)) * 0x735A2D97) & _BITS
     return state ^ (state >> 15)
@@ -23,11 +23,15 @@ def _mixed(state: Tensor) -> Tensor:
 @register_policy
 @dataclass(frozen=True)
 class Random(Policy):
-    """Every compaction draws anew: each layer and kv head keeps a random set of its unpinned tokens.
+    """Keep a random set of unpinned tokens in each layer and kv head, drawn anew at every compaction.
 
-    A method that does not beat this one chooses nothing. The numbers depend on the seed, the layer, the head,
-    the position and the length at the compaction only, so neither batch nor device changes them, nor how many
-    devices share the model. Where the prompt is not protected, `sinks` protects as many first tokens in its stead.
+    A method that does not beat this one selects no better than chance. The numbers depend only on the seed, the layer,
+    the head, the position and the length at the compaction. They are the same in any batch, on any device and for any
+    number of devices that share the model.
+
+    Attributes:
+        seed: seed of the draws.
+        sinks: number of first tokens that always stay, for prompts that are not protected.
     """
 
     name: ClassVar[str] = "random"
@@ -47,8 +51,8 @@ class Random(Policy):
     def score(self, view: View) -> Tensor:
         positions = view.positions.long()
         head = view.first_head + torch.arange(positions.shape[0], device=positions.device)[:, None]
-        state = _mixed(positions[:, -1:] + 1)  # of the newest token, so the length
+        state = _mixed(positions[:, -1:] + 1)  # the logical length
         for value in (self.seed, view.layer, head, positions):
-            # Mixed, because with a linear generator the draws of neighbours and heads are shifts of each other.
+            # A linear generator would give neighbours and heads draws that are shifts of each other.
             state = _mixed((state + value) & _BITS)
         return state.float() / 2**32

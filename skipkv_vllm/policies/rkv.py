@@ -21,7 +21,7 @@ class RKV(Policy):
     Attributes:
         mix: weight of importance against redundancy.
         pool: width of the max-pooling of importance, odd.
-        redundancy_threshold: key cosine above which the last similar key is exempted.
+        redundancy_threshold: key cosine above which the last similar key is exempt.
     """
 
     name: ClassVar[str] = "rkv"
@@ -49,5 +49,5 @@ class RKV(Policy):
         redundancy = ops.redundancy(view.keys, threshold=self.redundancy_threshold)
         old = importance.shape[1]
         score = self.mix * importance - (1 - self.mix) * redundancy[:, :old]
-        # The window is pinned by the runtime; its score only has to be a number.
+        # The runtime pins the window, so its score does not matter.
         return torch.nn.functional.pad(score, (0, view.window))

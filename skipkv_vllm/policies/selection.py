@@ -1,4 +1,4 @@
-"""From scores to the tokens that stay: exactly as many as ordered, the same on every run."""
+"""Select the tokens that stay by their scores: exactly as many as ordered, the same on every run."""
 
 from __future__ import annotations
 
@@ -11,14 +11,13 @@ __all__ = ["select_per_head", "select_sentences"]
 
 
 def select_sentences(scores: Tensor, pinned: Tensor, sentence: Tensor, num_keep: int) -> Tensor:
-    """Let whole sentences leave, the same for all layers and heads (granularity "sentence").
+    """Evict whole sentences, the same for all layers and heads (granularity "sentence").
 
-    A sentence's score is the mean over its held, unpinned tokens. The sentences with the lowest scores leave,
-    the earlier of equal ones first; the last one to leave is cut, its earliest tokens going, so that exactly
-    `num_keep` tokens stay.
+    A sentence's score is the mean over its held, unpinned tokens. The sentences with the lowest scores leave; ties
+    leave in order. The last sentence to leave loses only its earliest tokens, so that exactly `num_keep` tokens stay.
 
     Args:
-        scores: `[L]`, the mean over all layers and heads, higher is kept longer.
+        scores: `[L]`, mean over all layers and heads; higher scores are kept longer.
         pinned: bool `[L]`, tokens that stay; at most `num_keep`.
         sentence: int64 `[L]`, sentence number of each token, ascending.
         num_keep: tokens to keep.

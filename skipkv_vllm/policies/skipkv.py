@@ -1,4 +1,4 @@
-"""`skipkv`: what later text repeats leaves first (after SkipKV, arXiv 2512.07993, MLSys 2026)."""
+"""`skipkv`: evict first the text that later text repeats (after SkipKV, arXiv 2512.07993, MLSys 2026)."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ from .rkv import RKV
 COMPAT = ("default", "paper", "published")
 
 SMALLEST_ERROR = 1e-6
-"""Share of a row's mean error below which errors count as this one, so that tokens nobody attends to do not stretch the
-scale of the others."""
+"""Lower bound of errors, as a share of their mean. Without it, tokens without attention would stretch the scale."""
 
 POWER = 6
-"""Of the repeated share of a sentence: some words that recur by chance weigh nothing, a sentence said again all."""
+"""Exponent of the repeated share of a sentence: words that recur by chance count almost nothing, a repetition of the
+whole sentence counts fully."""
 
 SMALLEST_NOVELTY = 0.05
-"""Bounds the penalty of a sentence that is repeated as a whole, whose logarithm would have no end."""
+"""Lower bound of the novelty of a sentence that is repeated as a whole, whose logarithm would be infinite."""
 
 FORMULA_OF_THE_PAPER = ("mix", "pool", "redundancy_threshold", "similarity_threshold", "max_sentences")
 
@@ -44,32 +44,31 @@ FORMULA_OF_THE_PAPER = ("mix", "pool", "redundancy_threshold", "similarity_thres
 @register_policy
 @dataclass(frozen=True)
 class SkipKV(Policy):
-    """What a token's absence would change in recent outputs, less where later text repeats the sentence.
+    """The change in recent outputs if the token were left out, minus a penalty if later text repeats its sentence.
 
-    Per layer and kv head, with z(...) a value standardised over the tokens that may leave, and R the share of the
-    tokens of the token's sentence that are part of a phrase which later text repeats:
+    Per layer and kv head, z(...) is a value standardised over the tokens that may be evicted, and R is the share of the
+    sentence's tokens that are part of a phrase which later text repeats:
 
         z(log(output error)) - key_weight * z(cosine of the key with the mean key)
             + sentence_weight * log(1 - R^6) + recent_weight where the token is recent
 
-    Every term counts standard deviations of its row, so nothing has to be set for a model, a text or a budget. The rule
-    of the paper, eq. 6, is the token score of R-KV minus the cosine of a sentence's mean hidden state with that of the
+    The terms are in standard deviations of their head, so the defaults hold for any model, text and budget. The paper's
+    rule, eq. 6, is the token score of R-KV minus the cosine between the mean hidden states of a sentence and of the
     later sentence that repeats it; its threshold must be found for each model.
 
     Attributes:
-        recent_share: least share of recent tokens, of what the protected prompt leaves of the budget; as many of the
-            newest tokens are recent.
-        older_scale: the others are at most this many times the square root of what the prompt leaves. What must be
-            remembered grows more slowly than what is written lately.
-        recent_weight: what being recent adds.
-        decay: what an error counts after 128 tokens more; it falls at compactions.
-        key_weight: what key similarity weighs against the error.
-        sentence_weight: what the logarithm of a sentence's novelty weighs against it.
-        compat: "default"; "paper" for the rule of the paper with our tables of sentence ends; "published" for that of
+        recent_share: smallest share of the budget, after the protected prompt, that goes to the newest tokens.
+        older_scale: largest number of older tokens, in units of the square root of the budget after the protected
+            prompt. With a larger budget, a larger share of it thus goes to the newest tokens.
+        recent_weight: weight of the recent tokens.
+        decay: factor per 128 tokens by which compactions discount earlier errors.
+        key_weight: weight of key similarity.
+        sentence_weight: weight of the logarithm of a sentence's novelty.
+        compat: "default"; "paper" for the paper's rule with our sentence tables; "published" for the rule and tables of
             its published code. The parameters below belong to these two.
         mix: weight of importance against redundancy, see `RKV`.
         pool: width of the max-pooling of importance, odd.
-        redundancy_threshold: key cosine above which the last similar key is exempted.
+        redundancy_threshold: key cosine above which the last similar key is exempt.
         similarity_threshold: cosine of two sentence embeddings above which the earlier one is redundant; the paper
             uses 0.95-0.99, tuned per budget.
         max_sentences: see `SentenceOptions`.
@@ -109,20 +108,20 @@ class SkipKV(Policy):
         RKV(self.mix, self.pool, self.redundancy_threshold)  # checks its parameters
 
     def _check_formula(self) -> None:
-        """Refuse parameters of the formula that is not in use: they would change nothing without a word."""
+        """Refuse parameters of the formula that is not in use, which would have no effect."""
         of_paper = self.compat != "default"
         for field in dataclasses.fields(self):
             is_set = getattr(self, field.name) != field.default
             if is_set and field.name != "compat" and (field.name in FORMULA_OF_THE_PAPER) != of_paper:
                 remedy = "leave it out" if of_paper else 'add "compat": "paper" for the paper\'s rule, or leave it out'
                 raise KVPolicyError(
-                    f"kv_policy_config: {field.name}={getattr(self, field.name)!r} means nothing with "
+                    f"kv_policy_config: {field.name}={getattr(self, field.name)!r} has no effect with "
                     f"compat={self.compat!r}; {remedy}"
                 )
 
     @property
     def needs(self) -> Need:  # type: ignore[override]
-        """By the rule in use."""
+        """Inputs of the rule in use."""
         if self.compat == "default":
             return Need.QUERIES | Need.KEYS | Need.VALUES | Need.SENTENCES | Need.RECURRENCE | Need.OUTPUT_ERROR
         return RKV.needs | Need.SENTENCES | Need.HIDDEN
@@ -158,7 +157,7 @@ class SkipKV(Policy):
         return self.rank(measured)
 
     def num_recent(self, num_keep: int, num_protected: int) -> int:
-        """All that the protected prompt leaves, but for the older tokens."""
+        """The budget after the protected prompt, minus the older tokens."""
         free = max(num_keep - num_protected, 0)
         return int(free - min((1 - self.recent_share) * free, self.older_scale * math.sqrt(free)))
 
@@ -173,11 +172,11 @@ class SkipKV(Policy):
 
 
 def _mean(values: Tensor, counts: Tensor) -> Tensor:
-    """Mean of each row of `[..., N]` over the elements that count, `[..., 1]`."""
+    """Average each row of `[..., N]` over the elements that count, `[..., 1]`."""
     return (values * counts).sum(dim=-1, keepdim=True) / counts.sum(dim=-1, keepdim=True).clamp(min=1)
 
 
 def _standardised(values: Tensor, counts: Tensor) -> Tensor:
-    """Each row of `[..., N]` less its mean, in standard deviations; both of the elements that count."""
+    """Standardise each row of `[..., N]` by the mean and standard deviation of the elements that count."""
     centred = values - _mean(values, counts)
     return centred / _mean(centred.square(), counts).sqrt().clamp(min=ops.EPSILON)

@@ -1,4 +1,4 @@
-"""`snapkv`: what the last queries attend to (SnapKV, Li et al., arXiv 2404.14469), applied while decoding."""
+"""`snapkv`: attention of the last queries (SnapKV, Li et al., arXiv 2404.14469), applied while decoding."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from .base import About, Policy, View, check_odd, check_range, register_policy
 @register_policy
 @dataclass(frozen=True)
 class SnapKV(Policy):
-    """Attention of the last W queries, summed over them, averaged over the query heads of a kv head, max-pooled.
+    """Attention of the last W queries, summed over them, averaged over the query heads of a kv head and max-pooled.
 
-    The original compresses the prompt once, after prefill. Here it runs at every compaction, with the pooling
-    of R-KV's decoding baseline (maximum over 7 neighbours).
+    The original compresses the prompt once, after prefill. Here it runs at every compaction, with the pooling of R-KV's
+    decoding baseline (maximum over 7 neighbours).
 
     Attributes:
         pool: width of the max-pooling, odd.

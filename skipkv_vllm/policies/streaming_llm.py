@@ -13,7 +13,7 @@ from .base import About, Policy, View, check_range, register_policy
 @register_policy
 @dataclass(frozen=True)
 class StreamingLLM(Policy):
-    """Keep the first `sinks` tokens and the latest ones. Positions stay logical (keys are not re-rotated)."""
+    """Keep the first `sinks` tokens and the newest ones. Positions stay logical (keys are not rotated again)."""
 
     name: ClassVar[str] = "streaming_llm"
     about: ClassVar[About] = About(

@@ -1,4 +1,4 @@
-"""`thinkv`: thoughts shrink when the train of thought turns (ThinKV's eviction, arXiv 2510.01290, ICLR 2026)."""
+"""`thinkv`: shrink older thoughts at every change of approach (ThinKV's eviction, arXiv 2510.01290, ICLR 2026)."""
 
 from __future__ import annotations
 
@@ -14,24 +14,29 @@ from ..core.needs import Need
 from .base import About, Policy, SegmentOptions, Segments, View, check_range, register_policy
 
 FIRST_STEP, NUM_STEPS = 64, 5
-"""A segment is cut to 64 tokens at first, and with every further step to half of that: 32, 16, 8, 4."""
+"""The first step cuts a segment to 64 tokens, each further one to half of that: 32, 16, 8, 4."""
 
 NEGLIGIBLE = 0.01
 """Share of a row's largest attention weight below which another one counts as zero."""
 
 ROUNDS = 5
-"""Of K-means."""
+"""Rounds of K-means."""
 
 TIE = 1e-4
-"""Relative difference of distances that is none: both members of a cluster of two are equally far from its centroid."""
+"""Relative difference below which distances count as equal, e.g. those of both members of a cluster of two."""
 
 TRANSITION, EXECUTION, REASONING, UNFINISHED = range(4)
-"""What a segment is, the least important first; one that is still being written goes last."""
+"""Kinds of segments, the least important first; a segment that is still being written shrinks last."""
 
 
 class _Quotas(NamedTuple):
-    """Of every segment, `[S]` each: tokens it may hold, its rank (the lowest leaves first) and steps taken for want
-    of room."""
+    """Quotas of the segments, `[S]` each.
+
+    Attributes:
+        tokens: tokens that the segment may hold.
+        rank: the segment with the lowest rank shrinks first.
+        steps: steps taken because the budget was exceeded.
+    """
 
     tokens: Tensor
     rank: Tensor
@@ -41,19 +46,18 @@ class _Quotas(NamedTuple):
 @register_policy
 @dataclass(frozen=True)
 class ThinKV(Policy):
-    """Segments are reasoning, execution or transition by how sparse their attention is, and shrink step by step.
+    """Classify segments as reasoning, execution or transition by the sparsity of their attention, and shrink them.
 
-    Every new transition moves all older segments one step down the ladder 64, 32, 16, 8, 4. Where that leaves too many
-    tokens, the oldest of the least important segments (transition, then execution, then reasoning) go down further, one
-    after the other. Of a segment those tokens stay that lie next to the centroids of its keys. Quantisation is not part
-    of it.
+    Every new transition moves all older segments one step down the ladder 64, 32, 16, 8, 4. If too many tokens remain,
+    the oldest of the least important segments (transition, then execution, then reasoning) go further down, one after
+    another. A segment keeps the tokens nearest to the centroids of its keys. Quantisation is not implemented.
 
     Attributes:
         segment: tokens of a segment.
         transition_above: sparsity above which a segment is a transition.
-        execution_below: sparsity below which a segment is execution; in between it is reasoning. Both depend on the
-            model; `python -m benchmarks.thinkv` finds those of the bundled one, which are the defaults.
-        layers: whose attention counts, e.g. "1,3"; "all" for every layer.
+        execution_below: sparsity below which a segment is execution; in between it is reasoning. Both thresholds depend
+            on the model; the defaults are those of the bundled one, found by `python -m benchmarks.thinkv`.
+        layers: layers whose attention is measured, e.g. "1,3"; "all" for every layer.
     """
 
     name: ClassVar[str] = "thinkv"
@@ -79,7 +83,7 @@ class ThinKV(Policy):
         check_range("execution_below", self.execution_below, 0.0, self.transition_above)
         if self.layers != "all" and not all(part.strip().isdecimal() for part in self.layers.split(",")):
             raise KVPolicyError(
-                f"kv_policy_config: layers={self.layers!r} is neither 'all' nor numbers of layers; write e.g. '1,3'"
+                f"kv_policy_config: layers={self.layers!r} is neither 'all' nor layer numbers; write e.g. '1,3'"
             )
 
     @property
@@ -88,7 +92,7 @@ class ThinKV(Policy):
         return SegmentOptions(self.segment, NEGLIGIBLE, chosen)
 
     def kinds(self, sparsity: Tensor) -> Tensor:
-        """What each segment is, int64 `[S]`, from its sparsity."""
+        """Classify each segment by its sparsity, int64 `[S]`."""
         kind = torch.full_like(sparsity, REASONING, dtype=torch.int64)
         kind = torch.where(sparsity > self.transition_above, TRANSITION, kind)
         kind = torch.where(sparsity < self.execution_below, EXECUTION, kind)
@@ -98,10 +102,10 @@ class ThinKV(Policy):
         kind, age = self.kinds(segments.sparsity), torch.arange(len(segments.sizes), device=segments.sizes.device)
         turns = (kind == TRANSITION).long()
         later_turns = turns.sum() - turns.cumsum(0)
-        # Made on the device, which a list from the host would make wait.
+        # Created on the device, as copying a list from the host would wait for it.
         step = torch.arange(NUM_STEPS, device=age.device)
         ladder = F.pad(FIRST_STEP >> step, (1, 0), value=segments.longest)
-        # What each segment would hold after every number of steps, those to shrink first in the first row.
+        # Tokens of each segment after every number of steps; the segment that shrinks first is in the first row.
         order = (kind * len(age) + age).argsort()
         level = (later_turns + segments.memory).clamp(max=NUM_STEPS)[order]
         held = segments.sizes[order, None].minimum(ladder)
@@ -112,7 +116,7 @@ class ThinKV(Policy):
         taken = (saved_before < excess) & (gain > 0)
         reached = torch.where(taken, step + 1, 0).amax(dim=1).maximum(level)
         rank = torch.empty_like(age).scatter(0, order, age)
-        # A segment's rank is its row in what is sorted.
+        # The rank of a segment is its row in the sorted order.
         steps = torch.where(kind == UNFINISHED, 0, segments.memory + (reached - level)[rank])
         return _Quotas(held.gather(1, reached[:, None])[rank, 0], rank, steps)
 
@@ -130,16 +134,15 @@ class ThinKV(Policy):
 
 
 def _central(keys: Tensor, segment: Tensor, quota: Tensor, longest: int) -> Tensor:
-    """The tokens of each segment that stand for it: those nearest to the centroids of its keys, one a cluster, and
-    of equally near ones the earlier.
+    """Select the tokens nearest to the centroids of each segment's keys, one per cluster; ties go to the earlier token.
 
-    K-means starts from tokens that are evenly spread over the segment, so it is the same on every run. A segment that
-    holds no more than its quota is taken whole.
+    K-means starts from tokens that are evenly spread over the segment, so the result is the same on every run. A
+    segment within its quota keeps all its tokens.
 
     Args:
         keys: float32 `[H, L, D]`.
-        segment: int64 `[H, L]`, ascending; -1 for tokens of none.
-        quota: int64 `[S]`, tokens wanted of each.
+        segment: int64 `[H, L]`, ascending; -1 for tokens without a segment.
+        quota: int64 `[S]`, tokens to select in each segment.
         longest: most tokens of a segment.
 
     Returns:

@@ -1,4 +1,4 @@
-"""`tova`: what the newest query attends to (TOVA, Oren et al., arXiv 2401.06104)."""
+"""`tova`: attention of the newest query (TOVA, Oren et al., arXiv 2401.06104)."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from .base import About, Policy, View, register_policy
 class TOVA(Policy):
     """Attention of the newest query, averaged over the query heads of a kv head.
 
-    The original averages over all heads of a layer, which then keep the same tokens; here every kv head keeps its own,
-    so that the ranks of a model that is spread over devices need not agree.
+    The original averages over all heads of a layer, which then keep the same tokens. Here every kv head keeps its own,
+    so that tensor-parallel ranks need not agree.
     """
 
     name: ClassVar[str] = "tova"

@@ -1,4 +1,4 @@
-"""`trimkv`: how long a token counts is learned, and said when it is written (TRIM-KV, Bui et al., arXiv 2512.03324)."""
+"""`trimkv`: learned gates predict how long a token will matter (TRIM-KV, Bui et al., arXiv 2512.03324)."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ from .base import About, Policy, View, register_policy
 @register_policy
 @dataclass(frozen=True)
 class TrimKV(Policy):
-    """`(t + 1 - p) * log beta` of the token at position p, where t is the newest position and `log beta` is what the
-    layer's gate said when the token was written: the logarithm of what is left of it for the next query.
+    """`(t + 1 - p) * log beta`, the logarithm of a token's remaining weight for the next query.
+
+    p is the token's position, t the newest position, and `log beta` the output of the layer's gate when the token was
+    written.
 
     Attributes:
         gates: file of the model's gates, see `skipkv_vllm.policies.gates`.

@@ -1,4 +1,4 @@
-"""What the value-aware methods share: they weigh what a token adds to the attention output, not attention alone."""
+"""Base of the value-aware methods, which score a token by its contribution to the attention output."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .base import Policy, View, make_policy, policies_with_weights
 
 @dataclass(frozen=True)
 class ValueAware(Policy):
-    """A method that reads values and takes the attention weights of another one.
+    """A method that reads values and uses the attention weights of another method.
 
     Attributes:
         base: the other method, with its default parameters.
@@ -24,23 +24,23 @@ class ValueAware(Policy):
     def __post_init__(self) -> None:
         if self.base not in policies_with_weights():
             raise KVPolicyError(
-                f"kv_policy_config: base={self.base!r} gives no attention weights; choose one of: "
+                f"kv_policy_config: base={self.base!r} has no attention weights; choose one of: "
                 f"{', '.join(policies_with_weights())}"
             )
 
     @property
     def needs(self) -> Need:  # type: ignore[override]
-        """What the base needs, and values."""
+        """Inputs of the base, and values."""
         return make_policy(self.base).needs | Need.VALUES
 
     def base_weights(self, view: View) -> Tensor:
-        """Attention weights by the base's account: float32 `[H, L]`."""
+        """Return the attention weights of the base, float32 `[H, L]`."""
         weights = make_policy(self.base).weights(view)
         assert weights is not None
         return weights
 
 
 def values_of(view: View) -> Tensor:
-    """float32 `[H, L, D]`."""
+    """Return the values of a view, float32 `[H, L, D]`."""
     assert view.values is not None
     return view.values.float().transpose(0, 1)

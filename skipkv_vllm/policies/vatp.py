@@ -1,4 +1,4 @@
-"""`vatp`: attention times the size of the value (VATP, Guo et al., arXiv 2406.12335)."""
+"""`vatp`: attention times the norm of the value (VATP, Guo et al., arXiv 2406.12335)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class VATP(ValueAware):
     """Attention weight times the l1 norm of the value.
 
     Attributes:
-        base: whose attention weights; the original builds on accumulated attention, which is `h2o` here.
+        base: method that gives the attention weights; the original uses accumulated attention, here `h2o`.
     """
 
     name: ClassVar[str] = "vatp"

@@ -1,4 +1,4 @@
-"""The inputs of a policy: what it sees of one request in one layer."""
+"""Inputs of a policy."""
 
 from __future__ import annotations
 
@@ -11,15 +11,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Segments:
-    """The S segments of a request's text behind the protected prompt and before the window; the same for all layers.
+    """The S segments of a request's text between the protected prompt and the window; the same for all layers.
 
     Attributes:
         sparsity: float32 `[S]`, share of the attention weights of a segment's last queries that count as zero, averaged
-            over heads and the layers chosen; -1 where a segment is still being written.
-        memory: int64 `[S]`, what the method noted of each segment at the last compaction; 0 for new ones.
-        sizes: int64 `[S]`, tokens written of each.
-        num_free: tokens of them all that a head may keep.
-        longest: tokens of a whole segment.
+            over heads and the chosen layers; -1 for a segment that is still being written.
+        memory: int64 `[S]`, number that `Policy.remember` returned for each segment at the last compaction; 0 for new
+            segments.
+        sizes: int64 `[S]`, tokens written in each segment.
+        num_free: tokens of all segments together that a head may keep.
+        longest: tokens of a complete segment.
     """
 
     sparsity: Tensor
@@ -31,36 +32,35 @@ class Segments:
 
 @dataclass(frozen=True)
 class View:
-    """What a policy sees of one request in one layer. L held tokens, H kv heads, in ascending position.
+    """One request in one layer: L held tokens in ascending position, H kv heads.
 
     Attributes:
         positions: logical positions `[H, L]`, int32.
-        window: W, the number of newest tokens, which always survive.
-        num_keep: tokens that will be kept of each head.
-        num_logical: tokens computed so far; the newest held one has position `num_logical - 1`.
+        window: W, number of newest tokens, which always survive.
+        num_keep: tokens that each head will keep.
+        num_logical: tokens computed so far; the newest held token has position `num_logical - 1`.
         num_prompt: length of the prompt.
-        num_protected: first tokens that always stay: of a protected prompt its length, else 0.
+        num_protected: number of first tokens that always stay: the prompt's length if it is protected, else 0.
         layer: index of the layer in the model.
-        first_head: index in the model of the first of these kv heads; others may be on other ranks.
+        first_head: index in the model of the first of these kv heads; other ranks may hold others.
         keys: post-RoPE keys `[L, H, D]`, or None unless `Need.KEYS`.
         values: `[L, H, D]`, or None unless `Need.VALUES`.
         queries: the last W post-RoPE queries `[W, Hq, D]`, oldest first, or None unless `Need.QUERIES`.
-        sentence_penalty: `[H, L]` float32, 0 to 1: with `Need.HIDDEN` the similarity to the later sentence that repeats
-            a token's sentence, and 0 elsewhere; with `Need.RECURRENCE` the share of the sentence's tokens that later
+        sentence_penalty: `[H, L]` float32, 0 to 1. With `Need.HIDDEN`, the similarity of a token's sentence to the
+            later sentence that repeats it, or 0; with `Need.RECURRENCE`, the share of the sentence's tokens that later
             text repeats; else None.
-        attention_mass: `[H, L]` float32, sum over all queries since the end of the prompt (its last token's
-            included) of the attention paid to the token, averaged over the query heads of the kv head; or
-            None unless `Need.ATTENTION_MASS`.
+        attention_mass: `[H, L]` float32, attention that the token received from all queries from the prompt's last
+            token on, averaged over the query heads of the kv head; None unless `Need.ATTENTION_MASS`.
         output_error: `[H, L]` float32, mean of `A^2 |v - o|^2` over the queries that saw the token, older ones
-            discounted by `Policy.decay`; see `ops.output_error`. None unless `Need.OUTPUT_ERROR`, and in the engine,
-            which calls `Policy.rank` instead of `score`.
-        segment: int64 `[H, L]`, number of each token's segment, -1 in the protected prompt and S in the window; or None
+            discounted by `Policy.decay`; see `ops.output_error`. None unless `Need.OUTPUT_ERROR`. Always None in the
+            engine, which then calls `Policy.rank` instead of `score`.
+        segment: int64 `[H, L]`, number of each token's segment, -1 in the protected prompt and S in the window; None
             unless `Need.SEGMENTS`.
-        segments: what is known of the segments, with what `Policy.remember` just noted; or None likewise.
-        gates: `[H, L]` float32, what the learned gates said of the token when it was written (`log beta`, not
-            above 0), or None unless `Need.GATES`.
+        segments: the segments, whose `memory` `Policy.remember` has just updated; None unless `Need.SEGMENTS`.
+        gates: `[H, L]` float32, output of the learned gates when the token was written (`log beta`, at most 0); None
+            unless `Need.GATES`.
         lookahead_queries: post-RoPE queries `[n, Hq, D]` of the beginning of an answer (see `LookaheadPlan`), which see
-            all held tokens; None but at the end of a prompt, and where no pages were free for them.
+            all held tokens. None except at the end of a prompt, and there if no lookahead blocks were free.
     """
 
     positions: Tensor
@@ -85,14 +85,14 @@ class View:
 
 @dataclass(frozen=True)
 class Measured:
-    """What is measured of held tokens, by rows of any number of requests, layers and heads; all of shape `[..., N]`.
+    """Measurements of held tokens for any number of requests, layers and heads; all of shape `[..., N]`.
 
     Attributes:
         output_error: float32, see `View`.
-        key_similarity: float32, cosine of the key with the mean of its row's unit keys.
-        repeated: float32, share of the tokens of the token's sentence that later text repeats.
-        is_recent: bool, whether the token is one of the `Policy.num_recent` newest.
-        is_free: bool, whether it may leave; False for protected tokens, the window, and where there is no token.
+        key_similarity: float32, cosine of the key with the mean of the unit keys along N.
+        repeated: float32, share of the tokens of this token's sentence that later text repeats.
+        is_recent: bool, whether the token is one of the newest `Policy.num_recent`.
+        is_free: bool, whether the token may be evicted; False for protected tokens, the window and padding.
     """
 
     output_error: Tensor

@@ -1,8 +1,8 @@
-"""Traces: one safetensors file per finished request that says which tokens were held when.
+"""Traces: one safetensors file per finished request that records which tokens were held when.
 
-The workers know what was kept, the scheduler knows the text and when a request ends. Each worker leaves a
-part per compaction in `<trace-dir>/.parts`; when the request ends the scheduler joins them. With workers on
-several machines the folder must be on a file system they share. Nothing of this exists when tracing is off.
+The workers know which tokens were kept; the scheduler knows the text and when a request ends. Each worker writes a part
+per compaction into `<trace-dir>/.parts`, and the scheduler joins the parts when the request ends. With workers on
+several machines the folder must be on a shared file system. When tracing is off, none of these objects exist.
 
 All files are read and written by a thread of each process. A trace that cannot be written is dropped, logged and
 counted. Only an idle engine waits for the storage, for a quarter of a second.

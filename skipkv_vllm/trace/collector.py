@@ -1,4 +1,4 @@
-"""The scheduler's side of traces: joins the parts of a request when it ends."""
+"""The scheduler's side of traces: it joins the parts of a request when the request ends."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ from ..sentences import SentenceTables, split_sentences
 from .files import FLUSH_SECONDS, TOO_MANY, Trace, part_path, parts_folder, trace_path
 
 WAIT_SECONDS = 30.0
-"""from a request's end until its trace is dropped because a worker's part is missing"""
+"""time after the end of a request until its trace is dropped because a part is missing"""
 SETTLE_SECONDS = 0.25
-"""for which an engine without requests waits for its last traces"""
+"""time that an idle engine waits for its last traces"""
 MAX_TRACES_WAITING = 256
 STALE_SECONDS = 24 * 3600.0
-"""after which parts are nobody's any more: their server was killed"""
+"""age at which parts are removed as those of a killed server"""
 
 DROP_REASONS = ("backlog", "missing_part", "not_written")
-"""Why a trace was dropped: too many were waiting for the storage, a worker did not deliver, or writing it failed."""
+"""Reasons for which a trace is dropped: too many wait for the storage, a part is missing, or writing failed."""
 
 
 def _remove_stale(parts: Path) -> None:
-    """Remove what servers left that were killed while they traced requests."""
+    """Remove the parts of servers that were killed while they traced requests."""
     oldest = time.time() - STALE_SECONDS
     for folder in parts.iterdir():
         with contextlib.suppress(OSError):
@@ -44,7 +44,7 @@ def _remove_stale(parts: Path) -> None:
 
 
 class _Log:
-    """What the scheduler remembers of a running request."""
+    """Orders of a running request."""
 
     def __init__(self) -> None:
         self.life = -1
@@ -54,7 +54,7 @@ class _Log:
 
 
 class _Ended(NamedTuple):
-    """A request whose trace is to be written; `deadline` is the `time.monotonic()` until which parts are awaited."""
+    """A finished request; its parts are awaited until `time.monotonic()` reaches `deadline`."""
 
     request_id: str
     log: _Log
@@ -65,16 +65,16 @@ class _Ended(NamedTuple):
 
 
 class MissingPartError(Exception):
-    """A worker did not deliver its part of a trace."""
+    """A part of a trace is missing."""
 
 
 class TraceCollector:
-    """Scheduler side: joins the parts of a request when it ends, in a thread.
+    """Join the parts of finished requests in a thread.
 
     Args:
-        config: the server's policy; `kv_trace_dir` must be set.
-        grid: stages of the pipeline, and workers whose kv heads make up a layer; a worker's rank counts in this order.
-        tables: the tokenizer's sentence tables, or None without a tokenizer.
+        config: configuration of the server; `kv_trace_dir` must be set.
+        grid: number of pipeline stages, and of workers that share the kv heads of a layer; ranks count in this order.
+        tables: sentence tables of the tokenizer, or None without a tokenizer.
         parameters: written into every file.
 
     Raises:
@@ -95,7 +95,7 @@ class TraceCollector:
             (self._folder / ".parts" / ".writable").touch()
         except OSError as error:
             raise KVPolicyError(
-                f"kv_trace_dir={config.kv_trace_dir!r} cannot be written ({error.strerror}); name a folder that can"
+                f"kv_trace_dir={config.kv_trace_dir!r} cannot be written ({error.strerror}); give a folder that can"
             ) from None
         self._num_stages, self._width = grid
         self._tables = tables
@@ -104,13 +104,13 @@ class TraceCollector:
         self._jobs = BackgroundJobs("write a trace", MAX_TRACES_WAITING)
         _remove_stale(self._folder / ".parts")
         self._dropped: deque[str] = deque()
-        """reasons, from the thread that writes"""
+        """reasons, filled by the thread that writes"""
         self._is_slow = False
         self._abandoned: deque[str] = deque(maxlen=1000)
-        """requests whose trace was dropped; a late part may still arrive"""
+        """requests whose trace was dropped; late parts may still arrive"""
 
     def sent(self, compactions: Iterable[Compaction], started: Iterable[Started]) -> None:
-        """Note a step's orders to the workers: first the compactions, then the requests that start or start over."""
+        """Record the orders of a step: first its compactions, then the requests that start or start over."""
         with auxiliary("write a trace"):
             for order in compactions:
                 log = self._logs[order.request_id]
@@ -128,7 +128,14 @@ class TraceCollector:
         output_token_ids: list[int],
         steering: dict[str, Any] | None = None,
     ) -> None:
-        """Have the trace of a request that ended written soon, with what its steering came to, if any."""
+        """Queue the trace of a finished request for writing.
+
+        Args:
+            request_id: the request.
+            prompt_token_ids: its prompt.
+            output_token_ids: its output.
+            steering: results of its steering, if any.
+        """
         ended = _Ended(
             request_id,
             self._logs.pop(request_id, _Log()),
@@ -143,19 +150,19 @@ class TraceCollector:
             self._abandon(request_id, "backlog", TOO_MANY)
 
     def flush(self, timeout: float = FLUSH_SECONDS) -> bool:
-        """Wait for the traces of all requests that ended; False if that takes longer than `timeout` seconds."""
+        """Wait for the traces of all finished requests; False if that takes longer than `timeout` seconds."""
         return self._jobs.flush(timeout)
 
     def close(self) -> None:
-        """Finish what can be finished, and remove the parts that nobody will read."""
+        """Finish pending traces within the default time, and remove the parts that remain."""
         self.flush()
         for request_id in (*self._logs, *self._abandoned):
             self._clean(request_id)
 
     def settle(self) -> None:
-        """Wait a moment for the traces of all requests that ended, unless earlier ones took longer and still do.
+        """Wait a moment for the traces of all finished requests, unless earlier traces are still being written.
 
-        For an engine that has nothing else to do, so that a trace can be read right after the last answer.
+        An idle engine calls this, so that a trace can be read right after the last answer.
         """
         if not self._is_slow:
             self._is_slow = not self._jobs.flush(SETTLE_SECONDS)
@@ -167,7 +174,7 @@ class TraceCollector:
     def _write_or_drop(self, ended: _Ended) -> None:
         try:
             if not self._is_complete(ended):
-                # The last order may still be on its way when the scheduler runs ahead of the workers.
+                # Workers may not have carried out the last order yet.
                 time.sleep(0.005)
                 self._jobs.again(functools.partial(self._write_or_drop, ended))
                 return
@@ -186,7 +193,7 @@ class TraceCollector:
         shutil.rmtree(parts_folder(self._folder, request_id), ignore_errors=True)
 
     def _is_complete(self, ended: _Ended) -> bool:
-        """Whether all parts are there.
+        """Return whether all parts exist.
 
         Raises:
             MissingPartError: a worker could not write its part, or did not in time.
@@ -207,7 +214,7 @@ class TraceCollector:
         return [part_path(self._folder, request_id, life, index, rank) for rank in ranks]
 
     def _write(self, ended: _Ended) -> None:
-        """Join the parts, which are all there."""
+        """Join the parts, all of which exist."""
         log = ended.log
         parts = [self._read_parts(ended, life, order.ordinal) for life, order in log.orders]
         pairs: dict[tuple[int, int], float] = {}
@@ -235,12 +242,12 @@ class TraceCollector:
         ).save(trace_path(self._folder, ended.request_id))
 
     def _read_parts(self, ended: _Ended, life: int, index: int) -> dict[str, Tensor]:
-        """One compaction's parts of all ranks, layers and kv heads joined."""
+        """Read the parts of a compaction and join the layers and kv heads of all ranks."""
         parts = []
         for path in self._part_paths(ended.request_id, life, index):
             with safe_open(str(path), "pt") as file:
                 parts.append({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
         kept = [part["kept"] for part in parts]
         stages = [torch.cat(kept[i : i + self._width], dim=1) for i in range(0, len(kept), self._width)]
-        # Of a pipeline's stages the last one knows the sentences; its ranks know the same.
+        # Only the last pipeline stage tracks sentences, the same on all its ranks.
         return parts[-1] | {"kept": torch.cat(stages, dim=0)}

@@ -1,4 +1,4 @@
-"""Trace files: one safetensors file per finished request, and the parts that workers leave for it."""
+"""Trace files: one safetensors file per finished request, and the parts that workers write for it."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 FLUSH_SECONDS = 5.0
-"""for which `flush` waits for the storage by default"""
-TOO_MANY = "too many wait already, or no thread can be started"
+"""default time that `flush` waits for the storage"""
+TOO_MANY = "too many are waiting, or no thread can be started"
 LONGEST_NAME = 128
-"""characters of a request's file name; file systems allow 143 to 255 bytes, prefixes and suffixes included"""
+"""most characters of a request's file name; file systems allow 143 to 255 bytes, prefixes and suffixes included"""
 
 
 class Trace(NamedTuple):
@@ -30,11 +30,11 @@ class Trace(NamedTuple):
         logical_length: int64 `[n]` tokens computed when each compaction took place.
         resident_before: int64 `[n]` tokens held just before it.
         kept: n tensors, int32 `[layers, kv_heads, resident_after]`, ascending positions of the survivors.
-        life: int64 `[n]` how often the request had been preempted before it.
+        life: int64 `[n]` number of preemptions of the request before each compaction.
         sentences: int64 `[s, 2]` start and end (exclusive) of each closed sentence.
-        similar_pairs: int64 `[p, 2]` rows of `sentences`: the earlier and the later that repeats it.
-        similarity: float32 `[p]` their cosine, or which share of the earlier one the later says again.
-        parameters: the run's configuration.
+        similar_pairs: int64 `[p, 2]` rows of `sentences`: the earlier sentence and the later one that repeats it.
+        similarity: float32 `[p]` their cosine, or the share of the earlier sentence that the later one repeats.
+        parameters: configuration of the run.
     """
 
     prompt_token_ids: Tensor
@@ -49,7 +49,7 @@ class Trace(NamedTuple):
     parameters: dict[str, Any]
 
     def save(self, path: Path) -> None:
-        """Write the file in one piece, so that nobody reads half of it."""
+        """Write the file atomically."""
         tensors = {name: value for name, value in self._asdict().items() if isinstance(value, Tensor)}
         tensors |= {f"kept/{i}": kept for i, kept in enumerate(self.kept)}
         save_tensors(tensors, path, {"parameters": json.dumps(self.parameters)})
@@ -70,7 +70,7 @@ def on_host(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file in one piece."""
+    """Write a safetensors file atomically."""
     # The folder may have been removed since the server started.
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
@@ -78,15 +78,15 @@ def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str
         save_file(on_host(tensors), str(unfinished), metadata)
         unfinished.rename(path)
     except BaseException:
-        # On a full disk the rest of an unfinished file would take the space of the next one.
+        # On a full disk, an unfinished file would take the space of the next one.
         with contextlib.suppress(OSError):
             unfinished.unlink(missing_ok=True)
         raise
 
 
 def _file_name(request_id: str) -> str:
-    """A file name of bounded length that no other request id has, and that is never "." or ".."."""
-    # A client may send half a surrogate pair in its JSON.
+    """Return a file name of bounded length that is unique to a request id and never "." or ".."."""
+    # The JSON of a client may contain half a surrogate pair.
     content = request_id.encode("utf-8", "surrogatepass")
     name = quote(content, safe="").replace(".", "%2E")
     if len(name) <= LONGEST_NAME:
@@ -107,5 +107,5 @@ def parts_folder(folder: Path, request_id: str) -> Path:
 
 
 def part_path(folder: Path, request_id: str, life: int, index: int, rank: int) -> Path:
-    """Return the file of what one worker kept at one compaction of a request."""
+    """Return the file of one worker's part of a compaction."""
     return parts_folder(folder, request_id) / f"{life}.{index}.rank{rank}.safetensors"

@@ -18,7 +18,12 @@ MAX_PARTS_WAITING = 64
 
 
 class TraceWriter:
-    """Worker side: leaves a part for each compaction. It waits for the device, as tracing must, never for storage."""
+    """Write a part for each compaction. Tracing waits for the device, but never for storage.
+
+    Args:
+        folder: the trace folder.
+        rank: rank of this worker.
+    """
 
     def __init__(self, folder: str, rank: int) -> None:
         self._folder = Path(folder)
@@ -27,11 +32,11 @@ class TraceWriter:
         self._jobs = BackgroundJobs("write a trace part", MAX_PARTS_WAITING)
 
     def started(self, request_id: str) -> None:
-        """A request starts or starts over."""
+        """Record that a request starts or starts over."""
         self._lives[request_id] = self._lives.get(request_id, -1) + 1
 
     def finished(self, request_ids: Iterable[str]) -> None:
-        """These requests are gone for good."""
+        """Forget finished requests."""
         for request_id in request_ids:
             self._lives.pop(request_id, None)
 
@@ -39,9 +44,9 @@ class TraceWriter:
         """Record a compaction.
 
         Args:
-            order: what was carried out.
+            order: the order that was carried out.
             kept: `[layers, heads, num_keep]`, ascending positions of the survivors.
-            similar: `similar_pairs` and `similarity` of `Trace` so far; None where sentences are not compared here.
+            similar: `similar_pairs` and `similarity` of `Trace` so far; None if this worker compares no sentences.
         """
         with auxiliary("write a trace part"):
             tensors = {"kept": kept.to(torch.int32)}
@@ -53,7 +58,7 @@ class TraceWriter:
                 report_failure("write a trace part", TOO_MANY)
 
     def flush(self, timeout: float = FLUSH_SECONDS) -> bool:
-        """Wait for the parts to be written; False if that takes longer than `timeout` seconds."""
+        """Wait until all parts are written; False if that takes longer than `timeout` seconds."""
         return self._jobs.flush(timeout)
 
 
@@ -66,7 +71,7 @@ def _write_part(tensors: dict[str, Tensor], path: Path) -> None:
 
 
 def _lose(path: Path) -> None:
-    """Tell the scheduler not to wait for a part, if as little as that can be written."""
-    # Where the folder is gone the trace was dropped already.
+    """Mark a part as lost, so that the scheduler does not wait for it."""
+    # If the folder is gone, the trace has already been dropped.
     with contextlib.suppress(OSError):
         path.with_suffix(".lost").touch()

@@ -94,14 +94,14 @@ def post(url: str, path: str, body: dict) -> tuple[int, dict]:
 def test_the_banner_says_what_the_server_does(server):
     log = (server[1] / "log").read_text()
     assert f"budget {BUDGET} + buffer {BUFFER} = bound {BUDGET + BUFFER} tokens" in log
-    assert "59 pages of 32 tokens" in log
-    assert "a request of 2,048 tokens holds at most 9 pages instead of 64" in log
+    assert "59 blocks of 32 tokens" in log
+    assert "a request of 2,048 tokens holds at most 9 blocks instead of 64" in log
     assert "6 such requests fit at once instead of" in log
-    assert "2,048 bytes of KV a token + 128 for its position, attention, output error and query count" in log
+    assert "2,048 bytes of KV per token + 128 for its position, attention, output error and query count" in log
     assert "break-even at" in log
-    assert "admission bounded, none is ever preempted" in log
-    assert "may come to hold more than 1888 tokens is refused" in log
-    assert "features switched off: none" in log
+    assert "admission bounded, no request is ever preempted" in log
+    assert "may hold more than 1888 tokens is refused" in log
+    assert "features turned off: none" in log
     # vLLM's CPU platform switches it off, whatever the scheduler.
     assert "Using custom scheduler class" in log
     assert "asynchronous scheduling is off, as vLLM is configured; its warning" in log

@@ -13,7 +13,7 @@ from safetensors import safe_open
 
 from skipkv_vllm import bundled_gates, bundled_model
 from skipkv_vllm.banner import banner
-from skipkv_vllm.capacity import ModelShape, Pool, capacity, pages_with_policy
+from skipkv_vllm.capacity import ModelShape, Pool, capacity, blocks_with_policy
 from skipkv_vllm.cli import _plan, main
 from skipkv_vllm.config import KVPolicyConfig, RequestOptions
 from skipkv_vllm.core.limits import Demand, most_tokens
@@ -25,7 +25,7 @@ from skipkv_vllm.worker.signals.queries import QueryRing
 from skipkv_vllm.worker.signals.sentence_tracker import SentenceTracker
 
 SHAPE = ModelShape(28, 28, 4, 128, 3584, 152064, 2)
-POOL = Pool(num_pages=5000, page_size=16, max_num_seqs=64, max_length=32768, max_tokens=2048)
+POOL = Pool(num_blocks=5000, block_size=16, max_num_seqs=64, max_length=32768, max_tokens=2048)
 CONFIG = KVPolicyConfig(kv_policy="skipkv", kv_budget=1024)
 
 
@@ -72,15 +72,15 @@ def test_a_count_by_hand():
     ring, text = 28 * 28 * 128 * 2 * (64 * 32 + 1) + 8 * 2048, 64 * (3 * 4 * 32769 + 29) + 152064
     assert SHAPE.state_bytes(CONFIG, 64, 32768, 2048) == ring + text
     assert found.state_bytes == -(-(ring + text) // 64)
-    assert (found.request_pages, found.request_pages_full) == (1152 // 16, 8192 // 16)
+    assert (found.request_blocks, found.request_blocks_full) == (1152 // 16, 8192 // 16)
     assert found.request_bytes == 1152 * (57344 + 3 * 448) + found.state_bytes
     assert found.request_bytes_full == 8192 * 57344
     assert (found.fit, found.concurrency, found.is_capped) == (69, 64, True)
     assert "69 such requests fit at once instead of 10; max_num_seqs lets 64 run instead of 10" in found.lines()
-    assert not capacity(CONFIG, SHAPE, replace(POOL, num_pages=4000), length=8192).is_capped
+    assert not capacity(CONFIG, SHAPE, replace(POOL, num_blocks=4000), length=8192).is_capped
     memory = 5000 * 16 * (57344 + 3 * 448) + SHAPE.state_bytes(CONFIG, 64, 32768, 2048)
-    assert found.pages_full == memory // (16 * 57344)
-    assert found.concurrency_full == found.fit_full == found.pages_full // 512
+    assert found.blocks_full == memory // (16 * 57344)
+    assert found.concurrency_full == found.fit_full == found.blocks_full // 512
 
 
 def test_a_long_protected_prompt_raises_the_bound():
@@ -89,27 +89,27 @@ def test_a_long_protected_prompt_raises_the_bound():
 
 
 @pytest.mark.parametrize(
-    ("options", "pages"),
+    ("options", "blocks"),
     [
         ({"kv_policy": "snapkv", "kv_defer_prompt": True}, 126),
         ({"kv_policy": "finch", "kv_defer_prompt": True}, 2000 / 16),
-        # Beside what it holds, pages for a copy and the tokens that are computed on it.
+        # Beside what it holds, blocks for a copy and the tokens that are computed on it.
         ({"kv_policy": "laq"}, 1152 / 16 + (1024 + 16) / 16),
         ({"kv_policy": "laq", "kv_defer_prompt": True}, 2000 / 16 + (1024 + 16) / 16),
         ({"kv_policy": "finch", "kv_policy_config": {"ask_chunks": True}}, 1152 / 16 + 1),
     ],
 )
-def test_a_long_prompt_takes_what_its_request_is_promised(options, pages):
+def test_a_long_prompt_takes_what_its_request_is_promised(options, blocks):
     config = KVPolicyConfig(kv_protect_prompt=False, **options)
     found = capacity(config, SHAPE, POOL, length=8192, prompt=2000)
-    assert found.request_pages == pages
+    assert found.request_blocks == blocks
     limits = limits_of(RequestOptions(), config, 2000)
-    ledger = Ledger(POOL.num_pages, POOL.page_size, is_bounded=True)
+    ledger = Ledger(POOL.num_blocks, POOL.block_size, is_bounded=True)
     for name in map(str, range(found.fit + 1)):
         ledger.declare(name, Demand(most_tokens(limits, 8192), 0, limits.lookahead))
         assert ledger.fits(name, []) == (int(name) < found.fit)
         ledger.admit(name, [])
-    assert capacity(config, SHAPE, POOL, length=8192, prompt=100).request_pages == 1152 / 16
+    assert capacity(config, SHAPE, POOL, length=8192, prompt=100).request_blocks == 1152 / 16
 
 
 def test_break_even_is_where_the_costs_cross():
@@ -149,10 +149,10 @@ def test_the_papers_rule_takes_embeddings_instead():
 
 
 def test_pages_and_their_memory_are_inverse():
-    sizes = {"page_size": 16, "max_num_seqs": 64, "max_length": 32768, "max_tokens": 2048}
+    sizes = {"block_size": 16, "max_num_seqs": 64, "max_length": 32768, "max_tokens": 2048}
     for memory in (10 * 2**30, 10 * 2**30 + 12345):
-        pages = pages_with_policy(CONFIG, SHAPE, memory, **sizes)
-        full = capacity(CONFIG, SHAPE, replace(POOL, num_pages=pages)).pages_full
+        blocks = blocks_with_policy(CONFIG, SHAPE, memory, **sizes)
+        full = capacity(CONFIG, SHAPE, replace(POOL, num_blocks=blocks)).blocks_full
         assert memory // (16 * 57344) - full in (0, 1)
 
 
@@ -179,7 +179,7 @@ def test_plan_and_banner_share_their_numbers(capsys):
     code, out, _ = say(capsys, "--kv-memory", "0.25", "--dtype", "float32", "--block-size", "32", "--json")
     assert code == 0
     told = json.loads(out)["capacity"]
-    pool = Pool(told["pages"], 32, 16, 4096, 2048)
+    pool = Pool(told["blocks"], 32, 16, 4096, 2048)
     found = capacity(KVPolicyConfig(kv_policy="skipkv", kv_budget=224), ModelShape(4, 4, 2, 32, 128, 503, 4), pool)
     assert vars(found) == told
     _, out, _ = say(capsys, "--kv-memory", "0.25", "--dtype", "float32", "--block-size", "32")
@@ -209,7 +209,7 @@ def test_parameters_are_counted(capsys):
     ("arguments", "said"),
     [
         ([], "give --gpu-memory"),
-        (["--gpu-memory", "1", "--overhead-memory", "2"], "0 pages of 16 tokens are left for KV"),
+        (["--gpu-memory", "1", "--overhead-memory", "2"], "0 blocks of 16 tokens are left for KV"),
         (["--gpu-memory", "-1"], "--gpu-memory -1 is out of range"),
         (["--gpu-memory", "nan"], "--gpu-memory nan is out of range"),
         (["--kv-memory", "inf"], "--kv-memory inf is out of range"),

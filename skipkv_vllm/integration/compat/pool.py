@@ -146,8 +146,8 @@ def page_pool(vllm_config: VllmConfig, num_blocks: int) -> Pool:
     """The pages of an engine with `num_blocks` blocks; one of them is vLLM's null block, which nobody gets."""
     scheduling = vllm_config.scheduler_config
     return Pool(
-        num_pages=num_blocks - 1,
-        page_size=vllm_config.cache_config.block_size,
+        num_blocks=num_blocks - 1,
+        block_size=vllm_config.cache_config.block_size,
         max_num_seqs=scheduling.max_num_seqs,
         max_length=vllm_config.model_config.max_model_len,
         max_tokens=scheduling.max_num_batched_tokens,

@@ -221,7 +221,7 @@ def test_a_limit_that_is_not_held_is_said_and_ends_with_3(tmp_path, capsys, harm
         (["--weight-memory", "3"], "--weight-memory is given without --gpu-memory"),
         (["--request-length", "9999999"], "a request's length of 9999999 tokens is out of range; allowed: 1 to"),
         (["--gpu-memory", "0"], "--gpu-memory 0 is out of range; allowed: above 0"),
-        (["--gpu-memory", "1.09"], "pages of 16 tokens are left for KV"),
+        (["--gpu-memory", "1.09"], "blocks of 16 tokens are left for KV"),
         (["--engine", '{"dtype": "float8"}'], "--dtype float8 is unknown"),
         (["--engine", '{"block_size": "16"}'], "--engine: block_size is '16'; allowed: a number"),
         (["--engine", '{"max_model_len": "auto"}'], "--engine: max_model_len is 'auto'; allowed: a number"),

@@ -129,7 +129,7 @@ def test_a_parameter_of_the_papers_rule_is_refused_without_it(name):
     for rule in ({}, {"compat": "default"}):
         with pytest.raises(KVPolicyError) as error:
             make_policy("skipkv", {name: OF_THE_PAPER[name]} | rule)
-        assert f"{name}={OF_THE_PAPER[name]} means nothing with compat='default'" in str(error.value)
+        assert f"{name}={OF_THE_PAPER[name]} has no effect with compat='default'" in str(error.value)
         assert 'add "compat": "paper"' in str(error.value)
     # A server says it too, before anything is loaded.
     with pytest.raises(KVPolicyError, match='add "compat": "paper"'):
@@ -141,7 +141,7 @@ def test_a_parameter_of_the_papers_rule_is_refused_without_it(name):
 def test_a_parameter_of_the_default_is_refused_with_another_rule(name, rule):
     with pytest.raises(KVPolicyError) as error:
         make_policy("skipkv", {name: OF_THE_DEFAULT[name], "compat": rule})
-    assert f"{name}={OF_THE_DEFAULT[name]} means nothing with compat={rule!r}; leave it out" in str(error.value)
+    assert f"{name}={OF_THE_DEFAULT[name]} has no effect with compat={rule!r}; leave it out" in str(error.value)
 
 
 # ---- the server's configuration
@@ -374,7 +374,7 @@ def test_an_option_that_only_the_server_has_is_refused_in_a_request(key):
         ],
         *[(key, "start it with --kv-protect-prompt") for key in ("protect_prompt", "kvProtectPrompt")],
         ("kv_steering_default", "start it with --kv-steering-default"),
-        *[(key, "write options side by side") for key in ("skipkv", "SkipKV", "skip_kv", "skipkv_options")],
+        *[(key, "write each option under its own name") for key in ("skipkv", "SkipKV", "skip_kv", "skipkv_options")],
     ],
 )
 def test_a_name_that_is_nearly_ours_is_refused(key, meant):

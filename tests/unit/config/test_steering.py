@@ -60,9 +60,9 @@ def test_vectors_are_name_and_path(tmp_path, monkeypatch):
         ({"kv_steering_vectors": ["math"]}, ["'math' is not NAME=PATH", "write e.g."]),
         ({"kv_steering_vectors": ["math="]}, ["'math=' is not NAME=PATH"]),
         ({"kv_steering_vectors": ["a=x", "a=y"]}, ["a is given twice"]),
-        ({"kv_steering_vectors": ["off=x"]}, ["'off' cannot be a name"]),
-        ({"kv_steering_vectors": ["a/b=x"]}, ["'a/b' cannot be a name", "letters, digits"]),
-        ({"kv_steering_vectors": ["=x"]}, ["'' cannot be a name"]),
+        ({"kv_steering_vectors": ["off=x"]}, ["'off' is not allowed as a name"]),
+        ({"kv_steering_vectors": ["a/b=x"]}, ["'a/b' is not allowed as a name", "letters, digits"]),
+        ({"kv_steering_vectors": ["=x"]}, ["'' is not allowed as a name"]),
         ({"kv_steering_vectors": {"a": 3}}, ["kv_steering_vectors.a=3", "string"]),
         ({"kv_steering_gamma": 0.5}, ["--kv-steering-gamma given without --kv-steering-vectors"]),
         ({"kv_steering_default": "math"}, ["--kv-steering-default given without --kv-steering-vectors"]),
@@ -149,7 +149,7 @@ def test_waiting_requests_are_grouped_without_eviction(engine_args, math):  # no
     assert {name: getattr(config, name) for name in grouping} == grouping
     text = "\n".join(banner(config, None, 4096, is_async=True))
     assert "evicts nothing" in text
-    assert "64 tokens a group; from 2.5 s past its turn" in text
+    assert "at most 64 tokens apart; no request is overtaken from 2.5 s past its turn on" in text
 
 
 @pytest.mark.parametrize("is_async", [False, True])
@@ -170,7 +170,9 @@ def test_the_banner_says_what_is_steered():
     config = KVPolicyConfig(kv_steering_vectors={"math": "/m"}, kv_steering_alpha_max=2.0)
     text = "\n".join(banner(config, None, 4096, is_async=True))
     assert "evicts nothing" in text
-    assert "steering vectors math, default off; alpha 1.0 + 0.02 a thought" in text
+    assert (
+        "steering vectors math, default off; alpha 1.0 + 0.02 per non-execution thought, at most 2.0, updated" in text
+    )
     assert "at most 2.0" in text
     shape, pool = ModelShape(4, 4, 2, 32, 128, 503, 4), Pool(99, 16, 8, 4096, 2048)
     text = "\n".join(banner(SERVER, capacity(SERVER, shape, pool), 4096, is_async=False))
@@ -227,7 +229,7 @@ def test_a_server_without_vectors_takes_off_and_refuses_names():
 def test_a_server_that_only_steers_refuses_eviction(policy):
     config = KVPolicyConfig(kv_steering_vectors={"math": "/m"})
     assert RequestOptions.parse({"kv_policy": "full"}, config, 500).resolve_policy(config).name == "full"
-    with pytest.raises(KVPolicyError, match=rf"kv_policy='{policy}' is not served here.*--kv-policy"):
+    with pytest.raises(KVPolicyError, match=rf"kv_policy='{policy}' is not available.*--kv-policy"):
         RequestOptions.parse({"kv_policy": policy}, config, 500)
 
 

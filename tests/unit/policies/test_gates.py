@@ -62,16 +62,25 @@ def test_a_file_comes_back_as_it_was(tmp_path):
             r"retention_gate\.linear1\.bias is missing; the file",
         ),
         (lambda t: [t.pop(name) for name in list(t) if FIRST in name], r"layers\.0\..*linear1\.weight is missing"),
-        (lambda t: t.clear() or t.update(x=torch.ones(1)), r"'x' is no tensor of a gate of two layers; a gate has"),
-        (lambda t: t.update({f"{FIRST}linear3.weight": torch.ones(1)}), r"linear3\.weight' is no tensor of a gate"),
-        (lambda t: t.clear(), r"there is no gate in it; name a file with model\.layers\.0"),
-        (lambda t: t.update({f"{FIRST}bias": torch.ones(KV_HEADS, 1)}), r"shape \[2, 1\], not \[2\] as"),
-        (lambda t: t.update({f"{FIRST}linear2.weight": torch.ones(KV_HEADS, 4)}), r"shape \[2, 4\], not \[2, 5\]"),
+        (
+            lambda t: t.clear() or t.update(x=torch.ones(1)),
+            r"'x' is not a tensor of a gate with two layers; a gate has",
+        ),
+        (lambda t: t.update({f"{FIRST}linear3.weight": torch.ones(1)}), r"linear3\.weight' is not a tensor of a gate"),
+        (lambda t: t.clear(), r"holds no gates; give a file with tensors model\.layers\.0"),
+        (
+            lambda t: t.update({f"{FIRST}bias": torch.ones(KV_HEADS, 1)}),
+            r"shape \[2, 1\], but the other tensors need \[2\];",
+        ),
+        (
+            lambda t: t.update({f"{FIRST}linear2.weight": torch.ones(KV_HEADS, 4)}),
+            r"shape \[2, 4\], but the other tensors need \[2, 5\]",
+        ),
         (
             lambda t: t.update({f"{FIRST}bias": torch.ones(KV_HEADS).double()}),
             r"is float64; allowed: float32",
         ),
-        (lambda t: t.update({f"{FIRST}bias": torch.full((KV_HEADS,), torch.nan)}), r"numbers that are not finite"),
+        (lambda t: t.update({f"{FIRST}bias": torch.full((KV_HEADS,), torch.nan)}), r"is not finite everywhere; train"),
     ],
 )
 def test_a_file_that_holds_something_else(tmp_path, change, message):
@@ -88,7 +97,7 @@ def test_a_file_that_cannot_be_read(tmp_path, name):
     with pytest.raises(KVPolicyError, match=r"there is no such file; give the path of the model's gates"):
         Gates.load(tmp_path / name)
     (tmp_path / name).write_bytes(b"not tensors")
-    with pytest.raises(KVPolicyError, match=r"cannot be read \(.+\); give a safetensors file, or one of PyTorch"):
+    with pytest.raises(KVPolicyError, match=r"cannot be read \(.+\); give a safetensors file, or a PyTorch file"):
         Gates.load(tmp_path / name)
 
 
@@ -102,7 +111,7 @@ def test_a_pytorch_file_runs_no_code(tmp_path):
         Gates.load(tmp_path / "gates.pth")
     assert not (tmp_path / "written").exists()
     torch.save({"model.layers.0.self_attn.retention_gate.bias": 3}, tmp_path / "gates.pth")
-    with pytest.raises(KVPolicyError, match=r"cannot be read \('model.layers.0.+ is no tensor\)"):
+    with pytest.raises(KVPolicyError, match=r"cannot be read \('model.layers.0.+ is not a tensor\)"):
         Gates.load(tmp_path / "gates.pth")
 
 
@@ -113,7 +122,7 @@ def test_a_pytorch_file_runs_no_code(tmp_path):
         ({"num_layers": 3}, r"whose number of layers is 2, but this model's is 3"),
         (
             {"num_kv_heads": 4},
-            r"whose number of kv heads is 2, but this model's is 4; name gates",
+            r"whose number of kv heads is 2, but this model's is 4; give gates",
         ),
     ],
 )

@@ -98,7 +98,7 @@ def test_calibration_finds_the_valleys() -> None:
         ({"segment": 8}, "segment=8 is out of range; allowed: 16 to 4096"),
         ({"transition_above": 1.5}, "transition_above=1.5 is out of range"),
         ({"execution_below": 0.6}, "execution_below=0.6 is out of range; allowed: 0.0 to 0.55"),
-        ({"layers": "1,x"}, "layers='1,x' is neither 'all' nor numbers of layers"),
+        ({"layers": "1,x"}, "layers='1,x' is neither 'all' nor layer numbers"),
     ],
 )
 def test_bad_parameters_are_refused(options: dict[str, object], message: str) -> None:

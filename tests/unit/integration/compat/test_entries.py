@@ -138,7 +138,7 @@ def test_bodies_that_can_ask_for_beam_search_are_those():
         ("steering", "'steering' is ignored at the top level"),
         ("kvBudget", "did you mean 'kv_budget'"),
         ("kv_window", "--kv-window"),
-        ("skipkv", "write options side by side"),
+        ("skipkv", "write each option under its own name"),
     ],
 )
 def test_an_option_beside_vllm_xargs_is_refused(field, part):
