@@ -27,10 +27,11 @@ gpu-test: dev      ## everything that needs a CUDA GPU: operators, engines on ev
 docs: dev          ## build the documentation site into build/site; any warning is an error
 	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
 
-lint: dev          ## ruff and mypy
+lint: dev          ## ruff, mypy and the contracts between rooms
 	@$(PY) -m ruff check .
 	@$(PY) -m ruff format --check .
 	@$(PY) -m mypy
+	@.venv/bin/lint-imports --no-cache
 
 eval-tiny: dev     ## accuracy, length and memory of every policy on the bundled model; writes docs/results/
 	@$(PY) -m benchmarks.accuracy tiny

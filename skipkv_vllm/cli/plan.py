@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..capacity import Capacity, ModelShape, Pool, capacity, blocks_with_policy, shape_of
+from ..capacity import Capacity, ModelShape, Pool, blocks_with_policy, capacity, shape_of
 from ..config import KVPolicyConfig
 from ..core.errors import KVPolicyError
 from ..core.limits import ceil_div

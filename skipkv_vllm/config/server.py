@@ -82,8 +82,8 @@ class KVPolicyConfig(BaseModel):
     )
     kv_request_policies: list[str] = Field(
         default_factory=list,
-        description="Further methods that a request may choose with its `kv_policy`. It may always choose those that "
-        "need no more inputs than the server's own method.",
+        description="Further methods that a request may choose with its `kv_policy`. Methods whose inputs the server "
+        "collects anyway need not be named.",
     )
     kv_batch_grouping: Literal["off", "prefill-length"] = Field(
         "off",

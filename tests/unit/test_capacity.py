@@ -13,7 +13,7 @@ from safetensors import safe_open
 
 from skipkv_vllm import bundled_gates, bundled_model
 from skipkv_vllm.banner import banner
-from skipkv_vllm.capacity import ModelShape, Pool, capacity, blocks_with_policy
+from skipkv_vllm.capacity import ModelShape, Pool, blocks_with_policy, capacity
 from skipkv_vllm.cli import _plan, main
 from skipkv_vllm.config import KVPolicyConfig, RequestOptions
 from skipkv_vllm.core.limits import Demand, most_tokens

@@ -490,7 +490,7 @@ def test_the_budget_of_the_server_must_hold_the_sinks_of_a_method_chosen():
     ("policy", "names", "parts"),
     [
         ("skipkv", ["h2o", "nope"], ["kv_request_policies", "'nope'", "h2o, keydiff"]),
-        ("skipkv", ["h2o,random"], ["kv_request_policies", "'h2o,random'", "with spaces"]),
+        ("skipkv", ["h2o,random"], ["kv_request_policies", "'h2o,random'", "by spaces"]),
         ("skipkv", ["h2o", "epicache"], ["kv_request_policies", "'epicache'", "EpiCache", "2509.17396", "by layer"]),
         ("adakv", [], ["kv_policy", "'adakv'", "AdaKV", "2407.11550", "by head", "block table", "Use snapkv"]),
         ("full", ["h2o"], ["kv_request_policies", "'full'", "--kv-policy"]),

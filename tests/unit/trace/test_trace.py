@@ -363,7 +363,7 @@ def test_storage_that_hangs_delays_nobody_and_holds_little_memory(tmp_path, monk
     assert not collector.flush(0.01)
     early = collector.take_dropped()
     assert early["backlog"] >= 15, "drops are counted while the storage hangs"
-    assert any("too many wait" in error for error in errors())
+    assert any("too many are waiting" in error for error in errors())
     hangs.set()
     assert writer.flush()
     assert collector.flush(60)
@@ -457,7 +457,7 @@ def test_an_orderly_end_leaves_no_parts(tmp_path):
 def test_an_unwritable_folder_is_refused_at_start(tmp_path):
     file = tmp_path / "file"
     file.write_text("")
-    with pytest.raises(KVPolicyError, match=r"kv_trace_dir='.*below' cannot be written \(.*\); name a folder that can"):
+    with pytest.raises(KVPolicyError, match=r"kv_trace_dir='.*below' cannot be written \(.*\); give a folder that can"):
         make_collector(file / "below")
 
 
