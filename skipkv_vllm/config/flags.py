@@ -16,7 +16,7 @@ of each method, for `--kv-policy-config`, are in [Methods](methods.md).
 
 
 def flags_table() -> str:
-    """The flags as a Markdown table."""
+    """Return the flags as a Markdown table."""
     rows = ["| flag | default | meaning |", "|---|---|---|"]
     for name, field in KVPolicyConfig.model_fields.items():
         flag = flag_names()[name].replace("--kv-", "--[no-]kv-") if field.annotation is bool else flag_names()[name]
@@ -27,7 +27,7 @@ def flags_table() -> str:
 
 
 def document() -> str:
-    """All of `docs/reference/flags.md`."""
+    """Return the page `docs/reference/flags.md`."""
     return f"{TEXT}{flags_table()}\n"
 
 

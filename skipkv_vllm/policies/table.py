@@ -23,7 +23,7 @@ INPUTS = {
     Need.GATES: ("gate values", "4 bytes a token, layer and kv head; the gates"),
     Need.LOOKAHEAD: ("queries of lookahead tokens", "lookahead blocks for one step"),
 }
-"""What a method reads, and what a request's share of it takes in memory."""
+"""need -> input of a method, and its memory per request"""
 
 TEXT = """# Methods
 
@@ -80,7 +80,7 @@ def _with_links(text: str) -> str:
 
 
 def row(policy: Policy) -> str:
-    """A method's line of the table."""
+    """Format the table row of a method."""
     about, reads = policy.about, [INPUTS[need] for need in Need if need in policy.needs]
     paper = _link(about)
     given = {f.name: getattr(policy, f.name) for f in dataclasses.fields(policy)}
@@ -95,7 +95,7 @@ def row(policy: Policy) -> str:
 
 
 def document() -> str:
-    """All of `docs/reference/methods.md`."""
+    """Return the page `docs/reference/methods.md`."""
     refused = [f"| `{r.name}` | {_link(r.about)} | {_with_links(r.reason)} | {r.instead} |" for r in refusals()]
     methods = [make_policy(name) for name in policy_names()]
     about_prompts = ", ".join(f"`{method.name}`" for method in methods if method.compacts_prompt)
