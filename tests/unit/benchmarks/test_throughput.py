@@ -116,6 +116,32 @@ def test_engines_take_turns_or_run_one_by_one(monkeypatch, tmp_path, one_by_one)
     assert said == (alone if one_by_one else together)
 
 
+def test_a_run_writes_its_figures_and_fails_on_a_missed_bar(monkeypatch, tmp_path, capsys):
+    class Engine:
+        def __init__(self, arguments, log):
+            self.evicts = "kv_policy" in arguments
+
+        def answer(self, order):
+            steps = np.random.default_rng(0).uniform(1, 9, (50, len(STEP_COLUMNS)))
+            steps[:, 5] = self.evicts
+            tokens = sum(each.num_output for each in order.load)
+            return Run(2.0, tokens, len(order.load), [0.1], np.array([0.1, 0.2]), 2, 0, 50, steps, [0, 1], 0.0, 2048, 9)
+
+        def stop(self):
+            pass
+
+    monkeypatch.setattr(measure, "Remote", Engine)
+    out = tmp_path / "throughput.json"
+    words = ["--requests", "20", "--rounds", "1", "--grouping-rounds", "0", "--pools", "0.1", "1", "--out", str(out)]
+    assert command_line.main(words) == 1
+    said = capsys.readouterr()
+    assert "MISSED  same pool of at most 10 %: the policy over the faster full KV: 1" in said.out
+    assert "error: missed: same pool of at most 10 %" in said.err
+    figures = json.loads(out.read_text())
+    assert [row["arm"] for row in figures["pools"]] == [PRODUCTION, SAME, "skipkv"] * 2
+    assert "| 0.1 | skipkv |" in "\n".join(throughput_section(figures))
+
+
 def rows(**changes: float) -> list[dict]:
     base = {"of_same": 1.0, "of_production": 1.0, "of_full_at_largest": 1.0, "preemptions": 0}
     small = {"of_same": 3.0, "of_production": 2.6, "of_full_at_largest": 0.9} | changes
