@@ -1,13 +1,8 @@
-"""Offline use: `LLM(model, kv_policy="skipkv", kv_budget=1024, **any_vllm_argument)`.
-
-The commands of this package run engines through this module only.
-"""
+"""Offline use: `LLM(model, kv_policy="skipkv", kv_budget=1024, **any_vllm_argument)`."""
 
 from __future__ import annotations
 
-import contextlib
-import gc
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import vllm
@@ -27,28 +22,11 @@ class LLM(vllm.LLM):
         super().__init__(model, **engine_arguments(given, kwargs))
 
 
-@contextlib.contextmanager
-def running(model: str, **arguments: Any) -> Iterator[LLM]:
-    """Start an engine, and shut it down after the block.
-
-    Args:
-        model: folder or name of a checkpoint.
-        arguments: of `LLM`.
-    """
-    llm = LLM(model, **arguments)
-    try:
-        yield llm
-    finally:
-        llm.llm_engine.engine_core.shutdown()
-        del llm
-        gc.collect()
-
-
 def sampling_params(options: Mapping[str, Any], **arguments: Any) -> SamplingParams:
-    """Return vLLM's sampling parameters for a request whose intermediate outputs are not needed.
+    """Return vLLM's sampling parameters for a request of which only the final output is read.
 
     Args:
         options: per-request options of this package; see `RequestOptions`.
         arguments: of `SamplingParams`.
     """
-    return SamplingParams(output_kind=RequestOutputKind.FINAL_ONLY, extra_args=dict(options) or None, **arguments)
+    return SamplingParams(extra_args=dict(options) or None, output_kind=RequestOutputKind.FINAL_ONLY, **arguments)
