@@ -153,14 +153,14 @@ def test_a_copy_does_not_touch_the_original_and_is_small(patched):
 def test_a_patch_that_does_not_fit_is_named_and_leaves_nothing(tmp_path):
     wrong = tmp_path / "0009-wrong.patch"
     wrong.write_text(PATCHES[2].read_text().replace("num_common_prefix_blocks", "another_name"))
-    with pytest.raises(apply_patches.PatchError, match=r"0009-wrong\.patch does not fit"):
+    with pytest.raises(apply_patches.PatchError, match=r"0009-wrong\.patch does not apply"):
         apply_patches.apply([wrong], tmp_path / "copy")
     assert not (tmp_path / "copy").exists()
 
 
 def test_a_folder_with_something_else_is_not_deleted(tmp_path):
     (tmp_path / "vllm").mkdir()
-    with pytest.raises(apply_patches.PatchError, match="holds something else"):
+    with pytest.raises(apply_patches.PatchError, match="is not a patched copy"):
         apply_patches.apply(PATCHES, tmp_path)
     assert (tmp_path / "vllm").is_dir()
 
