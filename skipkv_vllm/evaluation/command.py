@@ -272,7 +272,7 @@ def load_tokenizer(model: str) -> Any:
     from transformers import AutoTokenizer
 
     if model.startswith(("/", ".", "build/")) and not Path(model).is_dir():
-        raise KVPolicyError(f"--model {model}: there is no such folder; `make real-models` fetches small real models")
+        raise KVPolicyError(f"--model {model}: there is no such folder; give a checkpoint's folder or its hub name")
     try:
         return AutoTokenizer.from_pretrained(model)
     except (OSError, ValueError) as error:
