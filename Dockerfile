@@ -3,14 +3,14 @@
 #   docker build --target cuda -t skipkv-vllm:cuda .    official vLLM image + this package with its CUDA operators
 #   docker build --target cpu  -t skipkv-vllm:cpu .     CPU build of vLLM, for trying things out
 #
-# Both take the arguments of `vllm serve`. The versions of vLLM and CUDA belong together.
+# Both take the arguments of `vllm serve`. The CUDA version must match that of the vLLM image.
 
-# ---- CUDA: compile with the whole toolkit, keep only the wheel
+# ---- CUDA: compile with the full toolkit, keep only the wheel
 
 FROM nvidia/cuda:13.0.2-devel-ubuntu22.04 AS toolkit
 
 FROM vllm/vllm-openai:v0.32.0 AS build-cuda
-# The toolkit's compilers link no driver, so this needs no GPU.
+# Compiling does not link the driver, so the build needs no GPU.
 COPY --from=toolkit /usr/local/cuda-13.0 /opt/cuda
 ENV CUDA_HOME=/opt/cuda SKIPKV_BUILD_CUDA=1
 # hadolint ignore=DL3008
@@ -20,14 +20,14 @@ RUN apt-get update \
     && uv pip install --system --no-cache "setuptools>=77,<81"
 WORKDIR /src
 COPY . .
-# An operator library that does not compile must not go unnoticed in an image.
+# Fail the build if an operator library did not compile.
 RUN python3 setup.py -q bdist_wheel --dist-dir /wheels \
     && python3 -m zipfile -l /wheels/*.whl > /wheels/contents \
     && grep -q _skipkv_cuda.so /wheels/contents \
     && grep -q _skipkv_cpu.so /wheels/contents
 
 FROM vllm/vllm-openai:v0.32.0 AS cuda
-# Everything the package depends on is a dependency of vLLM too. The last line refuses an untested vLLM.
+# All dependencies of the package are dependencies of vLLM. The last line refuses an untested vLLM.
 RUN --mount=type=bind,from=build-cuda,source=/wheels,target=/wheels \
     uv pip install --system --no-cache --no-deps /wheels/*.whl \
     && python3 -c "from skipkv_vllm.integration.compat.version import check_sources; check_sources()"
@@ -39,7 +39,7 @@ ENTRYPOINT ["vllm", "serve"]
 # ---- CPU
 
 FROM python:3.11-slim-bookworm AS cpu
-# vLLM's library needs libnuma; PyTorch compiles with g++ when the server starts.
+# vLLM's library needs libnuma, and PyTorch compiles with g++ at server start.
 # hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install -y --no-install-recommends g++ gcc libnuma1 libtcmalloc-minimal4 \

@@ -1,7 +1,7 @@
-"""Apply the patches of this folder to a copy of the installed vLLM; the installed one is never touched.
+"""Apply the patches of this folder to a copy of the installed vLLM; the installed one is never changed.
 
-The copy is a farm of links, so it costs a few hundred kilobytes: only patched files and the folders that hold them
-are real. Put the folder it prints in front of the others and Python imports the copy:
+The copy consists of links and takes a few hundred kilobytes: only patched files and their folders are real. Put the
+folder that the command prints on PYTHONPATH, and Python imports the copy:
 
     PYTHONPATH=$(python patches/apply.py) vllm serve ...
 """
@@ -20,18 +20,18 @@ from pathlib import Path
 PATCHES = Path(__file__).resolve().parent
 DEFAULT_COPY = PATCHES.parent / "build" / "patched-vllm"
 MARKER = ".made-by-skipkv-patches"
-"""Only a folder with this file is ever deleted."""
+"""Only a folder with this file may be deleted."""
 
 
 class PatchError(RuntimeError):
-    """A patch that does not fit, or nothing to apply it to; the message says what to do."""
+    """A patch does not apply, or there is nothing to apply it to; the message gives the remedy."""
 
 
 def patch_files(numbers: Sequence[str] = ()) -> list[Path]:
-    """The patches in order; only those whose names begin with one of `numbers` if any are given.
+    """Return the patches in order; if `numbers` is given, only those whose names begin with one of them.
 
     Raises:
-        PatchError: a number that no patch has.
+        PatchError: no patch has one of the numbers.
     """
     found = sorted(PATCHES.glob("[0-9]*.patch"))
     unknown = [n for n in numbers if not any(patch.name.startswith(n) for patch in found)]
@@ -41,15 +41,15 @@ def patch_files(numbers: Sequence[str] = ()) -> list[Path]:
 
 
 def touched_files(patch: Path) -> list[str]:
-    """Paths that a patch changes or adds, such as `vllm/engine/arg_utils.py`."""
+    """Return the paths that a patch changes or adds, such as `vllm/engine/arg_utils.py`."""
     return re.findall(r"^\+\+\+ b/(\S+)", patch.read_text(), re.MULTILINE)
 
 
 def installed_vllm() -> Path:
-    """Folder of the installed package, found without importing it.
+    """Return the folder of the installed package without importing it.
 
     Raises:
-        PatchError: there is none, or Python would import a patched copy.
+        PatchError: vLLM is not installed, or Python would import a patched copy.
     """
     spec = importlib.util.find_spec("vllm")
     if spec is None or spec.origin is None:
@@ -61,11 +61,11 @@ def installed_vllm() -> Path:
 
 
 def link_farm(source: Path, target: Path, real: set[str]) -> None:
-    """Make `target` look like `source`; the files in `real` are copied, everything else is linked.
+    """Recreate `source` as `target`: copy the files in `real`, and link everything else.
 
     Args:
         source: folder of a package.
-        target: folder to make.
+        target: folder to create.
         real: paths relative to `source` that will be changed.
     """
     folders = {str(parent) for path in real for parent in Path(path).parents}
@@ -84,14 +84,14 @@ def link_farm(source: Path, target: Path, real: set[str]) -> None:
 
 
 def apply(patches: Sequence[Path], target: Path) -> None:
-    """Make the patched copy `target/vllm` anew.
+    """Create the patched copy `target/vllm`, replacing an older one.
 
     Raises:
-        PatchError: naming the patch that does not fit, with the complaint.
+        PatchError: naming the patch that does not apply, with the output of `patch`.
     """
     source = installed_vllm()
     if target.exists() and not (target / MARKER).exists() and any(target.iterdir()):
-        raise PatchError(f"{target} exists and holds something else; choose another folder with --to")
+        raise PatchError(f"{target} exists and is not a patched copy; choose another folder with --to")
     if shutil.which("patch") is None:
         raise PatchError("the program `patch` was not found; Debian/Ubuntu: apt-get install patch")
     if target.exists():
@@ -106,12 +106,13 @@ def apply(patches: Sequence[Path], target: Path) -> None:
         if done.returncode:
             shutil.rmtree(target)
             raise PatchError(
-                f"{patch.name} does not fit the vLLM in {source} (it was made for 0.32.0):\n{done.stdout}{done.stderr}"
+                f"{patch.name} does not apply to the vLLM in {source} (it was made for 0.32.0):\n"
+                f"{done.stdout}{done.stderr}"
             )
 
 
 def main() -> None:
-    """The command; prints the folder for PYTHONPATH."""
+    """Run the command; it prints the folder for PYTHONPATH."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--to", type=Path, default=DEFAULT_COPY, metavar="FOLDER", help=f"default: {DEFAULT_COPY}")
     parser.add_argument("--only", nargs="+", default=[], metavar="NUMBER", help="e.g. 0001 0003; default: all")

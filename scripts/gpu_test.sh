@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in one command: operators, engines under every attention backend, graph mode and model
-# runner, FP8 caches, and a short measurement. Later parts run even if an earlier one failed; the summary says which.
+# Run everything that needs a GPU: operators, engines with every attention backend, graph mode and model runner, FP8
+# caches, and a short measurement. Later parts run even if an earlier one fails; the summary names the failed ones.
 #
-# Environment: PYTHON names an interpreter with vLLM, this package and pytest (default: .venv/bin/python).
-# SKIPKV_GPU_TESTS=cpu runs the engine tests on vLLM's CPU backend, to test the tests.
+# Environment: PYTHON is an interpreter with vLLM, this package and pytest (default: .venv/bin/python).
+# SKIPKV_GPU_TESTS=cpu runs the engine tests on vLLM's CPU backend, to test the tests themselves.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
@@ -23,7 +23,7 @@ part() {  # part TITLE COMMAND...
   "$@" || failed+=("$title")
 }
 
-part "what is installed" "$PYTHON" -c 'from skipkv_vllm.cli.doctor import examine; print(*examine().lines, sep="\n")'
+part "installation" "$PYTHON" -c 'from skipkv_vllm.cli.doctor import examine; print(*examine().lines, sep="\n")'
 part "operators" "$PYTHON" -m pytest -q -rs -k cuda tests/gpu/test_ops_cuda.py tests/unit/ops/test_parity.py \
   tests/unit/ops/test_parity_tokens.py
 part "an independent attention kernel" "$PYTHON" -m pytest -q -rs tests/gpu/test_xformers_cuda.py
@@ -37,4 +37,4 @@ if [ ${#failed[@]} -gt 0 ]; then
   printf 'FAILED: %s\n' "${failed[@]}"
   exit 1
 fi
-echo "all parts passed; what was skipped is named above with the reason"
+echo "all parts passed; skipped tests are listed above with their reasons"

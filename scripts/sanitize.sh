@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Run the tests of the C++ operators on a library that checks every memory access and undefined operation.
+# Run the tests of the C++ operators with AddressSanitizer and UndefinedBehaviorSanitizer.
 #
 #   scripts/sanitize.sh [pytest arguments]
 #
-# Environment: VENV names the environment's folder; CXX the compiler, which must be a GCC with libasan and libubsan.
+# Environment: VENV is the environment's folder; CXX is the compiler, a GCC with libasan and libubsan.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -20,8 +20,8 @@ rm -f "$library"
 SKIPKV_SANITIZE=1 "$PY" setup.py -q build_ext --build-lib build/sanitize --build-temp build/sanitize-objects
 [ -f "$library" ] || exit 1
 
-# Python and PyTorch leak by design; everything else ends the process. The tests of missing libraries and of Triton
-# say nothing about this one.
+# Python and PyTorch leak by design; every other finding ends the process. Tests of missing libraries and of Triton do
+# not use this library.
 export SKIPKV_NATIVE_CPU=$library
 export ASAN_OPTIONS=detect_leaks=0:halt_on_error=1:abort_on_error=1 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1
 LD_PRELOAD="$runtime $("$CXX" -print-file-name=libstdc++.so.6)" "$PY" -m pytest -q --capture=sys -p no:cacheprovider \

@@ -29,23 +29,23 @@ __all__ = [
 
 
 def bundled_model() -> str:
-    """Folder of the small reasoning model that comes with the package (a Qwen2 checkpoint)."""
+    """Return the folder of the small reasoning model in the package (a Qwen2 checkpoint)."""
     return str(Path(__file__).parent / "models" / "tiny-reasoner")
 
 
 def bundled_vector() -> str:
-    """The bundled model's steering vector, for `kv_steering_vectors`."""
-    # Beside the folder: vLLM takes every .safetensors file inside for weights.
+    """Return the path of the bundled model's steering vector, for `kv_steering_vectors`."""
+    # Outside the folder: vLLM loads every .safetensors file inside as weights.
     return f"{bundled_model()}-steering.safetensors"
 
 
 def bundled_gates() -> str:
-    """The bundled model's learned gates, for the `gates` of policy `trimkv`."""
+    """Return the path of the bundled model's learned gates, for the `gates` of policy `trimkv`."""
     return f"{bundled_model()}-gates.safetensors"
 
 
 def __getattr__(name: str) -> Any:
-    # Importing vLLM takes seconds; only those who want the engine pay for it.
+    # Importing vLLM takes seconds, so it is imported only when needed.
     if name == "LLM":
         from .integration.llm import LLM
 

@@ -1,4 +1,4 @@
-"""Entry point `vllm.general_plugins`. Adds flags; changes nothing until a policy is asked for."""
+"""Entry point `vllm.general_plugins`: adds our flags, and changes nothing until a policy is requested."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ logger = logging.getLogger("vllm.skipkv")
 
 
 def register() -> None:
-    """Add our flags to vLLM's. vLLM calls it in every process, possibly more than once.
+    """Add our flags to vLLM's; vLLM calls this in every process, possibly more than once.
 
-    It never raises: a vLLM that it cannot join runs as if this package were not installed.
+    It never raises: under an unsupported vLLM, everything runs as if this package were not installed.
     """
     try:
         from .integration.compat import install
 
         install()
     except Exception as error:
-        # A server that asks for a policy ends with vLLM's "unrecognized arguments"; say why.
-        is_asked = any(argument.replace("_", "-").startswith("--kv-policy") for argument in sys.argv)
+        # A command with --kv-policy ends with vLLM's "unrecognized arguments"; log the reason.
+        is_requested = any(argument.replace("_", "-").startswith("--kv-policy") for argument in sys.argv)
         logger.log(
-            logging.ERROR if is_asked else logging.DEBUG,
+            logging.ERROR if is_requested else logging.DEBUG,
             "SkipKV: --kv-policy is not available under this vLLM: %s",
             error,
-            exc_info=not is_asked,
+            exc_info=not is_requested,
         )

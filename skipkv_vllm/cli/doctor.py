@@ -1,4 +1,4 @@
-"""`skipkv doctor`: what is installed, what runs each operator here, and what would make it faster."""
+"""`skipkv doctor`: what is installed, which backend runs each operator here, and how to get a faster one."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from typing import NamedTuple
 import torch
 
 from ..core.errors import KVPolicyError
-from ..integration.compat import version as gate
-from ..integration.compat.public import SEAMS, is_public
+from ..integration.compat import version as version_check
+from ..integration.compat.seams import SEAMS, is_public
 from ..ops.dispatch import report
 
 PACKAGES = ("skipkv-vllm", "vllm", "torch", "triton", "transformers")
 
 
 class Findings(NamedTuple):
-    """What the doctor saw.
+    """Result of an examination.
 
     Attributes:
-        lines: the report; what needs attention begins with "!".
-        healthy: whether nothing does.
+        lines: the report; a problem begins with "!".
+        healthy: whether there is no problem.
     """
 
     lines: list[str]
@@ -29,24 +29,25 @@ class Findings(NamedTuple):
 
 
 def examine() -> Findings:
-    """Look at this environment; starts no engine."""
+    """Examine this environment without starting an engine."""
     lines = ["packages", *(f"  {name:20}{_version(name)}" for name in PACKAGES), "", "vLLM's interfaces"]
     problems = []
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     try:
-        lines.append(f"  read from {gate.vllm_root()}")
-        gate.check_version()
-        gate.check_sources()
-        lines += _gate_lines()
+        lines.append(f"  read from {version_check.vllm_root()}")
+        version_check.check_version()
+        version_check.check_sources()
+        lines += _source_lines()
         lines += ["", "seams (patches/README.md)", *_seam_lines()]
     except ImportError as error:
-        problems.append(f"vLLM cannot be imported ({error}); install it: pip install 'vllm=={gate.SUPPORTED_VLLM}.*'")
+        remedy = f"pip install 'vllm=={version_check.SUPPORTED_VLLM}.*'"
+        problems.append(f"vLLM cannot be imported ({error}); install it: {remedy}")
     except KVPolicyError as error:
         problems.append(str(error))
     for device_type in ("cpu", *(["cuda"] if torch.cuda.is_available() else [])):
         choices = report(device_type)
         lines += ["", f"operators on {device_type}", *(f"  {op:20}{c.backend}" for op, c in choices.items())]
-        # On a GPU a slower backend costs little; PyTorch is slow everywhere.
+        # On a GPU a slower backend costs little; the PyTorch backend is slow everywhere.
         missed = {why for choice in choices.values() for why in choice.missed}
         if any(choice.backend == "reference" for choice in choices.values()):
             problems += sorted(missed)
@@ -55,12 +56,12 @@ def examine() -> Findings:
     return Findings([*lines, "", *(f"! {problem}" for problem in problems)], not problems)
 
 
-def _gate_lines() -> list[str]:
-    found = gate.differences(gate.vllm_root())
+def _source_lines() -> list[str]:
+    found = version_check.differences(version_check.vllm_root())
     if not found:
-        return [f"  {len(gate.tested()['symbols'])} classes and methods are as they were tested"]
-    # Reached only where the operator allowed it; every difference in full.
-    return [f"  UNTESTED, allowed by {gate.OVERRIDE}=1:", *(f"    {difference}" for difference in found)]
+        return [f"  {len(version_check.tested()['symbols'])} classes and functions are as tested"]
+    # Reached only if the operator allowed an untested vLLM.
+    return [f"  UNTESTED, allowed by {version_check.OVERRIDE}=1:", *(f"    {difference}" for difference in found)]
 
 
 def _seam_lines() -> list[str]:

@@ -1,4 +1,4 @@
-"""`skipkv extract-vector`: traces, states, and for `--layer auto` a sweep; then the file."""
+"""`skipkv extract-vector`: read or generate reasoning texts, average states, and sweep layers for `--layer auto`."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 
 from .. import __version__
 from ..core.errors import KVPolicyError
+from ..core.files import check_writable
 from ..steering.extraction.activations import ClassSums, measure
 from ..steering.extraction.checkpoints import Checkpoint, open_checkpoint
 from ..steering.extraction.grading import grade_boxed, math_verify
@@ -22,7 +23,7 @@ from ..steering.extraction.reasoning_texts import (
     read_texts,
     write_texts,
 )
-from ..steering.extraction.sweep import Outcome, cell, choose
+from ..steering.extraction.sweep import Cell, Outcome, cell, choose
 from ..steering.extraction.thoughts import LABELS, KeywordSet, load_keywords
 from ..steering.tables import split_tokens
 from . import generation
@@ -33,11 +34,11 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 @dataclass(frozen=True)
 class Options:
-    """The command's options, under their names.
+    """The command's options by name.
 
     Attributes:
-        layer: a layer, None for `auto`.
-        layers: candidates of `auto`, empty for all.
+        layer: a layer; None for `auto`.
+        layers: candidates of `auto`; empty for all.
         tolerance: share of right answers that `auto` may lose.
     """
 
@@ -66,18 +67,18 @@ class Options:
     tolerance: float
 
     def check(self) -> None:
-        """Raise `KVPolicyError` for what can be told without looking at the model."""
+        """Raise `KVPolicyError` for options that are wrong whatever the model is."""
         if (self.traces is None) == (self.dataset is None):
-            raise KVPolicyError("give the traces to read (--traces FILE) or problems to solve (--dataset), not both")
+            raise KVPolicyError("give either texts to read (--traces FILE) or problems to solve (--dataset), not both")
         if self.layer is None and self.dev is None:
             raise KVPolicyError("--layer auto needs development problems with answers: --dev FILE_OR_NAME")
         if self.layer is None and not (self.alpha0 and all(alpha > 0 for alpha in self.alpha0)):
             raise KVPolicyError(f"--alpha0 {self.alpha0}: give strengths above 0, e.g. 0.5,1,1.5")
         if self.dtype not in DTYPES:
             raise KVPolicyError(f"--dtype {self.dtype!r} is not one of: {', '.join(DTYPES)}")
-        for path in (self.out, self.save_traces):
-            if path is not None and not path.absolute().parent.is_dir():
-                raise KVPolicyError(f"the folder of {path} does not exist; create it, or choose another path")
+        check_writable("--out", self.out)
+        if self.save_traces is not None:
+            check_writable("--save-traces", self.save_traces)
 
 
 def extract(options: Options, echo: Callable[[str], None]) -> None:
@@ -85,10 +86,10 @@ def extract(options: Options, echo: Callable[[str], None]) -> None:
 
     Args:
         options: of the command.
-        echo: shows a line.
+        echo: prints a line.
 
     Raises:
-        KVPolicyError: bad options, files or traces; or `auto` found nothing that helps.
+        KVPolicyError: bad options, files or texts; or no setting of `auto` shortened the answers.
     """
     options.check()
     keywords = load_keywords(options.keywords)
@@ -137,7 +138,7 @@ def _traces(options: Options, checkpoint: Checkpoint, echo: Callable[[str], None
     graded = [trace.correct for trace in traces if trace.correct is not None]
     right = f", {sum(graded)} of {len(graded)} right" if graded else ""
     length = sum(answer.length for answer in answers) / len(answers)
-    echo(f"{len(traces)} traces of {length:.0f} tokens{right}, {sum(a.truncated for a in answers)} cut off")
+    echo(f"{len(traces)} texts of {length:.0f} tokens{right}, {sum(a.truncated for a in answers)} truncated")
     if options.save_traces is not None:
         write_texts(options.save_traces, traces)
     return traces
@@ -146,7 +147,7 @@ def _traces(options: Options, checkpoint: Checkpoint, echo: Callable[[str], None
 def _prompt(checkpoint: Checkpoint, problem: Problem) -> str:
     messages = [{"role": "user", "content": problem.question}]
     if checkpoint.tokenizer.chat_template is None:
-        raise KVPolicyError(f"{checkpoint.name} has no chat template; give finished traces with --traces")
+        raise KVPolicyError(f"{checkpoint.name} has no chat template; give texts with --traces")
     return str(checkpoint.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
 
 
@@ -156,7 +157,7 @@ def _answer(options: Options, llm: Any, jobs: Sequence[generation.Job]) -> list[
 
 def _describe(sums: ClassSums, traces: int, layers: Sequence[int], echo: Callable[[str], None]) -> None:
     counts = zip(LABELS, sums.counts.sum(0).tolist(), strict=True)
-    echo(f"{traces} traces, thoughts: " + ", ".join(f"{count} {label}" for label, count in counts))
+    echo(f"{traces} texts, thoughts: " + ", ".join(f"{count} {label}" for label, count in counts))
     for layer in layers:
         norm, mean, cosine = sums.difference(layer).norm(), sums.mean_norm(layer), sums.split_half_cosine(layer)
         agreement = "unknown" if cosine is None else f"{cosine:.4f}"
@@ -184,10 +185,8 @@ def _sweep(
     dev: Sequence[Problem],
     echo: Callable[[str], None],
 ) -> int:
-    """Try every layer and strength in one engine, keep the figures, and name the best layer."""
-    from .sweep_plot import plot
-
-    # What enters the first layer is the same token's embedding, more often than not.
+    """Try every layer and strength in one engine, write the results, and return the best layer."""
+    # The input of the first layer is usually the embedding of the same token everywhere: no difference to steer by.
     layers = [layer for layer in sums.layers if sums.difference(layer).float().any()]
     with tempfile.TemporaryDirectory() as folder:
         files = {f"layer-{layer}": str(Path(folder, f"{layer}.safetensors")) for layer in layers}
@@ -202,16 +201,11 @@ def _sweep(
         with generation.engine(options.model, options.engine, files) as llm:
             answers = iter(_answer(options, llm, jobs))
     cells = [cell(layer, alpha0, [_outcome(problem, next(answers)) for problem in dev]) for layer, alpha0 in grid]
-    plain, steered = cells[0], cells[1:]
     for each in cells:
         where = "not steered" if each.layer is None else f"layer {each.layer}, alpha0 {each.alpha0:g}"
-        echo(f"{where}: {each.mean_length:.0f} tokens, {each.accuracy:.1%} right, {each.truncated:.1%} cut off")
-    figures = options.out.with_suffix(".sweep.json")
-    settings = json.dumps(asdict(options) | {"version": __version__}, default=str)
-    rows = ",\n  ".join(json.dumps(each._asdict()) for each in cells)
-    figures.write_text(f'{{\n "settings": {settings},\n "cells": [\n  {rows}\n ]\n}}\n')
-    picture = plot(plain, steered, options.out.with_suffix(".sweep.svg"))
-    echo(f"wrote {figures} and {picture}")
+        echo(f"{where}: {each.mean_length:.0f} tokens, {each.accuracy:.1%} right, {each.truncated:.1%} truncated")
+    plain, steered = cells[0], cells[1:]
+    _write_sweep(options, cells, echo)
     best = choose(plain, steered, options.tolerance)
     assert best.layer is not None
     echo(
@@ -219,6 +213,18 @@ def _sweep(
         f"{plain.mean_length:.0f}, {best.accuracy:.1%} right instead of {plain.accuracy:.1%}"
     )
     return best.layer
+
+
+def _write_sweep(options: Options, cells: Sequence[Cell], echo: Callable[[str], None]) -> None:
+    """Write the cells of a sweep, the first one unsteered, and their plot beside the vector."""
+    from .sweep_plot import plot
+
+    figures = options.out.with_suffix(".sweep.json")
+    settings = json.dumps(asdict(options) | {"version": __version__}, default=str)
+    rows = ",\n  ".join(json.dumps(each._asdict()) for each in cells)
+    figures.write_text(f'{{\n "settings": {settings},\n "cells": [\n  {rows}\n ]\n}}\n')
+    picture = plot(cells[0], cells[1:], options.out.with_suffix(".sweep.svg"))
+    echo(f"wrote {figures} and {picture}")
 
 
 def _steered(layer: int | None, alpha0: float, gamma: float) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Answers from vLLM, for the commands that need a model to think."""
+"""Generate answers with vLLM, for the commands that need a model's reasoning."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
-    import vllm
+    from ..integration.llm import LLM
 
 
 class Job(NamedTuple):
-    """A prompt's text, with its special tokens, and the request's options."""
+    """A prompt's text including its special tokens, and the request's options."""
 
     prompt: str
     options: Mapping[str, Any]
 
 
 class Answer(NamedTuple):
-    """What came out: text, tokens, and whether it was cut off."""
+    """An answer: its text, its number of tokens, and whether it was truncated."""
 
     text: str
     length: int
@@ -27,15 +27,15 @@ class Answer(NamedTuple):
 
 
 @contextlib.contextmanager
-def engine(model: str, arguments: Mapping[str, Any], vectors: Mapping[str, str] | None = None) -> Iterator[vllm.LLM]:
-    """An engine that is gone, with its memory, after the block.
+def engine(model: str, arguments: Mapping[str, Any], vectors: Mapping[str, str] | None = None) -> Iterator[LLM]:
+    """Run an engine for the duration of the block, and release its memory afterwards.
 
     Args:
         model: checkpoint.
         arguments: of `vllm.LLM`.
-        vectors: name -> file of the steering vectors that requests may name.
+        vectors: name -> file of the steering vectors that requests may use.
     """
-    from .. import LLM
+    from ..integration.llm import LLM
 
     own = {"kv_steering_vectors": dict(vectors)} if vectors else {}
     llm = LLM(model, **{"disable_log_stats": True, **arguments, **own})
@@ -47,26 +47,26 @@ def engine(model: str, arguments: Mapping[str, Any], vectors: Mapping[str, str] 
         gc.collect()
 
 
-def answer(llm: vllm.LLM, jobs: Sequence[Job], max_tokens: int, temperature: float, seed: int) -> list[Answer]:
-    """One answer per job, in their order.
+def answer(llm: LLM, jobs: Sequence[Job], max_tokens: int, temperature: float, seed: int) -> list[Answer]:
+    """Return one answer per job, in order.
 
     Args:
-        llm: an engine.
-        jobs: what to answer.
-        max_tokens: generated at most, each.
+        llm: the engine.
+        jobs: prompts to answer.
+        max_tokens: most tokens per answer.
         temperature: 0 is greedy.
         seed: of sampling.
     """
-    from vllm import SamplingParams
+    from ..integration.llm import sampling_params
 
     tokenizer = llm.get_tokenizer()
     prompts = [{"prompt_token_ids": tokenizer.encode(job.prompt, add_special_tokens=False)} for job in jobs]
     params = [
-        SamplingParams(
+        sampling_params(
+            job.options,
             max_tokens=max_tokens,
             temperature=temperature,
             seed=seed + number if temperature else None,
-            extra_args=dict(job.options) or None,
         )
         for number, job in enumerate(jobs)
     ]

@@ -1,4 +1,4 @@
-"""`skipkv plan`: what fits on a GPU with and without a policy, from a model's configuration alone."""
+"""`skipkv plan`: how many requests fit on a GPU with and without a policy, from a model's configuration alone."""
 
 from __future__ import annotations
 
@@ -19,28 +19,28 @@ from ..ops.paging import FP8_CACHES
 GIB = 2**30
 DTYPES = {"bfloat16": 2, "float16": 2, "float32": 4}
 SERVER_DEFAULTS = {160: (1024, 16384), 70: (1024, 8192), 0: (256, 2048)}
-"""GiB of memory from which vLLM 0.32's API server runs so many requests, and so many tokens a step, by default."""
+"""GiB of GPU memory -> default of vLLM 0.32's API server for requests at once and tokens per step, from there on."""
 
 
 @dataclass(frozen=True)
 class Machine:
-    """Where the model is to run, and how.
+    """The hardware and the settings of the server.
 
     Attributes:
         gpu_memory: GiB of one GPU.
         utilization: share of it that vLLM may use.
         ranks: tensor-parallel GPUs.
-        stages: of a pipeline, each of `ranks` GPUs.
-        dtype: of weights and KV; "auto" for the model's own.
-        kv_dtype: of KV; "auto" for the same.
+        stages: pipeline stages, each of `ranks` GPUs.
+        dtype: of weights and KV cache; "auto" for the model's own.
+        kv_dtype: of the KV cache; "auto" for the same.
         block_size: tokens per block.
-        max_model_len: longest request; None for the model's own limit.
-        max_num_seqs: requests at once; None for vLLM's default of an API server.
-        max_tokens: tokens of a step; None likewise.
-        weights: GiB of weights of all ranks together; None to count the parameters.
-        activations: GiB of one rank; None to estimate.
-        overhead: GiB of one rank for CUDA's context, communication buffers and graphs.
-        kv_memory: GiB for KV pages and the policy's state of one rank, as a server's log says; None to work it out.
+        max_model_len: longest request; None for the model's limit.
+        max_num_seqs: requests at once; None for the default of vLLM's API server.
+        max_tokens: tokens per step; None likewise.
+        weights: GiB of weights on all ranks together; None to count the parameters.
+        activations: GiB on one rank; None to estimate.
+        overhead: GiB on one rank for the CUDA context, communication buffers and CUDA graphs.
+        kv_memory: GiB for KV cache and the policy's state on one rank, as a server logs it; None to compute it.
     """
 
     gpu_memory: float | None
@@ -73,13 +73,13 @@ FLAGS = {
     "overhead": "--overhead-memory",
     "kv_memory": "--kv-memory",
 }
-MAY_BE_NONE = {"activations", "overhead"}
-"""Of which 0 is an amount that makes sense."""
+MAY_BE_ZERO = {"activations", "overhead"}
+"""Fields of `Machine` for which 0 is a valid amount."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What `plan` found: memory of one rank in bytes, and what fits into the part for KV."""
+    """Result of `plan`: memory of one rank in bytes, and the capacity of the part for the KV cache."""
 
     model: str
     dtype: str
@@ -91,7 +91,7 @@ class Plan:
     notes: list[str]
 
     def lines(self) -> list[str]:
-        """For people."""
+        """Return the report as lines of text."""
         gpus = f", each of {self.gpus} GPUs" if self.gpus > 1 else ""
         rows = [f"  {name:40}{size / GIB:9.2f} GiB" for name, size in self.memory.items()]
         rows.insert(-1, f"  {f'{self.capacity.state} of {self.max_num_seqs} requests':40}{-self.state / GIB:9.2f} GiB")
@@ -104,22 +104,22 @@ class Plan:
         ]
 
     def json(self) -> str:
-        """For programs."""
+        """Return the report as JSON."""
         return json.dumps(asdict(self), indent=1)
 
 
 def plan(model: str, config: KVPolicyConfig, machine: Machine, *, length: int | None, prompt: int) -> Plan:
-    """Work out what fits.
+    """Compute how many requests fit.
 
     Args:
         model: folder or hub name; only its configuration is read.
         config: an active policy.
         machine: memory and vLLM's settings.
-        length: tokens of a request at its end; the longest allowed by default.
+        length: tokens of a finished request; None for the longest allowed.
         prompt: tokens of its prompt.
 
     Raises:
-        KVPolicyError: a model that policies do not support, values out of range, or memory that does not suffice.
+        KVPolicyError: a model that policies do not support, values out of range, or too little memory.
     """
     text = _load(model)
     notes: list[str] = []
@@ -132,28 +132,9 @@ def plan(model: str, config: KVPolicyConfig, machine: Machine, *, length: int | 
         element_size=DTYPES[dtype],
         kv_element_size=_kv_element_size(machine.kv_dtype),
     )
-    limit = getattr(text, "max_position_embeddings", None)
-    max_length = machine.max_model_len or limit
-    if max_length is None:
-        raise KVPolicyError(f"{model} states no max_position_embeddings; give --max-model-len")
-    if limit is not None and max_length > limit:
-        raise KVPolicyError(f"--max-model-len {max_length} is out of range; allowed for {model}: up to {limit}")
-    length = max_length if length is None else length
-    if not 1 <= length <= max_length:
-        raise KVPolicyError(
-            f"a request's length of {length} tokens is out of range; allowed: 1 to {max_length} (--max-model-len)"
-        )
-    if not 0 <= prompt <= length:
-        raise KVPolicyError(f"--prompt {prompt} is out of range; allowed: 0 to {length} (--length)")
-
-    seqs, tokens = next(each for low, each in SERVER_DEFAULTS.items() if (machine.gpu_memory or 0) >= low)
-    max_num_seqs, max_tokens = machine.max_num_seqs or seqs, machine.max_tokens or tokens
-    taken = {"max_num_seqs": max_num_seqs, "max_tokens": max_tokens}
-    if assumed := [f"{FLAGS[name]} {value}" for name, value in taken.items() if getattr(machine, name) is None]:
-        notes.append(
-            f"{' and '.join(assumed)} as vLLM's server has it on such a GPU by default (on an A100 of 80 GiB: "
-            "256 and 2048)"
-        )
+    max_length = _max_length(model, text, machine)
+    length = _length(max_length, length, prompt)
+    max_num_seqs, max_tokens = _batch_limits(machine, notes)
     state = shape.state_bytes(config, max_num_seqs, max_length, max_tokens)
     if machine.kv_memory is not None:
         available, memory = int(machine.kv_memory * GIB), {}
@@ -166,22 +147,64 @@ def plan(model: str, config: KVPolicyConfig, machine: Machine, *, length: int | 
     needed = ceil_div(min(config.kv_budget + config.kv_buffer, max_length), machine.block_size)
     if blocks < needed:
         raise KVPolicyError(
-            f"{max(blocks, 0)} blocks of {machine.block_size} tokens are left for KV, but a request at its bound takes "
-            f"{needed}. Memory of a rank in GiB: "
+            f"{max(blocks, 0)} blocks of {machine.block_size} tokens are left for KV, and one request at its bound "
+            f"needs {needed}. Memory of a rank in GiB: "
             + ", ".join(f"{name} {size / GIB:.2f}" for name, size in memory.items())
             + f", state of {max_num_seqs} requests {-state / GIB:.2f}. Lower the budget or --max-num-seqs, or use "
             "more GPUs (--tensor-parallel-size, --pipeline-parallel-size)"
         )
     found = capacity(config, shape, Pool(blocks, max_tokens=max_tokens, **sizes), length=length, prompt=prompt)
-    if found.request_blocks > blocks:
-        notes.append(f"not one request of {length} tokens with a prompt of {prompt} fits; it would be refused")
-    if found.bound >= length:
-        notes.append(f"the bound of {found.bound} tokens is never reached at {length} tokens, so nothing is evicted")
-    if found.request_blocks_full > blocks:
-        notes.append(f"without the policy not one request of {length} tokens fits")
-    if length < found.break_even:
-        notes.append(f"at {length} tokens a request costs more with the policy than without")
+    notes += _notes(found, blocks, length, prompt)
     return Plan(model, dtype, machine.ranks * machine.stages, memory, state, found, max_num_seqs, notes)
+
+
+def _max_length(model: str, text: Any, machine: Machine) -> int:
+    """Return the longest request that the server accepts."""
+    limit = getattr(text, "max_position_embeddings", None)
+    max_length = machine.max_model_len or limit
+    if max_length is None:
+        raise KVPolicyError(f"{model} has no max_position_embeddings; give --max-model-len")
+    if limit is not None and max_length > limit:
+        raise KVPolicyError(f"--max-model-len {max_length} is out of range; allowed for {model}: up to {limit}")
+    return int(max_length)
+
+
+def _length(max_length: int, length: int | None, prompt: int) -> int:
+    """Check the sizes of a request, and return its length."""
+    length = max_length if length is None else length
+    if not 1 <= length <= max_length:
+        raise KVPolicyError(
+            f"a request's length of {length} tokens is out of range; allowed: 1 to {max_length} (--max-model-len)"
+        )
+    if not 0 <= prompt <= length:
+        raise KVPolicyError(f"--prompt {prompt} is out of range; allowed: 0 to {length} (--length)")
+    return length
+
+
+def _batch_limits(machine: Machine, notes: list[str]) -> tuple[int, int]:
+    """Return the requests at once and the tokens per step, with a note about assumed ones."""
+    seqs, tokens = next(each for low, each in SERVER_DEFAULTS.items() if (machine.gpu_memory or 0) >= low)
+    limits = {"max_num_seqs": machine.max_num_seqs or seqs, "max_tokens": machine.max_tokens or tokens}
+    if assumed := [f"{FLAGS[name]} {value}" for name, value in limits.items() if getattr(machine, name) is None]:
+        notes.append(
+            f"assumed {' and '.join(assumed)}, the default of vLLM's server on such a GPU (on an A100 of 80 GiB: 256 "
+            "and 2048)"
+        )
+    return limits["max_num_seqs"], limits["max_tokens"]
+
+
+def _notes(found: Capacity, blocks: int, length: int, prompt: int) -> list[str]:
+    """Return what a reader of the plan should know about it."""
+    notes = []
+    if found.request_blocks > blocks:
+        notes.append(f"no request of {length} tokens with a prompt of {prompt} fits; it would be refused")
+    if found.bound >= length:
+        notes.append(f"a request of {length} tokens never reaches the bound of {found.bound}, so nothing is evicted")
+    if found.request_blocks_full > blocks:
+        notes.append(f"without the policy no request of {length} tokens fits")
+    if length < found.break_even:
+        notes.append(f"a request of {length} tokens needs more memory with the policy than without")
+    return notes
 
 
 @functools.cache
@@ -192,26 +215,26 @@ def _load(model: str) -> Any:
         return AutoConfig.from_pretrained(model).get_text_config()
     except (OSError, ValueError) as error:
         raise KVPolicyError(
-            f"--model {model}: no readable configuration ({str(error).splitlines()[0]}); give a folder with a "
+            f"--model {model}: its configuration cannot be read ({str(error).splitlines()[0]}); give a folder with a "
             "config.json or a name on the Hugging Face hub"
         ) from None
 
 
 def _check(text: Any, config: KVPolicyConfig, machine: Machine) -> None:
     if not config.evicts:
-        raise KVPolicyError("--kv-policy full evicts nothing, so there is nothing to plan; name another method")
+        raise KVPolicyError("--kv-policy full evicts nothing, so there is nothing to plan; choose another method")
     kinds = set(getattr(text, "layer_types", None) or ["full_attention"])
     if getattr(text, "kv_lora_rank", None) or kinds != {"full_attention"}:
         raise KVPolicyError(
-            f"{text.model_type} models are not supported: a policy needs plain full attention in all layers, found "
+            f"{text.model_type} models are not supported: a policy needs full attention in all layers, found "
             f"{'MLA' if getattr(text, 'kv_lora_rank', None) else ', '.join(sorted(kinds))}"
         )
     if machine.gpu_memory is None and machine.kv_memory is None:
-        raise KVPolicyError("give --gpu-memory, e.g. 80, or --kv-memory as a server's log states it")
+        raise KVPolicyError("give --gpu-memory, e.g. 80, or --kv-memory as logged by a server")
     for name, flag in FLAGS.items():
         value = getattr(machine, name)
-        if value is not None and not (math.isfinite(value) and (value > 0 or (value == 0 and name in MAY_BE_NONE))):
-            allowed = "0 and more" if name in MAY_BE_NONE else "above 0"
+        if value is not None and not (math.isfinite(value) and (value > 0 or (value == 0 and name in MAY_BE_ZERO))):
+            allowed = "0 or more" if name in MAY_BE_ZERO else "above 0"
             raise KVPolicyError(f"{flag} {value:g} is out of range; allowed: {allowed}")
     if machine.utilization > 1:
         raise KVPolicyError(f"--gpu-memory-utilization {machine.utilization} is out of range; allowed: up to 1")
@@ -232,43 +255,45 @@ def _check(text: Any, config: KVPolicyConfig, machine: Machine) -> None:
         )
 
 
-def _dtype(text: Any, asked: str) -> str:
-    if asked not in ("auto", *DTYPES):
-        raise KVPolicyError(f"--dtype {asked} is unknown; choose from auto, {', '.join(DTYPES)}")
+def _dtype(text: Any, requested: str) -> str:
+    if requested not in ("auto", *DTYPES):
+        raise KVPolicyError(f"--dtype {requested} is unknown; choose from auto, {', '.join(DTYPES)}")
     own = str(getattr(text, "dtype", None) or torch.bfloat16).removeprefix("torch.")
-    if asked != "auto":
-        return asked
-    # As vLLM does on GPUs.
+    if requested != "auto":
+        return requested
+    # As in vLLM on GPUs.
     return "bfloat16" if own == "float32" else own
 
 
-def _kv_element_size(asked: str) -> int | None:
+def _kv_element_size(requested: str) -> int | None:
     known = {"auto": None} | DTYPES | {name: dtype.itemsize for name, dtype in FP8_CACHES.items()}
-    if asked not in known:
-        raise KVPolicyError(f"--kv-cache-dtype {asked} is unknown; choose from {', '.join(known)}")
-    return known[asked]
+    if requested not in known:
+        raise KVPolicyError(f"--kv-cache-dtype {requested} is unknown; choose from {', '.join(known)}")
+    return known[requested]
 
 
 def _memory(
     model: str, text: Any, shape: ModelShape, machine: Machine, max_num_seqs: int, max_tokens: int, notes: list[str]
 ) -> dict[str, int]:
-    """Memory of one rank by use; what is used up counts negative."""
+    """Return the memory of one rank by use; memory that is taken is negative."""
     assert machine.gpu_memory is not None
     given = machine.weights
     weights = _num_parameters(model) * shape.element_size if given is None else int(given * GIB)
     if machine.stages > 1:
-        # The first and the last stage hold token embeddings besides their layers.
+        # The first and the last stage also hold token embeddings.
         embeddings = shape.vocab_size * shape.hidden_size * shape.element_size
         layers = weights - embeddings * (1 if getattr(text, "tie_word_embeddings", False) else 2)
         weights = max(layers, 0) * shape.num_layers // text.num_hidden_layers + embeddings
-        notes.append("the figures are of a stage with the most layers, embeddings and sentences, more than any one has")
+        notes.append(
+            "the figures are for a stage with the most layers, embeddings and sentences; no real stage has all three"
+        )
     if machine.activations is not None:
         activations = int(machine.activations * GIB)
     else:
         wide = 3 * (getattr(text, "intermediate_size", None) or 4 * text.hidden_size) // machine.ranks
         logits = max_num_seqs * shape.vocab_size * (shape.element_size + 8)
         activations = max_tokens * (2 * text.hidden_size + wide) * shape.element_size + logits
-        notes.append("activations are estimated; --activation-memory takes the figure of a server's log")
+        notes.append("activations are estimated; set --activation-memory to the figure in a server's log")
     return {
         f"{machine.utilization:.0%} of {machine.gpu_memory:g} GiB": int(machine.gpu_memory * machine.utilization * GIB),
         "weights": -(weights // machine.ranks),
@@ -283,6 +308,8 @@ def _num_parameters(model: str) -> int:
 
     text = _load(model)
     if getattr(text, "quantization_config", None):
-        raise KVPolicyError("this model is quantised, so its parameters do not tell its size; give --weight-memory")
+        raise KVPolicyError(
+            "this model is quantised, so its size cannot be computed from its parameters; give --weight-memory"
+        )
     with torch.device("meta"):
         return sum(p.numel() for p in AutoModelForCausalLM.from_config(text).parameters())

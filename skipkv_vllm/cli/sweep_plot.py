@@ -1,4 +1,4 @@
-"""The picture of a sweep: length and accuracy against strength, a line per layer."""
+"""Plot a sweep: length and accuracy against strength, one line per layer."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from ..steering.extraction.sweep import Cell
 
 
 def plot(plain: Cell, cells: Sequence[Cell], path: Path) -> Path:
-    """Draw a sweep.
+    """Plot a sweep.
 
     Args:
-        plain: the model as it is; a dashed line.
+        plain: the model without steering; a dashed line.
         cells: the grid.
         path: of the SVG file.
 
     Returns:
-        The file.
+        The path.
 
     Raises:
         KVPolicyError: matplotlib is missing.
@@ -51,7 +51,7 @@ def plot(plain: Cell, cells: Sequence[Cell], path: Path) -> Path:
 
 
 def label_axes(lengths: Any, accuracies: Any) -> None:
-    """Name and bound the axes of two plots over alpha0 that share it: length above, accuracy below."""
+    """Label and limit the axes of two plots over alpha0: length above, accuracy below."""
     lengths.set_ylabel("generated tokens, mean")
     lengths.set_ylim(bottom=0)
     accuracies.set_ylabel("right answers, %")

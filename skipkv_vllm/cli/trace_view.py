@@ -1,8 +1,8 @@
-"""`skipkv trace view`: a trace as one HTML page that needs nothing but a browser.
+"""`skipkv trace view`: write a trace as a self-contained HTML page.
 
-The page gets, for each life of the request and each (layer, kv head, token), one small number: the
-compaction that evicted the token. Which tokens are held after a compaction follows from a comparison,
-because an evicted token never comes back within a life.
+For each life of the request (a preempted request starts a new one) and each (layer, kv head, token), the page stores
+one small number: the compaction that evicted the token. A comparison then gives the tokens held after any compaction,
+because an evicted token never returns within a life.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ MAX_TOKENS_OF_A_CHARACTER = 4  # a UTF-8 character has at most four bytes
 
 
 class Page(NamedTuple):
-    """A page that was written.
+    """A written page.
 
     Attributes:
-        path: where it is.
-        notes: what its reader should know about the data; the page says it as well.
+        path: of the file.
+        notes: remarks about the data; the page shows them too.
     """
 
     path: Path
@@ -45,8 +45,8 @@ def view(file: Path, out: Path | None = None, tokenizer: str | None = None) -> P
 
     Args:
         file: the trace.
-        out: page to write; None takes `file` with the ending .html. A page of that name is replaced.
-        tokenizer: name or folder; None takes the model the trace names.
+        out: page to write, replacing an existing file; None for `file` with the suffix .html.
+        tokenizer: name or folder; None for that of the trace's model.
 
     Raises:
         KVPolicyError: the trace or its tokenizer cannot be read, or the page cannot be written.
@@ -57,14 +57,14 @@ def view(file: Path, out: Path | None = None, tokenizer: str | None = None) -> P
         raise KVPolicyError(f"--out={out} is the trace itself; name another file")
     name = tokenizer or trace.parameters.get("model")
     if not name:
-        raise KVPolicyError(f"{file} does not say which model wrote it; give its tokenizer with --tokenizer")
+        raise KVPolicyError(f"{file} does not name its model; give the model's tokenizer with --tokenizer")
     ids = torch.cat([trace.prompt_token_ids, trace.output_token_ids]).tolist()
     data = page_data(trace, token_texts(load_tokenizer(str(name)), ids))
     try:
         out.write_text(render(data), encoding="utf-8")
     except OSError as error:
         raise KVPolicyError(
-            f"--out={out} cannot be written ({error.strerror}); name a file in a folder that exists and may be written"
+            f"--out={out} cannot be written ({error.strerror}); name a file in an existing, writable folder"
         ) from None
     return Page(out, data["notes"])
 
@@ -73,17 +73,17 @@ def view(file: Path, out: Path | None = None, tokenizer: str | None = None) -> P
 
 
 def read_trace(path: Path) -> Trace:
-    """Read a trace that may be anything.
+    """Read a trace from a file that may contain anything.
 
     Raises:
-        KVPolicyError: there is no such file, or it is not a trace.
+        KVPolicyError: the file does not exist, or is not a trace.
     """
     if path.is_dir():
         raise KVPolicyError(f"FILE={path} is a folder; name one of the .safetensors files in it")
     if not path.exists():
         raise KVPolicyError(f"FILE={path} does not exist; traces are written to --kv-trace-dir when a request ends")
     try:
-        # Looked at before anything is loaded: the file may as well be a checkpoint of many gigabytes.
+        # Before loading anything: the file may be a checkpoint of many gigabytes.
         with safe_open(str(path), "pt") as file:
             names, parameters = set(file.keys()), (file.metadata() or {}).get("parameters")
         missing = set(Trace._fields) - {"kept", "parameters"} - names
@@ -111,7 +111,7 @@ def _check(trace: Trace, path: Path) -> None:
         if isinstance(value, Tensor) and value.is_floating_point() != (name == "similarity"):
             raise _not_a_trace(path, f"its {name!r} is of {value.dtype}")
     if not isinstance(trace.parameters, dict):
-        raise _not_a_trace(path, "its parameters are no object")
+        raise _not_a_trace(path, "its parameters are not an object")
     if any(ids.numel() and int(ids.min()) < 0 for ids in (trace.prompt_token_ids, trace.output_token_ids)):
         raise _not_a_trace(path, "it has negative token ids")
     if any(len(t) != count for t in (trace.logical_length, trace.resident_before, trace.life)):
@@ -120,41 +120,41 @@ def _check(trace: Trace, path: Path) -> None:
     if steps != sorted(steps):
         raise _not_a_trace(path, "its compactions are not in order")
     if len({kept.shape[:2] for kept in trace.kept}) > 1:
-        raise _not_a_trace(path, "its compactions differ in their layers or heads")
+        raise _not_a_trace(path, "its compactions have different numbers of layers or heads")
     for number, (kept, logical) in enumerate(zip(trace.kept, trace.logical_length.tolist(), strict=True), 1):
         if kept.numel() and not 0 <= int(kept.min()) <= int(kept.max()) < logical:
-            raise _not_a_trace(path, f"compaction {number} keeps tokens outside of the {logical} there were")
+            raise _not_a_trace(path, f"compaction {number} keeps tokens beyond the {logical} of its time")
     if len(trace.similar_pairs) != len(trace.similarity):
-        raise _not_a_trace(path, "it has not one similarity per pair")
+        raise _not_a_trace(path, "its numbers of pairs and similarities differ")
     if not bool(trace.similarity.isfinite().all()):
-        raise _not_a_trace(path, "it has similarities that are no numbers")
+        raise _not_a_trace(path, "it has similarities that are not finite")
     tokens = num_tokens(trace)
     if trace.sentences.numel() and not 0 <= int(trace.sentences.min()) <= int(trace.sentences.max()) <= tokens:
-        raise _not_a_trace(path, f"it has sentences outside of its {tokens} tokens")
+        raise _not_a_trace(path, f"it has sentences beyond its {tokens} tokens")
 
 
 def load_tokenizer(name: str) -> Any:
-    """A Hugging Face tokenizer.
+    """Load a Hugging Face tokenizer.
 
     Raises:
         KVPolicyError: it cannot be loaded.
     """
     from transformers import AutoTokenizer
 
-    # A folder that is gone must not be looked for on the hub, which takes half a minute without a network.
+    # Do not look for a missing folder on the hub, which takes half a minute without a network.
     if name.startswith((".", "/", "~")) and not Path(name).expanduser().exists():
-        raise _no_tokenizer(name, "there is no such folder")
+        raise _no_tokenizer(name, "the folder does not exist")
     try:
         return AutoTokenizer.from_pretrained(str(Path(name).expanduser()) if name.startswith("~") else name)
-    # `tokenizers` raises bare exceptions for files it cannot read.
+    # `tokenizers` raises plain exceptions for unreadable files.
     except Exception as error:
         raise _no_tokenizer(name, (str(error) or type(error).__name__).splitlines()[0]) from error
 
 
 def _no_tokenizer(name: str, reason: str) -> KVPolicyError:
     return KVPolicyError(
-        f"tokenizer {name!r} cannot be loaded ({reason}); give the one of the model that wrote the trace "
-        "with --tokenizer NAME_OR_FOLDER"
+        f"tokenizer {name!r} cannot be loaded ({reason}); give that of the trace's model with --tokenizer "
+        "NAME_OR_FOLDER"
     )
 
 
@@ -162,13 +162,13 @@ def _no_tokenizer(name: str, reason: str) -> KVPolicyError:
 
 
 def token_texts(tokenizer: Any, token_ids: Sequence[int]) -> list[str]:
-    """The text each token adds to the tokens before it.
+    """Return the text that each token adds to the tokens before it.
 
-    A character made of several tokens belongs to the last of them; the others add "". A token that the
-    tokenizer does not know is shown by its number.
+    A character made of several tokens is assigned to the last of them; the others add "". A token unknown to the
+    tokenizer is shown as its number.
     """
     texts: list[str] = []
-    begin = read = 0  # the text of tokens begin:read is complete and gives the next token its context
+    begin = read = 0  # the text of tokens begin:read is complete and is the context of the next token
     size = len(tokenizer)
 
     def decode(first: int, last: int) -> str:
@@ -186,32 +186,32 @@ def token_texts(tokenizer: Any, token_ids: Sequence[int]) -> list[str]:
             texts.append("")
             continue
         texts.append(now[len(before) :])
-        # Bytes that are no character may turn into one together with what follows, so they give no context.
+        # Incomplete bytes could merge with the next token into a character, so they are not used as context.
         begin, read = (i + 1 if now.endswith(REPLACEMENT) else read), i + 1
     return texts
 
 
-# ---- what the page knows
+# ---- data of the page
 
 
 def num_tokens(trace: Trace) -> int:
-    """Tokens to show; one more than the text has if the last compaction ran ahead of a request's end."""
+    """Return the number of tokens to show: one more than the text has if the last compaction preceded the end."""
     text = len(trace.prompt_token_ids) + len(trace.output_token_ids)
     return max([text, *trace.logical_length.tolist()])
 
 
 def lost_at(kept: Sequence[Tensor], logical_length: Sequence[int]) -> Tensor:
-    """The compaction that evicted each token of one life, counted from 1; 0 for tokens that were never evicted.
+    """Return the compaction that evicted each token of one life, from 1; 0 for tokens that were never evicted.
 
     Args:
         kept: per compaction, int `[layers, kv_heads, resident_after]` positions of the survivors.
-        logical_length: tokens there were at each compaction, ascending.
+        logical_length: tokens computed so far at each compaction, ascending.
 
     Returns:
         uint8, or int32 from 256 compactions on, `[layers, kv_heads, logical_length[-1]]`.
 
     Raises:
-        KVPolicyError: an evicted token is kept later on.
+        KVPolicyError: a token is kept after it was evicted.
     """
     dtype = torch.uint8 if len(kept) < 256 else torch.int32
     lost = torch.zeros(*kept[0].shape[:2], logical_length[-1], dtype=dtype)
@@ -225,7 +225,7 @@ def lost_at(kept: Sequence[Tensor], logical_length: Sequence[int]) -> Tensor:
 
 
 def _lives(trace: Trace) -> list[dict[str, Any]]:
-    """One entry per life in which there was a compaction, oldest first; lengths are per compaction."""
+    """Return one entry per life with a compaction, oldest first; lengths are per compaction."""
     lives = []
     logical, before = trace.logical_length.tolist(), trace.resident_before.tolist()
     for life in sorted(set(trace.life.tolist())):
@@ -246,7 +246,7 @@ def _lives(trace: Trace) -> list[dict[str, Any]]:
 
 
 def page_data(trace: Trace, texts: Sequence[str]) -> dict[str, Any]:
-    """What the page knows, ready for JSON.
+    """Return the data of the page, ready for JSON.
 
     Args:
         trace: the trace.
@@ -256,19 +256,19 @@ def page_data(trace: Trace, texts: Sequence[str]) -> dict[str, Any]:
     tokens, n_sentences = num_tokens(trace), len(trace.sentences)
     notes = []
     if unknown := sum(text == f"⟨{i}⟩" for i, text in zip(ids, texts, strict=True)):
-        notes.append(f"not in the tokenizer: {unknown} of the tokens; is it the one of the model that wrote the trace?")
+        notes.append(f"tokens not in the tokenizer: {unknown}; is it that of the trace's model?")
     if beyond := tokens - len(ids):
-        notes.append(f"computed beyond the end of the text: {beyond} of the tokens")
+        notes.append(f"tokens computed beyond the end of the text: {beyond}")
     pairs = [
         [earlier, later, round(similarity, 4)]
         for (earlier, later), similarity in zip(trace.similar_pairs.tolist(), trace.similarity.tolist(), strict=True)
         if 0 <= earlier < later < n_sentences
     ]
     if lacking := len(trace.similar_pairs) - len(pairs):
-        notes.append(f"left out: {lacking} of the flagged pairs, whose sentences the trace does not list")
+        notes.append(f"flagged pairs left out, because the trace does not list their sentences: {lacking}")
     lives = _lives(trace)
-    # The last token that was sampled is never computed, so nothing holds it. That nothing was preempted after
-    # the last compaction is taken for granted: the next one would have come within a few tokens.
+    # The last sampled token is never computed, so it has no KV. This assumes no preemption after the last compaction:
+    # the next compaction would have followed within a few tokens.
     end = max([len(ids) - bool(len(trace.output_token_ids)), *trace.logical_length.tolist()[-1:]])
     return {
         "parameters": {name: _shown(value) for name, value in trace.parameters.items()},
@@ -287,26 +287,26 @@ def page_data(trace: Trace, texts: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def _steering(told: Any) -> dict[str, str]:
-    """What a request's steering came to, as label and text; nothing where it was not steered."""
-    if not isinstance(told, dict):
+def _steering(report: Any) -> dict[str, str]:
+    """Return a request's steering as label and text; empty if it was not steered."""
+    if not isinstance(report, dict):
         return {}
     names = ("vector", "alpha0", "gamma", "steered_tokens", *KINDS)
-    said = {name: _shown(told.get(name, "?")) for name in names}
+    shown = {name: _shown(report.get(name, "?")) for name in names}
     return {
-        "steering": f"{said['vector']}, alpha {said['alpha0']} + {said['gamma']} a thought that is no execution",
-        "steered tokens": said["steered_tokens"],
-        "thoughts": ", ".join(f"{said[kind]} {kind}" for kind in KINDS),
+        "steering": f"{shown['vector']}, alpha {shown['alpha0']} + {shown['gamma']} per non-execution thought",
+        "steered tokens": shown["steered_tokens"],
+        "thoughts": ", ".join(f"{shown[kind]} {kind}" for kind in KINDS),
     }
 
 
 def _shown(value: Any) -> str:
-    # As text, because JSON in a browser has no NaN or Infinity and rounds large integers.
+    # As text: JSON in a browser has no NaN or Infinity and rounds large integers.
     return value if isinstance(value, str) else json.dumps(value)
 
 
 def render(data: dict[str, Any]) -> str:
-    """The page; nothing in `data` can leave the JSON block that carries it."""
+    """Return the page; nothing in `data` can escape from its JSON block."""
     template = resources.files(__package__).joinpath("trace_view.html").read_text(encoding="utf-8")
     request_id = data["parameters"].get("request_id", "")
     head, tail = template.split("{{DATA}}")

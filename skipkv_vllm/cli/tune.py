@@ -1,4 +1,4 @@
-"""`skipkv tune`: the cheapest method and budget that keep a model's predictions of given texts within a limit."""
+"""`skipkv tune`: find the cheapest method and budget whose predictions on given texts stay within a limit."""
 
 from __future__ import annotations
 
@@ -23,25 +23,25 @@ from ..evaluation.engine import Setup, serve
 from ..evaluation.fidelity import Fidelity
 from ..evaluation.report import HEAD, cells, terminal_table, write
 from ..evaluation.texts import Text
-from .plan import FLAGS, Machine, plan
+from .plan import FLAGS, Machine, Plan, plan
 
-DESCRIPTION = """Choose the cheapest eviction method and budget whose predictions of your texts stay within a limit, say
-how many requests then fit, and write the line that serves them so. One half of the texts chooses, the other reports.
-Exits with 3 if no candidate stays within the limit, or the reporting half does not hold it. Results are kept in --out
-as soon as they are there; the same command goes on after an interruption."""
+DESCRIPTION = """Find the cheapest eviction method and budget whose predictions on your texts stay within a limit, show
+how many requests then fit, and print the command to serve it. One half of the texts chooses, the other half checks the
+choice. Exits with 3 if no candidate stays within the limit, or the check fails. Each result is saved in --out at once;
+after an interruption, run the same command again to resume."""
 METHODS = ("skipkv", "snapkv", "tova", "keydiff", "streaming_llm")
 RATIOS = (2, 4, 8, 16)
 MAX_TEXTS = 32
 LEAST_TEXTS = 2
-"""Of each half; an interval over one text would have no width."""
+"""Fewest texts of each half; an interval over one text would have no width."""
 
-PROMPTS = """Prompts are evicted like any other text, as was measured. To keep them whole, drop --no-kv-protect-prompt
-and raise --kv-budget by the length of your longest prompts.
+PROMPTS = """As in the measurement, prompts are evicted like any other text. To keep them whole, remove
+--no-kv-protect-prompt and raise --kv-budget by the length of your longest prompts.
 
 """
 
 ANY_MEMORY = 2.0**20
-"""GiB, for the cost of a request, which does not depend on the memory that is there."""
+"""GiB; used for the cost of a request, which does not depend on the available memory."""
 
 MACHINE_FIELDS = {flag[2:].replace("-", "_"): name for name, flag in FLAGS.items()} | {
     "dtype": "dtype",
@@ -51,44 +51,46 @@ MACHINE_FIELDS = {flag[2:].replace("-", "_"): name for name, flag in FLAGS.items
 
 
 class LimitNotHeldError(RunError):
-    """Nothing stays within the limit; the message says what comes closest."""
+    """No candidate stays within the limit; the message names the closest one."""
 
     status = 3
 
 
 def make_parser(prog: str) -> argparse.ArgumentParser:
-    """The options: those of `skipkv fidelity`, the limit, and what is planned for."""
+    """Return the parser: options of `skipkv fidelity`, the limit, and the server to plan for."""
     parser = command.make_parser(prog, description=DESCRIPTION)
     parser.set_defaults(methods=list(METHODS), ratio=list(RATIOS), max_texts=MAX_TEXTS)
-    group = parser.add_argument_group("what is chosen")
+    group = parser.add_argument_group("choice")
     group.add_argument(
         "--max-excess",
         type=float,
         default=0.05,
         metavar="NATS",
-        help="excess that is allowed: how much worse than with full KV a token is predicted on average, in nats; the "
-        "upper end of its 95 %% interval counts. 0.05 is 5 %% of perplexity",
+        help="largest allowed increase of the mean loss per token over full KV, in nats; the upper end of its 95 %% "
+        "interval must stay below it. 0.05 is 5 %% of perplexity",
     )
-    group = parser.add_argument_group("what is planned for", "The rest of the server is as --engine says.")
-    group.add_argument("--gpu-memory", type=float, metavar="GIB", help="memory of one GPU; says how many requests fit")
+    group = parser.add_argument_group("server to plan for", "--engine gives its other arguments.")
     group.add_argument(
-        "--request-length", type=int, metavar="N", help="prompt and output of a request; --length where not given"
+        "--gpu-memory", type=float, metavar="GIB", help="memory of one GPU; needed to show how many requests fit"
     )
-    group.add_argument("--max-model-len", type=int, metavar="N", help="of the server; the model's where not given")
-    group.add_argument("--max-num-seqs", type=int, metavar="N", help="of the server; vLLM's where not given")
-    group.add_argument("--tensor-parallel-size", type=int, metavar="N", help="of the server")
     group.add_argument(
-        "--weight-memory", type=float, metavar="GIB", help="weights of all GPUs together, for a quantised model"
+        "--request-length", type=int, metavar="N", help="prompt and output tokens of a request (default: --length)"
+    )
+    group.add_argument("--max-model-len", type=int, metavar="N", help="longest request (default: the model's limit)")
+    group.add_argument("--max-num-seqs", type=int, metavar="N", help="most requests at once (default: vLLM's)")
+    group.add_argument("--tensor-parallel-size", type=int, metavar="N", help="GPUs that share each layer")
+    group.add_argument(
+        "--weight-memory", type=float, metavar="GIB", help="weights on all GPUs together; needed for a quantised model"
     )
     return parser
 
 
 def run(args: argparse.Namespace, words: Sequence[str], serve: Serve = serve) -> dict[str, Any]:
-    """Measure, choose, print the outcome and write `tune.json` and its figure into --out.
+    """Measure, choose, print the outcome, and write `tune.json` and its plot into --out.
 
     Args:
         args: of `make_parser`.
-        words: the command line, for the record.
+        words: the command line, for the report.
         serve: starts engines.
 
     Returns:
@@ -96,14 +98,14 @@ def run(args: argparse.Namespace, words: Sequence[str], serve: Serve = serve) ->
 
     Raises:
         KVPolicyError: bad input.
-        LimitNotHeldError: no candidate stays within the limit, or the reporting half does not hold it; the report is
-            written all the same.
+        LimitNotHeldError: no candidate stays within the limit, or the chosen one exceeds it on the other half of the
+            texts; the report is written anyway.
         RunError: see `Fidelity`.
     """
     if not 0 < args.max_excess < math.inf:
         raise KVPolicyError(f"--max-excess {args.max_excess:g} is out of range; allowed: above 0")
     if args.weight_memory is not None and args.gpu_memory is None:
-        raise KVPolicyError("--weight-memory is given without --gpu-memory, so it would do nothing; give both")
+        raise KVPolicyError("--weight-memory is given without --gpu-memory, so it has no effect; give both")
     setup, methods, budgets, texts, settings = command.prepare(args)
     check_all_evict(setup, budgets, args.length)
     choosing, reporting = halves(texts, args.length)
@@ -111,7 +113,7 @@ def run(args: argparse.Namespace, words: Sequence[str], serve: Serve = serve) ->
     server = server_arguments(args, setup.arguments)
     machine = machine_of(args, server)
     configs = {arm: config_of(setup, arm) for arm in (Arm(method, budget) for budget in budgets for method in methods)}
-    # Before anything is measured, so that what cannot be planned is noticed.
+    # Before any measurement, so that a server that cannot be planned fails early.
     plans = {arm: plan(args.model, config, machine, length=length, prompt=length) for arm, config in configs.items()}
 
     settings |= {
@@ -137,9 +139,7 @@ def run(args: argparse.Namespace, words: Sequence[str], serve: Serve = serve) ->
     report = {**command.record(words, started, settings), **measured, "rows": rows, **outcome}
     typer.echo(describe(report))
     if outcome["chosen"]:
-        if fits:
-            typer.echo("\n" + "\n".join(["As `skipkv plan` counts it, which has more options:", *plans[arm].lines()]))
-        typer.echo(f"\n{'' if configs[arm].policy.compacts_prompt else PROMPTS}{outcome['serve']}\n")
+        typer.echo(describe_choice(outcome["serve"], configs[arm], plans[arm] if fits else None))
     for path in write(report, args.out / "tune"):
         typer.echo(f"wrote {path}")
     check_held(report)
@@ -147,12 +147,12 @@ def run(args: argparse.Namespace, words: Sequence[str], serve: Serve = serve) ->
 
 
 def arm_of(row: Mapping[str, Any]) -> Arm:
-    """The candidate that a row is about."""
+    """Return the candidate of a row."""
     return Arm(row["method"], row["budget"])
 
 
 def halves(texts: Sequence[Text], length: int) -> tuple[list[Text], list[Text]]:
-    """Divide texts into those that choose and those that report, in turn within each source.
+    """Divide texts into those that choose and those that check the choice, alternating within each source.
 
     Raises:
         KVPolicyError: too few texts.
@@ -160,7 +160,7 @@ def halves(texts: Sequence[Text], length: int) -> tuple[list[Text], list[Text]]:
     if len(texts) < 2 * LEAST_TEXTS:
         raise KVPolicyError(
             f"--texts: there are {len(texts)} different texts of --length {length}; at least {2 * LEAST_TEXTS} are "
-            "needed, as one half chooses and the other reports; give more text or a smaller --length"
+            "needed, because one half chooses and the other checks the choice; give more text or a smaller --length"
         )
     sources = list(dict.fromkeys(text.source for text in texts))
     by_source = sorted(texts, key=lambda text: sources.index(text.source))
@@ -168,62 +168,62 @@ def halves(texts: Sequence[Text], length: int) -> tuple[list[Text], list[Text]]:
 
 
 def check_all_evict(setup: Setup, budgets: Sequence[int], length: int) -> None:
-    """Raise `KVPolicyError` for a budget at which a text is never compacted: its excess would be 0 and mean nothing."""
+    """Raise `KVPolicyError` for a budget at which no text is compacted: an excess of 0 would mean nothing."""
     for budget in budgets:
         if not first_changed(length, setup.bound(budget)):
             raise KVPolicyError(
                 f"a budget of {budget} tokens (--budgets, --ratio) is out of range; allowed: up to "
-                f"{length - setup.buffer - 2}, or a text of --length {length} is never compacted with --buffer "
-                f"{setup.buffer}; give smaller budgets or longer texts"
+                f"{length - setup.buffer - 2}, because a text of --length {length} with --buffer {setup.buffer} is "
+                "never compacted above that; give smaller budgets or longer texts"
             )
 
 
 def config_of(setup: Setup, arm: Arm) -> KVPolicyConfig:
-    """The policy as it is measured."""
+    """Return the policy as measured."""
     return KVPolicyConfig.parse(setup.policy_arguments([arm.method]) | {"kv_budget": arm.budget})
 
 
 def server_arguments(args: argparse.Namespace, engine: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of the server beside the policy's: those of the engine that measures, and what is given for it."""
+    """Return the server's arguments without the policy's: those of the measuring engine and those for the server."""
     given = {name: getattr(args, name) for name in ("max_model_len", "max_num_seqs", "tensor_parallel_size")}
     return {**engine} | {name: value for name, value in given.items() if value is not None}
 
 
 def machine_of(args: argparse.Namespace, server: Mapping[str, Any]) -> Machine:
-    """Where the server is to run.
+    """Return the machine and settings of the server.
 
     Raises:
-        KVPolicyError: an argument of another type.
+        KVPolicyError: an argument of the wrong type.
     """
     planned = {name: value for name, value in server.items() if name in MACHINE_FIELDS and value is not None}
     for name, value in planned.items():
         kinds, wanted = ((str,), "a string") if name.endswith("dtype") else ((int, float), "a number")
         if type(value) not in kinds:
-            raise KVPolicyError(f"--engine: {name} is {value!r}; allowed: {wanted}, which is needed to plan")
+            raise KVPolicyError(f"--engine: {name} is {value!r}; allowed: {wanted}, because the plan needs it")
     known = {MACHINE_FIELDS[name]: value for name, value in planned.items()}
     memory = {"gpu_memory": args.gpu_memory, "weights": args.weight_memory}
     return Machine(**known | memory | {"kv_memory": ANY_MEMORY if args.gpu_memory is None else None})
 
 
 def costs(found: Capacity, *, fits: bool) -> dict[str, int]:
-    """What a candidate's row says of memory, in bytes a request, and, if memory is known, of requests that fit."""
+    """Return the memory columns of a candidate's row: bytes per request and, if `fits`, the requests that fit."""
     names = ("request_bytes", "request_bytes_full", *("fit", "fit_full") * fits)
     return {name: getattr(found, name) for name in names}
 
 
 def is_within(row: Mapping[str, Any], max_excess: float) -> bool:
-    """Whether the upper end of a row's interval stays within the limit: a mean alone may do so by chance."""
+    """Return whether the upper end of a row's interval stays within the limit; the mean alone may do so by chance."""
     return row["excess_interval"][1] <= max_excess
 
 
 def choose(rows: Sequence[dict[str, Any]], max_excess: float) -> dict[str, Any] | None:
-    """The row with least memory a request, then with least excess, of those within the limit that save memory."""
+    """Return the row with the least memory per request, then the least excess, within the limit; None if none saves."""
     allowed = [row for row in rows if is_within(row, max_excess) and row["request_bytes"] < row["request_bytes_full"]]
     return min(allowed, key=lambda row: (row["request_bytes"], row["excess"]), default=None)
 
 
 def serve_line(model: str, config: KVPolicyConfig, server: Mapping[str, Any]) -> str:
-    """The command that serves what was measured: every option of the policy that is not its default, and the server's.
+    """Return the command that serves the measured policy, with every option that is not at its default.
 
     Args:
         model: folder or name.
@@ -243,10 +243,10 @@ def serve_line(model: str, config: KVPolicyConfig, server: Mapping[str, Any]) ->
 
 
 def describe(report: Mapping[str, Any]) -> str:
-    """All candidates, the chosen one, and what the reporting half says of it, for a terminal."""
+    """Format all candidates, the chosen one, and its result on the other half of the texts, for a terminal."""
     settings, rows = report["settings"], sorted(report["rows"], key=lambda row: row["request_bytes"])
     limit, fits = settings["max_excess"], settings["gpu_memory"] is not None
-    head = (*HEAD[:5], f"within {limit:g}", "MiB a request", "of full KV", *["requests"] * fits)
+    head = (*HEAD[:5], f"within {limit:g}", "MiB per request", "of full KV", *["requests"] * fits)
     table = [
         (
             *cells(row)[:5],
@@ -258,19 +258,19 @@ def describe(report: Mapping[str, Any]) -> str:
         for row in rows
     ]
     parts = [
-        f"{settings['texts']} texts of {settings['length']} tokens choose, full KV {report['full_nll']:.4f} nats a "
-        f"token; buffer {settings['buffer']}, window {settings['window']}, granularity {settings['granularity']}; "
+        f"{settings['texts']} texts of {settings['length']} tokens to choose, full KV {report['full_nll']:.4f} nats "
+        f"per token; buffer {settings['buffer']}, window {settings['window']}, granularity {settings['granularity']}; "
         f"memory of a request of {settings['request_length']:,} tokens",
         terminal_table(head, table),
     ]
     chosen, reported = report["chosen"], report["reported"]
     if chosen is not None:
         low, high = reported["excess_interval"]
-        holds = "holds" if is_within(reported, limit) else "does NOT hold"
+        within = "within" if is_within(reported, limit) else "NOT within"
         parts.append(
             f"Chosen: {chosen['method']} with a budget of {chosen['budget']} tokens.\n"
-            f"The other {reported['texts']} texts: excess {reported['excess']:.4f} nats a token, 95 % interval "
-            f"{low:.4f} to {high:.4f}; it {holds} the limit of {limit:g}.\n"
+            f"The other {reported['texts']} texts: excess {reported['excess']:.4f} nats per token, 95 % interval "
+            f"{low:.4f} to {high:.4f}; {within} the limit of {limit:g}.\n"
             f"Perplexity {math.expm1(reported['excess']):+.1%}, same top token {reported['agreement']:.1%}, divergence "
             f"{reported['divergence']:.4f}.\n"
             f"A request of {settings['request_length']:,} tokens takes {chosen['request_bytes'] / 2**20:,.1f} MiB "
@@ -279,28 +279,35 @@ def describe(report: Mapping[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
+def describe_choice(line: str, config: KVPolicyConfig, planned: Plan | None) -> str:
+    """Format the command that serves the chosen candidate, with its plan if memory is known."""
+    capacity = ["", "As `skipkv plan` computes it, which has more options:", *planned.lines()] if planned else []
+    prompts = "" if config.policy.compacts_prompt else PROMPTS
+    return "\n".join([*capacity, f"\n{prompts}{line}\n"])
+
+
 def check_held(report: Mapping[str, Any]) -> None:
-    """Raise `LimitNotHeldError` unless a candidate was chosen and the reporting half holds the limit."""
+    """Raise `LimitNotHeldError` unless a candidate was chosen and the other half of the texts confirms it."""
     settings, rows, reported = report["settings"], report["rows"], report["reported"]
     limit = settings["max_excess"]
     if not reported:
         if any(is_within(row, limit) for row in rows):
             raise LimitNotHeldError(
-                f"what stays within --max-excess {limit:g} saves no memory for a request of "
-                f"{settings['request_length']} tokens; plan for longer ones (--request-length), allow more, or serve "
-                "without a policy"
+                f"no candidate within --max-excess {limit:g} saves memory for a request of "
+                f"{settings['request_length']} tokens; plan for longer requests (--request-length), raise the limit, "
+                "or serve without a policy"
             )
         best = min(rows, key=lambda row: row["excess_interval"][1])
         raise LimitNotHeldError(
             f"no candidate stays within --max-excess {limit:g}. The best is {best['method']} at {best['budget']} with "
-            f"an excess of {best['excess']:.4f}, up to {best['excess_interval'][1]:.4f}; allow more, give larger "
-            "--budgets (smaller --ratio), or more texts, which narrow the intervals"
+            f"an excess of {best['excess']:.4f}, up to {best['excess_interval'][1]:.4f}; raise the limit, give "
+            "larger --budgets (smaller --ratio), or more texts, which narrow the intervals"
         )
     if not is_within(reported, limit):
         raise LimitNotHeldError(
-            f"the reporting half does not hold --max-excess {limit:g}: its excess is {reported['excess']:.4f}, up to "
-            f"{reported['excess_interval'][1]:.4f}; the choosing half was lucky or too small. Give more texts, or a "
-            "stricter limit"
+            f"the chosen candidate exceeds --max-excess {limit:g} on the other half of the texts: its excess there is "
+            f"{reported['excess']:.4f}, up to {reported['excess_interval'][1]:.4f}; it was chosen by chance or on too "
+            "few texts. Give more texts, or a stricter limit"
         )
 
 

@@ -11,56 +11,76 @@ from ..core.errors import KVPolicyError
 
 N = TypeVar("N", int, float)
 
-Model = Annotated[str, typer.Option(help="Checkpoint: a folder, or a name on the hub.", metavar="NAME_OR_FOLDER")]
+Model = Annotated[
+    str, typer.Option(help="Checkpoint: a folder, or a name on the Hugging Face hub.", metavar="NAME_OR_FOLDER")
+]
 Out = Annotated[Path, typer.Option(help="Vector file to write.", metavar="FILE.safetensors")]
+Layer = Annotated[
+    str, typer.Option(help='Decoder layer whose input to steer, from 0; "auto" tries several.', metavar="L|auto")
+]
+Traces = Annotated[Path | None, typer.Option(help='Reasoning texts: JSON lines with "prompt", "response", "correct".')]
+Dataset = Annotated[
+    str | None,
+    typer.Option(
+        help='Problems to generate texts from instead: math-train, gsm8k-train, or JSON lines with "question", '
+        '"answer".',
+        metavar="NAME|FILE",
+    ),
+]
+Problems = Annotated[int, typer.Option(min=1, help="Number of problems to use from --dataset.")]
+Skip = Annotated[int, typer.Option(min=0, help="Number of problems to skip at the beginning of --dataset.")]
+PerOutcome = Annotated[
+    int | None,
+    typer.Option(min=1, help="Most texts to use with a right answer, and as many with a wrong one; SEAL uses 500."),
+]
+Keywords = Annotated[
+    str, typer.Option(help="Rules to classify thoughts: seal, skipkv, or a JSON file of regular expressions.")
+]
+MinThoughts = Annotated[int, typer.Option(min=1, help="Fewest thoughts allowed on each side of the difference.")]
+SaveTraces = Annotated[Path | None, typer.Option(help="Save the generated texts in this file.")]
+Dtype = Annotated[str, typer.Option(help="Data type of the model while its states are read.")]
+Device = Annotated[str | None, typer.Option(help="Device to read states on. Default: a GPU if available.")]
+MaxTokens = Annotated[int, typer.Option(min=1, help="Most tokens to generate per answer.")]
+Temperature = Annotated[float, typer.Option(min=0, help="Sampling temperature of generated answers; 0 is greedy.")]
+Seed = Annotated[int, typer.Option(help="Seed of sampling.")]
+Engine = Annotated[str, typer.Option(help='Arguments of vllm.LLM, e.g. {"tensor_parallel_size": 2}.', metavar="JSON")]
+Dev = Annotated[
+    str | None,
+    typer.Option(help="auto: development problems with answers, in a form of --dataset.", metavar="NAME|FILE"),
+]
+DevProblems = Annotated[int, typer.Option(min=1, help="auto: number of problems to use from --dev.")]
+Layers = Annotated[str, typer.Option(help="auto: layers to try, e.g. 16,20,24. Default: all.")]
+Alpha0 = Annotated[str, typer.Option(help="auto: strengths to try.")]
+Gamma = Annotated[float, typer.Option(help="auto: strength added per non-execution thought.")]
+Tolerance = Annotated[float, typer.Option(min=0, max=1, help="auto: share of right answers that may be lost.")]
 
 
 def extract_vector(
     model: Model,
     out: Out,
-    layer: Annotated[
-        str, typer.Option(help='Decoder layer whose input is steered, from 0; "auto" tries them.', metavar="L|auto")
-    ],
-    traces: Annotated[
-        Path | None, typer.Option(help='Traces to read: JSON lines with "prompt", "response", "correct".')
-    ] = None,
-    dataset: Annotated[
-        str | None,
-        typer.Option(
-            help='Problems to solve instead: math-train, gsm8k-train, or JSON lines with "question", "answer".',
-            metavar="NAME|FILE",
-        ),
-    ] = None,
-    problems: Annotated[int, typer.Option(min=1, help="How many problems of the data set.")] = 1000,
-    skip: Annotated[int, typer.Option(min=0, help="Leave out its first problems.")] = 0,
-    per_outcome: Annotated[
-        int | None, typer.Option(min=1, help="At most so many right and so many wrong traces; SEAL takes 500.")
-    ] = None,
-    keywords: Annotated[
-        str, typer.Option(help="What tells thoughts apart: seal, skipkv, or a JSON file of regular expressions.")
-    ] = "seal",
-    min_thoughts: Annotated[int, typer.Option(min=1, help="Fewest thoughts on each side of the difference.")] = 50,
-    save_traces: Annotated[Path | None, typer.Option(help="Keep the generated traces in this file.")] = None,
-    dtype: Annotated[str, typer.Option(help="Of the model when its states are read.")] = "float32",
-    device: Annotated[str | None, typer.Option(help="Where they are read. Default: a GPU if there is one.")] = None,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Generated at most, per answer.")] = 10_000,
-    temperature: Annotated[float, typer.Option(min=0, help="Of generated answers; 0 is greedy.")] = 0.0,
-    seed: Annotated[int, typer.Option(help="Of sampling.")] = 0,
-    engine: Annotated[
-        str, typer.Option(help='Arguments of vllm.LLM, e.g. {"tensor_parallel_size": 2}.', metavar="JSON")
-    ] = "{}",
-    dev: Annotated[
-        str | None, typer.Option(help="auto: development problems with answers, as for --dataset.", metavar="NAME|FILE")
-    ] = None,
-    dev_problems: Annotated[int, typer.Option(min=1, help="auto: how many of them.")] = 100,
-    layers: Annotated[str, typer.Option(help="auto: layers to try, e.g. 16,20,24. Default: all.")] = "",
-    alpha0: Annotated[str, typer.Option(help="auto: strengths to try.")] = "0.5,0.75,1,1.25,1.5",
-    gamma: Annotated[float, typer.Option(help="auto: what each non-execution thought adds to the strength.")] = 0.0,
-    tolerance: Annotated[
-        float, typer.Option(min=0, max=1, help="auto: share of right answers that may be lost.")
-    ] = 0.01,
+    layer: Layer,
+    traces: Traces = None,
+    dataset: Dataset = None,
+    problems: Problems = 1000,
+    skip: Skip = 0,
+    per_outcome: PerOutcome = None,
+    keywords: Keywords = "seal",
+    min_thoughts: MinThoughts = 50,
+    save_traces: SaveTraces = None,
+    dtype: Dtype = "float32",
+    device: Device = None,
+    max_tokens: MaxTokens = 10_000,
+    temperature: Temperature = 0.0,
+    seed: Seed = 0,
+    engine: Engine = "{}",
+    dev: Dev = None,
+    dev_problems: DevProblems = 100,
+    layers: Layers = "",
+    alpha0: Alpha0 = "0.5,0.75,1,1.25,1.5",
+    gamma: Gamma = 0.0,
+    tolerance: Tolerance = 0.01,
 ) -> None:
-    """Make a steering vector: mean state before execution thoughts minus mean state before all others."""
+    """Make a steering vector: the mean state before execution thoughts minus the mean state before all others."""
     from ..config import parse_json_object
     from . import extract_vector as command
 
@@ -97,16 +117,14 @@ def import_vector(
     model: Model,
     out: Out,
     layer: Annotated[
-        int | None, typer.Option(help="Decoder layer whose input is steered, where the file does not say it.")
+        int | None, typer.Option(help="Decoder layer whose input to steer, if the file does not name it.")
     ] = None,
     sign: Annotated[
         str | None,
-        typer.Option(
-            help="Which way the file's vector points. Default: RT-E for .pt, E-RT for GGUF.", metavar="E-RT|RT-E"
-        ),
+        typer.Option(help="Direction of the file's vector. Default: RT-E for .pt, E-RT for GGUF.", metavar="E-RT|RT-E"),
     ] = None,
 ) -> None:
-    """Turn another project's steering vector into a file for --kv-steering-vectors."""
+    """Convert another project's steering vector into a file for --kv-steering-vectors."""
     from ..steering.extraction import imports
     from ..steering.extraction.checkpoints import open_checkpoint
 
@@ -120,7 +138,7 @@ def import_vector(
 def _layer(text: str) -> int:
     numbers = _numbers("--layer", text, int)
     if len(numbers) > 1:
-        raise KVPolicyError(f"--layer {text!r} names several layers; name one, or --layer auto --layers {text}")
+        raise KVPolicyError(f"--layer {text!r} names several layers; name one, or use --layer auto --layers {text}")
     return numbers[0]
 
 
@@ -128,6 +146,6 @@ def _numbers(flag: str, text: str, kind: type[N]) -> list[N]:
     try:
         return [kind(part) for part in text.split(",")]
     except ValueError:
-        example = "16,20,24" if kind is int else "0.5,1,1.5"
+        wanted, example = ("integers", "16,20,24") if kind is int else ("numbers", "0.5,1,1.5")
         auto = ' or "auto"' if flag == "--layer" else ""
-        raise KVPolicyError(f"{flag} {text!r} is not made of {kind.__name__} numbers{auto}, e.g. {example}") from None
+        raise KVPolicyError(f"{flag} {text!r} must be {wanted} separated by commas{auto}, e.g. {example}") from None

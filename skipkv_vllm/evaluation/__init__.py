@@ -1,13 +1,13 @@
-"""Measure eviction methods in the real engine: what the command line and the benchmarks share.
+"""Measure eviction methods in the real engine; shared by the command line and the benchmarks.
 
-`texts` reads texts, `engine` runs requests in a child process, `arms` runs methods over requests and `store`
-keeps their results, so that a stopped run resumes. `fidelity` feeds texts, `comparison` turns log probabilities into
-differences to full KV, `report` and `command` are their output and command line. `stats`, `machine` and `figures`
-serve every report.
+`texts` reads texts, `engine` runs requests in a child process, `arms` runs methods over requests, and `store` saves
+their results, so that an interrupted run can resume. `fidelity` feeds texts, `comparison` compares their log
+probabilities with full KV's, and `report` and `command` are the output and the command line. `stats`, `machine` and
+`figures` are used by every report.
 """
 
 
 class RunError(RuntimeError):
-    """The run failed; the message says why and what to do. `status` is the exit status of a command."""
+    """The run failed; the message gives the reason and the remedy. `status` is the exit status of a command."""
 
     status = 1

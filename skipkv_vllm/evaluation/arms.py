@@ -1,4 +1,4 @@
-"""Run methods at budgets over the same requests, keep each result, and leave out those that are there."""
+"""Run methods at budgets over the same requests, save each result, and skip those already saved."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ WHOLE = Arm(FULL, 0)
 
 
 class Request(NamedTuple):
-    """What an arm is asked for.
+    """A request that every arm runs.
 
     Attributes:
-        name: of the request, unique within a run; results are kept under it.
-        title: how messages call it.
+        name: unique within a run; results are saved under it.
+        title: name in messages.
         tokens, num_new, top: see `engine.Job`.
     """
 
@@ -52,17 +52,18 @@ class Request(NamedTuple):
 
 
 Keep = Callable[[Arm, Request, Done], dict[str, Any]]
-"""Turns a finished request into the arrays to keep."""
+"""Converts a finished request into the arrays to save."""
 
 
 class Arms:
     """The arms of a run and the folder of its results.
 
     Args:
-        setup: what the engines have in common.
-        out: folder; results in it are used.
+        setup: settings of all engines.
+        out: folder of the results; those already in it are used.
         serve: starts engines.
         further: further values that all results depend on.
+        code: further folders whose code all results depend on.
 
     Raises:
         KVPolicyError: the folder holds results of other settings.
@@ -75,15 +76,15 @@ class Arms:
         self.store = Store(out, settings_of(setup, code) | dict(further or {}))
 
     def run(self, wanted: Mapping[Arm, Sequence[Request]], keep: Keep, unit: str) -> None:
-        """Run what is missing, full KV first.
+        """Run the requests without a saved result, full KV first.
 
         Args:
             wanted: requests of every arm.
-            keep: called with each result; `load` returns what it gives.
-            unit: what the progress bar counts.
+            keep: called with each result; `load` returns the arrays that it returned.
+            unit: unit of the progress bar.
 
         Raises:
-            RunError: an engine failed, or a method made no compaction where the length demanded one.
+            RunError: an engine failed, or a method never compacted a request that exceeds its bound.
         """
         missing = {
             arm: [request for request in requests if self.name(arm, request) not in self.store]
@@ -114,19 +115,19 @@ class Arms:
     def _check(self, arm: Arm, request: Request, done: Done) -> None:
         length, bound = len(request.tokens), self.setup.bound(arm.budget)
         if arm == WHOLE and done.compactions:
-            raise RunError(f"full KV reports {done.compactions} compactions of {request.title}; something is broken")
+            raise RunError(f"full KV reports {done.compactions} compactions of {request.title}; this is a bug")
         if arm != WHOLE and length > bound and not done.compactions:
             raise RunError(
                 f"{arm} made no compaction of {request.title}, although its {length} tokens exceed budget + buffer = "
-                f"{bound}; this was full KV under another name. {self.out} has the engine's log"
+                f"{bound}; its result would be full KV's. The engine's log is in {self.out}"
             )
 
     def load(self, arm: Arm, request: Request) -> dict[str, Any]:
-        """What was kept of a request."""
+        """Return the saved arrays of a request."""
         return self.store.load(self.name(arm, request))
 
     def name(self, arm: Arm, request: Request) -> str:
-        """Name of a result; it has everything that the result depends on beside the settings of the folder."""
+        """Return the name of a result: everything it depends on, except the settings of the folder."""
         if arm == WHOLE:
             return f"{FULL}/{request.name}"
         config = json.dumps(dict(self.setup.configs.get(arm.method, {})), sort_keys=True)
@@ -135,7 +136,7 @@ class Arms:
 
 
 def settings_of(setup: Setup, code: Sequence[Path] = ()) -> dict[str, Any]:
-    """Everything that all results of a folder depend on; methods, budgets and texts may be added later."""
+    """Return the settings that all results of a folder depend on; methods, budgets and texts may be added later."""
     own: Mapping[str, Any] = vars(setup)
     return {
         **{name: own[name] for name in ("model", "buffer", "window", "granularity", "num_seqs")},
@@ -147,7 +148,7 @@ def settings_of(setup: Setup, code: Sequence[Path] = ()) -> dict[str, Any]:
 
 
 def check_methods(setup: Setup, methods: Sequence[str], budgets: Sequence[int], flag: str = "--budgets") -> None:
-    """Raise `KVPolicyError` unless these methods can run at these budgets, which `flag` gave."""
+    """Raise `KVPolicyError` unless these methods can run at these budgets, which were given by `flag`."""
     check_each_once("--methods", methods)
     if FULL in methods:
         raise KVPolicyError("--methods: full is always measured; leave it out")
@@ -163,7 +164,7 @@ def check_each_once(flag: str, values: Iterable[Any]) -> None:
 
 
 def budgets_of(ratios: Sequence[float], length: int) -> list[int]:
-    """Budgets that are a given part of a length: `length / ratio`, rounded down.
+    """Return the budgets for ratios of a length to a budget: `length / ratio`, rounded down.
 
     Raises:
         KVPolicyError: a ratio below 1, or one given twice.

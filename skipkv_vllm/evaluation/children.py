@@ -1,4 +1,4 @@
-"""A child process that answers messages, so that all its memory is returned when it ends."""
+"""A child process that answers messages; when it ends, all its memory is released."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ LOG_LINES = 15
 
 @dataclass(frozen=True)
 class Finished:
-    """Everything that was sent is answered."""
+    """All jobs sent so far are answered."""
 
 
 @dataclass(frozen=True)
 class Failed:
-    """The child gave up; the text is a traceback."""
+    """The child failed; the text is a traceback."""
 
     text: str
 
@@ -37,7 +37,7 @@ class Child:
     Args:
         body: runs in the child; takes its end of the pipe, then `arguments`.
         arguments: pickled for the child.
-        log: file that everything the child prints is appended to; `body` sees to that with `attended`.
+        log: file that the child's output is appended to; `body` redirects it with `attended`.
     """
 
     def __init__(self, body: Callable[..., None], arguments: tuple[Any, ...], log: Path) -> None:
@@ -46,10 +46,10 @@ class Child:
         self.log = log
         self._process = context.Process(target=body, args=(there, *arguments))
         self._process.start()
-        there.close()  # so that the end of the process is the end of the pipe
+        there.close()  # the pipe then closes when the process ends
 
     def receive(self) -> Any:
-        """The next message.
+        """Return the next message.
 
         Raises:
             RunError: the child failed or died.
@@ -73,7 +73,7 @@ class Child:
         """Wait for the end of the process.
 
         Args:
-            patience: seconds; then it is ended by force.
+            patience: seconds; after them the process is killed.
         """
         self._process.join(max(0.1, patience))
         for force in (self._process.terminate, self._process.kill):
@@ -84,7 +84,7 @@ class Child:
 
 @contextlib.contextmanager
 def attended(connection: Connection, log: Path) -> Iterator[None]:
-    """The surroundings of a child's body: output goes to the log, and errors go to the parent.
+    """Run a child's body with its output in the log and its errors sent to the parent.
 
     Args:
         connection: the child's end of the pipe.

@@ -21,61 +21,82 @@ from .report import describe, write
 from .texts import Source, Text, leading_tokens, read_sources, take_in_turn
 
 METHODS = ("skipkv", "h2o", "rkv", "snapkv", "obcache", "tova", "keydiff", "streaming_llm", "random")
-DESCRIPTION = """Measure what eviction costs, without grading answers: feed long texts as prompts that are compacted
-like generated text, and compare the log probability of every token with full KV's. Results are kept in --out as soon as
-they are there; the same command goes on after an interruption."""
+DESCRIPTION = """Measure how much eviction changes a model's predictions, without grading answers: feed long texts as
+prompts that are compacted like generated text, and compare the log probability of every token with full KV's. Each
+result is saved in --out at once; after an interruption, run the same command again to resume."""
 
 Defaults = Callable[[], Sequence[Source]]
 
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Show the default of every option that has one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if isinstance(action.default, list):
+            return f"{action.help} (default: {' '.join(map(str, action.default))})"
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
 def add_inputs(group: argparse._ActionsContainer, model: str | None = None) -> None:
     """Add --model and --texts to a parser or a group of options; without a default model both are required."""
-    group.add_argument("--model", default=model, required=model is None, help="folder of a checkpoint, or name")
+    group.add_argument(
+        "--model", default=model, required=model is None, help="folder of a checkpoint, or name on the Hugging Face hub"
+    )
     group.add_argument(
         "--texts",
         nargs="+",
         type=Path,
         required=model is None,
         metavar="FILE",
-        help='plain text, JSON lines with "text" or "messages", or traces (.safetensors); the documents of a file are '
-        "joined and cut into texts",
+        help='files of plain text, JSON lines with "text" or "messages", or traces (.safetensors); the documents of a '
+        "file are joined and cut into texts",
     )
 
 
 def make_parser(prog: str, model: str | None = None, description: str = DESCRIPTION) -> argparse.ArgumentParser:
-    """The options of the command, and of others that measure fidelity.
+    """Return the parser of the command, and of others that measure fidelity.
 
     Args:
         prog: name of the command.
-        model: default of --model; None requires it, and --texts.
-        description: what the command does.
+        model: default of --model; None makes it and --texts required.
+        description: of the command.
     """
-    parser = argparse.ArgumentParser(
-        prog=prog, description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    group = parser.add_argument_group("what is measured")
+    parser = argparse.ArgumentParser(prog=prog, description=description, formatter_class=HelpFormatter)
+    group = parser.add_argument_group("measurement")
     add_inputs(group, model)
     group.add_argument("--length", type=int, default=4096, metavar="N", help="tokens of each text")
-    group.add_argument("--max-texts", type=int, metavar="N", help="texts at most, taken from the files in turn")
-    group.add_argument("--methods", nargs="+", default=list(METHODS), metavar="NAME", help="eviction methods")
+    group.add_argument("--max-texts", type=int, metavar="N", help="most texts to use, taken from the files in turn")
+    group.add_argument(
+        "--methods",
+        nargs="+",
+        default=list(METHODS),
+        metavar="NAME",
+        help="eviction methods; full KV is always measured",
+    )
     sizes = group.add_mutually_exclusive_group()
     sizes.add_argument("--budgets", nargs="+", type=int, metavar="N", help="budgets in tokens")
-    sizes.add_argument("--ratio", nargs="+", type=float, default=[4, 8, 16], metavar="R", help="budgets: length / R")
-    group.add_argument("--buffer", type=int, default=128, metavar="N", help="kv_buffer")
-    group.add_argument("--window", type=int, default=8, metavar="N", help="kv_window")
-    group.add_argument("--granularity", choices=["head", "sentence"], default="head", help="kv_granularity")
+    sizes.add_argument(
+        "--ratio", nargs="+", type=float, default=[4, 8, 16], metavar="R", help="budgets as --length / R"
+    )
+    group.add_argument("--buffer", type=int, default=128, metavar="N", help="tokens a text may grow beyond the budget")
+    group.add_argument("--window", type=int, default=8, metavar="N", help="newest tokens that are always kept")
+    group.add_argument(
+        "--granularity",
+        choices=["head", "sentence"],
+        default="head",
+        help="evict tokens of each KV head separately, or whole sentences",
+    )
     group.add_argument(
         "--policy-config",
         default="{}",
         metavar="JSON",
-        help='parameters by method, e.g. {"rkv": {"mix": 0.5}}; random protects the first 64 tokens unless "sinks" '
-        "is given",
+        help='parameters by method, e.g. {"rkv": {"mix": 0.5}}; random keeps the first 64 tokens unless "sinks" is set',
     )
     group = parser.add_argument_group("execution")
     group.add_argument(
-        "--out", type=Path, default=Path("build/fidelity"), metavar="FOLDER", help="where results are kept"
+        "--out", type=Path, default=Path("build/fidelity"), metavar="FOLDER", help="folder of the results"
     )
-    group.add_argument("--num-seqs", type=int, default=8, metavar="N", help="texts at once")
+    group.add_argument("--num-seqs", type=int, default=8, metavar="N", help="texts to run at once")
     group.add_argument(
         "--engine", default="{}", metavar="JSON", help='further arguments of vllm.LLM, e.g. {"dtype": "float32"}'
     )
@@ -89,8 +110,8 @@ def run(
 
     Args:
         args: of `make_parser`.
-        command: the command line, for the record.
-        defaults: texts where --texts is not given.
+        command: the command line, for the report.
+        defaults: texts to use if --texts is not given.
         serve: starts engines.
 
     Returns:
@@ -111,7 +132,7 @@ def run(
 
 
 class Prepared(NamedTuple):
-    """What options come to: the arguments of `Fidelity`, and the settings for the record."""
+    """The checked options: arguments of `Fidelity`, and the settings for the report."""
 
     setup: Setup
     methods: list[str]
@@ -132,7 +153,7 @@ def prepare(args: argparse.Namespace, defaults: Defaults | None = None) -> Prepa
         ("--num-seqs", args.num_seqs, 1),
     ):
         check_at_least(flag, value, low)
-    pyplot()  # a missing package is noticed before the measurement
+    pyplot()  # fail before the measurement if a package is missing
     methods, configs = check_configs(args.methods, args.policy_config)
     budgets = args.budgets or budgets_of(args.ratio, args.length)
     setup = Setup(
@@ -169,7 +190,7 @@ def prepare(args: argparse.Namespace, defaults: Defaults | None = None) -> Prepa
 
 
 def record(command: Sequence[str], started: float, settings: dict[str, Any]) -> dict[str, Any]:
-    """What a report says of how it was made; `started` is a reading of `time.monotonic`."""
+    """Return the part of a report about its run; `started` is a reading of `time.monotonic`."""
     return {
         "command": list(command),
         "commit": commit(),
@@ -187,14 +208,14 @@ def main(prog: str, arguments: Sequence[str]) -> int:
 
 
 def guarded(
-    prog: str, action: Callable[[], Any], stopped: str = "finished results are kept, run the same command to go on"
+    prog: str, action: Callable[[], Any], stopped: str = "results are saved; run the same command again to resume"
 ) -> int:
-    """Run an action and turn errors into a message and an exit status: 2 bad input, 130 interrupted, or the error's.
+    """Run an action; turn errors into a message and an exit status: 2 for bad input, 130 for Ctrl-C, or the error's.
 
     Args:
         prog: name of the command.
-        action: what it does.
-        stopped: what to say after Ctrl-C.
+        action: to run.
+        stopped: message after Ctrl-C.
     """
     try:
         action()
@@ -211,22 +232,23 @@ def guarded(
 
 
 def check_at_least(flag: str, value: int | None, low: int) -> None:
-    """Raise `KVPolicyError` for a value below a flag's least one; None is not given."""
+    """Raise `KVPolicyError` if a flag was given (not None) with a value below `low`."""
     if value is not None and value < low:
         raise KVPolicyError(f"{flag} {value} is out of range; allowed: at least {low}")
 
 
 def check_engine(setup: Setup, methods: Sequence[str]) -> None:
-    """Raise `KVPolicyError` for an argument of --engine that would replace one of the run's own."""
+    """Raise `KVPolicyError` if --engine sets an argument that the run sets itself."""
     own = {"model", "kv_budget", *setup.policy_arguments(methods)}
     if taken := sorted(own & set(setup.arguments)):
-        raise KVPolicyError(
-            f"--engine: {', '.join(taken)} cannot be given here; this command has its own options for it"
-        )
+        raise KVPolicyError(f"--engine: {', '.join(taken)} cannot be set here; use this command's own options")
 
 
 def check_configs(methods: Sequence[str], text: str) -> tuple[list[str], dict[str, dict[str, Any]]]:
-    """Read --policy-config: methods, and the parameters of each, with a fair `random`.
+    """Read --policy-config; see `with_fair_random`.
+
+    Returns:
+        The methods, and the parameters by method.
 
     Raises:
         KVPolicyError: it is not an object of objects.
@@ -242,15 +264,15 @@ def check_configs(methods: Sequence[str], text: str) -> tuple[list[str], dict[st
 
 
 def load_tokenizer(model: str) -> Any:
-    """The tokenizer of a checkpoint.
+    """Load the tokenizer of a checkpoint.
 
     Raises:
-        KVPolicyError: there is none.
+        KVPolicyError: it cannot be loaded.
     """
     from transformers import AutoTokenizer
 
     if model.startswith(("/", ".", "build/")) and not Path(model).is_dir():
-        raise KVPolicyError(f"--model {model}: there is no such folder; `make real-models` fetches small real models")
+        raise KVPolicyError(f"--model {model}: there is no such folder; give a checkpoint's folder or its hub name")
     try:
         return AutoTokenizer.from_pretrained(model)
     except (OSError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""Compare a method's log probabilities with full KV's, position by position, and sum up over texts.
+"""Compare a method's log probabilities with full KV's, position by position, and summarise over texts.
 
 Row i of a text's scores is about token i + 1, predicted from the cache as it was when token i was computed.
 """
@@ -20,10 +20,10 @@ BINS = 16
 
 @dataclass(frozen=True)
 class Positions:
-    """What eviction changed at every position of a text; n - 1 rows.
+    """The effect of eviction at every position of a text; n - 1 rows.
 
     Attributes:
-        nll: float32, negative log probability of the token that follows, in nats.
+        nll: float32, negative log probability of the next token, in nats.
         full_nll: float32, the same with full KV.
         agrees: bool, whether the most likely token is the same.
         divergence: float32, see `divergence`.
@@ -46,11 +46,11 @@ class Positions:
 
 
 def divergence(full: Scores, scores: Scores) -> np.ndarray:
-    """Kullback-Leibler divergence of the distribution from full KV's, float32 `[n - 1]`, in nats.
+    """Return the Kullback-Leibler divergence of the distribution from full KV's, float32 `[n - 1]`, in nats.
 
-    The classes are the tokens in both lists of most likely ones, the token that follows, and one class for everything
-    else. vLLM returns no probability of a token that is not in the list, and merging classes can only lower the
-    divergence, so this is a lower bound of the one over the vocabulary.
+    The classes are the tokens in both lists of most likely tokens, the next token of the text, and one class for all
+    others. vLLM returns no probability for a token outside the list, and merging classes can only lower the
+    divergence, so this is a lower bound on the divergence over the vocabulary.
     """
     full_log, full_tokens, full_counts = _classes(full)
     log, tokens, counts = _classes(scores)
@@ -64,16 +64,16 @@ def divergence(full: Scores, scores: Scores) -> np.ndarray:
 
 
 def _classes(scores: Scores) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Log probabilities, token ids, and which of them count: the token that follows only once."""
+    """Return log probabilities, token ids, and which of them count; the next token counts only once."""
     counts = np.ones(scores.tokens.shape, bool)
     counts[:, 0] = ~(scores.tokens[:, 1:] == scores.tokens[:, :1]).any(-1)
-    # The token that follows is known on both sides, whether or not it is among the most likely.
+    # The next token's probability is known on both sides, whether or not it is among the most likely.
     tokens = np.where(counts, scores.tokens, -1)
     return scores.logprobs.astype(np.float64), tokens, counts
 
 
 def first_changed(num_tokens: int, bound: int) -> int:
-    """First row that a compaction can have changed; 0 where the text is too short for one.
+    """Return the first row that a compaction can change; 0 if the text is too short for a compaction.
 
     A text without a compaction is compared from its beginning, and must not differ.
     """
@@ -81,26 +81,26 @@ def first_changed(num_tokens: int, bound: int) -> int:
 
 
 def distance_bins(num_rows: int, bound: int, buffer: int) -> np.ndarray:
-    """Bin of each row's distance from the last compaction, of `BINS`; int64 `[num_rows - first]`, from `bound` on."""
+    """Return the bin (of `BINS`) of each row's distance from the last compaction; int64, for rows from `bound` on."""
     return np.arange(max(0, num_rows - bound)) % buffer * min(BINS, buffer) // buffer
 
 
 def summarise(
     compared: Sequence[Positions], sources: Sequence[str], compactions: Sequence[int], bound: int, buffer: int
 ) -> dict[str, Any]:
-    """Sum up a method at a budget over texts; everything but distances is a mean over texts of means over positions.
+    """Summarise a method at a budget over texts; all but distances are means over texts of means over positions.
 
     Args:
-        compared: a text each.
-        sources: where each is from.
-        compactions: how often each was compacted.
+        compared: one per text.
+        sources: source of each text.
+        compactions: number of compactions of each text.
         bound: tokens at which the first compaction takes place.
         buffer: tokens from one compaction to the next.
 
     Returns:
-        `nll`, `full_nll`, `excess` and `divergence` in nats a token, `agreement` as a share, each of the last three
+        `nll`, `full_nll`, `excess` and `divergence` in nats per token, `agreement` as a share, each of the last three
         with a 95 % interval by bootstrap over texts; `by_source`: source -> excess; `by_distance`: excess in each bin
-        of the distance from the last compaction, all positions pooled, empty where no text was compacted.
+        of the distance from the last compaction over all positions, empty if no text was compacted.
     """
     cut = [slice(first_changed(len(each.nll) + 1, bound), None) for each in compared]
     nll = [_mean(each.nll[at]) for each, at in zip(compared, cut, strict=True)]

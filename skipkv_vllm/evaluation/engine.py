@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,29 +16,30 @@ import numpy as np
 from ..config import KVPolicyConfig, check_budget
 from ..core.errors import KVPolicyError
 from ..core.limits import Limits
+from ..core.needs import Need
 from ..policies import check_policy_name, make_policy
 from .children import Child, Finished, attended
 from .figures import FULL
 
 if TYPE_CHECKING:
-    import vllm
+    from ..integration.llm import LLM
 
 CHUNK = 256
-"""Tokens of a request in one step at most. As long as every request gets as many, whatever else runs, results do not
-depend on which texts run together."""
+"""Most tokens of a request in one step. Every request gets as many whatever else runs, so results do not depend on
+which texts run together."""
 
 RANDOM_SINKS = 64
-"""First tokens that `random` protects unless told otherwise. Prompts are not protected here, and random eviction that
-also loses a text's beginning would be a baseline that anything beats."""
+"""First tokens that `random` keeps by default. Prompts are not protected here, and a random baseline that evicts the
+beginning of a text would be too easy to beat."""
 
 
 @dataclass(frozen=True)
 class Setup:
-    """What the engines of a run have in common.
+    """Settings of all engines of a run.
 
     Attributes:
         model: path or name.
-        longest: tokens of the longest request, its answer included.
+        longest: tokens of the longest request, including its answer.
         buffer, window, granularity: `kv_...` options.
         configs: method -> its `kv_policy_config`.
         num_seqs: requests at once.
@@ -54,7 +56,7 @@ class Setup:
     arguments: Mapping[str, Any] = field(default_factory=dict)
 
     def bound(self, budget: int) -> int:
-        """Tokens that a request holds when it is compacted."""
+        """Return the tokens that a request holds when it is compacted."""
         return Limits(budget, self.buffer, self.window, 0).bound
 
     def check(self, methods: Sequence[str], budgets: Iterable[int], flag: str = "--budgets") -> None:
@@ -63,6 +65,11 @@ class Setup:
             check_policy_name("--methods", method)
         if unused := sorted(set(self.configs) - set(methods)):
             raise KVPolicyError(f"--policy-config: {', '.join(unused)} is not one of --methods {' '.join(methods)}")
+        for method in methods:
+            policy = make_policy(method, dict(self.configs.get(method, {})))
+            if policy.needs & Need.GATES and not policy.gates_file:
+                example = json.dumps({method: {"gates": "/path/to/gates.safetensors"}})
+                raise KVPolicyError(f"--methods {method}: needs the gates of --model; add --policy-config '{example}'")
         for group in self.groups(methods):
             KVPolicyConfig.parse(self.policy_arguments(group))
         for method in methods:
@@ -71,9 +78,9 @@ class Setup:
                 check_budget(f"{method}: {flag}", budget, policy, self.window)
 
     def groups(self, methods: Sequence[str]) -> list[list[str]]:
-        """Methods by the engine that serves them.
+        """Group methods by the engine that serves them.
 
-        Only the first of a group may have parameters, as a request chooses a method but no parameters of it.
+        Only the first method of a group may have parameters: a request chooses a method, but not its parameters.
         """
         with_parameters = [method for method in methods if self.configs.get(method)]
         groups = [[method] for method in with_parameters] or [[]]
@@ -81,7 +88,7 @@ class Setup:
         return groups
 
     def policy_arguments(self, group: Sequence[str]) -> dict[str, Any]:
-        """The `kv_...` arguments of the engine that serves a group."""
+        """Return the `kv_...` arguments of the engine that serves a group."""
         own, *others = group
         return {
             "kv_policy": own,
@@ -94,8 +101,8 @@ class Setup:
         }
 
     def engine_arguments(self, group: Sequence[str]) -> dict[str, Any]:
-        """All arguments of `skipkv_vllm.LLM`, but the model."""
-        # Cached prompts have no log probabilities.
+        """Return all arguments of `skipkv_vllm.LLM` except the model."""
+        # vLLM returns no log probabilities for cached prompts.
         return {
             "enable_prefix_caching": False,
             "disable_log_stats": True,
@@ -110,7 +117,7 @@ class Setup:
 
 
 def with_fair_random(methods: Sequence[str], configs: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """The parameters of all methods, with `RANDOM_SINKS` for `random` unless it is given other ones."""
+    """Return the parameters of all methods, with `RANDOM_SINKS` for `random` unless it has others."""
     found = {method: dict(config) for method, config in configs.items()}
     if "random" in methods:
         found["random"] = {"sinks": RANDOM_SINKS} | found.get("random", {})
@@ -122,13 +129,13 @@ class Job:
     """A request.
 
     Attributes:
-        key: comes back with the result.
+        key: returned with the result.
         method: of eviction, or "full".
-        budget: tokens; of no meaning for "full".
+        budget: in tokens; ignored for "full".
         tokens: n token ids of the prompt.
-        num_new: tokens to generate, greedily.
-        top: most likely tokens whose log probabilities are wanted at every position of the prompt; None for no log
-            probabilities at all.
+        num_new: tokens to generate greedily.
+        top: number of most likely tokens whose log probabilities are returned at every position of the prompt; None
+            for no log probabilities.
     """
 
     key: str
@@ -141,11 +148,11 @@ class Job:
 
 @dataclass(frozen=True)
 class Scores:
-    """Log probabilities of the tokens 1 to n-1 of a text; row i is about token i + 1, as predicted from token i.
+    """Log probabilities of tokens 1 to n - 1 of a text; row i is about token i + 1, as predicted from token i.
 
     Attributes:
-        tokens: int32 `[n - 1, 1 + top]`; the token that follows in the text, then the most likely ones, best first.
-        logprobs: float32 `[n - 1, 1 + top]`, theirs.
+        tokens: int32 `[n - 1, 1 + top]`; the next token of the text, then the most likely ones, best first.
+        logprobs: float32 `[n - 1, 1 + top]`; their log probabilities.
     """
 
     tokens: np.ndarray
@@ -154,7 +161,7 @@ class Scores:
 
 @dataclass(frozen=True)
 class Done:
-    """A finished request: what was generated, how often it was compacted, and the scores asked for."""
+    """A finished request: the generated tokens, the number of compactions, and the requested scores."""
 
     key: str
     new_tokens: list[int]
@@ -163,17 +170,17 @@ class Done:
 
 
 Answer = Callable[[Sequence[Job]], Iterator[Done]]
-"""Runs jobs and yields each result as soon as it is there."""
+"""Runs jobs and yields each result as soon as it is finished."""
 
 
 @contextlib.contextmanager
 def serve(setup: Setup, group: Sequence[str], log: Path) -> Iterator[Answer]:
-    """An engine in a child process; it is started by the first jobs.
+    """Run an engine in a child process, started by the first jobs.
 
     Args:
         setup: of the run.
         group: methods to serve; see `Setup.groups`.
-        log: file for what the engine prints.
+        log: file for the engine's output.
 
     Raises:
         RunError: the engine failed.
@@ -199,9 +206,9 @@ def serve(setup: Setup, group: Sequence[str], log: Path) -> Iterator[Answer]:
 
 
 def _body(connection: Connection, setup: Setup, group: list[str], log: Path) -> None:
-    """The child: answers lists of jobs until it gets None."""
+    """Answer lists of jobs until None arrives; runs in the child."""
     with attended(connection, log):
-        # Read when vLLM is imported.
+        # vLLM reads these when it is imported.
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "4")
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
@@ -211,7 +218,7 @@ def _body(connection: Connection, setup: Setup, group: list[str], log: Path) -> 
 
         arguments = setup.engine_arguments(group)
         llm = LLM(setup.model, **arguments)
-        # vLLM compiles a helper for log probabilities even where the model runs eagerly, which takes a minute.
+        # vLLM compiles a helper for log probabilities even if the model runs eagerly, which takes a minute.
         with torch.compiler.set_stance("force_eager" if arguments["enforce_eager"] else "default"):
             while (jobs := connection.recv()) is not None:
                 for done in run(llm, jobs, setup.num_seqs):
@@ -220,8 +227,8 @@ def _body(connection: Connection, setup: Setup, group: list[str], log: Path) -> 
         llm.llm_engine.engine_core.shutdown()
 
 
-def run(llm: vllm.LLM, jobs: Sequence[Job], num_seqs: int) -> Iterator[Done]:
-    """Run jobs on an engine of this process.
+def run(llm: LLM, jobs: Sequence[Job], num_seqs: int) -> Iterator[Done]:
+    """Run jobs on an engine in this process.
 
     Args:
         llm: with prefix caching off.
@@ -242,17 +249,15 @@ def run(llm: vllm.LLM, jobs: Sequence[Job], num_seqs: int) -> Iterator[Done]:
 
 
 def _sampling(job: Job) -> Any:
-    from vllm import SamplingParams
-    from vllm.sampling_params import RequestOutputKind
+    from ..integration.llm import sampling_params
 
-    return SamplingParams(
+    return sampling_params(
+        {"kv_policy": job.method} | ({} if job.method == FULL else {"kv_budget": job.budget}),
         max_tokens=job.num_new,
         temperature=0.0,
         prompt_logprobs=job.top,
         flat_logprobs=True,
         detokenize=False,
-        output_kind=RequestOutputKind.FINAL_ONLY,
-        extra_args={"kv_policy": job.method} | ({} if job.method == FULL else {"kv_budget": job.budget}),
     )
 
 
@@ -260,7 +265,7 @@ def _read(output: Any, job: Job) -> Done:
     report = (output.kv_transfer_params or {}).get("skipkv", {})
     applied = report.get("policy", FULL)
     if applied != job.method and (report or job.method != FULL):
-        raise RuntimeError(f"{job.key}: asked for {job.method}, but {applied} was applied")
+        raise RuntimeError(f"{job.key}: {job.method} was requested, but {applied} was applied")
     scores = None
     if job.top is not None:
         flat, shape = output.prompt_logprobs, (len(job.tokens) - 1, 1 + job.top)

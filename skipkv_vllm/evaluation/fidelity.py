@@ -1,7 +1,7 @@
-"""Fidelity: what eviction changes in a model's predictions of given texts.
+"""Fidelity: how much eviction changes a model's predictions on given texts.
 
-A text is fed as the prompt, unprotected, so that it is compacted exactly as if the model had written it. The log
-probability of every token that follows says what eviction cost there.
+A text is fed as an unprotected prompt, so it is compacted exactly as if the model had written it. The log probability
+of each next token shows the cost of eviction at that position.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from .engine import Done, Scores, Setup, serve
 from .texts import Text
 
 TOP = 20
-"""Most likely tokens that are compared."""
+"""Number of most likely tokens to compare."""
 
 
 class Fidelity:
     """A run and its folder.
 
     Args:
-        setup: what the engines have in common.
-        methods: to measure; "full" always is, and is not named.
+        setup: settings of all engines.
+        methods: to measure; "full" is always measured and must not be listed.
         budgets: in tokens.
-        texts: of equal length, which `setup` allows for.
-        out: folder; results in it are used.
+        texts: of equal length, within `setup.longest`.
+        out: folder of the results; those already in it are used.
         serve: starts engines.
 
     Raises:
@@ -55,14 +55,14 @@ class Fidelity:
         self._requests = [Request(text.digest, text.name, text.tokens, top=TOP) for text in texts]
 
     def __call__(self) -> dict[str, Any]:
-        """Measure what is missing and sum up.
+        """Measure the arms without saved results, and summarise.
 
         Returns:
             `full_nll`: of full KV over all positions; `rows`: see `comparison.summarise`, with `method` and `budget`.
 
         Raises:
-            RunError: an engine failed, or a method made no compaction where the length demanded one.
-            KeyboardInterrupt: stopped; the same run goes on.
+            RunError: an engine failed, or a method never compacted a text that exceeds its bound.
+            KeyboardInterrupt: interrupted; the same run can be resumed.
         """
         self._arms.run(dict.fromkeys([WHOLE, *self.evicting], self._requests), self._keep, "text")
         whole = [self._arms.load(WHOLE, request)["logprobs"][:, 0] for request in self._requests]

@@ -1,4 +1,4 @@
-"""How figures look: colours and markers of methods, and labels at the ends of lines."""
+"""Style of all plots: colours and markers of methods, and labels at the ends of lines."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 FULL = "full"
 OURS = "skipkv"
-# Okabe and Ito's colours, which colour-blind readers can tell apart; markers tell them apart in grey.
+# Okabe and Ito's colours, distinguishable for colour-blind readers; the markers are for print in grey.
 STYLE: dict[str, tuple[str, str]] = {
     OURS: ("#D55E00", "o"),
     "rkv": ("#0072B2", "s"),
@@ -25,7 +25,7 @@ STYLE: dict[str, tuple[str, str]] = {
 }
 SPARE = (("#56B4E9", "P"), ("#000000", "*"), ("#8B6F00", "h"))
 RULE = "#444444"
-LABEL_GAP = 0.052  # least distance of two labels, as a share of the axis
+LABEL_GAP = 0.052  # smallest distance between two labels, as a share of the axis
 
 LOOK: dict[str, Any] = {
     "font.family": "DejaVu Sans",
@@ -43,14 +43,14 @@ LOOK: dict[str, Any] = {
     "grid.color": "#e8e8e8",
     "xtick.color": "#555555",
     "ytick.color": "#555555",
-    # The same picture gives the same file.
+    # The same plot gives the same file.
     "svg.hashsalt": "skipkv",
     "svg.fonttype": "path",
 }
 
 
 def pyplot() -> Any:
-    """matplotlib's pyplot, drawing into files.
+    """Return matplotlib's pyplot, set up to draw into files.
 
     Raises:
         KVPolicyError: it is not installed.
@@ -66,13 +66,13 @@ def pyplot() -> Any:
 
 
 def save(canvas: Figure, path: Path) -> None:
-    """Write a figure as SVG and PNG; the path has no ending."""
+    """Write a figure as SVG and PNG; the path has no suffix."""
     canvas.savefig(path.with_suffix(".svg"), metadata={"Date": None})
     canvas.savefig(path.with_suffix(".png"), dpi=160, metadata={"Software": None})
 
 
 def title(axes: Axes, text: str, subtitle: str) -> None:
-    """Write a figure's title and, below it, a line that says what is shown."""
+    """Write a figure's title and, below it, a subtitle."""
     axes.set_title(text, pad=22)
     axes.text(0, 1.025, subtitle, transform=axes.transAxes, color="#666666", fontsize=9)
 
@@ -90,9 +90,9 @@ def draw_line(
 
     Args:
         axes: of the figure.
-        method: which one; decides colour and marker.
-        x, y, low, high: a budget per point, its value and the ends of its interval.
-        shift: moves the intervals to the side, so that those of several methods can be told apart.
+        method: determines colour and marker.
+        x, y, low, high: budget, value and interval of each point.
+        shift: horizontal shift of the intervals, so that those of several methods do not overlap.
     """
     colour, marker = style(method)
     axes.vlines([each + shift for each in x], low, high, color=colour, alpha=0.35, linewidth=1.6, zorder=2)
@@ -111,7 +111,7 @@ def draw_line(
 
 
 def label_lines(axes: Axes, ends: Mapping[str, float]) -> None:
-    """Write each method's name at the right end of its line, pushed apart where lines end close together.
+    """Write each method's name at the right end of its line, without overlaps.
 
     Args:
         axes: of the figure.
@@ -138,8 +138,8 @@ def label_lines(axes: Axes, ends: Mapping[str, float]) -> None:
 
 
 def spread(heights: Sequence[float], gap: float) -> list[float]:
-    """Move ascending heights apart until neighbours are `gap` apart, as a whole as little as possible."""
-    groups: list[tuple[float, list[float]]] = []  # bottom of a stack, and the heights that its members want
+    """Move ascending heights at least `gap` apart, with the smallest total movement."""
+    groups: list[tuple[float, list[float]]] = []  # bottom of each stack, and the original heights of its members
 
     def bottom(members: list[float]) -> float:
         return sum(y - i * gap for i, y in enumerate(members)) / len(members)
@@ -153,7 +153,7 @@ def spread(heights: Sequence[float], gap: float) -> list[float]:
 
 
 def style(policy: str) -> tuple[str, str]:
-    """Colour and marker of a policy, the same in every figure."""
+    """Return the colour and marker of a policy, the same in every plot."""
     if policy == FULL:
         return RULE, "*"
     return STYLE.get(policy) or SPARE[sum(map(ord, policy)) % len(SPARE)]

@@ -1,4 +1,4 @@
-"""What a run ran on: versions, commit, processor."""
+"""Describe the environment of a run: versions, commit, processor."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SMALL = 64 * 2**20
 
 
 def versions() -> dict[str, str]:
-    """Version of Python and of every package that may change a result; those installed."""
+    """Return the versions of Python and of the installed packages that may affect a result."""
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
@@ -28,7 +28,7 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str:
-    """The commit of this source tree, with "-dirty" where tracked files differ from it."""
+    """Return the commit of this source tree, with "-dirty" if tracked files differ from it."""
     try:
         return subprocess.run(
             ["git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"],
@@ -42,7 +42,7 @@ def commit() -> str:
 
 
 def machine() -> dict[str, Any]:
-    """Processor, its cores that this process may use, memory in GiB, and GPUs."""
+    """Return the processor, the number of cores this process may use, memory in GiB, and GPUs."""
     found: dict[str, Any] = {"cpu": _cpu(), "cores": len(os.sched_getaffinity(0))}
     found["memory_gib"] = round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30)
     found["gpus"] = _gpus()
@@ -66,7 +66,7 @@ def _gpus() -> list[str]:
 
 
 def fingerprint(path: str) -> str:
-    """Digest of a file or of a model's folder, or of the name where there is no such folder.
+    """Return a digest of a file or of a model's folder, or of the name if it does not exist.
 
     Files above 64 MiB count with their name and size only, because reading a large model takes minutes.
     """
@@ -81,7 +81,7 @@ def fingerprint(path: str) -> str:
 
 
 def source(*folders: Path) -> str:
-    """Digest of the code that decides a result: the package's modules and libraries, and those of further folders."""
+    """Return a digest of the code that results depend on: modules and libraries of the package and further folders."""
     digest = hashlib.sha256()
     for folder in (Path(skipkv_vllm.__file__).parent, *folders):
         for file in sorted(p for p in folder.rglob("*") if p.suffix in (".py", ".so")):
@@ -90,6 +90,6 @@ def source(*folders: Path) -> str:
 
 
 def relative(path: str) -> str:
-    """Relative to the working directory where it is below, so that a record reads the same everywhere."""
+    """Return a path relative to the working directory if it is below it, so that records are the same everywhere."""
     own = Path(path)
     return str(own.relative_to(Path.cwd())) if own.is_relative_to(Path.cwd()) else path

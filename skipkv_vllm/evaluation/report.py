@@ -1,4 +1,4 @@
-"""Tables, figure and files of a fidelity run."""
+"""Tables, plot and files of a fidelity run."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ HEAD = ("method", "budget", "excess, nats", "95 % interval", "same top token", "
 
 
 def rows_of(report: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """Cells under `HEAD`, in ascending excess within each budget."""
+    """Return the rows under `HEAD`, by ascending excess within each budget."""
     return [cells(row) for row in sorted(report["rows"], key=lambda row: (-row["budget"], row["excess"]))]
 
 
 def cells(row: Mapping[str, Any]) -> tuple[str, ...]:
-    """A row's cells under `HEAD`."""
+    """Return a row's cells under `HEAD`."""
     return (
         row["method"],
         str(row["budget"]),
@@ -31,7 +31,7 @@ def cells(row: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def terminal_table(head: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
-    """A table for a terminal; the first `left` columns are aligned to the left, the others to the right."""
+    """Format a table for a terminal; the first `left` columns are left-aligned, the others right-aligned."""
     widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
     lines = [head, ["-" * width for width in widths], *rows]
     return "\n".join(
@@ -44,10 +44,10 @@ def terminal_table(head: Sequence[str], rows: Sequence[Sequence[str]], left: int
 
 
 def describe(report: Mapping[str, Any]) -> str:
-    """The whole report for a terminal."""
+    """Format the whole report for a terminal."""
     settings = report["settings"]
     parts = [
-        f"{settings['texts']} texts of {settings['length']} tokens, full KV {report['full_nll']:.4f} nats a token; "
+        f"{settings['texts']} texts of {settings['length']} tokens, full KV {report['full_nll']:.4f} nats per token; "
         f"buffer {settings['buffer']}, window {settings['window']}, granularity {settings['granularity']}",
         terminal_table(HEAD, rows_of(report)),
     ]
@@ -62,10 +62,10 @@ def describe(report: Mapping[str, Any]) -> str:
 
 
 def write(report: Mapping[str, Any], stem: Path) -> list[Path]:
-    """Write a report as `stem.json`, a line per method and budget, and its figure as `stem.svg` and `stem.png`.
+    """Write a report as `stem.json`, one line per method and budget, and its plot as `stem.svg` and `stem.png`.
 
     Returns:
-        The files to look at.
+        The files to show to the user.
     """
     stem.parent.mkdir(parents=True, exist_ok=True)
     rows = ",\n  ".join(json.dumps(row) for row in report["rows"])
@@ -77,7 +77,7 @@ def write(report: Mapping[str, Any], stem: Path) -> list[Path]:
 
 
 def draw(report: Mapping[str, Any], stem: Path) -> None:
-    """Draw excess against budget, a line per method; a limit (`max_excess`) and the row chosen by it, if any."""
+    """Plot excess against budget, one line per method, with the limit (`max_excess`) and the chosen row, if any."""
     plt, settings = pyplot(), report["settings"]
     budgets = sorted({row["budget"] for row in report["rows"]})
     with plt.rc_context(LOOK):
@@ -100,12 +100,12 @@ def draw(report: Mapping[str, Any], stem: Path) -> None:
         axes.set_xticks(budgets, [str(budget) for budget in budgets])
         axes.minorticks_off()
         axes.set_xlabel("KV budget, tokens")
-        axes.set_ylabel("excess, nats a token")
+        axes.set_ylabel("excess, nats per token")
         label_lines(axes, ends)
         model = Path(settings["model"]).name
         title(
             axes,
-            "What eviction costs a prediction",
+            "Cost of eviction in prediction",
             f"{model}, {settings['texts']} texts of {settings['length']} tokens",
         )
         save(canvas, stem)

@@ -1,4 +1,4 @@
-"""The few statistics of the report, exact where they can be, seeded where they are drawn."""
+"""Statistics of the reports: exact where possible, seeded where random."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Difference(NamedTuple):
 
 
 def wilson(right: int, total: int) -> Interval:
-    """Wilson's score interval of a share (Wilson 1927; Brown, Cai and DasGupta 2001, eq. 4)."""
+    """Return Wilson's score interval of a share (Wilson 1927; Brown, Cai and DasGupta 2001, eq. 4)."""
     share, z2 = right / total, Z95**2
     centre = (share + z2 / (2 * total)) / (1 + z2 / total)
     half = Z95 / (1 + z2 / total) * math.sqrt(share * (1 - share) / total + z2 / (4 * total**2))
@@ -36,16 +36,16 @@ def wilson(right: int, total: int) -> Interval:
 
 
 def bootstrap_mean(values: Sequence[float], seed: int = 0) -> Interval:
-    """Percentile bootstrap of a mean over problems; values are per problem."""
+    """Return a percentile bootstrap interval of a mean over problems, one value per problem."""
     _, low, high = paired_difference(values, [0.0] * len(values), seed)
     return Interval(low, high)
 
 
 def paired_difference(ours: Sequence[float], theirs: Sequence[float], seed: int = 0) -> Difference:
-    """Mean of `ours - theirs` over problems, with a percentile bootstrap over problems (Efron 1979).
+    """Return the mean of `ours - theirs` over problems, with a percentile bootstrap over problems (Efron 1979).
 
     Args:
-        ours, theirs: a value per problem, in the same order.
+        ours, theirs: one value per problem, in the same order.
         seed: of the resampling.
     """
     differences = np.asarray(ours, float) - np.asarray(theirs, float)
@@ -55,10 +55,10 @@ def paired_difference(ours: Sequence[float], theirs: Sequence[float], seed: int 
 
 
 def mcnemar(ours: Sequence[int], theirs: Sequence[int]) -> float:
-    """Exact two-sided p-value of McNemar's test on paired right (1) or wrong (0) answers.
+    """Return the exact two-sided p-value of McNemar's test on paired right (1) or wrong (0) answers.
 
-    The chance, were both equally good, of a split of the problems that only one got right that is at least as
-    uneven as the one seen (McNemar 1947, with the binomial distribution).
+    This is the probability, if both are equally good, that the problems solved by only one of them are split at least
+    as unevenly as observed (McNemar 1947, with the binomial distribution).
     """
     only_ours = sum(a > b for a, b in zip(ours, theirs, strict=True))
     only_theirs = sum(a < b for a, b in zip(ours, theirs, strict=True))

@@ -1,4 +1,4 @@
-"""A folder that keeps each result as soon as it is there, so that a stopped run resumes."""
+"""A folder that saves each result at once, so that an interrupted run can resume."""
 
 from __future__ import annotations
 
@@ -11,15 +11,16 @@ from typing import Any
 import numpy as np
 
 from ..core.errors import KVPolicyError
+from ..core.files import atomic_replace
 
 SETTINGS = "settings.json"
 
 
 class Store:
-    """Results by name, each in a file of arrays.
+    """Results by name, each a file of arrays.
 
     Args:
-        folder: is created.
+        folder: created if it does not exist.
         settings: everything that all results depend on, as JSON values.
 
     Raises:
@@ -38,7 +39,7 @@ class Store:
             different = _differences(known, settings)
             if different:
                 raise KVPolicyError(
-                    f"--out {folder} holds results of other settings; use another folder or the same settings:\n  "
+                    f"--out {folder} holds results of other settings; choose another folder or the same settings:\n  "
                     + "\n  ".join(different)
                 )
             return
@@ -46,11 +47,10 @@ class Store:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise KVPolicyError(
-                f"--out {folder}: the folder cannot be made ({error.strerror}); choose another path"
+                f"--out {folder}: the folder cannot be created ({error.strerror}); choose another path"
             ) from None
-        partial = path.with_name(f".{path.name}")
-        partial.write_text(json.dumps(settings, indent=1) + "\n")
-        partial.replace(path)
+        with atomic_replace(path) as partial:
+            partial.write_text(json.dumps(settings, indent=1) + "\n")
 
     def __contains__(self, name: str) -> bool:
         return self._path(name).exists()
@@ -69,19 +69,17 @@ class Store:
             raise KVPolicyError(f"{path} cannot be read ({error}); remove it and run the command again") from None
 
     def save(self, name: str, arrays: dict[str, Any]) -> None:
-        """Keep a result; the file appears in one piece."""
+        """Save a result; its file is written in one piece."""
         path = self._path(name)
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}")
-        with partial.open("wb") as file:
+        with atomic_replace(path) as partial, partial.open("wb") as file:
             np.savez(file, **arrays)
-        partial.replace(path)
 
     def _path(self, name: str) -> Path:
         return self.folder / "results" / f"{name}.npz"
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """What keeps a run from being resumed, a line per setting."""
+    """Return the settings that differ, one line each."""
     names = sorted(old.keys() | new.keys())
     return [f"{name}: was {old.get(name)!r}, is {new.get(name)!r}" for name in names if old.get(name) != new.get(name)]

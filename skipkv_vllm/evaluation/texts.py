@@ -13,7 +13,7 @@ from typing import Any
 from ..core.errors import KVPolicyError
 
 BETWEEN = "\n\n"
-"""What joins two documents of a source."""
+"""Separator of two documents of a source."""
 
 
 @dataclass(frozen=True)
@@ -21,8 +21,8 @@ class Text:
     """A text to feed to a model.
 
     Attributes:
-        source: where it is from; results are also given by source.
-        number: of this text within its source, from 0.
+        source: name of its source; results are also reported by source.
+        number: index within its source, from 0.
         tokens: token ids.
     """
 
@@ -32,12 +32,12 @@ class Text:
 
     @property
     def name(self) -> str:
-        """How messages call it."""
+        """Name in messages."""
         return f"{self.source}#{self.number}"
 
     @property
     def digest(self) -> str:
-        """Of the tokens; equal texts have equal results."""
+        """Digest of the tokens; equal texts have equal results."""
         return hashlib.sha256(repr(self.tokens).encode()).hexdigest()[:16]
 
 
@@ -54,15 +54,15 @@ class Source:
         self._documents = documents
 
     def texts(self, tokenizer: Any, length: int, limit: int | None = None) -> list[Text]:
-        """Cut the joined documents into texts; what remains at the end is left out.
+        """Cut the joined documents into texts; the remainder at the end is dropped.
 
         Args:
-            tokenizer: of the model; each text begins with the token that it puts in front, if there is one.
+            tokenizer: of the model; each text begins with the tokens that it prepends, if any.
             length: tokens of each text.
-            limit: number of texts at most.
+            limit: most texts to return; None for all.
 
         Raises:
-            KVPolicyError: there is not enough for one text, or a token id is unknown to the model.
+            KVPolicyError: too few tokens for one text, or a token id that the model does not have.
         """
         start = leading_tokens(tokenizer)
         body = length - len(start)
@@ -90,24 +90,24 @@ class Source:
         if wrong:
             raise KVPolicyError(
                 f"--texts {self.name}: token id {wrong[0]} is out of range; allowed: 0 to {vocabulary - 1}. The trace "
-                "is of another model than --model"
+                "was written by another model than --model"
             )
 
 
 def leading_tokens(tokenizer: Any) -> list[int]:
-    """Tokens that a tokenizer puts in front of every text."""
+    """Return the tokens that a tokenizer prepends to every text."""
     plain, special = tokenizer("a", add_special_tokens=False).input_ids, tokenizer("a").input_ids
     return special[: special.index(plain[0])] if plain[0] in special else []
 
 
 def take_in_turn(sources: Sequence[Source], tokenizer: Any, length: int, limit: int | None) -> list[Text]:
-    """Texts of all sources; under a limit, one of each source in turn.
+    """Return texts of all sources without duplicates, one of each source in turn up to a limit.
 
     Args:
-        sources: where texts are from.
+        sources: to take texts from.
         tokenizer: of the model.
         length: tokens of each text.
-        limit: number of texts in total, None for all.
+        limit: most texts in total; None for all.
     """
     columns = [source.texts(tokenizer, length, limit) for source in sources]
     chosen = [text for row in itertools.zip_longest(*columns) for text in row if text is not None][:limit]
@@ -116,7 +116,9 @@ def take_in_turn(sources: Sequence[Source], tokenizer: Any, length: int, limit: 
 
 
 def read_sources(paths: Sequence[Path], tokenizer: Any) -> list[Source]:
-    """Read files of texts; see `read_source`. A source has the name of its file, and folders where files share it.
+    """Read files of texts; see `read_source`.
+
+    A source is named after its file, with as many of its folders as make the name unique.
 
     Raises:
         KVPolicyError: a file cannot be read, or is given twice.
@@ -137,8 +139,8 @@ def read_source(path: Path, tokenizer: Any, name: str | None = None) -> Source:
 
     Args:
         path: JSON lines with "text" or "messages" (.jsonl), a trace (.safetensors), or plain text.
-        tokenizer: its chat template writes "messages" as text.
-        name: of the source; that of the file by default.
+        tokenizer: its chat template converts "messages" to text.
+        name: of the source; the file's name by default.
 
     Raises:
         KVPolicyError: it cannot be read.
@@ -164,7 +166,7 @@ def _trace(path: Path) -> list[int]:
 
     try:
         trace = Trace.load(path)
-    except Exception as error:  # safetensors raises errors of its own kinds
+    except Exception as error:  # safetensors raises its own errors
         raise KVPolicyError(
             f"--texts {path}: is not a trace ({error}); give a file from the folder of --kv-trace-dir"
         ) from None
@@ -173,7 +175,7 @@ def _trace(path: Path) -> list[int]:
 
 def _rows(path: Path, content: str, tokenizer: Any) -> list[str]:
     documents = []
-    # `splitlines` would also cut at characters that JSON allows in strings, such as U+2028.
+    # `splitlines` would also split at characters that JSON allows in strings, such as U+2028.
     for number, line in enumerate(content.split("\n"), 1):
         if not line.strip():
             continue
@@ -191,8 +193,8 @@ def _rows(path: Path, content: str, tokenizer: Any) -> list[str]:
 
 def _chat(where: str, messages: Any, tokenizer: Any) -> str:
     if not tokenizer.chat_template:
-        raise KVPolicyError(f'{where}: "messages" need a chat template, which the model lacks; give "text" instead')
+        raise KVPolicyError(f'{where}: "messages" need a chat template, but the model has none; give "text" instead')
     try:
         return str(tokenizer.apply_chat_template(messages, tokenize=False))
-    except Exception as error:  # templates raise what they like
+    except Exception as error:  # templates may raise anything
         raise KVPolicyError(f"{where}: the model's chat template refuses the messages ({error})") from None

@@ -105,7 +105,7 @@ class EvictionMixin(_Base):
     def _capacity(self) -> Capacity:
         (group,) = self.kv_cache_config.kv_cache_groups
         shape = compat.model_shape(self.vllm_config, len(group.layer_names), group.kv_cache_spec.dtype)
-        return capacity(self.kv_policy, shape, compat.page_pool(self.vllm_config, self.kv_cache_config.num_blocks))
+        return capacity(self.kv_policy, shape, compat.block_pool(self.vllm_config, self.kv_cache_config.num_blocks))
 
     def add_request(self, request: Request) -> None:
         if request.request_id not in self.requests:

@@ -1,10 +1,19 @@
-"""What our workers do differently from vLLM's on every platform."""
+"""The parts of our workers that are the same on every platform.
+
+The worker classes have a module each (`cpu_worker`, `gpu_worker`): vLLM's CPU worker replaces functions of PyTorch when
+it is imported, so it must not be imported on a GPU.
+"""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
 import torch
+
+from . import compat
+from .build import without_sidecar
+from .runner_v1 import EvictingRunnerV1, HookedRunnerV1
+from .runner_v2 import EvictingRunnerV2, HookedRunnerV2
 
 if TYPE_CHECKING:
     from vllm.v1.worker.gpu_worker import Worker as _Base
@@ -13,21 +22,43 @@ else:
 
 
 class EvictingWorker(_Base):
-    """Builds the runtime, and carries out a step's orders before it waits for the previous stage of a pipeline."""
+    """Worker that builds the runtime, and carries out a step's orders before it waits for the previous stage."""
+
+    def _make_model_runner(self) -> Any:
+        runner = super()._make_model_runner()
+        adapt_runner(runner, self.vllm_config, self.use_v2_model_runner)
+        return runner
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         super().load_model(*args, **kwargs)
-        # Sleep level 2 discards the pool of the weights. This pool is backed up at every level.
+        # Sleep level 2 discards the memory pool of the weights. This pool is backed up at every level.
         with self._maybe_get_memory_pool_context(tag="runtime"):
             self.model_runner.build_runtime()
 
+    def determine_available_memory(self) -> int:
+        return without_sidecar(super().determine_available_memory(), self.vllm_config)
+
     def execute_model(self, scheduler_output: Any) -> Any:
         if self.parallel_config.pipeline_parallel_size > 1:
-            # The last stage tells the others about sentences at a compaction. If it waited for their hidden states
-            # first, they would wait for each other.
+            # At a compaction the last stage sends sentences to the others. If it first waited for their hidden states,
+            # the stages would wait for each other.
             self._begin_step(scheduler_output)
         return super().execute_model(scheduler_output)
 
     @torch.inference_mode()
     def _begin_step(self, scheduler_output: Any) -> None:
         self.model_runner.begin_step(scheduler_output)
+
+
+def adapt_runner(runner: Any, vllm_config: Any, is_v2: bool) -> None:
+    """Turn a new model runner of vLLM into an evicting one.
+
+    Its class is replaced by a subclass, because each platform has runner classes of its own.
+    """
+    compat.enable(vllm_config)
+    adapter: type
+    if is_v2:
+        adapter = EvictingRunnerV2 if compat.is_public("resident lengths, runner V2") else HookedRunnerV2
+    else:
+        adapter = EvictingRunnerV1 if compat.is_public("resident lengths, runner V1") else HookedRunnerV1
+    runner.__class__ = type(f"Evicting{type(runner).__name__}", (adapter, type(runner)), {})

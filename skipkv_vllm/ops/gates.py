@@ -21,12 +21,12 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 """Name in a model's configuration -> what it computes."""
 
 
-def check_activation(name: str) -> None:
-    """Raise `KVPolicyError` unless gates can have a model's activation."""
+def check_activation(name: str, remedy: str = "use a --kv-policy without gates") -> None:
+    """Raise `KVPolicyError`, with a remedy, unless gates can use a model's activation."""
     if name not in ACTIVATIONS:
         raise KVPolicyError(
-            f"learned gates have their model's activation, and {name!r} is not known here (known: "
-            f"{', '.join(ACTIVATIONS)}); use a --kv-policy without gates"
+            f"learned gates use their model's activation, and {name!r} is not supported (supported: "
+            f"{', '.join(ACTIVATIONS)}); {remedy}"
         )
 
 

@@ -31,6 +31,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from ..core.errors import KVPolicyError
+from ..core.files import atomic_replace
 
 PREFIX = "model.layers.{}.self_attn.retention_gate."
 INPUT = "hidden_states"
@@ -117,13 +118,14 @@ class Gates:
                 )
 
     def save(self, path: str | os.PathLike[str], metadata: Mapping[str, str]) -> None:
-        """Write a safetensors file with the given metadata."""
+        """Write a safetensors file with the given metadata; an older file is replaced in one piece."""
         tensors = {
             PREFIX.format(i) + name: tensor.contiguous()
             for i, gate in enumerate(self.layers)
             for name, tensor in zip(TENSORS, gate, strict=True)
         }
-        Path(path).write_bytes(save(tensors, dict(metadata)))
+        with atomic_replace(Path(path)) as partial:
+            partial.write_bytes(save(tensors, dict(metadata)))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Gates:

@@ -22,6 +22,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from ..core.errors import KVPolicyError
+from ..core.files import atomic_replace
 
 FORMAT_VERSION = "1"
 SITE = "layer_input"
@@ -120,11 +121,10 @@ class SteeringVector:
         metadata |= {"hidden_size": str(self.hidden_size), "norm": repr(self.norm)}
         if path.is_dir():
             raise KVPolicyError(f"cannot write the steering vector {path}: it is a folder; name a file in it")
-        partial = path.with_name(f".{path.name}.partial")
         try:
-            # save_file would make a file that only its owner can read.
-            partial.write_bytes(save({TENSOR: self.values.contiguous()}, metadata))
-            partial.replace(path)
+            with atomic_replace(path) as partial:
+                # save_file would make a file that only its owner can read.
+                partial.write_bytes(save({TENSOR: self.values.contiguous()}, metadata))
         except (OSError, SafetensorError) as error:
             raise KVPolicyError(f"cannot write the steering vector {path} ({error}); choose another path") from None
 

@@ -1,5 +1,5 @@
 """Train the gates of `trimkv` for a model (TRIM-KV, arXiv 2512.03324): `skipkv train-gates`.
 
-`student` puts gates into a frozen model, `attention` lets its keys fade, `losses` says what the gates are to reach,
-`loop` trains and measures them, and `command` is the command line.
+`student` adds gates to a frozen model, `attention` computes attention with fading keys, `losses` defines the objective,
+`loop` trains and measures the gates, and `command` is the command line.
 """

@@ -1,4 +1,4 @@
-"""Attention whose keys fade, for models of Hugging Face."""
+"""Attention with fading keys, for Hugging Face models."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
 NAME = "skipkv_fading"
-"""The `attn_implementation` of a model that is to be trained."""
+"""The `attn_implementation` of a model to train."""
 EXTRA = 8
-"""Features that are added to a head, of which two are used; kernels want a multiple of 8."""
+"""Features added to each head. Two are used; kernels need a multiple of 8."""
 
 
 def fading_attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, scaling: float, **options: Any
 ) -> tuple[Tensor, None]:
-    """Causal attention in float32 in which the logit of query t and key i gets `(t - i) * log beta_i`.
+    """Compute causal attention in float32, with `(t - i) * log beta_i` added to the logit of query t and key i.
 
-    That is `t * log beta_i - i * log beta_i`: two more features of query and key. So PyTorch's fused kernels compute
-    it, and no `[T, T]` matrix is held.
+    The term equals `t * log beta_i - i * log beta_i`: two more features of query and key. PyTorch's fused kernels can
+    therefore compute it without a `[T, T]` matrix in memory.
 
     Args:
-        module: attention block; its `log_beta` is float `[n, T, H]`, or None where nothing fades.
+        module: attention block; its `log_beta` is float `[n, T, H]`, or None if no key fades.
         query: `[n, Hq, T, D]`.
         key, value: `[n, H, T, D]`.
-        attention_mask, options: not used.
+        attention_mask, options: ignored.
         scaling: of the logits.
 
     Returns:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,8 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ..core.errors import KVPolicyError
-from ..evaluation.command import add_inputs, check_at_least, guarded, load_tokenizer
+from ..core.files import check_writable
+from ..evaluation.command import HelpFormatter, add_inputs, check_at_least, guarded, load_tokenizer
 from ..evaluation.machine import relative, versions
 from ..evaluation.texts import Text, read_sources, take_in_turn
 from ..policies.gates import PYTORCH_FILES
@@ -24,37 +24,41 @@ from .loop import Progress, batches, measure, train
 from .losses import Losses
 from .student import Student
 
-DESCRIPTION = """Train the gates that --kv-policy trimkv reads, on your texts. The model is frozen and teaches them:
-they are to leave its predictions as they are while no more than --capacity tokens last. The last eighth of the texts is
-only measured, before and after. Ctrl-C writes the gates as they are."""
+DESCRIPTION = """Train the gates that --kv-policy trimkv reads, on your texts. The model is frozen; its gates learn to
+leave its predictions unchanged while keeping at most --capacity tokens. The last eighth of the texts is held out and
+measured before and after the training. Ctrl-C stops the training and writes the current gates."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 HELD_OUT = 8
-"""One text of so many is held out."""
+"""One text in this many is held out."""
 LASTING = 0.9
-"""What is left of the first token at the end of a text, before training."""
+"""Share of the first token's weight left at the end of a text, before training."""
 
 
 def make_parser(prog: str) -> argparse.ArgumentParser:
-    """The options of the command."""
-    parser = argparse.ArgumentParser(
-        prog=prog, description=DESCRIPTION, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    """Return the parser of the command."""
+    parser = argparse.ArgumentParser(prog=prog, description=DESCRIPTION, formatter_class=HelpFormatter)
     add_inputs(parser)
     parser.add_argument("--out", type=Path, default=Path("gates.safetensors"), metavar="FILE", help="file to write")
     parser.add_argument("--length", type=int, default=2048, metavar="N", help="tokens of each text")
-    parser.add_argument("--capacity", type=int, metavar="N", help="tokens that may last; None: an eighth of --length")
+    parser.add_argument("--capacity", type=int, metavar="N", help="tokens to keep (default: an eighth of --length)")
     parser.add_argument("--steps", type=int, default=250, metavar="N", help="batches to train on")
-    parser.add_argument("--batch-tokens", type=int, default=8192, metavar="N", help="tokens a step; at least one text")
+    parser.add_argument(
+        "--batch-tokens", type=int, default=8192, metavar="N", help="tokens per step; at least one text"
+    )
     parser.add_argument("--lr", type=float, default=1e-2, metavar="RATE", help="highest learning rate")
     parser.add_argument("--width", type=int, default=128, metavar="N", help="units of a gate's hidden layer")
-    parser.add_argument("--dtype", choices=list(DTYPES), help="of the model; None: float32 on a CPU, else bfloat16")
-    parser.add_argument("--device", help="where to train; None: a GPU if there is one")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the initial weights and the texts' order")
+    parser.add_argument(
+        "--dtype", choices=list(DTYPES), help="data type of the model (default: float32 on CPU, else bfloat16)"
+    )
+    parser.add_argument("--device", help="device to train on (default: a GPU if available)")
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="seed of the initial weights and the order of the texts"
+    )
     return parser
 
 
 def run(args: argparse.Namespace) -> None:
-    """Train, print the losses of the held-out texts and write the file.
+    """Train, print the losses on the held-out texts, and write the file.
 
     Args:
         args: of `make_parser`.
@@ -62,15 +66,15 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         KVPolicyError: bad input.
         RunError: the training diverged.
-        KeyboardInterrupt: stopped; the file is written if a step was made.
+        KeyboardInterrupt: interrupted; the file is written if a step was completed.
     """
     _check(args)
     tokenizer = load_tokenizer(args.model)
     texts = take_in_turn(read_sources(args.texts, tokenizer), tokenizer, args.length, None)
     if len(texts) < 2:
         raise KVPolicyError(
-            f"--texts: there is one text of --length {args.length}, and one is held out; give more text or a smaller "
-            "--length"
+            f"--texts: there is only one text of --length {args.length}, and one must be held out; give more text or a "
+            "smaller --length"
         )
     num_held_out = math.ceil(len(texts) / HELD_OUT)
     own, held_out = ([text.tokens for text in part] for part in (texts[:-num_held_out], texts[-num_held_out:]))
@@ -89,13 +93,13 @@ def run(args: argparse.Namespace) -> None:
             after = measure(student, held_out, args.capacity)
             _print_change(before, after)
     student.trained().save(args.out, describe(args, texts, done, before, after))
-    print(f"wrote {args.out}" + ("" if after else f" as it is after {done.steps} of {args.steps} steps"))
+    print(f"wrote {args.out}" + ("" if after else f" after {done.steps} of {args.steps} steps"))
     if after is None:
         raise KeyboardInterrupt
 
 
 def _check(args: argparse.Namespace) -> None:
-    """Check what can be told without the model, and fill in defaults."""
+    """Check the options that do not depend on the model, and fill in defaults."""
     for flag, value, low in (
         ("--length", args.length, 16),
         ("--steps", args.steps, 1),
@@ -113,30 +117,19 @@ def _check(args: argparse.Namespace) -> None:
         raise KVPolicyError(f"--lr {args.lr} is out of range; allowed: above 0, up to 1")
     if not 0 <= args.seed < 2**63:
         raise KVPolicyError(f"--seed {args.seed} is out of range; allowed: 0 to 2 ** 63 - 1")
-    _check_out(args.out)
+    check_writable("--out", args.out)
+    if args.out.suffix in PYTORCH_FILES:
+        raise KVPolicyError(f"--out {args.out}: this suffix is reserved for PyTorch files; use .safetensors")
     args.batch_tokens = max(args.batch_tokens, args.length)
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     args.dtype = args.dtype or ("float32" if args.device == "cpu" else "bfloat16")
 
 
-def _check_out(out: Path) -> None:
-    """Raise `KVPolicyError` unless a file can be written there; training takes long."""
-    folder = out.absolute().parent
-    if not folder.is_dir():
-        raise KVPolicyError(f"--out {out}: its folder does not exist; create it, or choose another path")
-    if out.is_dir():
-        raise KVPolicyError(f"--out {out}: is a folder; name a file, e.g. {out / 'gates.safetensors'}")
-    if out.suffix in PYTORCH_FILES:
-        raise KVPolicyError(f"--out {out}: files of that ending are read as PyTorch's; name it .safetensors")
-    if not os.access(out if out.exists() else folder, os.W_OK):
-        raise KVPolicyError(f"--out {out}: cannot be written; change its permissions, or choose another path")
-
-
 def load_model(args: argparse.Namespace) -> PreTrainedModel:
-    """The model that is to be trained, on its device.
+    """Load the model to train onto its device.
 
     Raises:
-        KVPolicyError: it cannot be loaded, or is not made for texts of such a length.
+        KVPolicyError: it cannot be loaded, or does not support texts of this length.
     """
     try:
         model = AutoModelForCausalLM.from_pretrained(
@@ -158,7 +151,7 @@ def load_model(args: argparse.Namespace) -> PreTrainedModel:
 
 
 def initial_bias(length: int) -> float:
-    """The logit of beta of which `LASTING` is left after so many tokens."""
+    """Return the logit of the beta for which `beta ** length` is `LASTING`."""
     beta = LASTING ** (1 / length)
     return math.log(beta / (1 - beta))
 
@@ -171,7 +164,7 @@ def _print_change(before: Losses, after: Losses) -> None:
 def describe(
     args: argparse.Namespace, texts: Sequence[Text], done: Progress, before: Losses, after: Losses | None
 ) -> dict[str, str]:
-    """The file's metadata: settings, and the losses of the held-out texts."""
+    """Return the file's metadata: settings, and the losses on the held-out texts."""
     settings: dict[str, Any] = {
         name: value for name, value in vars(args).items() if name not in ("model", "texts", "out")
     }
@@ -194,4 +187,4 @@ def describe(
 def main(prog: str, arguments: Sequence[str]) -> int:
     """Run `skipkv train-gates`; returns the exit status."""
     args = make_parser(prog).parse_args(list(arguments))
-    return guarded(prog, lambda: run(args), stopped="a further run begins anew")
+    return guarded(prog, lambda: run(args), stopped="the next run starts from the beginning")

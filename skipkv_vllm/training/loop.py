@@ -1,4 +1,4 @@
-"""Train gates, and measure them on texts they were not trained on."""
+"""Train gates, and measure them on held-out texts."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from .losses import Losses, losses
 from .student import Student
 
 WARM_UP = 20
-"""Steps in which the learning rate grows, at most; of a short training a tenth."""
+"""Most steps in which the learning rate grows; a tenth of a short training."""
 
 
 class Progress(NamedTuple):
-    """How far a training came: steps that were made, and the losses of the last one."""
+    """Progress of a training: completed steps, and the losses of the last one."""
 
     steps: int
     losses: Losses | None
@@ -34,8 +34,8 @@ def train(student: Student, data: Iterator[tuple[Tensor, Tensor]], *, steps: int
         student: model and gates.
         data: batches of token ids and labels, `[n, T]` each.
         steps: batches to train on.
-        lr: highest learning rate; it falls to 0 as half a cosine.
-        capacity: tokens that may last.
+        lr: highest learning rate; it falls to 0 along half a cosine.
+        capacity: tokens that may be kept.
 
     Raises:
         RunError: a loss is not finite.
@@ -65,7 +65,7 @@ def train(student: Student, data: Iterator[tuple[Tensor, Tensor]], *, steps: int
 
 @torch.no_grad()
 def measure(student: Student, texts: Sequence[Sequence[int]], capacity: int) -> Losses:
-    """Mean losses of texts, one at a time."""
+    """Return the mean losses over texts, computed one text at a time."""
     rows = [torch.tensor([text], device=student.model.device) for text in texts]
     found = [losses(student, ids, ids, capacity) for ids in tqdm(rows, unit="text", desc="held out")]
     return Losses(*(torch.stack(column).mean() for column in zip(*found, strict=True)))
@@ -74,11 +74,11 @@ def measure(student: Student, texts: Sequence[Sequence[int]], capacity: int) -> 
 def batches(
     texts: Sequence[Sequence[int]], per_step: int, seed: int, device: torch.device
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Endless batches of texts of equal length; every text once before any comes again.
+    """Yield endless batches of texts of equal length; no text repeats before all were used.
 
     Args:
         texts: token ids.
-        per_step: texts of a batch, fewer where there are fewer.
+        per_step: texts per batch; fewer if there are fewer texts.
         seed: of their order.
         device: of the batches.
     """

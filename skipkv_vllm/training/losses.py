@@ -1,6 +1,6 @@
-"""What gates are to reach: leave predictions as they are, while what has not faded stays within a capacity.
+"""The objective of gates: unchanged predictions, while the tokens that have not faded stay within a capacity.
 
-Large tensors are made in parts, which are computed again in the backward pass.
+Large tensors are computed in parts, which the backward pass computes again.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from torch.utils.checkpoint import checkpoint
 from .student import Student
 
 IGNORED = -100
-"""The label of a token that is no target."""
+"""Label of a token that is not a target."""
 PART = 2**24
 """Elements of a part."""
 
 
 class Losses(NamedTuple):
-    """What the gates are trained on; each a scalar.
+    """Losses of the gates, each a scalar.
 
     Attributes:
-        divergence: forward KL to the model without gates, nats a token.
+        divergence: forward KL divergence to the model without gates, in nats per token.
         next_token: negative log probability of the next token.
         capacity: see `over_capacity`.
     """
@@ -36,22 +36,22 @@ class Losses(NamedTuple):
 
     @property
     def total(self) -> Tensor:
-        """Their sum, with weight 1 each as in the paper."""
+        """Sum of the losses, each with weight 1 as in the paper."""
         return self.divergence + self.next_token + self.capacity
 
     def described(self) -> dict[str, str]:
-        """The values by name, for people."""
+        """Return the values by name, formatted for messages."""
         return {name: f"{value.item():.4f}" for name, value in self._asdict().items()}
 
 
 def losses(student: Student, ids: Tensor, labels: Tensor, capacity: int) -> Losses:
-    """Losses of a batch.
+    """Return the losses of a batch.
 
     Args:
         student: model and gates.
         ids: token ids `[n, T]`.
-        labels: the same, and `IGNORED` where there is no target.
-        capacity: tokens that may last.
+        labels: the same, with `IGNORED` for tokens that are not targets.
+        capacity: tokens that may be kept.
     """
     with torch.no_grad():
         wanted, _ = student(ids, gated=False)
@@ -69,7 +69,7 @@ def losses(student: Student, ids: Tensor, labels: Tensor, capacity: int) -> Loss
 
 
 def _compare(head: Callable[[Tensor], Tensor], own: Tensor, wanted: Tensor, following: Tensor) -> tuple[Tensor, Tensor]:
-    """Sums over rows, of hidden states `[N, E]` with and without gates and the tokens `[N]` that follow."""
+    """Return both losses summed over rows: hidden states `[N, E]` with and without gates, and the next tokens `[N]`."""
     logprobs, target = head(own).float().log_softmax(-1), head(wanted).float().log_softmax(-1)
     return F.kl_div(logprobs, target, reduction="sum", log_target=True), F.nll_loss(
         logprobs, following, reduction="sum"
@@ -77,15 +77,15 @@ def _compare(head: Callable[[Tensor], Tensor], own: Tensor, wanted: Tensor, foll
 
 
 def over_capacity(log_beta: Tensor, capacity: int) -> Tensor:
-    """By how much what has not faded exceeds the capacity.
+    """Return by how much the tokens that have not faded exceed the capacity.
 
     Args:
         log_beta: `[..., T, H]`.
         capacity: M, tokens.
 
     Returns:
-        Mean of `max(0, sum_i beta_i ** (t - i) - M) / (t - M)` over the positions t and heads where it is positive; a
-        share between 0 and about 1, and 0 where nothing exceeds it.
+        Mean of `max(0, sum_i beta_i ** (t - i) - M) / (t - M)` over the positions t and heads where it is positive: a
+        share between 0 and about 1; 0 if the capacity is never exceeded.
     """
     series = log_beta.mT.flatten(0, -2)  # [layers * n * H, T]
     order = torch.arange(series.shape[-1], dtype=torch.float32, device=series.device)
@@ -96,6 +96,6 @@ def over_capacity(log_beta: Tensor, capacity: int) -> Tensor:
 
 
 def _lasting(log_beta: Tensor, order: Tensor) -> Tensor:
-    """`sum_i beta_i ** (t - i)` of `[N, T]`, for each t."""
+    """Return `sum_i beta_i ** (t - i)` of `[N, T]` for each t."""
     ages = order[:, None] - order
     return torch.where(ages >= 0, (log_beta[:, None] * ages.clamp(min=0)).exp(), 0.0).sum(-1)

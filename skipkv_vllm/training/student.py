@@ -1,4 +1,4 @@
-"""A frozen model with a gate in front of each attention block."""
+"""A frozen model with a gate before each attention block."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from ..policies.gates import INPUT, Gate, Gates
 from . import attention
 
 OTHER_ATTENTION = ("sliding_window", "softcap", "s_aux")
-"""Options of an attention function that change what a query sees."""
+"""Options of an attention function that change which keys a query sees."""
 
 
 class GateNetwork(nn.Module):
-    """A gate that can be trained: hidden states `[..., E]` to `log beta`, float32 `[..., H]`.
+    """A trainable gate: hidden states `[..., E]` to `log beta`, float32 `[..., H]`.
 
     Args:
         hidden_size: E.
         width: units of the hidden layer.
         num_kv_heads: H.
         activation: of `ops.gates.ACTIVATIONS`.
-        bias: initial logit of beta; every token lasts at first if it is large.
+        bias: initial logit of beta; if it is large, no token fades at first.
     """
 
     def __init__(self, hidden_size: int, width: int, num_kv_heads: int, activation: str, bias: float) -> None:
@@ -48,16 +48,16 @@ class GateNetwork(nn.Module):
         return log_beta(hidden, weight1, bias1, self.second.weight, self.second.bias, self._activation)
 
     def gate(self) -> Gate:
-        """The weights for the file."""
+        """Return the weights for the file."""
         tensors = (self.first.weight, self.first.bias, self.second.weight, self.second.bias)
         return Gate(*(tensor.detach().cpu() for tensor in tensors))
 
 
 class Student(nn.Module):
-    """A frozen model with a gate in front of each attention block.
+    """A frozen model with a gate before each attention block.
 
-    Gates run where the engine runs them: on what enters the block. Each decoder layer is computed again in the
-    backward pass, so that only its input is held until then.
+    A gate reads the input of its block, as in the engine. The backward pass computes each decoder layer again, so only
+    the layer's input stays in memory until then.
 
     Args:
         model: a causal language model with `attn_implementation=attention.NAME`.
@@ -65,7 +65,7 @@ class Student(nn.Module):
         bias: initial logit of beta.
 
     Raises:
-        KVPolicyError: attention or an activation that the engine does not serve with gates.
+        KVPolicyError: attention or an activation that the engine does not support with gates.
     """
 
     def __init__(self, model: PreTrainedModel, width: int, bias: float) -> None:
@@ -73,7 +73,7 @@ class Student(nn.Module):
         self.model = model.requires_grad_(False).eval()
         config = model.config.get_text_config()
         activation = getattr(config, "hidden_act", "unknown")
-        check_activation(activation)
+        check_activation(activation, "choose another --model")
         self._blocks = attention_blocks(model)
         num_kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         shape = (config.hidden_size, width, num_kv_heads)
@@ -99,23 +99,23 @@ class Student(nn.Module):
             gated: whether keys fade.
 
         Returns:
-            Last hidden states `[n, T, E]`, of which `head` makes logits; and with gates `log beta`, float32
-            `[layers, n, T, H]`.
+            Last hidden states `[n, T, E]`, which `head` turns into logits; and `log beta`, float32 `[layers, n, T, H]`,
+            or None without gates.
         """
         self._is_gated = gated
         hidden = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
         return hidden, torch.stack([block.log_beta for block in self._blocks]) if gated else None
 
     def trained(self) -> Gates:
-        """The gates as they are now."""
+        """Return the current gates."""
         return Gates([network.gate() for network in self._networks])
 
 
 def attention_blocks(model: PreTrainedModel) -> list[Any]:
-    """The modules that call the attention function, in model order.
+    """Return the modules that call the attention function, in model order.
 
     Raises:
-        KVPolicyError: attention that does not see all earlier tokens, or a block whose input cannot be told.
+        KVPolicyError: attention that does not see all earlier tokens, or a block whose input is not known.
     """
     for number, kind in enumerate(getattr(model.config.get_text_config(), "layer_types", None) or ()):
         if kind != "full_attention":
@@ -146,20 +146,20 @@ def attention_blocks(model: PreTrainedModel) -> list[Any]:
 
 def _refuse(found: str) -> KVPolicyError:
     return KVPolicyError(
-        f"--model: {found}; gates are trained for models all of whose layers are 'full_attention' (Qwen2, Qwen3, "
+        f"--model: {found}; gates can only be trained for models with 'full_attention' in all layers (Qwen2, Qwen3, "
         "Llama, ...). Choose another --model"
     )
 
 
 def output_head(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
-    """What a causal language model does with its last hidden states: `[N, E]` to logits `[N, vocabulary]`."""
+    """Return the function from a model's last hidden states `[N, E]` to logits `[N, vocabulary]`."""
     head = copy.copy(model)
     head._modules = model._modules | {model.base_model_prefix: _Identity()}
     return lambda hidden: head(inputs_embeds=hidden[None], use_cache=False).logits[0]
 
 
 class _Identity(nn.Module):
-    """Stands in for a model's decoder, of experts or not."""
+    """Replacement for a model's decoder, with or without experts, that returns its input."""
 
     def forward(self, *_: Any, inputs_embeds: Tensor, **__: Any) -> MoeModelOutputWithPast:
         return MoeModelOutputWithPast(last_hidden_state=inputs_embeds)

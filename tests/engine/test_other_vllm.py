@@ -12,7 +12,7 @@ import pytest
 
 from benchmarks.server import serve
 from skipkv_vllm import bundled_model
-from skipkv_vllm.integration.compat import version as gate
+from skipkv_vllm.integration.compat import version as version_check
 from tests.engine.test_server import free_port, post
 from tests.engines import REPOSITORY
 
@@ -43,7 +43,7 @@ def other_vllm():
         pytest.skip(f"vLLM {VERSION} cannot be had here: {done.stderr.splitlines()[-1]}")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(OVERLAY))
-        for name in ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_LOGGING_LEVEL", gate.OVERRIDE):
+        for name in ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_LOGGING_LEVEL", version_check.OVERRIDE):
             patch.delenv(name, raising=False)
         yield
 
@@ -77,5 +77,9 @@ def test_a_policy_is_refused_there_by_the_version():
     command = [vllm, "serve", bundled_model(), "--kv-policy", "skipkv"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 2
-    for part in (f"supports vLLM {gate.SUPPORTED_VLLM}.x and found {VERSION}", "pip install", "without --kv-policy"):
+    for part in (
+        f"supports vLLM {version_check.SUPPORTED_VLLM}.x and found {VERSION}",
+        "pip install",
+        "without --kv-policy",
+    ):
         assert part in done.stderr

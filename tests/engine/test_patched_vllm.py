@@ -21,7 +21,7 @@ def test_patched_vllm_equals_reference(tmp_path: Path) -> None:
     engines.shutdown()  # its memory is needed
     copy = tmp_path / "patched-vllm"
     subprocess.run([sys.executable, str(APPLY), "--to", str(copy)], check=True, capture_output=True)
-    check = "from skipkv_vllm.integration.compat.public import SEAMS, is_public; assert all(map(is_public, SEAMS))"
+    check = "from skipkv_vllm.integration.compat.seams import SEAMS, is_public; assert all(map(is_public, SEAMS))"
     environment = os.environ | {"PYTHONPATH": f"{copy}{os.pathsep}{REPOSITORY}"}
     subprocess.run([sys.executable, "-c", check], check=True, env=environment, cwd=REPOSITORY)
     tests = ["tests/engine/test_exactness.py", "-k", "test_engine_equals_reference and head"]

@@ -423,9 +423,9 @@ DEMANDS = {
         "ours",
         "a way into vLLM goes past the check of a request's options, so that an opt-out is evicted all the same",
         (
-            f"{U}integration/compat/test_entries.py::test_every_route_of_vllm_is_in_the_table",
-            f"{U}integration/compat/test_entries.py::test_a_bad_option_is_refused_before_the_response_begins",
-            f"{U}integration/compat/test_entries.py::test_vllms_front_end_in_rust_is_refused",
+            f"{U}integration/compat/test_request_checks.py::test_every_route_of_vllm_is_in_the_table",
+            f"{U}integration/compat/test_request_checks.py::test_a_bad_option_is_refused_before_the_response_begins",
+            f"{U}integration/compat/test_request_checks.py::test_vllms_front_end_in_rust_is_refused",
             f"{E}server.py::test_beam_search_is_http_400",
             f"{E}serving.py::test_beam_search_offline_is_refused",
         ),
@@ -436,14 +436,14 @@ DEMANDS = {
         (
             f"{U}config/test_config.py::test_a_name_that_is_nearly_ours_is_refused",
             f"{U}config/test_config.py::test_names_that_vllm_and_its_connectors_read_are_never_refused",
-            f"{U}integration/compat/test_entries.py::test_an_option_beside_vllm_xargs_is_refused",
+            f"{U}integration/compat/test_request_checks.py::test_an_option_beside_vllm_xargs_is_refused",
         ),
     ),
     "error-fields": Row(
         "ours",
         "an error names a field that its caller never wrote",
         (
-            f"{U}integration/compat/test_entries.py::test_an_error_names_what_its_caller_wrote",
+            f"{U}integration/compat/test_request_checks.py::test_an_error_names_what_its_caller_wrote",
             f"{E}serving.py::test_errors_offline_name_what_the_caller_wrote",
             f"{E}server.py::test_a_request_that_could_outgrow_the_pool_is_http_400",
         ),
@@ -488,7 +488,7 @@ DEMANDS = {
             f"{U}trace/test_trace.py::test_a_folder_that_became_a_file_stops_nobody",
             f"{U}trace/test_trace.py::test_storage_that_hangs_delays_nobody_and_holds_little_memory",
             f"{U}integration/test_metrics.py::test_a_report_that_nobody_knows_costs_nothing_else",
-            f"{U}integration/compat/test_reports.py::test_a_stream_survives_an_event_that_cannot_be_stamped",
+            f"{U}integration/compat/test_responses.py::test_a_stream_survives_an_event_that_cannot_be_stamped",
         ),
     ),
     "report-of-a-part": Row(
@@ -499,9 +499,9 @@ DEMANDS = {
             f"{E}server.py::test_every_answer_reports_all_that_was_evicted_for_it",
             f"{E}serving.py::test_several_choices_are_summed",
             f"{E}serving.py::test_a_stop_string_hides_nothing",
-            f"{U}integration/compat/test_reports.py::test_an_answer_has_the_sum_of_its_choices",
-            f"{U}integration/compat/test_reports.py::test_a_stream_has_the_sum_in_its_last_output",
-            f"{U}integration/compat/test_reports.py::test_the_turns_of_a_response_are_summed",
+            f"{U}integration/compat/test_responses.py::test_an_answer_has_the_sum_of_its_choices",
+            f"{U}integration/compat/test_responses.py::test_a_stream_has_the_sum_in_its_last_output",
+            f"{U}integration/compat/test_responses.py::test_the_turns_of_a_response_are_summed",
         ),
     ),
     "report-of-lost-work": Row(

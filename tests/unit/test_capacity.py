@@ -14,7 +14,8 @@ from safetensors import safe_open
 from skipkv_vllm import bundled_gates, bundled_model
 from skipkv_vllm.banner import banner
 from skipkv_vllm.capacity import ModelShape, Pool, blocks_with_policy, capacity
-from skipkv_vllm.cli import _plan, main
+from skipkv_vllm.cli import main
+from skipkv_vllm.cli.plan_options import plan
 from skipkv_vllm.config import KVPolicyConfig, RequestOptions
 from skipkv_vllm.core.limits import Demand, most_tokens
 from skipkv_vllm.core.needs import REPEATS, Need
@@ -170,7 +171,7 @@ def say(capsys: pytest.CaptureFixture, *arguments: str) -> tuple[int, str, str]:
 
 
 def test_flags_of_the_server_have_its_defaults():
-    options = inspect.signature(_plan).parameters
+    options = inspect.signature(plan).parameters
     for name in ("kv_budget", "kv_buffer", "kv_window", "kv_granularity", "kv_protect_prompt"):
         assert options[name].default == KVPolicyConfig.model_fields[name].default
 
@@ -214,7 +215,7 @@ def test_parameters_are_counted(capsys):
         (["--gpu-memory", "nan"], "--gpu-memory nan is out of range"),
         (["--kv-memory", "inf"], "--kv-memory inf is out of range"),
         (["--gpu-memory", "8", "--block-size", "0"], "--block-size 0 is out of range"),
-        (["--gpu-memory", "8", "--activation-memory", "-1"], "-1 is out of range; allowed: 0 and more"),
+        (["--gpu-memory", "8", "--activation-memory", "-1"], "-1 is out of range; allowed: 0 or more"),
         (["--gpu-memory", "8", "--length", "9999"], "length of 9999 tokens is out of range; allowed: 1 to 4096"),
         (["--gpu-memory", "8", "--max-model-len", "9999"], "--max-model-len 9999 is out of range"),
         (["--gpu-memory", "8", "--prompt", "5000"], "--prompt 5000 is out of range"),
@@ -269,14 +270,14 @@ def test_gates_of_another_model_are_refused(capsys, tmp_path):
 
 def test_assumed_settings_are_said(capsys):
     large = ["--gpu-memory", "192", "--overhead-memory", "0", "--max-num-seqs", "16"]
-    assert "note: --max-num-batched-tokens 16384 as vLLM's server has it" in say(capsys, *large)[1]
+    assert "note: assumed --max-num-batched-tokens 16384, the default of vLLM's server" in say(capsys, *large)[1]
     assert "vLLM's server" not in say(capsys, *large, "--max-num-batched-tokens", "512")[1]
 
 
 def test_a_prompt_that_does_not_fit_is_said(capsys):
     code, out, _ = say(capsys, "--kv-memory", "0.003", "--block-size", "32", "--length", "4000", "--prompt", "3000")
     assert code == 0
-    assert "note: not one request of 4000 tokens with a prompt of 3000 fits" in out
+    assert "note: no request of 4000 tokens with a prompt of 3000 fits" in out
 
 
 def test_models_that_policies_refuse_are_refused(capsys, tmp_path):

@@ -13,8 +13,7 @@ import pytest
 
 from skipkv_vllm import plugin
 from skipkv_vllm.core.errors import KVPolicyError
-from skipkv_vllm.integration.compat import flags as cli
-from skipkv_vllm.integration.compat import seams
+from skipkv_vllm.integration.compat import flags, hooks
 from tests.engines import REPOSITORY
 
 ARGUMENTS = "vllm/engine/arg_utils.py"
@@ -69,7 +68,7 @@ CASES = {
 CODE = """
 import importlib, io, json, logging, sys
 from pathlib import Path
-from skipkv_vllm.integration.compat import public
+from skipkv_vllm.integration.compat import seams
 from skipkv_vllm.plugin import register
 
 found = {}
@@ -81,7 +80,7 @@ for number, (name, (files, version, argv)) in enumerate(json.load(sys.stdin).ite
         (root / file).write_text(text)
     for module in [module for module in sys.modules if module.split(".")[0] == "vllm"]:
         del sys.modules[module]
-    public.is_public.cache_clear()
+    seams.is_public.cache_clear()
     importlib.invalidate_caches()
     sys.path.insert(0, str(root))
     sys.argv[1:-1] = argv
@@ -138,7 +137,7 @@ def test_who_asks_for_a_policy_there_reads_why_there_are_no_flags(joined, versio
 
 
 def test_other_arguments_of_a_supported_version_are_named(joined):
-    assert "create_engine_config is gone" in joined["asked under 0.32.0"].log
+    assert "create_engine_config is missing" in joined["asked under 0.32.0"].log
 
 
 @pytest.mark.parametrize("version", ["0.33.0", "0.32.1"])
@@ -171,40 +170,40 @@ def test_a_later_vllm_may_hand_its_parser_more_arguments():
         def create_engine_config(self):
             return argparse.Namespace()
 
-    class Broken(seams.PolicyArguments):
+    class Broken(hooks.PolicyArguments):
         def add_cli_args(self, parser):
             raise RuntimeError("broken")
 
-    seams._wrap_engine_args(Later, Broken())
+    hooks._wrap_engine_args(Later, Broken())
     assert Later.add_cli_args("parser", 3) == ("parser", 3)
     args = argparse.Namespace()
     assert Later.from_cli_args(args, another=4) == (args, 4)
 
 
 def test_a_flag_that_vllm_has_itself_is_vllms(monkeypatch, caplog):
-    monkeypatch.setattr(cli, "_added", set())
+    monkeypatch.setattr(flags, "_added", set())
     monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
     parser = argparse.ArgumentParser()
     parser.add_argument("--kv-window", type=int, default=4096)
-    cli.add_flags(parser)
-    assert "flags of the name --kv-window" in caplog.text
+    flags.add_flags(parser)
+    assert "its own flags --kv-window" in caplog.text
     args = parser.parse_args([])
-    assert vars(cli.update_arguments(args)) == {"kv_window": 4096}
+    assert vars(flags.update_arguments(args)) == {"kv_window": 4096}
 
 
 def test_a_configuration_of_another_kind_has_no_policy():
-    assert not seams.has_policy(object())  # type: ignore[arg-type]
-    assert not seams.has_policy(argparse.Namespace(additional_config=3))  # type: ignore[arg-type]
+    assert not flags.has_policy(object())  # type: ignore[arg-type]
+    assert not flags.has_policy(argparse.Namespace(additional_config=3))  # type: ignore[arg-type]
 
 
 def test_the_version_is_looked_at_before_the_configuration(monkeypatch):
     def other_version():
         raise KVPolicyError("another version")
 
-    monkeypatch.setattr(seams, "check_vllm", other_version)
+    monkeypatch.setattr(hooks, "check_vllm", other_version)
     config = argparse.Namespace(additional_config={"skipkv": {"kv_policy": "skipkv"}})
     with pytest.raises(KVPolicyError, match="another version"):
-        seams.PolicyArguments().check_config(config)  # type: ignore[arg-type]
+        hooks.PolicyArguments().check_config(config)  # type: ignore[arg-type]
 
 
 def test_metrics_of_another_vllm_do_nothing_without_a_policy(monkeypatch):

@@ -1,15 +1,16 @@
-"""The one room that knows vLLM's private names. Everything here is checked against the version that was tested."""
+"""How this package connects to vLLM: flags, checks, hooks, and the version check that makes them safe."""
 
-from .flags import engine_arguments
-from .pool import model_shape, page_pool
-from .public import is_public, received_orders, received_report, send_orders, send_report
+from .flags import engine_arguments, has_policy, policy_config
+from .hooks import enable, install, install_client_check
+from .pool import block_pool, model_shape
 from .refusals import check_attention, check_config, check_kv_cache
-from .reports import install_reports
-from .seams import enable, has_policy, install, install_client_check, policy_config
+from .responses import install_reports
+from .seams import is_public, received_orders, received_report, send_orders, send_report
 from .version import SUPPORTED_VLLM, check_vllm
 
 __all__ = [
     "SUPPORTED_VLLM",
+    "block_pool",
     "check_attention",
     "check_config",
     "check_kv_cache",
@@ -22,7 +23,6 @@ __all__ = [
     "install_reports",
     "is_public",
     "model_shape",
-    "page_pool",
     "policy_config",
     "received_orders",
     "received_report",

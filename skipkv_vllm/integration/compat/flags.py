@@ -1,15 +1,18 @@
-"""Flags on every vLLM command that takes engine arguments, and the same options offline."""
+"""Our flags on every vLLM command that takes engine arguments, and the configuration they become."""
 
 from __future__ import annotations
 
 import argparse
 import logging
 import sys
-from typing import Any, Literal, get_args, get_origin
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
 from ...config import CONFIG_KEY, KVPolicyConfig, flag_names, parse_json_object
 from ...core.errors import KVPolicyError
 from .version import check_vllm
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
 
 logger = logging.getLogger("vllm.skipkv")
 
@@ -20,14 +23,13 @@ WORKERS = {
     "cpu": "skipkv_vllm.integration.cpu_worker.EvictingCPUWorker",
     "gpu": "skipkv_vllm.integration.gpu_worker.EvictingGPUWorker",
 }
-_METAVARS = {
+METAVARS = {
     "kv_policy": "NAME",
     "kv_policy_config": "JSON",
     "kv_trace_dir": "DIR",
     "kv_steering_vectors": "NAME=PATH",
     "kv_steering_default": "NAME",
 }
-
 
 FOR_STEERING_TOO = {
     "kv_batch_grouping",
@@ -37,17 +39,30 @@ FOR_STEERING_TOO = {
     "kv_trace_dir",
     "kv_check_integrity",
 }
-"""Fields that mean something on a server that only steers."""
+"""Fields that also apply to a server that steers without evicting."""
 
 _added: set[str] = set()
-"""fields of `KVPolicyConfig` whose flags are ours and not vLLM's own"""
+"""Fields of `KVPolicyConfig` whose flags `add_flags` added."""
+
+
+def has_policy(vllm_config: VllmConfig) -> bool:
+    """Return whether this engine was configured with an active KV policy."""
+    # Called on every server, including under a vLLM whose configuration is of another kind.
+    additional = getattr(vllm_config, "additional_config", None)
+    return isinstance(additional, dict) and CONFIG_KEY in additional
+
+
+def policy_config(vllm_config: VllmConfig) -> KVPolicyConfig:
+    """Return the KV policy that an engine was configured with."""
+    assert isinstance(vllm_config.additional_config, dict)
+    return KVPolicyConfig.parse(vllm_config.additional_config[CONFIG_KEY])
 
 
 def update_arguments(args: argparse.Namespace) -> argparse.Namespace:
-    """Parsed arguments with the policy's flags worked in, in place; a bad one ends the command with a message.
+    """Convert our flags among parsed arguments into vLLM's, in place; a bad one ends the command with a message.
 
-    In place, because a command with several API servers hands them the parsed arguments: they make a configuration of
-    them before they load plugins.
+    In place, because a command with several API servers passes the parsed arguments to them, and they build the
+    configuration before they load plugins.
     """
     given = {name: getattr(args, name) for name in _added if hasattr(args, name)}
     if not given:
@@ -61,16 +76,16 @@ def update_arguments(args: argparse.Namespace) -> argparse.Namespace:
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Add one flag per field of `KVPolicyConfig`; none where vLLM has one of these flags itself."""
+    """Add one flag per field of `KVPolicyConfig`; none if vLLM itself has one of these flags."""
     if taken := [flag for flag in flag_names().values() if flag in parser._option_string_actions]:
-        logger.warning("SkipKV: --kv-policy is not available: this vLLM has flags of the name %s", ", ".join(taken))
+        logger.warning("SkipKV: --kv-policy is not available: this vLLM has its own flags %s", ", ".join(taken))
         return
     _added.update(KVPolicyConfig.model_fields)
     group = parser.add_argument_group(title="KVPolicyConfig", description=KVPolicyConfig.__doc__)
     for name, flag in flag_names().items():
         field = KVPolicyConfig.model_fields[name]
         default = field.get_default(call_default_factory=True)
-        # No default in the parser, so that a flag that was given can be told from one that was not.
+        # No default in the parser: only flags that were given may appear in the parsed arguments.
         help_text = f"{field.description} Default: {default}."
         options: dict[str, Any] = {"default": argparse.SUPPRESS, "help": help_text.replace("%", "%%")}
         if field.annotation is bool:
@@ -78,18 +93,18 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         elif get_origin(field.annotation) is Literal:
             options["choices"] = get_args(field.annotation)
         elif get_origin(field.annotation) is list or name == "kv_steering_vectors":
-            options |= {"nargs": "+", "metavar": _METAVARS.get(name, "NAME")}
+            options |= {"nargs": "+", "metavar": METAVARS.get(name, "NAME")}
         elif field.annotation is int:
             options |= {"type": int, "metavar": "N"}
         elif field.annotation in (float, float | None):
             options |= {"type": float, "metavar": "X"}
         else:
-            options["metavar"] = _METAVARS[name]
+            options["metavar"] = METAVARS[name]
         group.add_argument(flag, **options)
 
 
 def engine_arguments(given: dict[str, Any], engine: dict[str, Any]) -> dict[str, Any]:
-    """vLLM's engine arguments with the policy options that were given worked in.
+    """Merge policy options into vLLM's engine arguments.
 
     Args:
         given: `KVPolicyConfig` fields that the user set; `kv_policy_config` may be JSON text, `kv_steering_vectors` a
@@ -106,35 +121,18 @@ def engine_arguments(given: dict[str, Any], engine: dict[str, Any]) -> dict[str,
     given = dict(given)
     if isinstance(given.get("kv_policy_config"), str):
         given["kv_policy_config"] = parse_json_object("--kv-policy-config", given["kv_policy_config"])
-    for_eviction = [name for name in given if not name.startswith("kv_steering_")]
-    if (
-        for_eviction
-        and "kv_policy" not in given
-        and not (given.get("kv_steering_vectors") and set(for_eviction) <= FOR_STEERING_TOO)
-    ):
-        flags = ", ".join(flag_names()[name] for name in for_eviction)
-        raise KVPolicyError(f"{flags} given without --kv-policy, so nothing would be evicted; add --kv-policy skipkv")
+    _check_has_effect(given)
     config = KVPolicyConfig.parse(given)
     if not config.is_active:
         return dict(engine)
 
     check_vllm()
-    feature = f"kv_policy={config.kv_policy!r}" if config.evicts else "kv_steering_vectors"
-    if engine.get("scheduler_cls") not in (None, SCHEDULER):
-        raise KVPolicyError(
-            f"scheduler_cls={engine['scheduler_cls']!r} cannot be combined with {feature}, "
-            "which brings its own scheduler; drop one of the two"
-        )
-    if engine.get("worker_cls", "auto") not in ("auto", *WORKERS.values()):
-        raise KVPolicyError(
-            f"worker_cls={engine['worker_cls']!r} cannot be combined with {feature}, "
-            "which brings its own worker; drop one of the two"
-        )
+    _check_classes(config, engine)
     from vllm.platforms import current_platform
 
     additional = dict(engine.get("additional_config") or {})
     additional[CONFIG_KEY] = config.model_dump()
-    # What is compiled depends on these, and vLLM finds compiled code by the configuration.
+    # vLLM looks up compiled code by its configuration, and the compiled code depends on these two.
     if config.steers:
         additional[STEERED_LAYERS_KEY] = sorted({vector.layer for vector in config.load_vectors()})
     if config.gates is not None:
@@ -144,3 +142,26 @@ def engine_arguments(given: dict[str, Any], engine: dict[str, Any]) -> dict[str,
         "scheduler_cls": SCHEDULER,
         "worker_cls": WORKERS["cpu" if current_platform.is_cpu() else "gpu"],
     }
+
+
+def _check_has_effect(given: dict[str, Any]) -> None:
+    """Refuse options of a policy without a policy."""
+    for_eviction = [name for name in given if not name.startswith("kv_steering_")]
+    if not for_eviction or "kv_policy" in given:
+        return
+    if given.get("kv_steering_vectors") and set(for_eviction) <= FOR_STEERING_TOO:
+        return
+    flags = ", ".join(flag_names()[name] for name in for_eviction)
+    raise KVPolicyError(f"{flags} given without --kv-policy, so nothing would be evicted; add --kv-policy skipkv")
+
+
+def _check_classes(config: KVPolicyConfig, engine: dict[str, Any]) -> None:
+    """Refuse a scheduler or worker class of the user's own."""
+    feature = f"kv_policy={config.kv_policy!r}" if config.evicts else "kv_steering_vectors"
+    for kind, default, ours in (("scheduler", None, (SCHEDULER,)), ("worker", "auto", WORKERS.values())):
+        found = engine.get(f"{kind}_cls", default)
+        if found not in (default, *ours):
+            raise KVPolicyError(
+                f"{kind}_cls={found!r} cannot be combined with {feature}, which brings its own {kind}; drop one of "
+                "the two"
+            )

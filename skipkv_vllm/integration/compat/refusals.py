@@ -1,4 +1,4 @@
-"""What a KV policy does not support yet is refused at start-up: which feature, why, what to do."""
+"""Refuse at start-up what a KV policy does not support; each error names the feature, the reason and the remedy."""
 
 from __future__ import annotations
 
@@ -23,8 +23,12 @@ BACKENDS = {
     "TritonAttentionImpl": "TRITON_ATTN",
     "CPUAttentionBackendImpl": "CPU_ATTN",
 }
-"""Attention implementations that were tested, and what they are called on the command line."""
+"""Tested attention implementations -> their names on the command line."""
 OTHER_MODEL = "Serve a decoder-only model with plain attention (Qwen2, Qwen3, Llama, ...)"
+
+
+Refuse = Callable[..., KVPolicyError]
+"""`_refuse` for a flag."""
 
 
 def _refuse(feature: str, reason: str, remedy: str, flag: str = "--kv-policy") -> KVPolicyError:
@@ -32,14 +36,14 @@ def _refuse(feature: str, reason: str, remedy: str, flag: str = "--kv-policy") -
 
 
 def check_config(vllm_config: VllmConfig, policy: KVPolicyConfig) -> None:
-    """Refuse models and features that eviction or steering would silently get wrong.
+    """Refuse models and features with which eviction or steering would give silently wrong outputs.
 
     Raises:
         KVPolicyError: for the first one found.
     """
     if policy.kv_prefix_eviction != "lru" and not vllm_config.cache_config.enable_prefix_caching:
         raise KVPolicyError(
-            f"kv_prefix_eviction={policy.kv_prefix_eviction!r} would do nothing without prefix caching; drop it or "
+            f"kv_prefix_eviction={policy.kv_prefix_eviction!r} has no effect without prefix caching; drop it or "
             "--no-enable-prefix-caching"
         )
     if policy.evicts:
@@ -51,50 +55,12 @@ def check_config(vllm_config: VllmConfig, policy: KVPolicyConfig) -> None:
         _check_steering(vllm_config, policy)
 
 
-def _check(vllm_config: VllmConfig, policy: KVPolicyConfig, _refuse: Callable[..., KVPolicyError]) -> None:
-    import vllm.envs as envs
-
-    model, parallel = vllm_config.model_config, vllm_config.parallel_config
-    if model.runner_type != "generate":
-        raise _refuse(f"the {model.runner_type!r} runner", "only generation grows a KV cache", "Drop --runner")
-    if model.is_encoder_decoder:
-        raise _refuse("encoder-decoder models", "cross attention has a cache of its own", OTHER_MODEL)
-    if model.use_mla:
-        raise _refuse("MLA models", "their cache holds latents, which the policies cannot score", OTHER_MODEL)
-    if model.is_hybrid or model.is_attention_free:
-        raise _refuse("hybrid and state-space models", "their state is not a list of tokens", OTHER_MODEL)
-    if vllm_config.diffusion_config is not None:
-        raise _refuse("diffusion models", "they rewrite tokens, and vLLM schedules them otherwise", OTHER_MODEL)
-    if model.is_mm_prefix_lm:
-        raise _refuse("prefix-LM attention", "what attends both ways is told by position", OTHER_MODEL)
-    if model.get_sliding_window() is not None:
-        raise _refuse("sliding-window attention", "its mask needs the positions of all tokens", OTHER_MODEL)
-    if vllm_config.speculative_config is not None:
-        raise _refuse("speculative decoding", "rejected tokens make token counts inexact", "Drop --speculative-config")
-    if vllm_config.kv_transfer_config is not None:
-        raise _refuse(
-            "KV connectors",
-            "they identify pages by token position, which eviction changes",
-            "Drop --kv-transfer-config and --kv-offloading-size",
-        )
-    if parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1:
-        raise _refuse("context parallelism", "a request's pages are spread over ranks", "Set its size to 1")
-    if parallel.pipeline_parallel_size > 1 and _is_compiled_ray_graph(parallel):
-        raise _refuse(
-            "pipeline parallelism on Ray's compiled graphs (VLLM_USE_RAY_V2_EXECUTOR_BACKEND=0)",
-            "a stage starts there when it gets the previous one's output, and stages must agree before",
-            "Unset VLLM_USE_RAY_V2_EXECUTOR_BACKEND",
-        )
-    if envs.VLLM_USE_RUST_FRONTEND:
-        raise _refuse(
-            "vLLM's front end in Rust (VLLM_USE_RUST_FRONTEND=1)",
-            "it sends requests to the engine past the check of their options",
-            "Unset VLLM_USE_RUST_FRONTEND",
-        )
-    if parallel.enable_dbo:
-        raise _refuse("dual-batch overlap", "micro-batches see only part of a step", "Drop --enable-dbo")
+def _check(vllm_config: VllmConfig, policy: KVPolicyConfig, refuse: Refuse) -> None:
+    _check_model(vllm_config, refuse)
+    _check_features(vllm_config, refuse)
     if policy.evicts:
-        _check_cache_dtype(vllm_config.cache_config.cache_dtype, _refuse)
+        _check_cache_dtype(vllm_config.cache_config.cache_dtype, refuse)
+    model = vllm_config.model_config
     for each in policy.policies:
         chosen = each.segment_options.layers if each.needs & Need.SEGMENTS else ()
         if chosen and chosen[-1] >= (num_layers := model.get_total_num_hidden_layers()):
@@ -103,48 +69,96 @@ def _check(vllm_config: VllmConfig, policy: KVPolicyConfig, _refuse: Callable[..
                 f"{num_layers - 1}; name some of these in kv_policy_config, or write 'all'"
             )
     if policy.gates is not None:
-        _check_hooks(vllm_config, functools.partial(_refuse, flag=f"--kv-policy {policy.kv_policy}"), "what gates say")
+        for_gates = functools.partial(_refuse, flag=f"--kv-policy {policy.kv_policy}")
+        _check_hooks(vllm_config, for_gates, "the gates' outputs")
         policy.gates.check_fits(
             hidden_size=model.get_hidden_size(),
             num_layers=model.get_total_num_hidden_layers(),
             num_kv_heads=model.get_total_num_kv_heads(),
         )
     if policy.needs & Need.SENTENCES and model.skip_tokenizer_init:
-        raise _refuse(
+        raise refuse(
             "--skip-tokenizer-init",
-            f"{policy.kv_policy!r} with granularity {policy.kv_granularity!r} finds sentences by the tokenizer",
+            f"{policy.kv_policy!r} with granularity {policy.kv_granularity!r} needs the tokenizer to find sentences",
             "Drop --skip-tokenizer-init",
         )
 
 
+def _check_model(vllm_config: VllmConfig, refuse: Refuse) -> None:
+    model = vllm_config.model_config
+    if model.runner_type != "generate":
+        raise refuse(f"the {model.runner_type!r} runner", "only generation grows a KV cache", "Drop --runner")
+    if model.is_encoder_decoder:
+        raise refuse("encoder-decoder models", "cross attention has its own cache", OTHER_MODEL)
+    if model.use_mla:
+        raise refuse("MLA models", "their cache holds latents, which the policies cannot score", OTHER_MODEL)
+    if model.is_hybrid or model.is_attention_free:
+        raise refuse("hybrid and state-space models", "their state is not a list of tokens", OTHER_MODEL)
+    if vllm_config.diffusion_config is not None:
+        raise refuse("diffusion models", "they rewrite tokens, and vLLM schedules them differently", OTHER_MODEL)
+    if model.is_mm_prefix_lm:
+        raise refuse("prefix-LM attention", "its mask needs the positions of all tokens", OTHER_MODEL)
+    if model.get_sliding_window() is not None:
+        raise refuse("sliding-window attention", "its mask needs the positions of all tokens", OTHER_MODEL)
+
+
+def _check_features(vllm_config: VllmConfig, refuse: Refuse) -> None:
+    import vllm.envs as envs
+
+    parallel = vllm_config.parallel_config
+    if vllm_config.speculative_config is not None:
+        raise refuse("speculative decoding", "rejected tokens make token counts inexact", "Drop --speculative-config")
+    if vllm_config.kv_transfer_config is not None:
+        raise refuse(
+            "KV connectors",
+            "they identify blocks by token position, which eviction changes",
+            "Drop --kv-transfer-config and --kv-offloading-size",
+        )
+    if parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1:
+        raise refuse("context parallelism", "a request's blocks are spread over ranks", "Set its size to 1")
+    if parallel.pipeline_parallel_size > 1 and _is_compiled_ray_graph(parallel):
+        raise refuse(
+            "pipeline parallelism on Ray's compiled graphs (VLLM_USE_RAY_V2_EXECUTOR_BACKEND=0)",
+            "a stage starts only when it gets the previous one's output, but stages must exchange data before",
+            "Unset VLLM_USE_RAY_V2_EXECUTOR_BACKEND",
+        )
+    if envs.VLLM_USE_RUST_FRONTEND:
+        raise refuse(
+            "vLLM's front end in Rust (VLLM_USE_RUST_FRONTEND=1)",
+            "requests from it reach the engine without a check of their options",
+            "Unset VLLM_USE_RUST_FRONTEND",
+        )
+    if parallel.enable_dbo:
+        raise refuse("dual-batch overlap", "micro-batches see only part of a step", "Drop --enable-dbo")
+
+
 def _check_lookahead(vllm_config: VllmConfig, policy: KVPolicyConfig) -> None:
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
-    own, names = (
-        policy.policy.lookahead_plan is not None,
-        [each.name for each in policy.policies if each.lookahead_plan is not None],
-    )
-    flag = f"--kv-policy {policy.kv_policy}" if own else f"--kv-request-policies {' '.join(names)}"
+    names = [each.name for each in policy.policies if each.lookahead_plan is not None]
+    flag = f"--kv-request-policies {' '.join(names)}"
+    if policy.policy.lookahead_plan is not None:
+        flag = f"--kv-policy {policy.kv_policy}"
     refuse = functools.partial(_refuse, flag=flag)
     if vllm_config.use_v2_model_runner:
         raise refuse(
             "Model Runner V2",
-            "it has no inputs for tokens that are computed ahead of a step",
+            "it cannot compute tokens ahead of a step",
             "Set VLLM_USE_V2_MODEL_RUNNER=0",
         )
     if parallel.pipeline_parallel_size > 1:
         raise refuse(
             "pipeline parallelism",
-            "tokens computed ahead go through all layers at once",
+            "tokens computed ahead pass through all layers at once",
             "Use --tensor-parallel-size",
         )
     if parallel.data_parallel_size > 1:
         raise refuse(
             "data parallelism",
-            "ranks run their forward passes together, and only some would compute tokens ahead",
+            "ranks run their forward passes together, but only some would compute tokens ahead",
             "Start several servers",
         )
     if vllm_config.lora_config is not None:
-        raise refuse("LoRA", "adapters are chosen for the tokens of a step only", "Drop --enable-lora")
+        raise refuse("LoRA", "adapters are selected only for the tokens of a step", "Drop --enable-lora")
     if model.is_multimodal_model or model.enable_prompt_embeds or model.uses_mrope:
         raise refuse(
             "multimodal models and prompt embeddings",
@@ -153,28 +167,28 @@ def _check_lookahead(vllm_config: VllmConfig, policy: KVPolicyConfig) -> None:
         )
     if policy.steers:
         raise refuse(
-            "steering", "what is computed ahead would not be steered as the answer is", "Drop --kv-steering-vectors"
+            "steering", "tokens computed ahead would not be steered as the answer is", "Drop --kv-steering-vectors"
         )
 
 
-def _check_cache_dtype(name: str, _refuse: Callable[..., KVPolicyError]) -> None:
+def _check_cache_dtype(name: str, refuse: Refuse) -> None:
     from vllm.platforms import current_platform
 
     if name in ("auto", "bfloat16", "float16", "float32"):
         return
     remedy = "Use --kv-cache-dtype auto"
     if name not in FP8_CACHES:
-        raise _refuse(f"--kv-cache-dtype {name}", "only keys of one scale a layer can be scored", f"{remedy} or fp8")
+        raise refuse(f"--kv-cache-dtype {name}", "only keys with one scale per layer can be scored", f"{remedy} or fp8")
     if current_platform.is_fp8_fnuz():
-        raise _refuse(
+        raise refuse(
             f"--kv-cache-dtype {name} on this GPU", "it stores another float8 (fnuz), which cannot be scored", remedy
         )
     if current_platform.is_cpu():
         import vllm._custom_ops as custom_ops
 
         if custom_ops.cpu_has_amx_fp8():
-            raise _refuse(
-                f"--kv-cache-dtype {name} on this CPU", "how vLLM packs pages for AMX-FP8 is not known", remedy
+            raise refuse(
+                f"--kv-cache-dtype {name} on this CPU", "how vLLM packs blocks for AMX-FP8 is not known", remedy
             )
 
 
@@ -188,7 +202,7 @@ def _check_steering(vllm_config: VllmConfig, policy: KVPolicyConfig) -> None:
     model = vllm_config.model_config
     refuse = functools.partial(_refuse, flag="--kv-steering-vectors")
     if model.skip_tokenizer_init:
-        raise refuse("--skip-tokenizer-init", "thoughts are found by the tokenizer", "Drop --skip-tokenizer-init")
+        raise refuse("--skip-tokenizer-init", "the tokenizer is needed to find thoughts", "Drop --skip-tokenizer-init")
     _check_hooks(vllm_config, refuse, "the coefficients")
     for name, vector in zip(policy.kv_steering_vectors, policy.load_vectors(), strict=True):
         try:
@@ -197,8 +211,8 @@ def _check_steering(vllm_config: VllmConfig, policy: KVPolicyConfig) -> None:
             raise KVPolicyError(f"kv_steering_vectors: {name}: {error}") from None
 
 
-def _check_hooks(vllm_config: VllmConfig, refuse: Callable[..., KVPolicyError], content: str) -> None:
-    """Refuse what hooks in the model cannot live with; `content` is what their buffers hold."""
+def _check_hooks(vllm_config: VllmConfig, refuse: Refuse, content: str) -> None:
+    """Refuse features that hooks in the model cannot work with; `content` names what their buffers hold."""
     from vllm.platforms import current_platform
 
     parallel = vllm_config.parallel_config
@@ -218,10 +232,10 @@ def _check_hooks(vllm_config: VllmConfig, refuse: Callable[..., KVPolicyError], 
 
 
 def check_kv_cache(kv_cache_config: KVCacheConfig, policy: KVPolicyConfig) -> None:
-    """Refuse cache layouts other than one group of full-attention layers, each with a key and a value a token.
+    """Refuse cache layouts other than one group of full-attention layers with one key and one value per token.
 
     Raises:
-        KVPolicyError: naming the specs found, or what is different about them.
+        KVPolicyError: naming the specs found, or how they differ.
     """
     from vllm.v1.kv_cache_interface import FullAttentionSpec
 
@@ -231,25 +245,25 @@ def check_kv_cache(kv_cache_config: KVCacheConfig, policy: KVPolicyConfig) -> No
         found = ", ".join(type(spec).__name__ for spec in specs) or "none"
         raise refuse(f"this model's KV cache ({found})", "it must be one group of full-attention layers", OTHER_MODEL)
     (spec,) = specs
-    # Without its hybrid manager (on CPUs, and for chunked attention anywhere) vLLM calls local layers full ones.
+    # Without its hybrid manager (on CPUs, and for chunked attention everywhere) vLLM declares local layers as full.
     for name in ("sliding_window", "attention_chunk_size", "non_causal"):
         if value := getattr(spec, name):
             raise refuse(f"attention with {name}={value}", "its mask needs the positions of all tokens", OTHER_MODEL)
     packed = (spec.num_head_slots, spec.state_content_bytes, spec.tokens_per_state) != (None, None, 1)
     if packed or spec.head_size_v != spec.head_size:
         raise refuse(
-            f"this model's KV pages (keys of {spec.head_size} and values of {spec.head_size_v}, "
+            f"this model's KV blocks (keys of {spec.head_size} and values of {spec.head_size_v}, "
             f"{spec.num_head_slots or spec.num_kv_heads} cells for {spec.num_kv_heads} heads)",
-            "a page must hold a key and a value of the same size for every token and head",
+            "a block must hold a key and a value of the same size for every token and head",
             OTHER_MODEL,
         )
 
 
 def check_attention(impls: Iterable[Any]) -> None:
-    """Refuse attention that would not read compacted pages as they are meant.
+    """Refuse attention that would misread compacted blocks.
 
     Args:
-        impls: vLLM's attention implementations, one a layer.
+        impls: vLLM's attention implementations, one per layer.
 
     Raises:
         KVPolicyError: for the first one found.
@@ -258,10 +272,10 @@ def check_attention(impls: Iterable[Any]) -> None:
         if type(impl).__name__ not in BACKENDS:
             raise _refuse(
                 f"the attention of {type(impl).__name__}",
-                "how it reads pages was not tested",
+                "how it reads blocks was not tested",
                 f"Use --attention-backend {', '.join(BACKENDS.values())}",
             )
         if impl.alibi_slopes is not None:
-            raise _refuse("ALiBi", "its bias counts the tokens between two slots, some of them evicted", OTHER_MODEL)
+            raise _refuse("ALiBi", "its bias counts the tokens between two slots, including evicted ones", OTHER_MODEL)
         if impl.kv_sharing_target_layer_name is not None:
-            raise _refuse("layers that share a cache", "each of them would evict other tokens of it", OTHER_MODEL)
+            raise _refuse("layers that share a cache", "each layer would evict different tokens", OTHER_MODEL)

@@ -1,8 +1,8 @@
-"""Version gate: what we override or call must be written as it was when it was tested.
+"""Version check: refuse a vLLM in which code that we override, wrap or call differs from the tested one.
 
-`tested.json` has the signature and the hash of each such class and method, for vLLM as it comes and with the patches
-of this repository. It is written by `python -m skipkv_vllm.integration.compat.record`. The check reads vLLM's files as
-text: it imports none of them, and a file that is the tested one to the byte is not even parsed.
+`tested.json` records the signature and the hash of each such class and function, for stock vLLM and for vLLM with the
+patches of this repository; `python -m skipkv_vllm.integration.compat.record` writes it. The check reads vLLM's files as
+text and imports none of them. A file that is byte for byte the tested one is not parsed.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ...core.errors import KVPolicyError
-from . import sources
+from . import source_hashes
 
 SUPPORTED_VLLM = "0.32"
 TESTED = Path(__file__).with_name("tested.json")
@@ -30,17 +30,17 @@ logger = logging.getLogger("vllm.skipkv")
 
 @functools.cache
 def tested() -> dict[str, Any]:
-    """The record: `vllm` (version), `files` (hashes by file) and `symbols` (signatures and hashes by symbol)."""
+    """Return the record: `vllm` (version), `files` (hashes by file) and `symbols` (signatures and hashes by symbol)."""
     return json.loads(TESTED.read_text())
 
 
 def vllm_root() -> Path:
-    """Folder of the vLLM that this process imports.
+    """Return the folder of the vLLM that this process imports.
 
     Raises:
         ImportError: vLLM is not installed.
     """
-    spec = importlib.util.find_spec(sources.PACKAGE)
+    spec = importlib.util.find_spec(source_hashes.PACKAGE)
     if spec is None or spec.origin is None:
         raise ImportError("vLLM is not installed")
     return Path(spec.origin).parent
@@ -51,7 +51,7 @@ def check_vllm() -> None:
     """Refuse a vLLM that this package was not tested with.
 
     Raises:
-        KVPolicyError: naming every symbol that differs and the ways out.
+        KVPolicyError: naming every symbol that differs and the remedies.
     """
     check_version()
     check_sources()
@@ -61,7 +61,7 @@ def check_version() -> None:
     """Refuse another minor version.
 
     Raises:
-        KVPolicyError: naming both versions and the ways out.
+        KVPolicyError: naming both versions and the remedies.
     """
     import vllm
 
@@ -71,10 +71,10 @@ def check_version() -> None:
 
 
 def check_sources() -> None:
-    """Refuse a vLLM whose code differs where it matters to us.
+    """Refuse a vLLM in which a recorded symbol differs.
 
     Raises:
-        KVPolicyError: naming every symbol that differs and the ways out.
+        KVPolicyError: naming every symbol that differs and the remedies.
     """
     wrong = differences(vllm_root()) + replaced()
     if wrong:
@@ -82,9 +82,9 @@ def check_sources() -> None:
 
 
 def is_tested(symbol: str) -> bool:
-    """Whether this vLLM has a symbol as it was tested, or the operator allowed an untested vLLM.
+    """Return whether a symbol of this vLLM is the tested one, or the operator allowed an untested vLLM.
 
-    For what must be hooked before it is known whether a policy is asked for: elsewhere vLLM is left alone.
+    For hooks that must be installed before it is known whether a policy is requested; an unknown vLLM gets none.
 
     Args:
         symbol: one of the record.
@@ -100,20 +100,20 @@ def _refuse(what: str) -> None:
     version = tested()["vllm"]
     if _is_overridden():
         logger.warning(
-            "SkipKV: WARNING: %s. Started all the same because %s=1: answers may be WRONG WITHOUT A SIGN. "
-            "Compare them with the same requests without --kv-policy.",
+            "SkipKV: %s. Starting anyway because %s=1: outputs may be silently wrong. Compare them with the outputs of "
+            "the same requests without --kv-policy.",
             what,
             OVERRIDE,
         )
         return
     raise KVPolicyError(
-        f"{what}. Ways out: run `pip install 'vllm=={version}'`; install a skipkv-vllm release made for your vLLM; "
-        f"start without --kv-policy; or, at your own risk, set {OVERRIDE}=1 (wrong answers would not be noticed)"
+        f"{what}. Remedies: run `pip install 'vllm=={version}'`; install a skipkv-vllm release for your vLLM; start "
+        f"without --kv-policy; or, at your own risk, set {OVERRIDE}=1 (outputs may then be silently wrong)"
     )
 
 
 def differences(root: Path, symbols: Iterable[str] | None = None) -> list[str]:
-    """What a vLLM has other than the record, a phrase for each symbol.
+    """Describe how a vLLM differs from the record, one phrase a symbol.
 
     Args:
         root: folder of the package `vllm`.
@@ -122,13 +122,13 @@ def differences(root: Path, symbols: Iterable[str] | None = None) -> list[str]:
     record, wrong = tested(), []
     by_file: dict[str, list[str]] = {}
     for name in record["symbols"] if symbols is None else symbols:
-        by_file.setdefault(sources.split(name)[0], []).append(name)
+        by_file.setdefault(source_hashes.split(name)[0], []).append(name)
     for file, names in by_file.items():
-        text = sources.read(root, file)
-        if (sources.digest(text) if text is not None else None) in record["files"][file]:
+        text = source_hashes.read(root, file)
+        if (source_hashes.digest(text) if text is not None else None) in record["files"][file]:
             continue
         try:
-            found = sources.symbols(text) if text is not None else {}
+            found = source_hashes.symbols(text) if text is not None else {}
         except SyntaxError as error:
             wrong.append(f"{file} cannot be parsed ({error})")
             continue
@@ -136,24 +136,25 @@ def differences(root: Path, symbols: Iterable[str] | None = None) -> list[str]:
     return wrong
 
 
-def _difference(name: str, found: dict[str, sources.Symbol], variants: list[list[str] | None]) -> str | None:
-    _, path = sources.split(name)
+def _difference(name: str, found: dict[str, source_hashes.Symbol], variants: list[list[str] | None]) -> str | None:
+    _, path = source_hashes.split(name)
     symbol = found.get(path)
     if symbol is None:
-        # Only patched copies have it, or none has it any more.
-        return None if None in variants else f"{name} is gone"
-    known = [sources.Symbol(*variant) for variant in variants if variant is not None]
+        # A variant of None: the symbol exists in patched copies only.
+        return None if None in variants else f"{name} is missing"
+    known = [source_hashes.Symbol(*variant) for variant in variants if variant is not None]
     if symbol in known:
         return None
     if symbol.signature not in {variant.signature for variant in known}:
         return f"{name} has the signature {symbol.signature} instead of {known[0].signature}"
-    return f"{name} has other code (hash {symbol.digest} instead of {known[0].digest})"
+    return f"{name} has different code (hash {symbol.digest} instead of {known[0].digest})"
 
 
 def replaced() -> list[str]:
-    """Functions that something else in this process has put in the place of vLLM's, a phrase for each.
+    """Describe the vLLM functions that other code in this process has replaced, one phrase each.
 
-    Only modules that are loaded already are looked at. A wrapper that names what it wraps (`functools.wraps`) passes.
+    Only modules that are already loaded are checked. A wrapper that names the wrapped function (`functools.wraps`) is
+    allowed.
     """
     wrong = []
     for name in tested()["symbols"]:
@@ -163,7 +164,7 @@ def replaced() -> list[str]:
             continue
         found: Any = module
         for part in path.split("."):
-            # What a class inherits is watched where it is defined.
+            # An inherited method is recorded under the class that defines it.
             found = vars(found).get(part) if hasattr(found, "__dict__") else None
         function = inspect.unwrap(getattr(found, "__func__", found))
         if inspect.isfunction(function) and function.__code__.co_filename != module.__file__:

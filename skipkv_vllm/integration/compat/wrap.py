@@ -1,4 +1,4 @@
-"""Wrap a function of vLLM, once a process."""
+"""Wrap a function of vLLM, once per process."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def wrap(owner: Any, name: str, around: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
-    """Replace `owner.name` by what `around` makes of it; does nothing the second time.
+    """Replace `owner.name` with `around(owner.name)`; a second call does nothing.
 
     Args:
         owner: a class or module.

@@ -154,7 +154,7 @@ def test_a_length_that_full_kv_fails_does_not_count(run):
         (["--lengths", "150"], "--lengths 150 is out of range; allowed: at least 200"),
         (["--lengths", "300", "300"], "--lengths 300 300: give at least one value, and each once"),
         (["--kinds", "prose", "--lengths", "9000", "--questions", "9000"], "--questions 9000: there is text for"),
-        (["--model", "./nothing"], "--model ./nothing: there is no such folder; `make real-models`"),
+        (["--model", "./nothing"], "--model ./nothing: there is no such folder; give"),
         (["--ratio", "2", "2"], "--ratio 2 2: give at least one value, and each once"),
         (["--methods", "rkw"], "--methods='rkw' is unknown"),
     ],

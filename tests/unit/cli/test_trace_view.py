@@ -188,7 +188,7 @@ def test_what_a_requests_steering_came_to(tmp_path):
     counts = {"execution": 30, "reflection": 5, "transition": 2}
     shown = view(tmp_path, make_trace(request_steering=told | counts)).data["steering"]
     assert shown == {
-        "steering": "math, alpha 1.25 + 0.02 a thought that is no execution",
+        "steering": "math, alpha 1.25 + 0.02 per non-execution thought",
         "steered tokens": "12",
         "thoughts": "30 execution, 5 reflection, 2 transition",
     }
@@ -251,7 +251,7 @@ def test_tokens_unknown_to_the_tokenizer_are_numbers(tmp_path):
     trace.output_token_ids[2] = 10**6
     data = view(tmp_path, trace).data
     assert data["texts"][8] == "⟨1000000⟩"
-    assert "not in the tokenizer: 1" in data["notes"][0]
+    assert "tokens not in the tokenizer: 1" in data["notes"][0]
     assert data["texts"][9:] == view(tmp_path, make_trace()).data["texts"][9:]
 
 
@@ -333,12 +333,12 @@ def test_a_checkpoint_is_no_trace(tmp_path, capsys, metadata):
     ("change", "reason"),
     [
         (lambda t: {"life": t.life[1:]}, "but not as many lengths"),
-        (lambda t: {"kept": [*t.kept[:-1], t.kept[-1][:1]]}, "differ in their layers or heads"),
-        (lambda t: {"kept": [t.kept[0] + 20, *t.kept[1:]]}, "compaction 1 keeps tokens outside"),
-        (lambda t: {"kept": [t.kept[0] - 99, *t.kept[1:]]}, "compaction 1 keeps tokens outside"),
-        (lambda t: {"sentences": t.sentences + 10**4}, "sentences outside"),
-        (lambda t: {"similarity": t.similarity[1:]}, "not one similarity per pair"),
-        (lambda t: {"similarity": t.similarity * float("nan")}, "similarities that are no numbers"),
+        (lambda t: {"kept": [*t.kept[:-1], t.kept[-1][:1]]}, "different numbers of layers or heads"),
+        (lambda t: {"kept": [t.kept[0] + 20, *t.kept[1:]]}, "compaction 1 keeps tokens beyond"),
+        (lambda t: {"kept": [t.kept[0] - 99, *t.kept[1:]]}, "compaction 1 keeps tokens beyond"),
+        (lambda t: {"sentences": t.sentences + 10**4}, "sentences beyond"),
+        (lambda t: {"similarity": t.similarity[1:]}, "numbers of pairs and similarities differ"),
+        (lambda t: {"similarity": t.similarity * float("nan")}, "similarities that are not finite"),
         (lambda t: {"kept": [t.kept[0], t.kept[0] * 0 + torch.arange(BUDGET), *t.kept[2:]]}, "was evicted before"),
         (lambda t: {"kept": [kept[0] for kept in t.kept]}, "its 'kept/0' has the shape"),
         (lambda t: {"prompt_token_ids": t.prompt_token_ids[None]}, "its 'prompt_token_ids' has the shape"),
@@ -346,7 +346,7 @@ def test_a_checkpoint_is_no_trace(tmp_path, capsys, metadata):
         (lambda t: {"output_token_ids": t.output_token_ids - 10**6}, "negative token ids"),
         (lambda t: {"similar_pairs": t.similar_pairs[:, :1]}, "its 'similar_pairs' has the shape"),
         (lambda t: {"logical_length": t.logical_length.flip(0), "kept": [k[..., :1] * 0 for k in t.kept]}, "in order"),
-        (lambda t: {"parameters": ["model"]}, "its parameters are no object"),
+        (lambda t: {"parameters": ["model"]}, "its parameters are not an object"),
     ],
 )
 def test_a_damaged_trace(tmp_path, capsys, change, reason):
@@ -362,7 +362,7 @@ def test_a_trace_that_names_no_model(tmp_path, capsys):
     del trace.parameters["model"]
     trace.save(tmp_path / "a.safetensors")
     message = error_of(capsys, tmp_path / "a.safetensors")
-    assert "does not say which model wrote it; give its tokenizer with --tokenizer" in message
+    assert "does not name its model; give the model's tokenizer with --tokenizer" in message
     view(tmp_path, trace, "--tokenizer", bundled_model())
 
 

@@ -161,7 +161,7 @@ def test_one_half_chooses_and_the_other_reports(tmp_path, capsys):
     assert words[:7] == ["vllm", "serve", MODEL, "--kv-policy", "snapkv", "--kv-budget", "100"]
     shown = capsys.readouterr().out
     assert report["serve"] in shown
-    assert "it holds the limit of 0.05" in shown
+    assert "within the limit of 0.05" in shown
     # Of memory that nobody named.
     assert "requests fit at once" not in shown
     assert "capacity" not in report
@@ -197,8 +197,13 @@ def test_the_line_keeps_the_sinks_of_random(tmp_path):
     ("harms", "reporting", "words", "message"),
     [
         (HARMS, 1, ["--max-excess", "0.001"], "The best is snapkv at 200 with an excess of 0.0100, up to 0.0100"),
-        (HARMS, 2, [], "the reporting half does not hold --max-excess 0.05: its excess is 0.0800"),
-        (HARMS, 1, ["--request-length", "200"], "saves no memory for a request of 200 tokens"),
+        (
+            HARMS,
+            2,
+            [],
+            "the chosen candidate exceeds --max-excess 0.05 on the other half of the texts: its excess there is 0.0800",
+        ),
+        (HARMS, 1, ["--request-length", "200"], "saves memory for a request of 200 tokens"),
     ],
 )
 def test_a_limit_that_is_not_held_is_said_and_ends_with_3(tmp_path, capsys, harms, reporting, words, message):
@@ -208,7 +213,7 @@ def test_a_limit_that_is_not_held_is_said_and_ends_with_3(tmp_path, capsys, harm
     assert message in printed.err
     assert len(report["rows"]) == 4
     assert (tmp_path / "out/tune.svg").exists()
-    assert ("does NOT hold" in printed.out) == ("reporting" in message) == bool(report["chosen"])
+    assert ("NOT within" in printed.out) == ("other half" in message) == bool(report["chosen"])
 
 
 @pytest.mark.parametrize(
@@ -226,8 +231,8 @@ def test_a_limit_that_is_not_held_is_said_and_ends_with_3(tmp_path, capsys, harm
         (["--engine", '{"block_size": "16"}'], "--engine: block_size is '16'; allowed: a number"),
         (["--engine", '{"max_model_len": "auto"}'], "--engine: max_model_len is 'auto'; allowed: a number"),
         (["--engine", '{"dtype": 3}'], "--engine: dtype is 3; allowed: a string"),
-        (["--engine", '{"kv_budget": 64, "model": "x"}'], "--engine: kv_budget, model cannot be given here"),
-        (["--out", __file__], f"--out {__file__}: the folder cannot be made (File exists); choose another path"),
+        (["--engine", '{"kv_budget": 64, "model": "x"}'], "--engine: kv_budget, model cannot be set here"),
+        (["--out", __file__], f"--out {__file__}: the folder cannot be created (File exists); choose another path"),
         (["--methods", "full"], "--methods: full is always measured"),
     ],
 )

@@ -86,7 +86,7 @@ def test_a_vector_from_traces(files, capsys):
     # Two rules a problem: two thoughts that find, one that is done.
     assert (vector.execution, vector.transition) == (12, 0)
     assert vector.reflection > 5
-    assert "4 traces, thoughts: 12 execution" in out
+    assert "4 texts, thoughts: 12 execution" in out
     assert f"norm {vector.norm:.4g}" in out
     assert f"split-half cosine {vector.split_half_cosine:.4f}" in out
 
@@ -100,8 +100,8 @@ def test_traces_are_generated_graded_kept_and_balanced(files, answers, capsys, t
         *("--out", files["out"]),
     )
     assert code == 0, err
-    assert "3 traces of 200 tokens, 3 of 3 right, 0 cut off" in out
-    assert "2 traces, thoughts: 10 execution" in out
+    assert "3 texts of 200 tokens, 3 of 3 right, 0 truncated" in out
+    assert "2 texts, thoughts: 10 execution" in out
     rows = [json.loads(line) for line in kept.read_text().splitlines()]
     assert [row["correct"] for row in rows] == [True] * 3
     assert all(row["prompt"].endswith("<think>\n") for row in rows)
@@ -133,7 +133,7 @@ def test_auto_keeps_the_layer_whose_answers_are_short_and_right(files, answers, 
     ("changes", "message"),
     [
         ({"--layer": "4"}, r"layer=4 is out of range: .* has 4 layers; allowed: 0 to 3"),
-        ({"--layer": "last"}, "--layer 'last' is not made of int numbers or \"auto\", e.g. 16,20,24"),
+        ({"--layer": "last"}, "--layer 'last' must be integers separated by commas or \"auto\", e.g. 16,20,24"),
         ({"--layer": "auto"}, "--layer auto needs development problems"),
         ({"--traces": None}, "not both"),
         ({"--dataset": "math-train"}, "not both"),
@@ -141,7 +141,9 @@ def test_auto_keeps_the_layer_whose_answers_are_short_and_right(files, answers, 
         ({"--keywords": "seel"}, "keywords='seel' is neither"),
         ({"--dtype": "int8"}, "--dtype 'int8' is not one of: float32, bfloat16, float16"),
         ({"--min-thoughts": "1000"}, r"each side needs at least 1000 \(--min-thoughts\)"),
-        ({"--out": "none/v.safetensors"}, "the folder of none/v.safetensors does not exist"),
+        ({"--out": "none/v.safetensors"}, "--out none/v.safetensors: its folder does not exist"),
+        ({"--save-traces": "none/texts.jsonl"}, "--save-traces none/texts.jsonl: its folder does not exist"),
+        ({"--out": "/tmp"}, "--out /tmp: is a folder; name a file in it"),
         ({"--model": "none/such"}, "model='none/such' cannot be opened"),
         ({"--engine": "[]"}, r"--engine: .* is JSON but not an object"),
         # Everything enters the first layer in the same state.

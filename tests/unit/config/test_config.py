@@ -23,7 +23,7 @@ from skipkv_vllm.core.errors import KVPolicyError
 from skipkv_vllm.core.needs import IN_THE_CACHE, Need
 from skipkv_vllm.integration import compat
 from skipkv_vllm.integration.compat import refusals
-from skipkv_vllm.integration.compat import version as gate
+from skipkv_vllm.integration.compat import version as version_check
 from skipkv_vllm.integration.compat.flags import SCHEDULER, WORKERS
 from skipkv_vllm.plugin import register
 from skipkv_vllm.policies import base, make_policy, policy_names
@@ -861,7 +861,7 @@ def test_attention_that_would_misread_compacted_pages_is_refused():
 
 
 def test_every_attention_that_is_accepted_is_watched():
-    watched = {symbol.rpartition(":")[2] for symbol in gate.tested()["symbols"]}
+    watched = {symbol.rpartition(":")[2] for symbol in version_check.tested()["symbols"]}
     assert {f"{name}.forward" for name in refusals.BACKENDS} <= watched
 
 

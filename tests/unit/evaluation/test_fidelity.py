@@ -401,6 +401,10 @@ def arguments(*words: str, out: Path) -> list[str]:
         (["--num-seqs", "0"], "--num-seqs 0 is out of range"),
         (["--buffer", "0"], "kv_buffer=0"),
         (["--policy-config", '{"tova": {}}'], "--policy-config: tova is not one of --methods rkv"),
+        (
+            ["--methods", "trimkv"],
+            """--methods trimkv: needs the gates of --model; add --policy-config '{"trimkv": {""",
+        ),
         (["--policy-config", '{"rkv": 3}'], "--policy-config: 'rkv': 3 is not an object"),
         (["--policy-config", '{"rkv": {"mux": 1}}'], "'mux' is not a parameter of policy 'rkv'"),
         (["--policy-config", "{"], "--policy-config"),
@@ -454,7 +458,7 @@ def test_exit_statuses(error, status, capsys):
             raise error
 
     assert command.guarded("p", action) == status
-    assert ("run the same command to go on" in capsys.readouterr().err) == (status == 130)
+    assert ("run the same command again to resume" in capsys.readouterr().err) == (status == 130)
 
 
 def test_it_is_a_command_of_skipkv(capsys):

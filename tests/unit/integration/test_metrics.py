@@ -198,13 +198,13 @@ def test_metrics_that_cannot_be_made_do_not_stop_a_server(registry, monkeypatch)
 def test_a_client_whose_configuration_came_from_elsewhere_switches_the_seams_on(monkeypatch):
     from vllm.v1.engine.input_processor import InputProcessor
 
-    from skipkv_vllm.integration.compat import is_public, seams
+    from skipkv_vllm.integration.compat import hooks, is_public, request_checks
 
     if is_public("request check") and is_public("reports to metrics"):
-        assert InputProcessor.request_validators == [seams.check_request]
+        assert InputProcessor.request_validators == [request_checks.check_request]
         return
     enabled = []
-    monkeypatch.setattr(seams, "enable", enabled.append)
+    monkeypatch.setattr(hooks, "enable", enabled.append)
     for config in (WITH_POLICY, WITHOUT):
         # Nothing else of a configuration is there, so vLLM's own part fails.
         with pytest.raises(AttributeError):

@@ -18,7 +18,7 @@ import yaml
 from vllm.v1.metrics import loggers
 
 from skipkv_vllm.integration import metrics, metrics_page
-from skipkv_vllm.integration.compat import version as gate
+from skipkv_vllm.integration.compat import version as version_check
 
 ROOT = Path(__file__).parents[3]
 DOCS = ROOT / "docs"
@@ -232,7 +232,7 @@ def test_the_dockerfile_is_clean():
 
 
 def test_images_have_the_vllm_that_was_tested():
-    version = gate.tested()["vllm"]
+    version = version_check.tested()["vllm"]
     assert stages()["cuda"] == stages()["build-cuda"] == f"vllm/vllm-openai:v{version}"
     assert f"VLLM_VERSION={version}" in (ROOT / "scripts" / "bootstrap.sh").read_text()
     assert DOCKERFILE.count("check_sources()") == 2, "each image runs the check"
@@ -255,7 +255,7 @@ def test_environment_variables_are_in_the_handbook():
     files = [*(ROOT / "skipkv_vllm").rglob("*.py"), ROOT / "setup.py", ROOT / "scripts" / "bootstrap.sh"]
     read = r'(?:environ(?:\.get)?[(\[]|OVERRIDE = |\$\{)"?(SKIPKV_\w+)'
     names = {name for path in files for name in re.findall(read, path.read_text())}
-    assert {gate.OVERRIDE, "SKIPKV_OPS", "SKIPKV_DEVICE"} <= names
+    assert {version_check.OVERRIDE, "SKIPKV_OPS", "SKIPKV_DEVICE"} <= names
     assert {name for name in names if f"`{name}`" in ENVIRONMENT} == names
 
 

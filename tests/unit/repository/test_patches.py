@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from skipkv_vllm.integration.compat import version as gate
-from skipkv_vllm.integration.compat.public import SEAMS
+from skipkv_vllm.integration.compat import version
+from skipkv_vllm.integration.compat.seams import SEAMS
 
 REPOSITORY = Path(__file__).parents[3]
 spec = importlib.util.spec_from_file_location("apply_patches", REPOSITORY / "patches" / "apply.py")
@@ -28,7 +28,7 @@ LOOK = """
 import json
 from skipkv_vllm.integration import compat
 from skipkv_vllm.cli import doctor
-from skipkv_vllm.integration.compat.public import SEAMS, is_public
+from skipkv_vllm.integration.compat.seams import SEAMS, is_public
 import vllm
 compat.install()
 compat.check_vllm()
@@ -69,9 +69,9 @@ def test_every_seam_has_its_patch_and_every_patch_its_paragraph():
 
 
 @pytest.mark.parametrize("patch", PATCHES, ids=lambda patch: patch.stem)
-def test_each_patch_applies_alone_and_passes_the_gate(patch, tmp_path):
+def test_each_patch_applies_alone_and_passes_the_version_check(patch, tmp_path):
     apply_patches.apply([patch], tmp_path)
-    assert gate.differences(tmp_path / "vllm") == []
+    assert version.differences(tmp_path / "vllm") == []
     for file in apply_patches.touched_files(patch):
         compile((tmp_path / file).read_text(), file, "exec")
 
@@ -141,7 +141,7 @@ assert compat.received_report(stats) == {"compactions": 1.0}
 
 
 def test_a_copy_does_not_touch_the_original_and_is_small(patched):
-    original = gate.vllm_root()
+    original = version.vllm_root()
     file = "v1/metrics/stats.py"
     assert (patched / "vllm" / file).read_text() != (original / file).read_text()
     assert not (patched / "vllm" / file).is_symlink()
@@ -153,14 +153,14 @@ def test_a_copy_does_not_touch_the_original_and_is_small(patched):
 def test_a_patch_that_does_not_fit_is_named_and_leaves_nothing(tmp_path):
     wrong = tmp_path / "0009-wrong.patch"
     wrong.write_text(PATCHES[2].read_text().replace("num_common_prefix_blocks", "another_name"))
-    with pytest.raises(apply_patches.PatchError, match=r"0009-wrong\.patch does not fit"):
+    with pytest.raises(apply_patches.PatchError, match=r"0009-wrong\.patch does not apply"):
         apply_patches.apply([wrong], tmp_path / "copy")
     assert not (tmp_path / "copy").exists()
 
 
 def test_a_folder_with_something_else_is_not_deleted(tmp_path):
     (tmp_path / "vllm").mkdir()
-    with pytest.raises(apply_patches.PatchError, match="holds something else"):
+    with pytest.raises(apply_patches.PatchError, match="is not a patched copy"):
         apply_patches.apply(PATCHES, tmp_path)
     assert (tmp_path / "vllm").is_dir()
 

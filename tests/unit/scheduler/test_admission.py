@@ -16,10 +16,9 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 from skipkv_vllm.config import CONFIG_KEY, KVPolicyConfig, RequestOptions
 from skipkv_vllm.core.errors import KVPolicyError
 from skipkv_vllm.core.limits import Demand, Limits, most_tokens
-from skipkv_vllm.integration.compat import is_public
-from skipkv_vllm.integration.compat import pool as capacity
+from skipkv_vllm.integration.compat import is_public, pool
 from skipkv_vllm.integration.compat.pool import install_pool_check
-from skipkv_vllm.integration.compat.seams import check_request, has_policy, policy_config
+from skipkv_vllm.integration.compat.request_checks import check_request
 from skipkv_vllm.scheduler.admission import Ledger, limits_of
 
 PAGE = 16
@@ -228,7 +227,7 @@ def vllm_config():
 
 def check_pool(vllm_config, num_pages):
     """Run vLLM's check, as patched, with a pool of pages that requests can use."""
-    install_pool_check(has_policy, policy_config)
+    install_pool_check()
     spec = FullAttentionSpec(block_size=PAGE, num_kv_heads=2, head_size=32, dtype=torch.float32)
     needed = functools.partial(lambda config: spec.max_memory_usage_bytes(config), vllm_config)
     available = num_pages * spec.page_size_bytes
@@ -270,7 +269,7 @@ def request(num_prompt: int, max_tokens: int, resumable: bool = False, **options
 
 def check_fits_alone(vllm_config, config, one: SimpleNamespace) -> None:
     options = RequestOptions.parse(one.sampling_params.extra_args, config, vllm_config.model_config.max_model_len)
-    capacity.check_fits_alone(vllm_config, config, one, options)
+    pool.check_fits_alone(vllm_config, config, one, options)
 
 
 @pytest.mark.parametrize(
@@ -305,7 +304,7 @@ def test_a_request_that_could_outgrow_the_pool_is_refused_with_the_remedy(vllm_c
 def test_a_deferred_prompt_counts_whole(vllm_config):
     config = KVPolicyConfig.parse(CONFIG.model_dump() | {"kv_protect_prompt": False, "kv_defer_prompt": True})
     check_fits_alone(vllm_config, config, request(616, 2000))
-    with pytest.raises(KVPolicyError, match=r"holds its prompt of 617 tokens whole.; shorten it to at most 616 tokens"):
+    with pytest.raises(KVPolicyError, match=r"holds its whole prompt of 617 tokens.; shorten it to at most 616 tokens"):
         check_fits_alone(vllm_config, config, request(617, 2000))
 
 

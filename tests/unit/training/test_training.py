@@ -254,9 +254,13 @@ def test_a_layer_holds_only_its_input_for_the_backward_pass():
         (
             "Qwen2",
             {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
-            r"layer 1 of Qwen2ForCausalLM is 'sliding_attention'; gates are trained for models all of whose layers",
+            r"layer 1 of Qwen2ForCausalLM is 'sliding_attention'; gates can only be trained for models with",
         ),
-        ("Llama", {"hidden_act": "quick_gelu"}, r"'quick_gelu' is not known here \(known: silu, gelu"),
+        (
+            "Llama",
+            {"hidden_act": "quick_gelu"},
+            r"'quick_gelu' is not supported \(supported: silu, gelu.*\); choose another --model$",
+        ),
     ],
 )
 def test_models_that_the_engine_would_refuse(kind, changes, message):
@@ -348,8 +352,8 @@ def test_ctrl_c_writes_the_gates_as_they_are(capsys, folder, monkeypatch):
     monkeypatch.setattr(loop, "losses", interrupted)
     status, out, err = run(capsys, folder)
     assert status == 130
-    assert "gates.safetensors as it is after 2 of 4 steps" in out
-    assert "stopped; a further run begins anew" in err
+    assert "gates.safetensors after 2 of 4 steps" in out
+    assert "stopped; the next run starts from the beginning" in err
     told = metadata(folder / "gates.safetensors")
     assert told["steps_made"] == "2"
     assert "held_out_total_after" not in told
@@ -377,7 +381,7 @@ def test_a_training_that_diverges_fails(student):
         (["--out", "/tmp"], r"--out /tmp: is a folder; name a file"),
         (
             ["--out", "gates.pth"],
-            r"--out gates\.pth: files of that ending are read as PyTorch's; name it \.safetensors",
+            r"--out gates\.pth: this suffix is reserved for PyTorch files; use \.safetensors",
         ),
         (["--out", "/nowhere/gates.safetensors"], r"--out /nowhere/gates\.safetensors: its folder does not exist"),
         (["--model", "/nowhere"], r"--model /nowhere: there is no such folder"),
@@ -410,4 +414,4 @@ def test_one_text_is_not_enough(capsys, folder):
     (folder / "short.txt").write_text(tokenizer.decode(tokenizer((folder / "text.txt").read_text()).input_ids[:100]))
     status, _, err = run(capsys, folder, texts="short.txt")
     assert status == 2
-    assert "there is one text of --length 64, and one is held out; give more text" in err
+    assert "there is only one text of --length 64, and one must be held out; give more text" in err

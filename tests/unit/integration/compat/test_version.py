@@ -1,7 +1,8 @@
-"""The version gate: a vLLM that differs where it matters is refused by name, everything else passes."""
+"""The version check: a vLLM that differs where it matters is refused by name, everything else passes."""
 
 from __future__ import annotations
 
+import ast
 import functools
 import inspect
 import json
@@ -18,28 +19,28 @@ from vllm.v1.core.block_pool import BlockPool
 from skipkv_vllm.cli import doctor
 from skipkv_vllm.core.errors import KVPolicyError
 from skipkv_vllm.integration import compat
-from skipkv_vllm.integration.compat import record, sources
-from skipkv_vllm.integration.compat import version as gate
+from skipkv_vllm.integration.compat import record, source_hashes, watched
+from skipkv_vllm.integration.compat import version as version_check
 
 POOL = "v1/core/block_pool.py"
 
 
 @pytest.fixture(autouse=True)
 def uncached():
-    gate.check_vllm.cache_clear()
+    version_check.check_vllm.cache_clear()
     yield
-    gate.check_vllm.cache_clear()
+    version_check.check_vllm.cache_clear()
 
 
 @pytest.fixture
 def copied(tmp_path, monkeypatch) -> Path:
-    """The watched files of vLLM in a folder of their own, which the gate looks at."""
-    root = gate.vllm_root()
-    for file in gate.tested()["files"]:
+    """The watched files of vLLM in a folder of their own, which the check reads."""
+    root = version_check.vllm_root()
+    for file in version_check.tested()["files"]:
         if (root / file).exists():
             (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(root / file, tmp_path / file)
-    monkeypatch.setattr(gate, "vllm_root", lambda: tmp_path)
+    monkeypatch.setattr(version_check, "vllm_root", lambda: tmp_path)
     return tmp_path
 
 
@@ -62,7 +63,7 @@ def refusal() -> str:
 def test_another_vllm_is_refused(monkeypatch, version):
     monkeypatch.setattr(vllm, "__version__", version)
     message = refusal()
-    for part in (version, "0.32", "pip install", "without --kv-policy", gate.OVERRIDE):
+    for part in (version, "0.32", "pip install", "without --kv-policy", version_check.OVERRIDE):
         assert part in message
     with pytest.raises(KVPolicyError):
         compat.engine_arguments({"kv_policy": "rkv"}, {})
@@ -81,7 +82,7 @@ def test_patch_releases_are_fine_if_the_code_is(monkeypatch, version):
 
 def test_the_installed_vllm_passes(copied):
     compat.check_vllm()
-    assert gate.differences(copied) == []
+    assert version_check.differences(copied) == []
 
 
 def test_what_is_not_watched_may_change(copied):
@@ -94,7 +95,12 @@ def test_what_is_not_watched_may_change(copied):
 def test_changed_code_is_refused(copied):
     edit(copied / POOL, "    def free_blocks(", "    @staticmethod\n    def free_blocks(")
     message = refusal()
-    for part in ("block_pool:BlockPool.free_blocks", "other code", "pip install 'vllm==0.32.0'", gate.OVERRIDE):
+    for part in (
+        "block_pool:BlockPool.free_blocks",
+        "different code",
+        "pip install 'vllm==0.32.0'",
+        version_check.OVERRIDE,
+    ):
         assert part in message
     assert "get_new_blocks" not in message
 
@@ -112,7 +118,7 @@ def test_missing_symbols_are_refused_and_all_are_listed(copied):
     (copied / "v1/worker/gpu_worker.py").unlink()
     message = refusal()
     for name in ("BlockPool.evict_blocks", "Scheduler._free_request", "gpu_worker:Worker._make_model_runner"):
-        assert f"{name} is gone" in message
+        assert f"{name} is missing" in message
 
 
 def test_a_file_that_python_cannot_read_is_refused(copied):
@@ -123,15 +129,17 @@ def test_a_file_that_python_cannot_read_is_refused(copied):
 def test_a_changed_default_of_a_dataclass_is_refused(copied):
     path = copied / "v1/core/sched/output.py"
     edit(path, "preempted_req_ids: set[str] | None = None", "preempted_req_ids: list[str] | None = None")
-    assert "SchedulerOutput has other code" in refusal()
+    assert "SchedulerOutput has different code" in refusal()
 
 
 def test_indentation_and_blank_ends_do_not_count():
-    once = sources.symbols("class A:\n    @wrap\n    def f(self, x=1):\n        return x\n")
-    moved = sources.symbols("# moved\n\nclass A:\n    y = 2\n\n    @wrap\n    def f(self, x=1):   \n        return x\n")
+    once = source_hashes.symbols("class A:\n    @wrap\n    def f(self, x=1):\n        return x\n")
+    moved = source_hashes.symbols(
+        "# moved\n\nclass A:\n    y = 2\n\n    @wrap\n    def f(self, x=1):   \n        return x\n"
+    )
     assert once["A.f"] == moved["A.f"]
     assert once["A"] != moved["A"]
-    assert once["A.f"] != sources.symbols("class A:\n    def f(self, x=1):\n        return x\n")["A.f"]
+    assert once["A.f"] != source_hashes.symbols("class A:\n    def f(self, x=1):\n        return x\n")["A.f"]
 
 
 # ---- the way out for those who know better
@@ -139,16 +147,21 @@ def test_indentation_and_blank_ends_do_not_count():
 
 def test_the_override_starts_and_says_so_loudly(copied, monkeypatch, caplog):
     edit(copied / POOL, "def evict_blocks(", "def drop_blocks(")
-    monkeypatch.setenv(gate.OVERRIDE, "1")
+    monkeypatch.setenv(version_check.OVERRIDE, "1")
     compat.check_vllm()
-    for part in ("WARNING", "BlockPool.evict_blocks is gone", "WRONG", gate.OVERRIDE):
+    for part in (
+        "WARNING",
+        "BlockPool.evict_blocks is missing",
+        "outputs may be silently wrong",
+        version_check.OVERRIDE,
+    ):
         assert part in caplog.text
 
 
 @pytest.mark.parametrize("value", ["", "0", "yes"])
 def test_only_1_overrides(copied, monkeypatch, value):
     edit(copied / POOL, "def evict_blocks(", "def drop_blocks(")
-    monkeypatch.setenv(gate.OVERRIDE, value)
+    monkeypatch.setenv(version_check.OVERRIDE, value)
     refusal()
 
 
@@ -156,11 +169,11 @@ def test_doctor_lists_what_differs(copied, monkeypatch):
     edit(copied / POOL, "def evict_blocks(", "def drop_blocks(")
     findings = doctor.examine()
     assert not findings.healthy
-    assert any("BlockPool.evict_blocks is gone" in line for line in findings.lines if line.startswith("!"))
-    monkeypatch.setenv(gate.OVERRIDE, "1")
+    assert any("BlockPool.evict_blocks is missing" in line for line in findings.lines if line.startswith("!"))
+    monkeypatch.setenv(version_check.OVERRIDE, "1")
     lines = doctor.examine().lines
     assert any("UNTESTED" in line for line in lines)
-    assert any("BlockPool.evict_blocks is gone" in line for line in lines)
+    assert any("BlockPool.evict_blocks is missing" in line for line in lines)
 
 
 # ---- other plugins
@@ -201,29 +214,76 @@ def test_the_check_sees_vllms_own_method_behind_the_packages_wrapper(name):
 
 def test_every_overridden_method_is_in_the_record():
     names = record.symbol_names()
-    recorded = gate.tested()
+    recorded = version_check.tested()
     assert names == sorted(recorded["symbols"]), (
         "run: python -m skipkv_vllm.integration.compat.record (see CONTRIBUTING.md)"
     )
     # What is there is what would be written now; variants of patched copies come on top.
-    fresh = record.record([n for n in names if None not in recorded["symbols"][n]], [gate.vllm_root()], "0.32.0")
+    fresh = record.record(
+        [n for n in names if None not in recorded["symbols"][n]], [version_check.vllm_root()], "0.32.0"
+    )
     assert fresh["vllm"] == recorded["vllm"]
     for name, variants in fresh["symbols"].items():
         assert variants[0] in recorded["symbols"][name]
+
+
+MODULES = [path for path in Path(compat.__file__).parents[1].glob("*.py") if path.stem != "__init__"]
+
+
+def private_names(tree: ast.Module) -> set[str]:
+    """Private names that a module uses on any object and does not define itself."""
+    used = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute) and node.attr[0] == "_"}
+    own = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    for node in ast.walk(tree):
+        for target in getattr(node, "targets", [getattr(node, "target", None)]):
+            for each in ast.walk(target) if isinstance(target, ast.AST) else ():
+                name = getattr(each, "attr", getattr(each, "id", ""))
+                # Set on an object of vLLM's class as well, but declared by vLLM.
+                own |= {name} - watched.PRIVATE_NAMES.keys()
+    return {name for name in used - own if not name.startswith("__")}
+
+
+def test_every_private_name_of_vllm_is_in_the_table():
+    of_others = {"_asdict", "_is_amx_tile_supported", "_init_amx"}  # named tuples and PyTorch
+    trees = [ast.parse(path.read_text()) for path in MODULES]
+    found = set().union(*map(private_names, trees)) - of_others
+    assert found == {name for name in watched.PRIVATE_NAMES if name[0] == "_"}
+    assert "fake_free_list_head" in {node.attr for tree in trees for node in ast.walk(tree) if hasattr(node, "attr")}
+    root, symbols = version_check.vllm_root(), version_check.tested()["symbols"]
+    for name, definitions in watched.PRIVATE_NAMES.items():
+        assert symbols.keys() >= set(definitions)
+        assert name in "".join((root / source_hashes.split(each)[0]).read_text() for each in definitions)
+
+
+def test_every_subclass_of_a_vllm_class_is_in_the_table():
+    subclasses = set()
+    for path in MODULES:
+        tree = ast.parse(path.read_text())
+        of_vllm = {"_Base", "vllm"}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "vllm":
+                of_vllm |= {alias.name for alias in node.names}
+        for node in tree.body:
+            if isinstance(node, ast.ClassDef) and any(isinstance(part, ast.FunctionDef) for part in node.body):
+                bases = {ast.unparse(base).partition(".")[0] for base in node.bases}
+                if bases & of_vllm:
+                    subclasses.add(f"skipkv_vllm.integration.{path.stem}:{node.name}")
+    inherited = {name for name in watched.OVERRIDES if ":Hooked" in name}  # of our own adapters
+    assert subclasses == watched.OVERRIDES.keys() - inherited
 
 
 def test_record_finds_the_methods_of_a_subclass():
     base, own = "vllm.v1.core.block_pool:BlockPool", "skipkv_vllm.integration.block_manager:EvictingBlockManager"
     assert record._definition(BlockPool, "free_blocks") == f"{base}.free_blocks"
     assert record._definition(BlockPool, "no_such_method") is None
-    assert own in record.OVERRIDES
+    assert own in watched.OVERRIDES
     with pytest.raises(LookupError, match=r"BlockPool\.nothing"):
-        record.record([f"{base}.nothing"], [gate.vllm_root()], "0.32.0")
+        record.record([f"{base}.nothing"], [version_check.vllm_root()], "0.32.0")
 
 
 def test_the_record_is_in_the_package():
-    assert json.loads(gate.TESTED.read_text()) == gate.tested()
-    assert gate.TESTED.name in {p.name for p in Path(compat.__file__).parent.glob("*.json")}
+    assert json.loads(version_check.TESTED.read_text()) == version_check.tested()
+    assert version_check.TESTED.name in {p.name for p in Path(compat.__file__).parent.glob("*.json")}
 
 
 def test_the_check_of_sources_imports_no_part_of_vllm():

@@ -1,4 +1,4 @@
-"""What vLLM's code says, read as text: signature and hash of classes and functions, without importing anything."""
+"""Signatures and hashes of vLLM's classes and functions, read from its files as text without importing them."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ class Symbol(NamedTuple):
     """A class or function as its file defines it.
 
     Attributes:
-        signature: of a function, as Python writes it; of a class, its bases.
-        digest: hash of its source with decorators; indentation and blank ends of lines do not count.
+        signature: parameters of a function, or bases of a class.
+        digest: hash of the source with decorators; indentation and trailing blanks are ignored.
     """
 
     signature: str
@@ -24,24 +24,24 @@ class Symbol(NamedTuple):
 
 
 def digest(text: str) -> str:
-    """A short hash of a text."""
+    """Return a short hash of a text."""
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def split(name: str) -> tuple[str, str]:
-    """File and path of a symbol: `vllm.a.b:Class.method` is `Class.method` of `a/b.py`."""
+    """Split a symbol's name into file and path: `vllm.a.b:Class.method` is `Class.method` of `a/b.py`."""
     module, _, path = name.partition(":")
     return f"{module.removeprefix(f'{PACKAGE}.').replace('.', '/')}.py", path
 
 
 def read(root: Path, file: str) -> str | None:
-    """Text of a file of the package; None if it does not exist."""
+    """Return the text of a file of the package, or None if it does not exist."""
     path = root / file
     return path.read_text(encoding="utf-8") if path.is_file() else None
 
 
 def symbols(text: str) -> dict[str, Symbol]:
-    """Classes, functions and methods that a file defines at its top level, by path (`Class.method`)."""
+    """Return the classes, functions and methods that a file defines at its top level, by path (`Class.method`)."""
     lines = text.splitlines()
     found: dict[str, Symbol] = {}
 

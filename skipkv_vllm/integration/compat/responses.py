@@ -1,7 +1,7 @@
-"""What was evicted, told in every response: summed over its choices, and in the last chunks of a stream.
+"""Report evictions in every response: summed over its choices, and in the last events of a stream.
 
-The scheduler reports on each of its requests when it ends. vLLM makes a request of every choice and of every prompt,
-puts the report of one of them into the response, and drops it where it streams.
+The scheduler reports on each of its requests when the request ends. vLLM creates one request per choice and prompt,
+puts the report of only one of them into a response, and drops it from a stream.
 """
 
 from __future__ import annotations
@@ -15,25 +15,26 @@ from typing import Any
 
 from ...config import CONFIG_KEY
 from ...core.auxiliary import auxiliary, report_failure
-from .public import PLUGIN
+from .seams import PLUGIN
 from .wrap import wrap
 
-WHAT = "report evictions to a client"
+TASK = "report evictions to a client"
+"""For the log, see `report_failure`."""
 
 
 class Reports:
-    """The reports on the requests behind one response, added up as they arrive.
+    """Sum of the reports on the requests behind one response.
 
-    Whole numbers are counts and are summed, also those of steering. Text and fractions are settings, which all requests
+    Integers are counts and are summed, including those of steering. Text and fractions are settings, which all requests
     of a response share.
 
     Args:
-        num_requests: how many there are. The sum of several says how many it counts.
-        unit: what the response calls them.
+        num_requests: number of requests. A sum over several includes how many it covers.
+        unit: name of a request in the response.
 
     Attributes:
         total: the sum so far; None before the first report.
-        num_running: requests that have not ended; counted by `see`.
+        num_running: requests that have not ended; updated by `see`.
     """
 
     def __init__(self, num_requests: int = 1, unit: str = "choices") -> None:
@@ -46,16 +47,16 @@ class Reports:
 
     @classmethod
     def of(cls, owner: Any, *args: Any, **kwargs: Any) -> Reports:
-        """Those that an object of vLLM carries; new ones the first time."""
+        """Return the reports attached to an object of vLLM; attach new ones the first time."""
         if not hasattr(owner, PLUGIN):
             setattr(owner, PLUGIN, cls(*args, **kwargs))
         return getattr(owner, PLUGIN)
 
     def add(self, request: Hashable, params: dict[str, Any] | None) -> None:
-        """Take note of the `kv_transfer_params` of a request; they replace earlier ones of the same request."""
+        """Add the report in the `kv_transfer_params` of a request; it replaces an earlier one of the same request."""
         if not params or CONFIG_KEY not in params:
             return
-        with auxiliary(WHAT):
+        with auxiliary(TASK):
             report, before = params[CONFIG_KEY], self._reports.get(request)
             if report == before:
                 return
@@ -70,18 +71,19 @@ class Reports:
         return report | {self._unit: report.get(self._unit, 1)}
 
     def see(self, request: Hashable, output: Any) -> None:
-        """Take note of a `RequestOutput`."""
+        """Add the report of a `RequestOutput`, and count it if its request has ended."""
         self.add(request, output.kv_transfer_params)
         self.num_running -= output.finished
 
     def attach(self, params: dict[str, Any] | None) -> dict[str, Any] | None:
-        """Put the sum into `kv_transfer_params`; what others wrote there stays."""
+        """Put the sum into `kv_transfer_params`; other entries stay."""
         return params if self.total is None else (params or {}) | {CONFIG_KEY: self.total}
 
     def stamp(self, event: str) -> str:
         """Put the sum into a server-sent event, if it is one of the last and all requests have ended.
 
-        These are chunks with a finish reason or with the usage of the whole response, and Anthropic's `message_delta`.
+        The last events are chunks with a finish reason or the usage of the whole response, and Anthropic's
+        `message_delta`.
         """
         if self.total is None or self.num_running > 0:
             return event
@@ -93,7 +95,7 @@ class Reports:
         is_last = data.get("type") == "message_delta" if choices is None else all(map(_is_finished, choices))
         if not is_last:
             return event
-        # Spliced, so that every other byte stays as vLLM wrote it.
+        # Insert text, so that every other byte stays as vLLM wrote it.
         end = event.rindex("}")
         return f'{event[:end]},"kv_transfer_params":{json.dumps(self.attach(None))}{event[end:]}'
 
@@ -109,14 +111,15 @@ def _sum(one: Any, other: Any) -> Any:
 
 
 class Tap(AsyncGenerator[Any, None]):
-    """An asynchronous generator whose items go through a function; where that fails, as they are.
+    """Asynchronous generator that passes each item of a source through a function.
 
-    Nothing is held back, and the source ends when this does.
+    Items are not delayed. An item for which the function fails is passed on unchanged. Closing this generator closes
+    the source.
 
     Args:
         source: the generator.
         through: the function.
-        reports: what it knows of, for those who tap this generator again.
+        reports: the reports that the function updates, for a further `Tap` on this generator.
     """
 
     def __init__(self, source: AsyncIterator[Any], through: Callable[[Any], Any], reports: Reports) -> None:
@@ -137,12 +140,12 @@ class Tap(AsyncGenerator[Any, None]):
         try:
             return self._through(item)
         except Exception as error:
-            report_failure(WHAT, error)
+            report_failure(TASK, error)
             return item
 
 
 def _watch(source: AsyncIterator[Any], reports: Reports, request: Hashable = 0, is_merged: bool = False) -> Tap:
-    """Let `reports` see the outputs of a request, or the pairs of number and output of several merged."""
+    """Add the outputs of a request to `reports`, or those of a merged stream of pairs of number and output."""
 
     def through(item: Any) -> Any:
         reports.see(*item if is_merged else (request, item))
@@ -152,7 +155,7 @@ def _watch(source: AsyncIterator[Any], reports: Reports, request: Hashable = 0, 
 
 
 def install_reports() -> None:
-    """Sum what responses report in this process, which has an engine with a policy or talks to one. Idempotent."""
+    """Sum reports in the responses of this process, which runs an engine with a policy or is its client. Idempotent."""
     from vllm.v1.engine.output_processor import RequestState
 
     wrap(RequestState, "make_request_output", _sum_choices)
@@ -176,7 +179,7 @@ def _install_in_servers() -> None:
     for symbol, around in serving.items():
         module, _, path = symbol.partition(":")
         owner, _, name = path.partition(".")
-        with auxiliary(WHAT):
+        with auxiliary(TASK):
             wrap(getattr(importlib.import_module(f"vllm.entrypoints.{module}"), owner), name, around)
 
 
@@ -194,7 +197,7 @@ def _sum_choices(original: Callable[..., Any]) -> Callable[..., Any]:
         if self.parent_req is not None:
             reports = Reports.of(self.parent_req, self.parent_req.n)
             reports.add(self.request_id, kv_transfer_params)
-            # In every output from here on, because the client is told those of the last, whichever choice it is of.
+            # In every output from now on: vLLM sends the client those of the last output, whichever choice it is of.
             kv_transfer_params = reports.attach(kv_transfer_params)
         return original(
             self, new_token_ids, pooling_output, finish_reason, stop_reason, kv_transfer_params, *args, **kwargs
@@ -247,7 +250,7 @@ def _sum_conversations(original: Callable[..., Any]) -> Callable[..., Any]:
         tapped = [_watch(each, reports, number) for number, each in enumerate(generators)]
         response = await original(self, request, tapped, *args, **kwargs)
         if hasattr(response, "kv_transfer_params"):
-            # It is no error.
+            # Error responses have none.
             response.kv_transfer_params = reports.attach(response.kv_transfer_params)
         return response
 

@@ -1,4 +1,4 @@
-"""The ways into a server: what a request may ask on each of them, and how an error names what its caller wrote."""
+"""vLLM's endpoints: how callers write our options there, how errors name them, and which bodies are refused."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class Names(NamedTuple):
-    """What the callers of an entry point call the parts of a request that can be refused."""
+    """How callers of an endpoint name the fields that an error may refer to."""
 
     options: str = "vllm_xargs"
     max_tokens: str = "max_tokens"
@@ -22,7 +22,7 @@ class Names(NamedTuple):
 
 PYTHON = Names("SamplingParams.extra_args", "SamplingParams.max_tokens")
 TOKENS = Names("sampling_params.extra_args", "sampling_params.max_tokens")
-ENTRIES = {
+BY_REQUEST_ID = {
     "chatcmpl-": Names(),
     "cmpl-": Names(),
     "resp_": Names(max_tokens="max_output_tokens"),
@@ -30,20 +30,20 @@ ENTRIES = {
     "translate-": Names(max_tokens="max_completion_tokens"),
     "generate-tokens-": TOKENS,
 }
-"""How the ids begin that vLLM's endpoints give to requests; any other is that of a caller in Python."""
+"""Prefix that an endpoint gives to its request ids -> names; any other id comes from Python."""
 
 OPTION_FIELDS = {"vllm_xargs", *RequestOptions.model_fields}
-"""Fields of a request body, and names that belong into one of them."""
+"""The field of a request body that holds our options, and the options themselves."""
 
 
 def names_of(request_id: str) -> Names:
-    """What the caller of a request wrote, by its id."""
-    return next((names for prefix, names in ENTRIES.items() if request_id.startswith(prefix)), PYTHON)
+    """Return the names that the caller of a request used, by the request's id."""
+    return next((names for prefix, names in BY_REQUEST_ID.items() if request_id.startswith(prefix)), PYTHON)
 
 
 @contextlib.contextmanager
 def as_bad_request(names: Names) -> Iterator[None]:
-    """Errors of ours become those that vLLM's server answers with HTTP 400."""
+    """Turn a `KVPolicyError` into the error that vLLM's server answers with HTTP 400."""
     try:
         yield
     except KVPolicyError as error:
@@ -62,7 +62,7 @@ def _bad_request(error: KVPolicyError, names: Names) -> VLLMValidationError:
 
 
 def check_body(body: Any, config: KVPolicyConfig, max_model_len: int) -> None:
-    """Refuse what can be refused before a response begins.
+    """Refuse a bad request body before its response begins.
 
     Args:
         body: one of vLLM's models of a request body.
@@ -78,26 +78,26 @@ def check_body(body: Any, config: KVPolicyConfig, max_model_len: int) -> None:
             raise beam_search_error(config, "use_beam_search", "n samples several answers")
         undeclared = getattr(body, "model_extra", None) or {}
         for name in undeclared:
-            _check_field(name)
+            _check_undeclared(name)
         if isinstance(literal := undeclared.get("extra_body"), dict) and literal.keys() & OPTION_FIELDS:
             raise KVPolicyError(
-                "'extra_body' is an argument of OpenAI's Python client and is ignored in a request; write what it "
-                "holds at the top level",
+                "'extra_body' is an argument of OpenAI's Python client and is ignored in a request; write its fields "
+                "at the top level",
                 field="extra_body",
             )
         given = getattr(body, "vllm_xargs", None) if params is None else params.extra_args
         options = RequestOptions.parse(given if isinstance(given, dict) else None, config, max_model_len)
-        # A batch of chats passes on what it does not declare; other endpoints would ignore it.
+        # A batch of chats passes undeclared fields on; other endpoints would ignore them.
         is_read = "vllm_xargs" not in undeclared or hasattr(body, "to_chat_completion_request")
-        if not is_read and (asked := options.model_dump(exclude_none=True)):
+        if not is_read and (requested := options.model_dump(exclude_none=True)):
             raise KVPolicyError(
-                f"{', '.join(asked)} cannot be set for a request to this endpoint, which does not read vllm_xargs; "
-                "leave it out, and the server's own settings apply"
+                f"{', '.join(requested)} cannot be set for a request to this endpoint, which does not read vllm_xargs; "
+                "leave it out to use the server's settings"
             )
 
 
-def _check_field(name: str) -> None:
-    """Refuse an option that was written beside `vllm_xargs`, where vLLM ignores it."""
+def _check_undeclared(name: str) -> None:
+    """Refuse an option of ours outside `vllm_xargs`, where vLLM ignores it."""
     if name in RequestOptions.model_fields:
         raise KVPolicyError(
             f"{name!r} is ignored at the top level of a request; write it into vllm_xargs: "
@@ -108,18 +108,18 @@ def _check_field(name: str) -> None:
         RequestOptions.check_names([name])
 
 
-def beam_search_error(config: KVPolicyConfig, field: str, instead: str) -> KVPolicyError:
-    """Why there is no beam search on a server with a policy.
+def beam_search_error(config: KVPolicyConfig, field: str, alternative: str) -> KVPolicyError:
+    """Return the error for beam search on a server with a policy.
 
     Args:
         config: of the server.
-        field: how the caller asked for it.
-        instead: the way out that keeps the policy.
+        field: how the caller requested it.
+        alternative: what the caller can use with the policy.
     """
     flag = "--kv-policy" if config.evicts else "--kv-steering-vectors"
     return KVPolicyError(
-        f"{flag} does not support beam search: each step of a beam is a request of its own, which vLLM sends without "
-        "the options of yours (kv_policy, kv_budget, steering). "
-        f"Leave {field} out ({instead}), or use a server without {flag}",
+        f"{flag} does not support beam search: vLLM sends each step of a beam as a separate request, without the "
+        "options of the original one (kv_policy, kv_budget, steering). "
+        f"Leave {field} out ({alternative}), or use a server without {flag}",
         field=field,
     )

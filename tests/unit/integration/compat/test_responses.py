@@ -16,8 +16,8 @@ from vllm.v1.engine.output_processor import OutputProcessor, RequestOutputCollec
 from vllm.v1.engine.parallel_sampling import ParentRequest
 
 from skipkv_vllm.core import auxiliary
-from skipkv_vllm.integration.compat import install_reports, reports
-from skipkv_vllm.integration.compat.reports import Reports, Tap
+from skipkv_vllm.integration.compat import install_reports, responses
+from skipkv_vllm.integration.compat.responses import Reports, Tap
 
 install_reports()
 
@@ -165,7 +165,7 @@ def test_the_turns_of_a_response_are_summed():
     from vllm.entrypoints.openai.responses.context import ParsableContext
     from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
 
-    reports._install_in_servers()
+    responses._install_in_servers()
     context = ParsableContext(
         response_messages=[],
         tokenizer=None,

@@ -18,7 +18,7 @@ from vllm.sampling_params import BeamSearchParams
 from skipkv_vllm.config import KVPolicyConfig
 from skipkv_vllm.core.errors import KVPolicyError
 from skipkv_vllm.integration import compat
-from skipkv_vllm.integration.compat import seams
+from skipkv_vllm.integration.compat import request_checks
 from tests import entry_points
 from tests.entry_points import COMMANDS, ENDPOINTS, MAKERS, OTHER_ROUTES
 from tests.unit.config.test_config import make_vllm_config
@@ -34,7 +34,7 @@ def vllm_config(policy: dict | None) -> SimpleNamespace:
 
 def answer(body: object, policy: dict | None = POLICY) -> SimpleNamespace | None:
     """The error of the check before a response, None where it passes."""
-    seams._check_bodies()
+    request_checks._install_body_check()
     serving = BaseServing.__new__(BaseServing)
     serving.engine_client = SimpleNamespace(vllm_config=vllm_config(policy))
     serving.models = SimpleNamespace(is_base_model=lambda name: True)
@@ -154,7 +154,7 @@ def test_an_argument_of_a_client_that_became_a_field_is_refused():
     for literal in ({"kv_policy": "full"}, {"vllm_xargs": {"kv_policy": "full"}}):
         error = answer(body_of("/v1/completions", extra_body=literal))
         assert (error.code, error.param) == (400, "extra_body")
-        assert "write what it holds at the top level" in error.message
+        assert "write its fields at the top level" in error.message
     assert answer(body_of("/v1/completions", extra_body={"another": 1})) is None
 
 
@@ -173,7 +173,7 @@ def test_vllm_knows_the_field_of_the_options(path):
 
 @pytest.mark.parametrize(("policy", "flag"), [(POLICY, "--kv-policy"), (STEERING, "--kv-steering-vectors")])
 def test_beam_search_offline_is_refused(policy, flag):
-    seams._check_beam_search()
+    request_checks._install_beam_search_check()
     llm = LLM.__new__(LLM)
     llm.llm_engine = SimpleNamespace(vllm_config=vllm_config(policy))
     with pytest.raises(VLLMValidationError, match=rf"{flag} does not support beam search.*LLM\.generate takes"):
@@ -210,7 +210,7 @@ def test_an_error_names_what_its_caller_wrote(request_id, options, max_tokens):
             resumable=False,
         )
         with pytest.raises(VLLMValidationError) as refused:
-            seams.check_request(config, request)
+            request_checks.check_request(config, request)
         return refused.value.parameter, str(refused.value)
 
     assert parameter(20, 20, kv_budget=3)[0] == options

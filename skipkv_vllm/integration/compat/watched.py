@@ -1,0 +1,108 @@
+"""Everything of vLLM that this package overrides, wraps, calls or reads beyond its public interface, by symbol.
+
+`record` writes the hash of each of these symbols, and the version check compares them.
+"""
+
+from __future__ import annotations
+
+SCHEDULER = "vllm.v1.core.sched.scheduler:Scheduler"
+RUNNER_V1 = "vllm.v1.worker.gpu_model_runner:GPUModelRunner"
+RUNNER_V2 = "vllm.v1.worker.gpu.model_runner:GPUModelRunner"
+
+OVERRIDES = {
+    "skipkv_vllm.integration.scheduler:EvictionMixin": (
+        SCHEDULER,
+        "vllm.v1.core.sched.async_scheduler:AsyncScheduler",
+    ),
+    "skipkv_vllm.integration.block_manager:EvictingBlockManager": (
+        "vllm.v1.core.single_type_kv_cache_manager:FullAttentionManager",
+    ),
+    "skipkv_vllm.integration.waiting_queue:PrefillLengthQueue": ("vllm.v1.core.sched.request_queue:RequestQueue",),
+    "skipkv_vllm.integration.free_queue:GuardQueue": ("vllm.v1.core.kv_cache_utils:FreeKVCacheBlockQueue",),
+    "skipkv_vllm.integration.runner_v1:EvictingRunnerV1": (
+        RUNNER_V1,
+        "vllm.v1.worker.cpu_model_runner:CPUModelRunner",
+    ),
+    "skipkv_vllm.integration.runner_v1:HookedRunnerV1": (RUNNER_V1,),
+    "skipkv_vllm.integration.runner_v2:EvictingRunnerV2": (RUNNER_V2,),
+    "skipkv_vllm.integration.runner_v2:HookedRunnerV2": (RUNNER_V2,),
+    "skipkv_vllm.integration.workers:EvictingWorker": (
+        "vllm.v1.worker.gpu_worker:Worker",
+        "vllm.v1.worker.cpu_worker:CPUWorker",
+    ),
+    "skipkv_vllm.integration.cpu_worker:EvictingCPUWorker": ("vllm.v1.worker.cpu_worker:CPUWorker",),
+    "skipkv_vllm.integration.metrics:EvictionStatLogger": ("vllm.v1.metrics.loggers:StatLoggerBase",),
+    "skipkv_vllm.integration.llm:LLM": ("vllm.entrypoints.llm:LLM",),
+}
+"""Our classes -> the classes of vLLM whose methods they override; `record` finds the methods by comparing them."""
+
+PRIVATE_NAMES = {
+    "_pause_state": (f"{SCHEDULER}.__init__", f"{SCHEDULER}.schedule", f"{SCHEDULER}.set_pause_state"),
+    "_maybe_get_memory_pool_context": ("vllm.v1.worker.gpu_worker:Worker._maybe_get_memory_pool_context",),
+    "_k_scale": ("vllm.model_executor.layers.attention.attention:set_default_quant_scales",),
+    "fake_free_list_head": ("vllm.v1.core.kv_cache_utils:FreeKVCacheBlockQueue.__init__",),
+}
+"""Private attributes and methods of vLLM used outside this folder, not counting overridden methods -> the symbols that
+define them. `fake_free_list_head` has no underscore, but is an internal of its queue."""
+
+WRAPPED = (
+    "vllm.engine.arg_utils:EngineArgs.add_cli_args",
+    "vllm.engine.arg_utils:EngineArgs.from_cli_args",
+    "vllm.engine.arg_utils:EngineArgs.create_engine_config",
+    "vllm.v1.engine.input_processor:InputProcessor.__init__",
+    "vllm.v1.engine.input_processor:InputProcessor.process_inputs",
+    "vllm.v1.engine.output_processor:RequestState.make_request_output",
+    "vllm.entrypoints.anthropic.serving:AnthropicServingMessages.message_stream_converter",
+    "vllm.entrypoints.openai.chat_completion.batch_serving:OpenAIServingChatBatch.chat_completion_full_generator_batch",
+    "vllm.entrypoints.openai.chat_completion.serving:OpenAIServingChat.chat_completion_stream_generator",
+    "vllm.entrypoints.openai.completion.serving:OpenAIServingCompletion.completion_stream_generator",
+    "vllm.entrypoints.openai.completion.serving:OpenAIServingCompletion.request_output_to_completion_response",
+    "vllm.entrypoints.openai.responses.context:ParsableContext.append_output",
+    "vllm.entrypoints.scale_out.token_in_token_out.serving:ServingTokens.serve_tokens_stream_generator",
+    "vllm.entrypoints.serve.engine.serving:BaseServing._check_model",
+    "vllm.entrypoints.generate.beam_search.offline:BeamSearchOfflineMixin.beam_search",
+    "vllm.v1.core.kv_cache_utils:_check_enough_kv_cache_memory",
+    "vllm.v1.worker.block_table:MultiGroupBlockTable.compute_slot_mapping",
+    "vllm.v1.worker.gpu.model_states.default:DefaultModelState.prepare_attn",
+)
+"""Functions that we wrap or replace on an object."""
+
+RELIED_ON = (
+    # called, or read in detail
+    "vllm.distributed.parallel_state:initialize_model_parallel",
+    "vllm.forward_context:set_forward_context",
+    "vllm.v1.core.kv_cache_manager:KVCacheManager.truncate_computed_blocks",
+    "vllm.v1.core.block_pool:BlockPool.free_blocks",
+    "vllm.v1.core.block_pool:BlockPool.get_new_blocks",
+    "vllm.v1.core.block_pool:BlockPool.evict_blocks",
+    "vllm.v1.core.block_pool:BlockPool.get_num_free_blocks",
+    "vllm.v1.core.kv_cache_utils:KVCacheBlock",
+    "vllm.v1.core.sched.output:SchedulerOutput",
+    "vllm.v1.metrics.stats:SchedulerStats",
+    "vllm.v1.worker.block_table:BlockTable.add_row",
+    "vllm.v1.worker.block_table:BlockTable.append_row",
+    "vllm.v1.worker.block_table:BlockTable.compute_slot_mapping",
+    "vllm.v1.worker.block_table:MultiGroupBlockTable.add_row",
+    f"{RUNNER_V1}._build_attention_metadata",
+    f"{RUNNER_V1}._update_states",
+    "vllm.v1.worker.gpu_model_runner:ExecuteModelState",
+    "vllm.v1.worker.utils:AttentionGroup.get_metadata_builder",
+    "vllm.v1.attention.backend:CommonAttentionMetadata",
+    "vllm.v1.attention.backend:AttentionMetadataBuilder.build",
+    "vllm.v1.worker.gpu.block_table:BlockTables.append_block_ids",
+    "vllm.v1.worker.gpu.block_table:BlockTables.compute_slot_mappings",
+    "vllm.v1.worker.gpu.input_batch:InputBatch",
+    "vllm.v1.worker.cpu_worker:CPUWorker.init_device",
+    # must keep doing what they do
+    "vllm.outputs:RequestOutput.add",
+    "vllm.v1.engine.parallel_sampling:ParentRequest.get_outputs",
+    "vllm.v1.core.kv_cache_utils:get_kv_cache_configs",
+    "vllm.v1.core.kv_cache_manager:KVCacheManager.allocate_slots",
+    f"{SCHEDULER}.reset_prefix_cache",
+    "vllm.device_allocator.sleep_mode_backend:CuMemBackend.suspend",
+    "vllm.v1.attention.backends.cpu_attn:CPUAttentionBackendImpl.forward",
+    "vllm.v1.attention.backends.flash_attn:FlashAttentionImpl.forward",
+    "vllm.v1.attention.backends.flashinfer:FlashInferImpl.forward",
+    "vllm.v1.attention.backends.triton_attn:TritonAttentionImpl.forward",
+)
+"""Functions and classes that we call, read or depend on where no subclass shows it."""
