@@ -1,5 +1,6 @@
-// `compact_pages`: moves survivors to the front of their request's pages, in place.
-#include "ops.h"
+// `compact_pages`: moves the kept tokens to the front of their request's pages, in place.
+#include "arguments.h"
+#include "operators.h"
 #include "parallel.h"
 
 #include <cstring>
@@ -45,7 +46,7 @@ inline void copy_cell(const Pages& p, const char* from, char* to) {
   }
 }
 
-// What one request, layer and head needs.
+// The compaction of one row.
 struct Job {
   const int32_t *source_table, *target_table, *positions;
   int64_t keep;
@@ -80,7 +81,7 @@ void compact_head(const Pages& p, const Job& job, char* layer, int64_t head) {
   }
 }
 
-// A wrong move would read or write foreign memory. Page ids of sources past `keep` are checked here too.
+// Checks the moves, of which a wrong one would reach foreign memory, and the page ids of sources past `keep`.
 void check_moves(const Pages& p, const Job& job, int64_t old_width, int64_t width, int64_t num_pages,
                  int64_t max_moves) {
   STD_TORCH_CHECK(0 <= job.moves && job.moves <= max_moves, "skipkv_cpu: count=", job.moves, " of ", max_moves);

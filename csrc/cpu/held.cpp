@@ -1,5 +1,6 @@
-// `held_positions` and `token_penalties`: what a compaction must know of the tokens that are held.
-#include "ops.h"
+// `held_positions` and `token_penalties`: the positions and the penalties of resident tokens.
+#include "arguments.h"
+#include "operators.h"
 
 #include <algorithm>
 #include <cstring>
@@ -7,7 +8,7 @@
 namespace skipkv {
 namespace {
 
-// Rows of n numbers that are worth a thread of their own.
+// Returns how many rows of n numbers are worth a thread.
 int64_t grain(int64_t n) { return std::max<int64_t>(1, 16384 / std::max<int64_t>(1, n)); }
 
 }  // namespace
@@ -73,7 +74,7 @@ Tensor token_penalties(const Tensor& ends, const Tensor& penalties, const Tensor
     const float* const penalty = penalties.const_data_ptr<float>() + slot * most;
     const int64_t begins = firsts.const_data_ptr<int64_t>()[slot];
     const int32_t* const held = position + r * rows * length;
-    // All rows hold much the same positions, so what a position costs is looked up once. What lies past a request's
+    // Rows have mostly the same positions, so the penalty of each position is looked up once. Entries past a request's
     // tokens may be any number.
     int64_t longest = 0;
     for (int64_t i = 0; i < rows * length; ++i) longest = std::max<int64_t>(longest, held[i] + int64_t{1});

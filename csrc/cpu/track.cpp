@@ -1,5 +1,6 @@
-// `track_sentences`: runs at every step, over the few tokens of each request.
-#include "ops.h"
+// `track_sentences`: runs at every step, over the request's few tokens of the step.
+#include "arguments.h"
+#include "operators.h"
 
 namespace skipkv {
 

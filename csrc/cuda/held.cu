@@ -1,7 +1,8 @@
-// `held_positions` and `token_penalties`: a thread for every held token.
+// `held_positions` and `token_penalties`: a thread for every resident token.
+#include "arguments.h"
 #include "device.cuh"
 #include "launch.cuh"
-#include "ops.h"
+#include "operators.h"
 
 namespace skipkv {
 namespace {

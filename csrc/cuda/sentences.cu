@@ -1,7 +1,8 @@
-// `sentence_similarity`: the new sentences of all requests against all earlier ones.
+// `sentence_similarity`: compares the new sentences of all requests with all earlier ones.
+#include "arguments.h"
 #include "device.cuh"
 #include "launch.cuh"
-#include "ops.h"
+#include "operators.h"
 
 namespace skipkv {
 namespace {
@@ -21,7 +22,7 @@ struct Sentences {
   bool latest;
 };
 
-// A warp compares one earlier sentence with all new ones, oldest first.
+// Compares earlier sentences with all new ones, oldest first; a warp an earlier sentence.
 template <class T>
 __global__ void __launch_bounds__(kThreads) compare_sentences(Sentences s) {
   const int64_t blocks = ceil_div(s.held, kWarps);
@@ -51,7 +52,7 @@ __global__ void __launch_bounds__(kThreads) compare_sentences(Sentences s) {
   if (lane == 0) *penalty = s.latest ? newest : fmaxf(known, highest);
 }
 
-// After all warps of a request have read where the last call stopped.
+// Updates `compared`, in a launch of its own because every warp of a request reads the old value.
 __global__ void note_compared(Sentences s) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (i < s.requests) s.compared[s.slots[i]] = s.count[s.slots[i]];

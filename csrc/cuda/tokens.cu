@@ -1,7 +1,8 @@
-// `observe_queries` and `steer_add`, fit for CUDA graphs: nothing but a launch, and no numbers read on the host.
+// `record_queries` and `steer_add`, fit for CUDA graphs: one launch each, and no device values read on the host.
 #include "device.cuh"
 #include "launch.cuh"
-#include "ops.h"
+#include "operators.h"
+#include "pages.h"
 
 namespace skipkv {
 namespace {
@@ -17,7 +18,7 @@ struct Queries {
   int width, size;
 };
 
-// `rows[index[t]] = query[t]`; a block a token.
+// Copies `query[t]` to `rows[index[t]]`; a block a token.
 template <class Unit>
 __global__ void __launch_bounds__(kThreads) copy_queries(Queries q) {
   const Unit* from = static_cast<const Unit*>(q.query) + blockIdx.x * q.token_stride;
@@ -48,7 +49,7 @@ struct Steering {
   int size;
 };
 
-// A block a token. Rounds as PyTorch does: no fused multiplication and addition.
+// Adds the steering vector of a token; a block a token. Not fused, because PyTorch rounds the product.
 template <class T>
 __global__ void __launch_bounds__(kThreads) add_steering(Steering s) {
   const int64_t token = blockIdx.x;
@@ -68,7 +69,7 @@ __global__ void __launch_bounds__(kThreads) add_steering(Steering s) {
 
 }  // namespace
 
-void observe_queries(const Tensor& query, const Tensor& index, const Tensor& rows) {
+void record_queries(const Tensor& query, const Tensor& index, const Tensor& rows) {
   const ScalarType type = query.scalar_type();
   check(query, "query", type, {-1, -1, -1});
   const int64_t tokens = query.size(0), heads = query.size(1), dim = query.size(2);
@@ -80,16 +81,16 @@ void observe_queries(const Tensor& query, const Tensor& index, const Tensor& row
                   "skipkv_cuda: each of rows must be contiguous");
 
   const Guard guard(query.get_device_index());
-  const Tensor asked = dim <= 1 || query.stride(2) == 1 ? query : torch::stable::contiguous(query);
+  const Tensor from = dim <= 1 || query.stride(2) == 1 ? query : torch::stable::contiguous(query);
   const int element = static_cast<int>(query.element_size());
   // A single head or token has no next one.
-  const int64_t head_stride = heads > 1 ? asked.stride(1) : dim;
-  const int64_t token_stride = tokens > 1 ? asked.stride(0) : 0;
-  const Queries q{asked.const_data_ptr(), data<const int64_t>(index), rows.mutable_data_ptr(),
+  const int64_t head_stride = heads > 1 ? from.stride(1) : dim;
+  const int64_t token_stride = tokens > 1 ? from.stride(0) : 0;
+  const Queries q{from.const_data_ptr(), data<const int64_t>(index), rows.mutable_data_ptr(),
                   token_stride,           head_stride,                rows.stride(0),
                   static_cast<int>(dim),  static_cast<int>(heads * dim)};
   const int unit =
-      copy_unit({dim * element, head_stride * element, token_stride * element, q.row_stride * element}, {asked, rows});
+      copy_unit({dim * element, head_stride * element, token_stride * element, q.row_stride * element}, {from, rows});
   const cudaStream_t stream = current_stream(query);
   switch (unit) {
     case 16:

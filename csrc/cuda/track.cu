@@ -1,7 +1,10 @@
-// `track_sentences`: one block a request, one launch a step.
+// `track_sentences`: one launch a step, one block a request.
+#include "arguments.h"
 #include "device.cuh"
 #include "launch.cuh"
-#include "ops.h"
+#include "operators.h"
+
+#include "common/epsilon.h"
 
 namespace skipkv {
 namespace {
@@ -36,12 +39,12 @@ struct Tracking {
 
 __device__ bool is_delimiter(const Tracking& s, int64_t token) { return s.delimiters[s.ids[token]]; }
 
-// The first delimiter from `from` on of the tokens up to `end`, or kNone; the whole block takes part.
+// Returns the first delimiter of the tokens from `from` to `end`, or kNone; called by all threads of the block.
 __device__ int next_delimiter(const Tracking& s, int64_t begin, int from, int end, int* found) {
   for (int start = from; start < end; start += kThreads) {
     const int own = start + static_cast<int>(threadIdx.x);
     const bool hit = own < end && is_delimiter(s, begin + own);
-    // Whoever still reads the last answer comes first.
+    // All threads have read the previous result.
     __syncthreads();
     if (threadIdx.x == 0) *found = kNone;
     __syncthreads();
@@ -72,8 +75,8 @@ __device__ void store(const Tracking& s, int64_t at, float x) {
   }
 }
 
-// A thread sums its own features only, so the sums need no barrier. What decides where a loop goes is the same in all
-// threads of the block.
+// Closes the sentences of a request; one block a request. A thread sums its own features only, so the sums need no
+// barrier. All threads of the block take the same branches.
 template <class T>
 __global__ void __launch_bounds__(kThreads) track(Tracking s) {
   __shared__ int found;
@@ -115,7 +118,7 @@ __global__ void __launch_bounds__(kThreads) track(Tracking s) {
         squares += sum / length * (sum / length);
       }
       if (closes) {
-        const float norm = sqrtf(block_sum(squares, sums)) + 1e-8f;
+        const float norm = sqrtf(block_sum(squares, sums)) + kEpsilon;
         const int64_t row = (slot * (s.held + 1) + closed % s.held) * s.width;
         for (int e = thread; e < s.width; e += kThreads) {
           store(s, row + e, open[e] / length / norm);

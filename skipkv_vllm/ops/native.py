@@ -77,7 +77,7 @@ track_sentences = _on_any_device("track_sentences")
 sentence_similarity = _on_any_device("sentence_similarity")
 held_positions = _on_any_device("held_positions")
 token_penalties = _on_any_device("token_penalties")
-observe_queries = _on_any_device("observe_queries")
+record_queries = _on_any_device("record_queries")
 track_thoughts = _on_any_device("track_thoughts")
 steer_add = _on_any_device("steer_add")
 

@@ -490,7 +490,7 @@ def token_penalties(ends: Tensor, penalties: Tensor, first: Tensor, slots: Tenso
     return found.view(positions.shape)
 
 
-def observe_queries(query: Tensor, index: Tensor, rows: Tensor) -> None:
+def record_queries(query: Tensor, index: Tensor, rows: Tensor) -> None:
     """Copy each token's query to its place in the ring.
 
     Args:

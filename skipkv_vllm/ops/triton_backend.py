@@ -407,14 +407,14 @@ def track_thoughts(
         )
 
 
-def observe_queries(query: Tensor, index: Tensor, rows: Tensor) -> None:
-    """See `batched.observe_queries`."""
+def record_queries(query: Tensor, index: Tensor, rows: Tensor) -> None:
+    """See `batched.record_queries`."""
     tokens, heads, dim = query.shape
     if tokens == 0:
         return
     if not rows[0].is_contiguous() or rows.dtype != query.dtype:
         raise KVPolicyError(
-            f"observe_queries: query {query.dtype} and rows {rows.dtype} with strides {rows.stride()}; expected one "
+            f"record_queries: query {query.dtype} and rows {rows.dtype} with strides {rows.stride()}; expected one "
             "dtype and contiguous rows"
         )
     if query.stride(2) != 1:

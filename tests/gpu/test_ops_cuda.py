@@ -257,7 +257,7 @@ def every_operator(module: ModuleType) -> list[Callable[[], Any]]:
         lambda: module.sentence_similarity(unit, slots, count, compared, penalties, 0.1, 0),
         lambda: module.held_positions(*held, 40),
         lambda: module.token_penalties(ends, penalties, count, slots, positions),
-        lambda: module.observe_queries(query, index, rows),
+        lambda: module.record_queries(query, index, rows),
         lambda: module.track_thoughts(ids, *thoughts, True, 128, strengths, thinking, 5, *steered),
         lambda: module.steer_add(*steering, vectors),
     ]
@@ -279,7 +279,7 @@ def test_operators_run_on_the_current_stream(backend):
     penalty = arguments[7].clone()
     rows = torch.zeros(4, 2, 64, device=CUDA)
     query, index = torch.zeros(4, 2, 64, device=CUDA), torch.arange(4, device=CUDA)
-    backend.observe_queries(query, index, rows)
+    backend.record_queries(query, index, rows)
     torch.cuda.synchronize()
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):
@@ -288,7 +288,7 @@ def test_operators_run_on_the_current_stream(backend):
         arguments[7].copy_(penalty)
         query.fill_(3)
         got = backend.score_tokens(*arguments)
-        backend.observe_queries(query, index, rows)
+        backend.record_queries(query, index, rows)
     side.synchronize()
     assert torch.equal(got, wanted)
     assert (rows == 3).all()
@@ -309,7 +309,7 @@ def test_observing_and_steering_in_a_cuda_graph(backend, dtype, tokens):
     vectors = torch.zeros(5, width, device=CUDA)
 
     def step() -> Tensor:
-        backend.observe_queries(query, index, rows)
+        backend.record_queries(query, index, rows)
         return backend.steer_add(hidden, coefficient, row, vectors)
 
     side = torch.cuda.Stream()
@@ -333,7 +333,7 @@ def test_observing_and_steering_in_a_cuda_graph(backend, dtype, tokens):
         vectors[0] = torch.nan
         graph.replay()
         wanted = torch.zeros_like(rows)
-        batched.observe_queries(query, index, wanted)
+        batched.record_queries(query, index, wanted)
         assert torch.equal(rows, wanted)
         torch.testing.assert_close(steered, batched.steer_add(hidden, coefficient, row, vectors))
         untouched = row[:tokens] == 0

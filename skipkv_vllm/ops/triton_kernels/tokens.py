@@ -1,5 +1,5 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, import-untyped"
-"""`observe_queries` and `steer_add`: one program per token and `block` elements, fit for CUDA graphs."""
+"""`record_queries` and `steer_add`: one program per token and `block` elements, fit for CUDA graphs."""
 
 from __future__ import annotations
 

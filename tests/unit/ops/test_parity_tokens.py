@@ -290,7 +290,7 @@ def test_bad_arguments_of_track_thoughts_are_refused(change, message):
         )
 
 
-# ---- observe_queries and steer_add
+# ---- record_queries and steer_add
 
 STRIDES = ("contiguous", "part of a row", "transposed")
 
@@ -310,7 +310,7 @@ def strided(values: torch.Tensor, kind: str) -> torch.Tensor:
 @each_backend
 @pytest.mark.parametrize("dtype", [FLOAT, BF16, HALF])
 @pytest.mark.parametrize("kind", STRIDES)
-def test_observe_queries(backend, dtype, kind):
+def test_record_queries(backend, dtype, kind):
     if kind == "transposed" and backend.name == "triton":
         pytest.skip("Triton's kernel needs contiguous heads, and says so")
     generator = torch.Generator().manual_seed(0)
@@ -319,8 +319,8 @@ def test_observe_queries(backend, dtype, kind):
     rows = torch.randn(12, 6, 32, generator=generator).to(dtype)
     wanted = rows.clone()
     device = on(backend.device, (query, index, rows))
-    backend.module.observe_queries(*device)
-    batched.observe_queries(query, index, wanted)
+    backend.module.record_queries(*device)
+    batched.record_queries(query, index, wanted)
     # Nobody reads the last row.
     assert torch.equal(device[2].cpu()[:-1], wanted[:-1])
 
@@ -374,7 +374,7 @@ def test_no_tokens():
         pytest.skip(why)
     none = torch.zeros(0, 8), torch.zeros(2), torch.zeros(2, dtype=torch.int32), torch.zeros(1, 8)
     assert native.steer_add(*none).shape == (0, 8)
-    native.observe_queries(torch.zeros(0, 2, 8), torch.zeros(1, dtype=torch.int64), torch.zeros(3, 2, 8))
+    native.record_queries(torch.zeros(0, 2, 8), torch.zeros(1, dtype=torch.int64), torch.zeros(3, 2, 8))
 
 
 # ---- the libraries
