@@ -72,8 +72,8 @@ def declaration(name: str, schema: str) -> str:
     """Translate a schema into a C++ declaration."""
     arguments, result = re.sub(r"\(\w!\)", "", schema).split(" -> ")
     parameters = [part.split() for part in arguments.strip("()").split(",")]
-    tensors = result.count("Tensor")
-    returned = "void" if tensors == 0 else "Tensor" if tensors == 1 else f"std::tuple<{', '.join(['Tensor'] * tensors)}>"
+    tensors = ["Tensor"] * result.count("Tensor")
+    returned = f"std::tuple<{', '.join(tensors)}>" if len(tensors) > 1 else tensors[0] if tensors else "void"
     return f"{returned} {name}({', '.join(f'{ARGUMENTS[kind]} {argument}' for kind, argument in parameters)});"
 
 

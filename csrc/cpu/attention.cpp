@@ -102,7 +102,8 @@ void add_errors(const Scratch& s, int64_t length, int64_t count) {
         const float* const attention = s.attention + (i + m) * s.width + column;
         for (int64_t v = 0; v < kTileColumns; v += kLanes) {
           const Vector a = load(attention + v), zero = {};
-          const Vector apart = load(s.squares + column + v) + of_output[i + m] - 2 * load(s.tile + m * kTileColumns + v);
+          const Vector mixed = load(s.tile + m * kTileColumns + v);
+          const Vector apart = load(s.squares + column + v) + of_output[i + m] - 2 * mixed;
           float* const to = s.sums + column + v;
           store(to, load(to) + a * a * (apart > zero ? apart : zero));
         }
@@ -122,7 +123,9 @@ void attention(const AttentionRow& row, void* memory) {
   clear(s.sums, s.width);
   with_types(row.type, [&](auto key, auto query) {
     read_keys<decltype(key)>(row, s.slots, s.rows, s.stride);
-    for (int64_t c = 0; c < s.width; c += kTileColumns) pack_panel(s.rows, s.stride, c, length, s.panels + c * s.stride);
+    for (int64_t c = 0; c < s.width; c += kTileColumns) {
+      pack_panel(s.rows, s.stride, c, length, s.panels + c * s.stride);
+    }
     if (row.output_error) {
       read_values<decltype(key)>(row, s.rows, s.stride);
       for (int64_t i = 0; i < length; ++i) s.squares[i] = inner(s.rows + i * s.stride, s.rows + i * s.stride, s.stride);

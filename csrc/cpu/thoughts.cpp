@@ -10,18 +10,18 @@ namespace skipkv {
 
 void track_thoughts(const Tensor& token_ids, const Tensor& spans, const Tensor& vocabulary, const Tensor& keywords,
                     bool merge, int64_t interval, const Tensor& strengths, const Tensor& state, int64_t written,
-                    const Tensor& row, const Tensor& coefficient) {
+                    const Tensor& choice, const Tensor& coefficient) {
   const TokenIds ids(token_ids);
   check(spans, "spans", ScalarType::Long, {4, -1});
   check(vocabulary, "vocabulary", ScalarType::Int, {-1});
   check(keywords, "keywords", ScalarType::Int, {-1, -1});
   check(state, "state", ScalarType::Int, {-1, kThoughtStateSize});
-  const int64_t num_slots = state.size(0), most = row.size(0);
-  check(strengths, "strengths", ScalarType::Float, {num_slots, 3});
-  check(row, "row", ScalarType::Int, {-1});
+  const int64_t num_rows = state.size(0), most = choice.size(0);
+  check(strengths, "strengths", ScalarType::Float, {num_rows, 3});
+  check(choice, "choice", ScalarType::Int, {-1});
   check(coefficient, "coefficient", ScalarType::Float, {most});
   STD_TORCH_CHECK(vocabulary.is_contiguous() && keywords.is_contiguous() && state.is_contiguous() &&
-                      strengths.is_contiguous() && row.is_contiguous() && coefficient.is_contiguous(),
+                      strengths.is_contiguous() && choice.is_contiguous() && coefficient.is_contiguous(),
                   "skipkv_cpu: the arguments of track_thoughts must be contiguous");
   STD_TORCH_CHECK(interval > 0 && written >= 0 && written <= most, "skipkv_cpu: interval=", interval,
                   " must be positive and written=", written, " at most ", most);
@@ -31,17 +31,17 @@ void track_thoughts(const Tensor& token_ids, const Tensor& spans, const Tensor& 
   const int32_t* const flags_of = vocabulary.const_data_ptr<int32_t>();
   const int32_t* const machine = keywords.const_data_ptr<int32_t>();
   const int64_t states = keywords.size(0), classes = keywords.size(1);
-  int32_t* const rows = row.mutable_data_ptr<int32_t>();
+  int32_t* const choices = choice.mutable_data_ptr<int32_t>();
   float* const coefficients = coefficient.mutable_data_ptr<float>();
-  std::fill(rows, rows + written, 0);
+  std::fill(choices, choices + written, 0);
   for (int64_t r = 0; r < requests; ++r) {
-    const int64_t slot = span[r], begin = span[requests + r], number = span[2 * requests + r];
+    const int64_t row = span[r], begin = span[requests + r], number = span[2 * requests + r];
     const int64_t position = span[3 * requests + r];
-    STD_TORCH_CHECK(slot >= 0 && slot < num_slots, "skipkv_cpu: slot ", slot, " of ", num_slots);
+    STD_TORCH_CHECK(row >= 0 && row < num_rows, "skipkv_cpu: row ", row, " of ", num_rows);
     STD_TORCH_CHECK(begin >= 0 && number >= 0 && begin + number <= std::min(tokens, most), "skipkv_cpu: a span of ",
                     number, " tokens from ", begin, " exceeds the step");
-    ThoughtState& now = reinterpret_cast<ThoughtState*>(state.mutable_data_ptr<int32_t>())[slot];
-    const float* const strength = strengths.const_data_ptr<float>() + slot * 3;
+    ThoughtState& now = reinterpret_cast<ThoughtState*>(state.mutable_data_ptr<int32_t>())[row];
+    const float* const strength = strengths.const_data_ptr<float>() + row * 3;
     for (int64_t t = begin; t < begin + number; ++t) {
       const int32_t flags = flags_of[ids.at(t, vocabulary.size(0))], column = flags >> kKeywordShift;
       STD_TORCH_CHECK(column >= 0 && column < classes && now.machine >= 0 && now.machine < states,
@@ -51,7 +51,7 @@ void track_thoughts(const Tensor& token_ids, const Tensor& spans, const Tensor& 
       float alpha;
       if (advance(now, flags, step, strength, merge, latches, &alpha)) {
         coefficients[t] = alpha;
-        rows[t] = alpha == 0 ? 0 : now.vector;
+        choices[t] = alpha == 0 ? 0 : now.vector;
       }
     }
   }

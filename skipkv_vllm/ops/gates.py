@@ -1,4 +1,4 @@
-"""The operator of learned gates. It has no backends: two matrix products, which PyTorch's own libraries do best."""
+"""The operator of learned gates: two matrix products, for which PyTorch's own libraries are the only backend."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_pytorch_tanh": functools.partial(F.gelu, approximate="tanh"),
     "relu": F.relu,
 }
-"""Name in a model's configuration -> what it computes."""
+"""Name in a model's configuration -> function."""
 
 
 def check_activation(name: str) -> None:
     """Raise `KVPolicyError` unless gates can have a model's activation."""
     if name not in ACTIVATIONS:
         raise KVPolicyError(
-            f"learned gates have their model's activation, and {name!r} is not known here (known: "
-            f"{', '.join(ACTIVATIONS)}); use a --kv-policy without gates"
+            f"learned gates do not support their model's activation {name!r} (supported: {', '.join(ACTIVATIONS)}); "
+            "use a --kv-policy without gates"
         )
 
 
 def log_beta(hidden: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor, activation: str) -> Tensor:
-    """`logsigmoid(W2 act(W1 h + b1) + b2)` of each token, float32 `[..., H]` (TRIM-KV, arXiv 2512.03324).
+    """Compute `logsigmoid(W2 act(W1 h + b1) + b2)` of each token, float32 `[..., H]` (TRIM-KV, arXiv 2512.03324).
 
     Args:
-        hidden: `[..., E]`, what enters the attention block.
+        hidden: `[..., E]`, the input of the attention block.
         weight1, bias1: `[width, E]` and `[width]`, in the dtype of `hidden`.
         weight2, bias2: float32 `[H, width]` and `[H]`.
         activation: of `ACTIVATIONS`.
@@ -44,18 +44,19 @@ def log_beta(hidden: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bi
 
 
 def token_gates(
-    hidden: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor, activation: str, said: Tensor
+    hidden: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor, activation: str, out: Tensor
 ) -> None:
     """Write `log_beta` of each token of a step.
 
-    An operator, so that compiled code and graphs of a model carry it out, which would drop what nothing reads.
+    This is an operator so that a compiled model and its graphs execute it; they drop computations without a result.
 
     Args:
-        hidden: `[T, E]`; it and the next ones as for `log_beta`.
-        said: float32 `[>= T, H]`; the first T rows are written.
+        hidden: `[T, E]`.
+        weight1, bias1, weight2, bias2, activation: as for `log_beta`.
+        out: float32 `[>= T, H]`; the first T rows are written.
     """
-    said[: hidden.shape[0]] = log_beta(hidden, weight1, bias1, weight2, bias2, activation)
+    out[: hidden.shape[0]] = log_beta(hidden, weight1, bias1, weight2, bias2, activation)
 
 
-_operator = torch.library.custom_op(f"{NAMESPACE}::token_gates", token_gates, mutates_args=("said",))
+_operator = torch.library.custom_op(f"{NAMESPACE}::token_gates", token_gates, mutates_args=("out",))
 _operator.register_fake(lambda *args: None)

@@ -9,7 +9,8 @@ what each operator computes. `csrc/generate.py` reads this file when the native 
 `caches` are vLLM's tensors, one a layer, `[pages, H, P, 2 * D]`, all of one shape, dtype and strides; `pointers` int64
 `[L]` are their addresses on the device, for kernels that take all layers at once; `layout` is how a page is packed
 (`Layout`). Tables hold int32 page ids; ids past a request's pages are never read. Per-request lengths are int32 `[R]`
-on the device. Scores and positions are `[R, L, H, N]` by slot; entries past a request's length are never read.
+on the device. Scores and positions are `[R, L, H, N]` by slot; entries past a request's length are never read. State
+that lives from step to step has a row for each concurrent request.
 """
 
 from __future__ import annotations
@@ -106,31 +107,31 @@ def track_sentences(**_: Any) -> None:
 
 
 @operator(
-    "(Tensor embeddings, Tensor slots, Tensor count, Tensor(a!) compared, Tensor(b!) penalties, float threshold, "
+    "(Tensor embeddings, Tensor rows, Tensor count, Tensor(a!) compared, Tensor(b!) penalties, float threshold, "
     "int rule) -> ()"
 )
 def sentence_similarity(**_: Any) -> None:
     return None
 
 
-@operator("(Tensor ends, Tensor penalties, Tensor first, Tensor slots, Tensor positions) -> Tensor")
+@operator("(Tensor ends, Tensor penalties, Tensor first, Tensor rows, Tensor positions) -> Tensor")
 def token_penalties(*, positions: Tensor, **_: Any) -> Tensor:
     return torch.empty_like(positions, dtype=torch.float32)
 
 
-@operator("(Tensor query, Tensor index, Tensor(a!) rows) -> ()")
+@operator("(Tensor query, Tensor index, Tensor(a!) ring) -> ()")
 def record_queries(**_: Any) -> None:
     return None
 
 
 @operator(
     "(Tensor token_ids, Tensor spans, Tensor vocabulary, Tensor keywords, bool merge, int interval, Tensor strengths, "
-    "Tensor(a!) state, int written, Tensor(b!) row, Tensor(c!) coefficient) -> ()"
+    "Tensor(a!) state, int written, Tensor(b!) choice, Tensor(c!) coefficient) -> ()"
 )
 def track_thoughts(**_: Any) -> None:
     return None
 
 
-@operator("(Tensor hidden, Tensor coefficient, Tensor row, Tensor vectors) -> Tensor")
+@operator("(Tensor hidden, Tensor coefficient, Tensor choice, Tensor vectors) -> Tensor")
 def steer_add(*, hidden: Tensor, **_: Any) -> Tensor:
     return torch.empty_like(hidden)

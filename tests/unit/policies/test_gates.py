@@ -253,7 +253,7 @@ def test_blocks_are_found_by_the_attention_layers_in_them():
 
 
 def test_an_unknown_activation_is_refused():
-    with pytest.raises(KVPolicyError, match=r"'swish\+' is not known here \(known: silu, gelu"):
+    with pytest.raises(KVPolicyError, match=r"'swish\+' \(supported: silu, gelu"):
         token_gates(activation="swish+")
 
 
