@@ -1,13 +1,13 @@
-"""Build script for the operators in `csrc/`; the metadata stands in pyproject.toml.
+"""Build the operators in `csrc/`; pyproject.toml holds the metadata.
 
-Libraries use PyTorch's stable ABI and no Python, so that one build serves every Python and every PyTorch from 2.10 on.
-Where they cannot be built the package works without them, slower, and says so.
+The libraries use PyTorch's stable ABI and no Python, so one build serves every Python and every PyTorch from 2.10 on.
+The package also works without them, but slower, and logs a warning.
 
 Environment:
-    SKIPKV_BUILD_CPU=0: leave the C++ operators out.
-    SKIPKV_BUILD_CUDA=1 or 0: build the CUDA operators, or leave them out; by default they are built where `nvcc` and
-        a PyTorch for CUDA are.
-    SKIPKV_SANITIZE=1: an instrumented C++ library beside the normal one; `scripts/sanitize.sh` uses it.
+    SKIPKV_BUILD_CPU=0: do not build the C++ operators.
+    SKIPKV_BUILD_CUDA=1 or 0: build the CUDA operators or not; by default they are built where `nvcc` and a PyTorch for
+        CUDA are installed.
+    SKIPKV_SANITIZE=1: build an instrumented C++ library instead, for `scripts/sanitize.sh`.
 """
 
 from __future__ import annotations
@@ -29,13 +29,16 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # 2.10
-PER_ISA = ("attention.cpp", "score.cpp", "similar.cpp", "steer.cpp")
+PER_ISA = ("attention.cpp", "kernels.cpp", "score.cpp", "similar.cpp", "token_vectors.cpp")
+"""Sources that are compiled once per instruction set."""
+UNFUSED = ("token_vectors.cpp",)
+"""Those of them without fused multiply-adds: they round as PyTorch does."""
 X86_ISAS = {
     "generic": [],
     "avx2": ["-mavx2", "-mfma"],
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"],
 }
-# A100, H100 with its own instructions, and PTX that newer ones translate when they load it.
+# A100, H100 with its own instructions, and PTX that newer GPUs translate at load time.
 GENCODE = ("arch=compute_80,code=sm_80", "arch=compute_90a,code=sm_90a", "arch=compute_90,code=compute_90")
 
 
@@ -47,9 +50,9 @@ class Unit(NamedTuple):
 
 
 def torch_folder() -> Path | None:
-    """Where PyTorch is, without importing it: its headers and libraries are all that is needed.
+    """Find PyTorch's headers and libraries without importing it.
 
-    pip builds in an environment of its own, which hides the one it installs into; its folder can be looked at even so.
+    pip builds in an isolated environment that hides the target environment's packages; its folder is still readable.
     """
     spec = importlib.util.find_spec("torch")
     if spec and spec.origin:
@@ -62,26 +65,30 @@ def torch_has_cuda(torch: Path) -> bool:
     return any((torch / "lib").glob("libtorch_cuda.*"))
 
 
-def cpu_units(torch: Path, compiler: str, sanitize: bool) -> list[Unit]:
+def includes(torch: Path, headers: Path) -> list[str]:
+    return ["-I", str(ROOT / "csrc"), "-I", str(headers), "-isystem", str(torch / "include")]
+
+
+def cpu_units(torch: Path, compiler: str, headers: Path, sanitize: bool) -> list[Unit]:
     isas = X86_ISAS if platform.machine() in ("x86_64", "AMD64") else {"generic": []}
     flags = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi", STABLE_ABI]
     flags += ["-O1", "-g", "-fsanitize=address,undefined", "-fno-omit-frame-pointer"] if sanitize else ["-O3"]
-    flags += ["-isystem", str(torch / "include")]
+    flags += includes(torch, headers)
     units = []
     for source in sorted((ROOT / "csrc/cpu").glob("*.cpp")):
         if source.name not in PER_ISA:
             units.append(Unit(source.stem, [compiler, *flags, "-c", str(source)]))
             continue
-        contract = "off" if source.name == "steer.cpp" else "fast"
+        contract = "off" if source.name in UNFUSED else "fast"
         for isa, options in isas.items():
             own = [f"-DSKIPKV_ISA={isa}", f"-ffp-contract={contract}", *options]
             units.append(Unit(f"{source.stem}_{isa}", [compiler, *flags, *own, "-c", str(source)]))
     return units
 
 
-def cuda_units(torch: Path, compiler: str) -> list[Unit]:
+def cuda_units(torch: Path, compiler: str, headers: Path) -> list[Unit]:
     flags = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", STABLE_ABI, "-DUSE_CUDA"]
-    flags += ["--expt-relaxed-constexpr", "-isystem", str(torch / "include")]
+    flags += ["--expt-relaxed-constexpr", *includes(torch, headers)]
     flags += [part for each in GENCODE for part in ("-gencode", each)]
     return [
         Unit(source.stem, [compiler, *flags, "-c", str(source)])
@@ -98,25 +105,33 @@ def call(command: list[str]) -> None:
         print(done.stderr, file=sys.stderr)
 
 
+def write_headers(folder: Path) -> Path:
+    """Write the operators' declarations into a folder of their own."""
+    headers = folder / "include"
+    headers.mkdir(parents=True, exist_ok=True)
+    call([sys.executable, str(ROOT / "csrc/generate.py"), str(headers / "operators.h")])
+    return headers
+
+
 def build(units: list[Unit], objects: Path, linker: str, libraries: list[str], output: Path) -> None:
-    """Compile, then link; libraries come after the objects, or linkers drop them.
+    """Compile, then link. Libraries come after the objects; linkers would drop them otherwise.
 
     Raises:
-        RuntimeError: the compiler's complaint.
+        RuntimeError: a command failed; the message has its output.
     """
     objects.mkdir(parents=True, exist_ok=True)
     output.parent.mkdir(parents=True, exist_ok=True)
     outputs = [str(objects / f"{unit.name}.o") for unit in units]
     with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
         list(pool.map(call, [[*unit.command, "-o", out] for unit, out in zip(units, outputs, strict=True)]))
-    # A process that has the old library open keeps it.
+    # Replacing the file leaves the old library to processes that have loaded it.
     fresh = output.with_suffix(".new")
     call([linker, "-shared", *outputs, *libraries, "-o", str(fresh)])
     fresh.replace(output)
 
 
 class BuildLibraries(build_ext):
-    """Compiles the libraries with the flags each source needs, and goes on without those that cannot be built."""
+    """Compile the libraries with the flags each source needs; leave out those that cannot be built."""
 
     def get_ext_filename(self, fullname: str) -> str:
         return f"{fullname.replace('.', os.sep)}.so"
@@ -132,7 +147,7 @@ class BuildLibraries(build_ext):
                 f"*** The package works without them, but slower. {REMEDY[kind]}\n",
                 file=sys.stderr,
             )
-            # A library of older sources would pass for the current one.
+            # Remove a library of older sources, which would be taken for the current one.
             for stale in (output, ROOT / self.get_ext_filename(ext.name)):
                 stale.unlink(missing_ok=True)
             return
@@ -141,26 +156,27 @@ class BuildLibraries(build_ext):
     def _build(self, kind: str, output: Path) -> None:
         torch = torch_folder()
         if torch is None:
-            raise RuntimeError("PyTorch is not in the environment that builds")
+            raise RuntimeError("PyTorch is not installed in the build environment")
         library = ["-L", str(torch / "lib"), "-ltorch_cpu", "-ltorch", "-lc10"]
         objects = Path(self.build_temp) / kind
+        headers = write_headers(objects)
         if kind == "cuda":
             compiler = nvcc()
             if compiler is None:
                 raise RuntimeError("nvcc was not found")
-            # A PyTorch without CUDA has no library to link with; what is left undefined is resolved when it is loaded.
+            # A PyTorch without CUDA has no libtorch_cuda to link with; undefined symbols are resolved at load time.
             own = ["-ltorch_cuda"] if torch_has_cuda(torch) else []
-            # Nothing of libtorch is referenced while linking beside a CPU build, and linkers drop what is not; the
-            # current stream is found through it when the library is loaded.
+            # Linkers drop libraries without referenced symbols, which libtorch is beside a CPU build. It must stay:
+            # the current stream is found through it at load time.
             keep = ["-Xlinker", "--no-as-needed"]
-            build(cuda_units(torch, compiler), objects, compiler, [*keep, *library, *own], output)
+            build(cuda_units(torch, compiler, headers), objects, compiler, [*keep, *library, *own], output)
             return
         compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
         if compiler is None:
             raise RuntimeError("no C++ compiler was found")
         sanitize = kind == "sanitize"
         extra = ["-fsanitize=address,undefined"] if sanitize else ["-s"]
-        build(cpu_units(torch, compiler, sanitize), objects, compiler, [*library, *extra], output)
+        build(cpu_units(torch, compiler, headers, sanitize), objects, compiler, [*library, *extra], output)
 
 
 def nvcc() -> str | None:
@@ -177,14 +193,14 @@ REMEDY = {
 
 
 class PlatformWheel(bdist_wheel):
-    """Nothing in the libraries depends on the version of Python."""
+    """A wheel for every version of Python, as the libraries do not depend on it."""
 
     def get_tag(self) -> tuple[str, str, str]:
         return "py3", "none", super().get_tag()[2]
 
 
 def wanted() -> list[str]:
-    """Libraries to build."""
+    """List the libraries to build."""
     if os.environ.get("SKIPKV_SANITIZE") == "1":
         return ["sanitize"]
     names = [] if os.environ.get("SKIPKV_BUILD_CPU") == "0" else ["cpu"]

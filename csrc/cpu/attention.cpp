@@ -1,4 +1,5 @@
-// `measure_attention` and `key_similarity` of one row: a request's layer and kv head. Compiled once per instruction set.
+// `measure_attention` and `key_similarity` of one row. Compiled once per instruction set.
+#include "isa_kernels.h"
 #include "keys.h"
 #include "tile.h"
 
@@ -6,7 +7,7 @@ namespace skipkv {
 namespace SKIPKV_ISA {
 namespace {
 
-constexpr int64_t kQueries = 8 * kTileRows;  // query heads at a time
+constexpr int64_t kQueries = 8 * kTileRows;  // query heads of a pass
 
 // Scratch of a row: its keys and its values, and the attention of some query heads.
 struct Scratch {
@@ -30,7 +31,7 @@ struct Scratch {
         slots(arena.take<int32_t>(length)) {}
 };
 
-// Row i of a block and the next ones; those from `count` on are other rows again.
+// The `kTileRows` rows of a block from row i on; row i stands in for those from `count` on.
 struct TileRows {
   const float* rows[kTileRows];
 
@@ -39,7 +40,7 @@ struct TileRows {
   }
 };
 
-// Logits of the queries, then attention: 0 at tokens in a query's future.
+// Computes the logits of the queries, then their attention, which is 0 at tokens in a query's future.
 void attend(const AttentionRow& row, const Scratch& s, int64_t first, int64_t count) {
   for (int64_t column = 0; column < s.width; column += kTileColumns) {
     for (int64_t i = 0; i < count; i += kTileRows) {
@@ -59,7 +60,7 @@ void attend(const AttentionRow& row, const Scratch& s, int64_t first, int64_t co
   }
 }
 
-// A product of the attention of some rows with all values, for `vectors` vectors of features.
+// Multiplies the attention of a tile of query heads by all values, for `vectors` vectors of features.
 template <int64_t vectors>
 inline void weigh(const TileRows& attention, const Scratch& s, int64_t length, int64_t i, int64_t d) {
   products<vectors>(attention.rows, s.rows + d, s.stride, length, s.outputs + i * s.stride + d, s.stride);
@@ -72,7 +73,7 @@ void add_attention(const Scratch& s, int64_t count) {
   }
 }
 
-// A^2 |v - o|^2 of each token and query, with |v - o|^2 = |v|^2 - 2 v o + |o|^2.
+// Adds A^2 |v - o|^2 of each token and query, with |v - o|^2 = |v|^2 - 2 v o + |o|^2.
 void add_errors(const Scratch& s, int64_t length, int64_t count) {
   for (int64_t i = 0; i < count; i += kTileRows) {
     const TileRows attention(s.attention, s.width, i, count);
@@ -101,7 +102,8 @@ void add_errors(const Scratch& s, int64_t length, int64_t count) {
         const float* const attention = s.attention + (i + m) * s.width + column;
         for (int64_t v = 0; v < kTileColumns; v += kLanes) {
           const Vector a = load(attention + v), zero = {};
-          const Vector apart = load(s.squares + column + v) + of_output[i + m] - 2 * load(s.tile + m * kTileColumns + v);
+          const Vector mixed = load(s.tile + m * kTileColumns + v);
+          const Vector apart = load(s.squares + column + v) + of_output[i + m] - 2 * mixed;
           float* const to = s.sums + column + v;
           store(to, load(to) + a * a * (apart > zero ? apart : zero));
         }
@@ -121,7 +123,9 @@ void attention(const AttentionRow& row, void* memory) {
   clear(s.sums, s.width);
   with_types(row.type, [&](auto key, auto query) {
     read_keys<decltype(key)>(row, s.slots, s.rows, s.stride);
-    for (int64_t c = 0; c < s.width; c += kTileColumns) pack_panel(s.rows, s.stride, c, length, s.panels + c * s.stride);
+    for (int64_t c = 0; c < s.width; c += kTileColumns) {
+      pack_panel(s.rows, s.stride, c, length, s.panels + c * s.stride);
+    }
     if (row.output_error) {
       read_values<decltype(key)>(row, s.rows, s.stride);
       for (int64_t i = 0; i < length; ++i) s.squares[i] = inner(s.rows + i * s.stride, s.rows + i * s.stride, s.stride);

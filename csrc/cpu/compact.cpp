@@ -1,5 +1,6 @@
-// `compact_pages`: moves survivors to the front of their request's pages, in place.
-#include "ops.h"
+// `compact_pages`: moves the kept tokens to the front of their request's pages, in place.
+#include "arguments.h"
+#include "operators.h"
 #include "parallel.h"
 
 #include <cstring>
@@ -45,7 +46,7 @@ inline void copy_cell(const Pages& p, const char* from, char* to) {
   }
 }
 
-// What one request, layer and head needs.
+// The compaction of one row.
 struct Job {
   const int32_t *source_table, *target_table, *positions;
   int64_t keep;
@@ -80,7 +81,7 @@ void compact_head(const Pages& p, const Job& job, char* layer, int64_t head) {
   }
 }
 
-// A wrong move would read or write foreign memory. Page ids of sources past `keep` are checked here too.
+// Checks the moves, of which a wrong one would reach foreign memory, and the page ids of sources past `keep`.
 void check_moves(const Pages& p, const Job& job, int64_t old_width, int64_t width, int64_t num_pages,
                  int64_t max_moves) {
   STD_TORCH_CHECK(0 <= job.moves && job.moves <= max_moves, "skipkv_cpu: count=", job.moves, " of ", max_moves);
@@ -121,7 +122,8 @@ void compact_pages(const std::vector<Tensor>& caches, const Tensor&, int64_t lay
   const int32_t* const new_table = new_tables.const_data_ptr<int32_t>();
   const int64_t old_width = source_table.size(1), new_width = target_table.size(1);
   const int32_t* const from_positions = all_positions.const_data_ptr<int32_t>();
-  const int32_t *const from_source = sources.const_data_ptr<int32_t>(), *const to_hole = holes.const_data_ptr<int32_t>();
+  const int32_t* const from_source = sources.const_data_ptr<int32_t>();
+  const int32_t* const to_hole = holes.const_data_ptr<int32_t>();
   const int32_t* const moves = counts.const_data_ptr<int32_t>();
   int32_t* const entries = sidecar.mutable_data_ptr<int32_t>();
   const int64_t entry_stride[4] = {sidecar.stride(0), sidecar.stride(1), sidecar.stride(2), sidecar.stride(3)};
@@ -134,9 +136,8 @@ void compact_pages(const std::vector<Tensor>& caches, const Tensor&, int64_t lay
   parallel_rows(requests * layers * heads, [&](const auto& next) {
     for (int64_t row = next(); row >= 0; row = next()) {
       const int64_t r = row / (layers * heads), i = row / heads % layers, head = row % heads;
-      const Job job = {old_table + r * old_width,         new_table + r * new_width,        from_positions + row * slots,
-                       keep[r],                           from_source + row * max_moves,    to_hole + row * max_moves,
-                       moves[row]};
+      const Job job = {old_table + r * old_width, new_table + r * new_width,     from_positions + row * slots, keep[r],
+                       from_source + row * max_moves, to_hole + row * max_moves, moves[row]};
       check_moves(p, job, old_width, slots, all.num_pages, max_moves);
       compact_head(p, job, all.layers[i], head);
       int32_t* const to = entries + i * entry_stride[0] + head * entry_stride[2];

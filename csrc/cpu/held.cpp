@@ -1,5 +1,6 @@
-// `held_positions` and `token_penalties`: what a compaction must know of the tokens that are held.
-#include "ops.h"
+// `held_positions` and `token_penalties`: the positions and the penalties of resident tokens.
+#include "arguments.h"
+#include "operators.h"
 
 #include <algorithm>
 #include <cstring>
@@ -7,7 +8,7 @@
 namespace skipkv {
 namespace {
 
-// Rows of n numbers that are worth a thread of their own.
+// Returns how many rows of n numbers are worth a thread.
 int64_t grain(int64_t n) { return std::max<int64_t>(1, 16384 / std::max<int64_t>(1, n)); }
 
 }  // namespace
@@ -47,36 +48,36 @@ Tensor held_positions(const Tensor& sidecar, const Tensor& table, const Tensor& 
   return positions;
 }
 
-Tensor token_penalties(const Tensor& ends, const Tensor& penalties, const Tensor& first, const Tensor& slots,
+Tensor token_penalties(const Tensor& ends, const Tensor& penalties, const Tensor& first, const Tensor& rows,
                        const Tensor& positions) {
   check(ends, "ends", ScalarType::Int, {-1, -1});
-  const int64_t num_slots = ends.size(0), most = ends.size(1);
-  check(penalties, "penalties", ScalarType::Float, {num_slots, most});
-  check(first, "first", ScalarType::Long, {num_slots});
-  check(slots, "slots", ScalarType::Long, {-1});
-  const int64_t requests = slots.size(0);
+  const int64_t num_rows = ends.size(0), most = ends.size(1);
+  check(penalties, "penalties", ScalarType::Float, {num_rows, most});
+  check(first, "first", ScalarType::Long, {num_rows});
+  check(rows, "rows", ScalarType::Long, {-1});
+  const int64_t requests = rows.size(0);
   check(positions, "positions", ScalarType::Int, {requests, -1, -1, -1});
   STD_TORCH_CHECK(ends.is_contiguous() && penalties.is_contiguous() && most > 0,
                   "skipkv_cpu: ends and penalties must be contiguous");
-  const Tensor all_positions = packed(positions), all_slots = packed(slots), firsts = packed(first);
-  const int64_t rows = positions.size(1) * positions.size(2), length = positions.size(3);
+  const Tensor all_positions = packed(positions), all_rows = packed(rows), firsts = packed(first);
+  const int64_t lines = positions.size(1) * positions.size(2), length = positions.size(3);
   const int32_t* const position = all_positions.const_data_ptr<int32_t>();
-  const int64_t* const slot_of = all_slots.const_data_ptr<int64_t>();
+  const int64_t* const row_of = all_rows.const_data_ptr<int64_t>();
   Tensor out = torch::stable::new_empty(positions, {requests, positions.size(1), positions.size(2), length},
                                         ScalarType::Float);
   float* const to = out.mutable_data_ptr<float>();
   std::vector<float> by_position;
   for (int64_t r = 0; r < requests; ++r) {
-    const int64_t slot = slot_of[r];
-    STD_TORCH_CHECK(slot >= 0 && slot < num_slots, "skipkv_cpu: slot ", slot, " of ", num_slots);
-    const int32_t* const end = ends.const_data_ptr<int32_t>() + slot * most;
-    const float* const penalty = penalties.const_data_ptr<float>() + slot * most;
-    const int64_t begins = firsts.const_data_ptr<int64_t>()[slot];
-    const int32_t* const held = position + r * rows * length;
-    // All rows hold much the same positions, so what a position costs is looked up once. What lies past a request's
+    const int64_t row = row_of[r];
+    STD_TORCH_CHECK(row >= 0 && row < num_rows, "skipkv_cpu: row ", row, " of ", num_rows);
+    const int32_t* const end = ends.const_data_ptr<int32_t>() + row * most;
+    const float* const penalty = penalties.const_data_ptr<float>() + row * most;
+    const int64_t begins = firsts.const_data_ptr<int64_t>()[row];
+    const int32_t* const held = position + r * lines * length;
+    // Rows have mostly the same positions, so the penalty of each position is looked up once. Entries past a request's
     // tokens may be any number.
     int64_t longest = 0;
-    for (int64_t i = 0; i < rows * length; ++i) longest = std::max<int64_t>(longest, held[i] + int64_t{1});
+    for (int64_t i = 0; i < lines * length; ++i) longest = std::max<int64_t>(longest, held[i] + int64_t{1});
     by_position.assign(std::min(longest, most), 0.0f);
     int64_t number = 0;
     for (int64_t p = std::max<int64_t>(begins, 0); p < static_cast<int64_t>(by_position.size()); ++p) {
@@ -84,9 +85,9 @@ Tensor token_penalties(const Tensor& ends, const Tensor& penalties, const Tensor
       by_position[p] = penalty[number];
     }
     const int64_t known = static_cast<int64_t>(by_position.size());
-    torch::stable::parallel_for(0, rows, grain(length), [&](int64_t begin_row, int64_t end_row) {
-      for (int64_t i = begin_row * length; i < end_row * length; ++i) {
-        to[r * rows * length + i] = held[i] >= 0 && held[i] < known ? by_position[held[i]] : 0.0f;
+    torch::stable::parallel_for(0, lines, grain(length), [&](int64_t begin_line, int64_t end_line) {
+      for (int64_t i = begin_line * length; i < end_line * length; ++i) {
+        to[r * lines * length + i] = held[i] >= 0 && held[i] < known ? by_position[held[i]] : 0.0f;
       }
     });
   }

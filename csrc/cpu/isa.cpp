@@ -1,4 +1,4 @@
-// Which instruction set the kernels run with.
+// Chooses the instruction set of the kernels.
 #include <atomic>
 
 #include "kernels.h"

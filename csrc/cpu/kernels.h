@@ -1,7 +1,7 @@
-// The arithmetic that gains from wide vectors. It is compiled once per instruction set and chosen when it runs.
+// The arithmetic that gains from wide vectors. It is compiled once per instruction set and chosen at run time.
 //
-// Those translation units use no template or inline function of the standard library: the linker keeps one copy of
-// each such function, and must not keep one whose instructions the processor may lack.
+// These translation units use no templates and no inline functions of the standard library. The linker keeps one copy
+// of each such function, and that copy must not contain instructions that the processor may lack.
 #pragma once
 
 #include <cstddef>
@@ -12,10 +12,10 @@
 namespace skipkv {
 
 enum class Dtype : int { kFloat32, kBFloat16, kFloat16 };
-// Caches may also hold elements of 8 bits.
+// Caches may also have elements of 8 bits.
 enum class KeyType : int { kFloat32, kBFloat16, kFloat16, kFloat8E4M3, kFloat8E5M2 };
 
-// The tokens of a row: a request's layer and kv head. L = length.
+// The resident tokens of a row, which is a layer and kv head of a request. L = length.
 struct HeldRow {
   const Pages* pages;
   const void* cache;
@@ -25,7 +25,7 @@ struct HeldRow {
   int64_t length;
 };
 
-// Queries of a row, at the first query head of the group; float32 for 8-bit caches, else as the cache.
+// Queries of a row, from the first query head of the group on; float32 for 8-bit caches, else in the cache's dtype.
 struct RowQueries {
   const void* data;  // [number, Hq, D]
   int64_t number, group, stride;
@@ -33,7 +33,7 @@ struct RowQueries {
 
 // One row of `score_tokens`.
 struct ScoreRow : HeldRow {
-  RowQueries queries;  // those of the window
+  RowQueries queries;  // of the window
   const int32_t* positions;
   const float* penalty;  // or null
   int64_t pool;
@@ -41,7 +41,7 @@ struct ScoreRow : HeldRow {
   float* scores;  // [L]
 };
 
-// One row of `measure_attention`; its queries are those that count, at least one.
+// One row of `measure_attention`, with at least one query that counts; `queries` are those.
 struct AttentionRow : HeldRow {
   RowQueries queries;
   const int32_t* positions;
@@ -50,30 +50,30 @@ struct AttentionRow : HeldRow {
   float* sums;  // [L]
 };
 
-// The sentences of a request, for `sentence_similarity`. Sentence n is row `n % held` of `units`; those before `oldest`
-// are no longer held, and those from `first` to `last` were not compared before.
+// The sentences of a request, for `sentence_similarity`. Sentence n is row `n % held` of `units`. Sentences before
+// `oldest` have been overwritten; those from `first` to `last` have not been compared yet.
 struct SentenceRange {
   const void* units;
   Dtype dtype;
   int64_t width, held, oldest, first, last;
   float threshold;
-  bool only_last;  // whether the latest similar sentence counts, or the most similar one
-  float* best;     // cosine of what counts for each sentence from `oldest` on; minus infinity where nothing does
+  bool only_last;  // the latest similar sentence counts instead of the most similar one
+  float* best;     // the cosine that counts for each sentence from `oldest` on, else minus infinity
 };
 
 struct Kernels {
   const char* name;
-  // Bytes of scratch that `score` needs for a row of this length; O(length).
+  // Returns the bytes of scratch that `score` needs for a row; O(length).
   size_t (*score_scratch)(int64_t length, int64_t dim, int64_t window, int64_t group);
   void (*score)(const ScoreRow& row, void* scratch);
   size_t (*attention_scratch)(int64_t length, int64_t dim);
   void (*attention)(const AttentionRow& row, void* scratch);
   size_t (*cosines_scratch)(int64_t length, int64_t dim);
-  // Cosine of each key of a row with the mean of their unit vectors.
+  // Computes the cosine of each key of a row with the mean of their unit vectors.
   void (*cosines)(const HeldRow& row, float* cosines, void* scratch);
   // out = hidden + coefficient * vector, element by element and rounded twice, like PyTorch.
   void (*steer)(const void* hidden, float coefficient, const float* vector, void* out, Dtype dtype, int64_t n);
-  // Fills `best` of the sentences from `begin` to `end`, which was minus infinity.
+  // Fills `best`, minus infinity before, of the sentences from `begin` to `end`.
   void (*similar)(const SentenceRange& all, int64_t begin, int64_t end, float* scratch);
   int64_t (*similar_scratch)(int64_t width);  // in floats
   // sum += x
@@ -94,10 +94,10 @@ extern const Kernels kKernels;
 }
 #endif
 
-// The best that this processor can run, unless `limit_isa` chose less.
+// Returns the fastest table that this processor can run and `limit_isa` allows.
 const Kernels& kernels();
 
-// Use no instruction set beyond this level: 0 generic, 1 AVX2, 2 AVX-512. Returns the level in use.
+// Uses no instruction set beyond this level: 0 generic, 1 AVX2, 2 AVX-512. Returns the level in use.
 int64_t limit_isa(int64_t level);
 
 }  // namespace skipkv

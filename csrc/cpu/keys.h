@@ -1,13 +1,13 @@
-// The keys, values and queries of a row as float32 vectors, read from pages of any layout.
+// Reads the keys, values and queries of a row as float32 vectors, from pages of any layout.
 #pragma once
 
 #include "vectors.h"
 
+#include "common/epsilon.h"
+
 namespace skipkv {
 namespace SKIPKV_ISA {
 namespace {
-
-constexpr float kEpsilon = 1e-8f;  // of `reference.redundancy`
 
 template <class T>
 inline void convert(const T* from, float* to, int64_t n) {
@@ -20,7 +20,7 @@ inline void clear(float* x, int64_t n) {
 
 constexpr int64_t kBlock = 16;  // tokens
 
-// `to[t][d + k]` becomes `from[k * step + t]`, for a block of tokens and `kLanes` dimensions.
+// Sets `to[t][d + k] = from[k * step + t]` for a block of tokens and `kLanes` dimensions.
 template <class T>
 inline void transpose_block(const T* from, int64_t step, float* const* to, int64_t d) {
   static_assert(kBlock % kLanes == 0, "a block of tokens is whole vectors");
@@ -38,14 +38,14 @@ inline void transpose_block(const T* from, int64_t step, float* const* to, int64
   }
 }
 
-// Token t of the first `count` of a cell becomes `rows[rank[t]]`.
+// Copies the first `count` tokens of a cell: token t to `rows[rank[t]]`.
 template <class T>
 inline void read_cell(const Pages& p, const T* cell, int64_t count, const int32_t* rank, float* rows, int64_t stride) {
   if (p.layout == kRows) {
     for (int64_t t = 0; t < count; ++t) convert(cell + t * p.token_stride, rows + rank[t] * stride, p.dim);
     return;
   }
-  // Both other layouts interleave tokens, so they are read along the tokens, a block of them at a time.
+  // The other layouts interleave tokens, so they are read along the tokens, a block at a time.
   for (int64_t first = 0; first < count; first += kBlock) {
     const int64_t n = count - first < kBlock ? count - first : kBlock;
     float* to[kBlock];
@@ -72,7 +72,7 @@ inline void read_cell(const Pages& p, const T* cell, int64_t count, const int32_
   }
 }
 
-// Calls `read(cell, first, count)` for each page of a row; it holds `count` tokens from `first` on.
+// Calls `read(cell, first, count)` for each page of a row, which has `count` tokens from `first` on.
 template <class T, class Read>
 inline void each_cell(const HeldRow& row, const Read& read) {
   const Pages& p = *row.pages;
@@ -89,7 +89,7 @@ inline void read_keys(const HeldRow& row, const int32_t* rank, float* rows, int6
   });
 }
 
-// The value of slot i becomes `rows[i]`.
+// Copies the value of slot i to `rows[i]`.
 template <class T>
 inline void read_values(const HeldRow& row, float* rows, int64_t stride) {
   const Pages& p = *row.pages;
@@ -110,7 +110,7 @@ inline void read_values(const HeldRow& row, float* rows, int64_t stride) {
   });
 }
 
-// `count` query heads from number `first` on as rows, scaled by 1 / sqrt(D); the heads of a query follow each other.
+// Copies `count` query heads from number `first` on to rows, scaled by 1 / sqrt(D). The heads of a query are adjacent.
 template <class T>
 inline void read_queries(const RowQueries& queries, int64_t first, int64_t count, int64_t dim, float* rows,
                          int64_t stride) {
@@ -123,7 +123,7 @@ inline void read_queries(const RowQueries& queries, int64_t first, int64_t count
   }
 }
 
-// Calls `work` with an element of the type of the keys and one of the type of the queries.
+// Calls `work` with an element of the type of the keys and an element of the type of the queries.
 template <class Work>
 inline void with_types(KeyType type, const Work& work) {
   switch (type) {
@@ -140,7 +140,7 @@ inline void with_types(KeyType type, const Work& work) {
   }
 }
 
-// Divides each row by its length; `norm` is what it was divided by.
+// Divides each row by its norm, which `norm` receives.
 inline void normalise(float* rows, int64_t length, int64_t stride, float* norm) {
   for (int64_t i = 0; i < length; ++i) {
     float* const row = rows + i * stride;
@@ -158,9 +158,9 @@ inline float inner(const float* a, const float* b, int64_t stride) {
   return sum_lanes(sum);
 }
 
-// The sum of the rows, in the first `stride` floats of `total`, which has room for twice as many.
+// Sums the rows into the first `stride` floats of `total`, which has room for twice as many.
 inline void sum_rows(const float* rows, int64_t stride, int64_t length, float* total) {
-  // Summed in blocks, or the rounding of a long sum would show.
+  // Sum in blocks, to limit the rounding error of a long sum.
   float* const block = total + stride;
   clear(total, stride);
   for (int64_t first = 0; first < length; first += 64) {

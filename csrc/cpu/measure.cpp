@@ -1,5 +1,6 @@
-// `measure_attention` and `key_similarity`: hand the rows, one for each request, layer and kv head, to the threads.
-#include "ops.h"
+// `measure_attention` and `key_similarity`: check the arguments and distribute the rows over the threads.
+#include "arguments.h"
+#include "operators.h"
 #include "parallel.h"
 #include "rows.h"
 #include "scratch.h"

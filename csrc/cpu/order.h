@@ -1,4 +1,4 @@
-// The tokens of a row in ascending position.
+// Ranks the tokens of a row by position.
 #pragma once
 
 #include "vectors.h"
@@ -22,8 +22,8 @@ struct SortScratch {
         buckets(arena.take<int32_t>(kBuckets)) {}
 };
 
-// `rank[slot]` becomes the number of tokens at lower positions. One pass where slots are in order already, else a
-// radix sort, whose high digits mostly agree and cost a pass of counting only.
+// Sets `rank[slot]` to the number of tokens at lower positions. Slots that are in order already take one pass. Others
+// take a radix sort, which skips digits that are the same in all positions.
 inline void rank_by_position(const int32_t* positions, int64_t length, SortScratch s, int32_t* rank) {
   bool sorted = true;
   for (int64_t i = 1; i < length; ++i) sorted &= positions[i - 1] < positions[i];

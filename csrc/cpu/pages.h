@@ -1,4 +1,4 @@
-// How vLLM packs a token's K and V into its pages, as `skipkv_vllm/ops/paging.py` describes it.
+// The layouts of vLLM's pages, which `skipkv_vllm/ops/paging.py` describes.
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,4 @@
-// Independent rows on PyTorch's threads.
+// Runs independent rows on PyTorch's threads.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -11,8 +11,8 @@
 
 namespace skipkv {
 
-// Runs `worker(next)` on as many threads as are useful; `next()` hands out the numbers below `count` in order, then
-// -1. Rows differ in length and cost, so they are not divided beforehand. `most` limits the threads: waking one takes
+// Runs `worker(next)` on several threads. `next()` returns the numbers below `count` in order, then -1: rows differ in
+// length and cost, so they are not divided among the threads beforehand. `most` limits the threads, as waking one takes
 // tens of microseconds.
 template <class Worker>
 void parallel_rows(int64_t count, const Worker& worker, int64_t most = INT64_MAX) {
@@ -26,7 +26,7 @@ void parallel_rows(int64_t count, const Worker& worker, int64_t most = INT64_MAX
     if (count > 0) worker(next);
     return;
   }
-  // The C interface in between would lose what an exception says.
+  // The C interface of `parallel_for` would lose the message of an exception.
   std::exception_ptr error;
   std::mutex one_at_a_time;
   torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {

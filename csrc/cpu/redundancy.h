@@ -1,8 +1,8 @@
-// How similar each key is to all others, without a matrix of cosines: `reference.redundancy`.
+// `functional.redundancy` without a matrix of cosines.
 //
 // The mean over i of S_ij is the inner product of unit key j with the sum of all, less the diagonal, less the exempted
-// terms. Only finding the exempted column of each row, the last one above the threshold, takes pairs of keys, and
-// most of those are never looked at: columns are scanned from the last, and a row leaves at its first hit.
+// terms. Only the search for the exempted column of each row, the last one above the threshold, compares pairs of keys.
+// It skips most pairs, because it scans columns from the last and drops a row at its first hit.
 #pragma once
 
 #include "keys.h"
@@ -33,14 +33,14 @@ class ExemptSearch {
     }
   }
 
-  // Looks for later similar keys in the columns of a panel; panels come from the last to the first. A hit of row i in
-  // column j is a hit of row j in column i too, which counts if j finds nothing later.
+  // Searches the columns of a panel for later similar keys; panels come from the last to the first. A hit of row i in
+  // column j is also a hit of row j in column i, which counts if j has no later one.
   void scan_later(const float* panel, int64_t first) {
     const int64_t end = first + kTileColumns < length_ ? first + kTileColumns : length_;
     while (num_active_ > 0 && s_.active[num_active_ - 1] >= end) --num_active_;
     const float* rows[kTileRows];
     uint64_t above[kTileRows];
-    // From the last row, so that each column notes a row once: the last that is similar to it.
+    // Rows from the last, so that each column records one row: the last that is similar to it.
     uint64_t noted = 0;
     for (int64_t a = round_up(num_active_, kTileRows) - kTileRows; a >= 0; a -= kTileRows) {
       gather(a, num_active_, rows);
@@ -64,10 +64,10 @@ class ExemptSearch {
     num_active_ = kept;
   }
 
-  // Settles the rows without a later similar key; `panel` is memory for a panel. Afterwards `last` is complete.
+  // Completes `last` for the rows without a later similar key; `panel` is memory for a panel.
   void finish(float* panel) {
     if (threshold_ < 0) {
-      // The diagonal's zero is above the threshold, and the last such column.
+      // The zero on the diagonal is above the threshold, and its column is the last such one.
       for (int64_t i = 0; i < length_; ++i) s_.last[i] = s_.last[i] < 0 ? static_cast<int32_t>(i) : s_.last[i];
       return;
     }
@@ -84,13 +84,13 @@ class ExemptSearch {
     }
   }
 
-  // A mask of the first n columns of a panel, n < 64.
+  // Returns a mask of the first n columns of a panel, n < 64.
   static uint64_t columns(int64_t n) { return (uint64_t{1} << n) - 1; }
   static_assert(kTileColumns < 64, "a shift by 64 is undefined");
 
   static int64_t panel_end(int64_t i) { return (i / kTileColumns + 1) * kTileColumns; }
 
-  // A pair (i, j), i < j, was not looked at by `scan_later` if i had left before it came to the panel of j.
+  // Searches the pairs (i, j), i < j, that `scan_later` skipped because i had a hit before the panel of j.
   void scan_earlier(float* panel) {
     const int64_t panels = (length_ + kTileColumns - 1) / kTileColumns;
     for (int64_t p = 0; p < panels; ++p) {
@@ -139,7 +139,8 @@ class ExemptSearch {
   int64_t num_active_;
 };
 
-// mean[j] of the cosines in column j, with the diagonal and the exempted terms at zero. `total` is scratch, [2, stride].
+// Sets mean[j] to the mean of the cosines in column j, with zeros for the diagonal and the exempted terms. `total` is
+// scratch, [2, stride].
 inline void mean_cosines(const float* unit, int64_t stride, int64_t length, const int32_t* last, float* total,
                          float* mean) {
   sum_rows(unit, stride, length, total);

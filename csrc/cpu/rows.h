@@ -1,4 +1,4 @@
-// What the operators that read keys and values have in common: a row for each request, layer and kv head.
+// Shared by the operators that read keys and values, row by row. A row is a layer and kv head of a request.
 #pragma once
 
 #include <algorithm>
@@ -7,10 +7,10 @@
 
 namespace skipkv {
 
-// The tokens of R requests.
+// The resident tokens of R requests.
 class Held {
  public:
-  // Each request must hold more tokens than a window and at most `most`.
+  // Checks that each request has more resident tokens than a window, and at most `most`.
   Held(const std::vector<Tensor>& caches, int64_t layout, const Tensor& table, const Tensor& num_resident,
        int64_t window, int64_t most)
       : caches_(caches, layout), type_(key_type(caches[0])) {
@@ -52,7 +52,7 @@ class Held {
   int64_t requests_, longest_ = 0;
 };
 
-// `[R, L, n, Hq, D]`, in the dtype of the caches; float32 where that has 8 bits.
+// Queries `[R, L, n, Hq, D]`, in the dtype of the caches; float32 for caches of 8 bits.
 class Queries {
  public:
   Queries(const Tensor& queries, const Tensor& cache, const Held& held)
@@ -66,7 +66,7 @@ class Queries {
   int64_t number() const { return all_.size(2); }
   int64_t group() const { return all_.size(3) / heads_; }
 
-  // The last `number` ones of a row.
+  // Returns the last `number` queries of a row.
   RowQueries last(int64_t row, int64_t number) const {
     const int64_t dim = all_.size(4), stride = all_.size(3) * dim;
     const int64_t first = (row / heads_ * all_.size(2) + all_.size(2) - number) * stride;

@@ -1,4 +1,5 @@
-// `score_tokens` of one row: a request's layer and kv head. Compiled once per instruction set.
+// `score_tokens` of one row. Compiled once per instruction set.
+#include "isa_kernels.h"
 #include "order.h"
 #include "redundancy.h"
 
@@ -33,7 +34,7 @@ struct Scratch {
         exempt(arena, length) {}
 };
 
-// Largest logit of the group at the keys of a panel, for each query of the window.
+// Computes the largest logit of the group at the keys of a panel, for each query of the window.
 void panel_logits(const ScoreRow& row, const Scratch& s, int64_t first) {
   const float* rows[kTileRows];
   const int64_t count = row.queries.number * row.queries.group;
@@ -45,7 +46,7 @@ void panel_logits(const ScoreRow& row, const Scratch& s, int64_t first) {
       float* const to = s.logits + (q + m) / row.queries.group * s.logits_stride + first;
       const bool is_first = (q + m) % row.queries.group == 0;
       for (int64_t v = 0; v < kTileColumns; v += kLanes) {
-        // The panel holds unit vectors.
+        // The columns of the panel are unit vectors.
         const Vector x = load(from + v) * load(s.norm + first + v), known = load(to + v);
         store(to + v, is_first ? x : x > known ? x : known);
       }
@@ -53,7 +54,7 @@ void panel_logits(const ScoreRow& row, const Scratch& s, int64_t first) {
   }
 }
 
-// Softmax over the first `old` keys, mean over the queries, max-pooling: into `pooled`.
+// Computes `pooled`: softmax over the first `old` keys, mean over the queries, max-pooling.
 void importance(const ScoreRow& row, const Scratch& s, int64_t old) {
   clear(s.attention, old);
   for (int64_t w = 0; w < row.queries.number; ++w) {
@@ -75,13 +76,13 @@ void importance(const ScoreRow& row, const Scratch& s, int64_t old) {
   }
 }
 
-// Keys of type T, queries of type Q.
+// Scores a row with keys of type T and queries of type Q.
 template <class T, class Q>
 void score_as(const ScoreRow& row, void* memory) {
   Arena arena(memory);
   const int64_t dim = row.pages->dim, length = row.length, old = length - row.queries.number;
   Scratch s(arena, length, dim, row.queries.number, row.queries.group);
-  // A weight of zero leaves the other half of the score, and half of the work.
+  // A weight of zero saves half of the work.
   const bool important = row.mix != 0, redundant = row.mix != 1;
 
   rank_by_position(row.positions, length, s.sort, s.rank);
@@ -117,6 +118,8 @@ void score_as(const ScoreRow& row, void* memory) {
   }
 }
 
+}  // namespace
+
 void score(const ScoreRow& row, void* scratch) {
   with_types(row.type, [&](auto key, auto query) { score_as<decltype(key), decltype(query)>(row, scratch); });
 }
@@ -126,37 +129,6 @@ size_t score_scratch(int64_t length, int64_t dim, int64_t window, int64_t group)
   Scratch scratch(arena, length, dim, window, group);
   return arena.used();
 }
-
-}  // namespace
-
-// In attention.cpp.
-size_t attention_scratch(int64_t length, int64_t dim);
-void attention(const AttentionRow& row, void* scratch);
-size_t cosines_scratch(int64_t length, int64_t dim);
-void cosines(const HeldRow& row, float* cosines, void* scratch);
-// In similar.cpp.
-void similar(const SentenceRange& all, int64_t begin, int64_t end, float* scratch);
-int64_t similar_scratch(int64_t width);
-// In steer.cpp.
-void steer(const void* hidden, float coefficient, const float* vector, void* out, Dtype dtype, int64_t n);
-void accumulate(const void* x, Dtype dtype, float* sum, int64_t n);
-void normalise(float* sum, float length, void* out, Dtype dtype, int64_t n);
-
-extern const Kernels kKernels;
-#define SKIPKV_STRING_(x) #x
-#define SKIPKV_STRING(x) SKIPKV_STRING_(x)
-const Kernels kKernels = {SKIPKV_STRING(SKIPKV_ISA),
-                          score_scratch,
-                          score,
-                          attention_scratch,
-                          attention,
-                          cosines_scratch,
-                          cosines,
-                          steer,
-                          similar,
-                          similar_scratch,
-                          accumulate,
-                          normalise};
 
 }  // namespace SKIPKV_ISA
 }  // namespace skipkv

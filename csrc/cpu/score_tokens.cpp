@@ -1,5 +1,6 @@
-// `score_tokens`: hands the rows, one for each request, layer and kv head, to the threads.
-#include "ops.h"
+// `score_tokens`: checks the arguments and distributes the rows over the threads.
+#include "arguments.h"
+#include "operators.h"
 #include "parallel.h"
 #include "rows.h"
 #include "scratch.h"
@@ -7,10 +8,6 @@
 #include <limits>
 
 namespace skipkv {
-
-int64_t score_scratch(int64_t length, int64_t dim, int64_t window, int64_t group) {
-  return static_cast<int64_t>(kernels().score_scratch(length, dim, window, group));
-}
 
 Tensor score_tokens(const std::vector<Tensor>& caches, const Tensor&, int64_t layout, const Tensor& table,
                     const Tensor& positions, const Tensor& num_resident, const Tensor& queries,

@@ -18,8 +18,8 @@ inline Memory aligned(size_t bytes) {
   return Memory(memory);
 }
 
-// This thread's memory for a row. It is kept between calls, up to a size: new memory is paid for page by page, which
-// takes as long as scoring a short row.
+// A thread's memory for a row. Up to a size it is kept between calls: the page faults of new memory take as long as
+// scoring a short row.
 class RowScratch {
  public:
   explicit RowScratch(size_t bytes) {

@@ -1,5 +1,6 @@
 // `select_keep`: the best tokens of every row, found without sorting.
-#include "ops.h"
+#include "arguments.h"
+#include "operators.h"
 #include "parallel.h"
 
 #include <cstring>
@@ -7,7 +8,7 @@
 namespace skipkv {
 namespace {
 
-// Orders as the scores do: a higher score has the higher key. Zeros of both signs are one score.
+// Returns a key that is higher for a higher score. Zeros of both signs are one score.
 uint32_t order_of(float score) {
   const float value = score + 0.0f;
   uint32_t u;
@@ -20,7 +21,7 @@ struct Threshold {
   int64_t missing;  // how many tokens with that key are kept
 };
 
-// The `count`-th largest of `n` keys, count >= 1, digit by digit. `keys` is used up.
+// Finds the `count`-th largest of `n` keys, count >= 1, digit by digit. Overwrites `keys`.
 Threshold find_threshold(uint32_t* keys, int64_t n, int64_t count, int32_t* buckets) {
   constexpr int kBits = 8, kBuckets = 1 << kBits;
   uint32_t prefix = 0;

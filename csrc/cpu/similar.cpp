@@ -1,4 +1,5 @@
 // `sentence_similarity` of a range of a request's sentences. Compiled once per instruction set.
+#include "isa_kernels.h"
 #include "tile.h"
 
 namespace skipkv {
@@ -13,14 +14,14 @@ void similar_as(const SentenceRange& all, int64_t begin, int64_t end, float* scr
   float* const floats = scratch + width * kTileColumns;
   float* const tile = floats + width * kTileRows;
   const auto unit = [&](int64_t n) { return static_cast<const T*>(all.units) + n % all.held * width; };
-  // Panels of later sentences from the newest, so that the latest hit is the first to be found.
+  // Panels of later sentences from the newest, so that the latest hit comes first.
   for (int64_t to = newest; to >= first_new; to -= kTileColumns) {
     const int64_t from = to - kTileColumns + 1 > first_new ? to - kTileColumns + 1 : first_new;
     for (int64_t c = 0; c < kTileColumns; ++c) {
       const T* const x = unit(from + c <= to ? from + c : to);
       for (int64_t d = 0; d < width; ++d) panel[d * kTileColumns + c] = to_float(x[d]);
     }
-    // A row's own panel and those before it hold nothing that is later.
+    // No sentence is later than those of its own panel.
     const int64_t stop = end < to ? end : to;
     for (int64_t i = begin; i < stop; i += kTileRows) {
       const float* rows[kTileRows];
@@ -33,7 +34,7 @@ void similar_as(const SentenceRange& all, int64_t begin, int64_t end, float* scr
       products(rows, panel, width, tile);
       for (int64_t m = 0; m < kTileRows && i + m < stop; ++m) {
         float& best = all.best[i + m - all.oldest];
-        // From the latest, which is all that the rule "last" asks for.
+        // From the latest, which alone counts by the rule "last".
         for (int64_t c = to - from; c >= 0 && from + c > i + m; --c) {
           if (all.only_last && best > -__builtin_inff()) break;
           const float cosine = tile[m * kTileColumns + c];

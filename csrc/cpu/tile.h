@@ -1,4 +1,4 @@
-// The inner product of a few rows with a panel of columns, kept in registers: where the time of scoring goes.
+// Inner products of a few rows with a panel of columns, in registers. Scoring spends its time here.
 #pragma once
 
 #include "vectors.h"
@@ -7,7 +7,7 @@ namespace skipkv {
 namespace SKIPKV_ISA {
 namespace {
 
-// `kTileColumns` rows from `first`, transposed to [stride, kTileColumns]; zeros past `length`.
+// Transposes `kTileColumns` rows from `first` on to [stride, kTileColumns], with zeros past `length`.
 inline void pack_panel(const float* rows, int64_t stride, int64_t first, int64_t length, float* panel) {
   for (int64_t c = 0; c < kTileColumns; c += kLanes) {
     for (int64_t d = 0; d < stride; d += kLanes) {
@@ -24,12 +24,12 @@ inline void pack_panel(const float* rows, int64_t stride, int64_t first, int64_t
   }
 }
 
-// What `multiply` leaves in registers: the inner products of `kTileRows` rows with a panel.
+// The result of `multiply`: the inner products of `kTileRows` rows with a panel.
 template <int64_t vectors>
 using Tile = Vector[kTileRows][vectors];
 
-// sum[m, c] = sum over d of rows[m][d] * panel[d, c], the rows of the panel being `step` apart. The same terms in the
-// same order whichever of a pair of vectors is the row, so a cosine does not depend on the side it was computed from.
+// sum[m, c] = sum over d of rows[m][d] * panel[d, c]; the rows of the panel are `step` apart. The order of the terms
+// does not depend on which of two vectors is the row, so neither does their cosine.
 template <int64_t vectors>
 __attribute__((always_inline)) inline void multiply(const float* const* rows, const float* panel, int64_t step,
                                                     int64_t dim, Tile<vectors>& sum) {
@@ -48,10 +48,10 @@ __attribute__((always_inline)) inline void multiply(const float* const* rows, co
   }
 }
 
-// The next two are functions of their own, never inlined: a compiler that has other things to keep in registers besides
-// spills the panel's columns in the inner loop, which takes half as long again.
+// The next two functions are never inlined. With other values to keep in registers, compilers spill the panel's columns
+// in the inner loop, which makes it half as slow again.
 
-// The products themselves, `out[m, c]`; rows of the panel and of `out` are some floats apart.
+// Writes the products to `out[m, c]`, whose rows are `out_step` apart.
 template <int64_t vectors>
 __attribute__((noinline)) void products(const float* const* rows, const float* panel, int64_t step, int64_t dim,
                                         float* out, int64_t out_step) {
@@ -68,7 +68,7 @@ inline void products(const float* const* rows, const float* panel, int64_t dim, 
   products<kTileVectors>(rows, panel, kTileColumns, dim, out, kTileColumns);
 }
 
-// Bit c of `above[m]` says whether product `[m, c]` is above the threshold. Returns whether any is.
+// Sets bit c of `above[m]` if product `[m, c]` is above the threshold. Returns whether any is.
 [[maybe_unused]] __attribute__((noinline)) bool products_above(const float* const* rows, const float* panel,
                                                                int64_t dim, float threshold, uint64_t* above) {
   static_assert(kTileColumns <= 64, "a panel's columns fit a mask");

@@ -1,5 +1,6 @@
-// `track_sentences`: runs at every step, over the few tokens of each request.
-#include "ops.h"
+// `track_sentences`: runs at every step, over the request's few tokens of the step.
+#include "arguments.h"
+#include "operators.h"
 
 namespace skipkv {
 
@@ -11,11 +12,11 @@ void track_sentences(const Tensor& token_ids, const std::optional<Tensor>& hidde
   check(spans, "spans", ScalarType::Long, {4, -1});
   check(delimiters, "delimiters", ScalarType::Bool, {-1});
   check(ends, "ends", ScalarType::Int, {-1, -1});
-  const int64_t num_slots = ends.size(0);
-  check(count, "count", ScalarType::Long, {num_slots});
-  check(after_delimiter, "after_delimiter", ScalarType::Bool, {num_slots});
-  check(open_length, "open_length", ScalarType::Float, {num_slots});
-  check(text, "text", ScalarType::Int, {num_slots, -1});
+  const int64_t num_rows = ends.size(0);
+  check(count, "count", ScalarType::Long, {num_rows});
+  check(after_delimiter, "after_delimiter", ScalarType::Bool, {num_rows});
+  check(open_length, "open_length", ScalarType::Float, {num_rows});
+  check(text, "text", ScalarType::Int, {num_rows, -1});
   STD_TORCH_CHECK(text.is_contiguous(), "skipkv_cpu: text must be contiguous");
   const int64_t longest = text.size(1);
   const bool embeds = hidden.has_value();
@@ -28,10 +29,10 @@ void track_sentences(const Tensor& token_ids, const std::optional<Tensor>& hidde
   if (embeds) {
     STD_TORCH_CHECK(hidden->is_cpu() && hidden->dim() == 2 && hidden->stride(1) == 1,
                     "skipkv_cpu: hidden must be [tokens, E] on the CPU, with contiguous rows");
-    check(open_sum, "open_sum", ScalarType::Float, {num_slots, width});
-    check(embeddings, "embeddings", embeddings.scalar_type(), {num_slots, -1, width});
+    check(open_sum, "open_sum", ScalarType::Float, {num_rows, width});
+    check(embeddings, "embeddings", embeddings.scalar_type(), {num_rows, -1, width});
     STD_TORCH_CHECK(held > 0 && embeddings.is_contiguous() && open_sum.is_contiguous(),
-                    "skipkv_cpu: embeddings and open_sum must be contiguous, embeddings with more than one row");
+                    "skipkv_cpu: embeddings [rows, S + 1, E] and open_sum must be contiguous, with S > 0");
     from = float_type(*hidden, "hidden");
     to = float_type(embeddings, "embeddings");
     hidden_row = hidden->stride(0) * static_cast<int64_t>(hidden->element_size());
@@ -49,22 +50,22 @@ void track_sentences(const Tensor& token_ids, const std::optional<Tensor>& hidde
   const int64_t unit_row = embeds ? width * static_cast<int64_t>(embeddings.element_size()) : 0;
   const Kernels& kernel = kernels();
   for (int64_t r = 0; r < requests; ++r) {
-    const int64_t slot = span[r], begin = span[requests + r], tokens = span[2 * requests + r];
+    const int64_t row = span[r], begin = span[requests + r], tokens = span[2 * requests + r];
     const int64_t position = span[3 * requests + r];
-    STD_TORCH_CHECK(slot >= 0 && slot < num_slots, "skipkv_cpu: slot ", slot, " of ", num_slots);
+    STD_TORCH_CHECK(row >= 0 && row < num_rows, "skipkv_cpu: row ", row, " of ", num_rows);
     STD_TORCH_CHECK(begin >= 0 && tokens >= 0 && begin + tokens <= ids.size() &&
                         (!embeds || begin + tokens <= hidden->size(0)),
                     "skipkv_cpu: a span of ", tokens, " tokens from ", begin, " exceeds the step");
-    int32_t* const end = ends.mutable_data_ptr<int32_t>() + slot * ends.stride(0);
-    int64_t closed = count.const_data_ptr<int64_t>()[slot];
-    bool after = after_delimiter.const_data_ptr<bool>()[slot];
-    float length = open_length.const_data_ptr<float>()[slot];
-    float* const sum = embeds ? sums + slot * width : nullptr;
+    int32_t* const end = ends.mutable_data_ptr<int32_t>() + row * ends.stride(0);
+    int64_t closed = count.const_data_ptr<int64_t>()[row];
+    bool after = after_delimiter.const_data_ptr<bool>()[row];
+    float length = open_length.const_data_ptr<float>()[row];
+    float* const sum = embeds ? sums + row * width : nullptr;
     if (longest > 0) {
       STD_TORCH_CHECK(position >= 0 && position + tokens <= longest,
                       "skipkv_cpu: a request has more than ", longest, " tokens");
-      int32_t* const row = text.mutable_data_ptr<int32_t>() + slot * longest + position;
-      for (int64_t t = 0; t < tokens; ++t) row[t] = static_cast<int32_t>(ids.at(begin + t, vocabulary));
+      int32_t* const to_text = text.mutable_data_ptr<int32_t>() + row * longest + position;
+      for (int64_t t = 0; t < tokens; ++t) to_text[t] = static_cast<int32_t>(ids.at(begin + t, vocabulary));
     }
     for (int64_t t = 0; t < tokens; ++t) {
       const bool delimiter = is_delimiter[ids.at(begin + t, vocabulary)], closes = delimiter && !(merge && after);
@@ -76,16 +77,16 @@ void track_sentences(const Tensor& token_ids, const std::optional<Tensor>& hidde
       if (closes) {
         STD_TORCH_CHECK(closed < most, "skipkv_cpu: a request has more than ", most, " sentences");
         if (embeds) {
-          kernel.normalise(sum, length, units + (slot * (held + 1) + closed % held) * unit_row, to, width);
+          kernel.normalise(sum, length, units + (row * (held + 1) + closed % held) * unit_row, to, width);
           length = 0;
         }
         ++closed;
       }
       if (delimiter && closed > 0) end[closed - 1] = static_cast<int32_t>(position + t);
     }
-    count.mutable_data_ptr<int64_t>()[slot] = closed;
-    after_delimiter.mutable_data_ptr<bool>()[slot] = after;
-    if (embeds) open_length.mutable_data_ptr<float>()[slot] = length;
+    count.mutable_data_ptr<int64_t>()[row] = closed;
+    after_delimiter.mutable_data_ptr<bool>()[row] = after;
+    if (embeds) open_length.mutable_data_ptr<float>()[row] = length;
   }
 }
 

@@ -1,7 +1,7 @@
 // Vectors of the instruction set that this translation unit is compiled for.
 //
-// GCC's and Clang's vector extensions name no instruction set, so that one source serves all of them; only turning a
-// comparison into a bit mask has to.
+// GCC's and Clang's vector extensions do not name an instruction set, so one source serves all of them; only the bit
+// mask of a comparison needs intrinsics.
 #pragma once
 
 #include <cstdint>
@@ -31,7 +31,7 @@ constexpr int64_t kLanes = 4, kTileRows = 4, kTileVectors = 2;
 constexpr int64_t kTileColumns = kLanes * kTileVectors;
 
 typedef float Vector __attribute__((vector_size(kLanes * 4)));
-// The same anywhere in memory. Only for memory: Clang gives variables of this type its alignment, but forgets that where
+// A vector at any address. Only for memory: Clang gives variables of this type a small alignment, but forgets it when
 // it passes them by reference.
 typedef float Anywhere __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
 
@@ -46,7 +46,7 @@ inline To bits(From value) {
   return result;
 }
 
-// Sum of the lanes, by halves: a loop over lanes takes each one out by itself.
+// Sums the lanes by halves; a loop over lanes would extract each one.
 template <int64_t n>
 struct Lanes {
   typedef float Half __attribute__((vector_size(n * 2), may_alias));
@@ -68,7 +68,7 @@ struct Lanes<2> {
 };
 inline float sum_lanes(Vector v) { return Lanes<kLanes>::sum(v); }
 
-// Bit k says whether lane k of a is greater than that of b.
+// Sets bit k if lane k of a is greater than that of b.
 inline uint64_t mask_greater(Vector a, Vector b) {
 #if defined(__AVX512F__)
   return _mm512_cmp_ps_mask(bits<__m512>(a), bits<__m512>(b), _CMP_GT_OQ);
@@ -113,10 +113,10 @@ inline void transpose_from(Vector (&square)[kLanes]) {
   if constexpr (step > 1) transpose_from<step / 2>(square);
 }
 
-// Lane k of vector i becomes lane i of vector k: by halves, then by halves of those.
+// Exchanges lane k of vector i with lane i of vector k: by halves, then by halves of those.
 inline void transpose(Vector (&square)[kLanes]) { transpose_from<kLanes / 2>(square); }
 
-// Element types. Conversions are integer arithmetic without branches, which compilers vectorise everywhere.
+// Element types. Conversions are integer arithmetic without branches, which compilers vectorise for every processor.
 struct Float32 {
   float value;
 };
@@ -142,7 +142,7 @@ inline float to_float(Float16 x) {
   const uint32_t rest = static_cast<uint32_t>(x.value & 0x7fffu) << 13, exponent = rest & 0x0f800000u;
   const uint32_t normal = rest + (112u << 23);
   const uint32_t infinite = rest + (224u << 23);
-  // A subnormal half is a normal float: build 2^-14 + it, then take 2^-14 away.
+  // A subnormal half is a normal float: build 2^-14 + the half, then subtract 2^-14.
   const uint32_t small = bits<uint32_t>(bits<float>(rest + (113u << 23)) - bits<float>(113u << 23));
   const uint32_t magnitude = exponent == 0x0f800000u ? infinite : exponent == 0 ? small : normal;
   return bits<float>(magnitude | sign);
@@ -166,7 +166,7 @@ inline void from_float(float x, BFloat16* to) {
 }
 inline void from_float(float x, Float16* to) {
   const uint32_t u = bits<uint32_t>(x), sign = (u >> 16) & 0x8000u, magnitude = u & 0x7fffffffu;
-  // Rounding of normal results happens in the integers, that of subnormal ones in an addition.
+  // The integer arithmetic rounds normal results, an addition rounds subnormal ones.
   const uint32_t normal = (magnitude + 0xfffu + ((magnitude >> 13) & 1) - (112u << 23)) >> 13;
   const uint32_t small = bits<uint32_t>(bits<float>(magnitude) + 0.5f) - bits<uint32_t>(0.5f);
   const uint32_t large = magnitude > 0x7f800000u ? 0x7e00u : 0x7c00u;
@@ -174,7 +174,7 @@ inline void from_float(float x, Float16* to) {
   to->value = static_cast<uint16_t>(half | sign);
 }
 
-// e^x to about 1 ulp for x <= 0; below -87 it is as small as a float gets.
+// Returns e^x to about 1 ulp for x <= 0, and e^-87 below -87.
 inline float exp_nonpositive(float x) {
   x = x < -87.0f ? -87.0f : x;
   const float shifted = x * 1.44269504f + 12582912.0f;  // adding 1.5 * 2^23 rounds to an integer
@@ -188,7 +188,7 @@ inline float exp_nonpositive(float x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * r * r + r + 1.0f;
-  // Unsigned, or a NaN would shift what no signed shift can hold.
+  // Unsigned, because a NaN would overflow a signed shift.
   const uint32_t exponent = bits<uint32_t>(shifted) - bits<uint32_t>(12582912.0f);
   return p * bits<float>((exponent + 127u) << 23);
 }
@@ -208,7 +208,7 @@ inline float max_of(const float* x, int64_t n) {
   return best;
 }
 
-// x becomes e^(x - max); returns the sum.
+// Replaces x by e^(x - max) and returns the sum.
 inline float exponentials(float* x, int64_t n) {
   const float most = max_of(x, n);
   for (int64_t i = 0; i < n; ++i) x[i] = exp_nonpositive(x[i] - most);
@@ -220,7 +220,7 @@ inline float exponentials(float* x, int64_t n) {
   return total;
 }
 
-// Hands out scratch memory; run without memory it only measures.
+// Divides scratch memory; without memory it only counts the bytes.
 class Arena {
  public:
   explicit Arena(void* memory) : memory_(static_cast<char*>(memory)) {}

@@ -1,10 +1,11 @@
-// `measure_attention`: first each query's softmax and output, tokens a tile at a time, then each token's sum over the
-// queries, whose logits are computed again. So nothing is stored for a pair of a query and a token, and no sum depends
-// on the order in which blocks run.
+// `measure_attention` in two passes: each query's softmax and output, a tile of tokens at a time, then each token's sum
+// over the queries. The second pass computes the logits again, so nothing is stored per pair of query and token, and no
+// sum depends on the order in which blocks run.
 #include <algorithm>
 #include <cmath>
 
 #include "launch.cuh"
+#include "operators.h"
 #include "rows.cuh"
 
 namespace skipkv {
@@ -14,8 +15,8 @@ constexpr int kThreads = 128;
 constexpr int kWarps = kThreads / kWarp;
 constexpr int kQueries = 16;  // query heads of a tile
 
-// The arguments of a launch over `count` rows from `first` on. Scratch memory is numbered from 0. A query head is one
-// of `window * group` of a row, by query; those of queries that do not count come first.
+// The arguments of a launch over `count` rows from `first` on. Rows of scratch memory are numbered from 0. A row has
+// `window * group` query heads, by query; those of queries that do not count come first.
 struct Measuring {
   Pages pages;
   int64_t first, count;
@@ -35,7 +36,7 @@ struct Measuring {
   __host__ __device__ int64_t tiles() const { return ceil_div(heads(), kQueries); }
 };
 
-// What the threads of a block know of its row.
+// The row of a block.
 struct Place {
   Row at;
   int length, heads;  // tokens, and query heads that count
@@ -55,7 +56,7 @@ struct Place {
   }
 };
 
-// The cells and positions of a tile of tokens; cells past the length are negative.
+// Loads the cells and positions of a tile of tokens; cells past the length become negative.
 template <int TILE>
 __device__ void load_places(const Measuring& s, const Place& p, int start, int* cells, int* positions) {
   const int thread = static_cast<int>(threadIdx.x), slot = start + thread;
@@ -66,7 +67,7 @@ __device__ void load_places(const Measuring& s, const Place& p, int start, int* 
   }
 }
 
-// A tile of query heads from number `first` on, zeros past the last.
+// Loads a tile of query heads from number `first` on, with zeros past the last.
 template <class T>
 __device__ void load_queries(const Measuring& s, const Place& p, int first, float* to) {
   using Query = typename Types<T>::Query;
@@ -82,7 +83,7 @@ __device__ void load_queries(const Measuring& s, const Place& p, int first, floa
   }
 }
 
-// Inner products of a vector with the rows of a tile; 4 elements at a time.
+// Computes the inner products of a vector with the rows of a tile, 4 elements at a time.
 template <int EACH>
 __device__ void multiply(const float* own, const float* tile, int padded, float (&products)[EACH]) {
 #pragma unroll
@@ -99,11 +100,11 @@ __device__ void multiply(const float* own, const float* tile, int padded, float 
 
 __device__ int reach(const Measuring& s, const Place& p, int q) { return p.first_reach + q / s.group; }
 
-// The softmax of a tile of query heads over all tokens, and their outputs if there is memory for them.
+// Computes the softmax of a tile of query heads over all tokens, and their outputs unless `outputs` is null.
 template <class T, int TILE>
 __global__ void __launch_bounds__(kThreads) attend_queries(Measuring s) {
   constexpr int kParts = kThreads / TILE, kEach = kQueries / kParts;
-  // Query heads of a thread that has 4 features of the output: D / 4 threads have all of them.
+  // Query heads of a thread, which computes 4 features of their outputs; D / 4 threads cover all features.
   constexpr int kRows = TILE == 64 ? 4 : 8;
   __shared__ int cells[TILE], positions[TILE];
   __shared__ float top[kQueries], weight[kQueries], factor[kQueries];
@@ -112,8 +113,8 @@ __global__ void __launch_bounds__(kThreads) attend_queries(Measuring s) {
   const Place p(s, row);
   if (first >= p.heads) return;
   float* vectors = reinterpret_cast<float*>(dynamic_shared());
-  float* asked = vectors + TILE * p.stride;
-  float* attention = asked + kQueries * p.padded;  // [kQueries, TILE]
+  float* query_tile = vectors + TILE * p.stride;
+  float* attention = query_tile + kQueries * p.padded;  // [kQueries, TILE]
   const int thread = static_cast<int>(threadIdx.x), lane = thread % kWarp, warp = thread / kWarp;
   const int own = thread % TILE, part = thread / TILE;
   const T* pages = head_pages<T>(s.pages, p.at);
@@ -121,7 +122,7 @@ __global__ void __launch_bounds__(kThreads) attend_queries(Measuring s) {
   const int feature = thread % groups * 4, begin = thread / groups;
   float4 output[kRows] = {};
 
-  load_queries<T>(s, p, first, asked);
+  load_queries<T>(s, p, first, query_tile);
   if (thread < kQueries) {
     top[thread] = -INFINITY;
     weight[thread] = 0.0f;
@@ -133,7 +134,7 @@ __global__ void __launch_bounds__(kThreads) attend_queries(Measuring s) {
     load_cells<kThreads>(s.pages, pages, cells, TILE, s.vectors, vectors, p.stride);
     __syncthreads();
     float logit[kEach];
-    multiply(vectors + own * p.stride, asked + part * kEach * p.padded, p.padded, logit);
+    multiply(vectors + own * p.stride, query_tile + part * kEach * p.padded, p.padded, logit);
     for (int i = 0; i < kEach; ++i) {
       const int q = part * kEach + i;
       const bool seen = cells[own] >= 0 && positions[own] <= reach(s, p, first + q);
@@ -147,7 +148,7 @@ __global__ void __launch_bounds__(kThreads) attend_queries(Measuring s) {
       for (int offset = kWarp / 2; offset > 0; offset /= 2) {
         highest = fmaxf(highest, __shfl_xor_sync(kAllLanes, highest, offset));
       }
-      // While a query has seen no token, there is nothing to be subtracted.
+      // Until a query has seen a token there is nothing to subtract.
       const float shift = highest == -INFINITY ? 0.0f : highest;
       for (int t = lane; t < TILE; t += kWarp) {
         line[t] = expf(line[t] - shift);
@@ -199,7 +200,7 @@ __global__ void __launch_bounds__(kThreads) attend_queries(Measuring s) {
       const float share = 1.0f / weight[q];
       const float4 o = output[i];
       // The queries are no longer needed.
-      *reinterpret_cast<float4*>(asked + q * p.padded + feature) =
+      *reinterpret_cast<float4*>(query_tile + q * p.padded + feature) =
           make_float4(o.x * share, o.y * share, o.z * share, o.w * share);
     }
   }
@@ -207,7 +208,7 @@ __global__ void __launch_bounds__(kThreads) attend_queries(Measuring s) {
   for (int q = warp; q < kQueries && first + q < p.heads; q += kWarps) {
     float square = 0.0f;
     for (int d = lane; d < s.pages.dim; d += kWarp) {
-      const float x = asked[q * p.padded + d];
+      const float x = query_tile[q * p.padded + d];
       s.outputs[(head + q) * s.pages.dim + d] = x;
       square += x * x;
     }
@@ -216,7 +217,7 @@ __global__ void __launch_bounds__(kThreads) attend_queries(Measuring s) {
   }
 }
 
-// What a tile of tokens means to all query heads of the row.
+// Computes the results of a tile of tokens: sums over all query heads of the row.
 template <class T, int TILE>
 __global__ void __launch_bounds__(kThreads) sum_queries(Measuring s) {
   constexpr int kParts = kThreads / TILE, kEach = kQueries / kParts;
@@ -232,8 +233,8 @@ __global__ void __launch_bounds__(kThreads) sum_queries(Measuring s) {
     if (thread < TILE && start + thread < s.n) s.out[p.line + start + thread] = 0.0f;
     return;
   }
-  float* asked = reinterpret_cast<float*>(dynamic_shared());
-  float* keys = asked + kQueries * p.padded;
+  float* query_tile = reinterpret_cast<float*>(dynamic_shared());
+  float* keys = query_tile + kQueries * p.padded;
   float* values = keys + TILE * p.stride;
   const T* pages = head_pages<T>(s.pages, p.at);
 
@@ -250,7 +251,7 @@ __global__ void __launch_bounds__(kThreads) sum_queries(Measuring s) {
   for (int first = 0; first < p.heads; first += kQueries) {
     const int64_t head = row * s.heads() + first;
     __syncthreads();
-    load_queries<T>(s, p, first, asked);
+    load_queries<T>(s, p, first, query_tile);
     if (thread < kQueries) {
       const bool counts = first + thread < p.heads;
       top[thread] = counts ? s.top[head + thread] : 0.0f;
@@ -259,15 +260,15 @@ __global__ void __launch_bounds__(kThreads) sum_queries(Measuring s) {
     }
     __syncthreads();
     float logit[kEach], mixed[kEach];
-    multiply(keys + own * p.stride, asked + part * kEach * p.padded, p.padded, logit);
+    multiply(keys + own * p.stride, query_tile + part * kEach * p.padded, p.padded, logit);
     if (s.outputs != nullptr) {
       __syncthreads();
       for (int i = thread; i < kQueries * p.padded; i += kThreads) {
         const int q = i / p.padded, d = i % p.padded;
-        asked[i] = first + q < p.heads && d < s.pages.dim ? s.outputs[(head + q) * s.pages.dim + d] : 0.0f;
+        query_tile[i] = first + q < p.heads && d < s.pages.dim ? s.outputs[(head + q) * s.pages.dim + d] : 0.0f;
       }
       __syncthreads();
-      multiply(values + own * p.stride, asked + part * kEach * p.padded, p.padded, mixed);
+      multiply(values + own * p.stride, query_tile + part * kEach * p.padded, p.padded, mixed);
     }
     for (int i = 0; i < kEach; ++i) {
       const int q = part * kEach + i;
@@ -313,7 +314,7 @@ Tensor measure_attention(const std::vector<Tensor>& caches, const Tensor& pointe
 
   const Guard guard(positions.get_device_index());
   const cudaStream_t stream = current_stream(positions);
-  const Tensor places = packed(positions), asked = packed(queries);
+  const Tensor places = packed(positions), all_queries = packed(queries);
   const Tensor out = scratch(places, {requests, pages.layers, pages.heads, n}, ScalarType::Float);
   const int64_t rows = requests * pages.layers * pages.heads;
   if (rows * n == 0) return out;
@@ -330,7 +331,7 @@ Tensor measure_attention(const std::vector<Tensor>& caches, const Tensor& pointe
   s.num_resident = data<const int>(num_resident);
   s.num_queries = data<const int>(num_queries);
   s.newest = data<const int>(newest);
-  s.queries = asked.const_data_ptr();
+  s.queries = all_queries.const_data_ptr();
   s.positions = data<const int>(places);
   s.out = data<float>(out);
 

@@ -1,4 +1,4 @@
-// From sums and logits to scores: mean cosines, the softmaxes, pooling over neighbours and the mixture.
+// The last kernels of `score_tokens`: mean cosines, the softmaxes, pooling over neighbours and the mixture.
 #include "launch.cuh"
 #include "score.cuh"
 
@@ -8,7 +8,7 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarp;
 
-// Sum of all unit keys of a row, `[D]`; one block a row.
+// Sums all unit keys of a row, `[D]`; one block a row.
 __global__ void __launch_bounds__(kThreads) sum_partials(Scoring s) {
   const int64_t row = blockIdx.x, blocks = s.blocks(s.measured);
   const int used = (s.num_resident[row_of(s, row).request] + s.measured - 1) / s.measured;
@@ -19,7 +19,7 @@ __global__ void __launch_bounds__(kThreads) sum_partials(Scoring s) {
   }
 }
 
-// Mean over all keys of the cosine to each, without itself and what was exempted; a warp a key.
+// Computes the mean cosine of each key with all others, without the exempted ones; a warp a key.
 template <class T>
 __global__ void __launch_bounds__(kThreads) mean_of_cosines(Scoring s) {
   const int64_t blocks = s.blocks(kTile);
@@ -60,7 +60,8 @@ __global__ void __launch_bounds__(kThreads) mean_of_cosines(Scoring s) {
   }
 }
 
-// The softmaxes of a row: attention, mean over the queries, and the normaliser of redundancy; one block a row.
+// Computes the softmaxes of a row: attention, averaged over the queries, and the normaliser of redundancy; one block a
+// row.
 __global__ void __launch_bounds__(kThreads) attend_row(Scoring s) {
   __shared__ float sums[kWarps];
   float* top = reinterpret_cast<float*>(dynamic_shared());
@@ -104,7 +105,7 @@ __global__ void __launch_bounds__(kThreads) attend_row(Scoring s) {
   }
 }
 
-// Pools the attention over neighbours, mixes, takes off the penalty; a thread a rank.
+// Pools the attention over neighbours, mixes it with redundancy and subtracts the penalty; a thread a rank.
 __global__ void __launch_bounds__(kThreads) mix_scores(Scoring s) {
   const int64_t blocks = s.blocks(kThreads);
   const int64_t row = blockIdx.x / blocks, line = row * s.n;

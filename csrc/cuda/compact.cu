@@ -1,9 +1,10 @@
-// `compact_pages`: whole pages first, then single cells, K and V together. Cells are copied in the widest unit that all
-// addresses are multiples of, so any dtype keeps its bits. Two launches on one stream, because a move may fill a hole
-// of a page that was just copied.
+// `compact_pages`: first whole pages, then single cells, K and V together. Cells are copied bit by bit, in the widest
+// unit that divides all addresses. Two launches on one stream, because a move may fill a hole of a page that was just
+// copied.
 #include "device.cuh"
 #include "launch.cuh"
-#include "ops.h"
+#include "operators.h"
+#include "pages.h"
 
 namespace skipkv {
 namespace {
@@ -29,7 +30,7 @@ struct Compaction {
   int64_t n, max_moves;
 };
 
-// Copies what lies on replaced pages and notes the positions of the first K slots; a block a (request, layer, page).
+// Copies replaced pages and records the positions of the first K slots; a block a (request, layer, page).
 template <class Unit>
 __global__ void __launch_bounds__(kThreads) copy_pages(Compaction c) {
   const int index = static_cast<int>(blockIdx.x % c.pages);

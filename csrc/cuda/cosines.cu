@@ -1,5 +1,6 @@
-// `key_similarity`: one block a row, which reads the keys once for their mean and once for the cosines with it.
+// `key_similarity`: one block a row, which reads the keys twice: for their mean, and for the cosines with it.
 #include "launch.cuh"
+#include "operators.h"
 #include "rows.cuh"
 
 namespace skipkv {
@@ -28,7 +29,7 @@ __global__ void __launch_bounds__(kThreads) compare_keys(Comparing s) {
   const T* pages = head_pages<T>(s.pages, at);
   float* out = s.out + static_cast<int64_t>(blockIdx.x) * s.n;
 
-  // Reads a lane's part of a key; what comes back makes it a unit vector.
+  // Reads a lane's part of a key. Returns the factor that makes the key a unit vector.
   float key[kEach];
   const auto read = [&](int slot) {
     const T* from = pages + cell_offset(s.pages, cell_of(s.pages, table, slot));

@@ -1,4 +1,4 @@
-// Small things that several kernels need.
+// Types and functions that several kernels share.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -10,7 +10,7 @@
 
 namespace skipkv {
 
-// The token ids of a step, whichever integer type the model runner uses.
+// The token ids of a step, int32 or int64 as the model runner has them.
 struct TokenIds {
   const void* data;
   bool wide;
@@ -48,7 +48,7 @@ __device__ inline __nv_bfloat16 from_float<__nv_bfloat16>(float x) {
   return __float2bfloat16_rn(x);
 }
 
-// 16 bytes of memory that no running kernel writes: such reads may overtake other accesses.
+// 16 bytes of memory that no running kernel writes, so they may be read through the read-only cache.
 template <class T>
 struct alignas(16) Chunk {
   static constexpr int kSize = 16 / sizeof(T);
@@ -63,13 +63,13 @@ __device__ Chunk<T> read_chunk(const T* from) {
   return chunk;
 }
 
-// Sum over a warp, in every lane.
+// Returns the sum over a warp, in every lane.
 __device__ inline float warp_sum(float x) {
   for (int offset = kWarp / 2; offset > 0; offset /= 2) x += __shfl_xor_sync(kAllLanes, x, offset);
   return x;
 }
 
-// Sum over the lanes below and this one.
+// Returns the sum over the lanes up to this one.
 __device__ inline int warp_scan(int x, int lane) {
   for (int offset = 1; offset < kWarp; offset *= 2) {
     const int below = __shfl_up_sync(kAllLanes, x, offset);

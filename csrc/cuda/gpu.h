@@ -1,4 +1,4 @@
-// What the host asks of the GPU. With launch.cuh and mma.cuh all that tests replace to run the kernels without one.
+// The host's calls to the GPU. Tests replace this file, launch.cuh and mma.cuh to run the kernels without a GPU.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -12,16 +12,19 @@ namespace skipkv {
 
 using torch::stable::Tensor;
 
-// Makes a tensor's device the current one for its life.
+constexpr char kLibrary[] = "skipkv_cuda: ";
+constexpr char kDevice[] = "a GPU";
+
+// Makes a device the current one for the lifetime of the object.
 using Guard = torch::stable::accelerator::DeviceGuard;
 
 inline void check_cuda(cudaError_t error, const char* what) {
   STD_TORCH_CHECK(error == cudaSuccess, "skipkv_cuda: ", what, ": ", cudaGetErrorString(error));
 }
 
-inline bool on_gpu(const Tensor& tensor) { return tensor.is_cuda(); }
+inline bool on_device(const Tensor& tensor) { return tensor.is_cuda(); }
 
-// The stream that PyTorch is using on a tensor's device.
+// Returns PyTorch's current stream on a tensor's device.
 inline cudaStream_t current_stream(const Tensor& tensor) {
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));

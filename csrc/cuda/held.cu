@@ -1,7 +1,8 @@
-// `held_positions` and `token_penalties`: a thread for every held token.
+// `held_positions` and `token_penalties`: a thread for every resident token.
+#include "arguments.h"
 #include "device.cuh"
 #include "launch.cuh"
-#include "ops.h"
+#include "operators.h"
 
 namespace skipkv {
 namespace {
@@ -32,7 +33,7 @@ __global__ void __launch_bounds__(kThreads) read_positions(Held s) {
 struct Penalties {
   const int32_t* ends;
   const float* penalties;
-  const int64_t *first, *slots;
+  const int64_t *first, *rows;
   const int32_t* positions;
   int64_t ends_stride, penalty_stride, most, of_request, total;
   float* out;
@@ -41,11 +42,11 @@ struct Penalties {
 __global__ void __launch_bounds__(kThreads) look_up_penalties(Penalties s) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (i >= s.total) return;
-  const int64_t slot = s.slots[i / s.of_request], position = s.positions[i];
+  const int64_t row = s.rows[i / s.of_request], position = s.positions[i];
   float found = 0.0f;
-  if (position >= s.first[slot]) {
+  if (position >= s.first[row]) {
     // The first sentence that does not end before the position.
-    const int32_t* const ends = s.ends + slot * s.ends_stride;
+    const int32_t* const ends = s.ends + row * s.ends_stride;
     int64_t low = 0, high = s.most - 1;
     while (low < high) {
       const int64_t middle = (low + high) / 2;
@@ -55,7 +56,7 @@ __global__ void __launch_bounds__(kThreads) look_up_penalties(Penalties s) {
         high = middle;
       }
     }
-    found = s.penalties[slot * s.penalty_stride + low];
+    found = s.penalties[row * s.penalty_stride + low];
   }
   s.out[i] = found;
 }
@@ -90,13 +91,13 @@ Tensor held_positions(const Tensor& sidecar, const Tensor& table, const Tensor& 
   return out;
 }
 
-Tensor token_penalties(const Tensor& ends, const Tensor& penalties, const Tensor& first, const Tensor& slots,
+Tensor token_penalties(const Tensor& ends, const Tensor& penalties, const Tensor& first, const Tensor& rows,
                        const Tensor& positions) {
-  const int64_t num_slots = ends.size(0), most = ends.size(1), requests = slots.numel();
-  check(ends, "ends", ScalarType::Int, {num_slots, -1});
-  check(penalties, "penalties", ScalarType::Float, {num_slots, most});
-  check_vector(first, "first", ScalarType::Long, num_slots);
-  check_vector(slots, "slots", ScalarType::Long, requests);
+  const int64_t num_rows = ends.size(0), most = ends.size(1), requests = rows.numel();
+  check(ends, "ends", ScalarType::Int, {num_rows, -1});
+  check(penalties, "penalties", ScalarType::Float, {num_rows, most});
+  check_vector(first, "first", ScalarType::Long, num_rows);
+  check_vector(rows, "rows", ScalarType::Long, requests);
   check(positions, "positions", ScalarType::Int, {requests, -1, -1, -1});
   STD_TORCH_CHECK(ends.stride(1) == 1 && penalties.stride(1) == 1 && most > 0,
                   "skipkv_cuda: the last dimensions of ends and penalties must be contiguous");
@@ -107,7 +108,7 @@ Tensor token_penalties(const Tensor& ends, const Tensor& penalties, const Tensor
   const Penalties s{data<const int32_t>(ends),
                     data<const float>(penalties),
                     data<const int64_t>(first),
-                    data<const int64_t>(slots),
+                    data<const int64_t>(rows),
                     data<const int32_t>(held),
                     ends.stride(0),
                     penalties.stride(0),

@@ -1,4 +1,4 @@
-// How kernels are started, and their dynamic shared memory.
+// Launches kernels, with dynamic shared memory.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -9,13 +9,13 @@
 
 namespace skipkv {
 
-// The dynamic shared memory of a block, aligned for 16-byte accesses.
+// Returns the dynamic shared memory of a block, aligned for 16-byte accesses.
 __device__ inline char* dynamic_shared() {
   extern __shared__ __align__(16) char buffer[];
   return buffer;
 }
 
-// Starts a kernel with `blocks` blocks of `threads` threads; nothing happens for an empty grid.
+// Launches a kernel with `blocks` blocks of `threads` threads, unless the grid is empty.
 template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), int64_t blocks, int threads, int64_t shared, cudaStream_t stream,
             Arguments... arguments) {

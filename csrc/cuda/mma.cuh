@@ -1,4 +1,4 @@
-// One tensor-core product, D[16, 8] += A[16, 16] B[16, 8], of a warp.
+// A tensor-core product of a warp, D[16, 8] += A[16, 16] B[16, 8].
 //
 // With g = lane / 4 and t = lane % 4, a lane holds of A (rows of 16): a[0] (g, 2t..2t+1), a[1] (g + 8, 2t..),
 // a[2] (g, 2t+8..), a[3] (g + 8, 2t+8..); of B: b[0] (2t..2t+1, g), b[1] (2t+8.., g); of D: d[0..1] (g, 2t..2t+1),

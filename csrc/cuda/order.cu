@@ -1,4 +1,4 @@
-// The order of a row's tokens by position, in linear time: positions are distinct, so a set of bits sorts them.
+// Orders a row's tokens by position in linear time: positions are distinct, so a bit set sorts them.
 #include "launch.cuh"
 #include "score.cuh"
 
@@ -9,7 +9,7 @@ constexpr int kThreads = 256;
 constexpr int kWords = 2048;
 constexpr int kSpan = kWords * 32;
 
-// `order[rank] = slot` of every row; slots past the length keep their places. One block a row.
+// Sets `order[rank] = slot` in a row; slots past the length keep their places. One block a row.
 __global__ void __launch_bounds__(kThreads) order_rows(Scoring s) {
   __shared__ unsigned bits[kWords];
   __shared__ int before[kWords];
@@ -45,7 +45,7 @@ __global__ void __launch_bounds__(kThreads) order_rows(Scoring s) {
       if (place >= 0 && place < kSpan) atomicOr(&bits[place / 32], 1u << (place % 32));
     }
     __syncthreads();
-    // Each thread counts a run of words; the scan over the threads gives what lies before each word.
+    // Each thread counts the bits of a run of words; a scan over the threads counts those before each word.
     constexpr int kRun = kWords / kThreads;
     int count = 0;
     for (int i = 0; i < kRun; ++i) count += __popc(bits[thread * kRun + i]);

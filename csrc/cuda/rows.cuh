@@ -1,20 +1,20 @@
-// What the operators that read keys and values have in common. A row is one (request, layer, kv head), numbered in this
-// order.
+// Shared by the operators that read keys and values. A row is one (request, layer, kv head), numbered in this order.
 #pragma once
 
 #include <cuda_runtime.h>
 
 #include "device.cuh"
-#include "ops.h"
+#include "pages.h"
+
+#include "common/epsilon.h"
 
 namespace skipkv {
 
-constexpr float kEpsilon = 1e-8f;
 constexpr int kMaxDim = 256;
-// Scratch memory of one launch; more rows are taken one part after the other.
+// Scratch memory of a launch; more rows take several launches.
 constexpr int64_t kScratchBytes = int64_t{256} << 20;
 
-// What goes with keys of type T: the type of the queries, and the one that tensor cores multiply.
+// The types that go with keys of type T: that of the queries, and the one that tensor cores multiply.
 template <class T>
 struct Types {
   using Query = T;
@@ -46,19 +46,19 @@ __device__ const T* head_pages(const Pages& pages, const Row& row) {
   return reinterpret_cast<const T*>(pages.pointers[row.layer]) + row.head * pages.head_stride;
 }
 
-// Elements from `head_pages` to the key of a cell (page * size + offset).
+// Returns the offset from `head_pages` to the key of a cell (page * size + offset in the page), in elements.
 __device__ inline int64_t cell_offset(const Pages& pages, int cell) {
   return cell / pages.size * pages.page_stride + cell % pages.size * pages.token_stride;
 }
 
-// The cell of a slot, by the pages of its request.
+// Returns the cell of a slot, by its request's page table.
 __device__ inline int cell_of(const Pages& pages, const int* table, int slot) {
   return table[slot / pages.size] * pages.size + slot % pages.size;
 }
 
-// Copies the vectors of `number` cells to rows of shared memory as floats, with zeros behind `dim` and for negative
-// cells; all THREADS of a block take part. `from` is `head_pages`, or what lies D behind it for values; with `vectors`,
-// reads have 16 bytes.
+// Copies the vectors of `number` cells to rows of shared memory as floats, with zeros past `dim` and for negative
+// cells; called by all THREADS of a block. `from` is `head_pages` for keys and `head_pages` + D for values. With
+// `vectors`, reads have 16 bytes.
 template <int THREADS, class T>
 __device__ void load_cells(const Pages& pages, const T* from, const int* cells, int number, bool vectors, float* to,
                            int stride) {
@@ -88,7 +88,7 @@ __device__ void load_cells(const Pages& pages, const T* from, const int* cells, 
   }
 }
 
-// Whether pages allow reads of 16 bytes.
+// Returns whether pages allow reads of 16 bytes.
 inline bool in_chunks(const Pages& pages, const std::vector<Tensor>& caches) {
   const int64_t element = static_cast<int64_t>(caches[0].element_size());
   return copy_unit({pages.dim * element, pages.page_stride * element, pages.head_stride * element,

@@ -1,7 +1,8 @@
-// `score_tokens`: checks, scratch memory, and the kernels one after the other.
+// `score_tokens`: checks the arguments, allocates scratch memory and launches the kernels.
 #include <algorithm>
 #include <cmath>
 
+#include "operators.h"
 #include "score.cuh"
 
 namespace skipkv {
@@ -22,7 +23,7 @@ Tensor score_tokens(const std::vector<Tensor>& caches, const Tensor& pointers, i
 
   const Guard guard(positions.get_device_index());
   const cudaStream_t stream = current_stream(positions);
-  const Tensor ordered = packed(positions), asked = packed(queries);
+  const Tensor ordered = packed(positions), all_queries = packed(queries);
   const Tensor penalties = penalty ? packed(*penalty) : ordered;
   Tensor out = scratch(ordered, {requests, pages.layers, pages.heads, n}, ScalarType::Float);
   const int64_t rows = requests * pages.layers * pages.heads;
@@ -42,7 +43,7 @@ Tensor score_tokens(const std::vector<Tensor>& caches, const Tensor& pointers, i
   s.table = data<const int>(table);
   s.table_stride = table.stride(0);
   s.num_resident = data<const int>(num_resident);
-  s.queries = asked.const_data_ptr();
+  s.queries = all_queries.const_data_ptr();
   s.positions = data<const int>(ordered);
   s.penalty = penalty ? data<const float>(penalties) : nullptr;
   s.out = data<float>(out);

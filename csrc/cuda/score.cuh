@@ -1,18 +1,18 @@
-// What the kernels of `score_tokens` share. A row is one (request, layer, kv head), numbered in this order; a rank is a
-// token's place in ascending position. The cosine matrix never exists: the column sums of cosines are
-// `unit_j . sum_i unit_i`, so only the search for each row's last similar column looks at pairs, newest columns first
-// and no further than needed.
+// Shared by the kernels of `score_tokens`. A row is one (request, layer, kv head), numbered in this order; a rank is a
+// token's place in ascending position. The matrix of cosines is never stored: its column sums are
+// `unit_j . sum_i unit_i`, so only the search for each row's last similar column compares pairs, newest columns first,
+// and it stops at a hit.
 #pragma once
 
 #include "rows.cuh"
 
 namespace skipkv {
 
-// Exempted cosines are added as integers of this unit: any order of the additions gives the same sum.
+// Exempted cosines are added as integers in this unit, so that the sum does not depend on the order of the additions.
 constexpr float kFixed = 1099511627776.0f;
 constexpr int kTile = 64;
 
-// The arguments of a launch over `count` rows from `first` on. Scratch memory is numbered from 0.
+// The arguments of a launch over `count` rows from `first` on. Rows of scratch memory are numbered from 0.
 struct Scoring {
   Pages pages;
   int64_t first, count;
@@ -50,7 +50,7 @@ struct Scoring {
 
 __device__ inline Row row_of(const Scoring& s, int64_t row) { return row_of(s.pages, s.first + row); }
 
-// Order of the tokens and the kernels in order of use.
+// The launches, in order.
 void order_by_position(const Scoring& s, cudaStream_t stream);
 void measure_keys(const Scoring& s, ScalarType type, cudaStream_t stream);
 void exempt_last_similar(const Scoring& s, ScalarType type, cudaStream_t stream);

@@ -1,7 +1,8 @@
 // `select_keep`: the exact best K of every row and the moves that bring them to the front; one block a row.
+#include "arguments.h"
 #include "device.cuh"
 #include "launch.cuh"
-#include "ops.h"
+#include "operators.h"
 
 namespace skipkv {
 namespace {
@@ -19,8 +20,8 @@ struct Selection {
   int64_t max_moves;
 };
 
-// Distinct integers that rise with the score and, among equal scores, fall with the position: 32 bits of the score in
-// an order-preserving form, then 31 of the position turned around. Pinned tokens have the score infinity.
+// Returns distinct integers that rise with the score and, among equal scores, fall with the position: 32 bits of the
+// score in an order-preserving form, then 31 bits of the inverted position. Pinned tokens have the score infinity.
 __device__ uint64_t ranking(float score, int position, int below, int from) {
   if (position < below || position >= from) score = INFINITY;
   // Minus zero equals zero.
@@ -34,7 +35,7 @@ struct Digit {
   int digit, above, equal;
 };
 
-// Finds it from a histogram of digits; needs one warp, 1 <= wanted <= sum of the histogram.
+// Finds the digit in a histogram, by one warp; 1 <= wanted <= sum of the histogram.
 __device__ void find_digit(const int* histogram, int wanted, int lane, Digit* result) {
   constexpr int kRun = kDigits / kWarp;
   // Lane 0 has the highest digits.
@@ -64,7 +65,8 @@ __global__ void __launch_bounds__(kThreads) select_row(Selection s) {
   int* hole = s.hole + row * s.max_moves;
   const int thread = static_cast<int>(threadIdx.x), lane = thread % kWarp, warp = thread / kWarp;
 
-  // Tokens whose ranking is at least `bound` stay. Digit by digit from the top, until a digit's tokens all stay.
+  // Tokens with a ranking of at least `bound` stay. Find it digit by digit from the top, until all tokens of a digit
+  // stay.
   uint64_t bound = keep == 0 ? ~uint64_t{0} : 0;
   if (keep > 0 && keep < length) {
     int wanted = keep;
@@ -73,7 +75,7 @@ __global__ void __launch_bounds__(kThreads) select_row(Selection s) {
       __syncthreads();
       for (int slot = thread; slot < length; slot += kThreads) {
         const uint64_t own = ranking(scores[slot], positions[slot], below, from);
-        // What lies above the digit must agree; a shift by 64 bits has no meaning.
+        // The bits above the digit must agree; a shift by 64 bits would be undefined.
         if (shift == 56 || (own ^ bound) >> (shift + 8) == 0) atomicAdd(&histogram[own >> shift & 255], 1);
       }
       __syncthreads();
@@ -92,7 +94,7 @@ __global__ void __launch_bounds__(kThreads) select_row(Selection s) {
     const bool kept = inside && ranking(scores[slot], positions[slot], below, from) >= bound;
     const bool moves = kept && slot >= keep, is_hole = inside && !kept && slot < keep;
     const unsigned move_mask = __ballot_sync(kAllLanes, moves), hole_mask = __ballot_sync(kAllLanes, is_hole);
-    // The last round's totals have been read by now.
+    // All threads have read the totals of the last round.
     __syncthreads();
     if (lane == 0) {
       warp_sources[warp] = __popc(move_mask);

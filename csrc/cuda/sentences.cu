@@ -1,7 +1,8 @@
-// `sentence_similarity`: the new sentences of all requests against all earlier ones.
+// `sentence_similarity`: compares the new sentences of all requests with all earlier ones.
+#include "arguments.h"
 #include "device.cuh"
 #include "launch.cuh"
-#include "ops.h"
+#include "operators.h"
 
 namespace skipkv {
 namespace {
@@ -11,8 +12,8 @@ constexpr int kWarps = kThreads / kWarp;
 
 struct Sentences {
   const void* embeddings;
-  int64_t slot_stride, sentence_stride, penalty_stride;
-  const int64_t *slots, *count;
+  int64_t row_stride, sentence_stride, penalty_stride;
+  const int64_t *rows, *count;
   int64_t* compared;
   float* penalties;
   int64_t requests, held;
@@ -21,23 +22,23 @@ struct Sentences {
   bool latest;
 };
 
-// A warp compares one earlier sentence with all new ones, oldest first.
+// Compares earlier sentences with all new ones, oldest first; a warp an earlier sentence.
 template <class T>
 __global__ void __launch_bounds__(kThreads) compare_sentences(Sentences s) {
   const int64_t blocks = ceil_div(s.held, kWarps);
-  const int64_t slot = s.slots[blockIdx.x / blocks];
+  const int64_t row = s.rows[blockIdx.x / blocks];
   const int warp = static_cast<int>(threadIdx.x) / kWarp, lane = static_cast<int>(threadIdx.x) % kWarp;
-  const int64_t last = s.count[slot];
+  const int64_t last = s.count[row];
   const int64_t oldest = last > s.held ? last - s.held : 0;
   const int64_t number = oldest + blockIdx.x % blocks * kWarps + warp;
   if (number >= last) return;
-  const T* base = static_cast<const T*>(s.embeddings) + slot * s.slot_stride;
+  const T* base = static_cast<const T*>(s.embeddings) + row * s.row_stride;
   const T* own = base + number % s.held * s.sentence_stride;
-  float* penalty = s.penalties + slot * s.penalty_stride + number;
+  float* penalty = s.penalties + row * s.penalty_stride + number;
   const float known = *penalty;
 
   float highest = 0.0f, newest = known;
-  const int64_t first = s.compared[slot];
+  const int64_t first = s.compared[row];
   for (int64_t later = first > number ? first : number + 1; later < last; ++later) {
     const T* other = base + later % s.held * s.sentence_stride;
     float cosine = 0.0f;
@@ -51,10 +52,10 @@ __global__ void __launch_bounds__(kThreads) compare_sentences(Sentences s) {
   if (lane == 0) *penalty = s.latest ? newest : fmaxf(known, highest);
 }
 
-// After all warps of a request have read where the last call stopped.
+// Updates `compared`, in a launch of its own because every warp of a request reads the old value.
 __global__ void note_compared(Sentences s) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  if (i < s.requests) s.compared[s.slots[i]] = s.count[s.slots[i]];
+  if (i < s.requests) s.compared[s.rows[i]] = s.count[s.rows[i]];
 }
 
 template <class T>
@@ -64,13 +65,13 @@ void run(const Sentences& s, cudaStream_t stream) {
 
 }  // namespace
 
-void sentence_similarity(const Tensor& embeddings, const Tensor& slots, const Tensor& count, const Tensor& compared,
+void sentence_similarity(const Tensor& embeddings, const Tensor& rows, const Tensor& count, const Tensor& compared,
                          const Tensor& penalties, double threshold, int64_t rule) {
   const ScalarType type = embeddings.scalar_type();
   STD_TORCH_CHECK(rule == 0 || rule == 1, "skipkv_cuda: rule must be 0 (max) or 1 (last), not ", rule);
-  const int64_t num_slots = embeddings.size(0);
-  check(embeddings, "embeddings", type, {num_slots, -1, -1});
-  check_vector(slots, "slots", ScalarType::Long, slots.numel());
+  const int64_t num_rows = embeddings.size(0);
+  check(embeddings, "embeddings", type, {num_rows, -1, -1});
+  check_vector(rows, "rows", ScalarType::Long, rows.numel());
   check_vector(count, "count", ScalarType::Long, count.numel());
   check_vector(compared, "compared", ScalarType::Long, count.numel());
   check(penalties, "penalties", ScalarType::Float, {-1, -1});
@@ -82,8 +83,8 @@ void sentence_similarity(const Tensor& embeddings, const Tensor& slots, const Te
   const Guard guard(embeddings.get_device_index());
   const cudaStream_t stream = current_stream(embeddings);
   const Sentences s{embeddings.const_data_ptr(), embeddings.stride(0), embeddings.stride(1),
-                    penalties.stride(0),         data<const int64_t>(slots), data<const int64_t>(count),
-                    data<int64_t>(compared),     data<float>(penalties), slots.numel(),
+                    penalties.stride(0),         data<const int64_t>(rows), data<const int64_t>(count),
+                    data<int64_t>(compared),     data<float>(penalties), rows.numel(),
                     held,                        static_cast<int>(embeddings.size(2)), static_cast<float>(threshold),
                     rule == 1};
   if (type == ScalarType::Float) {

@@ -1,4 +1,4 @@
-// The search for each key's last similar key, for caches of 16 and 8 bits, on tensor cores.
+// Searches for each key's last similar key on tensor cores, for caches of 16 and 8 bits.
 #include "launch.cuh"
 #include "mma.cuh"
 #include "score.cuh"
@@ -9,7 +9,7 @@ namespace {
 constexpr int kThreads = 128;
 constexpr int kColumns = kTile / 8;
 
-// Eight features of a key that begin at a multiple of eight, as tensor cores take them.
+// Reads eight features of a key, from a multiple of eight on, in the type that tensor cores multiply.
 template <class T>
 __device__ Chunk<T> read_eight(const T* from) {
   return read_chunk(from);
@@ -27,7 +27,7 @@ __device__ Chunk<__half> read_narrow(const T* from) {
 __device__ inline Chunk<__half> read_eight(const __nv_fp8_e4m3* from) { return read_narrow(from); }
 __device__ inline Chunk<__half> read_eight(const __nv_fp8_e5m2* from) { return read_narrow(from); }
 
-// Keys of `kTile` ranks from `start` on into shared memory, zero outside, with 1 / norm.
+// Loads the keys of `kTile` ranks from `start` on into shared memory, with zeros outside, and 1 / norm.
 template <class T, int STEPS>
 __device__ void load_tile(const Scoring& s, const T* pages, int64_t line, int start, int length,
                           typename Types<T>::Factor* tile, float* inverse, int64_t* offsets) {
@@ -59,8 +59,8 @@ __device__ void load_tile(const Scoring& s, const T* pages, int64_t line, int st
   __syncthreads();
 }
 
-// For each of `kTile` ranks of a row find the last column whose cosine is above the threshold, else column 0, and add
-// that cosine to what is exempted of the column. A warp has 16 ranks; D is at most 16 * STEPS.
+// Finds, for each of `kTile` ranks of a row, the last column whose cosine is above the threshold, else column 0, and
+// adds that cosine to the column's exempted sum. A warp has 16 ranks; D is at most 16 * STEPS.
 template <class T, int STEPS>
 __global__ void __launch_bounds__(kThreads) find_similar(Scoring s) {
   constexpr int kStride = STEPS * 16 + 8;
@@ -80,7 +80,7 @@ __global__ void __launch_bounds__(kThreads) find_similar(Scoring s) {
   const int lane = static_cast<int>(threadIdx.x) % kWarp, warp = static_cast<int>(threadIdx.x) / kWarp;
   const int g = lane / 4, t = lane % 4;
 
-  // The own keys stay in registers.
+  // The warp's own keys stay in registers.
   load_tile<T, STEPS>(s, pages, line, start, length, tile, inverse, offsets);
   uint32_t a[STEPS][4];
   const Factor* own = tile + (warp * 16 + g) * kStride + 2 * t;
@@ -154,7 +154,7 @@ __global__ void __launch_bounds__(kThreads) find_similar(Scoring s) {
   if (t != 0) return;
   for (int h = 0; h < 2; ++h) {
     if (rank[h] >= length) continue;
-    // Who found none has looked at all columns, column 0 last: lane t = 0 has its cosine.
+    // A rank without a similar column has scanned all columns, column 0 last, whose cosine lane t = 0 has.
     const float exempt = last[h] < 0 ? to_first[h] : value[h];
     atomicAdd(s.exempted + line + max(last[h], 0),
               static_cast<unsigned long long>(static_cast<long long>(exempt * kFixed)));

@@ -1,4 +1,4 @@
-// The search for each key's last similar key, for float32 caches: plain multiplications, as tensor cores would round.
+// Searches for each key's last similar key in float32 caches, without tensor cores, which would round.
 #include "launch.cuh"
 #include "score.cuh"
 
@@ -15,7 +15,7 @@ struct Tile {
   int64_t offsets[kTile];
 };
 
-// Where the keys of `kTile` ranks from `start` on are, and 1 / norm.
+// Sets the offsets and 1 / norm of the keys of `kTile` ranks from `start` on.
 __device__ void place(const Scoring& s, int64_t line, int start, int length, Tile& tile) {
   const int thread = static_cast<int>(threadIdx.x);
   if (thread < kTile) {
@@ -33,7 +33,7 @@ __device__ void load(const Scoring& s, const float* pages, int depth, Tile& tile
   }
 }
 
-// As `find_similar` in similar.cu. 16 x 16 threads; thread (x, y) has ranks 4 * y + i and columns x + 16 * j.
+// Like `find_similar` in similar.cu, with 16 x 16 threads; thread (x, y) has ranks 4 * y + i and columns x + 16 * j.
 __global__ void __launch_bounds__(kThreads) find_similar_float(Scoring s) {
   __shared__ Tile own, other;
   const int64_t blocks = s.blocks(kTile);

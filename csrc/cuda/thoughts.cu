@@ -1,22 +1,16 @@
-// `track_thoughts`: one block a request. A thread reads the tokens one after the other, for which all have fetched their
-// flags; what a request writes in a step of decoding is one token.
+// `track_thoughts`: one block a request. All threads fetch the flags of the tokens; thread 0 processes them in order.
+// In a decoding step that is one token.
+#include "arguments.h"
 #include "device.cuh"
 #include "launch.cuh"
-#include "ops.h"
+#include "operators.h"
+
+#include "common/thoughts.h"
 
 namespace skipkv {
 namespace {
 
 constexpr int kThreads = 128;
-
-// Flags of a token, and how its keyword class is packed with them; `THOUGHT` and `KEYWORD_SHIFT` of ops/batched.py.
-constexpr int kSplit = 1, kDelimiter = 2, kBegin = 4, kEnd = 8, kKeywordShift = 4;
-
-// A row of `state`; the columns are `STATE` of ops/batched.py.
-struct State {
-  int vector, thinking, kinds, machine, after_delimiter, latched, execution, reflection, transition, steered;
-};
-constexpr int64_t kStateSize = sizeof(State) / sizeof(int);
 
 struct Thoughts {
   TokenIds ids;
@@ -28,19 +22,19 @@ struct Thoughts {
   bool merge;
   int64_t interval;
   const float* strengths;
-  State* state;
-  int* row;
+  ThoughtState* state;
+  int* choice;
   float* coefficient;
 };
 
 __global__ void __launch_bounds__(kThreads) track(Thoughts s) {
   __shared__ int fetched[kThreads];
   const int64_t request = blockIdx.x;
-  const int64_t slot = s.spans[request], begin = s.spans[s.requests + request];
+  const int64_t row = s.spans[request], begin = s.spans[s.requests + request];
   const int64_t number = s.spans[2 * s.requests + request], position = s.spans[3 * s.requests + request];
-  const float* strength = s.strengths + slot * 3;
+  const float* strength = s.strengths + row * 3;
   const int thread = static_cast<int>(threadIdx.x);
-  State now = s.state[slot];
+  ThoughtState now = s.state[row];
   for (int64_t first = 0; first < number; first += kThreads) {
     const int64_t own = begin + first + thread;
     if (first + thread < number) {
@@ -51,45 +45,32 @@ __global__ void __launch_bounds__(kThreads) track(Thoughts s) {
     for (int i = 0; thread == 0 && i < count; ++i) {
       const int flags = fetched[i];
       const int step = s.keywords[now.machine * s.classes + (flags >> kKeywordShift)];
-      now.machine = step >> 2;
-      now.kinds |= step & 3;
-      if (flags & (kBegin | kEnd)) now.thinking = !(flags & kEnd);
-      if (now.thinking && (flags & kSplit)) {
-        // In double precision the product is exact, so that a fused multiply-add changes nothing.
-        const double alpha = strength[0] + static_cast<double>(strength[1]) * now.latched;
-        const float used = static_cast<float>(alpha < strength[2] ? alpha : static_cast<double>(strength[2]));
-        s.coefficient[begin + first + i] = used;
-        s.row[begin + first + i] = used == 0 ? 0 : now.vector;
-        now.steered += used != 0;
+      const bool latches = (position + first + i + 1) % s.interval == 0;
+      float alpha;
+      if (advance(now, flags, step, strength, s.merge, latches, &alpha)) {
+        s.coefficient[begin + first + i] = alpha;
+        s.choice[begin + first + i] = alpha == 0 ? 0 : now.vector;
       }
-      if (flags & kDelimiter) {
-        if (!(s.merge && now.after_delimiter)) {
-          ++(now.kinds & 1 ? now.reflection : now.kinds & 2 ? now.transition : now.execution);
-        }
-        now.machine = now.kinds = 0;
-      }
-      now.after_delimiter = (flags & kDelimiter) != 0;
-      if ((position + first + i + 1) % s.interval == 0) now.latched = now.reflection + now.transition;
     }
     __syncthreads();
   }
-  if (thread == 0) s.state[slot] = now;
+  if (thread == 0) s.state[row] = now;
 }
 
 }  // namespace
 
 void track_thoughts(const Tensor& token_ids, const Tensor& spans, const Tensor& vocabulary, const Tensor& keywords,
                     bool merge, int64_t interval, const Tensor& strengths, const Tensor& state, int64_t written,
-                    const Tensor& row, const Tensor& coefficient) {
-  const int64_t requests = spans.size(1), num_slots = state.size(0), most = row.numel();
+                    const Tensor& choice, const Tensor& coefficient) {
+  const int64_t requests = spans.size(1), num_rows = state.size(0), most = choice.numel();
   const bool wide = token_ids.scalar_type() == ScalarType::Long;
   check_vector(token_ids, "token_ids", wide ? ScalarType::Long : ScalarType::Int, token_ids.numel());
   check(spans, "spans", ScalarType::Long, {4, requests});
   check_vector(vocabulary, "vocabulary", ScalarType::Int, vocabulary.numel());
   check(keywords, "keywords", ScalarType::Int, {-1, -1});
-  check(state, "state", ScalarType::Int, {num_slots, kStateSize});
-  check(strengths, "strengths", ScalarType::Float, {num_slots, 3});
-  check_vector(row, "row", ScalarType::Int, most);
+  check(state, "state", ScalarType::Int, {num_rows, kThoughtStateSize});
+  check(strengths, "strengths", ScalarType::Float, {num_rows, 3});
+  check_vector(choice, "choice", ScalarType::Int, most);
   check_vector(coefficient, "coefficient", ScalarType::Float, most);
   STD_TORCH_CHECK(keywords.is_contiguous() && state.is_contiguous() && strengths.is_contiguous(),
                   "skipkv_cuda: keywords, state and strengths must be contiguous");
@@ -98,12 +79,12 @@ void track_thoughts(const Tensor& token_ids, const Tensor& spans, const Tensor& 
   const Tensor table = packed(spans);
   const Guard guard(state.get_device_index());
   const cudaStream_t stream = current_stream(state);
-  if (written > 0) clear_async(row.mutable_data_ptr(), static_cast<size_t>(written) * sizeof(int), stream);
+  if (written > 0) clear_async(choice.mutable_data_ptr(), static_cast<size_t>(written) * sizeof(int), stream);
   launch(track, requests, kThreads, 0, stream,
          Thoughts{{token_ids.const_data_ptr(), wide}, data<const int64_t>(table), requests,
                   data<const int>(vocabulary), data<const int>(keywords), static_cast<int>(keywords.size(1)), merge,
-                  interval, data<const float>(strengths), static_cast<State*>(state.mutable_data_ptr()),
-                  data<int>(row), data<float>(coefficient)});
+                  interval, data<const float>(strengths), static_cast<ThoughtState*>(state.mutable_data_ptr()),
+                  data<int>(choice), data<float>(coefficient)});
 }
 
 }  // namespace skipkv

@@ -1,7 +1,10 @@
-// `track_sentences`: one block a request, one launch a step.
+// `track_sentences`: one launch a step, one block a request.
+#include "arguments.h"
 #include "device.cuh"
 #include "launch.cuh"
-#include "ops.h"
+#include "operators.h"
+
+#include "common/epsilon.h"
 
 namespace skipkv {
 namespace {
@@ -29,19 +32,19 @@ struct Tracking {
   int stored;
   int64_t held;
   int width;
-  // [slots, longest], or null.
+  // [rows, longest], or null.
   int* text;
   int64_t longest;
 };
 
 __device__ bool is_delimiter(const Tracking& s, int64_t token) { return s.delimiters[s.ids[token]]; }
 
-// The first delimiter from `from` on of the tokens up to `end`, or kNone; the whole block takes part.
+// Returns the first delimiter of the tokens from `from` to `end`, or kNone; called by all threads of the block.
 __device__ int next_delimiter(const Tracking& s, int64_t begin, int from, int end, int* found) {
   for (int start = from; start < end; start += kThreads) {
     const int own = start + static_cast<int>(threadIdx.x);
     const bool hit = own < end && is_delimiter(s, begin + own);
-    // Whoever still reads the last answer comes first.
+    // All threads have read the previous result.
     __syncthreads();
     if (threadIdx.x == 0) *found = kNone;
     __syncthreads();
@@ -72,27 +75,27 @@ __device__ void store(const Tracking& s, int64_t at, float x) {
   }
 }
 
-// A thread sums its own features only, so the sums need no barrier. What decides where a loop goes is the same in all
-// threads of the block.
+// Closes the sentences of a request; one block a request. A thread sums its own features only, so the sums need no
+// barrier. All threads of the block take the same branches.
 template <class T>
 __global__ void __launch_bounds__(kThreads) track(Tracking s) {
   __shared__ int found;
   __shared__ float sums[kWarps];
   const int64_t request = blockIdx.x;
-  const int64_t slot = s.spans[request], begin = s.spans[s.requests + request];
+  const int64_t row = s.spans[request], begin = s.spans[s.requests + request];
   const int tokens = static_cast<int>(s.spans[2 * s.requests + request]);
   const int position = static_cast<int>(s.spans[3 * s.requests + request]);
   const int thread = static_cast<int>(threadIdx.x);
   if (s.text != nullptr) {
-    int* row = s.text + slot * s.longest + position;
-    for (int t = thread; t < tokens; t += kThreads) row[t] = static_cast<int>(s.ids[begin + t]);
+    int* line = s.text + row * s.longest + position;
+    for (int t = thread; t < tokens; t += kThreads) line[t] = static_cast<int>(s.ids[begin + t]);
   }
-  int* ends = s.ends + slot * s.ends_stride;
+  int* ends = s.ends + row * s.ends_stride;
   const T* hidden = static_cast<const T*>(s.hidden);
-  float* open = s.open_sum + slot * s.width;
-  int64_t closed = s.count[slot];
-  bool after = s.after_delimiter[slot];
-  float length = hidden == nullptr ? 0.0f : s.open_length[slot];
+  float* open = s.open_sum + row * s.width;
+  int64_t closed = s.count[row];
+  bool after = s.after_delimiter[row];
+  float length = hidden == nullptr ? 0.0f : s.open_length[row];
 
   int i = 0;
   while (i < tokens) {
@@ -115,10 +118,10 @@ __global__ void __launch_bounds__(kThreads) track(Tracking s) {
         squares += sum / length * (sum / length);
       }
       if (closes) {
-        const float norm = sqrtf(block_sum(squares, sums)) + 1e-8f;
-        const int64_t row = (slot * (s.held + 1) + closed % s.held) * s.width;
+        const float norm = sqrtf(block_sum(squares, sums)) + kEpsilon;
+        const int64_t line = (row * (s.held + 1) + closed % s.held) * s.width;
         for (int e = thread; e < s.width; e += kThreads) {
-          store(s, row + e, open[e] / length / norm);
+          store(s, line + e, open[e] / length / norm);
           open[e] = 0.0f;
         }
         length = 0.0f;
@@ -134,9 +137,9 @@ __global__ void __launch_bounds__(kThreads) track(Tracking s) {
   // All threads have read the old state.
   __syncthreads();
   if (thread == 0) {
-    s.count[slot] = closed;
-    s.after_delimiter[slot] = after;
-    if (hidden != nullptr) s.open_length[slot] = length;
+    s.count[row] = closed;
+    s.after_delimiter[row] = after;
+    if (hidden != nullptr) s.open_length[row] = length;
   }
 }
 
@@ -155,16 +158,16 @@ void track_sentences(const Tensor& token_ids, const std::optional<Tensor>& hidde
                      const Tensor& delimiters, bool merge, const Tensor& ends, const Tensor& count,
                      const Tensor& after_delimiter, const Tensor& open_length, const Tensor& open_sum,
                      const Tensor& embeddings, const Tensor& text) {
-  const int64_t num_slots = ends.size(0), requests = spans.size(1);
+  const int64_t num_rows = ends.size(0), requests = spans.size(1);
   const bool wide = token_ids.scalar_type() == ScalarType::Long;
   check_vector(token_ids, "token_ids", wide ? ScalarType::Long : ScalarType::Int, token_ids.numel());
   check(spans, "spans", ScalarType::Long, {4, requests});
   check_vector(delimiters, "delimiters", ScalarType::Bool, delimiters.numel());
-  check(ends, "ends", ScalarType::Int, {num_slots, -1});
-  check_vector(count, "count", ScalarType::Long, num_slots);
-  check_vector(after_delimiter, "after_delimiter", ScalarType::Bool, num_slots);
-  check_vector(open_length, "open_length", ScalarType::Float, num_slots);
-  check(text, "text", ScalarType::Int, {num_slots, -1});
+  check(ends, "ends", ScalarType::Int, {num_rows, -1});
+  check_vector(count, "count", ScalarType::Long, num_rows);
+  check_vector(after_delimiter, "after_delimiter", ScalarType::Bool, num_rows);
+  check_vector(open_length, "open_length", ScalarType::Float, num_rows);
+  check(text, "text", ScalarType::Int, {num_rows, -1});
   STD_TORCH_CHECK(text.is_contiguous(), "skipkv_cuda: text must be contiguous");
   STD_TORCH_CHECK(ends.stride(1) == 1 || ends.size(1) <= 1, "skipkv_cuda: rows of ends must be contiguous");
 
@@ -190,10 +193,10 @@ void track_sentences(const Tensor& token_ids, const std::optional<Tensor>& hidde
   check_float(*hidden, "hidden");
   check_float(embeddings, "embeddings");
   const int64_t width = hidden->size(1);
-  check(open_sum, "open_sum", ScalarType::Float, {num_slots, width});
-  check(embeddings, "embeddings", embeddings.scalar_type(), {num_slots, -1, width});
+  check(open_sum, "open_sum", ScalarType::Float, {num_rows, width});
+  check(embeddings, "embeddings", embeddings.scalar_type(), {num_rows, -1, width});
   STD_TORCH_CHECK(embeddings.size(1) > 1 && embeddings.is_contiguous() && open_sum.is_contiguous(),
-                  "skipkv_cuda: embeddings and open_sum must be contiguous, embeddings with more than one row");
+                  "skipkv_cuda: embeddings [rows, S + 1, E] and open_sum must be contiguous, with S > 0");
   const Tensor states = width <= 1 || hidden->stride(1) == 1 ? *hidden : torch::stable::contiguous(*hidden);
   s.hidden = states.const_data_ptr();
   s.hidden_stride = states.stride(0);

@@ -49,7 +49,7 @@ def examine() -> Findings:
         lines += ["", f"operators on {device_type}", *(f"  {op:20}{c.backend}" for op, c in choices.items())]
         # On a GPU a slower backend costs little; the PyTorch backend is slow everywhere.
         missed = {why for choice in choices.values() for why in choice.missed}
-        if any(choice.backend == "reference" for choice in choices.values()):
+        if any(choice.backend == "torch" for choice in choices.values()):
             problems += sorted(missed)
         else:
             lines += [f"  not used: {why}" for why in sorted(missed)]

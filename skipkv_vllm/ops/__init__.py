@@ -1,8 +1,8 @@
 """The tensor operations of the package.
 
-`torch.ops.skipkv.*` work on a batch of requests and all layers at once; `schema.py` has their signatures, `batched.py`
-what they compute, `dispatch.py` which backend runs them. `reference.py` has the PyTorch definitions for one
-request and layer that policies are written in.
+The operators `torch.ops.skipkv.*` work on a batch of requests and all layers at once. `schema.py` declares them,
+`torch_backend` defines what they compute, and `dispatch.py` chooses the backend that runs each. `functional.py` has
+functions of one request and layer, which policies are written in.
 """
 
 from .dispatch import function, report, warn_if_slow

@@ -1,4 +1,4 @@
-"""Which backend runs each operator on each device, and the registration of the operators with PyTorch."""
+"""The choice of a backend for each operator and device, and the registration of the operators with PyTorch."""
 
 from __future__ import annotations
 
@@ -17,28 +17,28 @@ from .schema import FAKES, NAMESPACE, SCHEMAS
 logger = logging.getLogger("vllm.skipkv")
 
 OVERRIDE = "SKIPKV_OPS"
-"""Environment variable that names the backend to use: one of `BACKENDS`; for tests and bug reports."""
+"""Environment variable that forces one of `BACKENDS`, for tests and bug reports."""
 
 BACKENDS = {
     "native": "skipkv_vllm.ops.native",
     "triton": "skipkv_vllm.ops.triton_backend",
-    "reference": "skipkv_vllm.ops.torch_backend",
+    "torch": "skipkv_vllm.ops.torch_backend",
 }
-"""Backend -> module. A module has a function for each operator it offers, with the signature of `schema.SCHEMAS`. It
-may have `unavailable(device_type) -> str | None`: why it cannot run there, and the remedy; and
-`operator(op, device_type)`: the same function for one device, without detours."""
+"""Backend -> module. A module has a function for each operator that it offers, with the signature of `schema.SCHEMAS`.
+It may define `unavailable(device_type) -> str | None`, why it cannot run there, and the remedy; and
+`operator(op, device_type)`, a faster way to call the same function on one device."""
 
-ORDER = {"cpu": ("native", "reference"), "cuda": ("native", "triton", "reference")}
-"""Device type -> backends, the fastest first. Triton's interpreter is no backend for a CPU: it is a test tool."""
+ORDER = {"cpu": ("native", "torch"), "cuda": ("native", "triton", "torch")}
+"""Device type -> backends, the fastest first. Triton's interpreter is a test tool and not a backend for CPUs."""
 
 
 class Choice(NamedTuple):
-    """What runs an operator.
+    """The implementation chosen for an operator.
 
     Attributes:
         backend: key of `BACKENDS`.
         function: the implementation.
-        missed: faster backends that were not to be had, and why.
+        missed: faster backends that are unavailable, and why.
     """
 
     backend: str
@@ -56,16 +56,16 @@ def _unavailable(backend: str, op: str, device_type: str) -> str | None:
 
 @functools.cache
 def choose(op: str, device_type: str) -> Choice:
-    """The fastest backend that is to be had; a slower one is said once, with the remedy.
+    """Return the fastest available backend of an operator.
 
     Raises:
-        KVPolicyError: the backend asked for with `SKIPKV_OPS` cannot run.
+        KVPolicyError: the backend named by `SKIPKV_OPS` is unknown or cannot run.
     """
     wanted = os.environ.get(OVERRIDE)
     if wanted is not None and wanted not in BACKENDS:
         raise KVPolicyError(f"{OVERRIDE}={wanted!r} is unknown; choose one of: {', '.join(BACKENDS)}, or unset it")
     missed: list[str] = []
-    for backend in (wanted,) if wanted else ORDER.get(device_type, ("reference",)):
+    for backend in (wanted,) if wanted else ORDER.get(device_type, ("torch",)):
         why = _unavailable(backend, op, device_type)
         if why is None:
             module = import_module(BACKENDS[backend])
@@ -77,18 +77,18 @@ def choose(op: str, device_type: str) -> Choice:
 
 
 def function(op: str, device: torch.device) -> Callable[..., Any]:
-    """What runs an operator on a device, for callers at every step: it spares them PyTorch's dispatcher."""
+    """Return an operator's implementation on a device. Calls at every step use it to avoid PyTorch's dispatcher."""
     return choose(op, device.type).function
 
 
 def report(device_type: str) -> dict[str, Choice]:
-    """What runs each operator on a device, for `skipkv doctor` and the start-up banner."""
+    """Return the implementation of each operator on a device, for `skipkv doctor` and the start-up banner."""
     return {op: choose(op, device_type) for op in SCHEMAS}
 
 
 def warn_if_slow(device_type: str) -> None:
-    """Warn, once a process, when an operator falls back to PyTorch although something faster exists."""
-    slow = {op: choice for op, choice in report(device_type).items() if choice.backend == "reference" and choice.missed}
+    """Log a warning if operators fall back to PyTorch although a faster backend exists."""
+    slow = {op: choice for op, choice in report(device_type).items() if choice.backend == "torch" and choice.missed}
     if slow:
         reasons = sorted({why for choice in slow.values() for why in choice.missed})
         logger.warning("SkipKV: %s run in PyTorch, which is slow. %s", ", ".join(slow), "; ".join(reasons))

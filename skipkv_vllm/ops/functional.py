@@ -1,4 +1,7 @@
-"""PyTorch definitions of the ops. None of them synchronises the device."""
+"""Scores and selections of one request and layer, in PyTorch. Policies and `torch_backend` use them.
+
+None of them waits for the device.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +14,11 @@ from torch import Tensor
 from ..core.errors import KVPolicyError
 
 EPSILON = 1e-8
+"""Added to the length of a vector that becomes a unit vector."""
 
 
 def importance(queries: Tensor, keys: Tensor, *, window: int, pool: int) -> Tensor:
-    """How much the last queries attend to each older key (SkipKV eq. 4, R-KV).
+    """Compute how much the last queries attend to each older key (SkipKV eq. 4, R-KV).
 
     Logits `q.k / sqrt(D)`; maximum over the GQA group (before the softmax); softmax over the first L - W
     keys in float32; mean over the queries; max-pooling over neighbours in positional order.
@@ -45,15 +49,17 @@ def importance(queries: Tensor, keys: Tensor, *, window: int, pool: int) -> Tens
 
 
 def pooled(scores: Tensor, window: int, pool: int) -> Tensor:
-    """Scores `[H, L]` as the maximum over `pool` neighbours older than the window; 0 for the window's own, which the
-    runtime pins: they only have to be numbers."""
+    """Max-pool scores `[H, L]` over `pool` neighbours older than the window.
+
+    The window's own tokens score 0; the runtime pins them, so any number would do.
+    """
     old = scores[:, : scores.shape[1] - window]
     largest = F.max_pool1d(old.unsqueeze(0), pool, stride=1, padding=pool // 2).squeeze(0)
     return F.pad(largest, (0, window))
 
 
 def attention_logits(queries: Tensor, keys: Tensor, positions: Tensor, ahead: int = 0) -> Tensor:
-    """Scaled logits of the last queries at each held token.
+    """Compute the scaled logits of the last queries at each resident token.
 
     Args:
         queries: post-RoPE queries `[n, Hq, D]` of the n newest tokens, oldest first.
@@ -71,7 +77,7 @@ def attention_logits(queries: Tensor, keys: Tensor, positions: Tensor, ahead: in
 
 
 def logits_until(queries: Tensor, keys: Tensor, positions: Tensor, newest: Tensor | int) -> Tensor:
-    """`attention_logits` of queries of which the last one has position `newest`, a number or `[Hkv, 1]`."""
+    """Compute `attention_logits` of queries of which the last one has position `newest`, a number or `[Hkv, 1]`."""
     n_queries, q_heads, dim = queries.shape
     kv_heads, length, key_dim = keys.shape
     if dim != key_dim or q_heads % kv_heads or positions.shape != (kv_heads, length) or n_queries > length:
@@ -87,9 +93,9 @@ def logits_until(queries: Tensor, keys: Tensor, positions: Tensor, newest: Tenso
 
 
 def attention_received(queries: Tensor, keys: Tensor, positions: Tensor, ahead: int = 0) -> Tensor:
-    """Attention that each held token receives from the last queries.
+    """Compute the attention that each resident token receives from the last queries.
 
-    Softmax in float32 over the held tokens that are not in a query's future; sum over the queries; mean over
+    Softmax in float32 over the resident tokens that are not in a query's future; sum over the queries; mean over
     the query heads of a kv head.
 
     Args:
@@ -108,7 +114,7 @@ def attention_received(queries: Tensor, keys: Tensor, positions: Tensor, ahead: 
 
 
 def output_error(attention: Tensor, values: Tensor) -> Tensor:
-    """What leaving each held token out changes in the attention outputs, squared and to first order.
+    """Compute the change of the attention outputs without each resident token, squared and to first order.
 
     `A^2 |v - o|^2` with attention A, value v and output o; sum over the queries, mean over the query heads of a kv
     head. To second order in A the output without a token is `o + A / (1 - A) (o - v)`.
@@ -130,7 +136,7 @@ def output_error(attention: Tensor, values: Tensor) -> Tensor:
 
 
 def key_similarity(keys: Tensor) -> Tensor:
-    """Cosine of each key `[Hkv, L, D]` with the mean of all keys' unit vectors, float32 `[Hkv, L]`."""
+    """Compute the cosine of each key `[Hkv, L, D]` with the mean of all unit keys, float32 `[Hkv, L]`."""
     unit = keys.float()
     unit = unit / (unit.norm(dim=-1, keepdim=True) + EPSILON)
     mean = unit.mean(dim=1, keepdim=True)
@@ -138,7 +144,7 @@ def key_similarity(keys: Tensor) -> Tensor:
 
 
 def attention_sparsity(queries: Tensor, keys: Tensor, positions: Tensor, *, negligible: float) -> Tensor:
-    """Share of the attention weights that are negligible beside the largest of their row.
+    """Compute the share of attention weights that are negligible beside the largest of their row.
 
     Args:
         queries: post-RoPE queries `[n, Hq, D]` of the n newest tokens, oldest first.
@@ -154,13 +160,13 @@ def attention_sparsity(queries: Tensor, keys: Tensor, positions: Tensor, *, negl
     """
     logits = attention_logits(queries, keys, positions)
     sees = logits.isfinite()
-    # Weights of a row are to each other as the exponentials of their logits.
+    # The ratio of two weights of a row is the ratio of the exponentials of their logits.
     is_small = sees & (logits < logits.amax(dim=-1, keepdim=True) + math.log(negligible))
     return (is_small.sum(dim=-1) / sees.sum(dim=-1)).mean(dim=(1, 2))
 
 
 def redundancy(keys: Tensor, *, threshold: float) -> Tensor:
-    """How similar each key is to all others, the last similar one being exempted (SkipKV eq. 5, R-KV).
+    """Compute how similar each key is to all others except the last similar one (SkipKV eq. 5, R-KV).
 
     `S` is the cosine matrix of the keys with a zero diagonal. In every row i the last column j with
     `S_ij > threshold` is set to zero (column 0 where there is none), so the newest of a set of similar
@@ -184,11 +190,11 @@ def redundancy(keys: Tensor, *, threshold: float) -> Tensor:
 
 
 def sentence_penalties(embeddings: Tensor, exists: Tensor, *, threshold: float, rule: str = "max") -> Tensor:
-    """Similarity of each sentence to the later sentence that repeats it, 0 where none does (SkipKV eqs. 1, 3).
+    """Compute the similarity of each sentence to a later sentence that repeats it, or 0 (SkipKV eqs. 1, 3).
 
     Args:
         embeddings: unit vectors `[S, E]`, in the order in which the sentences were written.
-        exists: bool `[S]`; rows that hold no sentence neither flag nor are flagged.
+        exists: bool `[S]`; rows without a sentence neither flag nor are flagged.
         threshold: the earlier of two sentences is flagged when their cosine is strictly above this.
         rule: with several repeats, "max" takes the highest similarity, "last" the latest repeat's.
 
@@ -206,11 +212,11 @@ def sentence_penalties(embeddings: Tensor, exists: Tensor, *, threshold: float, 
 
 
 def select_per_head(scores: Tensor, pinned: Tensor, num_keep: int) -> Tensor:
-    """Keep the best tokens of every layer and kv head on its own (granularity "head").
+    """Select the best tokens of every layer and kv head independently (granularity "head").
 
     Args:
         scores: `[layers, H, L]`, higher is kept longer.
-        pinned: bool `[layers, H, L]`, tokens that stay whatever their score; at most `num_keep` a row.
+        pinned: bool `[layers, H, L]`, tokens that stay regardless of their score; at most `num_keep` a row.
         num_keep: tokens to keep in every row.
 
     Returns:
@@ -221,7 +227,7 @@ def select_per_head(scores: Tensor, pinned: Tensor, num_keep: int) -> Tensor:
 
 
 def move_list(kept: Tensor, num_keep: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Which cells to move so that the kept tokens of each row fill the first `num_keep` slots.
+    """List the moves after which the kept tokens of each row fill the first `num_keep` slots.
 
     A kept token in one of the first `num_keep` slots stays where it is; one beyond them moves into the
     slot of an evicted token. Sources and holes never overlap, so the moves need no temporary copy.

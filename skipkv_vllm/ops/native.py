@@ -1,4 +1,4 @@
-"""The C++ and CUDA operators of `csrc/`, which `setup.py` builds into libraries beside this file."""
+"""The operators in C++ and CUDA, which `setup.py` builds from `csrc/` into libraries beside this file."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LIBRARIES = {"cpu": "_skipkv_cpu.so", "cuda": "_skipkv_cuda.so"}
 """Device type -> library; it registers `torch.ops.skipkv_<device type>`."""
 
 OVERRIDE = "SKIPKV_NATIVE_CPU"
-"""Environment variable with the path of another library for the CPU: an instrumented one, for `make sanitize`."""
+"""Environment variable with the path of another library for the CPU; `make sanitize` names its instrumented one."""
 
 REBUILD = "pip install --no-build-isolation -e ."
 REMEDIES = {
@@ -28,7 +28,7 @@ REMEDIES = {
 
 @functools.cache
 def unavailable(device_type: str) -> str | None:
-    """Why the operators cannot run on a device, and the remedy; None where they can. Loads the library."""
+    """Load a device's library; return why its operators cannot run, and the remedy, or None if they can."""
     name = LIBRARIES.get(device_type)
     if name is None:
         return f"has no operators for {device_type}"
@@ -55,35 +55,28 @@ def _has(library: Any, op: str, schema: str) -> bool:
 
 
 def operator(op: str, device_type: str) -> Callable[..., Any]:
-    """The operator of a device's library itself, which must be available; nothing stands between it and the caller."""
+    """Return the operator of a device's library, which must be available; calls reach it without detours."""
     return getattr(getattr(torch.ops, f"skipkv_{device_type}"), op).default
 
 
+def __getattr__(op: str) -> Callable[..., Any]:
+    """Return an operator as a function of tensors on any device; see `torch_backend`."""
+    if op in SCHEMAS:
+        return _on_any_device(op)
+    raise AttributeError(f"module {__name__!r} has no attribute {op!r}")
+
+
+@functools.cache
 def _on_any_device(op: str) -> Callable[..., Any]:
     def call(*args: Any) -> Any:
         tensor = next(arg for arg in args if isinstance(arg, Tensor))
         return operator(op, tensor.device.type)(*args)
 
-    call.__doc__ = f"See `batched.{op}`."
     return call
 
 
-score_tokens = _on_any_device("score_tokens")
-measure_attention = _on_any_device("measure_attention")
-key_similarity = _on_any_device("key_similarity")
-select_keep = _on_any_device("select_keep")
-compact_pages = _on_any_device("compact_pages")
-track_sentences = _on_any_device("track_sentences")
-sentence_similarity = _on_any_device("sentence_similarity")
-held_positions = _on_any_device("held_positions")
-token_penalties = _on_any_device("token_penalties")
-observe_queries = _on_any_device("observe_queries")
-track_thoughts = _on_any_device("track_thoughts")
-steer_add = _on_any_device("steer_add")
-
-
 def limit_isa(level: int) -> int:
-    """Let the CPU operators use no instructions beyond a level: 0 any processor, 1 AVX2, 2 AVX-512; for tests.
+    """Limit the CPU operators to an instruction set: 0 any processor, 1 AVX2, 2 AVX-512; for tests.
 
     Returns:
         The level in use, which the processor may limit further.
@@ -92,5 +85,5 @@ def limit_isa(level: int) -> int:
 
 
 def score_scratch(length: int, dim: int, window: int, group: int) -> int:
-    """Bytes of scratch memory that a CPU thread of `score_tokens` takes for a request of this length."""
+    """Return the bytes of scratch memory that a CPU thread of `score_tokens` takes for a request of this length."""
     return torch.ops.skipkv_cpu.score_scratch(length, dim, window, group)

@@ -1,10 +1,10 @@
-"""Reading and moving single tokens inside vLLM's KV pages, whatever their physical layout.
+"""Access to single tokens in vLLM's KV pages, in any physical layout.
 
-vLLM hands out one tensor per layer with the logical shape `[pages, kv_heads, page_size, 2 * D]`. On GPUs
-a token's K and V lie side by side in the last dimension, in any physical order of the others; indexing
-the logical view is enough. The CPU attention kernel packs each (page, head) cell as a K region followed by
-a V region and permutes tokens inside them, so there a token is not a row: its elements are found through
-strided views. The views were checked bit by bit against the kernel's own writer.
+vLLM allocates one tensor per layer with the logical shape `[pages, kv_heads, page_size, 2 * D]`. On GPUs a token's K
+and V lie side by side in the last dimension, in any physical order of the others; indexing the logical view is enough.
+The CPU attention kernel packs each (page, head) cell as a K region followed by a V region and permutes tokens inside
+them, so a token is not a row there: strided views address its elements. Tests compare the views bit by bit with what
+the kernel writes.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ class Layout(IntEnum):
     """How a page is packed; also the `layout` of the operators."""
 
     ROWS = 0
-    """GPUs: a token's K and V side by side"""
+    """GPUs: a token's K and V side by side."""
     VEC = 1
-    """CPU, vector instructions: K `[D, P]`, V `[P, D]`"""
+    """CPU, vector instructions: K `[D, P]`, V `[P, D]`."""
     AMX = 2
-    """CPU, AMX tiles: K `[P / 16, D / 2, 16, 2]`, V `[D / 16, P / 2, 16, 2]`"""
+    """CPU, AMX tiles: K `[P / 16, D / 2, 16, 2]`, V `[D / 16, P / 2, 16, 2]`."""
 
 
 FP8_CACHES = {
@@ -34,20 +34,20 @@ FP8_CACHES = {
     "fp8_e4m3": torch.float8_e4m3fn,
     "fp8_e5m2": torch.float8_e5m2,
 }
-"""vLLM's `--kv-cache-dtype` -> what the bytes mean that its tensors hold."""
+"""vLLM's `--kv-cache-dtype` -> dtype of the bytes in its tensors."""
 
 
 class TokenView(NamedTuple):
     """A strided view in which a token's elements are addressed by page, head and offset.
 
-    `view` is `[pages, H, page_size / tile, tile, *features]`; the features in order are the token's vector.
+    `view` is `[pages, H, page_size / tile, tile, *features]`; a token's features, in order, are its vector.
     """
 
     view: Tensor
 
     @property
     def tile(self) -> int:
-        """Tokens that are interleaved with each other."""
+        """Number of tokens that are interleaved with each other."""
         return self.view.shape[3]
 
     @property
@@ -55,14 +55,14 @@ class TokenView(NamedTuple):
         return self.view.shape[4:]
 
     def read_pages(self, pages: Tensor, length: int) -> Tensor:
-        """The first `length` tokens of a request, `[H, length, D]`, in slot order; float32 where 8 bits are stored."""
+        """Read the first `length` tokens of a request, `[H, length, D]`, in slot order; 8-bit elements as float32."""
         rows = self.view[pages].transpose(0, 1)
         if rows.dtype in FP8_CACHES.values():
             rows = rows.float()
         return rows.reshape(rows.shape[0], -1, self._features.numel())[:, :length]
 
     def gather(self, page: Tensor, head: Tensor, offset: Tensor) -> Tensor:
-        """Vectors `[..., D]` of single tokens; the indices broadcast against each other."""
+        """Read the vectors `[..., D]` of single tokens; the indices broadcast against each other."""
         return self.view[page, head, offset // self.tile, offset % self.tile].flatten(-len(self._features))
 
     def scatter(self, page: Tensor, head: Tensor, offset: Tensor, values: Tensor) -> None:
@@ -76,7 +76,7 @@ class LayerPages(NamedTuple):
     Attributes:
         raw: vLLM's tensor, for whole-page copies.
         keys, values: for scoring.
-        cells: what must be moved for a token to move: K and V together, or one after the other.
+        cells: the views to move a token in: one of K and V together, or one of each.
         layout: how a page is packed.
     """
 
@@ -97,7 +97,7 @@ class LayerPages(NamedTuple):
         return self.raw.shape[1]
 
     def copy_pages(self, source: Tensor, target: Tensor) -> None:
-        """Copy whole pages, content unseen."""
+        """Copy whole pages bit by bit."""
         self.raw[target] = self.raw[source]
 
     def move_cells(self, head: int, from_page: Tensor, from_offset: Tensor, to_page: Tensor, to_offset: Tensor) -> None:
@@ -108,7 +108,7 @@ class LayerPages(NamedTuple):
 
 
 def layer_pages(kv_cache: Tensor, layout: Layout) -> LayerPages:
-    """The pages of one layer in a given layout."""
+    """Describe the pages of one layer in a given layout."""
     n_pages, heads, size, double = kv_cache.shape
     dim = double // 2
     if layout is Layout.ROWS:
@@ -135,7 +135,7 @@ def layer_pages(kv_cache: Tensor, layout: Layout) -> LayerPages:
 
 
 def cpu_layout(isa: str) -> Layout:
-    """Layout of vLLM's CPU attention for an instruction set as its backend names it.
+    """Return the layout of vLLM's CPU attention for an instruction set, by its backend's name for it.
 
     Raises:
         KVPolicyError: an instruction set whose layout is not known.
@@ -150,7 +150,7 @@ def cpu_layout(isa: str) -> Layout:
 
 
 class PagedCache(NamedTuple):
-    """The KV pages of all layers of a rank, in the form that the operators take.
+    """The KV pages of all layers of a rank: the first arguments of many operators.
 
     Attributes:
         caches: vLLM's tensors in model order, `[pages, H, page_size, 2 * D]`, all alike.

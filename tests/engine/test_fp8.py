@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from skipkv_vllm.ops import torch_backend as batched
+from skipkv_vllm.ops import torch_backend
 from skipkv_vllm.ops.paging import FP8_CACHES, Layout
 from skipkv_vllm.worker.compaction import Compactor
 from tests import engines
@@ -122,7 +122,7 @@ class Shadow:
             pointers = torch.tensor([cache.data_ptr() for cache in self.caches], device=self.device)
             tables = (batch.source_table, batch.target_table, batch.num_keep)
             sidecar = self.compactor.cache.sidecar.clone()
-            batched.compact_pages(self.caches, pointers, Layout.ROWS, sidecar, batch.positions, *tables, *moves)
+            torch_backend.compact_pages(self.caches, pointers, Layout.ROWS, sidecar, batch.positions, *tables, *moves)
             self.num_moves += int(moves.number.sum())
             return moves
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from skipkv_vllm.ops import torch_backend as batched
+from skipkv_vllm.ops import torch_backend
 from skipkv_vllm.ops.paging import Layout, PagedCache
 from tests.operators.thought_cases import check_thoughts
 from tests.operators.tracking_cases import check_tracking
@@ -110,9 +110,9 @@ def compaction(arguments: list[Any], keep: int) -> list[Any]:
     requests = table.shape[0]
     keeps = torch.full_like(num_resident, keep)
     most = int((num_resident - keeps).clamp(max=keep).max())
-    scores = batched.score_tokens(*arguments)
+    scores = torch_backend.score_tokens(*arguments)
     pins = (torch.full_like(keeps, 4), torch.full_like(keeps, 2**30))
-    moves = batched.select_keep(scores, positions, num_resident, keeps, *pins, most)
+    moves = torch_backend.select_keep(scores, positions, num_resident, keeps, *pins, most)
     spare = torch.arange(requests * table.shape[1], device=CUDA, dtype=torch.int32).view_as(table) + pages
     target = torch.where(torch.arange(table.shape[1], device=CUDA) % 3 == 0, spare, table)
     grown = []
@@ -130,7 +130,7 @@ def test_scores_of_long_requests(backend, dtype, dim):
     lengths = (2500, 1111, 64)
     arguments = scoring(lengths, dtype, dim=dim)
     got = backend.score_tokens(*arguments)
-    assert_scores(got, batched.score_tokens(*arguments), lengths, 2e-2)
+    assert_scores(got, torch_backend.score_tokens(*arguments), lengths, 2e-2)
 
 
 def measuring(arguments: list[Any], *counted: int) -> list[Any]:
@@ -147,20 +147,20 @@ def test_attention_and_keys_of_long_requests(backend, dtype, dim):
     arguments = measuring(scoring(lengths, dtype, dim=dim, window=32), 32, 17, 0)
     for output_error in (False, True):
         got = backend.measure_attention(*arguments, output_error)
-        wanted = batched.measure_attention(*arguments, output_error)
+        wanted = torch_backend.measure_attention(*arguments, output_error)
         assert (got - wanted).abs().max() <= 2e-2 * wanted.abs().max()
         assert torch.equal(got, backend.measure_attention(*arguments, output_error))
     keys = (*arguments[:4], arguments[5], 2500)
-    torch.testing.assert_close(backend.key_similarity(*keys), batched.key_similarity(*keys), rtol=0, atol=1e-3)
+    torch.testing.assert_close(backend.key_similarity(*keys), torch_backend.key_similarity(*keys), rtol=0, atol=1e-3)
 
 
 def test_scores_of_more_rows_than_scratch_memory_takes_at_once(backend, monkeypatch):
     lengths = (1200, 1100, 900)
     # 80 KB of scratch memory a row; the CUDA kernels take at most 256 MiB at once.
     arguments = scoring(lengths, layers=80, heads=16, group=1)
-    monkeypatch.setattr("skipkv_vllm.ops.triton_backend.SCRATCH_BYTES", 32 << 20)
+    monkeypatch.setattr("skipkv_vllm.ops.triton_backend.scoring.SCRATCH_BYTES", 32 << 20)
     got = backend.score_tokens(*arguments)
-    assert_scores(got, batched.score_tokens(*arguments), lengths, 2e-2)
+    assert_scores(got, torch_backend.score_tokens(*arguments), lengths, 2e-2)
 
 
 def test_the_same_bits_every_time(backend):
@@ -173,15 +173,15 @@ def test_the_same_bits_every_time(backend):
 def test_selection_and_compaction_of_long_requests(backend, keep):
     arguments = scoring((2500, 2500))
     positions, num_resident = arguments[4:6]
-    scores = batched.score_tokens(*arguments)
+    scores = torch_backend.score_tokens(*arguments)
     pins = (torch.full_like(num_resident, 0), torch.full_like(num_resident, 2**30))
     options = (scores, positions, num_resident, torch.full_like(num_resident, keep), *pins, min(keep, 2500 - keep))
-    for got, wanted in zip(backend.select_keep(*options), batched.select_keep(*options), strict=True):
+    for got, wanted in zip(backend.select_keep(*options), torch_backend.select_keep(*options), strict=True):
         assert torch.equal(got, wanted)
 
     got, wanted = compaction(arguments, max(keep, 8)), compaction(arguments, max(keep, 8))
     backend.compact_pages(*got)
-    batched.compact_pages(*wanted)
+    torch_backend.compact_pages(*wanted)
     bits = torch.int16
     assert all(torch.equal(a.view(bits), b.view(bits)) for a, b in zip(got[0], wanted[0], strict=True))
     assert torch.equal(got[3], wanted[3])
@@ -195,7 +195,7 @@ def test_pages_beyond_what_32_bits_address(backend):
     if free < 4 * first * per_page * 2:
         pytest.skip(f"needs {4 * first * per_page * 2 >> 30} GiB of free GPU memory, there are {free >> 30}")
     arguments = scoring((100,), heads=2, layers=1, group=2, first_page=first)
-    assert_scores(backend.score_tokens(*arguments), batched.score_tokens(*arguments), (100,), 2e-2)
+    assert_scores(backend.score_tokens(*arguments), torch_backend.score_tokens(*arguments), (100,), 2e-2)
     got = compaction(arguments, 40)
     before = [cache[first:].clone() for cache in got[0]]
     backend.compact_pages(*got)
@@ -203,7 +203,7 @@ def test_pages_beyond_what_32_bits_address(backend):
     sidecar = got[3].clone()
     for cache, old in zip(got[0], before, strict=True):
         cache[first:] = old
-    batched.compact_pages(*got)
+    torch_backend.compact_pages(*got)
     assert all(torch.equal(a, b[first:]) for a, b in zip(moved, got[0], strict=True))
     assert torch.equal(sidecar, got[3])
 
@@ -223,7 +223,7 @@ def every_operator(module: ModuleType) -> list[Callable[[], Any]]:
     arguments = scoring((300, 200))
     positions, num_resident = arguments[4:6]
     keeps = numbers(150, 150)
-    scores = batched.score_tokens(*arguments)
+    scores = torch_backend.score_tokens(*arguments)
     selection = (scores, positions, num_resident, keeps, numbers(4, 4), numbers(2**30, 2**30), 150)
     moves = compaction(arguments, 150)
     generator = torch.Generator(CUDA).manual_seed(1)
@@ -257,7 +257,7 @@ def every_operator(module: ModuleType) -> list[Callable[[], Any]]:
         lambda: module.sentence_similarity(unit, slots, count, compared, penalties, 0.1, 0),
         lambda: module.held_positions(*held, 40),
         lambda: module.token_penalties(ends, penalties, count, slots, positions),
-        lambda: module.observe_queries(query, index, rows),
+        lambda: module.record_queries(query, index, rows),
         lambda: module.track_thoughts(ids, *thoughts, True, 128, strengths, thinking, 5, *steered),
         lambda: module.steer_add(*steering, vectors),
     ]
@@ -279,7 +279,7 @@ def test_operators_run_on_the_current_stream(backend):
     penalty = arguments[7].clone()
     rows = torch.zeros(4, 2, 64, device=CUDA)
     query, index = torch.zeros(4, 2, 64, device=CUDA), torch.arange(4, device=CUDA)
-    backend.observe_queries(query, index, rows)
+    backend.record_queries(query, index, rows)
     torch.cuda.synchronize()
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):
@@ -288,7 +288,7 @@ def test_operators_run_on_the_current_stream(backend):
         arguments[7].copy_(penalty)
         query.fill_(3)
         got = backend.score_tokens(*arguments)
-        backend.observe_queries(query, index, rows)
+        backend.record_queries(query, index, rows)
     side.synchronize()
     assert torch.equal(got, wanted)
     assert (rows == 3).all()
@@ -309,7 +309,7 @@ def test_observing_and_steering_in_a_cuda_graph(backend, dtype, tokens):
     vectors = torch.zeros(5, width, device=CUDA)
 
     def step() -> Tensor:
-        backend.observe_queries(query, index, rows)
+        backend.record_queries(query, index, rows)
         return backend.steer_add(hidden, coefficient, row, vectors)
 
     side = torch.cuda.Stream()
@@ -333,8 +333,8 @@ def test_observing_and_steering_in_a_cuda_graph(backend, dtype, tokens):
         vectors[0] = torch.nan
         graph.replay()
         wanted = torch.zeros_like(rows)
-        batched.observe_queries(query, index, wanted)
+        torch_backend.record_queries(query, index, wanted)
         assert torch.equal(rows, wanted)
-        torch.testing.assert_close(steered, batched.steer_add(hidden, coefficient, row, vectors))
+        torch.testing.assert_close(steered, torch_backend.steer_add(hidden, coefficient, row, vectors))
         untouched = row[:tokens] == 0
         assert torch.equal(steered[untouched], hidden[untouched])

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from skipkv_vllm.ops import torch_backend as batched
+from skipkv_vllm.ops import torch_backend
 from skipkv_vllm.ops.paging import Layout, layer_pages
 from tests.operators.backends import Backend, on
 from tests.operators.cases import CompactCase, Compaction, Pages
@@ -128,7 +128,7 @@ def test_the_mask_of_a_paged_kernel_shows_the_survivors_and_nothing_else(size: i
     before = build(torch.float32, size)
     after = before.copy()
 
-    batched.compact_pages(*after)
+    torch_backend.compact_pages(*after)
 
     lengths, queries = before.num_keep.tolist(), queries_of(before, torch.float32)
     table = pages_of(after)
@@ -147,7 +147,7 @@ def test_the_expectation_is_what_the_definition_leaves() -> None:
     """Of the test above, what needs neither a GPU nor xFormers."""
     before = build(torch.float32, 16)
     after = before.copy()
-    batched.compact_pages(*after)
+    torch_backend.compact_pages(*after)
     for r, keep in enumerate(before.num_keep.tolist()):
         pages = layer_pages(after.caches[1], Layout.ROWS)
         held = pages.cells[0].read_pages(after.target_table[r, : -(-keep // 16)].long(), keep)

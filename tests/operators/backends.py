@@ -17,7 +17,7 @@ from skipkv_vllm.ops import native
 from skipkv_vllm.ops.paging import Layout
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-"""Whether this process is one in which Triton interprets; it tests nothing else then."""
+"""Whether Triton's kernels are interpreted in this process; it tests nothing else then."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Inputs for the operators: pages of every layout filled with tokens, and garbage wherever nobody may look."""
+"""Inputs for the operators: pages of every layout filled with tokens, and garbage that must not be read."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from skipkv_vllm.ops.paging import Layout, PagedCache, layer_pages
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 GARBAGE = -(2**30)
-"""Page id or position that nobody may read."""
+"""Page id or position that must not be read."""
 
 ORDERS = ("BHNC", "BNHC", "HBNC", "NBHC")
-"""How the dimensions pages, heads, tokens and content may lie in memory; packed layouts allow the first and third."""
+"""Orders of the dimensions pages, heads, tokens and content in memory; packed layouts allow the first and third."""
 
 
 @dataclass(frozen=True)
 class Pages:
-    """What the caches look like.
+    """Description of caches.
 
     Attributes:
         layout, dtype, order: how a page is packed, its elements, and how dimensions lie in memory.
@@ -81,7 +81,7 @@ def draw_pages(data: st.DataObject, most_heads: int) -> Pages:
 
 
 def tables(lengths: Sequence[int], size: int, generator: torch.Generator, width: int | None = None) -> Tensor:
-    """Shuffled pages for requests of these lengths, int32 `[R, pages]`; page 0 is nobody's, the rest garbage."""
+    """Shuffled pages for requests of these lengths, int32 `[R, pages]`; page 0 is unused, the rest garbage."""
     needed = [-(-length // size) for length in lengths]
     ids = torch.randperm(sum(needed), generator=generator) + 1
     table = torch.full((len(lengths), width or max(needed)), GARBAGE, dtype=torch.int32)

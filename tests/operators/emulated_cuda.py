@@ -1,23 +1,24 @@
-"""Builds the CUDA operators for the CPU: the same kernels, compiled by g++, run by `cuda_emulator/emulator.cpp`."""
+"""Build the CUDA operators for the CPU: the same kernels, compiled by g++ and run by `cuda_emulator/emulator.cpp`."""
 
 from __future__ import annotations
 
 import os
 import shutil
 import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 
 ROOT = Path(__file__).parents[2]
-SOURCES = ROOT / "csrc/cuda"
+CSRC = ROOT / "csrc"
 EMULATOR = Path(__file__).with_name("cuda_emulator")
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"
 
 
 def cuda_headers() -> Path | None:
-    """Where CUDA's own headers are: the types float16 and bfloat16 come from them."""
+    """Find CUDA's own headers, which define float16 and bfloat16."""
     homes = [os.environ.get("CUDA_HOME"), "/usr/local/cuda"]
     if compiler := shutil.which("nvcc"):
         homes.append(str(Path(compiler).resolve().parents[1]))
@@ -26,7 +27,7 @@ def cuda_headers() -> Path | None:
 
 
 def unavailable() -> str | None:
-    """Why the library cannot be built here."""
+    """Return why the library cannot be built here, or None if it can."""
     if shutil.which("g++") is None:
         return "g++ is missing"
     if cuda_headers() is None:
@@ -38,17 +39,19 @@ def build(folder: Path, options: tuple[str, ...] = ()) -> Path:
     """Compile the library in an empty folder.
 
     Args:
-        folder: where to work.
+        folder: for the sources and the objects.
         options: more options for g++, such as a sanitizer.
 
     Returns:
-        The library; it registers `torch.ops.skipkv_cuda`, for tensors on the CPU.
+        Path of the library, which registers `torch.ops.skipkv_cuda`, for tensors on the CPU.
     """
-    for source in (*SOURCES.iterdir(), *EMULATOR.iterdir()):
+    for source in (*(CSRC / "cuda").iterdir(), *EMULATOR.iterdir()):
         shutil.copy(source, folder)
+    subprocess.run([sys.executable, str(CSRC / "generate.py"), str(folder / "operators.h")], check=True)
     library = folder / "emulated_cuda.so"
     torch_folder = Path(torch.__file__).parent
-    flags = ["-std=c++17", "-O2", "-fPIC", "-w", STABLE_ABI, *options, "-I", str(folder), "-I", str(cuda_headers())]
+    flags = ["-std=c++17", "-O2", "-fPIC", "-w", STABLE_ABI, *options]
+    flags += ["-I", str(folder), "-I", str(CSRC), "-I", str(cuda_headers())]
     flags += ["-isystem", str(torch_folder / "include"), "-include", "cuda_runtime.h"]
     units = [file for file in folder.iterdir() if file.suffix in (".cu", ".cpp")]
 

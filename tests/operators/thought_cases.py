@@ -1,4 +1,4 @@
-"""Random steps of `track_thoughts`, by any backend and by `batched.py`."""
+"""Random steps of `track_thoughts`, by any backend and by `torch_backend`."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from typing import Any
 
 import torch
 
-from skipkv_vllm.ops import KEYWORD_SHIFT, STATE, THOUGHT
-from skipkv_vllm.ops import torch_backend as batched
+from skipkv_vllm.ops import KEYWORD_SHIFT, STATE, THOUGHT, torch_backend
 from tests.operators.token_steps import token_step
 
 VOCABULARY = 24
@@ -37,7 +36,7 @@ def check_thoughts(module: ModuleType | Any, seed: int, device: str = "cpu", ste
     state[:, 1] = torch.randint(2, (slots,), generator=generator)
     row, coefficient = torch.zeros(most, dtype=torch.int32), torch.zeros(most)
     sides = [
-        [batched, "cpu", state.clone(), row.clone(), coefficient.clone()],
+        [torch_backend, "cpu", state.clone(), row.clone(), coefficient.clone()],
         [module, device, *(t.to(device) for t in (state, row, coefficient))],
     ]
     position, written = [draw.randint(0, 300) for _ in range(slots)], 0

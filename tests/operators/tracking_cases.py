@@ -1,4 +1,4 @@
-"""Random steps of `track_sentences`, by any backend and by `batched.py`."""
+"""Random steps of `track_sentences`, by any backend and by `torch_backend`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from skipkv_vllm.ops import torch_backend as batched
+from skipkv_vllm.ops import torch_backend
 from skipkv_vllm.worker.signals.sentence_tracker import OPEN
 from tests.operators.token_steps import token_step
 
@@ -40,12 +40,12 @@ def check_tracking(module: ModuleType | Any, seed: int, device: str = "cpu", ste
     for _ in range(steps):
         ids, table, _ = token_step(draw, generator, position, VOCABULARY)
         hidden = torch.randn(len(ids), width + 3, generator=generator)[:, 1:-2].to(dtype) if embeds else None
-        for backend, state in ((batched, states[0]), (module, states[1])):
+        for backend, state in ((torch_backend, states[0]), (module, states[1])):
             where = state[0].device
             moved = (None if hidden is None else hidden.to(where), table.to(where), int(table[2].sum()))
             backend.track_sentences(ids.to(where), *moved, delimiters.to(where), merge, *state)
         wanted, got = states[0], [each.cpu() for each in states[1]]
-        # The last column of the ends and the last row of the embeddings are nobody's.
+        # The last column of the ends and the last row of the embeddings are for discarded writes.
         assert torch.equal(got[0][:, :-1], wanted[0][:, :-1])
         assert all(torch.equal(a, b) for a, b in zip(got[1:4], wanted[1:4], strict=True))
         torch.testing.assert_close(got[4], wanted[4], rtol=1e-5, atol=1e-5)

@@ -1,10 +1,10 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, import-untyped"
 """`measure_attention` and `key_similarity`.
 
-First each query's softmax and output, tokens a block at a time, then each token's sum over the queries, whose logits
-are computed again: nothing is stored for a pair of a query and a token. `first` is the first row of a launch, so that
-scratch memory stays bounded; scratch is numbered from 0. A query head is one of `window * group` of a row, by query;
-those of queries that do not count come first.
+`measure_attention` takes two passes: each query's softmax and output, a block of tokens at a time, then each token's
+sum over the queries. The second pass computes the logits again, so nothing is stored per pair of query and token.
+`first` is the first row of a launch, so that scratch memory stays bounded; rows of scratch memory are numbered from 0.
+A row has `window * group` query heads, by query; those of queries that do not count come first.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .rows import EPSILON, cells_of, load_vectors, row_of
 
 @triton.jit
 def _load_queries(queries, request, layer, head, number, q, counts, layers, heads, dim, window, group, multiply, dims):
-    """Query heads `[tile, dims]`, numbered from the first that counts."""
+    """Load query heads `[tile, dims]`, numbered from the first that counts."""
     d = tl.arange(0, dims)
     every = (window - number) * group + q
     line = ((request * layers + layer).to(tl.int64) * window + every // group) * heads + head
@@ -60,7 +60,7 @@ def attend_queries(
     dims: tl.constexpr,
     tile: tl.constexpr,
 ):
-    """The softmax of a tile of query heads over all tokens, and their outputs with `errors`.
+    """Compute the softmax of a tile of query heads over all tokens, and their outputs with `errors`.
 
     Writes top, share and squares `[rows, window * group]`: largest logit, 1 / sum of exponentials and |o|^2; and
     outputs `[rows, window * group, dim]`.
@@ -96,7 +96,7 @@ def attend_queries(
         logit = tl.dot(query, tl.trans(key.to(multiply)), input_precision="ieee") / root
         logit = tl.where(seen, logit, -float("inf"))
         higher = tl.maximum(highest, tl.max(logit, axis=1))
-        # While a query has seen no token, there is nothing to be subtracted.
+        # Until a query has seen a token there is nothing to subtract.
         shift = tl.where(higher == -float("inf"), 0.0, higher)
         part = tl.exp(logit - shift[:, None])
         scale = tl.exp(highest - shift)
@@ -163,7 +163,7 @@ def sum_queries(
     dims: tl.constexpr,
     tile: tl.constexpr,
 ):
-    """What a block of tokens means to all query heads of the row: out `[rows, n]`, of all rows."""
+    """Compute the results of a block of tokens, sums over all query heads of the row: out `[rows, n]`, of all rows."""
     blocks = tl.cdiv(n, block)
     row = tl.program_id(0) // blocks
     slot = tl.program_id(0) % blocks * block + tl.arange(0, block)
@@ -242,7 +242,7 @@ def compare_keys(
     block: tl.constexpr,
     dims: tl.constexpr,
 ):
-    """Cosines of a row's keys with the mean of their unit vectors: out `[rows, n]`."""
+    """Compute the cosines of a row's keys with the mean of their unit vectors: out `[rows, n]`."""
     row = tl.program_id(0)
     request, layer, head = row_of(0, row, layers, heads)
     length = tl.load(num_resident + request)

@@ -1,5 +1,5 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, import-untyped"
-"""`held_positions` and `token_penalties`: one program per `block` held tokens."""
+"""`held_positions` and `token_penalties`: one program per `block` resident tokens."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def read_positions(
     size: tl.constexpr,
     block: tl.constexpr,
 ):
-    """Positions `[R, L, H, length]` of the slots of R requests."""
+    """Read the positions `[R, L, H, length]` of the slots of R requests."""
     i = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
     inside = i < total
     slot, row = i % length, i // length
@@ -42,7 +42,7 @@ def look_up_penalties(
     ends,
     penalties,
     first,
-    slots,
+    rows,
     positions,
     out,
     total,
@@ -53,18 +53,18 @@ def look_up_penalties(
     halvings: tl.constexpr,
     block: tl.constexpr,
 ):
-    """Penalties of the sentences that hold tokens, found by halving the sentences' ends."""
+    """Look up the penalty of each token's sentence by binary search in the sentences' ends."""
     i = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
     inside = i < total
-    slot = tl.load(slots + i // of_request, mask=inside, other=0)
+    row = tl.load(rows + i // of_request, mask=inside, other=0)
     position = tl.load(positions + i, mask=inside, other=-1)
     low = tl.zeros([block], tl.int64)
     high = low + most - 1
     for _ in range(halvings):
         middle = (low + high) // 2
-        before = tl.load(ends + slot * ends_stride + middle, mask=inside, other=0) < position
+        before = tl.load(ends + row * ends_stride + middle, mask=inside, other=0) < position
         low = tl.where(before & (low < high), middle + 1, low)
         high = tl.where(before, high, middle)
-    found = tl.load(penalties + slot * penalty_stride + low, mask=inside, other=0.0)
-    tracked = position >= tl.load(first + slot, mask=inside, other=0)
+    found = tl.load(penalties + row * penalty_stride + low, mask=inside, other=0.0)
+    tracked = position >= tl.load(first + row, mask=inside, other=0)
     tl.store(out + i, tl.where(tracked, found, 0.0), mask=inside)

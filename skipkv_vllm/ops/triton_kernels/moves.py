@@ -1,5 +1,5 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, import-untyped"
-"""`compact_pages`: whole pages first, then single cells. Cells are copied as integers, so any dtype keeps its bits.
+"""`compact_pages`: first whole pages, then single cells. Cells are copied bit by bit, as integers.
 
 Two launches on one stream, because a move may fill a hole of a page that was just copied. Offsets and strides of the
 caches count elements of `element`, the widest integer that fits.
@@ -34,7 +34,7 @@ def copy_pages(
     element: tl.constexpr,
     block: tl.constexpr,
 ):
-    """Copy what lies on replaced pages and note the positions of the first K slots; one program a (page, layer)."""
+    """Copy replaced pages and record the positions of the first K slots; one program a (request, layer, page)."""
     index = tl.program_id(0) % pages
     layer = tl.program_id(0) // pages % layers
     request = tl.program_id(0) // pages // layers

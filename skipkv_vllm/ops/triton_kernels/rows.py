@@ -1,5 +1,5 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, import-untyped"
-"""What the kernels that read keys and values have in common."""
+"""Shared by the kernels that read keys and values."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ def row_of(first, row, layers, heads):
 def load_vectors(
     pointers, layer, head, cell, valid, page_stride, head_stride, token_stride, page_size, dim, element, dims, skip=0
 ):
-    """Keys `[cells, dims]`, or values with `skip` = dim, in the cache's dtype; zero outside.
+    """Load keys `[cells, dims]`, or values with `skip` = dim, in the cache's dtype; zero outside.
 
-    Those of 8 bits come as float16, which holds them exactly.
+    Those of 8 bits become float16, which represents them exactly.
     """
     d = tl.arange(0, dims)
-    # Their bits, because compilers of older GPUs refuse the type itself.
+    # Load the bits, because compilers for older GPUs refuse the type itself.
     stored: tl.constexpr = tl.uint8 if element.primitive_bitwidth == 8 else element
     base = tl.load(pointers + layer).to(tl.pointer_type(stored)) + (head.to(tl.int64) * head_stride + skip)
     offset = (cell // page_size).to(tl.int64) * page_stride + (cell % page_size).to(tl.int64) * token_stride
     key = tl.load(base + offset[:, None] + d[None, :], mask=valid[:, None] & (d < dim)[None, :], other=0)
-    # One return: the compiler reads on after one in a branch, and wants the same type of all.
+    # One return: the compiler also reads the code after a return in a branch, and requires one type of all returns.
     if element == tl.float8e5:
         key = (key.to(tl.uint16) << 8).to(tl.float16, bitcast=True)
     elif element == tl.float8e4nv:
-        # Shifted by one bit less these are the bits of the 2^8th part; the largest magnitude is NaN.
+        # Shifted by one bit less, these are the bits of the value divided by 2^8; the largest magnitude is NaN.
         bits = ((key & 0x80).to(tl.uint16) << 8) | ((key & 0x7F).to(tl.uint16) << 7)
         value = bits.to(tl.float16, bitcast=True) * 256.0
         key = tl.where((key & 0x7F) == 0x7F, float("nan"), value).to(tl.float16)
@@ -42,6 +42,6 @@ def load_vectors(
 
 @triton.jit
 def cells_of(table, slot, valid, page_size):
-    """Cells (page * page_size + offset) of slots, by the pages of their request."""
+    """Compute the cells (page * page_size + offset) of slots, by their request's page table."""
     page = tl.load(table + slot // page_size, mask=valid, other=0)
     return page * page_size + slot % page_size

@@ -1,10 +1,10 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, import-untyped"
-"""`score_tokens`: importance and redundancy of all tokens of all rows, keys read straight from the pages.
+"""`score_tokens`: importance and redundancy of all tokens of all rows, with keys read straight from the pages.
 
-A rank is a token's place in ascending position. The cosine matrix never exists: the column sums of cosines are
-`unit_j . sum_i unit_i`, so only the search for each row's last similar column looks at pairs, newest columns first
-and no further than needed. `first` is the first row of a launch, so that scratch memory stays bounded; scratch is
-numbered from 0.
+A rank is a token's place in ascending position. The matrix of cosines is never stored: its column sums are
+`unit_j . sum_i unit_i`, so only the search for each row's last similar column compares pairs, newest columns first,
+and it stops at a hit. `first` is the first row of a launch, so that scratch memory stays bounded; rows of scratch
+memory are numbered from 0.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import triton.language as tl
 from .rows import EPSILON, cells_of, load_vectors, row_of
 
 FIXED = tl.constexpr(float(1 << 40))
-"""Exempted cosines are added as integers of this unit: any order of the additions gives the same sum."""
+"""Exempted cosines are added as integers in this unit, so the sum does not depend on the order of the additions."""
 
 
 @triton.jit
@@ -48,7 +48,7 @@ def measure_keys(
     dims: tl.constexpr,
     windows: tl.constexpr,
 ):
-    """One pass over the keys: where they are, 1 / norm, sum of unit keys of the block, logits of the queries.
+    """Read the keys once: their cells, 1 / norm, sum of unit keys of the block, logits of the queries.
 
     Writes cells int32 `[rows, n]` (page * page_size + offset), inverse `[rows, n]`, partial `[rows, blocks, dim]` and
     logits `[rows, window, n]`, all by rank. `multiply` is the dtype of the products of query and key.
@@ -78,13 +78,13 @@ def measure_keys(
     tl.store(sums, tl.sum(wide * scale[:, None], axis=0), mask=d < dim)
 
     w = tl.arange(0, windows)
-    asked = queries + ((request * layers + layer).to(tl.int64) * window * heads + head) * group * dim
-    asked += (w * heads * group * dim)[:, None] + d[None, :]
+    heads_of_queries = queries + ((request * layers + layer).to(tl.int64) * window * heads + head) * group * dim
+    heads_of_queries += (w * heads * group * dim)[:, None] + d[None, :]
     inside = (w < window)[:, None] & (d < dim)[None, :]
     transposed = tl.trans(key.to(multiply))
     best = tl.full([windows, block], -float("inf"), tl.float32)
     for g in range(group):
-        query = tl.load(asked + g * dim, mask=inside, other=0.0).to(multiply)
+        query = tl.load(heads_of_queries + g * dim, mask=inside, other=0.0).to(multiply)
         best = tl.maximum(best, tl.dot(query, transposed, input_precision="ieee"))
     kept = (w < window)[:, None] & (rank < length - window)[None, :]
     tl.store(logits + line * window + w[:, None].to(tl.int64) * n + rank[None, :], best / root, mask=kept)
@@ -173,7 +173,7 @@ def exempt_last_similar(
         value = tl.where(fresh, at, value)
         last = tl.where(fresh, found, last)
         start -= block
-    # Those without a similar column exempt column 0.
+    # Ranks without a similar column exempt column 0.
     zero = load_vectors(
         pointers,
         layer,
@@ -217,7 +217,7 @@ def mean_cosine(
     block: tl.constexpr,
     dims: tl.constexpr,
 ):
-    """Mean over all keys of the cosine to each, without itself and what was exempted: mean `[rows, n]` by rank."""
+    """Compute the mean cosine of each key with all others, without the exempted ones: mean `[rows, n]` by rank."""
     blocks = tl.cdiv(n, block)
     row = tl.program_id(0) // blocks
     b = tl.program_id(0) % blocks
@@ -256,7 +256,7 @@ def attend(
     block: tl.constexpr,
     windows: tl.constexpr,
 ):
-    """The softmaxes of a row: attention `[rows, n]`, mean over the queries, and normaliser `[rows]` of redundancy."""
+    """Compute the softmaxes of a row: attention `[rows, n]`, query mean, and normaliser `[rows]` of redundancy."""
     row = tl.program_id(0)
     length = tl.load(num_resident + (first + row) // (layers * heads))
     old = length - window
@@ -308,7 +308,7 @@ def combine(
     penalised: tl.constexpr,
     block: tl.constexpr,
 ):
-    """Pool the attention over neighbours, mix, take off the penalty; write out `[rows, n]` by slot."""
+    """Pool the attention over neighbours, mix in redundancy, subtract the penalty; write out `[rows, n]` by slot."""
     blocks = tl.cdiv(n, block)
     row = tl.program_id(0) // blocks
     b = tl.program_id(0) % blocks

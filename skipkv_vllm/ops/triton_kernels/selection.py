@@ -1,5 +1,5 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, import-untyped"
-"""`select_keep`: the exact best K of every row and the moves that bring them to the front, one program a row."""
+"""`select_keep`: the exact best K of every row and the moves that bring them to the front; one program a row."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ import triton.language as tl
 
 @triton.jit
 def _ranking(scores, positions, slot, length, below, start):
-    """Distinct integers that rise with the score and, among equal scores, fall with the position; 0 past the length.
+    """Return distinct integers that rise with the score and, among equal scores, fall with the position.
 
-    63 bits: 32 of the score in an order-preserving form, then 31 of the position turned around.
+    63 bits: 32 of the score in an order-preserving form, then 31 of the inverted position. 0 past the length.
     """
     valid = slot < length
     position = tl.load(positions + slot, mask=valid, other=0)
     score = tl.load(scores + slot, mask=valid, other=0.0)
     score = tl.where((position < below) | (position >= start), float("inf"), score)
     bits = score.to(tl.int32, bitcast=True)
-    # Minus zero equals zero; a comparison of floats might take the tiniest numbers for zero, too.
+    # Minus zero equals zero. Comparing floats might also treat subnormal numbers as zero.
     bits = tl.where(bits << 1 == 0, 0, bits)
     signed = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
     ranking = ((signed.to(tl.int64) + 0x80000000) << 31) | (0x7FFFFFFF - position.to(tl.int64))
@@ -41,7 +41,7 @@ def select_rows(
     max_moves,
     block: tl.constexpr,
 ):
-    """See `batched.select_keep`; all tensors as there, contiguous."""
+    """See `torch_backend.select_keep`; all tensors as there, contiguous."""
     row = tl.program_id(0)
     request = row // rows_per_request
     length = tl.load(num_resident + request)

@@ -1,5 +1,5 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, import-untyped"
-"""`track_sentences`, one program a request, and `sentence_similarity`, the new sentences against all earlier ones."""
+"""`track_sentences`, one program a request, and `sentence_similarity`, new sentences against all earlier ones."""
 
 from __future__ import annotations
 
@@ -34,21 +34,21 @@ def track(
     tokens: tl.constexpr,
     block: tl.constexpr,
 ):
-    """See `batched.track_sentences`; runs of at most `tokens` tokens that end at a delimiter or at the end."""
+    """See `torch_backend.track_sentences`; runs of at most `tokens` tokens that end at a delimiter or at the end."""
     request = tl.program_id(0)
-    slot = tl.load(spans + request)
+    row = tl.load(spans + request)
     begin = tl.load(spans + requests + request)
     end = tl.load(spans + 2 * requests + request).to(tl.int32)
     position = tl.load(spans + 3 * requests + request).to(tl.int32)
-    ends += slot * ends_stride
-    text += slot * longest + position
-    open_sum += slot * width
-    embeddings += slot * (held + 1) * width
-    closed = tl.load(count + slot)
-    after = tl.load(after_delimiter + slot).to(tl.int32)
+    ends += row * ends_stride
+    text += row * longest + position
+    open_sum += row * width
+    embeddings += row * (held + 1) * width
+    closed = tl.load(count + row)
+    after = tl.load(after_delimiter + row).to(tl.int32)
     length = tl.zeros([1], tl.float32)
     if embeds:
-        length += tl.load(open_length + slot)
+        length += tl.load(open_length + row)
     i = end * 0
     e = tl.arange(0, block)
     while i < end:
@@ -63,7 +63,7 @@ def track(
         merged = ((first == i) & (after != 0)).to(tl.int32) * merge
         closes = (first < i + tokens).to(tl.int32)
         stop = tl.minimum(tl.minimum(first + 1, i + tokens), end)
-        if embeds:  # noqa: SIM102 - the compiler decides this one, the GPU the next
+        if embeds:  # noqa: SIM102 - a branch of the compiler; the next one is taken on the GPU
             if merged == 0:
                 length += (stop - i).to(tl.float32)
                 squares = tl.zeros([block], tl.float32)
@@ -71,12 +71,12 @@ def track(
                     known = start + e < width
                     total = tl.load(open_sum + start + e, mask=known, other=0.0)
                     for t in range(i, stop):
-                        row = hidden + (begin + t) * hidden_stride + start
-                        total += tl.load(row + e, mask=known, other=0.0).to(tl.float32)
+                        vector = hidden + (begin + t) * hidden_stride + start
+                        total += tl.load(vector + e, mask=known, other=0.0).to(tl.float32)
                     tl.store(open_sum + start + e, total, mask=known)
                     squares += (total / length) * (total / length)
                 if closes != 0:
-                    # The sums of this program were just written, perhaps by other threads of it.
+                    # Other threads of this program may have written the sums.
                     tl.debug_barrier()
                     norm = tl.sqrt(tl.sum(squares, axis=0)) + EPSILON
                     for start in range(0, width, block):
@@ -95,22 +95,22 @@ def track(
         after = closes
         i = stop
     tl.debug_barrier()
-    tl.store(count + slot, closed)
-    tl.store(after_delimiter + slot, after.to(tl.int8))
+    tl.store(count + row, closed)
+    tl.store(after_delimiter + row, after.to(tl.int8))
     if embeds:
-        tl.store(open_length + slot + tl.arange(0, 1), length)
+        tl.store(open_length + row + tl.arange(0, 1), length)
 
 
 @triton.jit
 def compare_sentences(
     embeddings,
-    slots,
+    rows,
     count,
     compared,
     penalties,
     held,
     hidden,
-    slot_stride,
+    row_stride,
     sentence_stride,
     penalty_stride,
     threshold,
@@ -119,17 +119,17 @@ def compare_sentences(
     columns: tl.constexpr,
     chunk: tl.constexpr,
 ):
-    """Penalties of `block` earlier sentences of one request; `latest` is the rule "last"."""
+    """Update the penalties of `block` earlier sentences of a request; `latest` is the rule "last"."""
     blocks = tl.cdiv(held, block)
-    slot = tl.load(slots + tl.program_id(0) // blocks)
-    end = tl.load(count + slot)
+    row = tl.load(rows + tl.program_id(0) // blocks)
+    end = tl.load(count + row)
     oldest = tl.maximum(end - held, 0)
     number = oldest + tl.program_id(0) % blocks * block + tl.arange(0, block)
     valid = number < end
-    begin = tl.maximum(tl.load(compared + slot), oldest)
-    base = embeddings + slot * slot_stride
-    rows = base + (number % held) * sentence_stride
-    penalty = penalties + slot * penalty_stride + number
+    begin = tl.maximum(tl.load(compared + row), oldest)
+    base = embeddings + row * row_stride
+    own = base + (number % held) * sentence_stride
+    penalty = penalties + row * penalty_stride + number
     known = tl.load(penalty, mask=valid, other=0.0)
     best = tl.zeros([block], tl.float32)
     if latest:
@@ -143,7 +143,7 @@ def compare_sentences(
         cosine = tl.zeros([block, columns], tl.float32)
         for start in range(0, hidden, chunk):
             inside = start + e < hidden
-            a = tl.load(rows[:, None] + start + e[None, :], mask=valid[:, None] & inside[None, :], other=0.0)
+            a = tl.load(own[:, None] + start + e[None, :], mask=valid[:, None] & inside[None, :], other=0.0)
             b = tl.load(others[None, :] + start + e[:, None], mask=there[None, :] & inside[:, None], other=0.0)
             cosine += tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
         repeats = (cosine > threshold) & there[None, :] & (later[None, :] > number[:, None])

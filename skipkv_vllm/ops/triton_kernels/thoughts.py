@@ -15,7 +15,7 @@ def track(
     keywords,
     strengths,
     state,
-    row,
+    choice,
     coefficient,
     requests,
     classes,
@@ -23,16 +23,16 @@ def track(
     merge: tl.constexpr,
     columns: tl.constexpr,
 ):
-    """See `batched.track_thoughts`; the numbers are those of `STATE`, `THOUGHT` and `KEYWORD_SHIFT`."""
+    """See `torch_backend.track_thoughts`; the numbers are those of `STATE`, `THOUGHT` and `KEYWORD_SHIFT`."""
     request = tl.program_id(0)
-    slot = tl.load(spans + request)
+    row = tl.load(spans + request)
     begin = tl.load(spans + requests + request)
     number = tl.load(spans + 2 * requests + request)
     position = tl.load(spans + 3 * requests + request)
-    alpha0 = tl.load(strengths + 3 * slot).to(tl.float64)
-    gamma = tl.load(strengths + 3 * slot + 1).to(tl.float64)
-    most = tl.load(strengths + 3 * slot + 2).to(tl.float64)
-    state += slot * columns
+    alpha0 = tl.load(strengths + 3 * row).to(tl.float64)
+    gamma = tl.load(strengths + 3 * row + 1).to(tl.float64)
+    most = tl.load(strengths + 3 * row + 2).to(tl.float64)
+    state += row * columns
     vector = tl.load(state)
     thinking = tl.load(state + 1)
     kinds = tl.load(state + 2)
@@ -54,7 +54,7 @@ def track(
         # In double precision the product is exact, so that a fused multiply-add changes nothing.
         alpha = tl.minimum(alpha0 + gamma * latched.to(tl.float64), most).to(tl.float32)
         used = ((thinking & flags & 1) != 0) & (alpha != 0)
-        tl.store(row + begin + i, vector, mask=used)
+        tl.store(choice + begin + i, vector, mask=used)
         tl.store(coefficient + begin + i, alpha, mask=used)
         steered += used.to(tl.int32)
         delimiter = (flags >> 1) & 1

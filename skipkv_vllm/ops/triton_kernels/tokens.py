@@ -1,5 +1,5 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, import-untyped"
-"""`observe_queries` and `steer_add`: one program per token and `block` elements, fit for CUDA graphs."""
+"""`record_queries` and `steer_add`: one program per token and `block` elements, fit for CUDA graphs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import triton.language as tl
 def copy_queries(
     query,
     index,
-    rows,
+    ring,
     token_stride,
     head_stride,
     row_stride,
@@ -19,19 +19,19 @@ def copy_queries(
     size: tl.constexpr,
     block: tl.constexpr,
 ):
-    """`rows[index[t]] = query[t]`; a row of `rows` is contiguous, `size` elements."""
+    """`ring[index[t]] = query[t]`; a row is contiguous, `size` elements."""
     i = tl.program_id(1) * block + tl.arange(0, block)
     token = tl.program_id(0).to(tl.int64)
     row = tl.load(index + token)
     value = tl.load(query + token * token_stride + (i // dim) * head_stride + i % dim, mask=i < size)
-    tl.store(rows + row * row_stride + i, value, mask=i < size)
+    tl.store(ring + row * row_stride + i, value, mask=i < size)
 
 
 @triton.jit
 def add_steering(
     hidden,
     coefficient,
-    row,
+    choice,
     vectors,
     out,
     hidden_stride,
@@ -40,11 +40,11 @@ def add_steering(
     size: tl.constexpr,
     block: tl.constexpr,
 ):
-    """See `batched.steer_add`; the last dimensions are contiguous."""
+    """See `torch_backend.steer_add`; the last dimensions are contiguous."""
     i = tl.program_id(1) * block + tl.arange(0, block)
     token = tl.program_id(0).to(tl.int64)
     # One copy per element: the interpreter cannot mask a block with a scalar's comparison.
-    number = tl.load(row + token).to(tl.int64) + tl.zeros([block], tl.int64)
+    number = tl.load(choice + token).to(tl.int64) + tl.zeros([block], tl.int64)
     before = tl.load(hidden + token * hidden_stride + i, mask=i < size)
     direction = tl.load(vectors + number * vector_stride + i, mask=(i < size) & (number != 0), other=0.0)
     steered = before.to(tl.float32) + tl.load(coefficient + token) * direction

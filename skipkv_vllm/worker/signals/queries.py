@@ -64,7 +64,7 @@ class QueryRing(Signal):
         self._discard = num_rows * num_kept
         self._entries = torch.zeros(num_layers, self._discard + 1, num_heads, head_size, dtype=dtype, device=device)
         self._first_of_layer = np.arange(num_layers) * (self._discard + 1)
-        self.record = ops.function("observe_queries", device)
+        self.record = ops.function("record_queries", device)
         self.recording = True
         self.index = torch.full((max_tokens,), self._discard, dtype=torch.int64, device=device)
         # For the few numbers of a step NumPy takes a fraction of PyTorch's time.

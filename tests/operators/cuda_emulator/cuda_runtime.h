@@ -1,4 +1,4 @@
-// Stands in for CUDA's header of this name when g++ compiles the kernels for the CPU: see emulator.cpp.
+// Replaces CUDA's header of this name when g++ compiles the kernels for the CPU; see emulator.cpp.
 #pragma once
 
 #include <vector_functions.h>
@@ -26,7 +26,7 @@
 namespace emulator {
 
 constexpr int kLanes = 32;
-// Bytes that a lane may show to its warp.
+// Bytes that a lane may exchange with its warp.
 constexpr int kSlot = 64;
 
 struct Index {
@@ -38,10 +38,10 @@ extern char* shared;
 
 void run(int64_t blocks, int threads, int64_t shared_bytes, const std::function<void()>& kernel);
 
-// A barrier of the block; whether any thread's `vote` was not zero.
+// Waits at a barrier of the block. Returns whether any thread's `vote` was not zero.
 int barrier(int vote);
 
-// A barrier of the warp; what each of its lanes has shown.
+// Waits at a barrier of the warp. Returns the data of all its lanes.
 const char* show(const void* data, size_t bytes);
 
 int lane();

@@ -1,6 +1,6 @@
-// Runs CUDA kernels on the CPU, one block at a time, to test them where no GPU is. Every thread of a block is a
-// coroutine that runs until it waits at a barrier of its block or warp; they run in random order, so that a missing
-// barrier shows, and a barrier that some thread never reaches stops the process. Races inside a warp are not found.
+// Runs CUDA kernels on the CPU, one block at a time, to test them without a GPU. Every thread of a block is a coroutine
+// that runs until it waits at a barrier of its block or warp. Threads run in random order, so that a missing barrier
+// shows; a barrier that some thread never reaches aborts the process. Races inside a warp are not found.
 #include <cuda_runtime.h>
 #include <ucontext.h>
 
@@ -25,7 +25,7 @@ struct Thread {
 struct Warp {
   int arrived;
   long round;
-  // What lanes showed in this round and in the last, which some may still be reading.
+  // The values of the lanes in this round and in the last, which some lanes may still be reading.
   char shown[2][kLanes * kSlot];
 };
 
@@ -115,7 +115,7 @@ void run(int64_t blocks, int count, int64_t shared_bytes, const std::function<vo
   std::vector<char> memory(shared_bytes + 16);
   shared = memory.data() + (16 - reinterpret_cast<uintptr_t>(memory.data()) % 16) % 16;
   for (int64_t i = 0; i < blocks; ++i) {
-    // Nothing may be read that was not written.
+    // Not zero, so that reading uninitialised memory shows.
     std::fill(memory.begin(), memory.end(), static_cast<char>(0xff));
     blockIdx = {static_cast<unsigned>(i), 0, 0};
     warps.assign(count / kLanes, {});

@@ -1,4 +1,4 @@
-// In place of csrc/cuda/launch.cuh.
+// Replaces csrc/cuda/launch.cuh.
 #pragma once
 
 #include "gpu.h"

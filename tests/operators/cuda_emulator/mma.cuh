@@ -1,4 +1,4 @@
-// In place of csrc/cuda/mma.cuh, which says which lane holds what.
+// Replaces csrc/cuda/mma.cuh, which documents the elements of each lane.
 #pragma once
 
 #include "device.cuh"

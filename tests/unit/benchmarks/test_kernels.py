@@ -12,8 +12,7 @@ from benchmarks.kernels import rkv_style
 from benchmarks.kernels.bench import MIX, POOL, THRESHOLD, Settings, make_request, needed_flops
 from benchmarks.results.sections.operators import operators_section
 from benchmarks.results.store import OPERATORS
-from skipkv_vllm.ops import native
-from skipkv_vllm.ops import torch_backend as batched
+from skipkv_vllm.ops import native, torch_backend
 
 SETTINGS = Settings((200,), 40, 2, 2, 4, 32, 8, 16, "vec", "float32", 1, 0.0)
 
@@ -21,7 +20,7 @@ SETTINGS = Settings((200,), 40, 2, 2, 4, 32, 8, 16, "vec", "float32", 1, 0.0)
 @pytest.mark.parametrize("keys", ["distinct", "similar"])
 def test_rkv_style_code_scores_the_same(keys):
     request = make_request(SETTINGS, 200, keys)
-    wanted = batched.score_tokens(*request.scoring())[0, ..., :-8]
+    wanted = torch_backend.score_tokens(*request.scoring())[0, ..., :-8]
     for i, layer in enumerate(request.layers):
         options = {"pool": POOL, "mix": MIX, "threshold": THRESHOLD}
         got = rkv_style.score(layer, request.table[0].long(), 200, request.queries[0, i], **options)
@@ -31,7 +30,7 @@ def test_rkv_style_code_scores_the_same(keys):
 def test_rkv_style_code_keeps_the_best_and_the_window():
     request = make_request(SETTINGS, 200, "similar")
     layer, table = request.layers[0], request.table[0].long()
-    scores = batched.score_tokens(*request.scoring())[0, 0, :, :-8]
+    scores = torch_backend.score_tokens(*request.scoring())[0, 0, :, :-8]
     kept = rkv_style.survivors(scores, 160, 8)
     keys, values = (cell.read_pages(table, 200).clone() for cell in layer.cells)
     rkv_style.rewrite(layer, table, 200, kept)

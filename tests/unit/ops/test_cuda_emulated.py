@@ -1,4 +1,4 @@
-"""The CUDA kernels without a GPU: compiled for the CPU, every case of the parity tests, against `batched.py`.
+"""The CUDA kernels without a GPU: compiled for the CPU, every case of the parity tests, against `torch_backend`.
 
 This finds wrong indices, barriers and arithmetic. It cannot find what only the hardware knows: limits of shared memory,
 the layout of tensor-core operands, and races between threads of a warp. `tests/gpu` is for those.
@@ -13,8 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from skipkv_vllm.ops import native
-from skipkv_vllm.ops import torch_backend as batched
+from skipkv_vllm.ops import native, torch_backend
 from skipkv_vllm.ops.paging import Layout
 from tests.operators import emulated_cuda
 from tests.operators.cases import CompactCase, MeasureCase, Pages, ScoreCase
@@ -103,7 +102,7 @@ def test_compact_pages(cuda, case, seed):
     wanted = replace(case, seed=seed).build()
     got = wanted.copy()
     cuda.module.compact_pages(*got)
-    batched.compact_pages(*wanted)
+    torch_backend.compact_pages(*wanted)
     parity.check_compaction(got, wanted)
 
 
@@ -135,7 +134,7 @@ def test_token_penalties(cuda, seed):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", tokens.STRIDES)
 def test_tokens(cuda, dtype, kind):
-    tokens.test_observe_queries(cuda, dtype, kind)
+    tokens.test_record_queries(cuda, dtype, kind)
     for width in (1, 48, 203):
         tokens.test_steer_add(cuda, dtype, kind, width)
 

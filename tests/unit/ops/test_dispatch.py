@@ -1,4 +1,4 @@
-"""Which backend runs an operator, and what is said where a fast one is missing."""
+"""The choice of a backend for an operator, and the reports of faster ones that are missing."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ import torch
 
 from skipkv_vllm import cli
 from skipkv_vllm.core.errors import KVPolicyError
-from skipkv_vllm.ops import dispatch, native
-from skipkv_vllm.ops import torch_backend as batched
+from skipkv_vllm.ops import dispatch, native, torch_backend
 from skipkv_vllm.ops.schema import FAKES, SCHEMAS
 
 
@@ -31,13 +30,13 @@ def not_built(monkeypatch):
 def test_every_operator_has_a_schema_a_fake_twin_and_a_definition():
     assert SCHEMAS.keys() == FAKES.keys()
     for op in SCHEMAS:
-        assert callable(getattr(batched, op))
+        assert callable(getattr(torch_backend, op))
         assert getattr(torch.ops.skipkv, op).default.name() == f"skipkv::{op}"
 
 
-def test_the_definition_steps_in_and_says_what_was_missed(not_built):
+def test_pytorch_is_the_fallback_and_reports_what_was_missed(not_built):
     choice = dispatch.choose("score_tokens", "cpu")
-    assert choice.function is batched.score_tokens
+    assert choice.function is torch_backend.score_tokens
     assert choice.missed == ("native: it was not built; run `make build`",)
 
 
@@ -58,9 +57,9 @@ def test_fast_backends_are_no_warning(caplog):
     assert {choice.backend for choice in dispatch.report("cpu").values()} == {"native"}
 
 
-def test_a_backend_can_be_asked_for(monkeypatch):
-    monkeypatch.setenv(dispatch.OVERRIDE, "reference")
-    assert dispatch.choose("select_keep", "cpu").function is batched.select_keep
+def test_a_backend_can_be_forced(monkeypatch):
+    monkeypatch.setenv(dispatch.OVERRIDE, "torch")
+    assert dispatch.choose("select_keep", "cpu").function is torch_backend.select_keep
 
 
 def test_a_backend_that_cannot_run_is_refused(monkeypatch, not_built):
@@ -71,7 +70,7 @@ def test_a_backend_that_cannot_run_is_refused(monkeypatch, not_built):
 
 def test_an_unknown_backend_is_refused(monkeypatch):
     monkeypatch.setenv(dispatch.OVERRIDE, "fast")
-    with pytest.raises(KVPolicyError, match=r"SKIPKV_OPS='fast'.*native, triton, reference"):
+    with pytest.raises(KVPolicyError, match=r"SKIPKV_OPS='fast'.*native, triton, torch"):
         dispatch.choose("select_keep", "cpu")
 
 
@@ -81,17 +80,17 @@ def run_doctor(capsys) -> tuple[int, str]:
     return stop.value.code, capsys.readouterr().out
 
 
-def test_doctor_says_what_runs_each_operator(capsys, monkeypatch):
+def test_doctor_lists_the_backend_of_each_operator(capsys, monkeypatch):
     if native.unavailable("cpu"):
         pytest.skip(f"the C++ operators: {native.unavailable('cpu')}")
-    code, said = run_doctor(capsys)
-    assert code == 0, said
+    code, output = run_doctor(capsys)
+    assert code == 0, output
     for op in SCHEMAS:
-        assert f"{op:20}native" in said
+        assert f"{op:20}native" in output
 
 
 def test_doctor_names_the_remedy_and_fails(capsys, not_built):
-    code, said = run_doctor(capsys)
+    code, output = run_doctor(capsys)
     assert code == 1
-    assert "score_tokens        reference" in said
-    assert "! native: it was not built; run `make build`" in said
+    assert "score_tokens        torch" in output
+    assert "! native: it was not built; run `make build`" in output

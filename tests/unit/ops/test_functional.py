@@ -81,7 +81,7 @@ def brute_redundancy(keys: Tensor, threshold: float) -> Tensor:
 
 
 def nearest_to_threshold(keys: Tensor, threshold: float) -> float:
-    """How far the cosine closest to the threshold is from it: rounding must not decide a test."""
+    """Return the distance of the closest cosine from the threshold: rounding must not decide a test."""
     unit = torch.nn.functional.normalize(keys.double(), dim=-1).transpose(0, 1)
     return float((unit @ unit.transpose(1, 2) - threshold).abs().min())
 

@@ -1,4 +1,4 @@
-"""Every backend of the operators against `batched.py`, on random and adversarial inputs.
+"""Every backend of the operators against `torch_backend`, on random and adversarial inputs.
 
 Triton's kernels run on a GPU where there is one. Elsewhere its interpreter runs them in a process of its own, because
 Triton decides when it is imported; one test starts that process.
@@ -20,8 +20,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from skipkv_vllm.core.errors import KVPolicyError
-from skipkv_vllm.ops import native
-from skipkv_vllm.ops import torch_backend as batched
+from skipkv_vllm.ops import native, torch_backend
 from skipkv_vllm.ops.paging import Layout
 from tests.operators.backends import BACKENDS, INTERPRETED, Backend, cases, isa, on  # noqa: F401
 from tests.operators.cases import CompactCase, Compaction, Pages, ScoreCase, Scoring, draw_pages, positions_of
@@ -51,7 +50,7 @@ def check_score_case(backend: Backend, case: ScoreCase) -> None:
     before = [c.clone() for c in arguments.caches]
     got = backend.module.score_tokens(*on(backend.device, arguments))
     tolerance = 1e-5 if case.pages.dtype is FLOAT else backend.tolerance
-    check_scores(got, batched.score_tokens(*arguments), arguments.num_resident, tolerance)
+    check_scores(got, torch_backend.score_tokens(*arguments), arguments.num_resident, tolerance)
     assert all(torch.equal(as_bytes(a), as_bytes(b)) for a, b in zip(arguments.caches, before, strict=True))
 
 
@@ -121,7 +120,7 @@ def test_score_tokens(backend, case):
 
 @dataclass(frozen=True)
 class EveryByte:
-    """A call of `score_tokens` in which each key is one number of 8 bits, and importance says which."""
+    """A call of `score_tokens` in which each key is one number of 8 bits, which its importance reveals."""
 
     pages: Pages
 
@@ -205,7 +204,7 @@ def test_score_tokens_anywhere(data):
 
 def test_wrong_scores_are_noticed():
     arguments = ScoreCase(Pages(dtype=BF16)).build()
-    wanted = batched.score_tokens(*arguments)
+    wanted = torch_backend.score_tokens(*arguments)
     for other in (
         arguments._replace(threshold=arguments.threshold + 0.05),
         arguments._replace(pool=5),
@@ -213,7 +212,7 @@ def test_wrong_scores_are_noticed():
         arguments._replace(table=arguments.table.roll(1, dims=1).clamp(min=1)),
     ):
         with pytest.raises(AssertionError):
-            check_scores(batched.score_tokens(*other), wanted, arguments.num_resident, 1e-5)
+            check_scores(torch_backend.score_tokens(*other), wanted, arguments.num_resident, 1e-5)
 
 
 # ---- select_keep
@@ -253,7 +252,7 @@ class SelectCase:
 
 
 def check_selection(got: tuple[Tensor, ...], arguments: list[Any]) -> None:
-    for name, a, b in zip(("source", "hole", "count"), got, batched.select_keep(*arguments), strict=True):
+    for name, a, b in zip(("source", "hole", "count"), got, torch_backend.select_keep(*arguments), strict=True):
         assert a.dtype is torch.int32
         assert torch.equal(a.cpu(), b), name
 
@@ -311,7 +310,7 @@ def test_wrong_moves_are_noticed():
     ):
         other = [*arguments[:i], change, *arguments[i + 1 :]]
         with pytest.raises(AssertionError):
-            check_selection(batched.select_keep(*other), arguments)
+            check_selection(torch_backend.select_keep(*other), arguments)
 
 
 # ---- compact_pages
@@ -366,14 +365,14 @@ def test_compact_pages(backend, case, seed):
     wanted = replace(case, seed=seed).build()
     got = Compaction(*on(backend.device, wanted.copy()))
     backend.module.compact_pages(*got)
-    batched.compact_pages(*wanted)
+    torch_backend.compact_pages(*wanted)
     check_compaction(got, wanted)
 
 
 def test_wrong_pages_are_noticed():
     start = CompactCase(Pages(Layout.AMX, BF16, size=32)).build()
     wanted = start.copy()
-    batched.compact_pages(*wanted)
+    torch_backend.compact_pages(*wanted)
     with pytest.raises(AssertionError):
         check_compaction(start.copy(), wanted)
     for change in (
@@ -384,7 +383,7 @@ def test_wrong_pages_are_noticed():
         {"target_table": start.source_table},
     ):
         other = start.copy()._replace(**change)
-        batched.compact_pages(*other)
+        torch_backend.compact_pages(*other)
         with pytest.raises(AssertionError):
             check_compaction(other, wanted)
 

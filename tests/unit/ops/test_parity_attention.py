@@ -1,4 +1,4 @@
-"""`measure_attention` and `key_similarity` of every backend against `batched.py`; see test_parity.py."""
+"""`measure_attention` and `key_similarity` of every backend against `torch_backend`; see test_parity.py."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from skipkv_vllm.ops import native
-from skipkv_vllm.ops import torch_backend as batched
+from skipkv_vllm.ops import native, torch_backend
 from skipkv_vllm.ops.paging import Layout
 from tests.operators.backends import INTERPRETED, Backend, cases, isa, on  # noqa: F401
 from tests.operators.cases import MeasureCase, Pages, draw_pages
@@ -73,7 +72,7 @@ def check_rows(got: Tensor, wanted: Tensor, lengths: Tensor, tolerance: float, s
 
 def check_measure_case(backend: Backend, case: MeasureCase, output_error: bool) -> None:
     arguments = (*case.build(), output_error)
-    wanted = batched.measure_attention(*arguments)
+    wanted = torch_backend.measure_attention(*arguments)
     got = backend.module.measure_attention(*on(backend.device, arguments))
     assert got.dtype is torch.float32
     assert (got >= 0).all()
@@ -86,7 +85,7 @@ def check_similarity_case(backend: Backend, case: MeasureCase) -> None:
     arguments = case.build()
     got = backend.module.key_similarity(*on(backend.device, arguments.keys()))
     assert got.dtype is torch.float32
-    check_rows(got, batched.key_similarity(*arguments.keys()), arguments.num_resident, 1e-5)
+    check_rows(got, torch_backend.key_similarity(*arguments.keys()), arguments.num_resident, 1e-5)
 
 
 @pytest.mark.parametrize("output_error", [False, True], ids=["attention", "error"])
@@ -155,7 +154,7 @@ def test_bad_arguments_are_refused(change, message):
 def test_wrong_sums_are_noticed():
     arguments = MeasureCase(positions="sorted").build()
     for output_error in (False, True):
-        wanted = batched.measure_attention(*arguments, output_error)
+        wanted = torch_backend.measure_attention(*arguments, output_error)
         for other in (
             arguments._replace(newest=arguments.newest - 1),
             arguments._replace(num_queries=arguments.num_queries - 1),
@@ -163,4 +162,4 @@ def test_wrong_sums_are_noticed():
             arguments._replace(table=arguments.table.roll(1, dims=1).clamp(min=1)),
         ):
             with pytest.raises(AssertionError):
-                check_rows(batched.measure_attention(*other, output_error), wanted, arguments.num_resident, 2e-5)
+                check_rows(torch_backend.measure_attention(*other, output_error), wanted, arguments.num_resident, 2e-5)

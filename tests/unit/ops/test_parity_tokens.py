@@ -1,4 +1,4 @@
-"""The operators that run at every step, and the errors of all: every backend against `batched.py`."""
+"""The operators that run at every step, and the errors of all: every backend against `torch_backend`."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from skipkv_vllm.ops import KEYWORD_SHIFT, STATE, native
-from skipkv_vllm.ops import torch_backend as batched
+from skipkv_vllm.ops import KEYWORD_SHIFT, STATE, native, torch_backend
 from skipkv_vllm.ops.schema import SCHEMAS
 from skipkv_vllm.worker.signals.sentence_tracker import OPEN
 from tests.operators.backends import Backend, cases, each_backend, isa, on  # noqa: F401
@@ -85,21 +84,21 @@ def test_track_sentences(backend, case):
     got, wanted = on(backend.device, case.state(slots)), case.state(slots)
     written = [0] * slots
     for _ in range(8):
-        asked = torch.randperm(slots - 1, generator=generator)[: 1 + int(torch.randint(3, (), generator=generator))]
+        chosen = torch.randperm(slots - 1, generator=generator)[: 1 + int(torch.randint(3, (), generator=generator))]
         spans, begin = [], 2
-        for slot in asked.tolist():
+        for slot in chosen.tolist():
             number = int(torch.randint(1, case.longest + 1, (), generator=generator))
             spans.append((slot, begin, number, 100 + written[slot]))
-            begin += number + 1  # tokens of requests that nobody tracks lie between
+            begin += number + 1  # tokens of untracked requests lie between
             written[slot] += number
         ids = torch.randint(50, (begin,), generator=generator).to(case.id_type)
         hidden = torch.randn(begin, case.width, generator=generator).to(case.dtype) if case.width else None
         table = torch.tensor(spans).T.contiguous()
         arguments = (ids, hidden, table, int(table[2].sum()), delimiters, case.merge)
         backend.module.track_sentences(*on(backend.device, arguments), *got)
-        batched.track_sentences(*arguments, *wanted)
+        torch_backend.track_sentences(*arguments, *wanted)
         for i, (a, b) in enumerate(zip(got, wanted, strict=True)):
-            # The last column of ends and the last row of embeddings are for nobody.
+            # The last column of ends and the last row of embeddings are for discarded writes.
             here, there = (x.cpu()[:, :-1] if i in (0, 5) else x.cpu() for x in (a, b))
             rtol = 2e-2 if i == 5 and case.dtype is not FLOAT else 1e-5
             torch.testing.assert_close(here, there, rtol=rtol, atol=1e-5 if rtol < 1e-3 else 1e-3)
@@ -159,11 +158,11 @@ def test_sentence_similarity(backend, case):
                 sentence = noise + topics[torch.randint(case.topics, (), generator=generator)]
                 embeddings[slot, n % case.held] = (sentence / sentence.norm()).to(embeddings)
             count[slot] = number
-        # The last slot is not asked for, and in no order.
-        asked = torch.tensor([2, 0, 1])
+        # Not the last slot, and out of order.
+        chosen = torch.tensor([2, 0, 1])
         options = (case.threshold, case.rule)
-        backend.module.sentence_similarity(embeddings, asked.to(backend.device), count, compared, penalties, *options)
-        batched.sentence_similarity(embeddings.cpu(), asked, count.cpu(), wanted_compared, wanted, *options)
+        backend.module.sentence_similarity(embeddings, chosen.to(backend.device), count, compared, penalties, *options)
+        torch_backend.sentence_similarity(embeddings.cpu(), chosen, count.cpu(), wanted_compared, wanted, *options)
         assert torch.equal(compared.cpu(), wanted_compared)
         torch.testing.assert_close(penalties.cpu(), wanted, rtol=1e-5, atol=1e-6)
 
@@ -175,7 +174,7 @@ HELD = {
     "nothing was moved": (4, [0, 0], [0, 0]),
     "everything was moved": (8, [40, 40], [7, 1]),
     "pages of one token": (1, [5, 40], [3, 100_000]),
-    "more was moved than is asked for": (16, [64, 3], [2, 2]),
+    "more was moved than is requested": (16, [64, 3], [2, 2]),
 }
 
 
@@ -190,9 +189,9 @@ def test_held_positions(backend, case):
     for length in (40, 1, 0):
         got = backend.module.held_positions(*on(backend.device, arguments), length).cpu()
         assert got.dtype is torch.int32
-        assert torch.equal(got, batched.held_positions(*arguments, length))
+        assert torch.equal(got, torch_backend.held_positions(*arguments, length))
     # From its definition, token by token.
-    whole = batched.held_positions(*arguments, 40)
+    whole = torch_backend.held_positions(*arguments, 40)
     for r, layer, head, slot in itertools.product(range(2), range(3), range(2), range(40)):
         entry = sidecar[layer, table[r, slot // page_size], head, slot % page_size]
         assert whole[r, layer, head, slot] == (entry if slot < placed[r] else slot + evicted[r])
@@ -210,12 +209,12 @@ def test_token_penalties(backend, seed):
         closed = first[slot] + torch.randperm(most - int(first[slot]), generator=generator)[:number].sort().values
         ends[slot, :number] = closed.int()
         penalties[slot, :number] = torch.rand(number, generator=generator)
-    asked = torch.tensor([2, 0, 3, 1])
+    chosen = torch.tensor([2, 0, 3, 1])
     positions = torch.randint(most, (4, 2, 3, 60), generator=generator, dtype=torch.int32)
     positions[1, :, :, -2:] = torch.tensor([-3, -1], dtype=torch.int32)
-    arguments = (ends, penalties, first, asked, positions)
+    arguments = (ends, penalties, first, chosen, positions)
     got = backend.module.token_penalties(*on(backend.device, arguments)).cpu()
-    assert torch.equal(got, batched.token_penalties(*arguments))
+    assert torch.equal(got, torch_backend.token_penalties(*arguments))
     # Past the longest sequence any number will do, but nothing foreign may be read.
     positions[:, :, :, -1] = 2**31 - 1
     far = backend.module.token_penalties(*on(backend.device, arguments)).cpu()
@@ -223,8 +222,8 @@ def test_token_penalties(backend, seed):
     assert (got > 0).any()
     for r, place in itertools.product(range(4), range(60)):
         position = int(positions[r, 0, 0, place]) if place < 59 else -1
-        sentence = next(i for i, end in enumerate(ends[asked[r]].tolist()) if end >= position)
-        wanted = penalties[asked[r], sentence] if position >= first[asked[r]] else 0.0
+        sentence = next(i for i, end in enumerate(ends[chosen[r]].tolist()) if end >= position)
+        wanted = penalties[chosen[r], sentence] if position >= first[chosen[r]] else 0.0
         assert place == 59 or got[r, 0, 0, place] == wanted
 
 
@@ -234,7 +233,7 @@ def test_token_penalties(backend, seed):
         ("held_positions", {1: torch.full((1, 4), 9, dtype=torch.int32)}, "names page 9 of 6"),
         ("held_positions", {2: torch.tensor([40], dtype=torch.int32)}, "table has 4 pages; 5 are needed"),
         ("held_positions", {4: -1}, "length=-1"),
-        ("token_penalties", {3: torch.tensor([3])}, "slot 3 of 3"),
+        ("token_penalties", {3: torch.tensor([3])}, "row 3 of 3"),
         ("token_penalties", {1: torch.zeros(3, 8)}, "penalties must have size 9"),
     ],
 )
@@ -268,7 +267,7 @@ def test_track_thoughts(backend, seed):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"slot": 9}, "slot 9 of 2"),
+        ({"slot": 9}, "row 9 of 2"),
         ({"number": 9}, "exceeds the step"),
         ({"token": 77}, "token id 77 of 10"),
         ({"written": 99}, "written=99"),
@@ -290,7 +289,7 @@ def test_bad_arguments_of_track_thoughts_are_refused(change, message):
         )
 
 
-# ---- observe_queries and steer_add
+# ---- record_queries and steer_add
 
 STRIDES = ("contiguous", "part of a row", "transposed")
 
@@ -310,18 +309,18 @@ def strided(values: torch.Tensor, kind: str) -> torch.Tensor:
 @each_backend
 @pytest.mark.parametrize("dtype", [FLOAT, BF16, HALF])
 @pytest.mark.parametrize("kind", STRIDES)
-def test_observe_queries(backend, dtype, kind):
+def test_record_queries(backend, dtype, kind):
     if kind == "transposed" and backend.name == "triton":
-        pytest.skip("Triton's kernel needs contiguous heads, and says so")
+        pytest.skip("Triton's kernel refuses heads that are not contiguous")
     generator = torch.Generator().manual_seed(0)
     query = strided(torch.randn(9, 6, 32, generator=generator).to(dtype), kind)
     index = torch.tensor([4, 11, 0, 11, 7, 2, 11, 1, 9, 3, 5])
     rows = torch.randn(12, 6, 32, generator=generator).to(dtype)
     wanted = rows.clone()
     device = on(backend.device, (query, index, rows))
-    backend.module.observe_queries(*device)
-    batched.observe_queries(query, index, wanted)
-    # Nobody reads the last row.
+    backend.module.record_queries(*device)
+    torch_backend.record_queries(query, index, wanted)
+    # The last row is never read.
     assert torch.equal(device[2].cpu()[:-1], wanted[:-1])
 
 
@@ -340,7 +339,7 @@ def test_steer_add(backend, dtype, kind, width):
     vectors[0] = float("nan")
     arguments = (strided(hidden.to(dtype), kind), coefficient, row, vectors)
     got = backend.module.steer_add(*on(backend.device, arguments)).cpu()
-    wanted = batched.steer_add(*arguments)
+    wanted = torch_backend.steer_add(*arguments)
     assert got.dtype is dtype
     bits = {FLOAT: torch.int32, BF16: torch.int16, HALF: torch.int16}[dtype]
     untouched = row[:17] == 0
@@ -374,7 +373,7 @@ def test_no_tokens():
         pytest.skip(why)
     none = torch.zeros(0, 8), torch.zeros(2), torch.zeros(2, dtype=torch.int32), torch.zeros(1, 8)
     assert native.steer_add(*none).shape == (0, 8)
-    native.observe_queries(torch.zeros(0, 2, 8), torch.zeros(1, dtype=torch.int64), torch.zeros(3, 2, 8))
+    native.record_queries(torch.zeros(0, 2, 8), torch.zeros(1, dtype=torch.int64), torch.zeros(3, 2, 8))
 
 
 # ---- the libraries
@@ -426,7 +425,7 @@ def test_bad_arguments_are_refused(name):
         native.score_tokens(*arguments) if op == "score" else native.compact_pages(*arguments)
 
 
-def test_a_library_that_is_missing_is_said_with_the_remedy(monkeypatch, tmp_path):
+def test_a_missing_library_is_reported_with_the_remedy(monkeypatch, tmp_path):
     monkeypatch.setenv(native.OVERRIDE, str(tmp_path / "nowhere.so"))
     assert "nowhere.so was not built; run `pip install" in str(native.unavailable.__wrapped__("cpu"))
     (tmp_path / "nowhere.so").write_text("this is no library")

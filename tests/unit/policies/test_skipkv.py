@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from skipkv_vllm import ops
-from skipkv_vllm.ops import torch_backend as batched
+from skipkv_vllm.ops import torch_backend
 from skipkv_vllm.policies import Measured, View, make_policy
 from skipkv_vllm.policies.skipkv import SkipKV
 from tests.operators.cases import MeasureCase, Pages
@@ -221,6 +221,6 @@ def test_sums_do_not_depend_on_how_many_queries_are_taken_at_once(output_error):
     first = whole._replace(
         queries=whole.queries[:, :, :3], num_queries=torch.full_like(whole.num_queries, 3), newest=whole.newest - 5
     )
-    together = batched.measure_attention(*whole, output_error)
-    apart = batched.measure_attention(*first, output_error) + batched.measure_attention(*rest, output_error)
+    together = torch_backend.measure_attention(*whole, output_error)
+    apart = torch_backend.measure_attention(*first, output_error) + torch_backend.measure_attention(*rest, output_error)
     torch.testing.assert_close(apart, together)

@@ -247,7 +247,7 @@ def make_text(seed: int, length: int, first: int = 0) -> Text:
     return Text(first, tokens, torch.stack(rows) if rows else torch.zeros(0, HIDDEN))
 
 
-@pytest.fixture(scope="module", params=["native", "reference"])
+@pytest.fixture(scope="module", params=["native", "torch"])
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """Makes trackers use the C++ operators, then their definitions in PyTorch."""
     if request.param == "native" and (why := native.unavailable("cpu")):

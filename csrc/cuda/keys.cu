@@ -1,4 +1,4 @@
-// The first pass over the keys: where they are, 1 / norm, sums of unit keys, logits of the window's queries.
+// The first pass of `score_tokens` over the keys: their cells, 1 / norm, sums of unit keys, logits of the queries.
 #include "launch.cuh"
 #include "score.cuh"
 
@@ -7,13 +7,13 @@ namespace {
 
 constexpr int kThreads = 128;
 constexpr int kWarps = kThreads / kWarp;
-// Queries of one group member that share a pass over the keys in shared memory.
+// Queries that share a pass over the keys in shared memory.
 constexpr int kQueries = 8;
 
 // Writes cells, inverse, partial and logits of `TILE` ranks of a row.
 template <class T, int TILE>
 __global__ void __launch_bounds__(kThreads) measure(Scoring s) {
-  // A thread takes one key of the tile and every `kParts`-th query.
+  // A thread takes one key of the tile and `kEach` of the queries.
   constexpr int kParts = kThreads / TILE;
   constexpr int kEach = kQueries / kParts;
   __shared__ int cells[TILE];
@@ -23,7 +23,7 @@ __global__ void __launch_bounds__(kThreads) measure(Scoring s) {
   // 16 bytes more a row, so that 16-byte reads of neighbouring rows hit different banks.
   const int stride = padded + 4;
   float* keys = reinterpret_cast<float*>(dynamic_shared());
-  float* asked = keys + TILE * stride;
+  float* query_tile = keys + TILE * stride;
 
   const int64_t blocks = s.blocks(TILE);
   const int64_t row = blockIdx.x / blocks, block = blockIdx.x % blocks;
@@ -76,7 +76,7 @@ __global__ void __launch_bounds__(kThreads) measure(Scoring s) {
       for (int i = thread; i < kQueries * padded; i += kThreads) {
         const int w = w0 + i / padded, d = i % padded;
         const int64_t head = static_cast<int64_t>(w) * s.pages.heads * s.group + at.head * s.group + g;
-        asked[i] = w < s.window && d < dim ? to_float(queries[head * dim + d]) : 0.0f;
+        query_tile[i] = w < s.window && d < dim ? to_float(queries[head * dim + d]) : 0.0f;
       }
       __syncthreads();
       float logit[kEach] = {};
@@ -84,7 +84,7 @@ __global__ void __launch_bounds__(kThreads) measure(Scoring s) {
         const float4 key = *reinterpret_cast<const float4*>(keys + own * stride + d);
 #pragma unroll
         for (int i = 0; i < kEach; ++i) {
-          const float4 query = *reinterpret_cast<const float4*>(asked + (part * kEach + i) * padded + d);
+          const float4 query = *reinterpret_cast<const float4*>(query_tile + (part * kEach + i) * padded + d);
           logit[i] += key.x * query.x + key.y * query.y + key.z * query.z + key.w * query.w;
         }
       }

@@ -1,6 +1,9 @@
-// Element-wise work on one token's vector: `steer_add`, and the sums of `track_sentences`. Compiled once per instruction
-// set, without fused multiply-adds: PyTorch rounds the product.
+// Element-wise arithmetic on the vector of a token: `steer_add`, and the sums of `track_sentences`. Compiled once per
+// instruction set, without fused multiply-adds: PyTorch rounds the product.
+#include "isa_kernels.h"
 #include "vectors.h"
+
+#include "common/epsilon.h"
 
 namespace skipkv {
 namespace SKIPKV_ISA {
@@ -27,7 +30,7 @@ void normalise_as(float* sum, float length, void* out, int64_t n) {
     sum[i] /= length;
     squares += sum[i] * sum[i];
   }
-  const float scale = __builtin_sqrtf(squares) + 1e-8f;
+  const float scale = __builtin_sqrtf(squares) + kEpsilon;
   for (int64_t i = 0; i < n; ++i) {
     from_float(sum[i] / scale, to + i);
     sum[i] = 0;

@@ -1,0 +1,27 @@
+// The functions that are compiled once per instruction set; kernels.cpp puts them into the table of `kernels.h`, which
+// also documents them.
+#pragma once
+
+#include "kernels.h"
+
+namespace skipkv {
+namespace SKIPKV_ISA {
+
+// score.cpp
+size_t score_scratch(int64_t length, int64_t dim, int64_t window, int64_t group);
+void score(const ScoreRow& row, void* scratch);
+// attention.cpp
+size_t attention_scratch(int64_t length, int64_t dim);
+void attention(const AttentionRow& row, void* scratch);
+size_t cosines_scratch(int64_t length, int64_t dim);
+void cosines(const HeldRow& row, float* cosines, void* scratch);
+// similar.cpp
+int64_t similar_scratch(int64_t width);
+void similar(const SentenceRange& all, int64_t begin, int64_t end, float* scratch);
+// token_vectors.cpp
+void steer(const void* hidden, float coefficient, const float* vector, void* out, Dtype dtype, int64_t n);
+void accumulate(const void* x, Dtype dtype, float* sum, int64_t n);
+void normalise(float* sum, float length, void* out, Dtype dtype, int64_t n);
+
+}  // namespace SKIPKV_ISA
+}  // namespace skipkv

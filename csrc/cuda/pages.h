@@ -1,0 +1,44 @@
+// vLLM's pages on a GPU.
+#pragma once
+
+#include "arguments.h"
+
+namespace skipkv {
+
+// Caches `[pages, H, P, 2 * D]` with K and V side by side, all alike. Strides are in elements.
+struct Pages {
+  const int64_t* pointers;
+  int64_t page_stride, head_stride, token_stride;
+  int layers, heads, size, dim;
+};
+
+// Describes the caches of all layers, after checking them.
+inline Pages pages_of(const std::vector<Tensor>& caches, const Tensor& pointers, int64_t layout) {
+  STD_TORCH_CHECK(layout == 0, "skipkv_cuda: layout must be 0 (K and V side by side), not ", layout);
+  STD_TORCH_CHECK(!caches.empty(), "skipkv_cuda: caches must not be empty");
+  const Tensor& first = caches[0];
+  STD_TORCH_CHECK(on_device(first) && first.dim() == 4 && first.size(3) % 2 == 0 && first.stride(3) == 1,
+                  "skipkv_cuda: caches must be [pages, heads, page size, 2 * D] on a GPU, contiguous in the last");
+  check_vector(pointers, "pointers", ScalarType::Long, static_cast<int64_t>(caches.size()));
+  return {static_cast<const int64_t*>(pointers.const_data_ptr()),
+          first.stride(0),
+          first.stride(1),
+          first.stride(2),
+          static_cast<int>(caches.size()),
+          static_cast<int>(first.size(1)),
+          static_cast<int>(first.size(2)),
+          static_cast<int>(first.size(3) / 2)};
+}
+
+// Returns the largest number of bytes, at most 16, that divides all addresses and lengths of a copy.
+inline int copy_unit(std::initializer_list<int64_t> lengths, const std::vector<Tensor>& tensors) {
+  for (int unit = 16; unit > 1; unit /= 2) {
+    bool fits = true;
+    for (int64_t length : lengths) fits = fits && length % unit == 0;
+    for (const Tensor& tensor : tensors) fits = fits && reinterpret_cast<uintptr_t>(tensor.data_ptr()) % unit == 0;
+    if (fits) return unit;
+  }
+  return 1;
+}
+
+}  // namespace skipkv

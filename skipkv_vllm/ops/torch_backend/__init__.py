@@ -1,0 +1,28 @@
+"""The operators in PyTorch: their definitions, which every other backend must match, and the fallback.
+
+They loop over requests and layers and read lengths on the host. `schema.py` has the schemas and the sizes.
+"""
+
+from .compaction import compact_pages, held_positions, select_keep
+from .scoring import key_similarity, measure_attention, record_queries, score_tokens
+from .sentences import RULES, sentence_similarity, token_penalties, track_sentences
+from .thoughts import KEYWORD_SHIFT, STATE, THOUGHT, steer_add, track_thoughts
+
+__all__ = [
+    "KEYWORD_SHIFT",
+    "RULES",
+    "STATE",
+    "THOUGHT",
+    "compact_pages",
+    "held_positions",
+    "key_similarity",
+    "measure_attention",
+    "record_queries",
+    "score_tokens",
+    "select_keep",
+    "sentence_similarity",
+    "steer_add",
+    "token_penalties",
+    "track_sentences",
+    "track_thoughts",
+]

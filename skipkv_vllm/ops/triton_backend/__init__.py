@@ -1,0 +1,27 @@
+"""The operators in Triton, for NVIDIA and AMD GPUs; `torch_backend` defines what each one computes.
+
+They never wait for the device: grids follow from shapes, and the kernels read the lengths. On a CPU the kernels run in
+Triton's interpreter, for tests. Only GPU pages (`Layout.ROWS`) are supported.
+"""
+
+from .compaction import compact_pages, held_positions, select_keep
+from .launch import unavailable
+from .scoring import key_similarity, measure_attention, record_queries, score_tokens
+from .sentences import sentence_similarity, token_penalties, track_sentences
+from .thoughts import steer_add, track_thoughts
+
+__all__ = [
+    "compact_pages",
+    "held_positions",
+    "key_similarity",
+    "measure_attention",
+    "record_queries",
+    "score_tokens",
+    "select_keep",
+    "sentence_similarity",
+    "steer_add",
+    "token_penalties",
+    "track_sentences",
+    "track_thoughts",
+    "unavailable",
+]

@@ -1,0 +1,71 @@
+"""Shared by the operators in Triton: access to the kernels, checks of pages, and sizes of launches."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...core.errors import KVPolicyError
+from ..paging import Layout
+
+
+def unavailable(device_type: str) -> str | None:
+    """Return why the operators cannot run on a device, and the remedy; None if they can."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed; run `pip install triton`"
+    if device_type == "cpu" and not interpreted():
+        return "Triton needs a GPU; to test its kernels on a CPU set TRITON_INTERPRET=1"
+    return None
+
+
+def interpreted() -> bool:
+    """Return whether the kernels run in Triton's interpreter."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def kernels(name: str) -> Any:
+    """Import a module of kernels, late, so that this package can be imported without Triton."""
+    return import_module(f"..triton_kernels.{name}", __package__)
+
+
+def element_of(op: str, cache: Tensor, queries: Tensor | None = None) -> Any:
+    """Return Triton's type for the elements of a cache.
+
+    Raises:
+        KVPolicyError: unsupported dtypes of the cache and the queries.
+    """
+    tl = import_module("triton.language")
+    narrow = {torch.float8_e4m3fn: tl.float8e4nv, torch.float8_e5m2: tl.float8e5}
+    elements = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16} | narrow
+    expected = torch.float32 if cache.dtype in narrow else cache.dtype
+    if cache.dtype not in elements or (queries is not None and queries.dtype != expected):
+        raise KVPolicyError(
+            f"{op}: caches {cache.dtype} and queries {queries.dtype if queries is not None else None}; expected one of "
+            "float32, float16 and bfloat16 for both, or float8_e4m3fn or float8_e5m2 and float32; start without "
+            "--kv-cache-dtype"
+        )
+    return elements[cache.dtype]
+
+
+def check_pages(caches: list[Tensor], layout: int) -> None:
+    """Raise `KVPolicyError` unless the kernels can read pages of this layout."""
+    if layout != Layout.ROWS or caches[0].stride(3) != 1:
+        raise KVPolicyError(
+            f"the Triton operators read pages with K and V side by side (layout {Layout.ROWS.value}); got layout "
+            f"{layout} with strides {caches[0].stride()}; set SKIPKV_OPS=torch"
+        )
+
+
+def ceil_div(a: int, b: int) -> int:
+    """Divide and round up."""
+    return -(-a // b)
+
+
+def power_of_two(number: int) -> int:
+    """Return the smallest power of two that is not below a number."""
+    return 1 << max(number - 1, 0).bit_length()

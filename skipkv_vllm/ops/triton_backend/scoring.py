@@ -1,0 +1,234 @@
+"""Scores of resident tokens, and the queries that they are computed from."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...core.errors import KVPolicyError
+from .launch import ceil_div, check_pages, element_of, interpreted, kernels, power_of_two
+
+SCRATCH_BYTES = 256 << 20
+"""Scratch memory that an operator may take; more rows take several launches."""
+
+
+def record_queries(query: Tensor, index: Tensor, ring: Tensor) -> None:
+    """See `torch_backend.record_queries`."""
+    tokens, heads, dim = query.shape
+    if tokens == 0:
+        return
+    if not ring[0].is_contiguous() or ring.dtype != query.dtype:
+        raise KVPolicyError(
+            f"record_queries: query {query.dtype} and ring {ring.dtype} with strides {ring.stride()}; expected one "
+            "dtype and contiguous rows"
+        )
+    if query.stride(2) != 1:
+        query = query.contiguous()
+    size = heads * dim
+    block = min(1024, power_of_two(size))
+    kernels("tokens").copy_queries[(tokens, ceil_div(size, block))](
+        *(query, index, ring, query.stride(0), query.stride(1), ring.stride(0)), dim=dim, size=size, block=block
+    )
+
+
+def score_tokens(
+    caches: list[Tensor],
+    pointers: Tensor,
+    layout: int,
+    table: Tensor,
+    positions: Tensor,
+    num_resident: Tensor,
+    queries: Tensor,
+    penalty: Tensor | None,
+    pool: int,
+    mix: float,
+    threshold: float,
+) -> Tensor:
+    """See `torch_backend.score_tokens`; caches in float32, float16, bfloat16, float8_e4m3fn or float8_e5m2."""
+    check_pages(caches, layout)
+    cache, n, rows = caches[0], positions.shape[-1], positions.shape[:-1].numel()
+    element = element_of("score_tokens", cache, queries)
+    window, dim = queries.shape[2], queries.shape[4]
+    out = torch.empty(positions.shape, dtype=torch.float32, device=positions.device)
+    if out.numel() == 0:
+        return out
+    block = 64 if dim <= 128 else 32
+    keys = {"page_size": cache.shape[2], "dim": dim, "element": element}
+    keys |= {"block": block, "dims": max(16, power_of_two(dim))}
+    call = _Scoring(
+        pointers,
+        table,
+        positions.contiguous().view(rows, n),
+        num_resident,
+        queries.contiguous(),
+        None if penalty is None else penalty.float().contiguous().view(rows, n),
+        out.view(rows, n),
+        (len(caches), cache.shape[1]),
+        cache.stride()[:3],
+        keys,
+        cache.element_size() == 1,
+    )
+    at_once = max(1, SCRATCH_BYTES // (n * (64 + 4 * window) + 4 * ceil_div(n, block) * dim))
+    for first in range(0, rows, at_once):
+        _score_rows(call, first, min(at_once, rows - first), pool, mix, threshold)
+    return out
+
+
+class _Scoring(NamedTuple):
+    """The tensors of `score_tokens`, and the constants of the kernels that read keys.
+
+    Attributes:
+        positions, penalty, out: `[rows, n]`.
+        heads: layers and kv heads.
+        strides: of the caches, per page, head and token.
+        keys: arguments of every kernel that reads keys.
+        is_narrow: whether keys have 8 bits.
+    """
+
+    pointers: Tensor
+    table: Tensor
+    positions: Tensor
+    num_resident: Tensor
+    queries: Tensor
+    penalty: Tensor | None
+    out: Tensor
+    heads: tuple[int, int]
+    strides: tuple[int, ...]
+    keys: dict[str, Any]
+    is_narrow: bool
+
+    def order(self, first: int, part: int) -> Tensor:
+        """Return int32 `[part, n]`: the slots of some rows in ascending position, those past the length last."""
+        n, (layers, heads) = self.positions.shape[1], self.heads
+        device = self.positions.device
+        past = torch.arange(n, device=device) >= self.num_resident[:, None]
+        request = torch.arange(first, first + part, device=device) // (layers * heads)
+        rows = self.positions[first : first + part].masked_fill(past[request], torch.iinfo(torch.int32).max)
+        return rows.argsort(dim=-1).int()
+
+
+def _score_rows(call: _Scoring, first: int, part: int, pool: int, mix: float, threshold: float) -> None:
+    """Score `part` rows from `first` on."""
+    module, tl, device = kernels("scoring"), import_module("triton.language"), call.positions.device
+    n, (layers, heads), (window, q_heads, dim) = call.positions.shape[1], call.heads, call.queries.shape[2:]
+    windows, blocks, redundancy = power_of_two(window), ceil_div(n, call.keys["block"]), mix != 1.0
+    # NumPy has no bfloat16, so the interpreter multiplies in float32.
+    multiply = tl.float32 if interpreted() else tl.float16 if call.is_narrow else call.keys["element"]
+
+    def scratch(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=device)
+
+    order, numbers = call.order(first, part), (first, n, layers, heads)
+    cells, inverse = scratch(part, n, dtype=torch.int32), scratch(part, n)
+    partial, logits = scratch(part, blocks, dim), scratch(part, window, n)
+    attention, mean, normaliser = scratch(part, n), scratch(part, n), scratch(part)
+    grid = (part * blocks,)
+    module.measure_keys[grid](
+        *(call.pointers, call.table, order, call.num_resident, call.queries, cells, inverse, partial, logits),
+        *(*numbers, call.table.stride(0), *call.strides, float(dim**0.5)),
+        window=window,
+        group=q_heads // heads,
+        multiply=tl.float32 if call.is_narrow else multiply,  # the queries are float32 then
+        windows=max(16, windows),
+        **call.keys,
+    )
+    if redundancy:
+        exempted = torch.zeros(part, n, dtype=torch.int64, device=device)
+        module.exempt_last_similar[grid](
+            *(call.pointers, call.num_resident, cells, inverse, exempted, *numbers, *call.strides, threshold),
+            multiply=multiply,
+            **call.keys,
+        )
+        module.mean_cosine[grid](
+            *(call.pointers, call.num_resident, cells, inverse, partial.sum(dim=1), exempted, mean),
+            *(*numbers, *call.strides),
+            **call.keys,
+        )
+    module.attend[(part,)](
+        *(call.num_resident, logits, mean, attention, normaliser, *numbers),
+        window=window,
+        redundancy=redundancy,
+        block=min(power_of_two(n), max(64, 8192 // windows)),
+        windows=windows,
+    )
+    lines = slice(first, first + part)
+    module.combine[(part * ceil_div(n, 256),)](
+        *(call.num_resident, order, attention, mean, normaliser),
+        *(mean if call.penalty is None else call.penalty[lines], call.out[lines], *numbers, mix),
+        window=window,
+        pool=pool,
+        redundancy=redundancy,
+        penalised=call.penalty is not None,
+        block=256,
+    )
+
+
+def measure_attention(
+    caches: list[Tensor],
+    pointers: Tensor,
+    layout: int,
+    table: Tensor,
+    positions: Tensor,
+    num_resident: Tensor,
+    queries: Tensor,
+    num_queries: Tensor,
+    newest: Tensor,
+    output_error: bool,
+) -> Tensor:
+    """See `torch_backend.measure_attention`; caches as for `score_tokens`."""
+    check_pages(caches, layout)
+    module, tl, cache = kernels("attention"), import_module("triton.language"), caches[0]
+    element = element_of("measure_attention", cache, queries)
+    layers, kv_heads = len(caches), cache.shape[1]
+    window, q_heads, dim = queries.shape[2:]
+    n, rows, heads = positions.shape[-1], positions.shape[:-1].numel(), window * (q_heads // kv_heads)
+    out = torch.empty(positions.shape, dtype=torch.float32, device=positions.device)
+    if out.numel() == 0:
+        return out
+    inputs = (pointers, table, positions.contiguous(), num_resident, num_queries, newest, queries.contiguous())
+    shape = {
+        "page_size": cache.shape[2],
+        "dim": dim,
+        "window": window,
+        "group": q_heads // kv_heads,
+        "element": element,
+        # NumPy has no bfloat16, and queries for keys of 8 bits are float32.
+        "multiply": tl.float32 if interpreted() or cache.element_size() == 1 else element,
+        "errors": output_error,
+        "block": 64 if dim <= 128 else 16,
+        "dims": max(16, power_of_two(dim)),
+        "tile": 16,
+    }
+    width = dim if output_error else 0
+    at_once = min(rows, max(1, SCRATCH_BYTES // max(1, 4 * heads * (width + 3))))
+    top, share, squares = torch.empty(3, at_once, heads, dtype=torch.float32, device=out.device)
+    scratch = (top, share, squares, torch.empty(at_once, heads, width, dtype=torch.float32, device=out.device))
+    for first in range(0, rows, at_once):
+        part = min(at_once, rows - first)
+        numbers = (first, n, layers, kv_heads, table.stride(0), *cache.stride()[:3], float(dim**0.5))
+        module.attend_queries[(part * ceil_div(heads, 16),)](*inputs, *scratch, *numbers, **shape)
+        module.sum_queries[(part * ceil_div(n, shape["block"]),)](*inputs, *scratch, out, *numbers, **shape)
+    return out
+
+
+def key_similarity(
+    caches: list[Tensor], pointers: Tensor, layout: int, table: Tensor, num_resident: Tensor, length: int
+) -> Tensor:
+    """See `torch_backend.key_similarity`; caches as for `score_tokens`."""
+    check_pages(caches, layout)
+    cache, layers = caches[0], len(caches)
+    _, heads, page_size, double = cache.shape
+    out = torch.empty(table.shape[0], layers, heads, length, dtype=torch.float32, device=table.device)
+    if out.numel() > 0:
+        kernels("attention").compare_keys[(table.shape[0] * layers * heads,)](
+            *(pointers, table, num_resident, out, length, layers, heads, table.stride(0), *cache.stride()[:3]),
+            page_size=page_size,
+            dim=double // 2,
+            element=element_of("key_similarity", cache),
+            block=64 if double <= 256 else 32,
+            dims=max(16, power_of_two(double // 2)),
+        )
+    return out
