@@ -56,11 +56,9 @@ def track_sentences(
     if text.shape[1]:
         text[step.row, step.position] = ids.to(torch.int32)
     ends_here = delimiters[ids.long()]
-    closes = ends_here
-    if merge:
-        before = ends_here.roll(1)
-        before[step.first] = after_delimiter[step.rows]
-        closes = ends_here & ~before
+    before = ends_here.roll(1)
+    before[step.first] = after_delimiter[step.rows]
+    closes = ends_here & ~before if merge else ends_here
     running = closes.long().cumsum(0)
     closed = running - (running[step.first] - closes[step.first].long())[step.request]
     sentence = count[step.row] + closed - 1
@@ -69,13 +67,16 @@ def track_sentences(
         # A piece is the part of a sentence that lies in this step; each request has one piece more than it closes.
         pieces = _Pieces(running - closes.long() + step.request, closes, counted=closes | ~ends_here)
         means = _add_to_open(hidden, step, pieces, open_length, open_sum)
+        # Of more sentences than there are entries only the newest are stored, so that no entry is written twice.
         most = embeddings.shape[1] - 1
-        # Of more than `most` sentences only the newest are stored, so that no entry is written twice.
         stored = closes & (running[step.last][step.request] - running < most)
-        unit = means / (means.norm(dim=-1, keepdim=True) + functional.EPSILON)
-        embeddings[step.row, torch.where(stored, sentence % most, most)] = unit.to(embeddings.dtype)
+        embeddings[step.row, torch.where(stored, sentence % most, most)] = _unit(means).to(embeddings.dtype)
     after_delimiter[step.rows] = ends_here[step.last]
     count[step.rows] += closed[step.last]
+
+
+def _unit(vectors: Tensor) -> Tensor:
+    return vectors / (vectors.norm(dim=-1, keepdim=True) + functional.EPSILON)
 
 
 def sentence_similarity(
