@@ -154,7 +154,7 @@ def test_survivors_follow_from_the_dequantised_keys(
 
     outcome = engines.run_on(llm, job)
 
-    assert shadow.compactor.cache.caches[0].dtype is FP8_CACHES[cache_dtype]
+    assert shadow.compactor.cache.pages.caches[0].dtype is FP8_CACHES[cache_dtype]
     num_compactions = [len(trace.kept) for trace in outcome.traces]
     assert min(num_compactions) >= 3
     assert shadow.num_compared == sum(num_compactions) * len(shadow.caches)

@@ -62,9 +62,9 @@ def test_methods_about_the_prompt_equal_the_reference(
 ) -> None:
     job = make_job(**arguments)
     llm = engines.engine(**job.arguments)
-    prober, batches = runtime_of(llm).prober, []
-    decode = prober.decode
-    monkeypatch.setattr(prober, "decode", lambda tokens, *rest: batches.append(len(tokens)) or decode(tokens, *rest))
+    decoder, batches = runtime_of(llm)._lookahead._decoder, []
+    decode = decoder.decode
+    monkeypatch.setattr(decoder, "decode", lambda tokens, *rest: batches.append(len(tokens)) or decode(tokens, *rest))
     before = counted(llm, "probes")
 
     outcome = engines.run_on(llm, job)
