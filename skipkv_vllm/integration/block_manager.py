@@ -1,4 +1,4 @@
-"""The block manager of compacted requests: counts resident tokens and gives emptied pages back."""
+"""The block manager with eviction: it counts resident tokens and frees the blocks that compactions empty."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from ..trace.collector import TraceCollector
 def make_listeners(
     vllm_config: VllmConfig, config: KVPolicyConfig, block_size: int, stats: EvictionStats
 ) -> list[RequestListener]:
-    """Return the listeners of a server in the order in which they are told; `stats` is one of them."""
+    """Return the listeners of a server, in the order of their calls; `stats` is one of them."""
     listeners: list[RequestListener] = [stats, ClientReports()]
     if config.steers:
         # It sets what the others report.

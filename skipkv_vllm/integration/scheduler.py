@@ -1,4 +1,4 @@
-"""vLLM's schedulers with eviction: they decide when a request is compacted and free its pages at once."""
+"""vLLM's schedulers with eviction: they plan compactions before each step and send the orders with it."""
 
 from __future__ import annotations
 
@@ -40,10 +40,17 @@ else:
 
 
 class EvictionMixin(_Base):
-    """vLLM's scheduler with eviction: overrides only, `EvictionController` decides.
+    """Overrides of vLLM's scheduler; `EvictionController` makes the decisions.
 
-    Compactions are planned before vLLM schedules a step, and the orders travel with the step.
+    Attributes:
+        kv_policy: configuration of the server.
+        block_manager: vLLM's block manager with eviction.
+        eviction: the controller, with the records of all requests.
     """
+
+    kv_policy: KVPolicyConfig
+    block_manager: EvictingBlockManager
+    eviction: EvictionController
 
     _pause_state: PauseState
 
@@ -52,7 +59,7 @@ class EvictionMixin(_Base):
         config = self.kv_policy = compat.policy_config(self.vllm_config)
         compat.check_kv_cache(self.kv_cache_config, config)
         (manager,) = self.kv_cache_manager.coordinator.single_type_managers
-        # Without eviction a request is promised its longest length, which would admit fewer requests than stock vLLM.
+        # Without eviction a request may reach its longest length; promising that would admit fewer than stock vLLM.
         is_bounded = config.kv_admission == "bounded" and config.evicts
         requests: dict[str, RequestRecord] = {}
         self.block_manager = EvictingBlockManager.adopt(manager, requests, is_bounded=is_bounded)
@@ -88,7 +95,7 @@ class EvictionMixin(_Base):
         super().add_request(request)
 
     def _arrive(self, request: Request) -> None:
-        """Settle what a new request may hold, before anything of it is scheduled."""
+        """Settle how many tokens and blocks a new request may hold, before any token of it is scheduled."""
         options, longest = KEEP_EVERYTHING, self.max_model_len
         if request.resumable:
             # A session that grows its prompt rewrites tokens and hashes.

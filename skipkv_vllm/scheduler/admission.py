@@ -22,7 +22,7 @@ class Promise(NamedTuple):
 
 
 class Holding(NamedTuple):
-    """What a running request holds, for `Ledger.check_integrity`."""
+    """The promise to a running request and the blocks it holds, for `Ledger.check_integrity`."""
 
     request_id: str
     promise: Promise

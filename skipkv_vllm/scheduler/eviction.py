@@ -1,4 +1,4 @@
-"""Plans the compactions of a step and gives the workers their orders, from token counts; no vLLM, no tensors."""
+"""Plans the compactions of a step from token counts and makes the orders for the workers; no vLLM, no tensors."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class _Due(NamedTuple):
 
 
 class EvictionController:
-    """Decides in each step which requests are compacted, and tells listeners what happens to requests.
+    """Decides in each step which requests are compacted, and calls the listeners.
 
     Call `arrive` for each request. In each step call `plan` before vLLM schedules the step and `orders` after it. Call
     `preempted` and `finish` when vLLM has freed the blocks of a request.

@@ -1,4 +1,4 @@
-"""Steering, reports to clients and traces: they follow the requests of a scheduler."""
+"""The listeners of a scheduler: steering, reports to clients, traces."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ class TraceListener(RequestListener):
 
 
 def steering_report(request: RequestRecord) -> dict[str, Any] | None:
-    """Return what is reported of a steered request that ended; None for any other request."""
+    """Return the report on a steered request that ended; None for any other request."""
     if request.steering is None or request.thoughts is None:
         return None
     strength = request.steering.strength

@@ -49,7 +49,7 @@ class EvictionPlanner:
     Attributes:
         limits: how many tokens the request may hold; None if it keeps everything.
         schedule: which queries are accumulated; None if its method needs no accumulation.
-        earliest: logical length before which no compaction is due. In most steps it spares most requests a closer look.
+        earliest: logical length before which no compaction is due. In most steps it rules out most requests.
         queries_from: logical length beyond which the newest query is needed, because it may be one of the last W at the
             next compaction.
         num_compactions: compactions since the request started or started over.

@@ -1,4 +1,4 @@
-"""What the scheduler's process knows of each request, and who follows it."""
+"""The record of a request in the scheduler's process, and the interface of listeners that follow requests."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class RequestEvictions:
 
 @dataclass(slots=True)
 class RequestRecord:
-    """All that the scheduler's process knows of one request beside vLLM's own `Request`.
+    """The state of one request in the scheduler's process, beside vLLM's own `Request`.
 
     `EvictionController` makes a record when a request arrives and drops it when the request ends.
 
