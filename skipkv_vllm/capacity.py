@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from .config import KVPolicyConfig, RequestOptions
-from .core.limits import Demand, ceil_div, most_tokens
+from .core.limits import ceil_div
 from .core.needs import Need
-from .scheduler.admission import limits_of
 
 ENTRY_BYTES = 4
 """Bytes per sidecar entry."""
@@ -210,13 +209,14 @@ def capacity(
             protected may be held whole at first, or need lookahead blocks.
     """
     length = pool.max_length if length is None else length
-    limits = limits_of(RequestOptions.parse(None, config, length), config, prompt)
+    request = RequestOptions.parse(None, config, length).resolve(config, prompt)
+    limits = request.limits
     assert limits is not None, "the policy evicts nothing"
     kv, sidecar, block = shape.kv_bytes, shape.sidecar_bytes(config.needs), pool.block_size
     state = shape.state_bytes(config, pool.max_num_seqs, pool.max_length, pool.max_tokens)
     state_of_one = ceil_div(state, pool.max_num_seqs)
     blocks_full = (pool.num_blocks * block * (kv + sidecar) + state) // (block * kv)
-    request_blocks = Demand(most_tokens(limits, length), 0, limits.lookahead).num_blocks(block)
+    request_blocks = request.demand(length, block).num_blocks(block)
     request_blocks_full = ceil_div(length, block)
     fit, fit_full = pool.num_blocks // request_blocks, blocks_full // request_blocks_full
     bytes_of_one = ceil_div(limits.bound, block) * block * (kv + sidecar) + state_of_one

@@ -312,7 +312,7 @@ def _look_at_scheduler(llm: vllm.LLM, step: int, request_ids: list[str]) -> list
             request_ids.index(request.request_id),
             request.num_computed_tokens,
             pages.num_evicted(request.request_id),
-            pages.num_pages(request.request_id),
+            pages.num_blocks(request.request_id),
         )
         for request in scheduler.running
     ]
@@ -510,6 +510,6 @@ def run_on(llm: vllm.LLM, job: Job) -> Outcome:
 
 def _skipped(llm: vllm.LLM) -> Counter[str]:
     """What the policy skipped since the engine started; nobody collects the statistics of these engines."""
-    statistics = getattr(scheduler_of(llm), "eviction_stats", None)
-    counts = {} if statistics is None else statistics._counts
+    eviction = getattr(scheduler_of(llm), "eviction", None)
+    counts = {} if eviction is None else eviction.stats._counts
     return Counter({name.removeprefix("skipped:"): n for name, n in counts.items() if name.startswith("skipped:")})

@@ -255,7 +255,7 @@ def runtime_of(llm: vllm.LLM) -> Any:
 def num_compactions(llm: vllm.LLM) -> int:
     """Compactions that the worker carried out, which are those that the scheduler ordered."""
     scheduler, runtime = engines.scheduler_of(llm), runtime_of(llm)
-    assert scheduler.eviction_stats._counts.get("compactions", 0) == runtime.num_compactions
+    assert scheduler.eviction.stats._counts.get("compactions", 0) == runtime.num_compactions
     return runtime.num_compactions
 
 
@@ -273,14 +273,11 @@ def check_nothing_left(llm: vllm.LLM) -> None:
     scheduler.check_integrity()
     manager, runner = scheduler.block_manager, llm.llm_engine.engine_core.engine_core.model_executor
     runner = runner.driver_worker.worker.model_runner
-    ledger, planner, signals = manager.ledger, scheduler.planner, runtime.signals
+    ledger, signals = manager.ledger, runtime.signals
     left = {
-        "scheduler": [scheduler.requests, scheduler._terms, scheduler._recomputed, scheduler._evictions],
-        "steering": [scheduler._steered, manager._private_from],
-        "planner": [planner._requests, planner.earliest],
-        "pages": [manager.req_to_blocks, manager.num_cached_block, manager._evicted, manager._num_intact],
-        "lookahead blocks": [manager._borrowed],
-        "ledger": [ledger._demands, ledger._own, ledger._shared, ledger._holders],
+        "scheduler": [scheduler.requests, scheduler.eviction.requests],
+        "blocks": [manager.req_to_blocks, manager.num_cached_block, manager._lookahead_blocks],
+        "ledger": [ledger._num_holders],
         "worker": [runtime._requests, runner.requests, runner.input_batch.req_id_to_index],
         "sums": [] if signals.attention_mass is None else [signals.attention_mass.sums._sums],
         "segments": [] if signals.segments is None else list(vars(signals.segments.table).values()),

@@ -4,13 +4,15 @@ They are the only source of the command-line flags, their help, their validation
 """
 
 from .checks import check_budget, needs_of, parse_json_object
-from .request import RequestOptions, has_our_prefix
+from .request import KEEP_EVERYTHING, RequestOptions, ResolvedRequest, has_our_prefix
 from .server import CONFIG_KEY, KVPolicyConfig, flag_names
 
 __all__ = [
     "CONFIG_KEY",
+    "KEEP_EVERYTHING",
     "KVPolicyConfig",
     "RequestOptions",
+    "ResolvedRequest",
     "check_budget",
     "flag_names",
     "has_our_prefix",

@@ -6,13 +6,16 @@ import difflib
 import functools
 import itertools
 import re
+import sys
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..core.errors import KVPolicyError
-from ..core.needs import IN_THE_CACHE
+from ..core.limits import Demand, Limits, most_tokens
+from ..core.needs import IN_THE_CACHE, Need
 from ..core.orders import Strength
 from ..policies import Policy, make_policy
 from .checks import MAX_ALPHA, check_budget, check_prompt, check_question, describe, need_names, needs_of
@@ -23,6 +26,35 @@ MAX_NAMES, MAX_NAME_LENGTH = 1024, 64
 
 SIMILAR_NAMES = 0.85
 """`difflib` ratio from which a name counts as a misspelling of another one"""
+
+
+@dataclass(frozen=True)
+class ResolvedRequest:
+    """The settings that apply to one request: its own options, and the server's where it sets none.
+
+    Attributes:
+        policy: its method.
+        needs: inputs that the workers collect for it.
+        limits: how many tokens it may hold; None if it keeps everything.
+        num_prompt: prompt length.
+        num_question: length of the question at the prompt's end, if the request sets it; else 0.
+        vector: name of its steering vector; None if it is not steered.
+        strength: how strongly it is steered.
+    """
+
+    policy: Policy
+    needs: Need
+    limits: Limits | None
+    num_prompt: int
+    num_question: int
+    vector: str | None
+    strength: Strength
+
+    def demand(self, longest: int, block_size: int) -> Demand:
+        """Return the most that the request may need if it never has more than `longest` tokens."""
+        if self.limits is None:
+            return Demand(longest, sys.maxsize)
+        return Demand(most_tokens(self.limits, longest), self.limits.protected // block_size, self.limits.lookahead)
 
 
 class RequestOptions(BaseModel):
@@ -155,6 +187,40 @@ class RequestOptions(BaseModel):
                 "steered; leave it out, or send the input as separate requests"
             )
 
+    def resolve(self, config: KVPolicyConfig, num_prompt: int) -> ResolvedRequest:
+        """Settle what applies to this request.
+
+        Args:
+            config: of the server.
+            num_prompt: prompt length.
+        """
+        policy = self.resolve_policy(config)
+        return ResolvedRequest(
+            policy=policy,
+            needs=needs_of(policy, config.kv_granularity),
+            limits=self._limits(policy, config, num_prompt),
+            num_prompt=num_prompt,
+            num_question=self.kv_task_tokens or 0,
+            vector=self.vector(config),
+            strength=self.strength(config),
+        )
+
+    def _limits(self, policy: Policy, config: KVPolicyConfig, num_prompt: int) -> Limits | None:
+        if policy.name == "full":
+            return None
+        plan, window = policy.lookahead_plan, config.kv_window
+        prompt_end = num_prompt if policy.compacts_prompt else 0
+        return Limits(
+            budget=config.kv_budget if self.kv_budget is None else self.kv_budget,
+            buffer=config.kv_buffer,
+            window=window,
+            protected=num_prompt if config.kv_protect_prompt else 0,
+            deferred=(prompt_end or num_prompt + window) if config.kv_defer_prompt else 0,
+            prompt_end=prompt_end,
+            num_draft=0 if plan is None else plan.num_tokens,
+            num_question=policy.num_question(window) if plan is not None and plan.draft is None else 0,
+        )
+
     def vector(self, config: KVPolicyConfig) -> str | None:
         """Return the name of the vector that steers this request, if any."""
         name = config.kv_steering_default if self.steering is None else self.steering
@@ -173,6 +239,10 @@ class RequestOptions(BaseModel):
         own = self.kv_policy is None or self.kv_policy == config.kv_policy
         policy = config.policy if own else make_policy(str(self.kv_policy))
         return policy if self.kv_task_tokens is None else policy.with_question(self.kv_task_tokens)
+
+
+KEEP_EVERYTHING = RequestOptions.model_validate({"kv_policy": "full", "steering": OFF})
+"""Options of a request that is neither compacted nor steered, e.g. of a streaming-input session."""
 
 
 @functools.lru_cache(maxsize=4096)

@@ -1,87 +1,76 @@
-"""The block manager of compacted requests: counts resident tokens and gives emptied pages back."""
+"""The block manager with eviction: it counts resident tokens and frees the blocks that compactions empty."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 
 from ..core.limits import ceil_div
-from ..scheduler.admission import Ledger
+from ..scheduler.admission import Holding, Ledger
+from ..scheduler.eviction import CompactedBlocks
 from ..scheduler.planner import PlannedCompaction
+from ..scheduler.requests import RequestRecord
 from .free_queue import GuardQueue
-
-
-class CompactedPages(NamedTuple):
-    """Block ids of a request before and after a compaction, and how many pages it gave back."""
-
-    source_blocks: list[int]
-    target_blocks: list[int]
-    num_freed: int
 
 
 class EvictingBlockManager(FullAttentionManager):
     """`FullAttentionManager` in which a request may hold fewer tokens than its logical length.
 
-    One integer per request is enough: page need is `ceil(tokens / page)` minus the pages held, so vLLM's
-    own arithmetic stays right when evicted tokens are taken off. The table is shortened, never
-    punctured, so stock attention kernels read it unchanged.
+    One integer per request is enough: a request needs `ceil(tokens / block_size)` blocks less those it has, so vLLM's
+    arithmetic stays right when evicted tokens are subtracted. The block table is shortened and never has holes, so
+    stock attention kernels read it unchanged.
 
-    A page is written in place only by its sole owner, after its hash is dropped; a shared page is
-    replaced by a fresh one. From its first compaction on, a request publishes nothing to the prefix cache.
+    A block is written in place only if one request holds it, after its hash is dropped. A shared block is replaced by a
+    fresh one. From its first compaction on, a request publishes nothing to the prefix cache.
 
-    A waiting request gets its first page only if the ledger can promise it all the pages it may ever need.
+    A waiting request gets its first block only if the ledger can promise it all the blocks it may ever need.
+
+    Attributes:
+        requests: the records of the scheduler's requests; a request must be there before it asks for blocks.
+        ledger: the promises to running requests.
     """
 
+    requests: Mapping[str, RequestRecord]
     ledger: Ledger
-    _evicted: dict[str, int]
-    """by request that holds pages"""
-    _num_intact: dict[str, int]
-    """leading pages of each compacted request that were never written to"""
-    _borrowed: list[KVCacheBlock]
-    _private_from: dict[str, int]
-    """position from which the tokens of a steered request are computed as no other's"""
+    _lookahead_blocks: list[KVCacheBlock]
 
     @classmethod
-    def adopt(cls, manager: FullAttentionManager, *, is_bounded: bool = True) -> EvictingBlockManager:
+    def adopt(
+        cls, manager: FullAttentionManager, requests: Mapping[str, RequestRecord], *, is_bounded: bool = True
+    ) -> EvictingBlockManager:
         """Turn a freshly made stock manager into one of these.
 
-        Every request must be declared to its ledger before it asks for pages. vLLM's factory has no seam that covers
-        every attention backend, so the object's class is changed.
+        vLLM's factory has no seam that covers every attention backend, so the class of the object is changed.
         """
         assert type(manager) is FullAttentionManager
         assert not manager.req_to_blocks
         manager.__class__ = cls
         assert isinstance(manager, cls)
-        # One page of the pool is vLLM's placeholder.
+        manager.requests = requests
+        # One block of the pool is vLLM's placeholder.
         manager.ledger = Ledger(manager.block_pool.num_gpu_blocks - 1, manager.block_size, is_bounded)
-        manager._evicted = {}
-        manager._num_intact = {}
-        manager._borrowed = []
-        manager._private_from = {}
+        manager._lookahead_blocks = []
         return manager
 
-    def keep_private(self, request_id: str, first: int) -> None:
-        """Publish nothing of this request from position `first` on; until `forget`, also after a preemption."""
-        self._private_from[request_id] = first
-
-    def forget(self, request_id: str) -> None:
-        """This request has ended."""
-        self._private_from.pop(request_id, None)
+    @property
+    def num_promised(self) -> int:
+        """Blocks promised to running requests."""
+        return self.ledger.num_promised
 
     def num_evicted(self, request_id: str) -> int:
-        """Tokens of this request that are no longer held."""
-        return self._evicted.get(request_id, 0)
+        """Return how many tokens of a request are no longer held."""
+        return self.requests[request_id].num_evicted
 
-    def num_pages(self, request_id: str) -> int:
-        """Pages this request holds."""
+    def num_blocks(self, request_id: str) -> int:
+        """Return how many blocks a request holds."""
         return len(self.req_to_blocks.get(request_id, ()))
 
-    def pages(self, request_id: str) -> list[int]:
-        """Block ids of this request."""
+    def blocks(self, request_id: str) -> list[int]:
+        """Return the block ids of a request."""
         return [block.block_id for block in self.req_to_blocks[request_id]]
 
     # ---- vLLM's interface, on resident instead of logical lengths
@@ -95,45 +84,55 @@ class EvictingBlockManager(FullAttentionManager):
         apply_admission_cap: bool = False,
         **kwargs: Any,
     ) -> int:
-        # Nothing of a request that holds pages is found in the prefix cache.
-        if request_id in self._evicted:
-            return max(self._num_missing(request_id, num_tokens), 0)
-        if not self.ledger.fits(request_id, [block.block_id for block in new_computed_blocks]):
-            return self.block_pool.num_gpu_blocks  # never free all at once, so vLLM lets the request wait
+        request = self.requests[request_id]
+        # A request that holds blocks takes none from the prefix cache.
+        if request.promise is not None:
+            return max(self._num_missing(request, num_tokens), 0)
+        if not self.ledger.fits(request.demand, [block.block_id for block in new_computed_blocks]):
+            # So many blocks are never free, so vLLM lets the request wait.
+            return self.block_pool.num_gpu_blocks
         if apply_admission_cap:
-            num_tokens = min(num_tokens, self.ledger.demand(request_id).num_tokens)
+            num_tokens = min(num_tokens, request.demand.num_tokens)
         return super().get_num_blocks_to_allocate(
             request_id, num_tokens, new_computed_blocks, *args, apply_admission_cap=apply_admission_cap, **kwargs
         )
 
     def allocate_new_blocks(self, request_id: str, num_tokens: int, num_tokens_main_model: int) -> list[KVCacheBlock]:
-        evicted = self._evicted.get(request_id)
-        if evicted is None:
-            # What it holds by now was found in the prefix cache.
-            self.ledger.admit(request_id, self.pages(request_id))
-            evicted = self._evicted[request_id] = 0
-        elif self._num_missing(request_id, num_tokens) <= 0:
+        request = self.requests[request_id]
+        if request.promise is None:
+            # The blocks that it has now were found in the prefix cache.
+            request.promise = self.ledger.admit(request.demand, self.blocks(request_id))
+        elif self._num_missing(request, num_tokens) <= 0:
             return []
-        return super().allocate_new_blocks(request_id, num_tokens - evicted, num_tokens_main_model - evicted)
+        num_evicted = request.num_evicted
+        return super().allocate_new_blocks(request_id, num_tokens - num_evicted, num_tokens_main_model - num_evicted)
 
-    def _num_missing(self, request_id: str, num_tokens: int) -> int:
-        """Pages that a request with pages lacks to hold `num_tokens` logical tokens; negative where some are spare."""
-        pages = len(self.req_to_blocks[request_id])
-        return ceil_div(num_tokens - self._evicted[request_id], self.block_size) - pages
+    def _num_missing(self, request: RequestRecord, num_tokens: int) -> int:
+        """Return how many blocks a request lacks for `num_tokens` logical tokens; negative if some are spare."""
+        num_blocks = len(self.req_to_blocks[request.request_id])
+        return ceil_div(num_tokens - request.num_evicted, self.block_size) - num_blocks
 
     def cache_blocks(self, request: Any, num_tokens: int, *args: Any, **kwargs: Any) -> None:
-        # What a compacted request holds no longer matches the hashes of its tokens.
-        if not self._evicted.get(request.request_id):
-            # Nor does what a steered one holds, from the first steered token on.
-            num_tokens = min(num_tokens, self._private_from.get(request.request_id, num_tokens))
-            super().cache_blocks(request, num_tokens, *args, **kwargs)
+        record = self.requests[request.request_id]
+        if record.num_evicted:
+            # The KV of a compacted request no longer matches its token hashes.
+            return
+        if record.steering is not None:
+            # Nor does the KV of a steered request, from its first steered token on.
+            num_tokens = min(num_tokens, record.steering.first)
+        super().cache_blocks(request, num_tokens, *args, **kwargs)
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
-        # Finish, abort and preemption all come this way.
-        self._evicted.pop(request_id, None)
-        self._num_intact.pop(request_id, None)
-        self.ledger.release(request_id)
+        # vLLM calls this when a request finishes, is aborted or is preempted.
+        self.forget(request_id)
         return super().pop_blocks_for_free(request_id)
+
+    def forget(self, request_id: str) -> None:
+        """End all promises to a request that holds no blocks any more."""
+        request = self.requests.get(request_id)
+        if request is not None and request.promise is not None:
+            self.ledger.release(request.promise)
+            request.promise, request.num_evicted, request.num_intact = None, 0, None
 
     @property
     def has_positionally_stable_blocks(self) -> bool:
@@ -141,17 +140,16 @@ class EvictingBlockManager(FullAttentionManager):
 
     # ---- eviction
 
-    def compact(self, plan: PlannedCompaction) -> CompactedPages | None:
-        """Shorten a request's table to `num_keep` tokens and free the rest; the worker moves the survivors.
+    def compact(self, request_id: str, plan: PlannedCompaction) -> CompactedBlocks | None:
+        """Shorten a request's table to `num_keep` tokens and free the rest; the workers move the survivors.
 
-        Pages that lie wholly in a protected prompt lose no token, so they stay as they are, shared and
-        published.
+        Blocks that lie wholly in a protected prompt lose no token. They stay as they are, shared and published.
 
         Returns:
-            The pages, or None when a shared page must be replaced and none is free; nothing has changed
-            then, and the caller must free some.
+            The blocks, or None if a shared block must be replaced and none is free. In that case nothing has changed,
+            and the caller must free some blocks.
         """
-        blocks = self.req_to_blocks[plan.request_id]
+        request, blocks = self.requests[request_id], self.req_to_blocks[request_id]
         num_target = ceil_div(plan.num_keep, self.block_size)
         num_intact = plan.protected // self.block_size
         target, dropped = blocks[:num_target], blocks[num_target:]
@@ -159,54 +157,71 @@ class EvictingBlockManager(FullAttentionManager):
         if len(shared) > self.block_pool.get_num_free_blocks():
             return None
 
-        source_blocks = self.pages(plan.request_id)
-        # Fresh pages come before any page is freed, so none of them is one that is still to be read.
+        source_blocks = self.blocks(request_id)
+        # Fresh blocks are taken before any block is freed, so none of them is still to be read.
         for i, fresh in zip(shared, self.block_pool.get_new_blocks(len(shared)), strict=True):
             dropped.append(target[i])
             target[i] = fresh
         self.block_pool.evict_blocks({b.block_id for b in target[num_intact:] if b.block_hash is not None})
-        self.req_to_blocks[plan.request_id] = target
-        self._evicted[plan.request_id] = self.num_evicted(plan.request_id) + plan.num_resident - plan.num_keep
-        self._num_intact[plan.request_id] = num_intact
-        self.num_cached_block[plan.request_id] = len(target)
+        self.req_to_blocks[request_id] = target
+        request.num_evicted += plan.num_resident - plan.num_keep
+        request.num_intact = num_intact
+        self.num_cached_block[request_id] = len(target)
         self.block_pool.free_blocks(reversed(dropped))
-        return CompactedPages(source_blocks, [b.block_id for b in target], len(blocks) - num_target)
+        return CompactedBlocks(source_blocks, [b.block_id for b in target])
 
-    def borrow(self, num_tokens: int) -> list[int] | None:
-        """Pages that nobody holds, for that many tokens, until `give_back`.
+    def take_lookahead(self, num_tokens: int) -> list[int] | None:
+        """Take free blocks for `num_tokens` tokens, until `return_lookahead`.
 
         Returns:
-            Block ids, or None where not enough are free.
+            Block ids, or None if too few blocks are free.
         """
-        num_pages = ceil_div(num_tokens, self.block_size)
-        if num_pages > self.block_pool.get_num_free_blocks():
+        num_blocks = ceil_div(num_tokens, self.block_size)
+        if num_blocks > self.block_pool.get_num_free_blocks():
             return None
-        blocks = self.block_pool.get_new_blocks(num_pages)
-        self._borrowed += blocks
+        blocks = self.block_pool.get_new_blocks(num_blocks)
+        self._lookahead_blocks += blocks
         return [block.block_id for block in blocks]
 
-    def give_back(self) -> None:
-        """Free all pages that were borrowed. The workers use them before they do anything else of a step, so the very
-        step that borrows them may give them to requests."""
-        self.block_pool.free_blocks(self._borrowed)
-        self._borrowed = []
+    def return_lookahead(self) -> None:
+        """Free all lookahead blocks.
+
+        The workers use them before they do anything else of a step, so the same step may give them to requests.
+        """
+        self.block_pool.free_blocks(self._lookahead_blocks)
+        self._lookahead_blocks = []
+
+    # ---- integrity
 
     def check_integrity(self) -> None:
-        """Verify every page's bookkeeping.
+        """Verify the bookkeeping of every block.
 
         Raises:
-            AssertionError: a page was lost, is held twice by one request, is free while in use, has a
-                wrong reference count, or is published although its content was changed.
+            AssertionError: a block was lost, is held twice by one request, is free while in use, has a wrong reference
+                count, or is published although its content was changed.
         """
+        self._check_references()
+        holding = {request_id for request_id, blocks in self.req_to_blocks.items() if blocks}
+        holdings = [
+            Holding(request.request_id, request.promise, self.num_blocks(request.request_id))
+            for request in self.requests.values()
+            if request.promise is not None
+        ]
+        assert holding == {each.request_id for each in holdings}, "blocks are held without a promise, or lost"
+        self.ledger.check_integrity(holdings)
+        for request in self.requests.values():
+            self._check_published(request)
+
+    def _check_references(self) -> None:
         pool: BlockPool = self.block_pool
-        holders: dict[int, int] = {}
+        num_holders: dict[int, int] = {}
         for request_id, blocks in self.req_to_blocks.items():
             ids = [block.block_id for block in blocks]
-            assert len(set(ids)) == len(ids), f"{request_id} holds a page twice: {ids}"
+            assert len(set(ids)) == len(ids), f"{request_id} holds a block twice: {ids}"
             for block in blocks:
-                assert not block.is_null, f"{request_id} holds the null page"
+                assert not block.is_null, f"{request_id} holds the null block"
                 assert pool.blocks[block.block_id] is block
-                holders[block.block_id] = holders.get(block.block_id, 0) + 1
+                num_holders[block.block_id] = num_holders.get(block.block_id, 0) + 1
         queue = pool.free_block_queue
         free = {block.block_id for block in queue.get_all_free_blocks()}
         if isinstance(queue, GuardQueue):
@@ -215,17 +230,16 @@ class EvictingBlockManager(FullAttentionManager):
         for block in pool.blocks:
             if block.is_null:
                 continue
-            held = holders.get(block.block_id, 0)
-            assert block.ref_cnt == held, f"page {block.block_id}: {block.ref_cnt} references, {held} holders"
-            assert (held == 0) == (block.block_id in free), f"page {block.block_id} is free and in use, or lost"
-        self.ledger.check_integrity({r: len(self.req_to_blocks.get(r, ())) for r in self._evicted})
-        holding = {request_id for request_id, blocks in self.req_to_blocks.items() if blocks}
-        assert holding == self._evicted.keys(), "pages are held without being counted, or counted without being held"
-        for request_id in self._num_intact:
-            changed = self.req_to_blocks[request_id][self._num_intact[request_id] :]
-            published = [block.block_id for block in changed if block.block_hash is not None]
-            assert not published, f"{request_id} changed the published pages {published}"
-        for request_id, first in self._private_from.items():
-            steered = self.req_to_blocks.get(request_id, [])[first // self.block_size :]
-            published = [block.block_id for block in steered if block.block_hash is not None]
-            assert not published, f"{request_id} is steered and published the pages {published}"
+            held = num_holders.get(block.block_id, 0)
+            assert block.ref_cnt == held, f"block {block.block_id}: {block.ref_cnt} references, {held} holders"
+            assert (held == 0) == (block.block_id in free), f"block {block.block_id} is free and in use, or lost"
+
+    def _check_published(self, request: RequestRecord) -> None:
+        blocks = self.req_to_blocks.get(request.request_id, [])
+        if request.num_intact is not None:
+            changed = [block.block_id for block in blocks[request.num_intact :] if block.block_hash is not None]
+            assert not changed, f"{request.request_id} changed the published blocks {changed}"
+        if request.steering is not None:
+            first = request.steering.first // self.block_size
+            steered = [block.block_id for block in blocks[first:] if block.block_hash is not None]
+            assert not steered, f"{request.request_id} is steered and published the blocks {steered}"

@@ -1,4 +1,4 @@
-"""What was evicted: counted by the scheduler, exported to Prometheus by the API server, and told to each client."""
+"""Exports the scheduler's reports to Prometheus, in the process of the API server."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from .compat import has_policy, install_client_check, install_reports, policy_co
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-# vLLM loads this module wherever it builds an engine's client, before anything else of it.
+# vLLM loads this module in every process with an engine's client, before the rest of this package.
 install_client_check()
 
 LABELLED = {SKIPPED: "skipped", THOUGHTS: "thoughts", TRACES_DROPPED: "traces_dropped"}
-"""Prefixes of names in a report, whose rest is a label of this counter."""
+"""Prefix of names in a report -> counter; the rest of the name is its label."""
 
 
 class Metric(NamedTuple):
@@ -60,8 +60,8 @@ METRICS = {
 class EvictionStatLogger(StatLoggerBase):
     """Entry point `vllm.stat_logger_plugins`: exports the reports of one engine.
 
-    Does nothing on a server without a KV policy. Names do not begin with `vllm:`, because vLLM clears
-    that prefix when it rebuilds its own metrics.
+    It does nothing on a server without a KV policy. Names do not begin with `vllm:`, because vLLM clears that prefix
+    when it rebuilds its own metrics.
     """
 
     _metrics: dict[str, Any] | None = None
@@ -70,7 +70,7 @@ class EvictionStatLogger(StatLoggerBase):
         self._engine = str(engine_index)
         if not has_policy(vllm_config):
             return
-        # A client whose configuration came from another process may not have met a policy before.
+        # The configuration may come from another process, so this may be the first policy that this one meets.
         install_reports()
         with auxiliary("update the metrics"):
             if EvictionStatLogger._metrics is None:
@@ -98,7 +98,7 @@ class EvictionStatLogger(StatLoggerBase):
             metrics[name].labels(self._engine).inc(value)
 
     def log_engine_initialized(self) -> None:
-        """Make the counters visible at zero, so that a dashboard can tell "none" from "absent"."""
+        """Export all counters at zero, so that a dashboard can tell "none" from "absent"."""
         known_labels = {"thoughts": KINDS, "traces_dropped": DROP_REASONS, "skipped": ()}
         for name, metric in (self._metrics or {}).items():
             if name not in known_labels:
@@ -107,7 +107,7 @@ class EvictionStatLogger(StatLoggerBase):
                 metric.labels(self._engine, label)
 
 
-# A later vLLM may ask for further methods. Without a policy this class must work there too, doing nothing.
+# A later vLLM may require further methods. This class must load there too, and do nothing without a policy.
 EvictionStatLogger.__abstractmethods__ = frozenset()
 
 

@@ -1,4 +1,4 @@
-"""A waiting queue that admits requests of similar prefill length together, and lets none wait long past its turn."""
+"""A waiting queue that admits requests of similar prefill length together and bounds how long one is overtaken."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from vllm.v1.request import Request
 class _Waiting:
     request: Request
     number: int
-    """of its arrival"""
+    """in order of arrival"""
     bucket: int
     turn: float | None
-    """when first-come-first-served order would have admitted it; None before that"""
+    """time at which first-come-first-served order would have admitted it; None before that"""
 
 
 @dataclass
@@ -26,13 +26,13 @@ class _Line:
     """The waiting requests of one priority."""
 
     returned: deque[Request] = field(default_factory=deque)
-    """preempted and skipped requests, which had their turn"""
+    """preempted and skipped requests, which had their turn already"""
     waiting: dict[int, _Waiting] = field(default_factory=dict)
-    """by number of arrival, ascending"""
+    """by number, ascending"""
     buckets: dict[int, dict[int, _Waiting]] = field(default_factory=dict)
     numbers: dict[Request, int] = field(default_factory=dict)
     current: int | None = None
-    """bucket that is being admitted"""
+    """bucket whose requests are being admitted"""
     num_arrived: int = 0
     num_left: int = 0
 
@@ -47,7 +47,7 @@ class _Line:
         self.numbers[request] = number
 
     def take(self, entry: _Waiting, now: float) -> None:
-        """Take a request out of the line. Whoever first-come-first-served order would have next has its turn now."""
+        """Take a request out of the line; the turn of the next one in order of arrival begins now."""
         del self.waiting[entry.number], self.numbers[entry.request]
         group = self.buckets[entry.bucket]
         del group[entry.number]
@@ -61,7 +61,7 @@ class _Line:
             following.turn = now
 
     def choose(self, now: float, max_wait: float) -> _Waiting:
-        """The next request of those that wait: one past its turn for too long, else one of the current bucket."""
+        """Return the next request: the oldest if it is past its turn for too long, else one of the current bucket."""
         oldest = next(iter(self.waiting.values()))
         if oldest.turn is not None and now - oldest.turn >= max_wait:
             return oldest
@@ -71,26 +71,25 @@ class _Line:
 class PrefillLengthQueue(RequestQueue):
     """vLLM's waiting queue with requests grouped by prompt length.
 
-    The requests of a bucket, `length // width`, are admitted one after the other; when it is empty the bucket of the
-    oldest request follows. Nothing is ever held back while there is room, so only the order changes.
+    The requests of a bucket, `length // width`, are admitted one after the other. When the bucket is empty, the bucket
+    of the oldest request follows. No request is held back while there is room, so only the order changes.
 
-    The bound: a request has its *turn* when as many requests have left as came before it, which is when
-    first-come-first-served order would have admitted it. From `max_wait` seconds after that, none that came later is
-    admitted before it.
+    The *turn* of a request begins when as many requests have left as came before it: then first-come-first-served
+    order would admit it. From `max_wait` seconds later on, no request that came later is admitted before it.
 
     Preempted and skipped requests come before all others of their priority, as in vLLM's own queues. With
     `by_priority` a smaller priority comes first whatever its length, and requests are grouped within a priority.
 
     Args:
         width: tokens by which the prompts of a bucket may differ.
-        max_wait: seconds, see above; 0 is first-come-first-served.
-        by_priority: vLLM's scheduling policy is "priority".
-        clock: seconds that never go back.
+        max_wait: seconds, see above; 0 means first come, first served.
+        by_priority: whether vLLM's scheduling policy is "priority".
+        clock: a monotonic clock, in seconds.
 
     Attributes:
         num_overtaking: admissions before a request that came earlier.
         longest_overtaken: most seconds past its turn at which a request was overtaken; always below `max_wait`.
-        longest_past_turn: most seconds that passed from a request's turn to its admission.
+        longest_past_turn: most seconds from the turn of a request to its admission.
     """
 
     def __init__(
@@ -116,7 +115,7 @@ class PrefillLengthQueue(RequestQueue):
         return self._peeked
 
     def pop_request(self) -> Request:
-        # The scheduler decides on the request that it peeked at; by now the clock might favour another one.
+        # The scheduler has decided on the request that it peeked at; at this time another one might come first.
         request = self.peek_request() if self._peeked is None else self._peeked
         self._peeked = None
         line, now = self._first(), self._peeked_at

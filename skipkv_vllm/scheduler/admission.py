@@ -1,126 +1,109 @@
-"""What a request may ever hold, and the pages promised to running requests: counts only, no vLLM, no tensors."""
+"""The blocks promised to running requests: counts only, no vLLM, no tensors."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
-from ..config import KVPolicyConfig, RequestOptions
-from ..core.limits import Demand, Limits
+from ..core.limits import Demand
 
 
-def limits_of(options: RequestOptions, config: KVPolicyConfig, num_prompt: int) -> Limits | None:
-    """What a request may hold; None for one that keeps everything."""
-    policy = options.resolve_policy(config)
-    if policy.name == "full":
-        return None
-    budget = config.kv_budget if options.kv_budget is None else options.kv_budget
-    protected = num_prompt if config.kv_protect_prompt else 0
-    prompt_end = num_prompt if policy.compacts_prompt else 0
-    deferred = prompt_end or num_prompt + config.kv_window
-    return Limits(
-        budget,
-        config.kv_buffer,
-        config.kv_window,
-        protected,
-        deferred if config.kv_defer_prompt else 0,
-        prompt_end,
-        0 if policy.lookahead_plan is None else policy.lookahead_plan.num_tokens,
-        0
-        if policy.lookahead_plan is None or policy.lookahead_plan.draft is not None
-        else policy.num_question(config.kv_window),
-    )
+class Promise(NamedTuple):
+    """The blocks that a request may come to hold.
+
+    Attributes:
+        num_own: number of blocks promised to this request alone.
+        shared: block ids of its protected prompt that it found in the prefix cache.
+    """
+
+    num_own: int
+    shared: Sequence[int]
+
+
+class Holding(NamedTuple):
+    """The promise to a running request and the blocks it holds, for `Ledger.check_integrity`."""
+
+    request_id: str
+    promise: Promise
+    num_blocks: int
 
 
 @dataclass
 class Ledger:
-    """Promises pages to requests, so that a running one always finds the page it needs.
+    """Promises blocks to requests, so that a running request always finds the block it needs.
 
-    A request is promised every page it may ever hold. Pages of its protected prompt that it finds in the prefix
-    cache are never replaced, so all requests that hold one share one promise. Other pages of the cache may have to be
-    replaced by fresh ones at a compaction, so they count for each request; and because a page that two hold is
-    promised twice, the fresh page is there when it is needed.
+    A request is promised every block it may ever hold. Blocks of its protected prompt that it finds in the prefix
+    cache are never replaced, so all requests that hold such a block share one promise. A compaction may have to replace
+    other cached blocks by fresh ones, so these count for each request: a block with two holders is promised twice, and
+    the fresh block is there when it is needed.
 
     Attributes:
-        num_pages: pages of the pool that requests can use.
-        page_size: tokens of a page.
-        is_bounded: False promises pages without looking whether they are there.
-        num_promised: pages promised to running requests.
+        num_blocks: blocks of the pool that requests can use.
+        block_size: tokens of a block.
+        is_bounded: False promises blocks even if the pool has too few.
+        num_promised: blocks promised to running requests.
     """
 
-    num_pages: int
-    page_size: int
+    num_blocks: int
+    block_size: int
     is_bounded: bool
     num_promised: int = 0
-    _demands: dict[str, Demand] = field(default_factory=dict)
-    _own: dict[str, int] = field(default_factory=dict)
-    _shared: dict[str, Sequence[int]] = field(default_factory=dict)
-    _holders: dict[int, int] = field(default_factory=dict)
+    _num_holders: dict[int, int] = field(default_factory=dict)
+    """by block id, for shared blocks"""
 
-    def declare(self, request_id: str, demand: Demand) -> None:
-        """A request arrives. It is promised nothing yet."""
-        self._demands[request_id] = demand
-
-    def withdraw(self, request_id: str) -> None:
-        """A request has left for good."""
-        self.release(request_id)
-        self._demands.pop(request_id, None)
-
-    def demand(self, request_id: str) -> Demand:
-        """What a declared request may need."""
-        return self._demands[request_id]
-
-    def fits(self, request_id: str, cached: Sequence[int]) -> bool:
-        """Whether a waiting request can be promised what it may need.
+    def fits(self, demand: Demand, cached: Sequence[int]) -> bool:
+        """Return whether a waiting request can be promised its blocks.
 
         Args:
-            request_id: a declared request.
-            cached: pages that it found in the prefix cache, its first ones.
+            demand: the most that the request may need.
+            cached: blocks that it found in the prefix cache, its first ones.
         """
         if not self.is_bounded:
             return True
-        demand = self._demands[request_id]
-        shared = cached[: demand.num_intact]
-        needed = demand.num_blocks(self.page_size) - len(shared)
-        # Each page is looked up only where the sum without them already fits.
-        room = self.num_pages - self.num_promised - needed
-        return room >= len(shared) or (room >= 0 and room >= sum(page not in self._holders for page in shared))
+        num_own, shared = self._split(demand, cached)
+        # Look blocks up only if the sum without them fits already.
+        room = self.num_blocks - self.num_promised - num_own
+        return room >= len(shared) or (room >= 0 and room >= sum(block not in self._num_holders for block in shared))
 
-    def admit(self, request_id: str, cached: Sequence[int]) -> None:
-        """Promise a request its pages; see `fits`."""
-        demand = self._demands[request_id]
-        shared = cached[: demand.num_intact]
-        own = demand.num_blocks(self.page_size) - len(shared)
-        self._own[request_id], self._shared[request_id] = own, shared
-        self.num_promised += own
-        for page in shared:
-            holders = self._holders.get(page, 0)
-            self._holders[page] = holders + 1
-            self.num_promised += not holders
+    def admit(self, demand: Demand, cached: Sequence[int]) -> Promise:
+        """Promise a request its blocks; see `fits`."""
+        promise = self._split(demand, cached)
+        self.num_promised += promise.num_own
+        for block in promise.shared:
+            num_holders = self._num_holders.get(block, 0)
+            self._num_holders[block] = num_holders + 1
+            self.num_promised += not num_holders
+        return promise
 
-    def release(self, request_id: str) -> None:
-        """A request gave its pages back, if it had any."""
-        self.num_promised -= self._own.pop(request_id, 0)
-        for page in self._shared.pop(request_id, ()):
-            self._holders[page] -= 1
-            if not self._holders[page]:
-                del self._holders[page]
+    def release(self, promise: Promise) -> None:
+        """End the promise to a request that gave its blocks back."""
+        self.num_promised -= promise.num_own
+        for block in promise.shared:
+            self._num_holders[block] -= 1
+            if not self._num_holders[block]:
+                del self._num_holders[block]
                 self.num_promised -= 1
 
-    def check_integrity(self, held: dict[str, int]) -> None:
-        """Verify the promises.
+    def _split(self, demand: Demand, cached: Sequence[int]) -> Promise:
+        shared = cached[: demand.num_intact]
+        return Promise(demand.num_blocks(self.block_size) - len(shared), shared)
 
-        Args:
-            held: pages that each running request holds.
+    def check_integrity(self, holdings: Iterable[Holding]) -> None:
+        """Verify the promises against the running requests.
 
         Raises:
-            AssertionError: the sums are wrong, more was promised than there is, or a request holds more than that.
+            AssertionError: the sums are wrong, more blocks are promised than there are, or a request holds more blocks
+                than it was promised.
         """
-        assert self.num_promised == sum(self._own.values()) + len(self._holders), "the promises do not add up"
-        assert held.keys() == self._own.keys(), "pages are held without a promise, or promised to nobody"
+        holdings = list(holdings)
+        shared = {block for holding in holdings for block in holding.promise.shared}
+        num_own = sum(holding.promise.num_own for holding in holdings)
+        assert shared == self._num_holders.keys(), "blocks are shared without a promise, or promised to no request"
+        assert self.num_promised == num_own + len(shared), "the promises do not add up"
         if not self.is_bounded:
             return
-        assert self.num_promised <= self.num_pages, f"{self.num_promised} of {self.num_pages} pages are promised"
-        for request_id, num_pages in held.items():
-            promised = self._own[request_id] + len(self._shared[request_id])
-            assert num_pages <= promised, f"{request_id} holds {num_pages} of {promised} promised pages"
+        assert self.num_promised <= self.num_blocks, f"{self.num_promised} of {self.num_blocks} blocks are promised"
+        for request_id, promise, num_blocks in holdings:
+            promised = promise.num_own + len(promise.shared)
+            assert num_blocks <= promised, f"{request_id} holds {num_blocks} of {promised} promised blocks"

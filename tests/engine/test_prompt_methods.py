@@ -24,7 +24,7 @@ ARGUMENTS: dict[str, Any] = UNPROTECTED | {
 
 def counted(llm: Any, name: str) -> float:
     """What the scheduler has counted since the engine started."""
-    return engines.scheduler_of(llm).eviction_stats._counts.get(name, 0)
+    return engines.scheduler_of(llm).eviction.stats._counts.get(name, 0)
 
 
 def make_job(**arguments: Any) -> Job:

@@ -148,7 +148,7 @@ def test_a_conversation_hits_the_prefix_cache_after_its_first_turn_was_evicted(r
 
 def counted(llm: vllm.LLM) -> Counter[str]:
     """The counters of the server; no one else takes them from these engines."""
-    return Counter({name: int(n) for name, n in engines.scheduler_of(llm).eviction_stats._counts.items()})
+    return Counter({name: int(n) for name, n in engines.scheduler_of(llm).eviction.stats._counts.items()})
 
 
 def generate_and_count(llm: vllm.LLM, prompt: list[int], **params: Any) -> tuple[RequestOutput, dict[str, int]]:

@@ -27,8 +27,8 @@ def real(llm) -> tuple[int, int, int]:
     while llm.llm_engine.has_unfinished_requests():
         llm.llm_engine.step()
         steps += 1
-    if hasattr(scheduler, "eviction_stats"):
-        compactions = int(scheduler.eviction_stats.take(0, 0, 0)["compactions"])
+    if hasattr(scheduler, "eviction"):
+        compactions = int(scheduler.eviction.stats.take(0, 0, 0)["compactions"])
     return steps, sum(request.num_preemptions for request in requests), compactions
 
 

@@ -165,6 +165,10 @@ def sleep(llm: LLM, level: int, mode: str, outputs: dict[str, Any]) -> None:
         llm.release_kv_cache_memory()
 
 
+def num_compactions(scheduler: Any, request_id: str) -> int:
+    return scheduler.eviction.requests[request_id].planner.num_compactions
+
+
 def check_requests(llm: LLM, before: Outcome, sleeps: list[tuple[int, str]]) -> None:
     """Let the engine sleep while requests run that have been compacted, and others wait; one more comes meanwhile."""
     one, scheduler, outputs = job(), engines.scheduler_of(llm), {}
@@ -174,14 +178,14 @@ def check_requests(llm: LLM, before: Outcome, sleeps: list[tuple[int, str]]) -> 
         for _ in range(12 if number else 85):
             step(llm, outputs)
         assert len(scheduler.running) == 4
-        assert any(scheduler.planner.num_compactions(request.request_id) for request in scheduler.running)
+        assert any(num_compactions(scheduler, request.request_id) for request in scheduler.running)
 
         sleep(llm, level, mode, outputs)
 
         assert not scheduler.running
         assert pool.get_num_free_blocks() == pool.num_gpu_blocks - 1
         assert len(pool.cached_block_hash_to_block) == 0
-        assert not any(scheduler.planner.num_compactions(name) for name in names if name in scheduler.requests)
+        assert not any(num_compactions(scheduler, name) for name in names if name in scheduler.requests)
         if number == 0:
             add(llm, one, last)
         if mode == "abort":

@@ -94,5 +94,5 @@ def test_a_soak_loses_no_page_and_violates_nothing(llm: vllm.LLM, kind: str) -> 
     assert report.shared_tokens > 10 * report.requests
     assert report.repeated > 60
     assert (report.steered_tokens > report.requests / 2) == (kind != "gated")
-    assert (engines.scheduler_of(llm).eviction_stats._counts.get("probes", 0) > 10) == (kind == "gated")
+    assert (engines.scheduler_of(llm).eviction.stats._counts.get("probes", 0) > 10) == (kind == "gated")
     assert (report.preemptions > 100) == (kind == "optimistic")

@@ -19,7 +19,7 @@ from skipkv_vllm.core.limits import Limits
 from skipkv_vllm.core.orders import Compaction, Started, StepOrders
 from skipkv_vllm.ops.paging import Layout, PagedCache
 from skipkv_vllm.policies import View, make_policy
-from skipkv_vllm.scheduler.planner import EvictionPlanner, Residency
+from skipkv_vllm.scheduler.planner import EvictionPlanner
 from skipkv_vllm.worker.batch import StepBatch
 from skipkv_vllm.worker.requests import Rows
 from skipkv_vllm.worker.runtime import EvictionRuntime
@@ -99,12 +99,11 @@ def test_counters_not_reset_between_requests():
 
 def test_a_preempted_request_keeps_its_counter():
     """R-KV: a preempted request kept its dropped-token count, and its lengths became negative."""
-    planner = EvictionPlanner()
-    planner.start("a", Limits(20, 8, 4, 0))
-    planner.committed("a", 116)
-    planner.restart("a")
-    assert planner.num_compactions("a") == 0
-    assert planner.plan([Residency("a", 27, 0)]) == []
+    planner = EvictionPlanner(Limits(20, 8, 4, 0))
+    planner.committed(116)
+    planner.restart()
+    assert planner.num_compactions == 0
+    assert planner.due(27, 0) is None
 
     sim = Simulation("rkv")
     sim.start("a", num_prompt=6, budget=20)
@@ -223,12 +222,11 @@ def test_window_empty_on_mixed_batches():
 def test_evicted_before_a_window_was_observed():
     """R-KV: triggered on absolute length, the first compaction scored the prompt with an empty window."""
     limits = Limits(20, 8, 4, 0)
-    planner = EvictionPlanner()
-    planner.start("a", limits)
+    planner = EvictionPlanner(limits)
     # However much the prefix cache holds, the queries of a window are computed before the request is due.
     assert limits.cacheable == 24
-    assert planner.plan([Residency("a", 27, 0)]) == []
-    assert len(planner.plan([Residency("a", 28, 0)])) == 1
+    assert planner.due(27, 0) is None
+    assert planner.due(28, 0) is not None
 
 
 def test_a_stale_count_is_not_carried_out():

@@ -17,7 +17,6 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from skipkv_vllm.ops import paging
-from skipkv_vllm.scheduler.planner import Residency
 from skipkv_vllm.worker import batch as rows
 from skipkv_vllm.worker import cache as positions
 from skipkv_vllm.worker import compaction, runtime
@@ -257,8 +256,8 @@ def test_w17_a_request_past_its_bound_waits_for_its_compaction():
     sim = due("skipkv", "ab")
     for _ in range(5):
         sim.step({"a": 1, "b": 1}, compact=False)
-    late = [Residency(r.name, r.num_logical, r.num_evicted) for r in sim.running.values()]
-    assert [plan.num_resident - plan.num_keep for plan in sim.planner.plan(late)] == [13, 13]
+    late = [request.planner.due(request.num_logical, request.num_evicted) for request in sim.running.values()]
+    assert [plan.num_resident - plan.num_keep for plan in late if plan] == [13, 13]
     sim.step({})
     for name, request in sim.running.items():
         assert request.num_resident == sim.keep_of(request)

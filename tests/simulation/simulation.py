@@ -25,7 +25,7 @@ from skipkv_vllm.core.needs import ACCUMULATED, FROM_RECENT_QUERIES, Need
 from skipkv_vllm.core.orders import Accumulation, Compaction, Started, StepOrders
 from skipkv_vllm.ops.paging import Layout, PagedCache, cpu_layout, layer_pages
 from skipkv_vllm.policies.gates import Gate, Gates
-from skipkv_vllm.scheduler.planner import EvictionPlanner, Looks
+from skipkv_vllm.scheduler.planner import AccumulationSchedule, EvictionPlanner
 from skipkv_vllm.sentences import SentenceTables, split_sentences
 from skipkv_vllm.sentences.recurrence import GRAM
 from skipkv_vllm.worker.batch import StepBatch
@@ -186,6 +186,7 @@ class Running:
     budget: int
     protected: int
     managed: bool
+    planner: EvictionPlanner = field(default_factory=lambda: EvictionPlanner(None))
     num_logical: int = 0
     num_evicted: int = 0
     num_compactions: int = 0
@@ -326,7 +327,6 @@ class Simulation:
         self.free = list(range(1, num_blocks))
         self.references = dict.fromkeys(range(num_blocks), 0)
         self.running: dict[str, Running] = {}
-        self.planner = EvictionPlanner()
         self._starting: list[Started] = []
         self._finished: list[str] = []
         self._preempted: list[str] = []
@@ -368,10 +368,13 @@ class Simulation:
                 request.protected,
                 prompt_end=self.prompt_end_of(request),
             )
-            looks = Looks(max(request.num_logical, num_prompt - 1), self.config.num_queries, at_all=True)
+            schedule = AccumulationSchedule(
+                max(request.num_logical, num_prompt - 1), self.config.num_queries, every_query=True
+            )
             if self.config.needs & Need.SEGMENTS:
-                looks = Looks(request.protected, self.config.policy.segment_options.length, at_all=False)
-            self.planner.start(name, limits, looks)
+                length = self.config.policy.segment_options.length
+                schedule = AccumulationSchedule(request.protected, length, every_query=False)
+            request.planner = EvictionPlanner(limits, schedule)
             self._starting.append(
                 Started(name, policy or self.config.kv_policy, num_prompt, request.protected, request.first_tracked)
             )
@@ -493,7 +496,8 @@ class Simulation:
         before = {name: self.snapshot(name) for name in self.running if orders and name not in compacted}
         # As the scheduler does it, so that a query that is missing shows.
         records = bool(self.runtime.config.needs & FROM_RECENT_QUERIES) or any(
-            self.planner.needs_queries(name, self.running[name].num_logical + count) for name, count in counts.items()
+            self.running[name].num_logical + count > self.running[name].planner.queries_from
+            for name, count in counts.items()
         )
         step = StepOrders(orders, self._starting, accumulations, records)
         self.runtime.begin_step(step, self._finished, self._preempted)
@@ -513,7 +517,7 @@ class Simulation:
         by_segment = bool(self.config.needs & Need.SEGMENTS)
         if not self.config.needs & FROM_RECENT_QUERIES or (request.num_logical < request.num_prompt and not by_segment):
             return
-        count = self.planner.observe(request.name, request.num_logical, is_compacted)
+        count = request.planner.accumulate(request.num_logical, is_compacted)
         if count:
             accumulations.append(
                 Accumulation(request.name, request.num_logical, request.num_resident, count, list(request.pages))
@@ -553,7 +557,7 @@ class Simulation:
         request.pages = list(order.target_blocks)
         request.num_evicted += order.num_resident - order.num_keep
         request.num_compactions += 1
-        self.planner.committed(request.name, order.num_logical)
+        request.planner.committed(order.num_logical)
 
     def _forward(self, counts: dict[str, int]) -> None:
         if not counts:

@@ -17,10 +17,9 @@ from skipkv_vllm.capacity import ModelShape, Pool, blocks_with_policy, capacity
 from skipkv_vllm.cli import main
 from skipkv_vllm.cli.plan_options import plan
 from skipkv_vllm.config import KVPolicyConfig, RequestOptions
-from skipkv_vllm.core.limits import Demand, most_tokens
 from skipkv_vllm.core.needs import REPEATS, Need
 from skipkv_vllm.policies.base import SentenceOptions
-from skipkv_vllm.scheduler.admission import Ledger, limits_of
+from skipkv_vllm.scheduler.admission import Ledger
 from skipkv_vllm.sentences.tables import build_tables
 from skipkv_vllm.worker.signals.queries import QueryRing
 from skipkv_vllm.worker.signals.sentence_tracker import SentenceTracker
@@ -104,12 +103,11 @@ def test_a_long_prompt_takes_what_its_request_is_promised(options, blocks):
     config = KVPolicyConfig(kv_protect_prompt=False, **options)
     found = capacity(config, SHAPE, POOL, length=8192, prompt=2000)
     assert found.request_blocks == blocks
-    limits = limits_of(RequestOptions(), config, 2000)
+    demand = RequestOptions().resolve(config, 2000).demand(8192, POOL.block_size)
     ledger = Ledger(POOL.num_blocks, POOL.block_size, is_bounded=True)
-    for name in map(str, range(found.fit + 1)):
-        ledger.declare(name, Demand(most_tokens(limits, 8192), 0, limits.lookahead))
-        assert ledger.fits(name, []) == (int(name) < found.fit)
-        ledger.admit(name, [])
+    for number in range(found.fit + 1):
+        assert ledger.fits(demand, []) == (number < found.fit)
+        ledger.admit(demand, [])
     assert capacity(config, SHAPE, POOL, length=8192, prompt=100).request_blocks == 1152 / 16
 
 

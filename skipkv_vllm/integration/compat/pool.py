@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from ...capacity import ModelShape, Pool
-from ...config import KVPolicyConfig, RequestOptions
+from ...config import KEEP_EVERYTHING, KVPolicyConfig, RequestOptions
 from ...core.errors import KVPolicyError
-from ...core.limits import Demand, Limits, LookaheadTokens, ceil_div, most_tokens
-from ...scheduler.admission import limits_of
+from ...core.limits import Limits, ceil_div, most_tokens
 from .flags import has_policy, policy_config
 from .seams import is_public
 from .wrap import wrap
@@ -109,15 +108,13 @@ def check_fits_alone(
     num_blocks = cache.num_gpu_blocks // vllm_config.parallel_config.data_parallel_size - 1
     prompt = request.prompt_token_ids if request.prompt_token_ids is not None else request.prompt_embeds
     num_prompt, longest = len(prompt), vllm_config.model_config.max_model_len
-    limits = None
     if not request.resumable:
         longest = min(num_prompt + (params.max_tokens or 0), longest)
-        limits = limits_of(options, config, num_prompt)
-    most = most_tokens(limits, longest)
-    lookahead = LookaheadTokens() if limits is None else limits.lookahead
-    if Demand(most, 0, lookahead).num_blocks(cache.block_size) <= num_blocks:
+    resolved = (KEEP_EVERYTHING if request.resumable else options).resolve(config, num_prompt)
+    limits, demand = resolved.limits, resolved.demand(longest, cache.block_size)
+    if demand.num_blocks(cache.block_size) <= num_blocks:
         return
-    room = num_blocks * cache.block_size
+    most, room = demand.num_tokens, num_blocks * cache.block_size
     if request.resumable:
         found = Excess(most, "a streaming-input session keeps all its tokens", "send its input as separate requests")
     elif limits is None:

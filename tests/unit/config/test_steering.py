@@ -13,16 +13,17 @@ from skipkv_vllm.banner import banner
 from skipkv_vllm.capacity import ModelShape, Pool, capacity
 from skipkv_vllm.config import KVPolicyConfig, RequestOptions
 from skipkv_vllm.core.errors import KVPolicyError
-from skipkv_vllm.core.orders import Strength
+from skipkv_vllm.core.orders import SteeredRequest, Strength
 from skipkv_vllm.integration import compat
 from skipkv_vllm.integration.compat.flags import SCHEDULER, STEERED_LAYERS_KEY
 from skipkv_vllm.integration.metrics import EvictionStatLogger
+from skipkv_vllm.scheduler.requests import Text
 from skipkv_vllm.scheduler.stats import EvictionStats
 from skipkv_vllm.steering import SteeringVector
 from skipkv_vllm.steering.controller import Thoughts
 from tests.unit.config.test_config import engine_args, make_vllm_config, parser  # noqa: F401
 from tests.unit.integration.test_block_manager import Engine, drive, finish_all
-from tests.unit.integration.test_metrics import WITH_POLICY, registry, report, value  # noqa: F401
+from tests.unit.integration.test_metrics import WITH_POLICY, record, registry, report, value  # noqa: F401
 
 
 @pytest.fixture
@@ -287,12 +288,14 @@ def test_frozen_coefficients_are_refused(math):
 
 # ---- the prefix cache
 
+FROM_9 = SteeredRequest("r0", 9, [], Strength(0, 0, 0))
+
 
 def test_a_steered_request_publishes_its_prompt_and_no_more():
     engine = Engine(num_pages=40, seed=0)
     prompt = list(range(9))
     engine.arrive(prompt, None)
-    engine.manager.keep_private("r0", 9)
+    engine.requests["r0"].steering = FROM_9
     drive(engine, 30)
     engine.manager.check_integrity()
     published = [block.block_hash is not None for block in engine.manager.req_to_blocks["r0"]]
@@ -304,7 +307,6 @@ def test_a_steered_request_publishes_its_prompt_and_no_more():
     drive(engine, 20)
     engine.manager.check_integrity()
     assert sum(b.block_hash is not None for b in engine.manager.req_to_blocks["r0"]) == 9 // size
-    engine.manager.forget("r0")
     finish_all(engine)
 
 
@@ -312,7 +314,7 @@ def test_check_integrity_finds_a_steered_page_that_was_published():
     engine = Engine(num_pages=40, seed=0)
     engine.arrive(list(range(9)), None)
     drive(engine, 30)
-    engine.manager.keep_private("r0", 9)
+    engine.requests["r0"].steering = FROM_9
     with pytest.raises(AssertionError, match="is steered and published"):
         engine.manager.check_integrity()
 
@@ -325,8 +327,10 @@ def test_thoughts_are_exported_by_kind(registry):  # noqa: F811
     logger.log_engine_initialized()
     assert value(registry, "skipkv_thoughts_total", kind="transition") == 0
     stats = EvictionStats()
-    stats.thought(Thoughts(12, 30, 5, 2))
-    stats.thought(Thoughts(1, 2, 3, 4))
+    for thoughts in (Thoughts(12, 30, 5, 2), Thoughts(1, 2, 3, 4)):
+        request = record()
+        request.thoughts = thoughts
+        stats.finished(request, Text([], []))
     report(logger, **stats.take(0, 0, 0))
     assert value(registry, "skipkv_steered_tokens_total") == 13
     for kind, number in (("execution", 32), ("reflection", 8), ("transition", 6)):

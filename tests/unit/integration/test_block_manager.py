@@ -30,10 +30,14 @@ from vllm.v1.core.kv_cache_utils import (
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
 from vllm.v1.request import Request, RequestStatus
 
-from skipkv_vllm.core.limits import Demand, Limits, LookaheadTokens, ceil_div, most_tokens
+from skipkv_vllm.config import KVPolicyConfig, ResolvedRequest
+from skipkv_vllm.core.limits import Limits, ceil_div
+from skipkv_vllm.core.needs import Need
+from skipkv_vllm.core.orders import Strength
 from skipkv_vllm.integration.block_manager import EvictingBlockManager
 from skipkv_vllm.integration.free_queue import GuardQueue
-from skipkv_vllm.scheduler.planner import EvictionPlanner, PlannedCompaction, Residency
+from skipkv_vllm.scheduler.planner import PlannedCompaction
+from skipkv_vllm.scheduler.requests import RequestRecord
 
 PAGE = 4
 MAX_MODEL_LEN = 400
@@ -99,19 +103,19 @@ class Engine:
             config, MAX_MODEL_LEN, scheduler_block_size=PAGE, hash_block_size=PAGE, enable_caching=enable_caching
         )
         (stock,) = self.kv.coordinator.single_type_managers
-        self.manager = EvictingBlockManager.adopt(stock, is_bounded=is_bounded)
+        self.requests: dict[str, RequestRecord] = {}
+        self.manager = EvictingBlockManager.adopt(stock, self.requests, is_bounded=is_bounded)
         self.pool = self.kv.block_pool
         if is_guarded:
             self.pool.free_block_queue = GuardQueue.adopt(self.pool.free_block_queue, seed)
         self.hasher = get_request_block_hasher(PAGE, sha256)
-        self.planner = EvictionPlanner()
         self.tracked: dict[str, Tracked] = {}
         self.running: list[str] = []
         self.waiting: list[str] = []
         self.pages: dict[int, list[Token | None]] = {i: [None] * PAGE for i in range(num_pages)}
         self.published: dict[bytes, tuple[Token, ...]] = {}
-        names = ("compactions", "replaced", "refused", "preemptions", "short", "hits", "finished", "borrowed")
-        self.counts = dict.fromkeys((*names, "unborrowed"), 0)
+        names = ("compactions", "replaced", "refused", "preemptions", "short", "hits", "finished", "lookahead")
+        self.counts = dict.fromkeys((*names, "no_lookahead"), 0)
         self._next_id = 0
 
     # ---- traffic
@@ -121,19 +125,17 @@ class Engine:
         self._next_id += 1
         request = Request(request_id, list(prompt), SamplingParams(max_tokens=200), None, block_hasher=self.hasher)
         self.tracked[request_id] = Tracked(request, limits)
-        if limits is not None:
-            self.planner.start(request_id, limits)
-        num_intact = MAX_MODEL_LEN if limits is None else limits.protected // PAGE
-        lookahead = LookaheadTokens() if limits is None else limits.lookahead
-        self.manager.ledger.declare(request_id, Demand(most_tokens(limits, LONGEST + 1), num_intact, lookahead))
+        policy = KVPolicyConfig(kv_policy="rkv").policy
+        resolved = ResolvedRequest(policy, Need.NOTHING, limits, len(prompt), 0, None, Strength(0, 0, 0))
+        self.requests[request_id] = RequestRecord.make(
+            request_id, resolved, resolved.demand(LONGEST + 1, PAGE), num_queries=8, block_size=PAGE
+        )
         self.waiting.append(request_id)
 
     def leave(self, request_id: str) -> None:
         """Finish or abort."""
         self.kv.free(self.tracked[request_id].request)
-        self.planner.stop(request_id)
-        self.manager.ledger.withdraw(request_id)
-        del self.tracked[request_id]
+        del self.tracked[request_id], self.requests[request_id]
         for queue in (self.running, self.waiting):
             if request_id in queue:
                 queue.remove(request_id)
@@ -143,7 +145,7 @@ class Engine:
         tracked = self.tracked[request_id]
         self.running.remove(request_id)
         self.kv.free(tracked.request)
-        self.planner.restart(request_id)
+        self.requests[request_id].planner.restart()
         tracked.request.num_computed_tokens = 0
         tracked.request.status = RequestStatus.PREEMPTED
         tracked.held, tracked.num_evicted = set(), 0
@@ -172,33 +174,34 @@ class Engine:
                 request.append_output_token_ids(self.random.randrange(50))
 
     def _compact(self, preempted: set[str]) -> list[Order]:
-        running = [
-            Residency(r, self.tracked[r].request.num_computed_tokens, self.manager.num_evicted(r)) for r in self.running
-        ]
-        orders, plans, borrowed = [], self.planner.plan(running), []
-        for plan in plans:
+        orders, due, lookahead = [], [], []
+        for request_id in self.running:
+            record = self.requests[request_id]
+            num_logical = self.tracked[request_id].request.num_computed_tokens
+            if (plan := record.planner.due(num_logical, record.num_evicted)) is not None:
+                due.append((request_id, plan))
+        for _, plan in due:
             if plan.num_lookahead:
                 held = {block.block_id for blocks in self.manager.req_to_blocks.values() for block in blocks}
-                found = self.manager.borrow(plan.num_lookahead)
-                self.counts["borrowed" if found else "unborrowed"] += 1
+                found = self.manager.take_lookahead(plan.num_lookahead)
+                self.counts["lookahead" if found else "no_lookahead"] += 1
                 assert found is None or len(set(found)) == ceil_div(plan.num_lookahead, PAGE)
-                borrowed += found or []
-                assert len(set(borrowed) | held) == len(borrowed) + len(held), "a borrowed page is somebody's"
-        for plan in plans:
-            tracked = self.tracked[plan.request_id]
+                lookahead += found or []
+                assert len(set(lookahead) | held) == len(lookahead) + len(held), "a lookahead block is also held"
+        for request_id, plan in due:
+            tracked = self.tracked[request_id]
             assert tracked.limits is not None
-            while plan.request_id in self.running and self._lacks_pages(plan):
+            while request_id in self.running and self._lacks_pages(request_id, plan):
                 preempted.add(self._make_room())
-            if plan.request_id not in self.running:
+            if request_id not in self.running:
                 continue
-            blocks_before = [block.block_id for block in self.manager.req_to_blocks[plan.request_id]]
+            blocks_before = [block.block_id for block in self.manager.req_to_blocks[request_id]]
             assert plan.num_resident == tracked.request.num_computed_tokens - tracked.num_evicted
-            shared = {b.block_id for b in self.manager.req_to_blocks[plan.request_id] if b.ref_cnt > 1}
-            pages = self.manager.compact(plan)
+            shared = {b.block_id for b in self.manager.req_to_blocks[request_id] if b.ref_cnt > 1}
+            pages = self.manager.compact(request_id, plan)
             assert pages is not None
             assert pages.source_blocks == blocks_before
             assert len(pages.target_blocks) == ceil_div(plan.num_keep, PAGE)
-            assert pages.num_freed == len(pages.source_blocks) - len(pages.target_blocks)
             intact = plan.protected // PAGE
             for i, target in enumerate(pages.target_blocks):
                 source = pages.source_blocks[i]
@@ -207,7 +210,7 @@ class Engine:
             assert not set(pages.target_blocks[intact:]) & shared, "a shared page would be written"
             orders.append(
                 Order(
-                    plan.request_id,
+                    request_id,
                     plan.num_resident,
                     plan.num_keep,
                     plan.protected,
@@ -217,27 +220,27 @@ class Engine:
                     pages.target_blocks,
                 )
             )
-            self.planner.committed(plan.request_id, tracked.request.num_computed_tokens)
+            self.requests[request_id].planner.committed(tracked.request.num_computed_tokens)
             tracked.num_evicted += plan.num_resident - plan.num_keep
-            assert self.manager.num_evicted(plan.request_id) == tracked.num_evicted
+            assert self.manager.num_evicted(request_id) == tracked.num_evicted
             assert tracked.request.num_computed_tokens - tracked.num_evicted == tracked.limits.keep
             self.counts["compactions"] += 1
-        assert not {page for order in orders for page in order.target_blocks} & set(borrowed)
-        if borrowed:
-            self.manager.give_back()
+        assert not {page for order in orders for page in order.target_blocks} & set(lookahead)
+        if lookahead:
+            self.manager.return_lookahead()
         # The workers write there before anything else of the step; who gets the pages in it writes them anew.
-        for page in borrowed:
+        for page in lookahead:
             self.pages[page] = [None] * PAGE
         return orders
 
-    def _lacks_pages(self, plan: PlannedCompaction) -> bool:
+    def _lacks_pages(self, request_id: str, plan: PlannedCompaction) -> bool:
         """Whether a compaction is refused. One that is not refused is not carried out here."""
-        blocks = self.manager.req_to_blocks[plan.request_id][: ceil_div(plan.num_keep, PAGE)]
+        blocks = self.manager.req_to_blocks[request_id][: ceil_div(plan.num_keep, PAGE)]
         shared = [block for block in blocks[plan.protected // PAGE :] if block.ref_cnt > 1]
         if len(shared) <= self.pool.get_num_free_blocks():
             return False
         before = self._bookkeeping()
-        assert self.manager.compact(plan) is None
+        assert self.manager.compact(request_id, plan) is None
         assert self._bookkeeping() == before, "a refused compaction changed something"
         self.counts["refused"] += 1
         return True
@@ -255,8 +258,8 @@ class Engine:
         while index < len(self.running):
             request_id = self.running[index]
             request = self.tracked[request_id].request
-            num_evicted = self.manager.num_evicted(request_id)
-            room = self.planner.room(request_id, request.num_computed_tokens, num_evicted)
+            record = self.requests[request_id]
+            room = record.planner.room(request.num_computed_tokens, record.num_evicted)
             count = min(chunk, room, request.num_tokens - request.num_computed_tokens)
             while True:
                 if self.kv.allocate_slots(request, count) is not None:
@@ -280,7 +283,7 @@ class Engine:
             if tracked.limits is not None and num_hit > tracked.limits.cacheable:
                 num_hit = tracked.limits.cacheable // PAGE * PAGE
                 blocks = self.kv.truncate_computed_blocks(blocks, num_hit)
-            count = min(chunk, self.planner.room(request_id, num_hit, 0), request.num_tokens - num_hit)
+            count = min(chunk, self.requests[request_id].planner.room(num_hit, 0), request.num_tokens - num_hit)
             new = self.kv.allocate_slots(
                 request, count, num_new_computed_tokens=num_hit, new_computed_blocks=blocks, full_sequence_must_fit=True
             )
@@ -353,7 +356,7 @@ class Engine:
         return (
             [(b.block_id, b.ref_cnt, b.block_hash) for b in self.pool.blocks],
             {r: [b.block_id for b in blocks] for r, blocks in self.manager.req_to_blocks.items()},
-            dict(self.manager._evicted),
+            {name: (record.promise, record.num_evicted, record.num_intact) for name, record in self.requests.items()},
             dict(self.manager.num_cached_block),
             [b.block_id for b in self.pool.free_block_queue.get_all_free_blocks()],
         )
@@ -366,7 +369,7 @@ class Engine:
             request = tracked.request
             resident = request.num_computed_tokens - tracked.num_evicted
             blocks = self.manager.req_to_blocks[request_id]
-            assert self.manager.num_pages(request_id) == len(blocks) == ceil_div(resident, PAGE)
+            assert self.manager.num_blocks(request_id) == len(blocks) == ceil_div(resident, PAGE)
             content = [self.pages[blocks[s // PAGE].block_id][s % PAGE] for s in range(resident)]
             assert len(tracked.held) == resident
             assert set(content) == tracked.held, f"{request_id}'s pages do not hold its tokens"
@@ -382,7 +385,7 @@ class Engine:
             if tracked.limits is not None:
                 resident = tracked.request.num_computed_tokens - tracked.num_evicted
                 assert resident <= tracked.limits.bound
-                assert self.manager.num_pages(request_id) <= ceil_div(tracked.limits.bound, PAGE)
+                assert self.manager.num_blocks(request_id) <= ceil_div(tracked.limits.bound, PAGE)
 
     def _check_published(self) -> None:
         """Every page in the prefix cache holds the tokens its hash stands for."""
@@ -446,10 +449,10 @@ def finish_all(engine: Engine) -> None:
     engine.check()
     assert engine.pool.get_num_free_blocks() == engine.pool.num_gpu_blocks - 1, "pages were lost"
     assert not engine.manager.req_to_blocks
-    assert not engine.manager._evicted
+    assert not engine.requests
     assert not engine.manager.num_cached_block
     assert engine.manager.ledger.num_promised == 0
-    assert not engine.manager.ledger._demands
+    assert not engine.manager.ledger._num_holders
 
 
 TOTALS: dict[str, int] = {}
@@ -475,7 +478,7 @@ def run_traffic(num_pages, seed, caching, bounded, guarded, operations):
         apply(engine, operation)
         engine.check()
     if bounded:
-        for count in ("short", "refused", "unborrowed"):
+        for count in ("short", "refused", "no_lookahead"):
             assert engine.counts[count] == 0, "a request did not find a page it was promised"
     finish_all(engine)
     for name, count in engine.counts.items():
@@ -488,7 +491,7 @@ def test_random_traffic_keeps_every_page_right():
     TOTALS.clear()
     run_traffic()
     # The examples must have reached everything they are meant to test.
-    missing = [name for name, count in TOTALS.items() if count == 0 and name not in ("refused", "unborrowed")]
+    missing = [name for name, count in TOTALS.items() if count == 0 and name not in ("refused", "no_lookahead")]
     assert not missing, TOTALS
 
 
@@ -585,7 +588,8 @@ def test_check_integrity_can_fail(corrupt):
     elif corrupt == "leaked":
         engine.pool.free_block_queue.popleft()
     elif corrupt == "stale":
-        engine.manager._evicted["gone"] = 3
+        engine.arrive(list(range(9)), None)
+        engine.requests["r1"].promise = engine.requests["r0"].promise
     else:
         # A page behind a rewritten one cannot be a prefix any more.
         assert blocks[0].block_hash is None
@@ -599,4 +603,4 @@ def test_check_integrity_can_fail(corrupt):
 def test_adopting_a_used_or_foreign_manager_is_refused():
     engine = Engine(num_pages=20, seed=0)
     with pytest.raises(AssertionError):
-        EvictingBlockManager.adopt(engine.manager)
+        EvictingBlockManager.adopt(engine.manager, {})

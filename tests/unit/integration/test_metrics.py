@@ -8,9 +8,11 @@ import prometheus_client
 import pytest
 from vllm.v1.metrics.stats import SchedulerStats
 
-from skipkv_vllm.core.orders import Compaction
+from skipkv_vllm.config import KVPolicyConfig, RequestOptions
+from skipkv_vllm.core.orders import Compaction, Started
 from skipkv_vllm.integration import compat, metrics
 from skipkv_vllm.integration.metrics import EvictionStatLogger
+from skipkv_vllm.scheduler.requests import RequestRecord
 from skipkv_vllm.scheduler.stats import EvictionStats
 
 WITH_POLICY = SimpleNamespace(additional_config={"skipkv": {}})
@@ -21,13 +23,25 @@ def compaction(resident: int, keep: int, source: int, target: int) -> Compaction
     return Compaction("a", 500, resident, keep, list(range(source)), list(range(target)), 0)
 
 
+def record(num_prompt: int = 4, recomputes_sentences: bool = False) -> RequestRecord:
+    """A request of a server with a budget of 96 tokens."""
+    resolved = RequestOptions().resolve(KVPolicyConfig(kv_policy="skipkv", kv_budget=96), num_prompt)
+    made = RequestRecord.make("a", resolved, resolved.demand(500, 16), num_queries=8, block_size=16)
+    made.recomputes_sentences = recomputes_sentences
+    return made
+
+
+def start(num_prompt: int = 4, recomputes_sentences: bool = False) -> tuple[RequestRecord, Started]:
+    return record(num_prompt, recomputes_sentences), Started("a", "skipkv", num_prompt, num_prompt, num_prompt)
+
+
 # ---- what the scheduler counts
 
 
 def test_compactions_are_counted_and_reported_once():
     stats = EvictionStats()
-    stats.compacted(compaction(144, 16, 9, 1))
-    stats.compacted(compaction(100, 60, 7, 4))
+    stats.compacted(record(), compaction(144, 16, 9, 1))
+    stats.compacted(record(), compaction(100, 60, 7, 4))
     report = stats.take(1000, 300, 24)
     counters = {"compactions": 2, "evicted_tokens": 128 + 40, "freed_pages": 8 + 3}
     assert report == report | counters | {"logical_tokens": 1000, "resident_tokens": 300, "promised_pages": 24}
@@ -39,8 +53,8 @@ def test_compactions_are_counted_and_reported_once():
 
 def test_prompts_that_were_compacted_by_tokens_decoded_ahead_are_counted():
     stats = EvictionStats()
-    stats.compacted(compaction(144, 16, 9, 1)._replace(lookahead_blocks=[20, 21]))
-    stats.compacted(compaction(144, 16, 9, 1))
+    stats.compacted(record(), compaction(144, 16, 9, 1)._replace(lookahead_blocks=[20, 21]))
+    stats.compacted(record(), compaction(144, 16, 9, 1))
     report = stats.take(0, 0, 0)
     assert (report["compactions"], report["probes"]) == (2, 1)
 
@@ -48,18 +62,18 @@ def test_prompts_that_were_compacted_by_tokens_decoded_ahead_are_counted():
 def test_the_peak_of_pages_outlives_reports():
     stats = EvictionStats()
     assert stats.take(0, 0, 0)["peak_pages"] == 0
-    for pages in (3, 9, 4):
-        stats.holding(pages)
+    for num_blocks in (3, 9, 4):
+        stats.blocks_in_use(num_blocks)
     assert stats.take(0, 0, 0)["peak_pages"] == 9
-    stats.holding(5)
+    stats.blocks_in_use(5)
     assert stats.take(0, 0, 0)["peak_pages"] == 9
 
 
 def test_skips_are_counted_by_reason():
     stats = EvictionStats()
-    stats.skipped("cached_prompt_sentences")
-    stats.skipped("cached_prompt_sentences")
-    stats.skipped("prompt_exceeds_budget")
+    stats.started(*start(recomputes_sentences=True))
+    stats.started(*start(num_prompt=88, recomputes_sentences=True))
+    stats.started(*start(num_prompt=89))
     report = stats.take(0, 0, 0)
     assert report["skipped:cached_prompt_sentences"] == 2
     assert report["skipped:prompt_exceeds_budget"] == 1
@@ -67,8 +81,8 @@ def test_skips_are_counted_by_reason():
 
 def test_dropped_traces_are_counted_by_reason():
     stats = EvictionStats()
-    stats.dropped_traces({"backlog": 2})
-    stats.dropped_traces({"backlog": 1, "missing_part": 1})
+    stats.traces_dropped({"backlog": 2})
+    stats.traces_dropped({"backlog": 1, "missing_part": 1})
     report = stats.take(0, 0, 0)
     assert (report["traces_dropped:backlog"], report["traces_dropped:missing_part"]) == (3, 1)
 
@@ -131,7 +145,7 @@ def test_engines_are_counted_apart(registry):
 
 def test_everything_the_scheduler_reports_is_exported(registry):
     stats = EvictionStats()
-    stats.compacted(compaction(144, 16, 9, 1))
+    stats.compacted(record(), compaction(144, 16, 9, 1))
     stats.skipped("cached_prompt_sentences")
     logger = EvictionStatLogger(WITH_POLICY)
     report(logger, **stats.take(144, 16, 9))

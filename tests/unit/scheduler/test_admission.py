@@ -15,14 +15,18 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from skipkv_vllm.config import CONFIG_KEY, KVPolicyConfig, RequestOptions
 from skipkv_vllm.core.errors import KVPolicyError
-from skipkv_vllm.core.limits import Demand, Limits, most_tokens
+from skipkv_vllm.core.limits import Demand, Limits, LookaheadTokens, ceil_div, most_tokens
 from skipkv_vllm.integration.compat import is_public, pool
 from skipkv_vllm.integration.compat.pool import install_pool_check
 from skipkv_vllm.integration.compat.request_checks import check_request
-from skipkv_vllm.scheduler.admission import Ledger, limits_of
+from skipkv_vllm.scheduler.admission import Holding, Ledger, Promise
 
 PAGE = 16
 CONFIG = KVPolicyConfig(kv_policy="skipkv", kv_budget=96, kv_buffer=32)
+
+
+def limits_of(options: RequestOptions, config: KVPolicyConfig, num_prompt: int) -> Limits | None:
+    return options.resolve(config, num_prompt).limits
 
 
 def ledger(num_pages: int, is_bounded: bool = True) -> Ledger:
@@ -95,93 +99,81 @@ def test_a_request_holds_its_bound_or_its_whole_text():
 # ---- promises
 
 
+BOUND = Demand(128, 0)
+
+
 def test_as_many_requests_start_as_have_room_at_their_bound():
     book = ledger(25)
-    for name in "abcd":
-        book.declare(name, Demand(128, 0))
-    admitted = [name for name in "abcd" if book.fits(name, []) and book.admit(name, []) is None]
-    assert admitted == ["a", "b", "c"]
+    promises = [book.admit(BOUND, []) for _ in range(4) if book.fits(BOUND, [])]
+    assert len(promises) == 3
     assert book.num_promised == 24
-    book.release("b")
-    assert book.fits("d", [])
+    book.release(promises[1])
+    assert book.fits(BOUND, [])
 
 
-def test_the_last_page_counts_in_full():
-    book = ledger(2)
-    book.declare("fits", Demand(32, 0))
-    book.declare("does not", Demand(33, 0))
-    assert book.fits("fits", [])
-    assert not book.fits("does not", [])
+def test_the_last_block_counts_in_full():
+    assert ledger(2).fits(Demand(32, 0), [])
+    assert not ledger(2).fits(Demand(33, 0), [])
 
 
 def test_a_temporary_copy_is_promised_where_it_takes_more_than_the_rest_of_a_life():
-    assert Demand(128, 0, (20, 100)).num_blocks(PAGE) == 2 + 7
-    assert Demand(128, 0, (15, 33)).num_blocks(PAGE) == 8
+    demand = Demand(128, 0, LookaheadTokens(20, 100))
+    assert demand.num_blocks(PAGE) == 2 + 7
+    assert Demand(128, 0, LookaheadTokens(15, 33)).num_blocks(PAGE) == 8
     book = ledger(17)
-    for name in "ab":
-        book.declare(name, Demand(128, 0, (20, 100)))
-    book.admit("a", [])
+    promise = book.admit(demand, [])
     assert book.num_promised == 9
-    assert not book.fits("b", [])
-    book.release("a")
+    assert not book.fits(demand, [])
+    book.release(promise)
     assert book.num_promised == 0
 
 
 def test_a_protected_prompt_in_the_cache_is_promised_once():
-    book = ledger(16)
+    book, demand = ledger(16), Demand(10 * PAGE, 6)
     prompt = [1, 2, 3, 4, 5, 6]
-    for name in "abc":
-        book.declare(name, Demand(10 * PAGE, 6))
-    book.admit("a", prompt)
+    first = book.admit(demand, prompt)
     assert book.num_promised == 10
-    # 4 pages of its own, and the shared ones are there.
-    assert book.fits("b", prompt)
-    assert not book.fits("b", [])
-    book.admit("b", prompt)
+    # The other needs 4 blocks of its own, and the shared ones are there.
+    assert book.fits(demand, prompt)
+    assert not book.fits(demand, [])
+    second = book.admit(demand, prompt)
     assert book.num_promised == 14
-    assert not book.fits("c", prompt)
-    # The pages stay promised while one of their holders runs.
-    book.release("a")
+    assert not book.fits(demand, prompt)
+    # The blocks stay promised while one of their holders runs.
+    book.release(first)
     assert book.num_promised == 10
-    book.release("b")
+    book.release(second)
     assert book.num_promised == 0
 
 
-def test_cached_pages_that_may_be_rewritten_count_for_each_request():
-    book = ledger(16)
-    for name in "ab":
-        book.declare(name, Demand(10 * PAGE, 0))
-    book.admit("a", [1, 2, 3])
+def test_cached_blocks_that_may_be_rewritten_count_for_each_request():
+    book, demand = ledger(16), Demand(10 * PAGE, 0)
+    book.admit(demand, [1, 2, 3])
     assert book.num_promised == 10
-    assert not book.fits("b", [1, 2, 3])
+    assert not book.fits(demand, [1, 2, 3])
 
 
 def test_optimistic_admission_promises_without_looking():
-    book = ledger(4, is_bounded=False)
-    for name in "ab":
-        book.declare(name, Demand(3 * PAGE, 0))
-        assert book.fits(name, [])
-        book.admit(name, [])
+    book, holdings = ledger(4, is_bounded=False), []
+    for name, num_blocks in {"a": 1, "b": 3}.items():
+        assert book.fits(Demand(3 * PAGE, 0), [])
+        holdings.append(Holding(name, book.admit(Demand(3 * PAGE, 0), []), num_blocks))
     assert book.num_promised == 6
-    book.check_integrity({"a": 1, "b": 3})
+    book.check_integrity(holdings)
 
 
-def test_a_request_that_leaves_while_it_waits_was_promised_nothing():
-    book = ledger(4)
-    book.declare("a", Demand(PAGE, 0))
-    book.withdraw("a")
-    book.withdraw("a")
-    assert book.num_promised == 0
-
-
-@pytest.mark.parametrize("held", [{"a": 5}, {}, {"a": 4, "b": 1}])
-def test_check_integrity_can_fail(held):
+@pytest.mark.parametrize("wrong", ["too many", "none", "another"])
+def test_check_integrity_can_fail(wrong):
     book = ledger(10)
-    book.declare("a", Demand(4 * PAGE, 2))
-    book.admit("a", [7, 8])
-    book.check_integrity({"a": 4})
+    promise = book.admit(Demand(4 * PAGE, 2), [7, 8])
+    book.check_integrity([Holding("a", promise, 4)])
+    holdings = {
+        "too many": [Holding("a", promise, 5)],
+        "none": [],
+        "another": [Holding("a", promise, 4), Holding("b", Promise(1, []), 1)],
+    }
     with pytest.raises(AssertionError):
-        book.check_integrity(held)
+        book.check_integrity(holdings[wrong])
 
 
 @given(
@@ -195,17 +187,14 @@ def test_promises_add_up_in_any_order(num_pages, steps):
     for number, num_tokens, num_intact, num_cached in steps:
         name = f"r{number}"
         if name in admitted:
-            book.withdraw(name)
-            del admitted[name]
+            book.release(admitted.pop(name).promise)
         else:
-            cached = list(range(min(num_cached, (num_tokens - 1) // PAGE)))
-            book.declare(name, Demand(num_tokens, num_intact))
-            if book.fits(name, cached):
-                book.admit(name, cached)
-                admitted[name] = -(-num_tokens // PAGE)
-        book.check_integrity(admitted)
-    for name in admitted:
-        book.withdraw(name)
+            demand, cached = Demand(num_tokens, num_intact), range(min(num_cached, (num_tokens - 1) // PAGE))
+            if book.fits(demand, cached):
+                admitted[name] = Holding(name, book.admit(demand, cached), ceil_div(num_tokens, PAGE))
+        book.check_integrity(admitted.values())
+    for holding in admitted.values():
+        book.release(holding.promise)
     assert book.num_promised == 0
 
 

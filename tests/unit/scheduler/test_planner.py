@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from skipkv_vllm.core.limits import Limits, ceil_div
 from skipkv_vllm.core.orders import Compaction
-from skipkv_vllm.scheduler.planner import EvictionPlanner, Looks, PlannedCompaction, Residency
+from skipkv_vllm.scheduler.planner import AccumulationSchedule, EvictionPlanner, PlannedCompaction
 
 LIMITS = Limits(budget=100, buffer=16, window=8, protected=0)
 
@@ -34,50 +34,48 @@ def test_prompt_plus_window_counts_from_the_budget_on():
 
 
 def test_compacts_at_the_bound_and_not_before():
-    planner = EvictionPlanner()
-    planner.start("a", LIMITS)
-    assert planner.plan([Residency("a", 115, 0)]) == []
-    assert planner.plan([Residency("a", 116, 0)]) == [PlannedCompaction("a", 116, 100, 0)]
+    planner = EvictionPlanner(LIMITS)
+    assert planner.due(115, 0) is None
+    assert planner.due(116, 0) == PlannedCompaction(116, 100, 0)
 
 
 @pytest.mark.parametrize(("num_prompt", "first"), [(50, 116), (108, 116), (109, 117), (400, 408)])
 def test_a_deferred_prompt_is_held_until_its_window_is_written(num_prompt, first):
     limits = Limits(budget=100, buffer=16, window=8, protected=0, deferred=num_prompt + 8)
     assert (limits.first_bound, limits.cacheable) == (first, first - 8)
-    planner = EvictionPlanner()
-    planner.start("a", limits)
-    assert planner.room("a", 0, 0) == first
-    assert planner.plan([Residency("a", first - 1, 0)]) == []
-    assert planner.plan([Residency("a", first, 0)]) == [PlannedCompaction("a", first, 100, 0)]
-    planner.committed("a", first)
+    planner = EvictionPlanner(limits)
+    assert planner.room(0, 0) == first
+    assert planner.due(first - 1, 0) is None
+    assert planner.due(first, 0) == PlannedCompaction(first, 100, 0)
+    planner.committed(first)
     # From then on it is a request like any other, until it is preempted.
-    assert planner.bound("a") == 116
-    assert planner.plan([Residency("a", first + 15, first - 100)]) == []
-    assert planner.plan([Residency("a", first + 16, first - 100)]) == [PlannedCompaction("a", 116, 100, 0)]
-    planner.restart("a")
-    assert planner.bound("a") == first
+    assert planner.bound == 116
+    assert planner.due(first + 15, first - 100) is None
+    assert planner.due(first + 16, first - 100) == PlannedCompaction(116, 100, 0)
+    planner.restart()
+    assert planner.bound == first
 
 
 @pytest.mark.parametrize("num_prompt", [100, 101, 115, 116, 117, 150])
 @pytest.mark.parametrize("is_deferred", [False, True])
 def test_a_prompt_longer_than_the_budget_can_be_compacted_at_its_end(num_prompt, is_deferred):
     limits = Limits(100, 16, 8, 0, deferred=num_prompt if is_deferred else 0, prompt_end=num_prompt)
-    planner = EvictionPlanner()
-    planner.start("a", limits)
+    planner = EvictionPlanner(limits)
     for _ in range(2):
         # It was preempted and has written 60 tokens; its text is computed again in chunks of at most 40.
         num_logical = num_evicted = 0
         at = []
         while num_logical < num_prompt + 60:
-            if num_logical >= planner.earliest["a"]:
-                for plan in planner.plan([Residency("a", num_logical, num_evicted)]):
-                    at.append(num_logical)
-                    assert plan.num_resident == num_logical - num_evicted <= limits.first_bound
-                    num_evicted += plan.num_resident - plan.num_keep
-                    planner.committed("a", num_logical)
-                    # A step that does not run the request must not compact it again.
-                    assert planner.plan([Residency("a", num_logical, num_evicted)]) == []
-            num_logical += min(40, planner.room("a", num_logical, num_evicted))
+            if num_logical >= planner.earliest:
+                plan = planner.due(num_logical, num_evicted)
+                assert plan is not None
+                at.append(num_logical)
+                assert plan.num_resident == num_logical - num_evicted <= limits.first_bound
+                num_evicted += plan.num_resident - plan.num_keep
+                planner.committed(num_logical)
+                # A step that does not run the request must not compact it again.
+                assert planner.due(num_logical, num_evicted) is None
+            num_logical += min(40, planner.room(num_logical, num_evicted))
         if num_prompt == 100:
             first = [116]
         elif num_prompt <= 116 or is_deferred:
@@ -87,46 +85,46 @@ def test_a_prompt_longer_than_the_budget_can_be_compacted_at_its_end(num_prompt,
         assert limits.cacheable == first[0] - 8
         assert at[: len(first)] == first
         assert at[len(first) :] == list(range(first[-1] + 16, num_prompt + 60, 16))
-        planner.restart("a")
+        planner.restart()
 
 
 def test_tokens_are_decoded_ahead_at_the_end_of_a_prompt_and_never_else():
-    planner = EvictionPlanner()
-    planner.start("a", Limits(100, 16, 8, 0, prompt_end=140, num_draft=5))
-    assert planner.plan([Residency("a", 116, 0)]) == [PlannedCompaction("a", 116, 100, 0, 0)]
-    assert planner.plan([Residency("a", 140, 24)]) == [PlannedCompaction("a", 116, 100, 0, 105)]
-    assert planner.plan([Residency("a", 156, 40)]) == [PlannedCompaction("a", 116, 100, 0, 0)]
-    planner.start("b", Limits(100, 16, 8, 0, prompt_end=100, num_draft=5))
-    assert planner.plan([Residency("b", 116, 0)]) == [PlannedCompaction("b", 116, 100, 0, 0)]
+    planner = EvictionPlanner(Limits(100, 16, 8, 0, prompt_end=140, num_draft=5))
+    assert planner.due(116, 0) == PlannedCompaction(116, 100, 0, 0)
+    assert planner.due(140, 24) == PlannedCompaction(116, 100, 0, 105)
+    assert planner.due(156, 40) == PlannedCompaction(116, 100, 0, 0)
+    planner = EvictionPlanner(Limits(100, 16, 8, 0, prompt_end=100, num_draft=5))
+    assert planner.due(116, 0) == PlannedCompaction(116, 100, 0, 0)
 
 
 def test_a_question_is_appended_before_the_end_of_a_prompt_and_not_at_it():
-    planner = EvictionPlanner()
-    planner.start("a", Limits(100, 16, 8, 0, prompt_end=140, num_question=7))
-    assert planner.plan([Residency("a", 116, 0)]) == [PlannedCompaction("a", 116, 100, 0, 7)]
-    assert planner.plan([Residency("a", 139, 23)]) == [PlannedCompaction("a", 116, 100, 0, 7)]
-    assert planner.plan([Residency("a", 140, 24)]) == [PlannedCompaction("a", 116, 100, 0, 0)]
-    assert planner.plan([Residency("a", 156, 40)]) == [PlannedCompaction("a", 116, 100, 0, 0)]
+    planner = EvictionPlanner(Limits(100, 16, 8, 0, prompt_end=140, num_question=7))
+    assert planner.due(116, 0) == PlannedCompaction(116, 100, 0, 7)
+    assert planner.due(139, 23) == PlannedCompaction(116, 100, 0, 7)
+    assert planner.due(140, 24) == PlannedCompaction(116, 100, 0, 0)
+    assert planner.due(156, 40) == PlannedCompaction(116, 100, 0, 0)
 
 
 def test_counts_resident_not_logical_tokens():
-    planner = EvictionPlanner()
-    planner.start("a", LIMITS)
-    assert planner.plan([Residency("a", 1015, 900)]) == []
-    assert planner.plan([Residency("a", 1016, 900)]) == [PlannedCompaction("a", 116, 100, 0)]
+    planner = EvictionPlanner(LIMITS)
+    assert planner.due(1015, 900) is None
+    assert planner.due(1016, 900) == PlannedCompaction(116, 100, 0)
 
 
 def test_a_request_beyond_its_bound_is_compacted_to_the_budget_all_the_same():
     # A long unprotected prompt, or a compaction that had to wait.
-    planner = EvictionPlanner()
-    planner.start("a", LIMITS)
-    assert planner.plan([Residency("a", 5000, 0)]) == [PlannedCompaction("a", 5000, 100, 0)]
+    planner = EvictionPlanner(LIMITS)
+    assert planner.due(5000, 0) == PlannedCompaction(5000, 100, 0)
 
 
-def test_unknown_requests_keep_everything():
-    planner = EvictionPlanner()
-    assert planner.plan([Residency("stranger", 10**6, 0)]) == []
-    assert planner.limits("stranger") is None
+def test_a_request_without_limits_keeps_everything():
+    planner = EvictionPlanner(None)
+    assert planner.due(10**6, 0) is None
+    assert planner.bound is None
+    assert planner.room(10**6, 0) > 10**6
+    assert planner.accumulate(90, is_compacted=False) == 0
+    planner.restart()
+    assert min(planner.earliest, planner.queries_from) > 10**6
 
 
 def test_a_request_takes_no_more_from_the_prefix_cache_than_leaves_a_window_to_compute():
@@ -134,63 +132,44 @@ def test_a_request_takes_no_more_from_the_prefix_cache_than_leaves_a_window_to_c
     assert Limits(budget=100, buffer=16, window=8, protected=300).cacheable == 316
 
 
-def test_budgets_differ_by_request_and_order_is_kept():
-    planner = EvictionPlanner()
-    planner.start("small", Limits(20, 4, 8, 0))
-    planner.start("large", Limits(200, 4, 8, 0))
-    planner.start("prompt", Limits(20, 4, 8, 50))
-    due = planner.plan([Residency("prompt", 62, 0), Residency("large", 203, 0), Residency("small", 24, 0)])
-    assert due == [PlannedCompaction("prompt", 62, 58, 50), PlannedCompaction("small", 24, 20, 0)]
+def test_a_protected_prompt_stays_whole():
+    assert EvictionPlanner(Limits(20, 4, 8, 50)).due(62, 0) == PlannedCompaction(62, 58, 50)
+    assert EvictionPlanner(Limits(20, 4, 8, 50)).due(61, 0) is None
 
 
 def test_planning_changes_nothing_until_it_is_committed():
-    planner = EvictionPlanner()
-    planner.start("a", LIMITS)
-    first = planner.plan([Residency("a", 116, 0)])
-    assert planner.plan([Residency("a", 116, 0)]) == first
-    assert planner.num_compactions("a") == 0
-    planner.committed("a", 116)
-    assert planner.num_compactions("a") == 1
+    planner = EvictionPlanner(LIMITS)
+    first = planner.due(116, 0)
+    assert planner.due(116, 0) == first
+    assert planner.num_compactions == 0
+    planner.committed(116)
+    assert planner.num_compactions == 1
 
 
 def test_starting_over_forgets_counts():
-    planner = EvictionPlanner()
-    planner.start("a", LIMITS, Looks(49, LIMITS.window, at_all=True))
-    planner.observe("a", 116, is_compacted=True)
-    planner.committed("a", 116)
-    planner.restart("a")
-    assert planner.num_compactions("a") == 0
-    assert planner.earliest["a"] == 116
-    assert planner.limits("a") == LIMITS
-    assert planner.plan([Residency("a", 116, 0)]) == [PlannedCompaction("a", 116, 100, 0)]
-    assert planner.observe("a", 57, is_compacted=False) == 8
-    planner.stop("a")
-    assert planner.limits("a") is None
-    assert planner.plan([Residency("a", 600, 0)]) == []
-    planner.restart("a")
-    assert planner.limits("a") is None
+    planner = EvictionPlanner(LIMITS, AccumulationSchedule(49, LIMITS.window, every_query=True))
+    planner.accumulate(116, is_compacted=True)
+    planner.committed(116)
+    planner.restart()
+    assert planner.num_compactions == 0
+    assert planner.earliest == 116
+    assert planner.due(116, 0) == PlannedCompaction(116, 100, 0)
+    assert planner.accumulate(57, is_compacted=False) == 8
 
 
 def test_a_chunk_ends_at_the_bound():
-    planner = EvictionPlanner()
-    planner.start("a", LIMITS)
-    assert planner.room("a", 0, 0) == 116
-    assert planner.room("a", 100, 0) == 16
-    assert planner.room("a", 1000, 900) == 16
-    assert planner.room("stranger", 10**6, 0) > 10**6
+    planner = EvictionPlanner(LIMITS)
+    assert planner.room(0, 0) == 116
+    assert planner.room(100, 0) == 16
+    assert planner.room(1000, 900) == 16
 
 
 def test_a_chunk_is_no_longer_than_its_queries_are_kept_where_they_are_counted():
-    planner = EvictionPlanner()
-    planner.start("a", LIMITS, Looks(49, LIMITS.window, at_all=True))
-    assert planner.room("a", 0, 0) == 57
-    assert planner.room("a", 50, 0) == 7
-    assert planner.observe("a", 57, is_compacted=False) == 8
-    assert planner.room("a", 57, 0) == 8
-
-
-def test_stopping_a_stranger_is_harmless():
-    EvictionPlanner().stop("stranger")
+    planner = EvictionPlanner(LIMITS, AccumulationSchedule(49, LIMITS.window, every_query=True))
+    assert planner.room(0, 0) == 57
+    assert planner.room(50, 0) == 7
+    assert planner.accumulate(57, is_compacted=False) == 8
+    assert planner.room(57, 0) == 8
 
 
 def test_orders_say_what_was_evicted_before():
@@ -214,59 +193,54 @@ def test_a_request_is_compacted_at_the_same_tokens_however_its_text_is_cut(
 ):
     """And never exceeds its bound, and every query from the first that counts on is counted."""
     limits = Limits(budget, buffer, window, prompt if protects else 0)
-    planner = EvictionPlanner()
     first = min(prompt - 1, limits.bound - buffer)
-    planner.start("a", limits, Looks(first, interval, at_all=True) if counts_attention else None)
+    schedule = AccumulationSchedule(first, interval, every_query=True)
+    planner = EvictionPlanner(limits, schedule if counts_attention else None)
     logical, evicted, counted, compacted_at = 0, 0, 0, []
     total = prompt + 3 * buffer
     while logical < total:
-        due = planner.plan([Residency("a", logical, evicted)])
-        counted += planner.observe("a", logical, is_compacted=bool(due))
-        for plan in due:
-            assert (plan.num_resident, plan.num_keep) == (limits.bound, limits.keep)
-            assert plan.num_keep >= limits.protected + window
+        due = planner.due(logical, evicted)
+        counted += planner.accumulate(logical, is_compacted=due is not None)
+        if due is not None:
+            assert (due.num_resident, due.num_keep) == (limits.bound, limits.keep)
+            assert due.num_keep >= limits.protected + window
             assert not counts_attention or first + counted == logical
-            evicted += plan.num_resident - plan.num_keep
-            planner.committed("a", logical)
+            evicted += due.num_resident - due.num_keep
+            planner.committed(logical)
             compacted_at.append(logical)
-        logical += min(chunks[logical % len(chunks)], total - logical, planner.room("a", logical, evicted))
+        logical += min(chunks[logical % len(chunks)], total - logical, planner.room(logical, evicted))
         assert logical - evicted <= limits.bound
         assert not counts_attention or logical - first - counted <= interval
     assert compacted_at == list(range(limits.bound, total, buffer))
-    assert planner.num_compactions("a") == len(compacted_at)
+    assert planner.num_compactions == len(compacted_at)
 
 
 def test_attention_is_counted_every_window_and_before_a_compaction():
-    planner = EvictionPlanner()
-    planner.start("a", LIMITS, Looks(49, LIMITS.window, at_all=True))
-    counted = {n: planner.observe("a", n, is_compacted=n == 61) for n in range(50, 72)}
+    planner = EvictionPlanner(LIMITS, AccumulationSchedule(49, LIMITS.window, every_query=True))
+    counted = {n: planner.accumulate(n, is_compacted=n == 61) for n in range(50, 72)}
     assert {n: count for n, count in counted.items() if count} == {57: 8, 61: 4, 69: 8}
-    assert planner.observe("a", 71, is_compacted=True) == 2
-    assert planner.observe("a", 71, is_compacted=True) == 0
+    assert planner.accumulate(71, is_compacted=True) == 2
+    assert planner.accumulate(71, is_compacted=True) == 0
 
 
 def test_attention_is_looked_at_by_segment_whatever_is_compacted():
-    planner = EvictionPlanner()
-    planner.start("a", LIMITS, Looks(50, 32, at_all=False))
-    assert planner.room("a", 0, 0) == 82
-    looks = {n: planner.observe("a", n, is_compacted=n in (70, 114)) for n in range(51, 130)}
+    planner = EvictionPlanner(LIMITS, AccumulationSchedule(50, 32, every_query=False))
+    assert planner.room(0, 0) == 82
+    looks = {n: planner.accumulate(n, is_compacted=n in (70, 114)) for n in range(51, 130)}
     assert {n: count for n, count in looks.items() if count} == {82: 8, 114: 8}
-    assert planner.room("a", 116, 16) == 16
-    planner.restart("a")
-    assert planner.observe("a", 82, is_compacted=False) == 8
+    assert planner.room(116, 16) == 16
+    planner.restart()
+    assert planner.accumulate(82, is_compacted=False) == 8
 
 
 def test_no_more_queries_are_counted_than_are_kept():
-    planner = EvictionPlanner()
-    planner.start("a", LIMITS, Looks(49, LIMITS.window, at_all=True))
-    assert planner.observe("a", 90, is_compacted=False) == 8
+    planner = EvictionPlanner(LIMITS, AccumulationSchedule(49, LIMITS.window, every_query=True))
+    assert planner.accumulate(90, is_compacted=False) == 8
 
 
 def test_attention_is_counted_only_where_somebody_reads_it():
-    planner = EvictionPlanner()
-    planner.start("a", LIMITS)
-    assert planner.observe("a", 90, is_compacted=True) == 0
-    assert planner.observe("stranger", 90, is_compacted=True) == 0
+    planner = EvictionPlanner(LIMITS)
+    assert planner.accumulate(90, is_compacted=True) == 0
 
 
 @given(
@@ -276,24 +250,21 @@ def test_attention_is_counted_only_where_somebody_reads_it():
 )
 def test_a_request_is_due_from_its_earliest_length_on_and_its_queries_are_there(budget, buffer, delays):
     """Also after compactions that had to wait. A step of one token records its query if it may be needed."""
-    planner, evicted, waits, window = EvictionPlanner(), 0, list(delays), 4
-    planner.start("a", Limits(budget, buffer, window, 0))
+    evicted, waits, window = 0, list(delays), 4
+    planner = EvictionPlanner(Limits(budget, buffer, window, 0))
     recorded = set()
     for logical in range(1, 400):
-        if planner.needs_queries("a", logical):
+        if logical > planner.queries_from:
             recorded.add(logical - 1)
-        due = planner.plan([Residency("a", logical, evicted)])
-        assert bool(due) == (logical >= planner.earliest["a"])
-        if not due:
+        due = planner.due(logical, evicted)
+        assert (due is not None) == (logical >= planner.earliest)
+        if due is None:
             continue
         assert recorded.issuperset(range(logical - window, logical))
         if waits and waits[0]:
             waits[0] -= 1
             continue
         waits = waits[1:]
-        evicted += due[0].num_resident - due[0].num_keep
-        planner.committed("a", logical)
+        evicted += due.num_resident - due.num_keep
+        planner.committed(logical)
     assert len(recorded) < 400 or buffer <= window
-    planner.stop("a")
-    assert not planner.earliest
-    assert not planner.needs_queries("a", 10**6)

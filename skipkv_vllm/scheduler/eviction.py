@@ -1,0 +1,310 @@
+"""Plans the compactions of a step from token counts and makes the orders for the workers; no vLLM, no tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Sequence
+from typing import Any, NamedTuple, Protocol
+
+from ..config import KVPolicyConfig, ResolvedRequest
+from ..core.limits import Demand, ceil_div
+from ..core.needs import FROM_RECENT_QUERIES
+from ..core.orders import Accumulation, Compaction, Started, SteeredRequest, StepOrders
+from .listeners import client_report
+from .planner import PlannedCompaction
+from .requests import RequestListener, RequestRecord, Text
+from .stats import EvictionStats
+
+
+class RunningRequest(Protocol):
+    """The part of vLLM's `Request` that planning reads."""
+
+    request_id: str
+    num_computed_tokens: int
+    """tokens in flight included"""
+
+
+class CompactedBlocks(NamedTuple):
+    """Block ids of a request before and after a compaction."""
+
+    source_blocks: list[int]
+    target_blocks: list[int]
+
+
+class BlockManager(Protocol):
+    """The part of the block manager that the controller uses."""
+
+    block_size: int
+
+    @property
+    def num_promised(self) -> int:
+        """Blocks promised to running requests."""
+
+    def blocks(self, request_id: str) -> list[int]:
+        """Return the block ids of a request."""
+
+    def compact(self, request_id: str, plan: PlannedCompaction) -> CompactedBlocks | None:
+        """Shorten a request's table and free the rest; None, and nothing changes, if too few blocks are free."""
+
+    def take_lookahead(self, num_tokens: int) -> list[int] | None:
+        """Take free blocks for that many tokens until `return_lookahead`; None if too few are free."""
+
+    def return_lookahead(self) -> None:
+        """Free all lookahead blocks."""
+
+    def forget(self, request_id: str) -> None:
+        """End all promises to a request that ended."""
+
+
+class StepPlan(NamedTuple):
+    """The compactions and accumulations of a step, before vLLM schedules it."""
+
+    compactions: list[Compaction]
+    accumulations: list[Accumulation]
+
+
+class _Due(NamedTuple):
+    request: RequestRecord
+    num_logical: int
+    plan: PlannedCompaction
+
+
+class EvictionController:
+    """Decides in each step which requests are compacted, and calls the listeners.
+
+    Call `arrive` for each request. In each step call `plan` before vLLM schedules the step and `orders` after it. Call
+    `preempted` and `finish` when vLLM has freed the blocks of a request.
+
+    Attributes:
+        requests: the records by request id. Only this class adds and removes them; the block manager reads them.
+        stats: counts for the metrics.
+    """
+
+    def __init__(
+        self,
+        config: KVPolicyConfig,
+        requests: dict[str, RequestRecord],
+        blocks: BlockManager,
+        stats: EvictionStats,
+        listeners: Sequence[RequestListener],
+    ) -> None:
+        self.requests = requests
+        self.stats = stats
+        self._blocks = blocks
+        self._listeners = listeners
+        self._num_queries = config.num_queries
+        self._accumulates = bool(config.needs & FROM_RECENT_QUERIES)
+
+    # ---- the life of a request
+
+    def arrive(self, request_id: str, resolved: ResolvedRequest, demand: Demand, prompt: Sequence[int]) -> None:
+        """Add a request.
+
+        Args:
+            request_id: its id.
+            resolved: the settings that apply to it.
+            demand: the most it may need.
+            prompt: token ids; empty if the prompt is given as embeddings.
+        """
+        request = RequestRecord.make(
+            request_id, resolved, demand, num_queries=self._num_queries, block_size=self._blocks.block_size
+        )
+        self.requests[request_id] = request
+        for listener in self._listeners:
+            listener.arrived(request, prompt)
+
+    def preempted(self, request_id: str) -> None:
+        """Note that a request lost its blocks; it starts over when it resumes."""
+        self.requests[request_id].planner.restart()
+
+    def finish(self, request_id: str, text: Text, params: dict[str, Any] | None) -> dict[str, Any] | None:
+        """Remove a request that ended; return its `kv_transfer_params` with our report for the client."""
+        self._blocks.forget(request_id)
+        request = self.requests.pop(request_id)
+        for listener in self._listeners:
+            listener.finished(request, text)
+        return client_report(params, request)
+
+    # ---- one step
+
+    def plan(self, running: Iterable[RunningRequest], preempt: Callable[[], str]) -> StepPlan:
+        """Plan the compactions and accumulations of the coming step.
+
+        The blocks that the compactions empty are free afterwards, so this very step can use them.
+
+        Args:
+            running: the running requests.
+            preempt: preempts a running request to free its blocks and returns its id.
+        """
+        requests, accumulates = self.requests, self._accumulates
+        candidates = [
+            (requests[running_request.request_id], running_request.num_computed_tokens)
+            for running_request in running
+            if accumulates
+            or running_request.num_computed_tokens >= requests[running_request.request_id].planner.earliest
+        ]
+        if not candidates:
+            return StepPlan([], [])
+        due = [
+            _Due(request, num_logical, plan)
+            for request, num_logical in candidates
+            if (plan := request.planner.due(num_logical, request.num_evicted)) is not None
+        ]
+        # Accumulations read the blocks as they are before the compactions.
+        accumulations = self._accumulate(candidates, {each.request.request_id for each in due})
+        return StepPlan(self._compact(due, preempt), accumulations)
+
+    def _accumulate(self, candidates: list[tuple[RequestRecord, int]], compacted: set[str]) -> list[Accumulation]:
+        if not self._accumulates:
+            return []
+        accumulations = []
+        for request, num_logical in candidates:
+            request_id = request.request_id
+            num_queries = request.planner.accumulate(num_logical, request_id in compacted)
+            if num_queries:
+                num_resident, blocks = num_logical - request.num_evicted, self._blocks.blocks(request_id)
+                accumulations.append(Accumulation(request_id, num_logical, num_resident, num_queries, blocks))
+        return accumulations
+
+    def _compact(self, due: list[_Due], preempt: Callable[[], str]) -> list[Compaction]:
+        # Lookahead blocks are taken before any block is freed, so none of them is still to be read.
+        lookahead = self._take_lookahead(due)
+        compactions = []
+        preempted: set[str] = set()
+        for request, num_logical, plan in due:
+            blocks = self._compact_blocks(request.request_id, plan, preempt, preempted)
+            if blocks is None:
+                continue
+            compactions.append(
+                Compaction(
+                    request_id=request.request_id,
+                    num_logical=num_logical,
+                    num_resident=plan.num_resident,
+                    num_keep=plan.num_keep,
+                    source_blocks=blocks.source_blocks,
+                    target_blocks=blocks.target_blocks,
+                    ordinal=request.planner.num_compactions,
+                    lookahead_blocks=lookahead.get(request.request_id, []),
+                )
+            )
+            request.planner.committed(num_logical)
+        if lookahead:
+            self._blocks.return_lookahead()
+        return compactions
+
+    def _take_lookahead(self, due: list[_Due]) -> dict[str, list[int]]:
+        """Take the lookahead blocks of a step; return them by request.
+
+        Bounded admission promises them. Optimistic admission does not, so they may be missing. Then the request is
+        compacted without the queries of the lookahead, which is counted.
+        """
+        blocks = {}
+        for request, _, plan in due:
+            if not plan.num_lookahead:
+                continue
+            found = self._blocks.take_lookahead(plan.num_lookahead)
+            if found is None:
+                self.stats.skipped("no_pages_for_probe")
+            else:
+                blocks[request.request_id] = found
+        return blocks
+
+    def _compact_blocks(
+        self, request_id: str, plan: PlannedCompaction, preempt: Callable[[], str], preempted: set[str]
+    ) -> CompactedBlocks | None:
+        """Free a request's blocks; return None if the request itself was preempted.
+
+        With optimistic admission a shared block may have to be replaced while no block is free. Then requests are
+        preempted, because a compaction that waited would evict other tokens.
+        """
+        while request_id not in preempted:
+            blocks = self._blocks.compact(request_id, plan)
+            if blocks is not None:
+                return blocks
+            preempted.add(preempt())
+        return None
+
+    def orders(
+        self,
+        plan: StepPlan,
+        running: Iterable[RunningRequest],
+        first_scheduled: Iterable[str],
+        preempted: Collection[str],
+    ) -> StepOrders:
+        """Return the orders of a step that was scheduled, and tell the listeners.
+
+        Args:
+            plan: of this step.
+            running: the running requests; their counts include the tokens of this step.
+            first_scheduled: requests whose first tokens this step computes.
+            preempted: requests that lost their blocks in this step, so that their orders must not be carried out.
+        """
+        compactions, accumulations = plan
+        if preempted:
+            compactions = [order for order in compactions if order.request_id not in preempted]
+            accumulations = [order for order in accumulations if order.request_id not in preempted]
+        requests = self.requests
+        for order in compactions:
+            for listener in self._listeners:
+                listener.compacted(requests[order.request_id], order)
+        started, steered = self._start(first_scheduled)
+        records_queries = self._accumulates or any(
+            request.num_computed_tokens > requests[request.request_id].planner.queries_from for request in running
+        )
+        return StepOrders(compactions, started, accumulations, records_queries, steered)
+
+    def _start(self, request_ids: Iterable[str]) -> tuple[list[Started], list[SteeredRequest]]:
+        started, steered = [], []
+        for request_id in request_ids:
+            request = self.requests[request_id]
+            resolved = request.resolved
+            if resolved.limits is not None:
+                protected = resolved.limits.protected
+                order = Started(
+                    request_id, resolved.policy.name, resolved.num_prompt, protected, protected, resolved.num_question
+                )
+                for listener in self._listeners:
+                    listener.started(request, order)
+                request.recomputes_sentences = False
+                started.append(order)
+            if request.steering is not None:
+                steered.append(request.steering)
+        return started, steered
+
+    # ---- reports and checks
+
+    def report(self, running: Iterable[RunningRequest]) -> dict[str, float]:
+        """Return the counts since the last report, with the current gauges."""
+        for listener in self._listeners:
+            listener.before_report()
+        num_logical = num_evicted = 0
+        for request in running:
+            num_logical += request.num_computed_tokens
+            num_evicted += self.requests[request.request_id].num_evicted
+        return self.stats.take(num_logical, num_logical - num_evicted, self._blocks.num_promised)
+
+    def idle(self) -> None:
+        """Tell the listeners that no request is left."""
+        for listener in self._listeners:
+            listener.idle()
+
+    def close(self) -> None:
+        """Tell the listeners that the scheduler shuts down."""
+        for listener in self._listeners:
+            listener.close()
+
+    def check_bounds(self, running: Iterable[RunningRequest]) -> None:
+        """Verify that every running request stays within its bound, also while its text is computed.
+
+        Raises:
+            AssertionError: a request holds more tokens or blocks than its bound allows.
+        """
+        for running_request in running:
+            request_id = running_request.request_id
+            request = self.requests[request_id]
+            bound = request.planner.bound
+            if bound is None:
+                continue
+            resident = running_request.num_computed_tokens - request.num_evicted
+            assert resident <= bound, f"{request_id} holds {resident} of at most {bound} tokens"
+            num_blocks, most = len(self._blocks.blocks(request_id)), ceil_div(bound, self._blocks.block_size)
+            assert num_blocks <= most, f"{request_id} holds {num_blocks} of at most {most} blocks"
