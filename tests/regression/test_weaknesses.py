@@ -16,12 +16,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from skipkv_vllm.ops import paging
+from skipkv_vllm.core.device import to_device
 from skipkv_vllm.scheduler.planner import Residency
-from skipkv_vllm.worker import batch as rows
-from skipkv_vllm.worker import cache as positions
-from skipkv_vllm.worker import compaction, runtime
-from skipkv_vllm.worker.signals import queries
 from tests.engines import REPOSITORY
 from tests.simulation import Simulation, simulation
 
@@ -216,15 +212,16 @@ def test_w7_a_compaction_sends_nothing_about_other_requests(monkeypatch):
         sizes: list[int] = []
 
         def recorded(data: Any, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-            tensor = paging.to_device(data, dtype, device)
+            tensor = to_device(data, dtype, device)
             sizes.append(tensor.nbytes)
             return tensor
 
         @contextmanager
         def recording() -> Iterator[None]:
             with monkeypatch.context() as patch:
-                for module in (compaction, positions, queries, rows, runtime):
-                    patch.setattr(module, "to_device", recorded, raising=False)
+                for name, module in list(sys.modules.items()):
+                    if name.startswith("skipkv_vllm.worker.") and hasattr(module, "to_device"):
+                        patch.setattr(module, "to_device", recorded)
                 yield
 
         watch(sim, recording)
