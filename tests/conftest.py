@@ -15,14 +15,15 @@ os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 if TYPE_CHECKING:
-    from tests.reference.oracle import ReferenceCache
+    from tests.reference.references import ReferenceCache
 
 
 @pytest.fixture(scope="session")
 def references() -> ReferenceCache:
     """Hugging Face references of this session."""
     from tests.engines import MODEL
-    from tests.reference.oracle import Model, ReferenceCache
+    from tests.reference.model import Model
+    from tests.reference.references import ReferenceCache
 
     return ReferenceCache(Model(MODEL))
 

@@ -15,12 +15,13 @@ from vllm.lora.request import LoRARequest
 from tests import engines
 from tests.engines import MODEL, PAGE, Job
 from tests.reference.comparison import another_question, check
-from tests.reference.oracle import Model, ReferenceCache
+from tests.reference.model import Model
+from tests.reference.references import ReferenceCache
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from tests.reference.oracle import EngineTrace, Result, Settings
+    from tests.reference.settings import EngineTrace, Result, Settings
 
 RANK, SCALE = 4, 2.0
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")

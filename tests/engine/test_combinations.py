@@ -16,7 +16,7 @@ from tests.engines import PAGE, Job
 from tests.reference.comparison import UNPROTECTED, another_question, check
 
 if TYPE_CHECKING:
-    from tests.reference.oracle import ReferenceCache
+    from tests.reference.references import ReferenceCache
 
 CHUNKED = {True: {"max_num_batched_tokens": 64}, False: {"enable_chunked_prefill": False}}
 COMBINATIONS = list(itertools.product([True, False], [True, False]))

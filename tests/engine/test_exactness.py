@@ -10,10 +10,11 @@ import pytest
 from tests import engines
 from tests.engines import PAGE, Job, Outcome
 from tests.reference.comparison import UNPROTECTED, another_question, check
-from tests.reference.oracle import Settings, generate
+from tests.reference.request import generate
+from tests.reference.settings import Settings
 
 if TYPE_CHECKING:
-    from tests.reference.oracle import ReferenceCache
+    from tests.reference.references import ReferenceCache
 
 METHODS = ("skipkv", "rkv", "streaming_llm")
 BASELINES = ("h2o", "snapkv", "random")

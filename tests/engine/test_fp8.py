@@ -22,7 +22,7 @@ from tests.engines import PAGE, Job
 from tests.reference.comparison import Tolerance, check_replayed, settings_of
 
 if TYPE_CHECKING:
-    from tests.reference.oracle import ReferenceCache
+    from tests.reference.references import ReferenceCache
 
 if not torch.cuda.is_available() and not torch.cpu._is_avx512_supported():
     pytest.skip("vLLM's CPU attention reads 8-bit caches with AVX-512 or AMX only", allow_module_level=True)

@@ -21,7 +21,7 @@ from tests.engines import PAGE, Job
 from tests.reference.comparison import UNPROTECTED, another_question, check
 
 if TYPE_CHECKING:
-    from tests.reference.oracle import ReferenceCache
+    from tests.reference.references import ReferenceCache
 
 LONG = 150
 GATES: dict[str, Any] = {"kv_policy": "trimkv", "kv_policy_config": {"gates": bundled_gates()}}

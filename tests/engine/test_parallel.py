@@ -27,7 +27,7 @@ from tests.engine.test_server import free_port
 from tests.engines import PAGE, Job, Outcome
 
 if TYPE_CHECKING:
-    from tests.reference.oracle import ReferenceCache
+    from tests.reference.references import ReferenceCache
 
 METHODS = ["skipkv", "rkv", "h2o", "streaming_llm", "snapkv", "random"]
 NUM_NEW = 250

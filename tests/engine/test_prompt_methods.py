@@ -13,7 +13,7 @@ from tests.reference.comparison import UNPROTECTED, another_question, check, set
 from tests.soak import runtime_of
 
 if TYPE_CHECKING:
-    from tests.reference.oracle import ReferenceCache
+    from tests.reference.references import ReferenceCache
 
 ARGUMENTS: dict[str, Any] = UNPROTECTED | {
     "kv_policy": "laq",

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from vllm import RequestOutput
 
     from skipkv_vllm.trace.files import Trace
-    from tests.reference.oracle import ReferenceCache
+    from tests.reference.references import ReferenceCache
 
 # 39 pages that requests can use; a request at the server's bound takes 4, one that keeps everything up to 64.
 POOL = 40

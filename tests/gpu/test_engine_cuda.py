@@ -24,7 +24,7 @@ from skipkv_vllm.integration.compat import refusals
 from tests import engines
 from tests.engines import Job, Outcome
 from tests.reference.comparison import Tolerance, check_replayed
-from tests.reference.oracle import Model
+from tests.reference.model import Model
 from tests.wide_model import widen
 
 ON_CPU = os.environ.get("SKIPKV_GPU_TESTS") == "cpu"
