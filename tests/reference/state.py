@@ -137,7 +137,7 @@ class State:
     # ---- reading
 
     def heads(self) -> Iterator[tuple[Tensor, Tensor, tuple[int, int]]]:
-        """Yield by layer and kv head the last queries `[W, group, D]`, the held keys `[held, D]` and the place of both."""
+        """Yield by layer and kv head the last queries `[W, group, D]`, the held keys `[held, D]` and both indices."""
         for i, layer in enumerate(self.cache.layers):
             queries = self.queries[i].unflatten(0, (layer.keys.shape[1], -1)).transpose(1, 2)
             for head in range(len(queries)):

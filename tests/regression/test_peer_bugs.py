@@ -46,12 +46,12 @@ def test_silent_no_op_above_a_size_cap():
     sim.runtime.begin_step(StepOrders([order], []), [], [])
     assert sim.runtime.num_compactions == 1
     assert sim.runtime.num_evicted("a") == length - keep
-    request.pages, request.num_evicted = order.target_blocks, length - keep
+    request.blocks, request.num_evicted = order.target_blocks, length - keep
     positions = sim.positions("a")
     assert positions.shape == (LAYERS, KV_HEADS, keep)
     # Real survivors: distinct, the prompt and the window among them, and K where the sidecar says it is.
     for layer in range(LAYERS):
-        keys, _ = sim._read(layer, request, keep)
+        keys, _ = sim.pool.read(layer, request.blocks, keep)
         for head in range(KV_HEADS):
             held = positions[layer, head].tolist()
             assert len(set(held)) == keep
@@ -90,7 +90,7 @@ def test_counters_not_reset_between_requests():
         sim.step({name: prompt})
         assert sim.runtime.num_evicted(name) == 0
         assert sim.last_evicted is None
-        state = sim.runtime.signals.sentences.tracker.state(sim.runtime._requests[name].row)
+        state = sim.runtime.signals.sentences.tracker.state(sim.worker.request(name).row)
         assert not state.penalties.any()
         decode(sim, 30)
         assert sim.running[name].num_compactions >= 1
@@ -125,15 +125,15 @@ def test_shared_prefix_page_overwritten():
     sim.start("a", num_prompt=17, budget=20)
     sim.step({"a": 17})
     sim.start("reader", num_prompt=17, budget=1, policy="none", shared_with="a")
-    shared = list(sim.running["reader"].pages)
+    shared = list(sim.running["reader"].blocks)
     assert len(shared) == 4
-    raw = [cache[shared].clone() for cache in sim.raw]
+    raw = [cache[shared].clone() for cache in sim.pool.raw]
     sim.step({"reader": 1, "a": 1})
     decode(sim, 20, "a")
     assert sim.running["a"].num_compactions >= 1
     assert sim.num_replaced >= 1
-    assert not set(sim.running["a"].pages) & set(shared)
-    for cache, before in zip(sim.raw, raw, strict=True):
+    assert not set(sim.running["a"].blocks) & set(shared)
+    for cache, before in zip(sim.pool.raw, raw, strict=True):
         assert torch.equal(cache[shared], before)
     sim.check("reader")
 
@@ -163,7 +163,7 @@ def test_selection_order_after_the_first_compaction():
     slots = sim.positions("a")[0, 0]
     assert (slots[1:] < slots[:-1]).any(), "the example must have slots out of order"
     recorder = Recorder(make_policy("rkv"))
-    sim.runtime._requests["a"].policy = recorder
+    sim.worker.request("a").policy = recorder
     decode(sim, 8)
     assert len(recorder.views) == LAYERS
     for layer, view in enumerate(recorder.views):
@@ -313,10 +313,10 @@ def test_pages_are_held_although_their_tokens_are_gone():
     # Eleven pages of four tokens, and far more tokens than they hold.
     for _ in range(200):
         sim.step({"a": 1})
-        most = max(most, len(sim.running["a"].pages))
+        most = max(most, len(sim.running["a"].blocks))
     assert most == (20 + 8) / sim.block_size
     sim.stop("a")
-    assert sorted(sim.free) == list(range(1, 12))
+    assert sorted(sim.pool.free) == list(range(1, 12))
 
 
 def test_an_evaluation_reads_only_the_answer_at_hand(tmp_path, pool, monkeypatch):  # noqa: F811

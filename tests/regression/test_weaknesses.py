@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from skipkv_vllm.core.device import to_device
 from skipkv_vllm.scheduler.planner import Residency
 from tests.engines import REPOSITORY
-from tests.simulation import Simulation, simulation
+from tests.simulation import Simulation
 
 
 class Operators(TorchDispatchMode):
@@ -102,11 +102,10 @@ SCORED = {
 
 
 @pytest.mark.parametrize("method", SCORED)
-def test_w4_launches_do_not_grow_with_layers(method, monkeypatch):
+def test_w4_launches_do_not_grow_with_layers(method):
     policy, parameters, operators = SCORED[method]
     few = operators_of_a_compaction(due(policy, parameters=parameters))
-    monkeypatch.setattr(simulation, "LAYERS", 7)
-    many = operators_of_a_compaction(due(policy, parameters=parameters))
+    many = operators_of_a_compaction(due(policy, parameters=parameters, num_layers=7))
     for name in (*operators, "select_keep", "compact_pages"):
         assert sum(number for each, number in few.items() if each.endswith(f".{name}")) == 1
     assert many == few
@@ -255,7 +254,7 @@ def test_w17_a_request_past_its_bound_waits_for_its_compaction():
     for _ in range(5):
         sim.step({"a": 1, "b": 1}, compact=False)
     late = [Residency(r.name, r.num_logical, r.num_evicted) for r in sim.running.values()]
-    assert [plan.num_resident - plan.num_keep for plan in sim.planner.plan(late)] == [13, 13]
+    assert [plan.num_resident - plan.num_keep for plan in sim.planning.planner.plan(late)] == [13, 13]
     sim.step({})
     for name, request in sim.running.items():
         assert request.num_resident == sim.keep_of(request)

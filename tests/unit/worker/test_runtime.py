@@ -16,7 +16,7 @@ from skipkv_vllm.worker.batch import StepBatch
 from skipkv_vllm.worker.signals import attention_mass
 from skipkv_vllm.worker.signals.attention_mass import GROWTH
 from skipkv_vllm.worker.signals.base import ForwardOutput
-from tests.simulation import DOT, HIDDEN, Simulation
+from tests.simulation import DOT, HIDDEN, Simulation, sentences_of
 
 PAPER = {"compat": "paper"}
 CASES = [
@@ -80,12 +80,12 @@ def test_segments_shrink_as_the_text_turns(parameters, protect, layout):
     quotas = []
     for _ in range(150):
         sim.step({"b": 1, "a": 1})
-        quotas += [tuple(request.quota) for request in sim.running.values()]
+        quotas += [tuple(request.segments.quota) for request in sim.running.values()]
     for name, request in sim.running.items():
         sim.check(name)
         assert request.num_compactions >= 5
-        assert any(request.steps), "nothing shrank for want of room"
-        kinds = sim.config.policy.kinds(torch.tensor(request.sparsities)).tolist()
+        assert any(request.segments.steps), "nothing shrank for want of room"
+        kinds = sim.config.policy.kinds(torch.tensor(request.segments.sparsities)).tolist()
         assert {TRANSITION, REASONING} <= set(kinds) if parameters["segment"] == 16 else TRANSITION in kinds
     assert {8, 4} <= {tokens for quota in quotas for tokens in quota}
     sim.stop("a", preempt=True)
@@ -94,7 +94,7 @@ def test_segments_shrink_as_the_text_turns(parameters, protect, layout):
         sim.step({"a": 1, "b": 1})
     sim.check("a")
     assert (
-        len(sim.running["a"].sparsities)
+        len(sim.running["a"].segments.sparsities)
         == (sim.running["a"].num_logical - sim.running["a"].protected) // (parameters["segment"])
     ), "the first life's segments count"
 
@@ -125,11 +125,11 @@ def test_a_prompt_is_compacted_by_its_question_as_soon_as_it_is_computed(num_que
 
 
 @pytest.mark.parametrize("layout", ["gpu strided", "vec"])
-@pytest.mark.parametrize("has_spare_pages", [True, False])
-def test_a_question_is_asked_after_each_chunk(has_spare_pages, layout):
+@pytest.mark.parametrize("has_spare_blocks", [True, False])
+def test_a_question_is_asked_after_each_chunk(has_spare_blocks, layout):
     parameters = {"ask_chunks": True, "task_tokens": 3}
     sim = Simulation("finch", protect=False, parameters=parameters, layout=layout, ratio=2, max_length=66)
-    sim.has_spare_pages = has_spare_pages
+    sim.has_spare_blocks = has_spare_blocks
     # The question would end behind the model's longest text in the last chunk of "a".
     prompts, budgets = {"a": 65, "b": 47}, {"a": 24, "b": 26}
     for name, num_prompt in prompts.items():
@@ -139,8 +139,8 @@ def test_a_question_is_asked_after_each_chunk(has_spare_pages, layout):
     num_question = []
     while any(chunks.values()):
         sim.step({name: each.pop(0) for name, each in chunks.items() if each})
-        num_question.append([0 if r.asked is None else r.asked.shape[1] for r in sim.running.values()])
-    expected = [[3, 3], [3, 3], [3, 0], [3, 0], [2, 0]] if has_spare_pages else [[0, 0]] * 5
+        num_question.append([request.num_lookahead for request in sim.running.values()])
+    expected = [[3, 3], [3, 3], [3, 0], [3, 0], [2, 0]] if has_spare_blocks else [[0, 0]] * 5
     assert num_question == expected
     sim.step({"a": 0})
     assert [sim.running[name].num_compactions for name in prompts] == [6, 3]
@@ -150,11 +150,11 @@ def test_a_question_is_asked_after_each_chunk(has_spare_pages, layout):
 
 @pytest.mark.parametrize("layout", ["gpu strided", "vec"])
 @pytest.mark.parametrize("with_window", [False, True])
-@pytest.mark.parametrize("has_spare_pages", [True, False])
-def test_a_prompt_is_compacted_by_tokens_that_are_decoded_ahead(with_window, has_spare_pages, layout):
+@pytest.mark.parametrize("has_spare_blocks", [True, False])
+def test_a_prompt_is_compacted_by_tokens_that_are_decoded_ahead(with_window, has_spare_blocks, layout):
     parameters = {"with_window": with_window, "lookahead": 6}
     sim = Simulation("laq", protect=False, parameters=parameters, layout=layout, ratio=2, max_length=50)
-    sim.has_spare_pages = has_spare_pages
+    sim.has_spare_blocks = has_spare_blocks
     prompts = {"a": 45, "b": 27, "c": 15, "d": 29}
     for name, num_prompt in prompts.items():
         sim.start(name, num_prompt=num_prompt, budget=26)
@@ -163,29 +163,26 @@ def test_a_prompt_is_compacted_by_tokens_that_are_decoded_ahead(with_window, has
     sim.step({"a": 20, "b": 27, "c": 15, "plain": 9})
     sim.step({"plain": 1, "a": 25, "c": 1, "d": 29})
     assert [sim.running[name].num_compactions for name in prompts] == [0, 1, 0, 0]
-    free = sorted(sim.free)
+    free = sorted(sim.pool.free)
     sim.step(dict.fromkeys(prompts, 0))
     assert [sim.running[name].num_compactions for name in prompts] == [1, 1, 0, 1]
-    assert sorted(set(free) & set(sim.free)) == free, "a page was lost"
-    ahead = {name: sim.running[name].lookahead_queries for name in prompts}
-    if has_spare_pages:
-        assert [0 if each is None else each.shape[1] for each in ahead.values()] == [5, 6, 0, 6]
-    else:
-        assert not any(each is not None for each in ahead.values())
+    assert sorted(set(free) & set(sim.pool.free)) == free, "a page was lost"
+    num_drafted = [sim.running[name].num_lookahead for name in prompts]
+    assert num_drafted == ([5, 6, 0, 6] if has_spare_blocks else [0, 0, 0, 0])
     for _ in range(24):
         sim.step(dict.fromkeys(prompts, 1))
     for name in (*prompts, "plain"):
         sim.check(name)
     assert [sim.running[name].num_compactions for name in prompts] == [3, 3, 1, 3]
-    assert all(sim.running[name].lookahead_queries is None for name in prompts)
+    assert not any(sim.running[name].num_lookahead for name in prompts)
 
 
 def test_queries_of_tokens_decoded_ahead_decide_other_than_the_window():
     """Or the comparison above would say little."""
     kept = []
-    for has_spare_pages in (True, False):
+    for has_spare_blocks in (True, False):
         sim = Simulation("laq", protect=False)
-        sim.has_spare_pages = has_spare_pages
+        sim.has_spare_blocks = has_spare_blocks
         sim.start("a", num_prompt=45, budget=26)
         sim.step({"a": 45})
         sim.step({"a": 0})
@@ -259,7 +256,7 @@ def test_a_dummy_pass_leaves_what_gates_said_alone():
     sim.step({"a": 9})
     before = sim.runtime.signals.gates._entries.clone()
     sim.runtime.prepare_dummy()
-    for block in sim.blocks:
+    for block in sim.worker.attention_blocks:
         block(torch.zeros(9), torch.ones(9, HIDDEN))
     sim.runtime.signals.gates.store(torch.arange(9))
     assert torch.equal(sim.runtime.signals.gates._entries, before)
@@ -274,7 +271,7 @@ def test_flagged_sentences_leave_before_anything_else():
     for _ in range(28):
         sim.step({"a": 1}, compact=False)
     request = sim.running["a"]
-    _, penalty = sim._sentences(request)
+    penalty = sentences_of(request, sim.config).penalty
     flagged = {p for p in range(38) if penalty(p) > 0}
     sim.step({"a": 1})
     assert request.num_compactions == 1
@@ -363,9 +360,9 @@ def test_a_request_may_use_another_method_than_the_server():
     for _ in range(40):
         sim.step({"own": 1, "other": 1, "rkv": 1})
     assert all(r.num_compactions >= 2 for r in sim.running.values())
-    assert sim.runtime._requests["other"].policy == make_policy("streaming_llm")
+    assert sim.worker.request("other").policy == make_policy("streaming_llm")
     # streaming_llm reads no queries, so none of its queries may be recorded.
-    assert not sim.runtime.signals.queries.of_layer(0, sim.runtime._requests["other"].row, 48, 4).any()
+    assert not sim.runtime.signals.queries.of_layer(0, sim.worker.request("other").row, 48, 4).any()
 
 
 @pytest.mark.parametrize("policy", ["skipkv", "h2o", "trimkv"])
@@ -409,7 +406,7 @@ def test_a_request_that_starts_again_in_the_same_step_as_its_preemption():
     sim.stop("a", preempt=True)
     sim.start("a", num_prompt=8, budget=24)
     sim.step({"a": 8})
-    assert len(sim.runtime._requests) == 1
+    assert sim.worker.num_requests == 1
 
 
 @pytest.mark.parametrize("policy", ["skipkv", "h2o", "paper"])
@@ -438,13 +435,13 @@ def test_sums_are_as_long_as_their_own_request():
     assert sim.running["short"].num_compactions >= 2
     # Nobody ranks the protected prompt, so it has no sums.
     sums = sim.runtime.signals.attention_mass.sums._sums
-    assert {sums[sim.runtime._requests[name].row].shape[-1] for name in ("long", "short")} == {GROWTH}
+    assert {sums[sim.worker.request(name).row].shape[-1] for name in ("long", "short")} == {GROWTH}
 
 
 def test_finished_requests_that_were_never_managed_are_ignored():
     sim = Simulation("rkv")
     sim.runtime.begin_step(None, ["stranger"], ["another"])
-    assert len(sim.runtime._rows._free) == 4
+    assert len(sim.worker.free_rows) == 4
 
 
 @pytest.mark.parametrize("protect", [True, False])
@@ -459,7 +456,7 @@ def test_sentences_are_tracked_from_the_end_of_a_protected_prompt(protect):
     ends = [p for p in range(30) if p >= first and tokens[p] == DOT]
     ends = [p for p in ends if p == first or tokens[p - 1] != DOT or p - 1 < first]  # opening delimiters of a run
     assert any(tokens[p] == DOT for p in range(20)), "the prompt must have a sentence"
-    state = sim.runtime.signals.sentences.tracker.state(sim.runtime._requests["a"].row)
+    state = sim.runtime.signals.sentences.tracker.state(sim.worker.request("a").row)
     closed = int((state.ends < 2**31 - 1).sum())
     assert closed == len(ends)
     assert state.first == first
@@ -544,7 +541,7 @@ def test_check_integrity_finds_a_token_held_twice():
     sim.runtime.begin_step(StepOrders([order], []), [], [])
     sim.runtime.check_integrity(order)
     page = order.target_blocks[-1]
-    sim.cache.sidecar[0, page, 0, 0] = sim.cache.sidecar[0, page, 0, 1]
+    sim.worker.cache.sidecar[0, page, 0, 0] = sim.worker.cache.sidecar[0, page, 0, 1]
     with pytest.raises(AssertionError, match="held twice"):
         sim.runtime.check_integrity(order)
 
@@ -553,7 +550,7 @@ def test_check_integrity_finds_a_lost_prompt_token_and_window():
     sim = started(Simulation("rkv"))
     order = sim.order(sim.running["a"])
     sim.runtime.begin_step(StepOrders([order], []), [], [])
-    entries = sim.cache.sidecar
+    entries = sim.worker.cache.sidecar
     held = sim.runtime.held(order)[0, 0].tolist()
     missing = next(p for p in range(8, 24) if p not in held)
     for position, message in ((0, "protected prompt token"), (27, "observation window")):
@@ -570,6 +567,6 @@ def test_check_integrity_finds_a_lost_row():
     sim = started(Simulation("rkv"))
     order = sim.order(sim.running["a"])
     sim.runtime.begin_step(StepOrders([order], []), [], [])
-    sim.runtime._rows._free.append(sim.runtime._requests["a"].row)
+    sim.worker.free_rows.append(sim.worker.request("a").row)
     with pytest.raises(AssertionError, match="a row was lost"):
         sim.runtime.check_integrity(order)
