@@ -1,6 +1,6 @@
-"""Every bug and weakness that we know of other KV-eviction projects, and the tests that show that we do not have it.
+"""Known bugs and weaknesses of other KV-eviction projects, and the tests that show that this project has none of them.
 
-Names of tests are those of pytest, without parameters. `pytest $(python -m tests.regression.register W7)` runs those of
+Tests have pytest's names, without parameters. `pytest $(python -m tests.regression.register W7)` runs those of
 a row, `python -m tests.regression.register` lists the rows.
 """
 
@@ -225,7 +225,7 @@ BUGS = {
         ),
     ),
 }
-"""What went wrong somewhere."""
+"""Bugs of other projects."""
 
 WEAKNESSES = {
     "W1": Row(
@@ -377,7 +377,7 @@ WEAKNESSES = {
         ),
     ),
 }
-"""What is slower, larger or missing elsewhere by design."""
+"""Weaknesses of other projects by design: slower, larger or missing."""
 
 DEMANDS = {
     "concurrency": Row(
@@ -513,7 +513,7 @@ DEMANDS = {
         ),
     ),
 }
-"""What a server must stand, whoever failed at it."""
+"""Demands on any server."""
 
 ROWS = BUGS | WEAKNESSES | DEMANDS
 

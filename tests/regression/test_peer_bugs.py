@@ -1,6 +1,6 @@
-"""One small test per bug that other KV-eviction projects had, where it can be shown without an engine.
+"""One small test per bug of other KV-eviction projects that can be shown without an engine.
 
-`register.py` has them all, and where each is tested.
+`register.py` lists all of them with their tests.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def test_silent_no_op_above_a_size_cap():
 def test_physical_slots_used_as_rope_positions():
     """hipfire: after an eviction the slot index was used as RoPE position, and the model looped.
 
-    What is taken off goes to sequence lengths and slots only; the batch's own logical positions stay.
+    Evicted tokens reduce sequence lengths and slots only; the batch's logical positions stay.
     """
     sim = Simulation("rkv")
     sim.start("a", num_prompt=6, budget=20)
@@ -120,7 +120,7 @@ def test_a_preempted_request_keeps_its_counter():
 
 
 def test_shared_prefix_page_overwritten():
-    """R-KV: survivors were moved into pages of a prefix that other requests shared; their text bled through."""
+    """R-KV: survivors were moved into blocks of a prefix that other requests shared, whose text then changed."""
     sim = Simulation("rkv", protect=False)
     sim.start("a", num_prompt=17, budget=20)
     sim.step({"a": 17})
@@ -139,9 +139,9 @@ def test_shared_prefix_page_overwritten():
 
 
 class Recorder:
-    """Stands in for a policy and remembers what it was shown."""
+    """Stands in for a policy and records its arguments."""
 
-    token_score = None  # so that `score` itself is asked, not the operator
+    token_score = None  # so that `score` itself is called instead of the operator
 
     def __init__(self, policy):
         self.policy, self.views = policy, []
@@ -161,7 +161,7 @@ def test_selection_order_after_the_first_compaction():
     sim.step({"a": 6})
     decode(sim, 23)
     slots = sim.positions("a")[0, 0]
-    assert (slots[1:] < slots[:-1]).any(), "the example must have slots out of order"
+    assert (slots[1:] < slots[:-1]).any(), "the slots of the example must be out of order"
     recorder = Recorder(make_policy("rkv"))
     sim.worker.request("a").policy = recorder
     decode(sim, 8)
@@ -225,7 +225,7 @@ def test_evicted_before_a_window_was_observed():
     limits = Limits(20, 8, 4, 0)
     planner = EvictionPlanner()
     planner.start("a", limits)
-    # However much the prefix cache holds, the queries of a window are computed before the request is due.
+    # Whatever the prefix cache holds, the queries of a window are computed before the request is due.
     assert limits.cacheable == 24
     assert planner.plan([Residency("a", 27, 0)]) == []
     assert len(planner.plan([Residency("a", 28, 0)])) == 1
@@ -276,9 +276,9 @@ def test_a_row_of_the_batch_that_moved():
     sim.step(prompts)
     decode(sim, 30, "a", "b", "c")
     assert sim.running["b"].num_evicted > sim.running["c"].num_evicted > 0
-    # Two change places, and nothing else happens.
+    # Two requests change places, and nothing else happens.
     decode(sim, 1, "a", "c", "b")
-    # The first one ends, the last one takes its row, and a new one comes where the last one was.
+    # The first request ends, the last one takes its row, and a new one takes the last one's row.
     sim.stop("a")
     sim.start("d", num_prompt=7, budget=24)
     sim.step({"c": 1, "b": 1, "d": 7})
@@ -305,12 +305,12 @@ def test_more_tokens_held_than_a_step_may_have():
 
 
 def test_pages_are_held_although_their_tokens_are_gone():
-    """R-KV: attention was shortened, but no page was given back. Here it is, and by default."""
+    """R-KV: attention became shorter, but no block was freed. Here blocks are freed, and by default."""
     sim = Simulation("rkv", num_blocks=12)
     sim.start("a", num_prompt=6, budget=20)
     sim.step({"a": 6})
     most = 0
-    # Eleven pages of four tokens, and far more tokens than they hold.
+    # Eleven blocks of four tokens, and far more tokens than fit into them.
     for _ in range(200):
         sim.step({"a": 1})
         most = max(most, len(sim.running["a"].blocks))
@@ -320,7 +320,7 @@ def test_pages_are_held_although_their_tokens_are_gone():
 
 
 def test_an_evaluation_reads_only_the_answer_at_hand(tmp_path, pool, monkeypatch):  # noqa: F811
-    """R-KV: the script graded a field that was left of an earlier run, and accuracy stood still at 40 %."""
+    """R-KV: the script graded a field of an earlier run, so accuracy stayed at 40 %."""
     arms = {Arm("full", 0, 4), Arm("skipkv", 250, 4), Arm("skipkv", 300, 4)}
     settings = replace(SETTINGS, batch_sizes=(4,), problems_at={})
     for bad in arms:

@@ -74,7 +74,7 @@ def test_by_head_takes_the_best_of_a_layer() -> None:
     generator = torch.Generator().manual_seed(0)
     rows, heads, length, keep, num_pinned = 3, 2, 40, 16, 6
     score = torch.randint(0, 30, (rows, heads, length), generator=generator).float()
-    score[:, 1] += 20  # so that one head would get nearly all
+    score[:, 1] += 20  # so that one head would get almost everything
     pinned = torch.zeros(rows, heads, length, dtype=torch.bool)
     pinned[..., :4] = pinned[..., -2:] = True
     (kept,) = ByHead().select([score], [pinned], num_pinned, keep)
@@ -88,7 +88,7 @@ def test_by_head_takes_the_best_of_a_layer() -> None:
         found = {(h, i) for h, i in (kept[r] & ~pinned[r]).nonzero().tolist()}
         assert found == {(h, i) for _, i, h in chosen}
         assert (kept[r] & pinned[r]).sum() == heads * num_pinned
-    assert kept[:, 0].sum(-1).eq(num_pinned + floor).any(), "the floor was never needed"
+    assert kept[:, 0].sum(-1).eq(num_pinned + floor).any(), "the floor never applied"
 
 
 @given(

@@ -1,4 +1,4 @@
-"""`skipkv trace view`: the page says what the trace says, whatever is in the trace."""
+"""`skipkv trace view`: the page shows exactly the content of the trace."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ def make_trace(lives=((0, 4),), *, text: str = "", extra: int = 3, **parameters)
     """A trace of random survivors.
 
     Args:
-        lives: number of each life and its compactions; each life begins with a longer text than the one before.
-        text: what the output begins with.
+        lives: number of each life and its compactions; each life begins with a longer text than the previous one.
+        text: beginning of the output.
         extra: tokens written after the last compaction, the last sampled one not counted.
         parameters: besides the model and the request.
     """
@@ -82,7 +82,7 @@ def make_trace(lives=((0, 4),), *, text: str = "", extra: int = 3, **parameters)
 
 
 class Parsed(HTMLParser):
-    """What a browser would make of the page: its title, the scripts and the other tags."""
+    """The page as a browser parses it: its title, its scripts and the other tags."""
 
     def __init__(self, page: str) -> None:
         super().__init__()
@@ -106,7 +106,7 @@ class Parsed(HTMLParser):
 
 
 def view(folder: Path, trace: Trace, *arguments: str) -> Parsed:
-    """The page that the command writes for a trace."""
+    """Return the page that the command writes for a trace."""
     file = folder / "a.safetensors"
     trace.save(file)
     with pytest.raises(SystemExit) as stop:
@@ -116,7 +116,7 @@ def view(folder: Path, trace: Trace, *arguments: str) -> Parsed:
 
 
 def error_of(capsys, *arguments: object) -> str:
-    """The message of a command that fails."""
+    """Return the message of a failing command."""
     with pytest.raises(SystemExit) as stop:
         main(["trace", "view", *map(str, arguments)])
     assert stop.value.code == 2
@@ -124,7 +124,7 @@ def error_of(capsys, *arguments: object) -> str:
 
 
 def held_sets(life: dict, layers: int, heads: int) -> list[list[list[set[int]]]]:
-    """Positions held after each compaction, per layer and head, from the page's numbers."""
+    """Return the positions held after each compaction, by layer and head, from the page's numbers."""
     numbers = np.frombuffer(base64.b64decode(life["lost"]), {1: "u1", 4: "<i4"}[life["lost_bytes"]])
     lost = numbers.reshape(layers, heads, life["logical"][-1])
     return [
@@ -180,7 +180,7 @@ def test_text_sentences_pairs_and_parameters(tmp_path):
     assert data["parameters"]["kv_policy_config"] == '{"similarity_threshold": 0.75}'
     assert data["parameters"]["huge"] == "Infinity"
     assert data["notes"] == []
-    assert data["end"] == len(ids) - 1, "nothing computes the last token that is sampled"
+    assert data["end"] == len(ids) - 1, "the last sampled token is never computed"
 
 
 def test_what_a_requests_steering_came_to(tmp_path):
@@ -211,7 +211,7 @@ def test_a_request_that_was_aborted_before_it_answered(tmp_path):
     )
     data = view(tmp_path, trace).data
     assert data["end"] == data["tokens"] == data["prompt"] == 6
-    assert len(data["notes"]) == 1, "pairs of sentences that are not there are left out with a note"
+    assert len(data["notes"]) == 1, "pairs of missing sentences are left out with a note"
     assert data["pairs"] == []
 
 
@@ -237,7 +237,7 @@ def test_characters_of_several_tokens_belong_to_the_last_of_them():
 
 def test_bytes_that_are_no_character_are_shown_and_harm_nothing_else():
     emoji = encode("😀")
-    assert len(emoji) > 1, "the tokenizer knows this character as one token; take another"
+    assert len(emoji) > 1, "this character is a single token; choose another one"
     for broken in (emoji[:-1], emoji[1:], emoji[1:] * 5, emoji[:1] * 9):
         texts = trace_view.token_texts(tokenizer(), [*encode("so"), *broken, *encode("that is it")])
         assert len(texts) == len(encode("so")) + len(broken) + len(encode("that is it"))
@@ -262,7 +262,7 @@ def test_markup_in_text_and_parameters_stays_text(tmp_path):
     harmless = view(tmp_path, make_trace(text="so"))
     page = view(tmp_path, make_trace(text=NASTY, request_id=NASTY, **{NASTY: {"a": NASTY}}))
     assert [tag for tag, _ in page.tags] == [tag for tag, _ in harmless.tags]
-    assert page.texts["script"][1:] == harmless.texts["script"][1:], "something got into the program"
+    assert page.texts["script"][1:] == harmless.texts["script"][1:], "text of the trace became part of the program"
     assert NASTY in "".join(page.data["texts"])
     assert page.data["parameters"]["request_id"] == NASTY
     assert json.loads(page.data["parameters"][NASTY]) == {"a": NASTY}
@@ -413,4 +413,6 @@ def test_help_is_quick(capsys):
     assert stop.value.code == 0
     assert "trace" in capsys.readouterr().out
     code = "import sys, skipkv_vllm.cli; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0, "the command imports torch"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0, (
+        "the command must not import torch"
+    )

@@ -131,7 +131,7 @@ def test_a_parameter_of_the_papers_rule_is_refused_without_it(name):
             make_policy("skipkv", {name: OF_THE_PAPER[name]} | rule)
         assert f"{name}={OF_THE_PAPER[name]} has no effect with compat='default'" in str(error.value)
         assert 'add "compat": "paper"' in str(error.value)
-    # A server says it too, before anything is loaded.
+    # A server refuses it too, before it loads anything.
     with pytest.raises(KVPolicyError, match='add "compat": "paper"'):
         KVPolicyConfig.parse({"kv_policy": "skipkv", "kv_policy_config": {name: OF_THE_PAPER[name]}})
 
@@ -349,7 +349,7 @@ def test_a_server_that_does_not_decode_ahead_says_what_would():
 
 @pytest.mark.parametrize("key", ["kv_window", "kv_buffer", "kv_granularity", "kv_protect_prompt", "kv_policy_config"])
 def test_an_option_that_only_the_server_has_is_refused_in_a_request(key):
-    # Silence would let the client believe that it acts.
+    # Without an error, the client would believe that the option works.
     with pytest.raises(KVPolicyError, match=key):
         RequestOptions.parse({key: 1}, SERVER, 500)
 
@@ -449,14 +449,14 @@ def test_the_servers_own_method_may_be_named_among_the_further_ones():
     server = KVPolicyConfig.parse(own | {"kv_request_policies": ["rkv", "thinkv"]})
     assert server.policies == [server.policy, make_policy("rkv")]
     compat.check_config(config, server)
-    # It is served as it is configured, by which gates are named that its defaults do not have.
+    # The server's own method keeps its configuration, which names gates; the defaults name none.
     own = {"kv_policy": "trimkv", "kv_policy_config": {"gates": bundled_gates()}}
     server = KVPolicyConfig.parse(own | {"kv_request_policies": ["trimkv"]})
     assert RequestOptions.parse({"kv_policy": "trimkv"}, server, 500).resolve_policy(server) == server.policy
 
 
 def test_sentences_are_compared_in_one_way(monkeypatch):
-    """`skipkv` compares them by words; a method that reads hidden states cannot be served beside it."""
+    """`skipkv` compares sentences by words, so a method that reads hidden states cannot be served beside it."""
 
     class ByHidden(RKV):
         name = "by_hidden"
@@ -516,7 +516,7 @@ def test_a_request_is_told_why_a_method_is_not_offered():
 @pytest.fixture(scope="module")
 def parser() -> FlexibleArgumentParser:
     register()
-    register()  # twice, as vLLM may
+    register()  # twice, because vLLM may do so
     parser = FlexibleArgumentParser()
     EngineArgs.add_cli_args(parser)
     return parser
@@ -524,7 +524,7 @@ def parser() -> FlexibleArgumentParser:
 
 @pytest.fixture
 def engine_args(parser, tmp_path) -> Callable[..., EngineArgs]:
-    # An existing folder, so that vLLM does not ask a model hub for it.
+    # An existing folder, so that vLLM does not query a model hub.
     return lambda *flags: EngineArgs.from_cli_args(parser.parse_args(["--model", str(tmp_path), *flags]))
 
 
@@ -546,7 +546,7 @@ def test_flags_reach_the_engine(engine_args):
 
 
 def test_parsed_arguments_reach_a_process_without_the_plugin(parser, tmp_path):
-    """One of several API servers makes its configuration of the arguments that the command parsed."""
+    """Each of several API servers makes its configuration from the arguments that the command parsed."""
     parsed = parser.parse_args(["--model", str(tmp_path), "--kv-policy", "rkv"])
     here = EngineArgs.from_cli_args(parsed)
     fields = {field.name for field in dataclasses.fields(EngineArgs)}
@@ -633,7 +633,7 @@ def test_offline_arguments():
 
 
 def make_vllm_config(**changes) -> SimpleNamespace:
-    """A plain decoder-only model with everything optional off."""
+    """Return a plain decoder-only model with all optional features off."""
     config = SimpleNamespace(
         model_config=SimpleNamespace(
             runner_type="generate",
@@ -756,7 +756,7 @@ def test_a_model_may_be_spread_over_ranks(granularity, backend):
 
 
 def test_a_pipeline_on_rays_compiled_graphs_is_refused(monkeypatch):
-    # Not the environment variable itself: vLLM reads it once a process and keeps it when an engine has started.
+    # Not by the environment variable: vLLM reads it once per process, when an engine starts.
     monkeypatch.setitem(vars(vllm.envs), "VLLM_USE_RAY_V2_EXECUTOR_BACKEND", False)
     policy = KVPolicyConfig(kv_policy="rkv")
     on_ray = {"parallel_config__distributed_executor_backend": "ray"}
@@ -822,7 +822,7 @@ def test_cache_layouts_other_than_one_full_attention_group_are_refused():
     ("changes", "part"),
     [
         ({"sliding_window": 64}, "attention with sliding_window=64: its mask"),
-        # As vLLM shows Llama 4, whose hybrid manager it switches off.
+        # Like Llama 4 in vLLM, whose hybrid manager is off.
         ({"attention_chunk_size": 8192}, "attention with attention_chunk_size=8192: its mask"),
         ({"non_causal": True}, "attention with non_causal=True: its mask"),
         ({"head_size_v": 4}, "keys of 8 and values of 4"),
@@ -844,7 +844,7 @@ def test_attention_that_would_misread_compacted_pages_is_refused():
     from vllm.v1.attention.backends.flex_attention import FlexAttentionImpl
 
     def layer(kind, alibi_slopes=None, kv_sharing_target_layer_name=None):
-        # Not by the constructors, which want an engine's configuration.
+        # Without the constructors, which need an engine's configuration.
         impl = kind.__new__(kind)
         impl.alibi_slopes, impl.kv_sharing_target_layer_name = alibi_slopes, kv_sharing_target_layer_name
         return impl

@@ -115,7 +115,7 @@ def test_flags_reach_the_engine(engine_args, math):  # noqa: F811
         kv_steering_compat="published",
     )
     assert args.scheduler_cls == SCHEDULER
-    # Where the hooks are must be part of what compiled code is found by.
+    # The places of the hooks must be part of the key of compiled code.
     assert args.additional_config[STEERED_LAYERS_KEY] == [2]
 
 
@@ -154,7 +154,7 @@ def test_waiting_requests_are_grouped_without_eviction(engine_args, math):  # no
 
 @pytest.mark.parametrize("is_async", [False, True])
 def test_the_banner_says_how_steps_are_scheduled(is_async):
-    """vLLM warns of every scheduler class but its own that asynchronous scheduling may be off because of it."""
+    """vLLM warns about every scheduler class but its own that asynchronous scheduling may be off."""
     shape, pool = ModelShape(4, 4, 2, 32, 128, 503, 4), Pool(99, 16, 8, 4096, 2048)
     config = KVPolicyConfig(kv_steering_vectors={"math": "/m"})
     for lines in (

@@ -40,7 +40,7 @@ def tokenizer():
 
 
 def scores_of(logits: np.ndarray, following: np.ndarray, top: int) -> Scores:
-    """What vLLM returns of logits `[rows, vocabulary]`."""
+    """Return the scores that vLLM would return for logits `[rows, vocabulary]`."""
     logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     best = np.argsort(-logprobs, axis=-1)[:, :top]
     tokens = np.concatenate([following[:, None], best], axis=1)
@@ -71,7 +71,7 @@ def test_the_divergence_of_lists_is_that_of_merged_classes():
     (full, a), (other, b) = random_scores(1), random_scores(2)
     for row, found in enumerate(divergence(full, other)):
         p, q = (np.exp(x[row]) / np.exp(x[row]).sum() for x in (a, b))
-        # Both know the token that follows.
+        # Both contain the following token.
         known = set(full.tokens[row]) & set(other.tokens[row])
         rest = [i for i in range(len(p)) if i not in known]
         expected = sum(p[i] * np.log(p[i] / q[i]) for i in known)
@@ -81,7 +81,7 @@ def test_the_divergence_of_lists_is_that_of_merged_classes():
 
 
 def test_rows_count_from_the_first_compaction_on():
-    # Token 20 is the first to be computed on a compacted cache; its row predicts token 21.
+    # Token 20 is the first one computed on a compacted cache; its row predicts token 21.
     assert first_changed(100, 20) == 20
     # A text without a compacted prediction is compared as a whole.
     assert first_changed(21, 20) == 0
@@ -114,7 +114,7 @@ def test_figures_are_means_over_texts():
 
 
 def test_the_interval_is_of_paired_differences():
-    # Texts differ far more than the method does.
+    # The texts differ far more than the methods.
     texts = [positions([0.1] * 8, full) for full in (1.0, 5.0, 9.0, 13.0)]
     low, high = summarise(texts, list("abcd"), [1] * 4, bound=4, buffer=4)["excess_interval"]
     assert (low, high) == pytest.approx((0.1, 0.1), abs=1e-5)
@@ -237,7 +237,7 @@ def test_generated_calculations_are_right():
 
 
 class Engines:
-    """Stands in for engines: log probabilities drawn by text, and worse by `harm` for a method."""
+    """Stands in for engines: random log probabilities by text, worse by `harm` for a method."""
 
     def __init__(self, harm: float = 0.1, compactions: int | None = None, stop_after: int = 10**9) -> None:
         self.harm, self.compactions, self.left = harm, compactions, stop_after
@@ -280,7 +280,7 @@ def test_what_is_missing_runs_and_full_kv_comes_first(tmp_path):
     assert rows["rkv", 20]["excess"] == pytest.approx(0.1, abs=1e-5)
     assert rows["rkv", 20]["positions"] == 3 * (59 - 28)
 
-    # Everything is there; another method and budget run alone.
+    # Everything is stored; only another method and budget run.
     assert Fidelity(SETUP, ["rkv", "snapkv"], [20, 30], TEXTS, tmp_path, engines)() == report
     assert len(engines.jobs) == 15
     Fidelity(SETUP, ["rkv", "tova"], [20, 40], TEXTS, tmp_path, engines)()
@@ -306,7 +306,7 @@ def test_changed_arguments_are_noticed(tmp_path):
     other = Setup("no-such-model", longest=61, buffer=16)
     with pytest.raises(KVPolicyError, match=r"--out .* holds results of other settings.*\n  buffer: was 8, is 16"):
         Fidelity(other, ["rkv"], [20], TEXTS, tmp_path, Engines())
-    # Parameters of a method belong to its own results.
+    # Parameters of a method are part of its results.
     engines = Engines()
     Fidelity(Setup("no-such-model", 61, 8, configs={"rkv": {"mix": 0.5}}), ["rkv"], [20], TEXTS, tmp_path, engines)()
     assert [job.method for job in engines.jobs] == ["rkv"] * 3
@@ -315,7 +315,7 @@ def test_changed_arguments_are_noticed(tmp_path):
 def test_a_method_that_compacts_nothing_fails_the_run(tmp_path):
     with pytest.raises(RunError, match=r"rkv at 20 made no compaction of a#0.*60 tokens exceed budget \+ buffer = 28"):
         Fidelity(SETUP, ["rkv"], [20], TEXTS, tmp_path, Engines(compactions=0))()
-    # Its results are not kept.
+    # Its results are not stored.
     engines = Engines()
     Fidelity(SETUP, ["rkv"], [20], TEXTS, tmp_path, engines)()
     assert [job.method for job in engines.jobs] == ["rkv"] * 3
@@ -348,7 +348,7 @@ def test_a_damaged_result_is_named(tmp_path, damage):
 def test_results_appear_in_one_piece(tmp_path):
     store = Store(tmp_path, {})
     with pytest.raises(TypeError):
-        store.save("a/b", {"x": 1, "file": 2})  # numpy takes no array of that name
+        store.save("a/b", {"x": 1, "file": 2})  # numpy accepts no array of that name
     assert "a/b" not in store
 
 

@@ -64,7 +64,7 @@ class Order(NamedTuple):
 
 @dataclass
 class Tracked:
-    """What the model knows of a request."""
+    """A request as the model knows it."""
 
     request: Request
     limits: Limits | None
@@ -129,7 +129,7 @@ class Engine:
         self.waiting.append(request_id)
 
     def leave(self, request_id: str) -> None:
-        """Finish or abort."""
+        """Finish or abort a request."""
         self.kv.free(self.tracked[request_id].request)
         self.planner.stop(request_id)
         self.manager.ledger.withdraw(request_id)

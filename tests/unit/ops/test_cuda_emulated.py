@@ -1,6 +1,6 @@
 """The CUDA kernels without a GPU: compiled for the CPU, every case of the parity tests, against `torch_backend`.
 
-This finds wrong indices, barriers and arithmetic. It cannot find what only the hardware knows: limits of shared memory,
+This finds wrong indices, barriers and arithmetic. It cannot find errors of the hardware: limits of shared memory,
 the layout of tensor-core operands, and races between threads of a warp. `tests/gpu` is for those.
 """
 
@@ -34,13 +34,13 @@ FP8 = [torch.float8_e4m3fn, torch.float8_e5m2]
 
 @pytest.fixture(scope="session")
 def cuda(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """A backend as the parity tests take it."""
+    """The emulated kernels as a backend of the parity tests."""
     torch.ops.load_library(emulated_cuda.build(tmp_path_factory.mktemp("emulated_cuda")))
     return SimpleNamespace(name="native", device="cpu", module=torch.ops.skipkv_cuda, tolerance=1e-5)
 
 
 def rows(cases: dict[str, Any]) -> Any:
-    """Parametrise with the cases whose pages a GPU could have."""
+    """Parametrise with the cases whose page layouts GPUs have."""
     fit = {k: v for k, v in cases.items() if not hasattr(v, "pages") or v.pages.layout is Layout.ROWS}
     return pytest.mark.parametrize("case", list(fit.values()), ids=[name.replace(" ", "-") for name in fit])
 

@@ -133,7 +133,7 @@ def test_importance_pools_over_neighbours_of_any_width(pool):
 
 
 def test_importance_takes_the_maximum_of_the_group_before_the_softmax():
-    # Two query heads, each looking at another key. One kv head, D = 1, no pooling.
+    # Two query heads that attend to different keys. One kv head, D = 1, no pooling.
     queries = torch.tensor([[[2.0], [-2.0]]])
     keys = torch.tensor([[[1.0]], [[-1.0]], [[0.0]], [[9.0]]])
     # Group maxima of the logits are 2, 2, 0; softmax over them. A maximum after it would give 0.867, 0.867.
@@ -274,7 +274,7 @@ def test_penalties_equal_the_pair_loop(seed, dtype, rule):
     exists = torch.rand(20, generator=generator) > 0.2
     threshold = 0.85
     expected = brute_penalties(embeddings, exists.tolist(), threshold, rule)
-    assert any(expected), "the example must flag something"
+    assert any(expected), "the example must flag a sentence"
     got = ops.sentence_penalties(embeddings, exists, threshold=threshold, rule=rule)
     assert got.dtype == torch.float32
     torch.testing.assert_close(got, torch.tensor(expected, dtype=torch.float32), rtol=1e-5, atol=1e-6)
@@ -359,7 +359,7 @@ def test_moves_fill_exactly_the_first_slots(example):
         for s, h in moves:
             cells[h] = s
         assert sorted(cells[:num_keep]) == kept[row].nonzero().flatten().tolist()
-        # Padding must still be addressable.
+        # Padding must still be a valid address.
         assert all(0 <= s < length for s in source[row].tolist())
         assert all(0 <= h < length for h in hole[row].tolist())
 

@@ -153,7 +153,7 @@ def layout(request) -> Layout:
 
 @pytest.fixture
 def filled(layout) -> tuple[Layout, Tensor, Tensor]:
-    """A cache full of random tokens, written by the packer."""
+    """Return a cache full of random tokens, written by the packer."""
     generator = torch.Generator().manual_seed(0)
     shape = (PAGES, HEADS, layout.size, layout.dim)
     keys = torch.randn(shape, generator=generator).to(layout.layer.raw.dtype)
@@ -163,7 +163,7 @@ def filled(layout) -> tuple[Layout, Tensor, Tensor]:
 
 
 def vectors(layout: Layout, keys: Tensor, values: Tensor) -> list[Tensor]:
-    """What each of the layer's cells holds of these tokens."""
+    """Return the content of each of the layer's cells for these tokens."""
     return [keys, values] if len(layout.layer.cells) == 2 else [torch.cat([keys, values], -1)]
 
 
@@ -235,7 +235,7 @@ def test_copy_pages_copies_every_byte(filled):
 
 
 def compact(layout, source_blocks, target_blocks, source, hole, number) -> None:
-    """The operator, for one request and one layer."""
+    """Call the operator for one request and one layer."""
     cache = PagedCache.of([layout.layer.raw], layout.layer.layout)
     moves = [torch.as_tensor(x, dtype=torch.int32)[None, None] for x in (source, hole, number)]
     tables = [torch.as_tensor(pages, dtype=torch.int32)[None] for pages in (source_blocks, target_blocks)]
@@ -248,7 +248,7 @@ def compact(layout, source_blocks, target_blocks, source, hole, number) -> None:
 def test_move_tokens_between_pages_per_head(filled):
     layout, keys, values = filled
     size = layout.size
-    # Three pages become two, of which the second is a fresh one; head 0 moves three tokens, head 1 one.
+    # Three pages become two, the second of them fresh; head 0 moves three tokens, head 1 one.
     source_blocks, target_blocks = torch.tensor([3, 1, 4]), torch.tensor([3, 2])
     source = torch.tensor([[2 * size, 2 * size + 1, 3 * size - 1], [2 * size + 2, 0, 0]])
     hole = torch.tensor([[0, size - 1, size + 1], [size + 3, 0, 0]])
@@ -319,7 +319,7 @@ def test_vec_layout_equals_vllms_writer(size, dim):
     page, offset, head = slots // size, slots % size, torch.arange(HEADS)[:, None]
     for cell, content in zip(layer.cells, (keys, values), strict=True):
         assert torch.equal(cell.gather(page.expand(HEADS, -1), head, offset.expand(HEADS, -1)), content.transpose(0, 1))
-    # And the other way round: what we scatter is what vLLM would have written.
+    # Conversely, our scatter writes what vLLM would have written.
     again = torch.zeros_like(raw)
     for cell, content in zip(layer_pages(again, paging.cpu_layout("vec")).cells, (keys, values), strict=True):
         cell.scatter(page.expand(HEADS, -1), head, offset.expand(HEADS, -1), content.transpose(0, 1))

@@ -125,7 +125,7 @@ class EveryByte:
     pages: Pages
 
     def build(self) -> tuple[Scoring, Tensor]:
-        """The arguments, and what the logits are."""
+        """Return the arguments and the expected logits."""
         bits = torch.arange(256, dtype=torch.uint8).view(self.pages.dtype)
         values = bits.float()[bits.float().isfinite()]
         keys = torch.zeros(1, 1, values.shape[0] + 1, self.pages.dim)
@@ -134,7 +134,7 @@ class EveryByte:
         cache = self.pages.empty(int(plain.table.max()) + 1)
         self.pages.write_keys(cache, plain.table[0], keys)
         queries = torch.zeros_like(plain.queries)
-        # So that the largest number makes a logit of 10, and the smallest shows.
+        # So that the largest number gives a logit of 10, and the smallest is visible.
         queries[..., 5] = 10 * self.pages.dim**0.5 / values.max()
         arguments = plain._replace(caches=cache.caches, pointers=cache.pointers, queries=queries)
         return arguments, (10 * values.double() / values.max().double())
@@ -161,7 +161,7 @@ def test_every_number_of_8_bits_is_read_as_it_is(backend, case):
 @pytest.mark.parametrize("backend", BACKENDS, ids=str)
 @pytest.mark.parametrize("dtype", FP8.values(), ids=FP8)
 def test_no_number_is_read_as_none(backend, dtype):
-    """A key that is not a number makes no score that looks like one."""
+    """A key that is NaN must not give a score that looks like a number."""
     arguments = ScoreCase(Pages(dtype=dtype, layers=1, heads=1), (40,), mix=0.0).build()
     for cache in arguments.caches:
         cache.view(torch.uint8).fill_(0x7F)
@@ -220,7 +220,7 @@ def test_wrong_scores_are_noticed():
 
 @dataclass(frozen=True)
 class SelectCase:
-    """A call of `select_keep`; `values` are the scores that occur, none for random ones."""
+    """A call of `select_keep`; `values` are the possible scores, none for random ones."""
 
     lengths: tuple[int, ...] = (75, 40, 129)
     keeps: tuple[int, ...] = (50, 33, 20)
@@ -237,7 +237,7 @@ class SelectCase:
         if self.values:
             scores = torch.tensor(self.values)[torch.randint(len(self.values), shape, generator=generator)]
         positions = positions_of(shape, self.lengths, self.positions, generator)
-        # The same tokens of all rows are pinned, so rows of a request share their first and last positions.
+        # All rows pin the same tokens, so rows of a request share their first and last positions.
         below, above = [], []
         for r, (length, keep) in enumerate(zip(self.lengths, self.keeps, strict=True)):
             first = min(self.pinned[0], keep)
@@ -406,7 +406,7 @@ def test_the_number_of_threads_changes_no_bit(backend):
 
 
 def test_triton_in_its_interpreter():
-    """Runs this file's tests of Triton in a process whose Triton interprets; see above."""
+    """Run the parity tests of Triton in a process whose Triton interprets; see above."""
     if INTERPRETED or torch.cuda.is_available():
         pytest.skip("Triton's own tests run in this process")
     pytest.importorskip("triton")

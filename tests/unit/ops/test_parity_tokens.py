@@ -110,7 +110,7 @@ def test_track_sentences(backend, case):
 
 @dataclass(frozen=True)
 class SentenceCase:
-    """Sentences that close in several steps; `counts` are those closed by each slot after each step."""
+    """Sentences that close in several steps; `counts` is the number closed in each row after each step."""
 
     counts: tuple[tuple[int, ...], ...] = ((2, 0, 5), (3, 1, 5), (7, 4, 9))
     held: int = 16
@@ -190,7 +190,7 @@ def test_held_positions(backend, case):
         got = backend.module.held_positions(*on(backend.device, arguments), length).cpu()
         assert got.dtype is torch.int32
         assert torch.equal(got, torch_backend.held_positions(*arguments, length))
-    # From its definition, token by token.
+    # By the definition, token by token.
     whole = torch_backend.held_positions(*arguments, 40)
     for r, layer, head, slot in itertools.product(range(2), range(3), range(2), range(40)):
         entry = sidecar[layer, table[r, slot // page_size], head, slot % page_size]
@@ -215,7 +215,7 @@ def test_token_penalties(backend, seed):
     arguments = (ends, penalties, first, chosen, positions)
     got = backend.module.token_penalties(*on(backend.device, arguments)).cpu()
     assert torch.equal(got, torch_backend.token_penalties(*arguments))
-    # Past the longest sequence any number will do, but nothing foreign may be read.
+    # Past the longest sequence any number will do, but no foreign memory may be read.
     positions[:, :, :, -1] = 2**31 - 1
     far = backend.module.token_penalties(*on(backend.device, arguments)).cpu()
     assert torch.equal(far[..., :-1], got[..., :-1])
@@ -295,7 +295,7 @@ STRIDES = ("contiguous", "part of a row", "transposed")
 
 
 def strided(values: torch.Tensor, kind: str) -> torch.Tensor:
-    """The same values in other memory."""
+    """Return the same values with other strides."""
     if kind == "part of a row":
         wide = torch.full((values.shape[0], values[0].numel() + 24), float("nan"), dtype=values.dtype)
         view = wide[:, 8:-16].unflatten(1, values.shape[1:])

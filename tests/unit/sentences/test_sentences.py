@@ -26,7 +26,7 @@ from skipkv_vllm.worker.signals.sentence_tracker import SentenceTracker, Tracked
 
 
 def byte_level(merged: list[str]) -> PreTrainedTokenizerFast:
-    """Byte-level BPE in which each of the given strings becomes one token; earlier ones take precedence."""
+    """Return a byte-level BPE that makes each given string one token; earlier strings take precedence."""
     vocab = {token: i for i, token in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     merges: list[tuple[str, str]] = []
 
@@ -46,7 +46,7 @@ def byte_level(merged: list[str]) -> PreTrainedTokenizerFast:
 
 
 def sentence_piece() -> PreTrainedTokenizerFast:
-    """BPE in the manner of Llama 2: spaces are "▁" and a newline is the byte token <0x0A>."""
+    """Return a BPE like that of Llama 2: spaces are "▁", and a newline is the byte token <0x0A>."""
     pieces = [*(f"<0x{i:02X}>" for i in range(256)), "▁", *"WaitAlterntivygo.):,"]
     merges = [("W", "a"), ("Wa", "i"), ("Wai", "t"), ("▁", "Wait")]
     vocab = {piece: i for i, piece in enumerate(dict.fromkeys([*pieces, "Wa", "Wai", "Wait", "▁Wait"]))}
@@ -58,7 +58,7 @@ def sentence_piece() -> PreTrainedTokenizerFast:
 
 @pytest.fixture(scope="module")
 def qwen_like() -> PreTrainedTokenizerFast:
-    """The bundled model's tokenizer, trained here in some seconds."""
+    """Train the bundled model's tokenizer, which takes some seconds."""
     from benchmarks.tiny_reasoner.tokenizer import build_tokenizer
 
     return build_tokenizer()
@@ -209,14 +209,14 @@ def test_sentences_tile_the_text(tokens, merges):
         end = sentence.end
         body = tokens[sentence.start : sentence.end]
         first = next(i for i, t in enumerate(body) if t in (DOT, NL))
-        # Everything after the first delimiter is a delimiter too, and only where they are merged.
+        # Everything after the first delimiter is a delimiter too, and only if delimiters are merged.
         assert all(t in (DOT, NL) for t in body[first:])
         assert merges or first == len(body) - 1
         text = ",".join(map(str, ["", *body, ""]))
         assert sentence.is_execution == (f",{WAIT}," not in text and f",{A},{OF}," not in text)
     assert not set(tokens[end:]) & {DOT, NL}
     if merges:
-        # No sentence but the first can begin with a delimiter.
+        # Only the first sentence can begin with a delimiter.
         assert not any(tokens[s.start] in (DOT, NL) for s in sentences[1:])
 
 
@@ -227,7 +227,7 @@ FOREVER = torch.iinfo(torch.int32).max
 
 
 class Text(NamedTuple):
-    """A request as the tracker should see it."""
+    """A request as the tracker must see it."""
 
     first: int
     tokens: list[int]
@@ -235,7 +235,7 @@ class Text(NamedTuple):
 
 
 def make_text(seed: int, length: int, first: int = 0) -> Text:
-    """Random tokens and hidden states; sentences are about one of three topics, so that some repeat."""
+    """Return random tokens and hidden states; each sentence has one of three topics, so that some repeat."""
     generator, chance = torch.Generator().manual_seed(seed), random.Random(seed)
     topics = torch.randn(3, HIDDEN, generator=torch.Generator().manual_seed(0))
     tokens = [chance.choice([A, OF, 3, 4, WAIT, DOT, DOT, NL]) for _ in range(length)]
@@ -293,7 +293,7 @@ def make_tracker(backend: str) -> MakeTracker:
 
 
 def feed(tracker: SentenceTracker, parts: list[tuple[int, Text, int, int]]) -> None:
-    """One step: tokens `[start, end)` of each text, counted from its first tracked token."""
+    """Run one step: tokens `[start, end)` of each text, counted from its first tracked token."""
     counts = torch.tensor([end - start for _, _, start, end in parts])
     tracker.update(
         TrackedTokens(
@@ -338,7 +338,7 @@ def pair_penalties(embeddings: Tensor, threshold: float, rule: str) -> list[floa
 
 
 def assert_state(tracker: SentenceTracker, slot: int, text: Text) -> None:
-    """The tracker knows exactly the sentences of the text."""
+    """Check that the tracker knows exactly the sentences of the text."""
     tables = tracker.tables
     ends = expected_ends(text, tables)
     state = tracker.state(slot)
@@ -361,7 +361,7 @@ def test_one_request_in_one_step(make_tracker, seed, tables):
     tracker, text = make_tracker(tables), make_text(seed, 60)
     tracker.reset(0, 0)
     feed(tracker, [(0, text, 0, 60)])
-    assert any(tracker.state(0).penalties > 0), "the example must repeat something"
+    assert any(tracker.state(0).penalties > 0), "the example must repeat a sentence"
     assert_state(tracker, 0, text)
 
 
@@ -389,7 +389,7 @@ def test_any_chunking_of_several_requests_gives_the_same_state(make_tracker, see
             chance.shuffle(parts)
             feed(tracker, parts)
         if chance.random() < 0.2:
-            # Looking must not change what comes later.
+            # Reading must not change later results.
             for slot in chosen:
                 tracker.state(slot)
     for slot, text in chosen.items():
@@ -416,7 +416,7 @@ def test_delimiters_at_every_step_border(make_tracker, tokens, cuts, merges):
 def test_reset_forgets_everything(make_tracker):
     tracker = make_tracker()
     tracker.reset(0, 0)
-    # Ends in the middle of a sentence, right after a delimiter in slot 1.
+    # Ends in the middle of a sentence; in row 1 right after a delimiter.
     old, other = make_text(1, 50), Text(0, [3, DOT], torch.ones(2, HIDDEN))
     feed(tracker, [(0, old, 0, 50), (1, other, 0, 2)])
     tracker.state(0)
@@ -460,8 +460,8 @@ def test_only_the_newest_embeddings_are_compared_and_old_penalties_stay(make_tra
 
 @pytest.mark.parametrize("threads", [1, 2])
 def test_one_step_that_closes_more_sentences_than_are_kept(backend, threads):
-    # A long prompt chunk. Large enough for PyTorch to share the work among threads, so that of two writes to the
-    # same entry the later sentence's need not be the last one.
+    # A long prompt chunk, so large that PyTorch shares the work among threads: of two writes to the
+    # same entry, that of the later sentence need not be the last one.
     kept, count, size = 16, 1200, 512
     tracker = SentenceTracker(
         TABLES,
@@ -495,7 +495,7 @@ def test_more_embeddings_than_tokens_fit(make_tracker):
 
 
 def test_a_sequence_of_delimiters_alone_fills_the_table(make_tracker):
-    # As many sentences as tokens fit: the last usable entry must not meet the one that swallows padding.
+    # As many sentences as tokens fit: the last usable entry must differ from the discarded one.
     tracker = make_tracker(PUBLISHED)
     text = Text(0, [DOT] * 100, torch.randn(100, HIDDEN))
     tracker.reset(0, 0)
@@ -549,7 +549,7 @@ def test_similar_pairs_are_the_pairs_above_the_threshold(make_tracker):
 
 
 def worded_text(seed: int, length: int, first: int = 0) -> Text:
-    """Random tokens, of which stretches say again what was said before."""
+    """Return random tokens with stretches that repeat earlier ones."""
     chance = random.Random(seed)
     tokens: list[int] = []
     while len(tokens) < length:
@@ -562,7 +562,7 @@ def worded_text(seed: int, length: int, first: int = 0) -> Text:
 
 
 def shares_of(text: Text, tables: SentenceTables) -> list[float]:
-    """By position the share of its sentence that lies in phrases which occur again later."""
+    """Return by position the share of its sentence inside phrases that occur again later."""
     phrases = [tuple(text.tokens[i : i + GRAM]) for i in range(len(text.tokens) - GRAM + 1)]
     again = {i + k for i, phrase in enumerate(phrases) if phrase in phrases[i + 1 :] for k in range(GRAM)}
     shares = [0.0] * (text.first + len(text.tokens))
@@ -573,7 +573,7 @@ def shares_of(text: Text, tables: SentenceTables) -> list[float]:
 
 
 def repeats_of(text: Text, tables: SentenceTables) -> dict[tuple[int, int], float]:
-    """Pairs of closed sentences of which the later says most of the earlier one again, next, and how much."""
+    """Return pairs of closed sentences: each with the next one that repeats most of it, and the share."""
     sentences, counts = split_sentences(text.tokens, tables), {}
     closed = text.tokens[: sentences[-1].end] if sentences else []
     number = {i: n for n, s in enumerate(sentences) for i in range(s.start, s.end)}
@@ -590,10 +590,10 @@ def repeats_of(text: Text, tables: SentenceTables) -> dict[tuple[int, int], floa
 
 
 def assert_shares(tracker: SentenceTracker, texts: dict[int, Text]) -> None:
-    """Penalties by logical position, of several requests at once, each in two heads of another order."""
+    """Check penalties by logical position, of several requests at once, each in two heads of different order."""
     lengths = [text.first + len(text.tokens) for text in texts.values()]
     longest = max(lengths)
-    # Beyond a shorter request's tokens there may be any number.
+    # Entries beyond a shorter request's tokens may have any value.
     positions = torch.randint(0, 5 * longest, (len(texts), 1, 2, longest), generator=torch.Generator().manual_seed(1))
     for row, length in zip(positions, lengths, strict=True):
         row[0, 0, :length], row[0, 1, :length] = torch.arange(length), torch.arange(length).flip(0)
@@ -608,7 +608,7 @@ def assert_shares(tracker: SentenceTracker, texts: dict[int, Text]) -> None:
 @pytest.mark.parametrize("tables", [TABLES, PUBLISHED], ids=["default", "published"])
 @pytest.mark.parametrize("seed", range(8))
 def test_shares_do_not_depend_on_the_steps_that_brought_the_text(make_tracker, seed, tables):
-    """Chunks, single tokens, and steps of both; all requests of different lengths and beginnings."""
+    """Chunks, single tokens, and steps of both; all requests differ in length and beginning."""
     chance = random.Random(seed)
     tracker = make_tracker(tables, keeps_text=True)
     texts = {
@@ -628,7 +628,7 @@ def test_shares_do_not_depend_on_the_steps_that_brought_the_text(make_tracker, s
             chance.shuffle(parts)
             feed(tracker, parts)
     assert_shares(tracker, texts)
-    assert any(share > 0 for text in texts.values() for share in shares_of(text, tables)), "nothing is said again"
+    assert any(share > 0 for text in texts.values() for share in shares_of(text, tables)), "nothing is repeated"
     for slot, text in texts.items():
         assert_state(tracker, slot, text)
 
@@ -642,7 +642,7 @@ def test_shares_grow_with_the_text(make_tracker):
 
 
 def test_a_row_forgets_the_words_of_its_last_request(make_tracker):
-    """Old words stay in the buffer, before and behind the new ones; they must not count as a repeat of anything."""
+    """Old words stay in the buffer, before and behind the new ones; they must not count as repeats."""
     tracker, words = make_tracker(keeps_text=True), worded_text(5, 30).tokens
     old, other = Text(0, words * 3, torch.zeros(90, 0)), worded_text(6, 90)
     tracker.reset(2, 0)
@@ -676,7 +676,7 @@ def test_similar_pairs_by_words(make_tracker, tables):
         found += len(pairs)
         sizes |= {share == 1 for share in pairs.values()}
     assert found > 10
-    assert sizes == {True, False}, "both sentences said again whole and in part"
+    assert sizes == {True, False}, "both sentences must be repeated, one wholly and one in part"
 
 
 def test_a_sentence_that_repeats_itself_is_no_pair(make_tracker):
@@ -701,13 +701,13 @@ def test_similar_pairs_where_nothing_is_closed(make_tracker):
 def test_text_and_embeddings_are_kept_only_where_they_are_compared(make_tracker):
     by_words, by_states, neither = make_tracker(keeps_text=True), make_tracker(), make_tracker(hidden=0)
     assert [tracker.compares for tracker in (by_words, by_states, neither)] == [True, True, False]
-    # 4 bytes for each of 101 places of 4 slots.
+    # 4 bytes for each of 101 places of 4 rows.
     assert by_words.nbytes - neither.nbytes == 4 * 4 * 101
     assert by_states.nbytes > by_words.nbytes
 
 
 def test_buffers_are_accounted_for(make_tracker):
     tracker = make_tracker(hidden=16, slots=2, max_sentences=8)
-    # The embeddings alone: 2 slots, 8 + 1 rows, 16 floats.
+    # The embeddings alone: 2 requests, 8 + 1 rows, 16 floats.
     assert tracker.nbytes > 2 * 9 * 16 * 4
     assert make_tracker(hidden=0, slots=2).nbytes < tracker.nbytes

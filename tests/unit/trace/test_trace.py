@@ -60,7 +60,7 @@ def kept(rank: int, seed: int, keep: int) -> Tensor:
 
 
 def similar(slot: int) -> tuple[Tensor, Tensor]:
-    """Sentences 0 and 2 say the same, 1 something else."""
+    """Sentences 0 and 2 are similar, sentence 1 is not."""
     tracker = SentenceTracker(
         TABLES,
         SentenceOptions(0.9, 16),
@@ -127,7 +127,7 @@ def test_stages_of_a_pipeline_come_back_as_layers(tmp_path):
     for rank in range(4):
         writer = TraceWriter(str(tmp_path), rank)
         writer.started("a")
-        # Only the last stage, ranks 2 and 3, follows sentences.
+        # Only the last stage, ranks 2 and 3, tracks sentences.
         writer.compacted(one, kept(rank, 0, 16), similar(1) if rank >= 2 else None)
     trace = Trace.load(finish(collector, "a", [1, 2, 3, DOT], [5, 6]))
     first, last = (torch.cat([kept(rank, 0, 16), kept(rank + 1, 0, 16)], dim=1) for rank in (0, 2))
@@ -170,7 +170,7 @@ def test_a_preempted_request_has_several_lives(tmp_path):
         collector.sent([], [Started("a", "rkv", 1, 1, 1)])
         writer.started("a")
         for ordinal in range(life):
-            # The ordinal starts over in every life; parts must not be mixed up.
+            # The ordinal restarts in every life; parts must not be confused.
             one = order("a", ordinal, 24 + life, 24, 16)
             collector.sent([one], [])
             writer.compacted(one, torch.full((LAYERS, HEADS, 16), 10 * life + ordinal), None)
@@ -245,7 +245,7 @@ def test_save_and_load_by_hand(tmp_path):
             assert torch.equal(getattr(loaded, name), value)
     assert torch.equal(loaded.kept[0], trace.kept[0])
     assert loaded.parameters == trace.parameters
-    assert [p.name for p in tmp_path.iterdir()] == ["t.safetensors"], "no unfinished file stays behind"
+    assert [p.name for p in tmp_path.iterdir()] == ["t.safetensors"], "an unfinished file was left behind"
 
 
 def compact_once(collector: TraceCollector, writer: TraceWriter, request_id: str) -> None:
@@ -258,7 +258,7 @@ def compact_once(collector: TraceCollector, writer: TraceWriter, request_id: str
 
 @pytest.fixture
 def errors(caplog, monkeypatch):
-    """Messages logged so far; no line was logged before."""
+    """Return the messages logged so far in this test."""
     monkeypatch.setattr(auxiliary, "_reported", {})
     caplog.set_level(logging.ERROR, logger="vllm.skipkv")
     monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
@@ -271,16 +271,16 @@ def test_a_missing_part_drops_the_trace_and_names_the_file(tmp_path, monkeypatch
     compact_once(collector, writer, "a")
     assert not finish(collector, "a", [1], [2]).exists()
     assert collector.take_dropped() == {"missing_part": 1}
-    assert collector.take_dropped() == {}, "a trace is counted once"
+    assert collector.take_dropped() == {}, "a trace must be counted once"
     assert "rank1" in errors()[0]
-    assert not (tmp_path / ".parts" / "a").exists(), "parts of a dropped trace stay behind"
+    assert not (tmp_path / ".parts" / "a").exists(), "parts of a dropped trace were left behind"
     # The same id works again.
     collector.sent([], [Started("a", "rkv", 1, 1, 1)])
     assert Trace.load(finish(collector, "a", [1], [2])).kept == []
 
 
 def full_disk(*_args, **_options):
-    # Not an OSError: what safetensors raises is no subclass of it.
+    # Not an OSError: the exception of safetensors is no subclass of it.
     raise SafetensorError("I/O error: No space left on device (os error 28)")
 
 
@@ -292,7 +292,9 @@ def test_a_part_that_cannot_be_written_drops_the_trace_at_once(tmp_path, monkeyp
         assert writer.flush()
     started = time.monotonic()
     finish(collector, "a", [1], [2])
-    assert time.monotonic() - started < trace_collector.WAIT_SECONDS / 2, "nobody waits for a part that will never come"
+    assert time.monotonic() - started < trace_collector.WAIT_SECONDS / 2, (
+        "the collector must not wait for a part that will never come"
+    )
     assert collector.take_dropped() == {"missing_part": 1}
     assert "No space left" in errors()[0]
     # There is space again.
@@ -314,8 +316,8 @@ def test_a_trace_that_cannot_be_written_is_dropped_and_leaves_nothing(tmp_path, 
     for _ in range(3):
         finish(collector, "a", [1], [2])
     assert collector.take_dropped() == {"not_written": 3}
-    assert [p.name for p in tmp_path.rglob("*") if p.is_file()] == [".writable"], "an unfinished file stays behind"
-    assert len(errors()) == 1, "one line a minute is enough"
+    assert [p.name for p in tmp_path.rglob("*") if p.is_file()] == [".writable"], "an unfinished file was left behind"
+    assert len(errors()) == 1, "more than one line per minute was logged"
     now = time.monotonic()
     monkeypatch.setattr(auxiliary.time, "monotonic", lambda: now + 61)
     finish(collector, "a", [1], [2])
@@ -362,7 +364,7 @@ def test_storage_that_hangs_delays_nobody_and_holds_little_memory(tmp_path, monk
     assert time.monotonic() - started < 5
     assert not collector.flush(0.01)
     early = collector.take_dropped()
-    assert early["backlog"] >= 15, "drops are counted while the storage hangs"
+    assert early["backlog"] >= 15, "drops must be counted while the storage hangs"
     assert any("too many are waiting" in error for error in errors())
     hangs.set()
     assert writer.flush()
@@ -370,7 +372,9 @@ def test_storage_that_hangs_delays_nobody_and_holds_little_memory(tmp_path, monk
     dropped = early + collector.take_dropped()
     assert dropped.total() + len(list(tmp_path.glob("*.safetensors"))) == 20
     collector.close()
-    assert [p.name for p in (tmp_path / ".parts").iterdir() if p.is_dir()] == [], "parts of dropped traces stay behind"
+    assert [p.name for p in (tmp_path / ".parts").iterdir() if p.is_dir()] == [], (
+        "parts of dropped traces were left behind"
+    )
 
 
 def test_an_idle_engine_waits_a_moment_for_its_traces_and_once_for_storage_that_hangs(tmp_path, monkeypatch):
@@ -387,7 +391,7 @@ def test_an_idle_engine_waits_a_moment_for_its_traces_and_once_for_storage_that_
     collector.finish("b", [1], [2])
     for _ in range(50):
         collector.settle()
-    assert waits == [30, 0.01], "an engine waits once for storage that hangs"
+    assert waits == [30, 0.01], "an engine must wait only once for storage that hangs"
     hangs.set()
     assert collector.flush(60)
     monkeypatch.setattr(trace_collector, "SETTLE_SECONDS", 30)
@@ -408,8 +412,8 @@ def test_a_missing_part_holds_up_no_other_trace(tmp_path, monkeypatch):
     while len(list(tmp_path.glob("*.safetensors"))) < 40 and time.monotonic() < deadline:
         time.sleep(0.01)
     assert len(list(tmp_path.glob("*.safetensors"))) == 40
-    assert not collector._jobs.is_idle, "the other trace still waits for its part"
-    # It comes after all.
+    assert not collector._jobs.is_idle, "the other trace must still wait for its part"
+    # The part arrives after all.
     writer.started("a")
     writer.compacted(order("a", 0, 24, 24, 16), kept(0, 0, 16), None)
     assert collector.flush(60)
@@ -515,7 +519,7 @@ def test_an_id_of_any_length_and_alphabet_has_a_file(tmp_path, request_id):
     assert len(path.name.encode()) <= 143
     trace = Trace.load(path)
     assert len(trace.kept) == 1
-    assert trace.parameters["request_id"] == request_id, "the whole id can be read back"
+    assert trace.parameters["request_id"] == request_id, "the whole id must be readable"
 
 
 def test_no_two_ids_share_a_file(tmp_path):

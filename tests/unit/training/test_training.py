@@ -91,7 +91,7 @@ def test_keys_fade_with_their_age():
 
 
 def test_fading_is_exact_in_long_texts():
-    """Where both features of a key are large and nearly cancel."""
+    """Check that the result stays exact if both features of a key are large and nearly cancel."""
     generator = torch.Generator().manual_seed(3)
     query, key, value = (torch.randn(1, 1, 4096, 8, generator=generator) for _ in range(3))
     log_beta = -torch.rand(1, 4096, 1, generator=generator)
@@ -170,7 +170,7 @@ def test_a_model_that_names_no_kv_heads_has_one_per_query_head():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_engine_says_of_a_file_what_was_trained(kind, tmp_path):
-    """`trimkv` loads the file, and its hooks on the same blocks compute the same numbers."""
+    """`trimkv` loads the trained file, and its hooks compute the same numbers."""
     ids, labels = text()
     student = Student(random_model(kind), width=8, bias=3.0)
     loop.train(student, itertools.repeat((ids, labels)), steps=3, lr=1e-2, capacity=CAPACITY)
@@ -228,7 +228,7 @@ def test_training_keeps_within_the_capacity_and_the_model_as_it_is(student):
     assert after.capacity.item() < 0.25 * before.capacity.item()
     assert after.total.item() < before.total.item()
     assert all(torch.equal(model[name], tensor) for name, tensor in student.model.state_dict().items())
-    # All tokens short-lived would do for the capacity; the other losses tell them apart.
+    # Short-lived tokens alone would satisfy the capacity; the other losses tell tokens apart.
     _, log_beta = student(ids, gated=True)
     assert log_beta.std() > 0.01
     set_bias(student, -4.0)
@@ -236,7 +236,7 @@ def test_training_keeps_within_the_capacity_and_the_model_as_it_is(student):
 
 
 def test_a_layer_holds_only_its_input_for_the_backward_pass():
-    """Recomputed layers: what is saved does not grow with the width of their insides."""
+    """With recomputed layers, saved memory does not grow with their inner width."""
     ids, _ = text()
     sizes = []
     for width in (16, 512):
@@ -289,7 +289,7 @@ def test_gates_are_open_at_first():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A random Llama with the bundled model's tokenizer, and texts."""
+    """Write a random Llama with the bundled model's tokenizer, and texts."""
     path = tmp_path_factory.mktemp("train-gates")
     tokenizer = transformers.AutoTokenizer.from_pretrained(bundled_model())
     random_model(vocab_size=len(tokenizer)).save_pretrained(path / "model")

@@ -28,7 +28,7 @@ CASES = [
 
 
 def simulation(policy: str, **arguments: Any) -> Simulation:
-    """Of a method with its defaults; "paper" is the paper's rule of `skipkv`."""
+    """Simulate a method with its defaults; "paper" is the paper's rule of `skipkv`."""
     return Simulation("skipkv", parameters=PAPER, **arguments) if policy == "paper" else Simulation(policy, **arguments)
 
 
@@ -74,7 +74,7 @@ def test_segments_shrink_as_the_text_turns(parameters, protect, layout):
     sim = Simulation("thinkv", parameters=parameters, protect=protect, layout=layout, buffer=12)
     sim.start("a", num_prompt=13, budget=60)
     sim.start("b", num_prompt=30, budget=90)
-    # The prompt in pieces, as if it were text where it is not protected.
+    # The prompt in pieces; without protection it counts as text.
     while any(request.num_logical < request.num_prompt for request in sim.running.values()):
         sim.step({name: min(9, max(1, r.num_prompt - r.num_logical)) for name, r in sim.running.items()})
     quotas = []
@@ -84,7 +84,7 @@ def test_segments_shrink_as_the_text_turns(parameters, protect, layout):
     for name, request in sim.running.items():
         sim.check(name)
         assert request.num_compactions >= 5
-        assert any(request.segments.steps), "nothing shrank for want of room"
+        assert any(request.segments.steps), "no segment shrank for lack of room"
         kinds = sim.config.policy.kinds(torch.tensor(request.segments.sparsities)).tolist()
         assert {TRANSITION, REASONING} <= set(kinds) if parameters["segment"] == 16 else TRANSITION in kinds
     assert {8, 4} <= {tokens for quota in quotas for tokens in quota}
@@ -96,7 +96,7 @@ def test_segments_shrink_as_the_text_turns(parameters, protect, layout):
     assert (
         len(sim.running["a"].segments.sparsities)
         == (sim.running["a"].num_logical - sim.running["a"].protected) // (parameters["segment"])
-    ), "the first life's segments count"
+    ), "segments of the first life were counted"
 
 
 @pytest.mark.parametrize("layout", ["gpu strided", "vec"])
@@ -105,7 +105,7 @@ def test_segments_shrink_as_the_text_turns(parameters, protect, layout):
 def test_a_prompt_is_compacted_by_its_question_as_soon_as_it_is_computed(num_question, granularity, layout):
     parameters = {"task_tokens": num_question}
     sim = Simulation("finch", protect=False, parameters=parameters, layout=layout, granularity=granularity)
-    # One is longer than its bound, one than its budget only, one shorter than its question, one than its budget.
+    # One prompt exceeds its bound, one only its budget, one is shorter than its question, one than its budget.
     prompts, budgets = {"a": 45, "b": 27, "c": 2, "d": 15}, {"a": 26, "b": 26, "c": 26, "d": 20}
     for name, num_prompt in prompts.items():
         sim.start(name, num_prompt=num_prompt, budget=budgets[name])
@@ -119,7 +119,7 @@ def test_a_prompt_is_compacted_by_its_question_as_soon_as_it_is_computed(num_que
         sim.step(dict.fromkeys(prompts, 1))
     for name, num_prompt in prompts.items():
         assert sim.running[name].num_compactions >= 2
-        # Whatever was written since, the question is held.
+        # The question is held whatever was written since.
         question = set(range(max(0, num_prompt - (num_question or 4)), num_prompt))
         assert all(question <= set(held) for held in sim.positions(name).flatten(0, 1).tolist())
 
@@ -130,7 +130,7 @@ def test_a_question_is_asked_after_each_chunk(has_spare_blocks, layout):
     parameters = {"ask_chunks": True, "task_tokens": 3}
     sim = Simulation("finch", protect=False, parameters=parameters, layout=layout, ratio=2, max_length=66)
     sim.has_spare_blocks = has_spare_blocks
-    # The question would end behind the model's longest text in the last chunk of "a".
+    # In the last chunk of "a" the question would end beyond the longest sequence.
     prompts, budgets = {"a": 65, "b": 47}, {"a": 24, "b": 26}
     for name, num_prompt in prompts.items():
         sim.start(name, num_prompt=num_prompt, budget=budgets[name])
@@ -159,14 +159,14 @@ def test_a_prompt_is_compacted_by_tokens_that_are_decoded_ahead(with_window, has
     for name, num_prompt in prompts.items():
         sim.start(name, num_prompt=num_prompt, budget=26)
     sim.start("plain", num_prompt=9, budget=1, policy="none")
-    # Two prompts end in the same step, one after two chunks; the model's length ends after five tokens of "a".
+    # Two prompts end in the same step, one after two chunks; "a" reaches the longest sequence after five tokens.
     sim.step({"a": 20, "b": 27, "c": 15, "plain": 9})
     sim.step({"plain": 1, "a": 25, "c": 1, "d": 29})
     assert [sim.running[name].num_compactions for name in prompts] == [0, 1, 0, 0]
     free = sorted(sim.pool.free)
     sim.step(dict.fromkeys(prompts, 0))
     assert [sim.running[name].num_compactions for name in prompts] == [1, 1, 0, 1]
-    assert sorted(set(free) & set(sim.pool.free)) == free, "a page was lost"
+    assert sorted(set(free) & set(sim.pool.free)) == free, "a block was lost"
     num_drafted = [sim.running[name].num_lookahead for name in prompts]
     assert num_drafted == ([5, 6, 0, 6] if has_spare_blocks else [0, 0, 0, 0])
     for _ in range(24):
@@ -178,7 +178,7 @@ def test_a_prompt_is_compacted_by_tokens_that_are_decoded_ahead(with_window, has
 
 
 def test_queries_of_tokens_decoded_ahead_decide_other_than_the_window():
-    """Or the comparison above would say little."""
+    """Otherwise the comparison above would show little."""
     kept = []
     for has_spare_blocks in (True, False):
         sim = Simulation("laq", protect=False)
@@ -202,7 +202,7 @@ def test_interleaved_requests_keep_what_the_method_says(policy, granularity, pro
     sim.step({"a": 1, "b": 11, "plain": 1})
     names = ["b", "plain", "a"]
     for i in range(45):
-        # The order of the batch changes, and not everybody runs in every step.
+        # The order of the batch changes, and not every request runs in every step.
         sim.chance.shuffle(names)
         sim.step({name: int(i % 5 != len(name)) for name in names})
     assert sim.running["a"].num_compactions >= 2
@@ -219,7 +219,7 @@ def test_shared_pages_are_replaced_and_their_other_reader_sees_no_change(policy,
     sim = simulation(policy, granularity=granularity, protect=protect, layout=layout)
     sim.start("a", num_prompt=26, budget=30)
     sim.step({"a": 26})
-    # One shares five pages with "a" and has a prompt of its own after it, one only reads.
+    # "b" shares five blocks with "a" and then has its own prompt; "reader" only reads.
     sim.start("b", num_prompt=23, budget=26, shared_with="a")
     sim.start("reader", num_prompt=26, budget=1, policy="none", shared_with="a")
     assert sim.running["b"].num_logical == 20
@@ -264,7 +264,7 @@ def test_a_dummy_pass_leaves_what_gates_said_alone():
 
 
 def test_flagged_sentences_leave_before_anything_else():
-    # The dense reference must really have been led by the penalties, or the comparison above says little.
+    # Penalties must really decide in the dense copy, or the comparison above shows little.
     sim = Simulation("skipkv", protect=False, parameters=PAPER)
     sim.start("a", num_prompt=10, budget=30)
     sim.step({"a": 10})
@@ -334,7 +334,7 @@ def test_random_draws_are_independent():
         for layer in range(3):
             draws.append(policy.score(View(positions=positions, window=8, layer=layer)) > 0.5)
     kept = torch.cat(draws).double()
-    # Half of the tokens, half of their neighbours, and half of what any other head, layer or length keeps.
+    # Half of the tokens, half of their neighbours, and half of the tokens that any other head, layer or length keeps.
     assert (kept.mean(1) - 0.5).abs().max() < 0.06
     for distance in range(1, 20):
         both = (kept[:, distance:] * kept[:, :-distance]).mean(1)
@@ -433,7 +433,7 @@ def test_sums_are_as_long_as_their_own_request():
     for _ in range(40):
         sim.step({"long": 1, "short": 1})
     assert sim.running["short"].num_compactions >= 2
-    # Nobody ranks the protected prompt, so it has no sums.
+    # The protected prompt is never ranked, so it has no sums.
     sums = sim.runtime.signals.attention_mass.sums._sums
     assert {sums[sim.worker.request(name).row].shape[-1] for name in ("long", "short")} == {GROWTH}
 
@@ -448,7 +448,7 @@ def test_finished_requests_that_were_never_managed_are_ignored():
 def test_sentences_are_tracked_from_the_end_of_a_protected_prompt(protect):
     sim = Simulation("skipkv", protect=protect, seed=3)
     sim.start("a", num_prompt=20, budget=40)
-    # The prompt comes in two chunks, the second of which also reaches beyond it after a preemption.
+    # The prompt comes in two chunks, and the second one reaches beyond it, as after a preemption.
     sim.step({"a": 12})
     sim.step({"a": 18})
     tokens = sim.running["a"].tokens

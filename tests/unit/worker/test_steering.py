@@ -57,11 +57,11 @@ def random_text(seed: int, length: int) -> list[int]:
 
 
 def naive_alphas(text: list[int], first: int, thinks: bool, interval: int, strength: Strength) -> list[float]:
-    """The rule, for a text whose tokens count from position `first` on."""
+    """Compute the rule for a text whose tokens count from position `first` on."""
     read = [tokenizer().decode([token]) for token in text]
     sentences = split_sentences(text[first:], build_tables(tokenizer()))
     doubts = [first + s.end for s in sentences if not s.is_execution]
-    # A delimiter that follows another one moves the end of the sentence; that was counted at the first of them.
+    # A delimiter after another one moves the end of a sentence that was counted at the first one.
     body = {first + s.start: first + s.end for s in sentences}
     closed = []
     for start, end in body.items():
@@ -144,7 +144,7 @@ def test_published_rules_counts_the_prompt_up_to_its_last_token():
     start = SteeringController(tables("published"), 16, counts_prompt=True).start("r", prompt, 1, STRENGTH)
     state = dict(zip(STATE, start.state, strict=True))
     assert start.first == len(prompt) - 1
-    # The last token of "Wait" is in "Alternatively" too, so that both are doubts by the published code.
+    # The last token of "Wait" is in "Alternatively" too, so both are doubts in the published code.
     assert (state["reflection"], state["transition"], state["execution"]) == (2, 0, 0)
     assert (state["latched"], state["thinking"], state["steered"]) == (0, 1, 0)
 
@@ -168,7 +168,7 @@ def test_kinds_of_thoughts():
     start = controller.start("r", ids("a"), 1, STRENGTH)
     text = ids("aRead.\n\nWait, check again.\n\nAlternatively b.\n\nAlternatively, Wait.\n\nso")
     thoughts = controller.finish(start, text)
-    assert thoughts == (0, 1, 2, 1), "not thinking, so nothing is steered; doubt comes before change"
+    assert thoughts == (0, 1, 2, 1), "without thinking nothing is steered, and doubt comes before change"
 
 
 # ---- the worker
@@ -185,7 +185,7 @@ def make_steering(num_rows: int = 3, interval: int = 16, layers: tuple[int, ...]
 
 
 class Feed:
-    """Runs texts through a `Steering` in steps and keeps what it says of every position."""
+    """Runs texts through a `Steering` in steps and records its coefficient for every position."""
 
     def __init__(self, steering: Steering, counts_prompt: bool = False, interval: int = 16) -> None:
         self.steering, self.rows = steering, Rows(3)
@@ -206,11 +206,11 @@ class Feed:
         self.rows.release(name)
 
     def step(self, counts: dict[str, int]) -> None:
-        """One step of these requests, in this order."""
+        """Run one step of these requests, in this order."""
         starts = [self.read[name] for name in counts]
         tokens = [t for name, n in counts.items() for t in self.texts[name][self.read[name] : self.read[name] + n]]
         batch = StepBatch(list(counts), np.array(list(counts.values())), np.array(starts), sum(counts.values()))
-        # Padding is nobody's.
+        # Padding belongs to no request.
         self.steering.prepare(batch, torch.tensor([*tokens, 0, 0], dtype=torch.int32))
         row, coefficient = self.steering.row.tolist(), self.steering.coefficient.tolist()
         at = 0
@@ -221,7 +221,7 @@ class Feed:
                     self.alphas[name][self.read[name] + i] = coefficient[at]
                 at += 1
             self.read[name] += n
-        assert not any(row[at:]), "a token that does not exist is steered"
+        assert not any(row[at:]), "a padding token is steered"
         assert self.steering.is_active or not any(row)
 
 
@@ -271,7 +271,7 @@ def test_a_resumed_request_is_steered_again_as_it_was():
     thoughts = feed.controller.finish(feed.starts["a"], (prompt + text)[: len(prompt) + 120])
     assert (counted["steered"], counted["execution"]) == (thoughts.steered_tokens, thoughts.execution)
     assert (counted["reflection"], counted["transition"]) == (thoughts.reflection, thoughts.transition)
-    # Preempted; another takes its row; it comes back with all it had written, in two chunks.
+    # It is preempted, another request takes its row, and it resumes with all its text, in two chunks.
     feed.end("a")
     feed.start("b", prompt + text, len(prompt), vector=2)
     feed.step({"b": 40})
@@ -333,7 +333,7 @@ def test_rows_come_back():
 
 
 class Layer(nn.Module):
-    """As vLLM's decoder layers."""
+    """Like vLLM's decoder layers."""
 
     def forward(self, positions: Tensor, hidden_states: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
         residual = hidden_states if residual is None else hidden_states + residual
@@ -341,7 +341,7 @@ class Layer(nn.Module):
 
 
 class Model(nn.Module):
-    """Three layers and a list of something else."""
+    """Three layers, and a list of other modules."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -409,7 +409,7 @@ def test_the_vector_enters_the_stream_before_its_layer_and_touches_nobody_else(c
             torch.testing.assert_close(residual[[1, 4]], base[1][[1, 4]] + 3 * added[[1, 4]])
             torch.testing.assert_close(residual[2], base[1][2] + 9 * 2 * added[2])
     if compiled:
-        assert graphs == 1, "steps that steer and steps that do not must share compiled code"
+        assert graphs == 1, "steps with and without steering must share compiled code"
 
 
 def test_only_layers_of_a_vector_have_a_hook():

@@ -134,7 +134,7 @@ def test_a_policy_may_have_an_engine_of_its_own():
         True,
     )
     assert (finch["kv_policy"], finch["kv_policy_config"], finch["kv_protect_prompt"]) == ("finch", {}, False)
-    # A prompt that is not protected does not raise the bound.
+    # An unprotected prompt does not raise the bound.
     assert [OWN.limits(name, 50, 100).bound for name in ("rkv", "finch")] == [236, 178]
     assert Settings.from_json(json.loads(json.dumps(OWN.to_json()))) == OWN
     alone = replace(OWN, policies=("full", "trimkv"), own={"trimkv": {}})
@@ -202,7 +202,7 @@ def test_a_line_that_is_no_sample_is_named(tmp_path):
 
 
 class FakePool:
-    """Answers everything at once; the class attributes say how and record what was asked."""
+    """Answers everything at once; class attributes define the answers and record the requests."""
 
     asked: list[worker.Request] = []
     stop_after = 10**9
@@ -292,7 +292,7 @@ def test_steered_arms_are_run_and_kept(pool, tmp_path):
     Run(replace(STEERED, batch_sizes=(4,), problems_at={}), tmp_path)()
     settings, info, samples = load(tmp_path)
     assert info["failures"] == []
-    # Full KV and two budgets, steered one way, and full KV once more.
+    # Full KV and two budgets, each with one kind of steering, and full KV once more.
     assert len(samples) == len({s.key for s in samples}) == 6 * (3 + 3 + 1)
     assert {s.steered_tokens for s in samples if s.steering} == {7}
     assert {s.steered_tokens for s in samples if not s.steering} == {0}
@@ -357,7 +357,7 @@ def test_a_stopped_run_goes_on_where_it_was(stop_after, pool, tmp_path):
 def test_a_killed_run_goes_on_too(pool, tmp_path, monkeypatch):
     killed = tmp_path / "killed"
     with monkeypatch.context() as patch:
-        # What is on the disk while the grid runs is all that a signal leaves.
+        # After a signal, only the files on disk remain.
         patch.setattr(Run, "_run_batch_size", lambda run, *_: shutil.copytree(run.out, killed, dirs_exist_ok=True))
         Run(SETTINGS, tmp_path / "run")()
     assert (killed / "results.jsonl").exists()
@@ -438,7 +438,7 @@ def test_failures():
     good = [sample(), sample(problem="dev-1", completion_tokens=20, compactions=0)]
     assert checks.failures(good, SETTINGS) == []
     assert "full KV reports 3" in checks.failures([sample(policy="full", budget=0)], SETTINGS)[0]
-    # Longer than the budget on average, but below the bound: nothing was demanded, nothing was measured.
+    # Longer than the budget on average, but below the bound: no compaction was due.
     (text,) = checks.failures([sample(completion_tokens=100, compactions=0)], SETTINGS)
     assert "no compaction in any of 1 answers" in text
     assert checks.failures([sample(budget=400, completion_tokens=100, compactions=0)], SETTINGS) == []
