@@ -1,6 +1,6 @@
 """One small test per bug of other KV-eviction projects that can be shown without an engine.
 
-`register.py` lists all of them with their tests.
+`register/` lists all of them with their tests.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from skipkv_vllm.worker.runtime import EvictionRuntime
 from skipkv_vllm.worker.signals import Signals
 from skipkv_vllm.worker.signals.queries import QueryRing
 from tests.simulation import KV_HEADS, LAYERS, Simulation
-from tests.unit.benchmarks.accuracy.test_run import SETTINGS, pool  # noqa: F401
+from tests.unit.benchmarks.accuracy.conftest import pool  # noqa: F401
+from tests.unit.benchmarks.accuracy.fakes import SETTINGS
 
 
 def decode(sim: Simulation, steps: int, *names: str) -> None:

@@ -1,6 +1,6 @@
 """One small test per weakness by design of other KV-eviction projects that no other test covers.
 
-`register.py` lists all of them with their tests.
+`register/` lists all of them with their tests.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ import pytest
 
 from skipkv_vllm.cli import trace_view
 from skipkv_vllm.trace.files import Trace
-from tests.unit.cli.test_trace_view import HEADS, LAYERS, NASTY, make_trace
+from tests.unit.cli.pages import HEADS, LAYERS, NASTY, make_trace
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 BROWSER = next(filter(None, map(shutil.which, NAMES)), None)

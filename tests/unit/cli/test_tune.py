@@ -18,7 +18,7 @@ from skipkv_vllm.evaluation.command import guarded
 from skipkv_vllm.evaluation.engine import Done, Job, Setup, with_fair_random
 from skipkv_vllm.evaluation.texts import Text
 from skipkv_vllm.integration.compat.flags import update_arguments
-from tests.unit.evaluation.test_fidelity import MODEL, Engines
+from tests.unit.evaluation.fakes import MODEL, Engines
 from tests.unit.repository.test_deployment import serve_parser  # noqa: F401
 
 # ---- halves

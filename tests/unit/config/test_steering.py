@@ -20,7 +20,7 @@ from skipkv_vllm.integration.metrics import EvictionStatLogger
 from skipkv_vllm.scheduler.stats import EvictionStats
 from skipkv_vllm.steering import SteeringVector
 from skipkv_vllm.steering.controller import Thoughts
-from tests.unit.config.test_config import engine_args, make_vllm_config, parser  # noqa: F401
+from tests.unit.integration.compat.vllm_configs import make_vllm_config
 from tests.unit.integration.test_block_manager import Engine, drive, finish_all
 from tests.unit.integration.test_metrics import WITH_POLICY, registry, report, value  # noqa: F401
 
@@ -98,7 +98,7 @@ def test_a_missing_file_is_named():
         KVPolicyConfig(kv_steering_vectors={"gone": "/gone"}).load_vectors()
 
 
-def test_flags_reach_the_engine(engine_args, math):  # noqa: F811
+def test_flags_reach_the_engine(engine_args, math):
     args = engine_args(
         *("--kv-steering-vectors", f"math={math}", f"other={math}", "--kv-steering-default", "math"),
         *("--kv-steering-alpha0", "1.25", "--kv-steering-gamma", "0.05", "--kv-steering-alpha-max", "2"),
@@ -127,7 +127,7 @@ def test_flags_reach_the_engine(engine_args, math):  # noqa: F811
         (["--kv-steering-vectors", "a=b", "--kv-budget", "100"], ["--kv-budget given without --kv-policy"]),
     ],
 )
-def test_bad_flags_end_the_command_with_a_message(engine_args, capsys, flags, parts):  # noqa: F811
+def test_bad_flags_end_the_command_with_a_message(engine_args, capsys, flags, parts):
     with pytest.raises(SystemExit):
         engine_args(*flags)
     message = capsys.readouterr().err
@@ -135,12 +135,12 @@ def test_bad_flags_end_the_command_with_a_message(engine_args, capsys, flags, pa
         assert part in message
 
 
-def test_traces_need_no_eviction(engine_args, math, tmp_path):  # noqa: F811
+def test_traces_need_no_eviction(engine_args, math, tmp_path):
     args = engine_args("--kv-steering-vectors", f"math={math}", "--kv-trace-dir", str(tmp_path))
     assert not KVPolicyConfig.parse(args.additional_config["skipkv"]).evicts
 
 
-def test_waiting_requests_are_grouped_without_eviction(engine_args, math):  # noqa: F811
+def test_waiting_requests_are_grouped_without_eviction(engine_args, math):
     grouping = {"kv_batch_grouping": "prefill-length", "kv_grouping_width": 64, "kv_grouping_max_wait": 2.5}
     flags = [word for name, value in grouping.items() for word in (f"--{name.replace('_', '-')}", str(value))]
     args = engine_args("--kv-steering-vectors", f"math={math}", *flags)

@@ -1,177 +1,25 @@
-"""Steering: tables, what is counted, which tokens are steered in batches of any kind, and the hook."""
+"""Steering in the worker: coefficients in batches of any kind, and the hook."""
 
 from __future__ import annotations
 
-import functools
 import random
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, models
 from torch import Tensor, nn
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from vllm.model_executor.models.utils import PPMissingLayer
 
-from skipkv_vllm import bundled_model
 from skipkv_vllm.core.errors import KVPolicyError
-from skipkv_vllm.core.orders import Strength
-from skipkv_vllm.ops import KEYWORD_SHIFT, STATE, THOUGHT
-from skipkv_vllm.sentences import SentenceTables, build_tables, split_sentences
+from skipkv_vllm.ops import KEYWORD_SHIFT, STATE
+from skipkv_vllm.sentences import build_tables
 from skipkv_vllm.steering import SteeringVector
 from skipkv_vllm.steering.controller import SteeringController
-from skipkv_vllm.steering.tables import ThoughtTables, _keyword_machine, build_thought_tables
 from skipkv_vllm.worker.batch import StepBatch
 from skipkv_vllm.worker.requests import Rows
 from skipkv_vllm.worker.steering import Steering, decoder_layers
-
-STRENGTH = Strength(1.0, 0.25, 2.0)
-WIDTH = 8
-
-
-@functools.cache
-def tokenizer() -> Any:
-    return AutoTokenizer.from_pretrained(bundled_model())
-
-
-@functools.cache
-def tables(compat: str = "default") -> ThoughtTables:
-    return build_thought_tables(tokenizer(), 503, compat)
-
-
-def ids(text: str) -> list[int]:
-    return tokenizer().encode(text, add_special_tokens=False)
-
-
-MARKERS = ("<think>", "<think>", "</think>")
-PIECES = ("Wait", " again", "Alternatively", "Read", " a", ".", ".\n\n", "\n\n", ".\n", "\n", ":", " ") * 3 + MARKERS
-
-
-def random_text(seed: int, length: int) -> list[int]:
-    draw = random.Random(seed)
-    text: list[int] = []
-    while len(text) < length:
-        text += ids(draw.choice(PIECES))
-    return text[:length]
-
-
-def naive_alphas(text: list[int], first: int, thinks: bool, interval: int, strength: Strength) -> list[float]:
-    """Compute the rule for a text whose tokens count from position `first` on."""
-    read = [tokenizer().decode([token]) for token in text]
-    sentences = split_sentences(text[first:], build_tables(tokenizer()))
-    doubts = [first + s.end for s in sentences if not s.is_execution]
-    # A delimiter after another one moves the end of a sentence that was counted at the first one.
-    body = {first + s.start: first + s.end for s in sentences}
-    closed = []
-    for start, end in body.items():
-        at = next(p for p in range(start, end) if text[p] in build_tables(tokenizer()).delimiters)
-        closed += [at] * (end in doubts)
-    alphas, latched = [0.0] * len(text), 0
-    for p in range(first, len(text)):
-        thinks = {"<think>": True, "</think>": False}.get(read[p], thinks)
-        if thinks and "\n\n" in read[p]:
-            alphas[p] = min(strength.alpha0 + strength.gamma * latched, strength.alpha_max)
-        if (p + 1) % interval == 0:
-            latched = sum(at <= p for at in closed)
-    return alphas
-
-
-# ---- tables
-
-
-def test_what_the_bundled_tokenizers_tokens_are():
-    flags = tables().vocabulary
-
-    def texts(flag: int) -> set[str]:
-        return {tokenizer().decode([i]) for i in (flags & flag).nonzero().flatten().tolist()}
-
-    assert texts(THOUGHT.SPLIT) == {"\n\n", ".\n\n", "?\n\n", ")\n\n", ">\n\n"}
-    assert set((flags & THOUGHT.DELIMITER).nonzero().flatten().tolist()) == build_tables(tokenizer()).delimiters
-    assert (texts(THOUGHT.BEGIN), texts(THOUGHT.END)) == ({"<think>"}, {"</think>"})
-    assert tables("published").merge is False
-    assert tables().merge is True
-
-
-@pytest.mark.parametrize(
-    ("vocabulary", "message"),
-    [
-        ({"\n\n": 0, "a": 1}, "no token for <think> and </think>"),
-        ({"\n\n": 0, "<think>": 1}, "no token for </think>"),
-        ({"\n": 0, "<think>": 1, "</think>": 2}, "no token with a blank line"),
-    ],
-)
-def test_a_tokenizer_that_cannot_tell_thoughts_is_refused(vocabulary, message):
-    tokens = models.WordLevel({**vocabulary, "[UNK]": 9}, unk_token="[UNK]")
-    with pytest.raises(KVPolicyError, match=f"{message}.*start without --kv-steering-vectors"):
-        build_thought_tables(PreTrainedTokenizerFast(tokenizer_object=Tokenizer(tokens)), 10)
-
-
-@pytest.mark.parametrize("seed", range(40))
-def test_the_machine_finds_the_keywords_that_segment_finds(seed):
-    draw = random.Random(seed)
-    words = tuple({tuple(draw.choices(range(4), k=draw.randint(1, 4))) for _ in range(5)})
-    sentences = SentenceTables(frozenset({9}), words, True, "max", frozenset(words[:2]))
-    tokens = sorted({t for word in words for t in word})
-    machine = _keyword_machine(sentences, tokens)
-    column = {token: i for i, token in enumerate(tokens, 1)}
-    text = draw.choices(range(5), k=30)
-    state = kinds = 0
-    for token in text:
-        step = int(machine[state, column.get(token, 0)])
-        state, kinds = step >> 2, kinds | step & 3
-    found = [word for word in words if any(tuple(text[i : i + len(word)]) == word for i in range(30))]
-    wanted = {2 if word in sentences.transitions else 1 for word in found}
-    assert kinds == sum(wanted)
-
-
-# ---- the controller
-
-
-@pytest.mark.parametrize(
-    ("prompt", "thinks"),
-    [("a<think>\n", 1), ("a<think>b</think>\n\n", 0), ("a", 0), ("</think>a<think>\n\n", 1)],
-)
-def test_the_last_marker_of_the_prompt_decides_whether_the_model_thinks(prompt, thinks):
-    start = SteeringController(tables(), 16, counts_prompt=False).start("r", ids(prompt), 3, STRENGTH)
-    state = dict(zip(STATE, start.state, strict=True))
-    assert state == dict.fromkeys(STATE, 0) | {"vector": 3, "thinking": thinks}
-    assert start.first == len(ids(prompt))
-
-
-def test_published_rules_counts_the_prompt_up_to_its_last_token():
-    prompt = ids("Wait, a.\n\n<think>Alternatively b.\n\nRead.\n\n")
-    start = SteeringController(tables("published"), 16, counts_prompt=True).start("r", prompt, 1, STRENGTH)
-    state = dict(zip(STATE, start.state, strict=True))
-    assert start.first == len(prompt) - 1
-    # The last token of "Wait" is in "Alternatively" too, so both are doubts in the published code.
-    assert (state["reflection"], state["transition"], state["execution"]) == (2, 0, 0)
-    assert (state["latched"], state["thinking"], state["steered"]) == (0, 1, 0)
-
-
-@pytest.mark.parametrize("seed", range(10))
-def test_thoughts_are_the_sentences_that_eviction_and_traces_see(seed):
-    text = random_text(seed, 300)
-    controller = SteeringController(tables(), 16, counts_prompt=False)
-    start = controller.start("r", ids("a<think>"), 1, STRENGTH)
-    prompt = ids("a<think>")
-    thoughts = controller.finish(start, prompt + text)
-    sentences = split_sentences(text, build_tables(tokenizer()))
-    assert thoughts.execution == sum(s.is_execution for s in sentences)
-    assert thoughts.reflection + thoughts.transition == sum(not s.is_execution for s in sentences)
-    wanted = naive_alphas(prompt + text, len(prompt), True, 16, STRENGTH)
-    assert thoughts.steered_tokens == sum(alpha != 0 for alpha in wanted) > 5
-
-
-def test_kinds_of_thoughts():
-    controller = SteeringController(tables(), 16, counts_prompt=False)
-    start = controller.start("r", ids("a"), 1, STRENGTH)
-    text = ids("aRead.\n\nWait, check again.\n\nAlternatively b.\n\nAlternatively, Wait.\n\nso")
-    thoughts = controller.finish(start, text)
-    assert thoughts == (0, 1, 2, 1), "without thinking nothing is steered, and doubt comes before change"
-
-
-# ---- the worker
+from tests.unit.steering.thinking import STRENGTH, WIDTH, ids, naive_alphas, random_text, tables, tokenizer
 
 
 def make_steering(num_rows: int = 3, interval: int = 16, layers: tuple[int, ...] = (1, 0)) -> Steering:
@@ -327,9 +175,6 @@ def test_rows_come_back():
     rows._free.pop()
     with pytest.raises(AssertionError, match="a row was lost"):
         rows.check_integrity()
-
-
-# ---- the hook
 
 
 class Layer(nn.Module):
