@@ -1,4 +1,4 @@
-"""Shared by all tests: the environment and the fixtures of the engine tests. Imports nothing heavy by itself."""
+"""Shared by all tests: the environment, and the fixtures of the engine tests. It imports nothing slow."""
 
 from __future__ import annotations
 
@@ -15,21 +15,22 @@ os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 if TYPE_CHECKING:
-    from tests.reference.oracle import ReferenceCache
+    from tests.reference.references import ReferenceCache
 
 
 @pytest.fixture(scope="session")
 def references() -> ReferenceCache:
-    """Hugging Face references of this session."""
+    """Results of the oracle, computed once per session."""
     from tests.engines import MODEL
-    from tests.reference.oracle import Model, ReferenceCache
+    from tests.reference.model import Model
+    from tests.reference.references import ReferenceCache
 
     return ReferenceCache(Model(MODEL))
 
 
 @pytest.fixture
 def one_thread_a_worker() -> Iterator[None]:
-    """Engines of several workers, which share the cores of small machines though each brings its own threads."""
+    """Let the workers of an engine share the cores of a small machine: one thread each."""
     from tests import engines
 
     with pytest.MonkeyPatch.context() as patch:
@@ -43,7 +44,7 @@ def one_thread_a_worker() -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def _stop_engine() -> Iterator[None]:
-    """Stop the last engine in an orderly way."""
+    """Stop the last engine."""
     yield
     if "tests.engines" in sys.modules:
         sys.modules["tests.engines"].shutdown()

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 REPOSITORY = Path(__file__).parents[1]
 MODEL = os.environ.get("SKIPKV_TEST_MODEL") or bundled_model()
 RUNNERS = {"v1-eager": ("v1", True), "v1-compiled": ("v1", False), "v2": ("v2", True)}
-"""Model runner, and whether the model runs as it is instead of compiled."""
+"""Model runner, and whether the model runs eagerly instead of compiled."""
 PAGE = 32
 
 ENGINE_ARGUMENTS: dict[str, Any] = {
@@ -43,7 +43,7 @@ ENGINE_ARGUMENTS: dict[str, Any] = {
     "max_num_seqs": 12,
     "max_num_batched_tokens": 128,
     "block_size": PAGE,
-    # Few pages, because the integrity check looks at each of them after each step.
+    # Few blocks, because the integrity check visits each of them after each step.
     "num_gpu_blocks_override": 256,
     "enable_prefix_caching": True,
     "enforce_eager": True,
@@ -66,20 +66,20 @@ POLICY_ARGUMENTS: dict[str, Any] = {
 
 @functools.cache
 def tokenizer() -> PreTrainedTokenizerBase:
-    """The model's tokenizer."""
+    """Return the model's tokenizer."""
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(MODEL)
 
 
 def chat_prompt(question: str) -> list[int]:
-    """Token ids of a user's question, ready for the answer."""
+    """Return the token ids of a user's question, up to the answer."""
     messages = [{"role": "user", "content": question}]
     return tokenizer().apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
 
 
 def demo_prompts(count: int, at_least: int = 0) -> list[list[int]]:
-    """Prompts with less than a page in common; a question each, or as many as make `at_least` tokens."""
+    """Return prompts that share less than a block: one question each, or as many as make `at_least` tokens."""
     from benchmarks.tiny_reasoner.problems import problems
 
     questions = iter([problem.question for problem in problems("demo", 32 * count)])
@@ -99,14 +99,14 @@ _current: tuple[tuple, vllm.LLM] | None = None
 
 @functools.cache
 def trace_folder() -> str:
-    """Where engines of this process write traces; removed at exit."""
+    """Return the folder for the traces of this process's engines; it is removed at exit."""
     folder = tempfile.mkdtemp(prefix="skipkv-traces-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return folder
 
 
 def engine(*, reset: bool = True, **arguments: Any) -> vllm.LLM:
-    """An engine with eviction; `arguments` override `ENGINE_ARGUMENTS` and `POLICY_ARGUMENTS`.
+    """Return an engine with eviction; `arguments` override `ENGINE_ARGUMENTS` and `POLICY_ARGUMENTS`.
 
     With `reset=False` it keeps its prefix cache.
     """
@@ -116,7 +116,7 @@ def engine(*, reset: bool = True, **arguments: Any) -> vllm.LLM:
 
 
 def stock_engine(**arguments: Any) -> vllm.LLM:
-    """vLLM as it comes; `arguments` override `ENGINE_ARGUMENTS`."""
+    """Return an engine of stock vLLM; `arguments` override `ENGINE_ARGUMENTS`."""
     from vllm import LLM
 
     return _engine(LLM, arguments)
@@ -131,7 +131,7 @@ def _engine(cls: type, arguments: dict[str, Any], reset: bool = True) -> vllm.LL
         shutdown()
         _current = (key, cls(**arguments))
     llm = _current[1]
-    # A test that failed in the middle must not leave requests or cached prompts to the next one.
+    # A failed test must not leave requests or cached prompts to the next one.
     _abort_all(llm)
     assert not reset or llm.reset_prefix_cache()
     return llm
@@ -139,7 +139,7 @@ def _engine(cls: type, arguments: dict[str, Any], reset: bool = True) -> vllm.LL
 
 @functools.cache
 def _allow_async_scheduling() -> None:
-    """Let a test ask for asynchronous scheduling, which vLLM always switches off on CPUs."""
+    """Let tests use asynchronous scheduling, which vLLM switches off on CPUs."""
     from vllm.platforms.cpu import CpuPlatform
 
     original = CpuPlatform.check_and_update_config.__func__
@@ -163,7 +163,7 @@ def shutdown() -> None:
 
 
 def scheduler_of(llm: vllm.LLM) -> Any:
-    """The scheduler object of an engine that runs in this process."""
+    """Return the scheduler of an engine that runs in this process."""
     return llm.llm_engine.engine_core.engine_core.scheduler
 
 
@@ -175,9 +175,9 @@ def _abort_all(llm: vllm.LLM) -> None:
 
 
 def wake(llm: vllm.LLM, level: int) -> None:
-    """Wake an engine that sleeps at a level, weights first, and load those that level 2 discarded.
+    """Wake an engine that sleeps at a level, weights first, and reload weights that level 2 discarded.
 
-    At level 0 only KV pages were released.
+    At level 0 only the KV cache was released.
     """
     if level:
         llm.wake_up(["weights"])
@@ -187,7 +187,7 @@ def wake(llm: vllm.LLM, level: int) -> None:
 
 
 def assert_pool_empty(llm: vllm.LLM) -> None:
-    """All pages are free but the null page."""
+    """Check that all blocks but the null block are free."""
     scheduler = scheduler_of(llm)
     assert not scheduler.running
     assert not scheduler.waiting
@@ -199,14 +199,14 @@ def assert_pool_empty(llm: vllm.LLM) -> None:
 
 
 class Sample(NamedTuple):
-    """One running request after one step, as its scheduler sees it.
+    """One running request after one step, as the scheduler sees it.
 
     Attributes:
         step: number of the step.
         request: number of the request.
         num_logical: tokens computed.
-        num_evicted: of these, tokens no longer held.
-        num_pages: pages held.
+        num_evicted: computed tokens that were evicted.
+        num_pages: blocks held.
     """
 
     step: int
@@ -225,9 +225,9 @@ class Load(NamedTuple):
     """The engine in one step.
 
     Attributes:
-        num_running: requests that ran, those that finished in the step included.
+        num_running: requests that ran, including those that finished in the step.
         num_waiting: requests that wait after it.
-        num_pages: pages in use after it.
+        num_pages: blocks in use after it.
     """
 
     num_running: int
@@ -237,10 +237,10 @@ class Load(NamedTuple):
 
 @dataclass
 class Generation:
-    """What `generate_staggered` saw; lists are in the order of the prompts.
+    """Record of `generate_staggered`; lists are in the order of the prompts.
 
     Attributes:
-        outputs: final output of each request, of an aborted one the last; None if there was none.
+        outputs: final output of each request, the last one of an aborted request; None if there was none.
         request_ids: vLLM's internal ids, which also name the traces.
         samples: a sample per running request and step, of engines with eviction.
         load: per step.
@@ -262,7 +262,7 @@ def generate_staggered(
     abort_at: Mapping[int, int] | None = None,
     adapters: Mapping[int, LoRARequest] | None = None,
 ) -> Generation:
-    """Run requests that arrive one after the other, and look at the scheduler after every step.
+    """Run requests that arrive one after the other, and sample the scheduler after every step.
 
     Args:
         llm: an engine in this process.
@@ -270,7 +270,7 @@ def generate_staggered(
         params: sampling parameters of each.
         every: steps between two arrivals.
         abort_at: number of a request -> step before which it is aborted.
-        adapters: number of a request -> what it is computed with besides the model.
+        adapters: number of a request -> its LoRA adapter.
     """
     llm_engine = llm.llm_engine
     abort_at, adapters = abort_at or {}, adapters or {}
@@ -286,7 +286,7 @@ def generate_staggered(
             done.request_ids.append(llm_engine.add_request(str(number), prompt, params[number], lora_request=adapter))
         if due := [done.request_ids[i] for i, at in abort_at.items() if at == step]:
             llm_engine.abort_request(due, internal=True)
-        # An asynchronous engine may finish a request some steps after the last one that computed it.
+        # An asynchronous engine may finish a request some steps after its last token.
         num_finished = 0
         for output in llm_engine.step():
             done.outputs[int(output.request_id)] = output
@@ -352,7 +352,7 @@ class Job:
     sleep_level: int | None = None
 
     def extra_args(self, number: int) -> dict[str, Any] | None:
-        """What a request sets for itself."""
+        """Return the options that a request sets."""
         if not self.policies:
             return None
         budget = self.budgets[number] if self.budgets else None
@@ -362,16 +362,16 @@ class Job:
 
 @dataclass
 class Outcome:
-    """What a job produced; lists are in the order of the prompts.
+    """Result of a job; lists are in the order of the prompts.
 
     Attributes:
         tokens: generated token ids.
         logprobs: per token, token id -> log probability.
         num_cached: prompt tokens found in the prefix cache.
         traces: empty for a stock engine.
-        reports: what each response says was evicted; None for a request that keeps everything.
+        reports: eviction report of each response; None for a request that keeps everything.
         samples, load, num_preemptions: see `Generation`.
-        skipped: how often the policy could not do as configured, by reason.
+        skipped: how often the policy could not act as configured, by reason.
         is_v2: whether Model Runner V2 ran.
         is_async: whether scheduling was asynchronous.
         attention: class of the attention implementation.
@@ -396,12 +396,12 @@ class Outcome:
 
 
 def run(job: Job, runner: str = "v1") -> Outcome:
-    """Run a job on Model Runner "v1", in this process, or "v2", in a child; the pool is empty afterwards."""
+    """Run a job on Model Runner "v1" in this process, or "v2" in a child process; the pool is empty afterwards."""
     return run_all([job], runner)[0]
 
 
 def run_all(jobs: Sequence[Job], runner: str) -> list[Outcome]:
-    """Run jobs one after the other, see `run`; those of "v2" in one child."""
+    """Run jobs one after the other, see `run`; those of "v2" share a child process."""
     if runner == "v1":
         return [_run_here(job) for job in jobs]
     return run_in_child(jobs, interpreted=True)
@@ -413,13 +413,13 @@ def run_in_child(
     interpreted: bool = False,
     triton_attention: bool = False,
 ) -> list[Outcome]:
-    """Run jobs one after the other in a process of their own.
+    """Run jobs one after the other in a child process.
 
     Args:
-        jobs: what to run.
-        environment: variables that differ from this process's.
-        interpreted: on a CPU: Model Runner V2, in Triton's interpreter.
-        triton_attention: there too: GPUs' Triton attention and page layout instead of the CPU's.
+        jobs: the jobs.
+        environment: variables to change.
+        interpreted: run Model Runner V2 in Triton's interpreter, on a CPU.
+        triton_attention: use the GPU's Triton attention and page layout there as well.
     """
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "job")
@@ -431,7 +431,7 @@ def run_in_child(
 
 
 def run_as_child(path: str, interpreted: bool, triton_attention: bool) -> None:
-    """Run the jobs in the file, see `run_in_child`, and leave the outcomes next to it."""
+    """Run the jobs in a file, see `run_in_child`, and write the outcomes next to it."""
     if interpreted:
         from tests import triton_cpu
 
@@ -467,7 +467,7 @@ def run_on(llm: vllm.LLM, job: Job) -> Outcome:
         wake(llm, job.sleep_level)
     skipped_before = _skipped(llm)
     config = llm.llm_engine.vllm_config
-    # vLLM compiles a helper for log probabilities even where the model runs eagerly, which takes a minute.
+    # vLLM compiles a helper for log probabilities even if the model runs eagerly, which takes a minute.
     with torch.compiler.set_stance("force_eager" if config.model_config.enforce_eager else "default"):
         done = generate_staggered(llm, job.prompts, params, job.every, job.abort_at, job.adapters)
     assert_pool_empty(llm)
@@ -486,7 +486,7 @@ def run_on(llm: vllm.LLM, job: Job) -> Outcome:
         traces = [Trace.load(trace_path(trace_folder(), name)) for name in done.request_ids]
     from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 
-    # Where the model runs in other processes, its layers are not to be seen.
+    # If the model runs in other processes, this one has no layers.
     layers = [each for each in config.compilation_config.static_forward_context.values() if hasattr(each, "impl")]
     skipped = _skipped(llm) - skipped_before
     scheduler = scheduler_of(llm)
@@ -509,7 +509,7 @@ def run_on(llm: vllm.LLM, job: Job) -> Outcome:
 
 
 def _skipped(llm: vllm.LLM) -> Counter[str]:
-    """What the policy skipped since the engine started; nobody collects the statistics of these engines."""
+    """Return the policy's skip counters since the engine started; nothing else takes them from these engines."""
     eviction = getattr(scheduler_of(llm), "eviction", None)
     counts = {} if eviction is None else eviction.stats._counts
     return Counter({name.removeprefix("skipped:"): n for name, n in counts.items() if name.startswith("skipped:")})

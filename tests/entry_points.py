@@ -1,4 +1,4 @@
-"""Every way into vLLM, and what becomes of a request's options on it. Tests compare it with vLLM's own files."""
+"""Every entry point of vLLM, and how a request's options pass it. Tests compare this list with vLLM's files."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class Endpoint(NamedTuple):
 
     Attributes:
         model: vLLM's model of its body.
-        body: the least it takes, besides the model's name; empty where the toy model cannot serve it.
-        options: field that holds a request's options; empty where there is none.
+        body: the smallest valid body without the model's name; empty if the toy model cannot serve it.
+        options: field that holds a request's options; empty if there is none.
         max_tokens: field that limits the output.
     """
 
@@ -29,7 +29,7 @@ class Endpoint(NamedTuple):
     max_tokens: str = "max_tokens"
 
     def with_options(self, given: dict[str, Any], max_tokens: int = 2, **more: Any) -> dict[str, Any]:
-        """A body for the toy server."""
+        """Return a body for the toy server."""
         body = {"model": "tiny"} | self.body | more
         for field, value in ((self.options or "vllm_xargs", given), (self.max_tokens, max_tokens)):
             outer, _, inner = field.rpartition(".")
@@ -37,7 +37,7 @@ class Endpoint(NamedTuple):
         return body
 
     def load(self) -> Any:
-        """The class of the body."""
+        """Return the class of the body."""
         module, _, name = self.model.partition(":")
         return getattr(importlib.import_module(f"vllm.entrypoints.{module}"), name)
 
@@ -47,7 +47,7 @@ ENDPOINTS = {
     "/v1/completions": Endpoint("openai.completion.protocol:CompletionRequest", {"prompt": "Hi"}),
     "/v1/chat/completions": Endpoint("openai.chat_completion.protocol:ChatCompletionRequest", CHAT),
     "/v1/chat/completions/batch": Endpoint(
-        # Declares no vllm_xargs, but hands what it does not declare to a chat request for each conversation.
+        # Has no vllm_xargs, but passes undeclared fields to a chat request for each conversation.
         "openai.chat_completion.protocol:BatchChatCompletionRequest",
         {"messages": [CHAT["messages"]]},
     ),
@@ -72,13 +72,13 @@ ENDPOINTS = {
     ),
     "/v1/systemone": Endpoint("generate.structured_decisions.protocol:StructuredDecisionRequest", {}, options=""),
 }
-"""All call `_check_model` with the body (`/v1/messages` with a chat request of it) before they respond."""
+"""All call `_check_model` with the body (`/v1/messages` with a chat request made of it) before they respond."""
 
 OTHER_ROUTES = {
     "hands the body to the handler of chat or completions": ["/invocations"],
     "its body has no room for options, vLLM drops what it does not know: the server's settings apply": [
         "/cohere/v2/chat",
-        "/v1/realtime",  # an input that grows, which keeps everything
+        "/v1/realtime",  # a growing input, which keeps everything
     ],
     "makes no request of an engine; what it renders is checked by /inference/v1/generate": [
         *("/v1/chat/completions/render", "/v1/completions/render", "/v1/responses/render", "/v1/messages/render"),
@@ -126,7 +126,7 @@ MAKERS = {
     "benchmarks/throughput.py": "LLM.generate, AsyncLLM.generate",
     "benchmarks/mm_processor.py": "LLM.chat",
 }
-"""Files that make `SamplingParams` or `BeamSearchParams`, and of what; `InputProcessor.process_inputs` sees all."""
+"""Files that make `SamplingParams` or `BeamSearchParams`, and from what; `InputProcessor.process_inputs` sees all."""
 
 COMMANDS = {
     "serve": "the routes above; also --grpc, whose protocol has no room for options, and which calls AsyncLLM.generate",
@@ -152,8 +152,8 @@ _VERBS = {"post", "put", "patch", "delete", "websocket", "api_route", "add_api_r
 
 
 def sources(folder: str, *words: str) -> Iterator[tuple[str, str]]:
-    """Path and text of vLLM's files in a folder that have one of the words in them."""
-    # Unlike Path.rglob it follows links, of which a patched copy consists.
+    """Yield path and text of vLLM's files in a folder that contain one of the words."""
+    # Unlike Path.rglob it follows links; a patched copy consists of links.
     for file in sorted(glob.glob(f"{folder}**/*.py", root_dir=vllm_root(), recursive=True)):
         text = Path(vllm_root(), file).read_text()
         if any(word in text for word in words):
@@ -165,7 +165,7 @@ def _trees(folder: str, *words: str) -> Iterator[tuple[str, ast.Module]]:
 
 
 def routes() -> set[str]:
-    """Paths that vLLM's servers take a body on, whatever switches them on."""
+    """Return all paths on which vLLM's servers accept a body, whatever enables them."""
     calls = [
         node
         for _, tree in _trees("entrypoints/", "router", "app")
@@ -179,7 +179,7 @@ def routes() -> set[str]:
 
 @functools.cache
 def makers() -> dict[str, set[str]]:
-    """Files that make what goes to an engine, by constructor or `from_optional`, by the name of the class."""
+    """Return the files that construct engine inputs (also by `from_optional`), by class name."""
     found: dict[str, set[str]] = {"SamplingParams": set(), "BeamSearchParams": set(), "EngineCoreRequest": set()}
     for file, tree in _trees("", *found):
         for node in ast.walk(tree):
@@ -190,7 +190,7 @@ def makers() -> dict[str, set[str]]:
 
 
 def commands() -> set[str]:
-    """Names of the commands and their own commands."""
+    """Return the names of commands and subcommands."""
     found = set()
     for _, tree in _trees("entrypoints/cli/", "Subcommand"):
         for node in (part for cls in ast.walk(tree) if isinstance(cls, ast.ClassDef) for part in cls.body):

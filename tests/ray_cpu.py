@@ -1,4 +1,4 @@
-"""vLLM's Ray executor where there are no accelerators, for tests.
+"""vLLM's Ray executor without accelerators, for tests.
 
 vLLM 0.32 asks Ray for the platform's device, and its CPU platform names none. Here workers ask for a resource of our
 own. All else is vLLM's: the placement group, the actors, how they load plugins, and the way from the scheduler to them.
@@ -20,7 +20,7 @@ DEVICE = "cpu_worker"
 
 
 class CPUWorkerProc(RayWorkerProc):
-    """An actor whose device is its rank."""
+    """A worker whose device is its rank."""
 
     def get_node_and_physical_gpu_ids(self) -> tuple[str, list[int]]:
         return ray.get_runtime_context().get_node_id(), [self._init_kwargs["rank"]]

@@ -1,4 +1,4 @@
-"""Real checkpoints for tests, where `make real-models` has put them."""
+"""Real checkpoints for tests, as downloaded by `make real-models`."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Sleep mode on a CPU, where vLLM's worker ignores it: what its allocator would discard on a GPU is overwritten.
+"""Sleep mode on a CPU, where vLLM's worker ignores it: memory that a GPU would discard is overwritten.
 
 vLLM's own `Worker.sleep` and `wake_up` run, on a backend that knows the pool of every allocation, as `CuMemAllocator`
-does. What is woken without a backup holds NaN, huge numbers and random integers.
+does. Memory that wakes without a backup holds NaN, huge numbers and random integers.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ TAGS = ("weights", "kv_cache", "runtime")
 
 
 class Pools(TorchDispatchMode):
-    """Knows of every storage in which pool it was allocated. It holds all of them, so that no address is used twice."""
+    """Knows the pool of every storage. It keeps all storages alive, so that no address is used twice."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -35,16 +35,16 @@ class Pools(TorchDispatchMode):
         self._held: dict[str | None, list[tuple[torch.dtype, UntypedStorage]]] = {}
 
     def tag_of(self, tensor: Tensor) -> str | None:
-        """The pool of a tensor; None where it was allocated outside all of them."""
+        """Return the pool of a tensor, or None."""
         return self._tags.get(tensor.untyped_storage().data_ptr())
 
     def holding(self, tag: str) -> list[tuple[torch.dtype, UntypedStorage]]:
-        """The storages of a pool, and what their bytes mean."""
+        """Return the storages of a pool with their dtypes."""
         return self._held.get(tag, [])
 
     @contextmanager
     def allocate(self, tag: str) -> Iterator[None]:
-        """What is allocated inside belongs to a pool; the innermost wins."""
+        """Allocate inside a pool; the innermost one wins."""
         outer, self.tag = self.tag, tag
         try:
             if outer is None:
@@ -56,7 +56,7 @@ class Pools(TorchDispatchMode):
             self.tag = outer
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is not torch.ops.aten.lift_fresh.default:  # takes what `torch.tensor` has just allocated
+        if func is not torch.ops.aten.lift_fresh.default:  # adopts the storage that `torch.tensor` has just allocated
             self._note((args, kwargs), None)
         result = func(*args, **(kwargs or {}))
         self._note(result, self.tag)
@@ -72,13 +72,13 @@ class Pools(TorchDispatchMode):
 
 
 class Backend(SleepModeBackend):
-    """Keeps and discards what `CuMemBackend` does."""
+    """Keeps and discards the same memory as `CuMemBackend`."""
 
     def __init__(self, pools: Pools) -> None:
         super().__init__()
         self.pools = pools
         self._asleep: dict[str, list[UntypedStorage]] = {}
-        """backup by pool, empty where there is none"""
+        """backup by pool, empty if there is none"""
 
     def suspend(self, level: int = 1) -> None:
         backed_up = ("weights", "runtime") if level == 1 else ("runtime",)
@@ -98,14 +98,14 @@ class Backend(SleepModeBackend):
                 elif dtype.itemsize > 1:
                     values.random_()
                 else:
-                    # Pages are allocated as bytes. As float32 they are huge, but no NaN: attention on CPUs multiplies
-                    # what lies past a sequence by 0.
+                    # Pages are allocated as bytes. As float32 they are huge, not NaN: attention on CPUs multiplies
+                    # the memory past a sequence by 0.
                     values.fill_(127)
 
     def resume(self, tags: list[str] | None = None) -> None:
         for tag in list(self._asleep):
             if tags is None or tag in tags or tag not in DEFERRABLE_TAGS:
-                # The backup is shorter, namely empty, where there is none.
+                # The backup is empty if there is none.
                 for (_, storage), saved in zip(self.pools.holding(tag), self._asleep.pop(tag), strict=False):
                     storage.copy_(saved)
 
@@ -131,8 +131,8 @@ class SleepingCPUWorker(cpu_worker.EvictingCPUWorker):
 
 @contextmanager
 def sleep_mode() -> Iterator[None]:
-    """Engines of this process that start inside can sleep."""
-    # oneDNN has packed weights of its own, out of reach, and vLLM keeps their addresses in tensors.
+    """Let engines of this process that start inside sleep."""
+    # oneDNN packs weights into memory of its own, and vLLM keeps their addresses in tensors.
     with (
         patch.object(cpu_worker, "EvictingCPUWorker", SleepingCPUWorker),
         patch.object(_custom_ops, "_supports_onednn", False),

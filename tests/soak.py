@@ -1,6 +1,6 @@
 """Random traffic on a real engine: mixed methods, budgets and lengths, shared prompts, aborts at any moment.
 
-`make soak` runs thousands of requests, `tests/regression/test_load.py` some of them in every run of the tests. All
+`make soak` runs thousands of requests, `tests/regression/test_load.py` a few in every test run. All
 page bookkeeping is verified in every step, and afterwards nothing may be left of any request. Requests repeat each
 other's text, and some are asked again alone at the end: an answer must not depend on who else was there.
 """
@@ -38,12 +38,12 @@ ARGUMENTS: dict[str, Any] = {
     "kv_steering_vectors": [f"doubts={bundled_vector()}"],
 }
 ENGINES: dict[str, dict[str, Any]] = {
-    # Requests wait for their pages; what they share of a prompt stays shared.
+    # Requests wait for blocks, and shared prompts stay shared.
     "bounded": ARGUMENTS | {"num_gpu_blocks_override": 512},
-    # Requests take each other's pages away, and rewrite prompts that others hold.
+    # Requests preempt each other, and rewrite prompts that others share.
     "optimistic": ARGUMENTS
     | {"num_gpu_blocks_override": 128, "kv_admission": "optimistic", "kv_protect_prompt": False},
-    # Learned gates say something of every request's tokens, and tokens are computed ahead of others' steps.
+    # Learned gates read the tokens of every request, and some requests compute tokens ahead.
     "gated": ARGUMENTS
     | {
         "num_gpu_blocks_override": 512,
@@ -55,7 +55,7 @@ ENGINES: dict[str, dict[str, Any]] = {
     },
 }
 MOST_AT_ONCE = 60
-"""requests in the engine; more than the pages are enough for"""
+"""requests in the engine, more than the blocks suffice for"""
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class Wanted:
 
 @dataclass
 class Report:
-    """What happened.
+    """Counts of a soak.
 
     Attributes:
         requests, finished, aborted: how many; the others add up to the first.
@@ -133,10 +133,10 @@ class Soak:
         self._first: dict[str, list[int]] = {}
 
     def run(self, num_requests: int) -> Report:
-        """Send that many requests; everything of them is gone afterwards.
+        """Send this many requests, and check that nothing of them remains.
 
         Raises:
-            AssertionError: a page or a state was lost, a request exceeded its bound, or an answer changed.
+            AssertionError: a block or a row was lost, a request exceeded its bound, or an answer changed.
         """
         began, before = time.monotonic(), num_compactions(self.llm)
         self._send(num_requests)
@@ -154,10 +154,10 @@ class Soak:
         prompt = list(chance.choice(self._texts))
         kind = chance.random()
         if kind < 0.3:
-            # The same text up to a point, in the middle of a page or at its end.
+            # The same text up to a point, within a block or at its end.
             prompt = prompt[: chance.randrange(16, len(prompt))] + list(chance.choice(self._texts))[-12:]
         elif kind < 0.5 and self._answered:
-            # A conversation goes on, after an answer that was evicted in part.
+            # A conversation continues after a partly evicted answer.
             wanted, answer = chance.choice(self._answered)
             prompt = (wanted.prompt + answer)[:220] + list(chance.choice(self._texts))[-12:]
         options: dict[str, Any] = {"kv_policy": chance.choice(self._policies)}
@@ -231,7 +231,7 @@ class Soak:
             self._compare(wanted, list(outputs[-1].outputs[0].token_ids))
 
     def _compare(self, wanted: Wanted, answer: list[int]) -> None:
-        """An answer begins like any other answer to the same question under the same terms."""
+        """An answer must begin like every other answer to the same question with the same options."""
         first = self._first.setdefault(repr((wanted.prompt, wanted.options)), answer)
         if first is not answer:
             assert all(a == b for a, b in zip(first, answer, strict=False)), f"{wanted} got {first} and {answer}"
@@ -239,7 +239,7 @@ class Soak:
 
 
 def serves(config: KVPolicyConfig, name: str) -> bool:
-    """Whether a server lets a request choose a method."""
+    """Return whether a server lets a request choose a method."""
     try:
         RequestOptions.parse({"kv_policy": name}, config, ARGUMENTS["max_model_len"])
     except KVPolicyError:
@@ -253,21 +253,21 @@ def runtime_of(llm: vllm.LLM) -> Any:
 
 
 def num_compactions(llm: vllm.LLM) -> int:
-    """Compactions that the worker carried out, which are those that the scheduler ordered."""
+    """Return the number of compactions, which the worker and the scheduler must agree on."""
     scheduler, runtime = engines.scheduler_of(llm), runtime_of(llm)
     assert scheduler.eviction.stats._counts.get("compactions", 0) == runtime.num_compactions
     return runtime.num_compactions
 
 
 def drain(llm: vllm.LLM) -> None:
-    """Let the workers hear of the requests that ended last."""
+    """Run the engine until the workers know of the requests that ended last."""
     core = llm.llm_engine.engine_core.engine_core
     while core.scheduler.has_requests() or core.batch_queue:
         llm.llm_engine.step()
 
 
 def check_nothing_left(llm: vllm.LLM) -> None:
-    """Every page is free, and neither scheduler nor worker remembers a request."""
+    """Check that every block is free and that neither scheduler nor worker remembers a request."""
     engines.assert_pool_empty(llm)
     scheduler, runtime = engines.scheduler_of(llm), runtime_of(llm)
     scheduler.check_integrity()

@@ -1,4 +1,4 @@
-"""Lets Model Runner V2 run on a machine without a GPU, for tests only.
+"""Lets Model Runner V2 run without a GPU, for tests only.
 
 vLLM's V2 runner needs Triton and Triton needs a GPU. Its interpreter runs the same kernels in NumPy, if
 vLLM can be made to believe that there is a driver.
@@ -24,7 +24,7 @@ class _Backend:
 
 def enable() -> None:
     """Select Model Runner V2 through Triton's interpreter here and in worker processes; call before importing vLLM."""
-    # Triton reads the variable when a kernel is decorated, so a kernel that exists already stays compiled.
+    # Triton reads the variable when a kernel is decorated, so existing kernels stay compiled.
     assert "vllm" not in sys.modules, "too late: vLLM has already decided about Triton"
     os.environ["TRITON_INTERPRET"] = "1"
     os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "1"
@@ -35,17 +35,17 @@ def enable() -> None:
 
 
 def register_backend() -> None:
-    """Let Triton find a driver."""
+    """Give Triton a driver."""
     from triton.backends import backends
 
     backends.setdefault("cpu", _Backend)
 
 
 def use_triton_attention() -> None:
-    """Let vLLM's Triton attention, with the pages of GPUs, take the place of the CPU's; call after `enable`."""
+    """Use vLLM's Triton attention and the page layout of GPUs instead of the CPU's; call after `enable`."""
     import torch
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
     register_backend(AttentionBackendEnum.CPU_ATTN, AttentionBackendEnum.TRITON_ATTN.value)
-    # It asks how new the GPU is.
+    # It reads the GPU's compute capability.
     torch.cuda.get_device_capability = lambda *_: (9, 0)

@@ -1,4 +1,4 @@
-"""The bundled model with larger heads: the same function, for attention kernels that know no head size of 32."""
+"""The bundled model with larger heads: the same function, for attention kernels without a head size of 32."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 FACTOR = 2
-"""Times the head size. Only a whole number keeps the rotary frequencies."""
+"""Factor of the head size. Only a whole number keeps the rotary frequencies."""
 
 
 def widen(model: Path, folder: Path) -> Path:
-    """Write a model that computes what a Qwen2 model does, with `FACTOR` times its head size.
+    """Write a model that computes the same function as a Qwen2 model, with `FACTOR` times its head size.
 
     The new features are zero. A rotary embedding turns features i and i + D / 2 at a rate of `theta ** (-2 i / D)`, so
     feature i goes to `FACTOR * i` of its half. The model becomes a Llama, whose head size vLLM takes from its

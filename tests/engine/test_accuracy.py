@@ -1,4 +1,4 @@
-"""The accuracy harness on a real engine: a small grid, interrupted and resumed, equal to one that was not."""
+"""The accuracy harness on a real engine: a small grid that is interrupted and resumed equals one that is not."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ANSWERS = 2 * (1 + 2) + 1 + 2
 
 
 def start(out: Path) -> subprocess.Popen[str]:
-    """The harness in a process of its own, as a user starts it."""
+    """Start the harness in its own process, as a user does."""
     command = [
         sys.executable,
         "-m",
@@ -41,7 +41,7 @@ def start(out: Path) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        # Who starts the tests in the background has Ctrl-C ignored, which children inherit.
+        # If the tests run in the background, the shell ignores Ctrl-C, and children inherit that.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 

@@ -1,4 +1,4 @@
-"""LoRA adapters: requests of several are evicted together, each as if its model were the only one."""
+"""LoRA adapters: requests of several adapters are compacted together, each as if its model were the only one."""
 
 from __future__ import annotations
 
@@ -15,19 +15,20 @@ from vllm.lora.request import LoRARequest
 from tests import engines
 from tests.engines import MODEL, PAGE, Job
 from tests.reference.comparison import another_question, check
-from tests.reference.oracle import Model, ReferenceCache
+from tests.reference.model import Model
+from tests.reference.references import ReferenceCache
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from tests.reference.oracle import EngineTrace, Result, Settings
+    from tests.reference.settings import EngineTrace, Result, Settings
 
 RANK, SCALE = 4, 2.0
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
 class ByPrompt:
-    """References of several models: each prompt's of its own."""
+    """Results of several models; each prompt has its own."""
 
     def __init__(self, caches: dict[tuple[int, ...], ReferenceCache]) -> None:
         self._caches = caches
@@ -38,7 +39,7 @@ class ByPrompt:
 
 
 def make_adapter(folder: Path, seed: int) -> Model:
-    """Write a random adapter as PEFT does; the model that it is merged into."""
+    """Write a random adapter as PEFT does. Return the model with the adapter merged."""
     model = Model(MODEL)
     generator = torch.Generator().manual_seed(seed)
     tensors: dict[str, Tensor] = {}
@@ -90,6 +91,6 @@ def test_requests_with_adapters(references: ReferenceCache, tmp_path: Path) -> N
         text = other.lm.generate(torch.tensor([prompt]), max_new_tokens=60, do_sample=False, eos_token_id=-1)
         assert text[0, len(prompt) :].tolist() != result.tokens[:60], "the adapter changes nothing"
 
-    # By itself: beside adapters vLLM 0.32 computes requests without one wrongly on CPUs.
+    # Alone: on CPUs, vLLM 0.32 computes requests without an adapter wrongly beside others with one.
     alone = dataclasses.replace(job, prompts=[first], policies=["skipkv"], adapters={})
     check(alone, engines.run(alone), references, min_compactions=2)

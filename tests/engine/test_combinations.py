@@ -1,7 +1,7 @@
 """Prefix caching, chunked prefill, asynchronous scheduling and both model runners in all combinations.
 
-Each run has a prompt of several chunks that is evicted while it is computed, pages that two requests share and one
-rewrites, and a pool so small that requests are preempted; each answer equals the Hugging Face reference.
+Each run has a prompt of several chunks that is compacted while it is computed, blocks that two requests share and one
+rewrites, and a pool so small that requests are preempted. Each answer equals the oracle's.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from tests.engines import PAGE, Job
 from tests.reference.comparison import UNPROTECTED, another_question, check
 
 if TYPE_CHECKING:
-    from tests.reference.oracle import ReferenceCache
+    from tests.reference.references import ReferenceCache
 
 CHUNKED = {True: {"max_num_batched_tokens": 64}, False: {"enable_chunked_prefill": False}}
 COMBINATIONS = list(itertools.product([True, False], [True, False]))
@@ -30,7 +30,7 @@ def job(has_prefix_cache: bool, is_chunked: bool, is_async: bool) -> Job:
     arguments = UNPROTECTED | {
         "kv_admission": "optimistic",
         "num_gpu_blocks_override": 12,
-        # Without chunked prefill vLLM asks for steps that hold the longest sequence.
+        # Without chunked prefill, vLLM requires steps as long as the longest sequence.
         "max_model_len": 256,
         "max_num_batched_tokens": 256,
         "enable_prefix_caching": has_prefix_cache,
@@ -40,7 +40,7 @@ def job(has_prefix_cache: bool, is_chunked: bool, is_async: bool) -> Job:
         [short[0], long, another_question(long), *short[1:]],
         ["full", "rkv", "streaming_llm", "skipkv", "h2o"],
         100,
-        # The second and the third prompt meet while the second still holds its prompt.
+        # The third request arrives while the second one still holds its whole prompt.
         every=3,
         arguments=arguments | CHUNKED[is_chunked],
         budgets=[None, 160, None, None, None],
@@ -65,7 +65,7 @@ def test_every_combination_equals_the_reference(runner: str, is_async: bool, ref
 def test_a_compaction_that_finds_no_page_for_a_shared_one_preempts(
     references: ReferenceCache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Waiting for a page would let the request grow, and then other tokens would be evicted."""
+    """A request must not wait for a block: it would grow meanwhile, and other tokens would be evicted."""
     (long,) = engines.demo_prompts(1, at_least=150)
     prompts, budgets = [*engines.demo_prompts(1), long, another_question(long)], [None, 160, 160]
     arguments = job(True, True, False).arguments
@@ -79,7 +79,7 @@ def test_a_compaction_that_finds_no_page_for_a_shared_one_preempts(
 
     assert outcome.num_cached[2] >= 4 * PAGE
     assert refused
-    # Only the newest pays, and may pay again while the pool is full.
+    # Only the newest request is preempted, possibly again while the pool is full.
     assert outcome.num_preemptions[:2] == [0, 0]
     assert outcome.num_preemptions[2] > 0
     check(shared, outcome, references, min_compactions=1)

@@ -1,4 +1,4 @@
-"""The engine equals the Hugging Face reference token for token, and holds what it may hold, no more."""
+"""The engine equals the oracle token for token, and its requests hold no more than their limits allow."""
 
 from __future__ import annotations
 
@@ -10,22 +10,23 @@ import pytest
 from tests import engines
 from tests.engines import PAGE, Job, Outcome
 from tests.reference.comparison import UNPROTECTED, another_question, check
-from tests.reference.oracle import Settings, generate
+from tests.reference.request import generate
+from tests.reference.settings import Settings
 
 if TYPE_CHECKING:
-    from tests.reference.oracle import ReferenceCache
+    from tests.reference.references import ReferenceCache
 
 METHODS = ("skipkv", "rkv", "streaming_llm")
 BASELINES = ("h2o", "snapkv", "random")
 NUM_NEW = 400
 BUDGET, BUFFER = 224, 64
-# Longer than the bound without protection, computed in two chunks, and several pages to share.
+# Longer than the bound without protection, computed in two chunks, and with several blocks to share.
 LONG = 150
 
 
 @pytest.fixture(scope="module", params=["head", "sentence"])
 def granularity(request: pytest.FixtureRequest) -> str:
-    """Of the module's scope, so that pytest runs all tests of an engine in a row."""
+    """Module scope, so that pytest runs all tests of an engine in a row."""
     return request.param
 
 
@@ -40,12 +41,12 @@ def test_engine_equals_reference(runner: str, granularity: str, references: Refe
     first, *longer = engines.demo_prompts(3, at_least=LONG)
     prompts = [first, *longer, *engines.demo_prompts(3), long_prompt(), another_question(first)]
     if runner == "v1":
-        # Twice as many requests as run at once: the later ones wait for a place.
+        # Twice as many requests as can run at once: the later ones wait.
         pairs = [(prompt, method) for prompt in prompts for method in METHODS]
         pairs += [(prompt, method) for prompt in (prompts[1], *prompts[-2:]) for method in BASELINES]
         job_prompts, policies = (list(column) for column in zip(*pairs, strict=True))
     else:
-        # The interpreter is slow: every prompt once, with the methods mixed.
+        # The interpreter is slow, so each prompt runs once and the methods are mixed.
         job_prompts = prompts
         policies = ["skipkv", "rkv", "h2o", "streaming_llm", "skipkv", "snapkv", "random", "skipkv"]
     job = Job(job_prompts, policies, NUM_NEW, every=7, arguments={"kv_granularity": granularity})
@@ -55,12 +56,14 @@ def test_engine_equals_reference(runner: str, granularity: str, references: Refe
     assert outcome.is_v2 == (runner == "v2")
     assert outcome.num_cached[-1] >= 4 * PAGE, "the prefix cache was not hit"
     repeats = [len(t.similar_pairs) for t, policy in zip(outcome.traces, policies, strict=True) if policy == "skipkv"]
-    assert sum(count > 0 for count in repeats) > len(repeats) / 2, "without repeated sentences skipkv is rkv"
+    assert sum(count > 0 for count in repeats) > len(repeats) / 2, (
+        "the texts repeat no sentence, so skipkv keeps what rkv keeps"
+    )
     check(job, outcome, references, min_compactions=3)
 
 
 def test_triton_attention_and_pages_of_gpus_equal_the_reference(references: ReferenceCache) -> None:
-    """Real kernels of vLLM's GPU backend, in the interpreter, which is slow, on the page layout that GPUs have."""
+    """vLLM's Triton attention and the page layout of GPUs, in the slow interpreter."""
     (prompt,) = engines.demo_prompts(1, at_least=LONG)
     arguments = {"kv_granularity": "head", "kv_budget": 160, "kv_buffer": 8}
     job = Job([prompt, another_question(prompt)], ["skipkv", "h2o"], 27, every=3, arguments=arguments)
@@ -79,19 +82,21 @@ def test_the_rule_of_the_paper(granularity: str, references: ReferenceCache) -> 
     arguments = {"kv_granularity": granularity, "kv_policy_config": parameters}
     job = Job(prompts, ["skipkv", "skipkv", "rkv"], NUM_NEW, every=7, arguments=arguments)
     outcome = engines.run(job)
-    assert all(len(trace.similar_pairs) > 0 for trace in outcome.traces[:2]), "without repeats skipkv is rkv"
+    assert all(len(trace.similar_pairs) > 0 for trace in outcome.traces[:2]), (
+        "the texts repeat no sentence, so skipkv keeps what rkv keeps"
+    )
     check(job, outcome, references, min_compactions=3)
 
 
 def test_methods_of_the_literature(references: ReferenceCache) -> None:
-    """Together, each with a prompt of its own; the pages they hold are counted by `check`."""
+    """Run all of them together, each with its own prompt; `check` counts their blocks."""
     prompts = engines.demo_prompts(len(engines.PUBLISHED), at_least=LONG)
     job = Job(prompts, list(engines.PUBLISHED), 250, every=3, arguments={"kv_granularity": "head"})
     check(job, engines.run(job), references, min_compactions=2)
 
 
 def segment_job(**arguments: Any) -> Job:
-    """Requests whose segments shrink, beside one of another method."""
+    """Requests whose segments shrink, beside a request of another method."""
     prompts = engines.demo_prompts(3, at_least=LONG)
     parameters = {"segment": 32, "transition_above": 0.56, "execution_below": 0.54, "layers": "1,3"}
     arguments |= {"kv_policy": "thinkv", "kv_policy_config": parameters, "kv_request_policies": ["rkv"]}
@@ -100,7 +105,7 @@ def segment_job(**arguments: Any) -> Job:
 
 
 def check_segments(job: Job, outcome: Outcome, references: ReferenceCache) -> None:
-    """Besides all that `check` does, every kind of segment must occur."""
+    """Run `check`, and verify that every kind of segment occurs."""
     found = [sparsity for each in check(job, outcome, references, min_compactions=3) for sparsity in each.sparsities]
     assert min(found) < 0.54
     assert any(0.54 < sparsity < 0.56 for sparsity in found)
@@ -110,12 +115,12 @@ def check_segments(job: Job, outcome: Outcome, references: ReferenceCache) -> No
 def test_segments(references: ReferenceCache) -> None:
     job = segment_job()
     outcome = engines.run(job)
-    assert outcome.num_cached[-1] >= 4 * PAGE, "the prompt of the last was not found in the prefix cache"
+    assert outcome.num_cached[-1] >= 4 * PAGE, "the last prompt was not found in the prefix cache"
     check_segments(job, outcome, references)
 
 
 def test_segments_of_unprotected_prompts(references: ReferenceCache) -> None:
-    """They begin with the prompt, which is computed segment by segment, the cached part of it too."""
+    """Segments begin with the prompt, which is computed segment by segment, its cached part too."""
     job = segment_job(**UNPROTECTED)
     outcome = engines.run(job)
     assert outcome.num_cached == [0, 0, outcome.num_cached[2], 0]
@@ -124,9 +129,9 @@ def test_segments_of_unprotected_prompts(references: ReferenceCache) -> None:
 
 
 def test_shared_pages_are_not_overwritten(granularity: str, references: ReferenceCache) -> None:
-    """The second prompt holds pages with the first one's output, which the first one then compacts."""
+    """The second request shares blocks of the first one's output, and the first one then compacts them."""
     (first,) = engines.demo_prompts(1, at_least=LONG)
-    # A little before the first compaction, which comes at budget + buffer tokens.
+    # Shortly before the first compaction, which comes at budget + buffer tokens.
     num_copied = BUDGET + BUFFER - len(first) - 8
     unlimited = Settings("rkv", granularity, 2048, 64)
     text = generate(references.model, first, num_copied, unlimited).tokens
@@ -134,22 +139,22 @@ def test_shared_pages_are_not_overwritten(granularity: str, references: Referenc
         [first, first + text],
         ["rkv", "skipkv"],
         250,
-        # The first must have computed the copied text when the second one arrives, and not be compacted yet.
+        # When the second request arrives, the first must have computed the copied text and must not be compacted yet.
         every=num_copied + 5,
         arguments={"kv_granularity": granularity},
     )
 
     outcome = engines.run(job)
 
-    assert outcome.num_cached[1] > len(first), "no page of output was shared"
-    assert outcome.traces[0].logical_length[0] > len(first + text), "compacted before the pages were shared"
+    assert outcome.num_cached[1] > len(first), "no block of output was shared"
+    assert outcome.traces[0].logical_length[0] > len(first + text), "compacted before the blocks were shared"
     check(job, outcome, references, min_compactions=2)
 
 
 def test_abort(granularity: str, references: ReferenceCache) -> None:
     prompts = engines.demo_prompts(6, at_least=LONG)
     policies = list(METHODS) * 2
-    # Aborted: one in the middle of its prompt, one before its first compaction, one after several.
+    # Abort one request within its prompt, one before its first compaction and one after several.
     job = Job(
         prompts,
         policies,
@@ -177,7 +182,7 @@ def test_abort(granularity: str, references: ReferenceCache) -> None:
 
 
 def test_unprotected_prompt(granularity: str, references: ReferenceCache) -> None:
-    """A prompt longer than budget + buffer is compacted while it is computed, and never held as a whole."""
+    """A prompt longer than budget + buffer is compacted while it is computed; the cache never holds all of it."""
     # The model writes one delimiter at a time; a prompt can hold several in a row.
     delimiters = references.model.delimiters
     newline = min(i for i in delimiters if engines.tokenizer().decode([i]) == "\n")
@@ -195,7 +200,7 @@ def test_unprotected_prompt(granularity: str, references: ReferenceCache) -> Non
 
     outcome = engines.run(job)
 
-    # Cached tokens have no hidden states, so a hit would change which sentences exist.
+    # Cached tokens have no hidden states, so a cache hit would change the sentences.
     assert outcome.num_cached == [0] * len(prompts)
     results = check(job, outcome, references, min_compactions=3)
     bound = UNPROTECTED["kv_budget"] + UNPROTECTED["kv_buffer"]
@@ -205,9 +210,9 @@ def test_unprotected_prompt(granularity: str, references: ReferenceCache) -> Non
 
 
 def test_unprotected_shared_prompt(references: ReferenceCache) -> None:
-    """Pages of a prompt that two requests hold and both compact."""
+    """Two requests share the blocks of a prompt, and both compact them."""
     (first,) = engines.demo_prompts(1, at_least=LONG)
-    # The others arrive when the first has computed a chunk or two; it and the second hold it when they are compacted.
+    # The others arrive after a chunk or two of the first; it and the second one share blocks when they are compacted.
     prompts = [first, another_question(first), another_question(first)]
     methods, budgets = ["rkv", "streaming_llm", "skipkv"], [160, 160, 160]
     job = Job(prompts, methods, 150, every=1, arguments=UNPROTECTED, budgets=budgets)
@@ -215,14 +220,14 @@ def test_unprotected_shared_prompt(references: ReferenceCache) -> None:
     outcome = engines.run(job)
 
     assert outcome.num_cached[1] >= 3 * PAGE
-    # Sentences of cached tokens cannot be compared, so the third computes them again, and that is counted.
+    # Sentences of cached tokens cannot be compared, so the third request computes them again, which is counted.
     assert outcome.num_cached[2] == 0
     assert outcome.skipped == {"cached_prompt_sentences": 1}
     check(job, outcome, references, min_compactions=3)
 
 
 def test_long_unprotected_prompt(granularity: str, references: ReferenceCache) -> None:
-    """A prompt of several bounds never takes more pages than the bound has, nor one that arrives beside it."""
+    """A prompt of several bounds never takes more blocks than one bound, and neither does its neighbour."""
     prompts = engines.demo_prompts(2, at_least=600)
     arguments = {"kv_granularity": granularity} | UNPROTECTED
     job = Job(prompts, ["skipkv", "h2o"], 40, every=3, arguments=arguments)
@@ -238,7 +243,7 @@ def test_long_unprotected_prompt(granularity: str, references: ReferenceCache) -
 
 
 def test_deferred_prompt(references: ReferenceCache) -> None:
-    """A long prompt is held whole until its window is written, whose queries choose what stays of it."""
+    """A long prompt stays whole until its window is written, because the window's queries choose its survivors."""
     prompts = engines.demo_prompts(4, at_least=LONG)
     job = Job(
         prompts, ["rkv", "skipkv", "snapkv", "h2o"], 120, every=3, arguments=UNPROTECTED | {"kv_defer_prompt": True}

@@ -1,4 +1,4 @@
-"""`skipkv fidelity` end to end: exactly nothing is lost with a budget beyond the text, and something below it."""
+"""`skipkv fidelity` end to end: a budget beyond the text loses exactly nothing, and a smaller one loses something."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def fidelity(out: Path, *words: str) -> dict:
 
 
 def check_tune_takes_what_is_there(out: Path, words: Sequence[str], rows: Sequence[dict]) -> None:
-    """`skipkv tune` into the same folder needs no engine, and its halves together say what `rows` say."""
+    """`skipkv tune` into the same folder needs no engine, and its two halves together agree with `rows`."""
     logs = {path: path.stat().st_size for path in out.glob("*.log")}
     assert tune.main("skipkv tune", ["--out", str(out), *words, "--max-excess", "99"]) == 0
     assert {path: path.stat().st_size for path in out.glob("*.log")} == logs
@@ -64,7 +64,7 @@ def test_a_real_model(tmp_path):
         *("--model", str(model), "--texts", str(tmp_path / "text.txt"), "--length", "384", "--max-texts", "1"),
         *("--budgets", "384", "96", "--buffer", "64", "--methods", "snapkv"),
     )
-    # The logarithm of the vocabulary is 10.8, and a model that was converted wrongly is hardly below.
+    # The logarithm of the vocabulary is 10.8; a wrongly converted model would hardly be below it.
     assert 0.5 < report["full_nll"] < 3
     whole, small = report["rows"]
     assert whole["excess"] == 0

@@ -1,7 +1,7 @@
-"""An 8-bit KV cache: nothing changes where nothing is evicted, and what is evicted follows from the dequantised keys.
+"""An 8-bit KV cache: without eviction nothing changes, and eviction follows from the dequantised keys.
 
-The pages are shadowed in float32 by what the model hands to vLLM to be cached; every compaction of every layer is
-compared with that: what its policy reads, and that cells moved where they should.
+A float32 copy of all keys that the model hands to vLLM shadows the pages. Every compaction of every layer is
+compared with it: the keys that the policy reads, and the cells that move.
 """
 
 from __future__ import annotations
@@ -22,24 +22,24 @@ from tests.engines import PAGE, Job
 from tests.reference.comparison import Tolerance, check_replayed, settings_of
 
 if TYPE_CHECKING:
-    from tests.reference.oracle import ReferenceCache
+    from tests.reference.references import ReferenceCache
 
 if not torch.cuda.is_available() and not torch.cpu._is_avx512_supported():
     pytest.skip("vLLM's CPU attention reads 8-bit caches with AVX-512 or AMX only", allow_module_level=True)
 
-# Not every kernel of GPUs reads 8 bits beside float32.
+# Not every GPU kernel reads 8-bit keys beside float32 queries.
 FIRST = "bfloat16" if torch.cuda.is_available() else "float32"
 KINDS = [pytest.param("fp8", FIRST, id="e4m3"), pytest.param("fp8_e5m2", "bfloat16", id="e5m2")]
 METHODS = ["skipkv", "rkv", "h2o", "snapkv", "streaming_llm"]
 SCALES = (0.25, 0.3, 0.8, 1.7)
-"""of keys, by layer in turn; checkpoints that were calibrated have such"""
+"""Scales of keys by layer, in turn, as calibrated checkpoints have them."""
 MANTISSA = {torch.float8_e4m3fn: (2**-3, 2**-9), torch.float8_e5m2: (2**-2, 2**-16)}
-"""Relative and absolute error of a number that vLLM cut to 8 bits; it does not round on CPUs."""
+"""Relative and absolute error of a number that vLLM truncated to 8 bits; on CPUs it does not round."""
 
 
 @pytest.fixture
 def scaled(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Layers whose keys have scales, as a checkpoint would set them."""
+    """Give the layers' keys scales, as a checkpoint would."""
     from vllm.model_executor.layers.attention import attention
 
     original, count = attention.set_default_quant_scales, iter(range(10**6))
@@ -54,11 +54,11 @@ def scaled(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(attention, "set_default_quant_scales", with_scales)
     engines.shutdown()
     yield
-    engines.shutdown()  # nobody else may get this engine
+    engines.shutdown()  # no other test may get this engine
 
 
 class Shadow:
-    """The keys that the model had cached, in pages of float32, and comparisons with the real ones."""
+    """The model's keys in float32 pages, compared with the real ones."""
 
     def __init__(self, llm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         runner = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
@@ -68,7 +68,7 @@ class Shadow:
         real = self.compactor.cache.pages.caches
         pages, heads, size, double = real[0].shape
         self.device = real[0].device
-        # K in the first half of each token, whatever the real pages look like.
+        # K is in the first half of each token, whatever the layout of the real pages.
         self.caches = [torch.zeros(pages, heads, size, double, device=self.device) for _ in real]
         context = runner.vllm_config.compilation_config.static_forward_context
         self.scales = []
@@ -92,7 +92,7 @@ class Shadow:
         monkeypatch.setattr(impl, "do_kv_cache_update", record)
 
     def _scores(self, original: Any) -> Any:
-        """Around `Scorer.scores`: the keys read are the ones cached, and the scores are their policy's."""
+        """Wrap `Scorer.scores`: check that it reads the cached keys and returns the policy's scores."""
 
         def scores(batch: Any, inputs: Any) -> Tensor:
             got = original(batch, inputs)
@@ -115,7 +115,7 @@ class Shadow:
         return scores
 
     def _select_tokens(self, original: Any) -> Any:
-        """Around `Compactor._select_tokens`: what will be moved moves here too."""
+        """Wrap `Compactor._select_tokens`: repeat its moves in the float32 pages."""
 
         def select(batch: Any, scores: Tensor) -> Any:
             moves = original(batch, scores)
@@ -164,9 +164,9 @@ def test_survivors_follow_from_the_dequantised_keys(
         bound = settings.keep(len(prompt)) + settings.buffer
         pages = [sample.num_pages for sample in outcome.samples if sample.request == number]
         assert max(pages) <= -(-bound // PAGE)
-        assert any(later < earlier for earlier, later in itertools.pairwise(pages)), "no page was freed"
+        assert any(later < earlier for earlier, later in itertools.pairwise(pages)), "no block was freed"
         if METHODS[number] == "streaming_llm":
-            # What it keeps follows from positions alone.
+            # This method chooses by position alone.
             for length, kept in zip(trace.logical_length.tolist(), trace.kept, strict=True):
                 newest = settings.keep(len(prompt)) - len(prompt)
                 wanted = [*range(len(prompt)), *range(length - newest, length)]
@@ -175,7 +175,7 @@ def test_survivors_follow_from_the_dequantised_keys(
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu/test_engine_cuda.py runs it on a GPU")
 def test_runner_v2_compacts_8_bits_too(references: ReferenceCache) -> None:
-    """What keys of 8 bits do to the answer is bounded by the reference's doubts about it."""
+    """The error of 8-bit keys is bounded by the log probabilities that the oracle gives to the engine's tokens."""
     prompts = engines.demo_prompts(3, at_least=100)
     arguments = {"kv_cache_dtype": "fp8", "kv_budget": 176, "kv_buffer": 32}
     job = Job(prompts, ["skipkv", "h2o", "streaming_llm"], 150, every=2, arguments=arguments, num_logprobs=1)

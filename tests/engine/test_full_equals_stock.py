@@ -1,4 +1,4 @@
-"""Where nothing is evicted the engine is vLLM to the last bit."""
+"""Without eviction, the engine equals vLLM to the last bit."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from skipkv_vllm.integration.compat import hooks
 from tests import engines
 from tests.engines import Job, Outcome
 
-# Triton's interpreter, under which Model Runner V2 runs here, is slow.
+# Model Runner V2 runs in Triton's interpreter here, which is slow.
 NUM_NEW = {"v1": 150, "v2": 20}
 NUM_PROMPTS = {"v1": 8, "v2": 4}
 
 
 def job(runner: str, policies: tuple[str, ...], arguments: dict[str, Any]) -> Job:
-    """The same requests in the same order of arrival, for any engine; they take turns with `policies`."""
+    """Return the same requests in the same order of arrival for any engine; `policies` alternate."""
     prompts = engines.demo_prompts(NUM_PROMPTS[runner])
     turns = [policies[i % len(policies)] for i in range(len(prompts))] if policies else []
     return Job(prompts, turns, NUM_NEW[runner], every=5, arguments=arguments, num_logprobs=5)
@@ -25,7 +25,7 @@ def job(runner: str, policies: tuple[str, ...], arguments: dict[str, Any]) -> Jo
 
 @functools.cache
 def stock(runner: str) -> Outcome:
-    """What vLLM does without the package."""
+    """Outcome of vLLM without the package."""
     return engines.run(job(runner, (), {}), runner)
 
 

@@ -1,4 +1,4 @@
-"""Learned gates in the engine: what they say is kept with the pages, and `trimkv` keeps what the formula says."""
+"""Learned gates in the engine: their outputs stay with the blocks, and `trimkv` keeps the tokens of its formula."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from tests.engines import PAGE, Job
 from tests.reference.comparison import UNPROTECTED, another_question, check
 
 if TYPE_CHECKING:
-    from tests.reference.oracle import ReferenceCache
+    from tests.reference.references import ReferenceCache
 
 LONG = 150
 GATES: dict[str, Any] = {"kv_policy": "trimkv", "kv_policy_config": {"gates": bundled_gates()}}
 SIZES = {"tensor": {"tensor_parallel_size": 2}, "pipeline": {"pipeline_parallel_size": 2}}
 PROBLEMS, BUDGET = 40, 198
-"""A quarter of full KV, the smallest budget that this model's task fits; see its README."""
+"""A quarter of full KV: the smallest budget that the model's task fits into; see its README."""
 
 
 @pytest.fixture(autouse=True)
@@ -38,7 +38,7 @@ def gated(references: ReferenceCache) -> None:
 
 @pytest.mark.parametrize(("runner", "eager"), engines.RUNNERS.values(), ids=list(engines.RUNNERS))
 def test_engine_equals_reference(runner: str, eager: bool, references: ReferenceCache) -> None:
-    """Prompts in one chunk and two, other methods beside it, and a prompt that is found in the prefix cache."""
+    """Prompts of one and of two chunks, requests of other methods, and a prompt that the prefix cache has."""
     long, *short = [*engines.demo_prompts(1, at_least=LONG), *engines.demo_prompts(4)]
     prompts = [long, *short[:3], another_question(long), short[3]]
     policies = ["trimkv", "trimkv", "h2o", "full", "trimkv", "rkv"]
@@ -60,7 +60,7 @@ def test_sentences_leave_by_what_gates_said(references: ReferenceCache) -> None:
 
 @pytest.mark.parametrize("is_async", [False, True], ids=["sync", "async"])
 def test_shared_pages_carry_what_was_said(is_async: bool, references: ReferenceCache) -> None:
-    """Prompts are evicted by what gates said of them when another request, of another method, wrote their pages."""
+    """Prompts are evicted by gate outputs that were stored when a request of another method wrote their blocks."""
     (first,) = engines.demo_prompts(1, at_least=LONG)
     prompts = [first, another_question(first), another_question(first), first]
     arguments = GATES | UNPROTECTED | {"async_scheduling": is_async}
@@ -90,7 +90,7 @@ def test_preempted_requests_keep_the_same_again(references: ReferenceCache) -> N
     outcome = engines.run(job)
 
     preempted = {job.policies[i] for i, count in enumerate(outcome.num_preemptions) if count}
-    assert "trimkv" in preempted, "nobody that reads gates was preempted"
+    assert "trimkv" in preempted, "no request that reads gates was preempted"
     assert outcome.num_cached[2] == 3 * PAGE
     check(job, outcome, references, min_compactions=1)
 
@@ -111,7 +111,7 @@ def test_gates_of_another_model_are_refused_at_the_start() -> None:
 
 
 def test_trained_gates_say_the_same_in_the_engine(tmp_path: Path) -> None:
-    """A small random Llama: what the trainer's networks say of a prompt, and what the engine's hooks say of it."""
+    """A small random Llama: the outputs of the trainer's networks and of the engine's hooks for a prompt."""
     student, ids = _trained(tmp_path), torch.tensor([engines.demo_prompts(1, at_least=100)[0][:100]])
     arguments = GATES | {"kv_policy_config": {"gates": str(tmp_path / "gates.safetensors")}, "kv_request_policies": []}
     llm = engines.engine(model=str(tmp_path / "model"), **arguments | {"max_model_len": 512})
@@ -134,7 +134,7 @@ def test_trained_gates_say_the_same_in_the_engine(tmp_path: Path) -> None:
 
 
 def _trained(folder: Path) -> Student:
-    """Gates of two steps of training, in `gates.safetensors`, for the random model in `model`."""
+    """Train gates for two steps for the random model in `model`, and write them to `gates.safetensors`."""
     tokenizer = engines.tokenizer()
     shape = {"hidden_size": 128, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     shape |= {"num_key_value_heads": 2, "vocab_size": len(tokenizer), "max_position_embeddings": 512}
@@ -150,7 +150,7 @@ def _trained(folder: Path) -> Student:
 
 
 def test_learned_gates_choose_better_than_chance() -> None:
-    """On dev problems, at a budget where chance solves next to nothing and full KV all."""
+    """Solve dev problems at a budget where random eviction solves almost none and full KV all of them."""
     tasks = list(problems("dev", PROBLEMS))
     llm = engines.engine(**GATES | {"kv_budget": BUDGET, "kv_buffer": 128, "kv_check_integrity": False})
     rates = {}

@@ -1,4 +1,4 @@
-"""Grouping in the real scheduler: admitted by length, in time, without a word of any answer changed."""
+"""Grouping in the real scheduler: requests are admitted by length and in time, and no answer changes."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def llm():
 
 
 def admissions(llm: Any, queue: Any, prompts: list[list[int]]) -> tuple[list[int], list[list[int]]]:
-    """Order in which the prompts were admitted, and the answers."""
+    """Return the order in which the prompts were admitted, and the answers."""
     scheduler = scheduler_of(llm)
     scheduler.waiting = queue
     params = SamplingParams(max_tokens=240, temperature=0, ignore_eos=True, detokenize=False)
@@ -63,13 +63,13 @@ def test_the_flag_makes_the_queue(llm):
 
 
 def test_the_other_flag_makes_the_queue_of_free_pages(llm):
-    """And it evicted pages: the pool is smaller than what all prompts and answers took."""
+    """Blocks were evicted from the prefix cache: the pool is smaller than all prompts and answers together."""
     pool = scheduler_of(llm).kv_cache_manager.block_pool
     assert type(pool.free_block_queue) is GuardQueue
     params = SamplingParams(max_tokens=100, temperature=0, ignore_eos=True, detokenize=False)
     answers = []
     for _ in range(3):
-        # Three rounds of more prompts than the pool holds.
+        # Three rounds of prompts that exceed the pool.
         outputs = llm.generate(
             [{"prompt_token_ids": p} for p in demo_prompts(40, at_least=160)], params, use_tqdm=False
         )

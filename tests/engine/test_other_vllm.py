@@ -1,4 +1,4 @@
-"""Under a vLLM that we do not support, an installed plugin changes nothing until a policy is asked for."""
+"""With an unsupported vLLM, the installed plugin changes nothing until a policy is configured."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""A model spread over several workers evicts what one worker would: the engine equals the reference all the same.
+"""A model spread over several workers evicts the same tokens as one worker: the engine still equals the oracle.
 
 Sums over ranks are taken in another order than on one device, so scores differ in the last bits. The comparison lets
-the engine decide near ties only, counts them, and fails where a choice differs by more.
+the engine decide near ties only, counts them, and fails if a choice differs by more.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from tests.engine.test_server import free_port
 from tests.engines import PAGE, Job, Outcome
 
 if TYPE_CHECKING:
-    from tests.reference.oracle import ReferenceCache
+    from tests.reference.references import ReferenceCache
 
 METHODS = ["skipkv", "rkv", "h2o", "streaming_llm", "snapkv", "random"]
 NUM_NEW = 250
@@ -41,7 +41,7 @@ pytestmark = pytest.mark.usefixtures("one_thread_a_worker")
 
 
 def job(granularity: str, **arguments: Any) -> Job:
-    """Every method once, and twice the same text, whose pages requests share and rewrite."""
+    """Run every method once, and one text twice, so that requests share and rewrite its blocks."""
     prompts = engines.demo_prompts(len(METHODS), at_least=150)
     return Job(
         [*prompts, another_question(prompts[0])],
@@ -53,10 +53,10 @@ def job(granularity: str, **arguments: Any) -> Job:
 
 
 def run(one: Job, references: ReferenceCache) -> Outcome:
-    """Run a job and compare it with the reference."""
+    """Run a job and compare it with the oracle."""
     outcome = engines.run(one)
     repeats = [len(trace.similar_pairs) for trace in outcome.traces if trace.parameters["request_policy"] == "skipkv"]
-    assert all(repeats), "without repeated sentences skipkv is rkv"
+    assert all(repeats), "the texts repeat no sentence, so skipkv keeps what rkv keeps"
     check(one, outcome, references, min_compactions=2)
     return outcome
 
@@ -65,7 +65,7 @@ def run(one: Job, references: ReferenceCache) -> Outcome:
 def test_tensor_parallelism(is_async: bool, references: ReferenceCache) -> None:
     """Prefix caching on and off, prefill in chunks and whole."""
     combinations = list(itertools.product([True, False], [True, False]))
-    # Each granularity meets either value of every switch.
+    # Each granularity is combined with both values of every switch.
     granularities = ["head", "sentence", "sentence", "head"] if is_async else ["sentence", "head", "head", "sentence"]
     for (is_cached, is_chunked), granularity in zip(combinations, granularities, strict=True):
         print(f"prefix caching {is_cached}, chunked prefill {is_chunked}, {granularity}:")
@@ -97,21 +97,21 @@ def test_both(references: ReferenceCache) -> None:
 
 @pytest.mark.parametrize("size", [TENSOR, PIPELINE], ids=["tensor", "pipeline"])
 def test_segments(size: dict[str, int], references: ReferenceCache) -> None:
-    """Ranks agree what a segment is, though each sees the attention of its own heads and layers."""
+    """Ranks agree about the kinds of segments, although each sees the attention of its own heads and layers only."""
     segments = segment_job(**size)
     check_segments(segments, engines.run(segments), references)
 
 
 @pytest.mark.parametrize("size", [TENSOR, PIPELINE], ids=["tensor", "pipeline"])
 def test_steering(size: dict[str, int], references: ReferenceCache) -> None:
-    """The layers that are steered lie on different stages."""
+    """The steered layers lie on different stages."""
     steered = steering.mixed_job(250, **size)
     steering.check(steered, engines.run(steered), references)
 
 
 def run_v2(jobs: list[Job], references: ReferenceCache, monkeypatch: pytest.MonkeyPatch) -> list[Outcome]:
-    """Run jobs on runner V2, in the interpreter, and compare them with the reference."""
-    # Of the layers that differ between ranks some are compiled helpers, which the interpreter's driver cannot serve.
+    """Run jobs on runner V2, in the interpreter, and compare them with the oracle."""
+    # Some layers of parallel models use compiled helpers, which the interpreter's driver cannot run.
     monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
     outcomes = engines.run_all(jobs, "v2")
     for one, outcome in zip(jobs, outcomes, strict=True):
@@ -122,7 +122,7 @@ def run_v2(jobs: list[Job], references: ReferenceCache, monkeypatch: pytest.Monk
 
 
 def small_job(granularity: str, is_async: bool, **arguments: Any) -> Job:
-    """The interpreter is slow, so few tokens and many compactions; the last prompt finds pages of the first."""
+    """Few tokens and many compactions, because the interpreter is slow; the last prompt finds blocks of the first."""
     first, *others = engines.demo_prompts(3, at_least=150)
     arguments = {"max_model_len": 512, "max_num_batched_tokens": 512} | arguments
     arguments |= {"kv_granularity": granularity, "kv_budget": 160, "kv_buffer": 16, "async_scheduling": is_async}
@@ -151,13 +151,13 @@ def test_tensor_parallelism_on_runner_v2(
 def test_pipeline_parallelism_on_runner_v2(
     is_async: bool, references: ReferenceCache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Asynchronous, as vLLM runs it by default on GPUs, and not."""
+    """Schedule asynchronously, vLLM's default on GPUs, and synchronously."""
     run_v2([small_job("sentence", is_async, **PIPELINE, **CHUNKED[True])], references, monkeypatch)
 
 
 @pytest.mark.parametrize("size", [TENSOR, PIPELINE], ids=["tensor", "pipeline"])
 def test_ray(size: dict[str, int], references: ReferenceCache) -> None:
-    """Orders travel to Ray's actors, which load the plugin themselves."""
+    """Orders reach Ray's actors, which load the plugin themselves."""
     pytest.importorskip("ray", reason="pip install '.[ray]'")
     from tests import ray_cpu
 
@@ -167,7 +167,7 @@ def test_ray(size: dict[str, int], references: ReferenceCache) -> None:
 
 
 def counters(url: str) -> dict[str, dict[str, float]]:
-    """`skipkv_` samples of a server by the engine they are labelled with."""
+    """Return a server's `skipkv_` samples by engine label."""
     with urllib.request.urlopen(f"{url}/metrics", timeout=10) as answer:
         text = answer.read().decode()
     values: dict[str, dict[str, float]] = {}
@@ -179,7 +179,7 @@ def counters(url: str) -> dict[str, dict[str, float]]:
 
 
 def test_data_parallelism(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two replicas behind one address: each keeps its own requests within the budget and counts for itself."""
+    """Two replicas behind one address: each keeps its requests within the budget and has its own counters."""
     for name in ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_LOGGING_LEVEL"):
         monkeypatch.delenv(name, raising=False)
     traces = tmp_path / "traces"
@@ -202,7 +202,7 @@ def test_data_parallelism(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
                 extra_headers={"X-data-parallel-rank": str(rank)},
             )
             told.append((answer.choices[0].text, answer.kv_transfer_params["skipkv"]["compactions"]))
-        # Several API servers share the engines; each must refuse what an engine could not use.
+        # Several API servers share the engines; each must refuse options that an engine cannot use.
         for _ in range(4):
             with pytest.raises(BadRequestError, match="kv_budget=3 is out of range"):
                 client.completions.create(model="tiny", prompt="a", extra_body={"vllm_xargs": {"kv_budget": 3}})

@@ -1,4 +1,4 @@
-"""With the patches of this repository applied to vLLM, its public seams do what the runtime hooks do."""
+"""With this repository's patches, vLLM's public seams replace the runtime hooks."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ APPLY = REPOSITORY / "patches" / "apply.py"
 
 @pytest.mark.skipif("patched-vllm" in os.environ.get("PYTHONPATH", ""), reason="all tests run with the patches")
 def test_patched_vllm_equals_reference(tmp_path: Path) -> None:
-    """Both model runners, token for token; the child compares with the Hugging Face reference."""
+    """Both model runners equal the oracle token for token; a child process with the patched vLLM compares them."""
     engines.shutdown()  # its memory is needed
     copy = tmp_path / "patched-vllm"
     subprocess.run([sys.executable, str(APPLY), "--to", str(copy)], check=True, capture_output=True)

@@ -1,4 +1,4 @@
-"""Methods about the prompt: scored by its question, or by tokens that are decoded ahead and thrown away."""
+"""Methods that compact the prompt: scored by its question, or by draft tokens that are discarded."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.reference.comparison import UNPROTECTED, another_question, check, set
 from tests.soak import runtime_of
 
 if TYPE_CHECKING:
-    from tests.reference.oracle import ReferenceCache
+    from tests.reference.references import ReferenceCache
 
 ARGUMENTS: dict[str, Any] = UNPROTECTED | {
     "kv_policy": "laq",
@@ -23,15 +23,15 @@ ARGUMENTS: dict[str, Any] = UNPROTECTED | {
 
 
 def counted(llm: Any, name: str) -> float:
-    """What the scheduler has counted since the engine started."""
+    """Return the scheduler's counters since the engine started."""
     return engines.scheduler_of(llm).eviction.stats._counts.get(name, 0)
 
 
 def make_job(**arguments: Any) -> Job:
-    """Prompts longer and shorter than the bound and than the budget, two that share pages, mixed methods."""
+    """Prompts longer and shorter than the bound and the budget, two prompts that share blocks, and mixed methods."""
     first, *longer = engines.demo_prompts(5, at_least=150)
     (middle,), (short,) = engines.demo_prompts(1, at_least=90), engines.demo_prompts(1)
-    # The second one arrives while the first one, whose pages it finds, is computed; both end in the same step.
+    # The second request arrives while the first one is computed and shares its blocks; both prompts end in one step.
     prompts = [first, another_question(first), middle, longer[0], short, *longer[1:], first]
     methods = ["laq", "laq", "laq", "finch", "laq", "finch", "snapkv", "laq", "finch"]
     budgets: list[int | None] = [160, 160, len(middle) - 12, *(None for _ in prompts[3:])]
@@ -45,7 +45,7 @@ def make_job(**arguments: Any) -> Job:
     [
         {},
         {"kv_defer_prompt": True, "async_scheduling": True, "kv_policy_config": {"with_window": True, "lookahead": 5}},
-        # Requests have to wait for their pages.
+        # Requests have to wait for blocks.
         {"num_gpu_blocks_override": 25, "async_scheduling": True, "enable_prefix_caching": False},
         {"enforce_eager": False, "kv_granularity": "sentence"},
         {
@@ -84,7 +84,7 @@ def test_methods_about_the_prompt_equal_the_reference(
     assert num_draft == 4
     assert (num_question > 5) == (arguments.get("kv_policy") == "finch")
     assert sum(batches) == num_draft + num_question == counted(llm, "probes") - before
-    # By sentence, those of a prompt are computed although it lies in the cache.
+    # With granularity "sentence", a cached prompt is computed again for its sentences.
     assert outcome.skipped.keys() <= {"cached_prompt_sentences"}
     assert outcome.num_preemptions == [0] * len(job.prompts)
     if not arguments:
@@ -93,7 +93,7 @@ def test_methods_about_the_prompt_equal_the_reference(
 
 
 def test_a_question_on_runner_v2(references: ReferenceCache) -> None:
-    """The interpreter is slow: few tokens."""
+    """Few tokens, because the interpreter is slow."""
     prompts = engines.demo_prompts(2, at_least=150)
     arguments = ARGUMENTS | {"kv_policy": "finch", "kv_request_policies": [], "kv_defer_prompt": True}
     options = [{"kv_task_tokens": 5}, {}]
@@ -103,7 +103,7 @@ def test_a_question_on_runner_v2(references: ReferenceCache) -> None:
 
 
 def test_a_preempted_request_decodes_ahead_again(references: ReferenceCache) -> None:
-    """The first one grows until the second one has to go, which comes back when the first one has left."""
+    """The first request grows until the second one is preempted; the second one resumes when the first has finished."""
     prompts = [*engines.demo_prompts(1, at_least=90), *engines.demo_prompts(1, at_least=150)]
     arguments = ARGUMENTS | {"kv_admission": "optimistic", "num_gpu_blocks_override": 13, "async_scheduling": True}
     job = Job(prompts, ["full", "laq"], 180, every=1, arguments=arguments)

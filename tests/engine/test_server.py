@@ -1,4 +1,4 @@
-"""`vllm serve --kv-policy skipkv` as a user meets it: HTTP, metrics, bad input, aborts, banner."""
+"""`vllm serve --kv-policy skipkv` from a user's side: HTTP, metrics, bad input, aborts, banner."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from skipkv_vllm.trace.files import Trace
 from tests.entry_points import CHAT, ENDPOINTS
 
 BUDGET, BUFFER, PAGE = 224, 64, 32
-# Fewer than a sequence of the longest length takes, which a server with a policy accepts.
+# Fewer blocks than the longest sequence takes; a server with a policy accepts that.
 MAX_MODEL_LEN, POOL = 2048, 60
 QUESTIONS = [p.question for p in problems("demo", 4)]
 
@@ -36,7 +36,7 @@ def free_port() -> int:
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    """A compiled server (vLLM's default), URL and folder."""
+    """Start a compiled server (vLLM's default); return its URL and folder."""
     folder = tmp_path_factory.mktemp("server")
     values = torch.randn(128, generator=torch.Generator().manual_seed(7))
     values *= 80 / values.norm()
@@ -50,7 +50,7 @@ def server(tmp_path_factory):
         f"--kv-steering-vectors random={folder / 'random.safetensors'}"
     ).split()
     with pytest.MonkeyPatch.context() as patch:
-        # Set by the tests that run an engine in this process; a user's server has neither.
+        # Tests that run an engine in this process set these; a user's server has neither.
         for name in ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_LOGGING_LEVEL"):
             patch.delenv(name, raising=False)
         with serve(bundled_model(), arguments, port=free_port(), log=folder / "log") as url:
@@ -74,7 +74,7 @@ def complete(client: OpenAI, question: str = QUESTIONS[0], tokens: int = 400, **
 
 
 def difference(url: str, action) -> dict[str, float]:
-    """How the counters moved while `action` ran."""
+    """Return by how much the counters changed while `action` ran."""
     before = metrics(url)
     action()
     time.sleep(1)
@@ -102,7 +102,7 @@ def test_the_banner_says_what_the_server_does(server):
     assert "admission bounded, no request is ever preempted" in log
     assert "may hold more than 1888 tokens is refused" in log
     assert "features turned off: none" in log
-    # vLLM's CPU platform switches it off, whatever the scheduler.
+    # vLLM's CPU platform switches it off for every scheduler.
     assert "Using custom scheduler class" in log
     assert "asynchronous scheduling is off, as vLLM is configured; its warning" in log
 
@@ -183,7 +183,7 @@ def test_a_bad_steering_option_is_a_400(server):
 
 
 def events(url: str, path: str, body: dict) -> list[dict]:
-    """The answer, or all that a stream sends."""
+    """Return the answer, or all events of a stream."""
     request = urllib.request.Request(f"{url}{path}", json.dumps(body).encode(), {"Content-Type": "application/json"})
     with urllib.request.urlopen(request, timeout=60) as answer:
         if not body.get("stream"):
@@ -193,7 +193,7 @@ def events(url: str, path: str, body: dict) -> list[dict]:
 
 
 def report_in(event: dict) -> dict | None:
-    """What an answer or an event says was evicted."""
+    """Return the eviction report of an answer or an event."""
     return (event.get("response", event).get("kv_transfer_params") or {}).get("skipkv")
 
 
@@ -225,7 +225,7 @@ BATCH = {"messages": [[{"role": "user", "content": question}] for question in QU
     ],
 )
 def test_every_answer_reports_all_that_was_evicted_for_it(server, path, body, choices, last):
-    """`last`: at most so many events carry the report; they are the last ones."""
+    """Check the report of a stream: at most `last` events carry it, and they are the last ones."""
     url = server[0]
     common = {"model": "tiny", "ignore_eos": True, "vllm_xargs": SMALLER}
     seen = []
@@ -237,7 +237,7 @@ def test_every_answer_reports_all_that_was_evicted_for_it(server, path, body, ch
     carriers = [each for each in reports if each is not None]
     assert carriers == [report if choices is None else report | {"choices": choices}] * len(carriers)
     assert 1 <= len(carriers) <= last
-    assert reports[-len(carriers) :] == carriers, "an event without the report came after it"
+    assert reports[-len(carriers) :] == carriers, "an event without the report follows one with it"
 
 
 @pytest.mark.parametrize(
@@ -334,9 +334,9 @@ def vllm_metric(url: str, name: str) -> float:
 
 
 def test_concurrent_streams_finish_and_stay_within_their_bounds(server, client):
-    """The server verifies its own bookkeeping after every step (--kv-check-integrity); a violation kills it.
+    """The server verifies its bookkeeping after every step (--kv-check-integrity); a violation kills it.
 
-    The pool is too small for all of them at once; they wait instead of throwing each other out.
+    The pool is too small for all requests at once; they wait instead of preempting each other.
     """
     url = server[0]
 
@@ -353,4 +353,4 @@ def test_concurrent_streams_finish_and_stay_within_their_bounds(server, client):
 
 def test_traces_are_complete(server):
     parts = Path(server[1] / "traces" / ".parts")
-    assert [p.name for p in parts.iterdir()] == [".writable"], "a request left parts behind"
+    assert [p.name for p in parts.iterdir()] == [".writable"], "a request left parts of its trace behind"

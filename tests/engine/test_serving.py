@@ -1,4 +1,4 @@
-"""Admission, preemption and prefix caching on the real engine, each answer equal to the Hugging Face reference."""
+"""Admission, preemption and prefix caching on the real engine; each answer equals the oracle's."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from vllm import RequestOutput
 
     from skipkv_vllm.trace.files import Trace
-    from tests.reference.oracle import ReferenceCache
+    from tests.reference.references import ReferenceCache
 
-# 39 pages that requests can use; a request at the server's bound takes 4, one that keeps everything up to 64.
+# 39 usable blocks; a request at the server's bound takes 4, one that keeps everything up to 64.
 POOL = 40
 SMALL = {"kv_budget": 96, "kv_buffer": 32, "num_gpu_blocks_override": POOL}
 CROWD = 14
@@ -30,7 +30,7 @@ def test_bounded_admission_never_preempts_where_stock_vllm_does(references: Refe
     prompts = engines.demo_prompts(CROWD)
     # Stock vLLM starts only if a sequence of `max_model_len` fits.
     stock = engines.run(Job(prompts, [], NUM_NEW, 1, {"num_gpu_blocks_override": POOL, "max_model_len": 1024}))
-    assert sum(stock.num_preemptions) > 0, "the pool is too large to show anything"
+    assert sum(stock.num_preemptions) > 0, "the pool is too large for this test to show anything"
     job = Job(prompts, ["skipkv", "rkv"] * (CROWD // 2), NUM_NEW, 1, SMALL)
 
     outcome = engines.run(job)
@@ -40,14 +40,14 @@ def test_bounded_admission_never_preempts_where_stock_vllm_does(references: Refe
     reached = next(i for i, load in enumerate(outcome.load) if load.num_running == most)
     crowded = [load.num_running for load in outcome.load[reached:] if load.num_waiting]
     assert len(crowded) > NUM_NEW // 2
-    # A place that was given up in one step is filled in the next.
+    # A row that is released in one step is filled in the next.
     assert set(crowded) == {most}
     assert max(load.num_pages for load in outcome.load) > (POOL - 1) * 0.9
     check(job, outcome, references, min_compactions=9)
 
 
 def test_every_request_counts_with_what_it_may_hold(references: ReferenceCache) -> None:
-    """Requests with other budgets, with everything kept and with a long prompt run side by side."""
+    """Requests with their own budgets, without eviction and with a long prompt run side by side."""
     prompts = [*engines.demo_prompts(6), *engines.demo_prompts(1, at_least=250)]
     policies = ["full", "skipkv", "full", "rkv", "skipkv", "streaming_llm", "rkv"]
     budgets = [None, 200, None, None, 160, None, None]
@@ -56,7 +56,7 @@ def test_every_request_counts_with_what_it_may_hold(references: ReferenceCache) 
     outcome = engines.run(job)
 
     assert outcome.num_preemptions == [0] * len(prompts)
-    # 11 pages each keep everything of 351 tokens; then 8, 4, 6, 4 and, for the long prompt, more than 9.
+    # 11 blocks hold all of 351 tokens; the others take 8, 4, 6, 4 and, for the long prompt, more than 9.
     alone = [s for s in outcome.samples if s.request == 2 and s.num_logical > 340]
     assert max(s.num_pages for s in alone) == 11
     assert outcome.skipped == {"prompt_exceeds_budget": 1}
@@ -81,7 +81,7 @@ def test_a_request_that_could_never_be_finished_is_refused(options, num_prompt, 
     with pytest.raises(VLLMValidationError, match=message) as refused:
         llm.generate({"prompt_token_ids": [5] * num_prompt}, params, use_tqdm=False)
     assert "the KV cache holds 1248" in str(refused.value)
-    # What fits goes through, and the engine is in order.
+    # A request that fits is served, and the engine's state is in order.
     params = SamplingParams(max_tokens=4, extra_args=options if "kv_budget" not in options else None)
     (output,) = llm.generate({"prompt_token_ids": [5] * 48}, params, use_tqdm=False)
     assert len(output.outputs[0].token_ids) <= 4
@@ -114,7 +114,7 @@ def test_beam_search_offline_is_refused() -> None:
 
 
 def test_a_request_that_slips_through_ends_where_the_pool_does(monkeypatch) -> None:
-    """With data parallelism the API server knows only how large the pools are on average."""
+    """With data parallelism, the API server knows only the average size of the pools."""
     from vllm import SamplingParams
 
     llm = engines.engine(**SMALL)
@@ -132,13 +132,13 @@ def test_a_conversation_hits_the_prefix_cache_after_its_first_turn_was_evicted(r
     said = engines.run(turn)
     check(turn, said, references, min_compactions=3)
 
-    # The pool keeps its published pages between the turns, unlike between jobs.
+    # The pool keeps its cached blocks between the turns, unlike between jobs.
     text = first + said.tokens[0]
     again = text + engines.chat_prompt("And what was the first value?")
     llm = engines.engine(reset=False, **SMALL)
     outcome = engines.run_on(llm, Job([again], ["skipkv"], 150, 1, SMALL))
 
-    # The first prompt's whole pages are there, and nothing of the answer, whose cache was rewritten.
+    # The whole blocks of the first prompt are cached, but none of the answer, whose blocks were rewritten.
     assert outcome.num_cached == [len(first) // PAGE * PAGE]
     check(Job([again], ["skipkv"], 150, 1, SMALL), outcome, references, min_compactions=2)
 
@@ -147,17 +147,17 @@ def test_a_conversation_hits_the_prefix_cache_after_its_first_turn_was_evicted(r
 
 
 def counted(llm: vllm.LLM) -> Counter[str]:
-    """The counters of the server; no one else takes them from these engines."""
+    """Take the counters of the server; nothing else reads them from these engines."""
     return Counter({name: int(n) for name, n in engines.scheduler_of(llm).eviction.stats._counts.items()})
 
 
 def generate_and_count(llm: vllm.LLM, prompt: list[int], **params: Any) -> tuple[RequestOutput, dict[str, int]]:
-    """An answer, and how the counters that it reports moved meanwhile."""
+    """Return an answer, and by how much its counters changed meanwhile."""
     from vllm import SamplingParams
 
     before = counted(llm)
     params = {"max_tokens": 200, "temperature": 0.0, "ignore_eos": True} | params
-    # vLLM compiles a helper for sampling even where the model runs eagerly.
+    # vLLM compiles a helper for sampling even if the model runs eagerly.
     with torch.compiler.set_stance("force_eager"):
         (output,) = llm.generate({"prompt_token_ids": prompt}, SamplingParams(**params), use_tqdm=False)
     moved = counted(llm) - before
@@ -177,9 +177,9 @@ def test_a_stop_string_hides_nothing(n) -> None:
     (prompt,) = engines.demo_prompts(1)
     full, _ = generate_and_count(llm, prompt)
     text = full.outputs[0].text
-    # The longest beginning that ends with something new.
+    # The longest common beginning that ends with a new token.
     end = max(i for i in range(6, len(text)) if text.index(text[i - 6 : i]) == i - 6)
-    # vLLM wants a temperature for several choices; this is the best token all the same.
+    # vLLM requires a temperature for several choices; this one still picks the best token.
     output, moved = generate_and_count(llm, prompt, n=n, temperature=1.0, top_k=1, stop=[text[end - 6 : end]])
     assert output.outputs[0].finish_reason == "stop"
     assert moved["compactions"] >= 2 * n
@@ -193,7 +193,7 @@ TINY = {"kv_budget": 96, "kv_buffer": 32, "kv_admission": "optimistic", "num_gpu
 
 
 def test_a_preempted_request_resumes_within_its_bound(references: ReferenceCache) -> None:
-    """The first request grows until, one after the other, those behind it lose their pages and start over."""
+    """The first request grows until the others lose their blocks, one after the other, and start over."""
     prompts = engines.demo_prompts(5)
     policies = ["full", "skipkv", "h2o", "rkv", "skipkv"]
     job = Job(prompts, policies, 330, 2, TINY)
@@ -203,8 +203,8 @@ def test_a_preempted_request_resumes_within_its_bound(references: ReferenceCache
     assert outcome.num_preemptions[0] == 0
     assert sum(outcome.num_preemptions) > 3
     again = [s for s in outcome.samples if s.request and s.num_evicted and _is_replayed(s, outcome.samples)]
-    assert {s.request for s in again} >= {1, 2}, "too few had been compacted when they were preempted"
-    # More text than the bound is computed again; `check` holds every step of it against the bound.
+    assert {s.request for s in again} >= {1, 2}, "too few requests had been compacted when they were preempted"
+    # A text longer than the bound is computed again; `check` compares every step with the bound.
     assert max(s.num_logical for s in again) > 1.5 * (96 + 32)
     assert outcome.skipped == {}
     check(job, outcome, references, min_compactions=5)
@@ -235,14 +235,14 @@ def test_a_request_that_was_cleared_reports_its_last_life() -> None:
                 assert llm.llm_engine.reset_prefix_cache(reset_running_requests=True)
                 clear_at = None
         reports.append(outputs[-1].kv_transfer_params["skipkv"])
-        # The counters are about the work of the server, so nothing is taken back there.
+        # The counters describe the work of the server, so a preemption takes nothing back.
         work.append((counted(llm) - before)["compactions"])
     assert work[1] > work[0] == reports[0]["compactions"] >= 4
     assert reports[1] == reports[0] | {"lives": 2}
 
 
 def _is_replayed(sample: Sample, samples: list[Sample]) -> bool:
-    """Whether the request had computed as many tokens before."""
+    """Return whether the request had already computed this many tokens."""
     return any(
         s.request == sample.request and s.step < sample.step and s.num_logical > sample.num_logical for s in samples
     )

@@ -1,4 +1,4 @@
-"""The simulator takes the real scheduler's steps: as many, with the same preemptions and compactions."""
+"""The simulator repeats the real scheduler: as many steps, preemptions and compactions."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PAGES = 40
 
 
 def real(llm) -> tuple[int, int, int]:
-    """Steps, preemptions and compactions of the load."""
+    """Return the steps, preemptions and compactions of the load."""
     scheduler, steps, compactions = scheduler_of(llm), 0, 0
     for i, each in enumerate(LOAD):
         params = SamplingParams(max_tokens=each.num_output, temperature=0, ignore_eos=True, detokenize=False)

@@ -1,6 +1,6 @@
-"""Sleep mode: an engine that woke up answers as it did before, and no request goes on with KV that is gone.
+"""Sleep mode: after waking up, an engine answers as before, and no request continues with lost KV.
 
-The engine runs on a CPU; `tests/sleeping.py` has what stands in for the memory of a GPU.
+The engine runs on a CPU; `tests/sleeping.py` stands in for the memory of a GPU.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from tests.sleeping import Pools, sleep_mode
 if TYPE_CHECKING:
     from vllm import LLM
 
-# Every part of the runtime has something to lose.
+# Every part of the runtime has state that could be lost.
 ARGUMENTS = arguments(
     kv_policy="trimkv",
     kv_policy_config={"gates": bundled_gates()},
@@ -40,7 +40,7 @@ ARGUMENTS = arguments(
 
 
 def job() -> Job:
-    """More requests than run at once. Only sentences tell the first two apart; the last one is steered."""
+    """More requests than can run at once. The first two differ by their sentences only; the last one is steered."""
     first, *others = engines.demo_prompts(3)
     policies = ["skipkv", "rkv", "trimkv", "h2o", "thinkv", "skipkv"]
     options: list[dict[str, Any]] = [{}] * 5 + [{"steering": "b"}]
@@ -57,10 +57,10 @@ def llm() -> Iterator[LLM]:
 
 @pytest.fixture(scope="module")
 def before(llm: LLM) -> Outcome:
-    """What the engine says before it ever slept."""
+    """Outcome of the engine before its first sleep."""
     outcome = engines.run_on(llm, job())
     skipkv, rkv = (outcome.traces[i].kept for i in (0, 1))
-    assert not all(map(torch.equal, skipkv, rkv)), "nothing would show that sentences were lost"
+    assert not all(map(torch.equal, skipkv, rkv)), "the test would not notice lost sentences"
     return outcome
 
 
@@ -77,11 +77,11 @@ def test_answers_after_level_2_are_those_from_before(llm: LLM, before: Outcome) 
         assert all(map(torch.equal, trace.kept, other.kept))
 
 
-# ---- what the runtime holds
+# ---- the runtime's memory
 
 
 def tensors_of(roots: Iterable[Any]) -> Iterator[Tensor]:
-    """Every tensor that can be reached without passing through a module of the model or a global name."""
+    """Return every tensor that is reachable without passing through a module of the model or a global name."""
     stack, seen = list(roots), set()
     while stack:
         each = stack.pop()
@@ -95,7 +95,7 @@ def tensors_of(roots: Iterable[Any]) -> Iterator[Tensor]:
 
 
 def held_by(worker: Any) -> list[Tensor]:
-    """All tensors of the runtime, and of what it hooked into the model."""
+    """Return all tensors of the runtime and of its hooks in the model."""
     runner = worker.model_runner
     hooks = [module._forward_pre_hooks for module in runner.model.modules()]
     layers = [vars(layer.impl) for layer in runner.compilation_config.static_forward_context.values()]
@@ -103,7 +103,7 @@ def held_by(worker: Any) -> list[Tensor]:
 
 
 def discarded(tensors: Iterable[Tensor], pools: Pools, pages: Iterable[Tensor]) -> list[Tensor]:
-    """Those that level 2 would not bring back. The pages are meant to be lost."""
+    """Return the tensors that level 2 would lose. The pages are excluded: they are meant to be lost."""
     lost = {page.untyped_storage().data_ptr() for page in pages}
     return [
         tensor
@@ -133,12 +133,12 @@ def test_all_state_survives_whatever_is_woken_first(tags: list[list[str] | None]
         llm.wake_up(each)
     llm.collective_rpc("reload_weights")
 
-    assert sum(copy.count_nonzero() > 0 for copy in copies) > 20, "there was nothing to lose"
+    assert sum(copy.count_nonzero() > 0 for copy in copies) > 20, "nothing could have been lost"
     assert all(map(torch.equal, kept, copies))
     assert all((page == page[0, 0, 0, 0]).all() for page in pages), "the pages were not discarded"
 
 
-# ---- requests that are there when it falls asleep
+# ---- requests in flight when the engine falls asleep
 
 
 def step(llm: LLM, outputs: dict[str, Any]) -> None:

@@ -14,10 +14,11 @@ import torch
 from skipkv_vllm.steering import SteeringVector
 from tests import engines
 from tests.engines import PAGE, Job, Outcome
-from tests.reference.oracle import Result, Settings, Steering, generate
+from tests.reference.request import generate
+from tests.reference.settings import Result, Settings, Steering
 
 if TYPE_CHECKING:
-    from tests.reference.oracle import ReferenceCache
+    from tests.reference.references import ReferenceCache
 
 LAYERS = {"a": 2, "b": 1}
 # The residual stream has a norm of about 80 there.

@@ -1,6 +1,6 @@
 """The engine on a GPU: every attention backend, with and without graphs, on both model runners.
 
-Kernels of GPUs round otherwise than the Hugging Face reference, which computes in float32 on the CPU. So the reference
+GPU kernels round differently from the oracle, which computes in float32 on the CPU. So the oracle
 follows the engine's tokens and survivors and says how far off it is: from each token's probability, which is wrong at
 once where attention reads a wrong page, and from the survivors' scores. Every run must have compacted every request.
 
@@ -24,7 +24,7 @@ from skipkv_vllm.integration.compat import refusals
 from tests import engines
 from tests.engines import Job, Outcome
 from tests.reference.comparison import Tolerance, check_replayed
-from tests.reference.oracle import Model
+from tests.reference.model import Model
 from tests.wide_model import widen
 
 ON_CPU = os.environ.get("SKIPKV_GPU_TESTS") == "cpu"
@@ -55,13 +55,13 @@ BACKENDS = ["CPU_ATTN"] if ON_CPU else list(NEEDED)
 COMBINATIONS = [
     pytest.param(backend, graphs, runner, id=f"{backend}-{graphs}-{runner}")
     for backend, graphs, runner in itertools.product(BACKENDS, ["eager"] if ON_CPU else GRAPHS, ["v1", "v2"])
-    if not ON_CPU or runner == "v1"  # on a CPU the interpreter's engine tests have runner V2
+    if not ON_CPU or runner == "v1"  # on a CPU, the engine tests in the interpreter cover runner V2
 ]
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A model whose head size every backend knows."""
+    """Return a model whose head size every backend supports."""
     engines.shutdown()  # the children need its memory
     return str(widen(Path(bundled_model()), tmp_path_factory.mktemp("wide") / "tiny-reasoner"))
 
@@ -74,7 +74,7 @@ def reference(model: str) -> Model:
 
 
 def missing(backend: str) -> str | None:
-    """Why a backend cannot run here."""
+    """Return why a backend cannot run here, or None."""
     module = NEEDED.get(backend)
     try:
         found = module is None or importlib.util.find_spec(module) is not None
@@ -88,7 +88,7 @@ def dtypes_of(backend: str) -> list[str]:
 
 
 def run(jobs: list[Job], model: str, backend: str, graphs: str, runner: str) -> list[Outcome]:
-    """Run jobs in a process of their own, and see to it that what was asked for is what ran."""
+    """Run jobs in a child process, and check that the requested backend, graphs and runner ran."""
     if why := missing(backend):
         pytest.skip(why)
     more = GRAPHS[graphs] | {"model": model} | ({} if ON_CPU else {"attention_backend": backend})
@@ -105,9 +105,9 @@ def run(jobs: list[Job], model: str, backend: str, graphs: str, runner: str) -> 
 
 
 def check_graphs(asked: str, got: str) -> None:
-    """vLLM may choose another mode than the one asked for, which must be of the same kind."""
+    """Check that vLLM chose the requested graph mode or another one of the same kind."""
     kinds = {"eager": {"NONE"}, "piecewise": {"PIECEWISE"}, "full": {"FULL", "FULL_DECODE_ONLY", "FULL_AND_PIECEWISE"}}
-    assert got in kinds[asked], f"asked for {asked} graphs, vLLM chose {got}"
+    assert got in kinds[asked], f"requested {asked} graphs, vLLM chose {got}"
 
 
 def evicting(policies: list[str] = METHODS, **arguments: Any) -> Job:
@@ -131,7 +131,7 @@ def test_equals_the_reference(backend: str, graphs: str, runner: str, model: str
     for job, outcome in zip(jobs, outcomes, strict=True):
         tolerance = ROUNDING[job.arguments["dtype"]]
         if job.arguments.get("kv_granularity") == "sentence":
-            # One sentence more or less is many tokens.
+            # A single sentence has many tokens.
             tolerance = tolerance._replace(survivors=0.2)
         check_replayed(job, outcome, reference, tolerance)
 
@@ -145,7 +145,7 @@ def test_equals_stock_where_nothing_is_evicted(
     idle = replace(evicting(METHODS[:4], kv_budget=1024, **arguments), num_new=100)
     stock = replace(idle, policies=[], arguments=arguments)
 
-    # Each in a process of its own, because both take the share of memory that vLLM takes.
+    # Each in its own process, because each takes vLLM's share of the memory.
     (ours,) = run([idle], model, backend, graphs, runner)
     (theirs,) = run([stock], model, backend, graphs, runner)
 
@@ -157,7 +157,7 @@ def test_equals_stock_where_nothing_is_evicted(
 
 @pytest.mark.parametrize(("backend", "graphs", "runner"), COMBINATIONS)
 def test_an_8_bit_cache_is_compacted(backend: str, graphs: str, runner: str, model: str, reference: Model) -> None:
-    """What keys of 8 bits do to the answer is bounded by the reference's doubts about it."""
+    """The error of 8-bit keys is bounded by the log probabilities that the oracle gives to the engine's tokens."""
     job = evicting(dtype="bfloat16", kv_cache_dtype="fp8")
 
     (outcome,) = run([job], model, backend, graphs, runner)
@@ -177,7 +177,7 @@ def test_an_engine_that_slept_answers_as_before(
         gates = {"kv_policy": "trimkv", "kv_policy_config": {"gates": bundled_gates()}}
         job = evicting(["trimkv", "rkv"], **job.arguments | gates)
 
-    # Equal arguments, so it is one engine.
+    # Equal arguments, so one engine serves both.
     before, *after = run([replace(job, sleep_level=level) for level in (None, 1, 2)], model, backend, graphs, runner)
 
     assert all(len(trace.kept) for trace in before.traces)
@@ -188,6 +188,6 @@ def test_an_engine_that_slept_answers_as_before(
 
 
 def test_what_is_not_installed_is_named() -> None:
-    """Always passes; `-rA` or `-s` shows what the tests above covered."""
+    """Report what the tests above covered (`-rA` or `-s` shows it); always passes."""
     for backend in BACKENDS:
         print(missing(backend) or f"{backend}: {', '.join(dtypes_of(backend))}")

@@ -1,6 +1,6 @@
-"""The operators on a GPU, where size, streams, graphs and waiting matter.
+"""The operators on a GPU: sizes, streams, graphs and synchronisation.
 
-`tests/unit/ops/test_parity.py` has the small cases. Backends that are not to be had are skipped with the reason.
+`tests/unit/ops/test_parity.py` has the small cases. Unavailable backends are skipped with the reason.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def scoring(
     size: int = 16,
     first_page: int = 1,
 ) -> list[Any]:
-    """Arguments of `score_tokens` on the GPU: noisy keys around a few centres, in the first pages from one on."""
+    """Arguments of `score_tokens` on the GPU: noisy keys around a few centres, in the first pages from page 1 on."""
     generator = torch.Generator(CUDA).manual_seed(0)
     requests, n = len(lengths), max(lengths)
     used = -(-n // size)
@@ -85,7 +85,7 @@ def scoring(
 
 
 def assert_scores(got: Tensor, wanted: Tensor, lengths: tuple[int, ...], tolerance: float) -> None:
-    """Errors relative to the largest score of a row: a score may be a difference of nearly equal parts."""
+    """Check errors relative to a row's largest score, because a score may be a difference of nearly equal parts."""
     for r, length in enumerate(lengths):
         error = (got - wanted)[r, ..., :length].abs().amax(-1) / wanted[r, ..., :length].abs().amax(-1)
         assert error.max() <= tolerance, f"request {r}: {error}"
@@ -94,7 +94,7 @@ def assert_scores(got: Tensor, wanted: Tensor, lengths: tuple[int, ...], toleran
 
 @contextmanager
 def no_waiting() -> Iterator[None]:
-    """Operations of PyTorch that make the host wait raise."""
+    """Raise on operations of PyTorch that make the host wait."""
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -104,7 +104,7 @@ def no_waiting() -> Iterator[None]:
 
 
 def compaction(arguments: list[Any], keep: int) -> list[Any]:
-    """Arguments of `compact_pages` after `score_tokens`; every third page of the target is fresh, caches are copies."""
+    """Arguments of `compact_pages` after `score_tokens`; every third target page is fresh, and caches are copies."""
     caches, _, _, table, positions, num_resident, *_ = arguments
     pages, heads, size, _ = caches[0].shape
     requests = table.shape[0]
@@ -134,7 +134,7 @@ def test_scores_of_long_requests(backend, dtype, dim):
 
 
 def measuring(arguments: list[Any], *counted: int) -> list[Any]:
-    """Arguments of `measure_attention` but for the last, from those of `score_tokens`."""
+    """Arguments of `measure_attention` without the last one, from those of `score_tokens`."""
     positions, queries = arguments[4], arguments[6]
     newest = positions.amax(dim=(1, 2, 3)).int()
     return [*arguments[:6], queries, numbers(*counted), newest]
@@ -156,7 +156,7 @@ def test_attention_and_keys_of_long_requests(backend, dtype, dim):
 
 def test_scores_of_more_rows_than_scratch_memory_takes_at_once(backend, monkeypatch):
     lengths = (1200, 1100, 900)
-    # 80 KB of scratch memory a row; the CUDA kernels take at most 256 MiB at once.
+    # 80 KB of scratch memory per row; the CUDA kernels take at most 256 MiB at once.
     arguments = scoring(lengths, layers=80, heads=16, group=1)
     monkeypatch.setattr("skipkv_vllm.ops.triton_backend.scoring.SCRATCH_BYTES", 32 << 20)
     got = backend.score_tokens(*arguments)
@@ -188,7 +188,7 @@ def test_selection_and_compaction_of_long_requests(backend, keep):
 
 
 def test_pages_beyond_what_32_bits_address(backend):
-    """A cell's offset in elements does not fit into 32 bits."""
+    """The element offset of a cell does not fit into 32 bits."""
     per_page = 16 * 2 * 2 * 128
     first = 2**31 // per_page + 5
     free, _ = torch.cuda.mem_get_info()
@@ -219,7 +219,7 @@ def test_thoughts(backend, seed):
 
 
 def every_operator(module: ModuleType) -> list[Callable[[], Any]]:
-    """Calls of all operators with arguments that are ready on the GPU."""
+    """Return calls of all operators with arguments on the GPU."""
     arguments = scoring((300, 200))
     positions, num_resident = arguments[4:6]
     keeps = numbers(150, 150)
@@ -273,7 +273,7 @@ def test_no_operator_waits_for_the_gpu(backend):
 
 
 def test_operators_run_on_the_current_stream(backend):
-    """Inputs are made on a side stream behind a long wait; on any other stream they would not be there yet."""
+    """Make inputs on a side stream behind a long wait; any other stream would read them too early."""
     arguments = scoring((300, 200))
     wanted = backend.score_tokens(*arguments)
     penalty = arguments[7].clone()
@@ -297,10 +297,10 @@ def test_operators_run_on_the_current_stream(backend):
 @pytest.mark.parametrize("dtype", [*HALF_TYPES, torch.float32])
 @pytest.mark.parametrize("tokens", [1, 3, 64])
 def test_observing_and_steering_in_a_cuda_graph(backend, dtype, tokens):
-    """A graph captures the launches; what they read may change between replays."""
+    """Capture the launches in a graph; their inputs may change between replays."""
     heads, dim, width = 6, 128, 1000
     whole = torch.zeros(tokens, heads * dim + 64, dtype=dtype, device=CUDA)
-    # As attention gets it: a part of the fused projection.
+    # As in attention: a part of the fused projection.
     query = whole[:, 32:-32].view(tokens, heads, dim)
     index = torch.zeros(80, dtype=torch.int64, device=CUDA)
     rows = torch.zeros(100, heads, dim, dtype=dtype, device=CUDA)

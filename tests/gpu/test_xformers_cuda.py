@@ -1,4 +1,4 @@
-"""A kernel that nobody here wrote attends over compacted pages as dense attention does over the survivors.
+"""An independent kernel attends over compacted pages like dense attention over the survivors.
 
 `compact_pages` moves survivors to the front of each head's pages; xFormers' paged attention then reads those pages
 through the block table, and must see every survivor once and nothing else.
@@ -32,7 +32,7 @@ def xformers_attention() -> Any:
 
 
 def bias_of(fmha: Any, table: Tensor, size: int, lengths: list[int]) -> Any:
-    """What xFormers is told about pages: which are whose, and how much of them counts."""
+    """Description of the pages for xFormers: their owners and lengths."""
     kinds = fmha.attn_bias
     padded = kinds.BlockDiagonalPaddedKeysMask.from_seqlens(
         q_seqlen=[1] * len(lengths), kv_padding=table.shape[1] * size, kv_seqlen=lengths, device=table.device
@@ -41,7 +41,7 @@ def bias_of(fmha: Any, table: Tensor, size: int, lengths: list[int]) -> Any:
 
 
 def tokens_of(cache: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys and values of pages `[pages, H, P, 2 * D]` in the order of memory, `[pages * P, H, D]`."""
+    """Return keys and values of pages `[pages, H, P, 2 * D]` in the order of memory, `[pages * P, H, D]`."""
     keys, values = cache.transpose(1, 2).flatten(0, 1).chunk(2, dim=-1)
     return keys, values
 
@@ -66,7 +66,7 @@ def paged(op: str, queries: Tensor, cache: Tensor, table: Tensor, lengths: list[
 
 
 def survivors(case: Compaction, r: int, layer: int) -> tuple[Tensor, Tensor]:
-    """Keys and values of the tokens that stay, `[H, keep, D]`, by the list of moves and the pages before."""
+    """Return keys and values of the survivors, `[H, keep, D]`, from the list of moves and the pages before it."""
     pages = layer_pages(case.caches[layer], Layout.ROWS)
     keep = int(case.num_keep[r])
     slots = torch.arange(keep).repeat(pages.num_heads, 1)
@@ -94,13 +94,13 @@ def queries_of(case: Compaction, dtype: torch.dtype) -> Tensor:
 
 
 def pages_of(case: Compaction) -> Tensor:
-    """The block table; what lies past a request's pages is masked, but must be a page."""
+    """Return the block table; entries past a request's pages are masked, but must be valid pages."""
     return case.target_table.clamp(min=0)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: torch.cuda.is_available() is False")
-# With the page sizes that each of them takes.
+# With the page sizes that each of them supports.
 @pytest.mark.parametrize(("op", "size"), [("triton_splitk", 64), ("flash", 256), ("flash3", 64)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", ["native", "triton"])
@@ -123,7 +123,7 @@ def test_paged_attention_sees_the_survivors_and_nothing_else(name: str, dtype: t
 
 @pytest.mark.parametrize("size", [16, 64])
 def test_the_mask_of_a_paged_kernel_shows_the_survivors_and_nothing_else(size: int) -> None:
-    """The same on a CPU, where no kernel runs: by the mask over all memory that xFormers says its kernels apply."""
+    """The same on a CPU without a kernel: with the mask that xFormers defines for its kernels."""
     fmha = xformers_attention()
     before = build(torch.float32, size)
     after = before.copy()
@@ -144,7 +144,7 @@ def test_the_mask_of_a_paged_kernel_shows_the_survivors_and_nothing_else(size: i
 
 
 def test_the_expectation_is_what_the_definition_leaves() -> None:
-    """Of the test above, what needs neither a GPU nor xFormers."""
+    """The part of the test above that needs neither a GPU nor xFormers."""
     before = build(torch.float32, 16)
     after = before.copy()
     torch_backend.compact_pages(*after)

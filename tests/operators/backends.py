@@ -1,4 +1,4 @@
-"""The backends that the parity tests run, and how they are parametrised with them."""
+"""Backends of the parity tests, and parametrisation with them."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class Backend:
 
     Attributes:
         isa: highest instruction set of the CPU operators.
-        whole: whether all cases run; the interpreter takes a few.
-        packed: whether it knows the layouts of CPUs.
+        whole: whether all cases run; the interpreter runs a few.
+        packed: whether it supports the layouts of CPUs.
         tolerance: of scores in 16-bit caches, relative to the largest of a row.
     """
 
@@ -60,7 +60,7 @@ BACKENDS = _backends()
 
 @pytest.fixture(autouse=True)
 def isa(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Skip what this machine lacks, and use the instruction set that the test names and one thread."""
+    """Skip unavailable backends; use one thread and the test's instruction set."""
     params = getattr(request.node, "callspec", None)
     backend = params.params.get("backend") if params else None
     if backend is not None and (why := backend.module.unavailable(backend.device)):
@@ -68,7 +68,7 @@ def isa(request: pytest.FixtureRequest) -> Iterator[None]:
     on_cpu = backend is not None and (backend.name, backend.device) == ("native", "cpu")
     if on_cpu and native.limit_isa(backend.isa) < backend.isa:
         pytest.skip(f"{backend}: this processor lacks the instructions")
-    # Small inputs gain nothing from threads, and lose where other processes have the cores.
+    # Small inputs gain nothing from threads, and lose if other processes use the cores.
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -78,7 +78,7 @@ def isa(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 def cases(named: dict[str, Any], few: Iterable[str] = ()) -> Any:
-    """Parametrise with backends and cases; `few` name those for slow backends, of which the first packed or not."""
+    """Parametrise with backends and cases; `few` names the cases for slow backends."""
     chosen = set(few)
     return pytest.mark.parametrize(
         ("backend", "case"),
@@ -100,7 +100,7 @@ each_backend = pytest.mark.parametrize("backend", BACKENDS, ids=str)
 
 
 def on(device: str, arguments: Iterable[Any]) -> list[Any]:
-    """Arguments of an operator on a device; addresses follow the caches."""
+    """Move the arguments of an operator to a device; addresses follow the caches."""
     if device == "cpu":
         return list(arguments)
     moved = [

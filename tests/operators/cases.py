@@ -50,7 +50,7 @@ class Pages:
         return PagedCache.of(caches, self.layout)
 
     def write_keys(self, cache: PagedCache, table: Tensor, keys: Tensor) -> None:
-        """Write keys `[L, H, N, D]` of a request to the pages of `table`; values stay as they are."""
+        """Write keys `[L, H, N, D]` of a request to the pages of `table`; values stay unchanged."""
         self._write(cache, table, keys, "keys")
 
     def write_values(self, cache: PagedCache, table: Tensor, values: Tensor) -> None:
@@ -67,7 +67,7 @@ class Pages:
 
 
 def draw_pages(data: st.DataObject, most_heads: int) -> Pages:
-    """Any pages that the CPU operators know, for property tests."""
+    """Draw any pages that the CPU operators support, for property tests."""
     layout = data.draw(st.sampled_from(Layout))
     return Pages(
         layout,
@@ -194,9 +194,9 @@ class ScoreCase:
         return arguments._replace(threshold=self._clear_threshold(arguments))
 
     def _clear_threshold(self, arguments: Scoring) -> float:
-        """A threshold near the wanted one that no cosine is so close to that rounding would decide."""
+        """Return a threshold near the wanted one and so far from every cosine that rounding cannot decide."""
         if self.threshold == 0:
-            return 0.0  # cosines with zero keys are exactly that, on every machine
+            return 0.0  # cosines with zero keys are exactly zero on every machine
         cosines = []
         for row, length in zip(arguments.table, self.lengths, strict=True):
             for cache in arguments.caches:

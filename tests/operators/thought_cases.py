@@ -16,7 +16,7 @@ STATES, CLASSES = 5, 4
 
 
 def check_thoughts(module: ModuleType | Any, seed: int, device: str = "cpu", steps: int = 5) -> None:
-    """Several steps of a few requests of random lengths, after each of which both must agree."""
+    """Run several steps of a few requests of random lengths; both must agree after each step."""
     draw, generator = random.Random(seed), torch.Generator().manual_seed(seed)
     slots, most = draw.randint(1, 6), 900
     flags = [draw.choice((0, 0, 0, THOUGHT.SPLIT | THOUGHT.DELIMITER, THOUGHT.DELIMITER)) for _ in range(VOCABULARY)]
@@ -30,7 +30,7 @@ def check_thoughts(module: ModuleType | Any, seed: int, device: str = "cpu", ste
     merge, interval = draw.random() < 0.5, draw.choice((1, 2, 7, 128))
     strengths = torch.randn(slots, 3, generator=generator)
     strengths[:, 2] = draw.choice((torch.inf, 0.9))
-    strengths[0, :2] = 0  # coefficients of exactly nothing
+    strengths[0, :2] = 0  # coefficients of exactly zero
     state = torch.zeros(slots, len(STATE), dtype=torch.int32)
     state[:, 0] = torch.arange(slots) + 1
     state[:, 1] = torch.randint(2, (slots,), generator=generator)

@@ -1,4 +1,4 @@
-"""Random steps of a few requests, as the operators that read token ids get them."""
+"""Random steps of a few requests, as inputs of the operators that read token ids."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class TokenStep(NamedTuple):
-    """Token ids `[T]`, int32 or int64; spans int64 `[4, R]`; and where the last span ends, before T."""
+    """Token ids `[T]`, int32 or int64; spans int64 `[4, R]`; and the end of the last span, before T."""
 
     ids: Tensor
     spans: Tensor
@@ -18,11 +18,11 @@ class TokenStep(NamedTuple):
 
 
 def token_step(draw: random.Random, generator: torch.Generator, position: list[int], vocabulary: int) -> TokenStep:
-    """The next step of some of the requests whose tokens so far `position` counts; it is brought up to date."""
+    """Draw the next step of some requests; `position` counts their tokens so far and is updated."""
     chosen = draw.sample(range(len(position)), draw.randint(1, len(position)))
     spans, begin = [], 0
     for slot in chosen:
-        begin += draw.randint(0, 3)  # tokens of requests that take no part
+        begin += draw.randint(0, 3)  # tokens of unmanaged requests
         number = draw.choice((1, 1, 2, 7, 40, 130))
         spans.append((slot, begin, number, position[slot]))
         position[slot] += number

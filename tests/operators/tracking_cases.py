@@ -16,7 +16,7 @@ VOCABULARY = 20
 
 
 def check_tracking(module: ModuleType | Any, seed: int, device: str = "cpu", steps: int = 4) -> None:
-    """Several steps of a few requests of random lengths, after each of which both states must agree."""
+    """Run several steps of a few requests of random lengths; both states must agree after each step."""
     draw, generator = random.Random(seed), torch.Generator().manual_seed(seed)
     slots, most, held = draw.randint(1, 5), 600, draw.choice((1, 3, 8))
     width, merge, embeds = draw.choice((1, 6, 200, 1500)), draw.random() < 0.5, draw.random() < 0.8

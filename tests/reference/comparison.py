@@ -1,4 +1,4 @@
-"""Compare what an engine did with the Hugging Face reference, and with what its requests may hold."""
+"""Compare an engine with the oracle: its tokens, its survivors and the size of its requests."""
 
 from __future__ import annotations
 
@@ -7,18 +7,20 @@ from typing import NamedTuple
 
 from tests import engines
 from tests.engines import PAGE, Job, Outcome
-from tests.reference.oracle import Model, ReferenceCache, Replays, Result, Settings
+from tests.reference.model import Model
+from tests.reference.references import ReferenceCache, Replays
+from tests.reference.settings import Result, Settings
 
 MAX_TIE_SHARE = 1e-3
 BY_POSITION = ("streaming_llm", "random")
 
 
 class Tolerance(NamedTuple):
-    """What rounding may do.
+    """How much rounding may change.
 
     Attributes:
-        most, mean: to the log probability of a token.
-        survivors: share of them that may differ.
+        most, mean: change of a token's log probability.
+        survivors: share of the survivors that may differ.
     """
 
     most: float
@@ -30,7 +32,7 @@ UNPROTECTED = {"kv_protect_prompt": False, "kv_budget": 96, "kv_buffer": 32}
 
 
 def another_question(prompt: list[int]) -> list[int]:
-    """A prompt that shares all but the end with another one."""
+    """A prompt that shares all but its end with another one."""
     text = engines.tokenizer().decode(prompt, skip_special_tokens=True)
     return engines.chat_prompt(text.removeprefix("user\n").rpartition("What is")[0] + "Which value came last?")
 
@@ -61,9 +63,9 @@ def check(
     min_compactions: int,
     max_tie_share: float = MAX_TIE_SHARE,
 ) -> list[Result]:
-    """Compare all requests of a job with the reference and with their limits.
+    """Compare all requests of a job with the oracle and with their limits.
 
-    A request that was preempted made the same compactions again in each of its lives, as far as the life went.
+    A preempted request repeats the same compactions in each of its lives, as far as the life goes.
     """
     results = []
     for number, (prompt, method) in enumerate(zip(job.prompts, job.policies, strict=True)):
@@ -80,7 +82,7 @@ def check(
             continue
         assert trace.parameters["request_policy"] == method
 
-        # A compaction counts if the reference made it, the workers traced it and the scheduler freed it.
+        # A compaction counts if the oracle made it, the workers traced it and the scheduler freed its blocks.
         assert len(result.events) >= min_compactions, name
         assert len(last.kept) == len(result.events), name
         for life in range(outcome.num_preemptions[number] + 1):
@@ -108,9 +110,9 @@ def check(
 
 
 def check_replayed(job: Job, outcome: Outcome, model: Model, tolerance: Tolerance) -> list[Result]:
-    """As `check`, for an engine that rounds more than float32 does: the reference follows its tokens and survivors.
+    """As `check`, for an engine that rounds more than float32 does: the oracle follows its tokens and survivors.
 
-    Where rounding cannot matter (methods that choose by position) survivors are equal.
+    Methods that choose by position do not depend on rounding; their survivors must be equal.
     """
     settings = [settings_of(job, number) for number in range(len(job.prompts))]
     keys = [(tuple(prompt), each) for prompt, each in zip(job.prompts, settings, strict=True)]

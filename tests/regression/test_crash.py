@@ -1,4 +1,4 @@
-"""A process of the server is killed, or clients leave: an error instead of a hang, and no page is lost."""
+"""A process of the server is killed, or clients leave: an error instead of a hang, and no block is lost."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ ARGUMENTS = """
 """
 QUESTIONS = [problem.question for problem in problems("demo", 8)]
 PATIENCE = 60
-"""seconds until a client must have heard of a failure and the server must be gone"""
+"""Seconds until clients must have received an error and the server must have ended."""
 
 
 class Server:
@@ -44,7 +44,7 @@ class Server:
         (self.process,) = [p for p in psutil.Process().children() if str(port) in p.cmdline()]
 
     def child(self, title: str) -> psutil.Process:
-        """The process that vLLM gave this title."""
+        """Return the process with this title."""
         return next(p for p in self.process.children(recursive=True) if title in " ".join(p.cmdline()))
 
     def stream(self, question: str, max_tokens: int):
@@ -67,7 +67,7 @@ def running(log: Path) -> Iterator[Server]:
 
 @pytest.fixture(autouse=True)
 def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """That of a user, with a thread for each of the two workers."""
+    """Start a user's server, with one thread for each of the two workers."""
     engines.shutdown()
     for name in ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_LOGGING_LEVEL"):
         monkeypatch.delenv(name, raising=False)
@@ -76,7 +76,7 @@ def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def leave_at_random(server: Server) -> None:
-    """Clients ask and hang up, in the queue, while their prompt is read, or later."""
+    """Clients disconnect: in the queue, during their prompt, or later."""
     chance = random.Random(0)
     after = [chance.choice([0, 1, 5, 40, 120]) for _ in range(24)]
 
@@ -92,7 +92,7 @@ def leave_at_random(server: Server) -> None:
     deadline = time.monotonic() + 20
     while vllm_metric(server.url, "vllm:num_requests_running") and time.monotonic() < deadline:
         time.sleep(0.2)
-    # Gauges are those of the last step, which may have had requests that left meanwhile.
+    # Gauges describe the last step, which may have included requests that have left since.
     assert list(server.stream(QUESTIONS[0], 2))
     while vllm_metric(server.url, "vllm:kv_cache_usage_perc") and time.monotonic() < deadline:
         time.sleep(0.2)
@@ -103,10 +103,10 @@ def leave_at_random(server: Server) -> None:
 
 
 def kill_under_load(server: Server, title: str) -> None:
-    """Kill a process while clients wait: all get an error in time, the server ends and leaves no process."""
+    """Kill a process while clients wait: each gets an error in time, and the server ends and leaves no process."""
 
     def read(number: int) -> str:
-        """Ask again and again until an answer breaks off; how it did."""
+        """Repeat requests until an answer breaks off; return its error."""
         while not over.is_set():
             reason = None
             try:
@@ -153,7 +153,7 @@ def kill_under_load(server: Server, title: str) -> None:
 
 
 def test_a_killed_process_is_an_error_for_clients_and_a_restarted_server_works(tmp_path: Path) -> None:
-    """First a worker is killed, then the engine's core of the server that replaces it."""
+    """Kill a worker, then the engine core of the next server."""
     with running(tmp_path / "first") as server:
         leave_at_random(server)
         # A server may put two tokens into one chunk when its client is slow.

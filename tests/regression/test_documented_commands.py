@@ -1,6 +1,6 @@
-"""What the documents tell a reader to run is accepted by the programs as they are.
+"""Commands in the documents are accepted by the current programs.
 
-A competitor's README had arguments that its code no longer took (kvpress #249).
+Another project's README had arguments that its code no longer accepted (kvpress #249).
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ PARSERS = {
     "benchmarks.throughput": "benchmarks.throughput.__main__",
     "benchmarks.serving": "benchmarks.serving",
 }
-"""Module as it is called -> where its `_parser` is."""
+"""Module as it is called -> module that has its `_parser`."""
 ARGPARSE = {"fidelity": evaluation.make_parser, "tune": tune.make_parser, "train-gates": train_gates.make_parser}
-"""Commands of `skipkv` that hand their words to a parser of their own."""
+"""Commands of `skipkv` that have their own parser."""
 PROGRAMS = [["vllm", "serve"], ["skipkv"], ["make"], *(["python", "-m", module] for module in PARSERS)]
 FENCED = re.compile(r"^ *```(\w*)\n(.*?)^ *```", re.MULTILINE | re.DOTALL)
 
 
 def blocks(language: str) -> list[tuple[str, str]]:
-    """File name and text of the fenced blocks in a language; "" for none."""
+    """Yield file name and text of the fenced blocks in a language; "" for none."""
     return [
         (str(path.relative_to(REPOSITORY)), text)
         for path in DOCUMENTS
@@ -50,7 +50,7 @@ def blocks(language: str) -> list[tuple[str, str]]:
 
 
 def commands() -> list[tuple[str, list[str]]]:
-    """File name and words of every command line, without what `#` begins."""
+    """Yield file name and words of every command line, without comments."""
     found = []
     for name, text in blocks(""):
         for line in text.replace("\\\n", " ").splitlines():
@@ -109,7 +109,7 @@ def test_a_wrong_command_is_noticed():
 
 @pytest.fixture
 def _stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Engines, clients and clusters that check what they are asked and do nothing."""
+    """Engines, clients and clusters that check their arguments and do nothing."""
     import openai
     import vllm
     from openai.resources.chat.completions import Completions
@@ -121,7 +121,7 @@ def _stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
         engine.bind(model, **arguments)
         self.policy = KVPolicyConfig.model_validate(arguments["additional_config"][CONFIG_KEY])
 
-    # A wrapper says what it wraps, or the start-up check takes it for another plugin's.
+    # A wrapper names what it wraps, or the start-up check takes it for another plugin's.
     start.__wrapped__ = vllm.LLM.__init__  # type: ignore[attr-defined]
 
     def generate(self: Any, prompts: Any, params: Any) -> None:

@@ -1,4 +1,4 @@
-"""The real engine under load: crowds, random aborts and a soak, with all page bookkeeping verified in every step."""
+"""The real engine under load: many requests, random aborts and a soak; every step verifies all block bookkeeping."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ POLICIES = ["skipkv", "rkv", "streaming_llm", "h2o"]
 
 @pytest.fixture(scope="module", params=ENGINES)
 def kind(request: pytest.FixtureRequest) -> str:
-    """Of the module's scope, so that pytest runs all tests of an engine in a row."""
+    """Module scope, so that pytest runs all tests of an engine in a row."""
     return request.param
 
 
@@ -35,7 +35,7 @@ def llm(kind: str) -> Iterator[vllm.LLM]:
 
 
 def crowd(llm: vllm.LLM, prompts: dict[int, list[int]]) -> tuple[dict[int, list[int]], int]:
-    """Greedy answers to numbered prompts that all arrive at once, and how many ran at the same time."""
+    """Return greedy answers to numbered prompts that arrive at once, and how many ran at the same time."""
     from vllm import SamplingParams
 
     assert llm.reset_prefix_cache()
@@ -49,13 +49,15 @@ def crowd(llm: vllm.LLM, prompts: dict[int, list[int]]) -> tuple[dict[int, list[
         for output in llm.llm_engine.step():
             answers[int(output.request_id)] = list(output.outputs[0].token_ids)
             if output.finished:
-                assert output.kv_transfer_params["skipkv"]["compactions"] >= 1, "the test has no power"
+                assert output.kv_transfer_params["skipkv"]["compactions"] >= 1, (
+                    "the load is too small for this test to show anything"
+                )
         most = max(most, len(scheduler.running))
     return answers, most
 
 
 def test_1_40_and_100_concurrent_requests_give_the_same_answers(llm: vllm.LLM, kind: str) -> None:
-    """All share the first pages of their prompts."""
+    """All prompts share their first blocks."""
     (first,), others = engines.demo_prompts(1, at_least=100), engines.demo_prompts(CROWD)
     prompts = {number: first[: 2 * engines.PAGE + 5] + other for number, other in enumerate(others)}
     hundred, most = crowd(llm, prompts)
@@ -63,7 +65,9 @@ def test_1_40_and_100_concurrent_requests_give_the_same_answers(llm: vllm.LLM, k
     forty, _ = crowd(llm, {number: prompts[number] for number in range(40)})
     alone = {number: crowd(llm, {number: prompts[number]})[0][number] for number in range(0, 40, 5)}
     assert all(len(answer) == NUM_NEW for answer in hundred.values())
-    assert len({tuple(answer) for answer in hundred.values()}) > CROWD / 2, "the test has no power"
+    assert len({tuple(answer) for answer in hundred.values()}) > CROWD / 2, (
+        "the load is too small for this test to show anything"
+    )
     assert forty == {number: hundred[number] for number in forty}
     assert alone == {number: hundred[number] for number in alone}
 

@@ -1,6 +1,6 @@
-"""One small test per bug that other KV-eviction projects had, where it can be shown without an engine.
+"""One small test per bug of other KV-eviction projects that can be shown without an engine.
 
-`register.py` has them all, and where each is tested.
+`register/` lists all of them with their tests.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from skipkv_vllm.worker.runtime import EvictionRuntime
 from skipkv_vllm.worker.signals import Signals
 from skipkv_vllm.worker.signals.queries import QueryRing
 from tests.simulation import KV_HEADS, LAYERS, Simulation
-from tests.unit.benchmarks.accuracy.test_run import SETTINGS, pool  # noqa: F401
+from tests.unit.benchmarks.accuracy.conftest import pool  # noqa: F401
+from tests.unit.benchmarks.accuracy.fakes import SETTINGS
 
 
 def decode(sim: Simulation, steps: int, *names: str) -> None:
@@ -46,12 +47,12 @@ def test_silent_no_op_above_a_size_cap():
     sim.runtime.begin_step(StepOrders([order], []), [], [])
     assert sim.runtime.num_compactions == 1
     assert sim.runtime.num_evicted("a") == length - keep
-    request.pages, request.num_evicted = order.target_blocks, length - keep
+    request.blocks, request.num_evicted = order.target_blocks, length - keep
     positions = sim.positions("a")
     assert positions.shape == (LAYERS, KV_HEADS, keep)
     # Real survivors: distinct, the prompt and the window among them, and K where the sidecar says it is.
     for layer in range(LAYERS):
-        keys, _ = sim._read(layer, request, keep)
+        keys, _ = sim.pool.read(layer, request.blocks, keep)
         for head in range(KV_HEADS):
             held = positions[layer, head].tolist()
             assert len(set(held)) == keep
@@ -63,7 +64,7 @@ def test_silent_no_op_above_a_size_cap():
 def test_physical_slots_used_as_rope_positions():
     """hipfire: after an eviction the slot index was used as RoPE position, and the model looped.
 
-    What is taken off goes to sequence lengths and slots only; the batch's own logical positions stay.
+    Evicted tokens reduce sequence lengths and slots only; the batch's logical positions stay.
     """
     sim = Simulation("rkv")
     sim.start("a", num_prompt=6, budget=20)
@@ -90,7 +91,7 @@ def test_counters_not_reset_between_requests():
         sim.step({name: prompt})
         assert sim.runtime.num_evicted(name) == 0
         assert sim.last_evicted is None
-        state = sim.runtime.signals.sentences.tracker.state(sim.runtime._requests[name].row)
+        state = sim.runtime.signals.sentences.tracker.state(sim.worker.request(name).row)
         assert not state.penalties.any()
         decode(sim, 30)
         assert sim.running[name].num_compactions >= 1
@@ -119,28 +120,28 @@ def test_a_preempted_request_keeps_its_counter():
 
 
 def test_shared_prefix_page_overwritten():
-    """R-KV: survivors were moved into pages of a prefix that other requests shared; their text bled through."""
+    """R-KV: survivors were moved into blocks of a prefix that other requests shared, whose text then changed."""
     sim = Simulation("rkv", protect=False)
     sim.start("a", num_prompt=17, budget=20)
     sim.step({"a": 17})
     sim.start("reader", num_prompt=17, budget=1, policy="none", shared_with="a")
-    shared = list(sim.running["reader"].pages)
+    shared = list(sim.running["reader"].blocks)
     assert len(shared) == 4
-    raw = [cache[shared].clone() for cache in sim.raw]
+    raw = [cache[shared].clone() for cache in sim.pool.raw]
     sim.step({"reader": 1, "a": 1})
     decode(sim, 20, "a")
     assert sim.running["a"].num_compactions >= 1
     assert sim.num_replaced >= 1
-    assert not set(sim.running["a"].pages) & set(shared)
-    for cache, before in zip(sim.raw, raw, strict=True):
+    assert not set(sim.running["a"].blocks) & set(shared)
+    for cache, before in zip(sim.pool.raw, raw, strict=True):
         assert torch.equal(cache[shared], before)
     sim.check("reader")
 
 
 class Recorder:
-    """Stands in for a policy and remembers what it was shown."""
+    """Stands in for a policy and records its arguments."""
 
-    token_score = None  # so that `score` itself is asked, not the operator
+    token_score = None  # so that `score` itself is called instead of the operator
 
     def __init__(self, policy):
         self.policy, self.views = policy, []
@@ -160,9 +161,9 @@ def test_selection_order_after_the_first_compaction():
     sim.step({"a": 6})
     decode(sim, 23)
     slots = sim.positions("a")[0, 0]
-    assert (slots[1:] < slots[:-1]).any(), "the example must have slots out of order"
+    assert (slots[1:] < slots[:-1]).any(), "the slots of the example must be out of order"
     recorder = Recorder(make_policy("rkv"))
-    sim.runtime._requests["a"].policy = recorder
+    sim.worker.request("a").policy = recorder
     decode(sim, 8)
     assert len(recorder.views) == LAYERS
     for layer, view in enumerate(recorder.views):
@@ -223,7 +224,7 @@ def test_evicted_before_a_window_was_observed():
     """R-KV: triggered on absolute length, the first compaction scored the prompt with an empty window."""
     limits = Limits(20, 8, 4, 0)
     planner = EvictionPlanner(limits)
-    # However much the prefix cache holds, the queries of a window are computed before the request is due.
+    # Whatever the prefix cache holds, the queries of a window are computed before the request is due.
     assert limits.cacheable == 24
     assert planner.due(27, 0) is None
     assert planner.due(28, 0) is not None
@@ -274,9 +275,9 @@ def test_a_row_of_the_batch_that_moved():
     sim.step(prompts)
     decode(sim, 30, "a", "b", "c")
     assert sim.running["b"].num_evicted > sim.running["c"].num_evicted > 0
-    # Two change places, and nothing else happens.
+    # Two requests change places, and nothing else happens.
     decode(sim, 1, "a", "c", "b")
-    # The first one ends, the last one takes its row, and a new one comes where the last one was.
+    # The first request ends, the last one takes its row, and a new one takes the last one's row.
     sim.stop("a")
     sim.start("d", num_prompt=7, budget=24)
     sim.step({"c": 1, "b": 1, "d": 7})
@@ -303,22 +304,22 @@ def test_more_tokens_held_than_a_step_may_have():
 
 
 def test_pages_are_held_although_their_tokens_are_gone():
-    """R-KV: attention was shortened, but no page was given back. Here it is, and by default."""
+    """R-KV: attention became shorter, but no block was freed. Here blocks are freed, and by default."""
     sim = Simulation("rkv", num_blocks=12)
     sim.start("a", num_prompt=6, budget=20)
     sim.step({"a": 6})
     most = 0
-    # Eleven pages of four tokens, and far more tokens than they hold.
+    # Eleven blocks of four tokens, and far more tokens than fit into them.
     for _ in range(200):
         sim.step({"a": 1})
-        most = max(most, len(sim.running["a"].pages))
+        most = max(most, len(sim.running["a"].blocks))
     assert most == (20 + 8) / sim.block_size
     sim.stop("a")
-    assert sorted(sim.free) == list(range(1, 12))
+    assert sorted(sim.pool.free) == list(range(1, 12))
 
 
 def test_an_evaluation_reads_only_the_answer_at_hand(tmp_path, pool, monkeypatch):  # noqa: F811
-    """R-KV: the script graded a field that was left of an earlier run, and accuracy stood still at 40 %."""
+    """R-KV: the script graded a field of an earlier run, so accuracy stayed at 40 %."""
     arms = {Arm("full", 0, 4), Arm("skipkv", 250, 4), Arm("skipkv", 300, 4)}
     settings = replace(SETTINGS, batch_sizes=(4,), problems_at={})
     for bad in arms:

@@ -1,4 +1,4 @@
-"""Every row of the register is tested, by tests that exist and that run where there is no GPU."""
+"""Every row of the register has tests that exist and that run without a GPU."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_row(name):
     for test in row.tests:
         path, _, function = test.partition("::")
         assert function in functions(path), f"{test} does not exist"
-    assert not all(test.startswith("tests/gpu/") for test in row.tests), "no test of this row runs without a GPU"
+    assert not all(test.startswith("tests/gpu/") for test in row.tests), "this row has no test that runs without a GPU"
 
 
 def test_no_row_is_missing():

@@ -1,6 +1,6 @@
-"""One small test per weakness that other KV-eviction projects have by design, where no other test shows that we do not.
+"""One small test per weakness by design of other KV-eviction projects that no other test covers.
 
-`register.py` has them all, and where each is tested.
+`register/` lists all of them with their tests.
 """
 
 from __future__ import annotations
@@ -16,17 +16,13 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from skipkv_vllm.ops import paging
-from skipkv_vllm.worker import batch as rows
-from skipkv_vllm.worker import cache as positions
-from skipkv_vllm.worker import compaction, runtime
-from skipkv_vllm.worker.signals import queries
+from skipkv_vllm.core.device import to_device
 from tests.engines import REPOSITORY
-from tests.simulation import Simulation, simulation
+from tests.simulation import Simulation
 
 
 class Operators(TorchDispatchMode):
-    """Counts the operators that run."""
+    """Counts operators by name."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -35,13 +31,13 @@ class Operators(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.counts[str(func.overloadpacket)] += 1
         if func.overloadpacket in (torch.ops.aten.index, torch.ops.aten.index_put_):
-            # The number of chosen elements must be known, so such an index is read.
+            # The host must know the number of chosen elements, so such an index is read back.
             self.counts["mask"] += any(index is not None and index.dtype == torch.bool for index in args[1])
         return func(*args, **(kwargs or {}))
 
 
 def due(policy: str, names: str = "abc", **others: Any) -> Simulation:
-    """Requests with unequal lengths that are all due for a compaction in the next step."""
+    """Start requests of unequal lengths that are all due for a compaction in the next step."""
     sim = Simulation(policy, **others)
     sim.runtime.config = sim.runtime.config.model_copy(update={"kv_check_integrity": False})
     for i, name in enumerate(names):
@@ -55,7 +51,7 @@ def due(policy: str, names: str = "abc", **others: Any) -> Simulation:
 
 
 def watch(sim: Simulation, watching: Callable[[], AbstractContextManager]) -> None:
-    """Let every call of the runtime run in a context; what the simulation itself does stays outside."""
+    """Run every call of the runtime in a context; the simulation's own work stays outside."""
 
     def watched(method: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any) -> Any:
@@ -69,7 +65,7 @@ def watch(sim: Simulation, watching: Callable[[], AbstractContextManager]) -> No
 
 
 def operators_of_a_compaction(sim: Simulation) -> Counter[str]:
-    """Operators of a step that does nothing but compact all requests."""
+    """Return the operators of a step that only compacts all requests."""
     seen = Operators()
     watch(sim, lambda: seen)
     orders = sim.step({})
@@ -89,7 +85,7 @@ def test_w3_only_what_fills_a_hole_is_moved():
     stay = before[..., : order.num_keep]
     moved = (after != stay).sum(-1)
     assert 0 < moved.min() <= moved.max() <= order.num_resident - order.num_keep == 8
-    # Those that stay have not been written, not even with their own content.
+    # Tokens that stay have not been written, not even with the same content.
     held = [set(row.tolist()) for row in after.flatten(0, 1)]
     for old, new, survivors in zip(stay.flatten(0, 1), after.flatten(0, 1), held, strict=True):
         assert all(a == b for a, b in zip(old.tolist(), new.tolist(), strict=True) if a in survivors)
@@ -105,11 +101,10 @@ SCORED = {
 
 
 @pytest.mark.parametrize("method", SCORED)
-def test_w4_launches_do_not_grow_with_layers(method, monkeypatch):
+def test_w4_launches_do_not_grow_with_layers(method):
     policy, parameters, operators = SCORED[method]
     few = operators_of_a_compaction(due(policy, parameters=parameters))
-    monkeypatch.setattr(simulation, "LAYERS", 7)
-    many = operators_of_a_compaction(due(policy, parameters=parameters))
+    many = operators_of_a_compaction(due(policy, parameters=parameters, num_layers=7))
     for name in (*operators, "select_keep", "compact_pages"):
         assert sum(number for each, number in few.items() if each.endswith(f".{name}")) == 1
     assert many == few
@@ -124,7 +119,7 @@ def test_w8_requests_of_unequal_length_are_compacted_together(method):
     policy, parameters, _ = SCORED[method]
     two, several = (operators_of_a_compaction(due(policy, names, parameters=parameters)) for names in ("ab", "abcd"))
     if method == "default":
-        # The sums of each request are its own. All that is computed from them is computed for all requests at once.
+        # Each request has its own sums. Everything else is computed for all requests at once.
         alone = several - two
         assert not any(name.startswith("skipkv") for name in alone)
         assert sum(number for name, number in alone.items() if name not in VIEWS) <= 2 * 10
@@ -171,7 +166,7 @@ def test_w5_scores_take_memory_by_the_token_not_by_the_pair():
 
 @pytest.mark.parametrize("policy", ["skipkv", "rkv", "h2o", "snapkv", "streaming_llm", "random"])
 def test_w6_no_step_waits_for_the_device(policy, monkeypatch):
-    """On CPUs nothing waits, so whatever would read a value from a GPU is forbidden while the runtime works."""
+    """CPUs never wait, so every operation that would read a value from a GPU is forbidden while the runtime works."""
     waits = ("mask", *(f"aten.{x}" for x in ("_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero")))
     reading: list[str] = []
     is_inside = False
@@ -215,15 +210,16 @@ def test_w7_a_compaction_sends_nothing_about_other_requests(monkeypatch):
         sizes: list[int] = []
 
         def recorded(data: Any, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-            tensor = paging.to_device(data, dtype, device)
+            tensor = to_device(data, dtype, device)
             sizes.append(tensor.nbytes)
             return tensor
 
         @contextmanager
         def recording() -> Iterator[None]:
             with monkeypatch.context() as patch:
-                for module in (compaction, positions, queries, rows, runtime):
-                    patch.setattr(module, "to_device", recorded, raising=False)
+                for name, module in list(sys.modules.items()):
+                    if name.startswith("skipkv_vllm.worker.") and hasattr(module, "to_device"):
+                        patch.setattr(module, "to_device", recorded)
                 yield
 
         watch(sim, recording)
@@ -244,11 +240,11 @@ def test_w9_queries_are_recorded_only_where_a_compaction_can_read_them():
         sim.step({"a": 1})
         recorded += sim.runtime.signals.queries.recording
     assert sim.running["a"].num_compactions >= 3
-    # The window before each compaction, and no more.
+    # The window before each compaction and nothing else.
     assert recorded <= 4 * (sim.config.kv_window + 1)
 
 
-# ---- W17: what comes too late does not stop the server
+# ---- W17: a late compaction does not stop the server
 
 
 def test_w17_a_request_past_its_bound_waits_for_its_compaction():

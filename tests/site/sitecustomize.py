@@ -1,4 +1,4 @@
-"""Python runs this first in processes that find it: worker processes get what `triton_cpu.enable` gave their parent."""
+"""Python runs this at the start of worker processes: it repeats the parent's `triton_cpu.enable`."""
 
 import os
 

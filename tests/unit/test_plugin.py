@@ -1,4 +1,4 @@
-"""An installed plugin leaves every vLLM as it is until a policy is asked for, whatever that vLLM lacks."""
+"""An installed plugin leaves every vLLM unchanged until a policy is configured, whatever that vLLM lacks."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ FAKES = {
     "methods of another kind": PACKAGE | {ARGUMENTS: STOCK_ARGUMENTS.replace("@classmethod", "@staticmethod")},
     "one method less": PACKAGE | {ARGUMENTS: STOCK_ARGUMENTS.replace("create_engine_config", "create_config")},
 }
-"""Files of a vLLM that lacks what we touch; `vllm/__init__.py` is always there."""
+"""Files of a vLLM without the symbols that we use; `vllm/__init__.py` is always present."""
 OTHER_POOL = PACKAGE | {
     ARGUMENTS: STOCK_ARGUMENTS,
     "vllm/v1/__init__.py": "",
@@ -126,7 +126,7 @@ def joined(tmp_path_factory):
 
 @pytest.mark.parametrize("name", FAKES)
 def test_a_vllm_without_what_we_touch_is_left_alone(joined, name):
-    assert joined[name] == Joined(False, False, ""), "nothing is said where nobody asked for a policy"
+    assert joined[name] == Joined(False, False, ""), "without a policy nothing may be logged"
 
 
 @pytest.mark.parametrize("version", ["under 0.34.0", "without a version"])

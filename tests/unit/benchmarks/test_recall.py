@@ -1,4 +1,4 @@
-"""Recall without engines: where facts are, which answers are right, what counts, and resuming."""
+"""Recall without engines: places of facts, right answers, counting and resuming."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ BASE = 256
 
 
 class Letters:
-    """A tokenizer of single letters, with a chat template or without."""
+    """A tokenizer of single letters, with or without a chat template."""
 
     def __init__(self, chat_template: str | None = "yes") -> None:
         self.chat_template = chat_template
@@ -53,7 +53,7 @@ def test_facts_are_told_once_and_asked_for(facts):
         assert prompt.startswith("<user>x")
         assert rest.endswith("?<assistant>")
         assert prompt.count(f"is {question.code}.\n") == 1
-        # Facts are told in the first four fifths.
+        # Facts are in the first four fifths.
         assert context.index(question.code) < 900
         answer, score = question.requests
         assert "".join(map(chr, score.tokens)) == prompt + "".join(map(chr, question.answer)) + f" {question.code}"
@@ -80,7 +80,7 @@ def test_an_answer_is_right_if_it_has_the_value(answer, right):
 
 
 class Engines:
-    """Answers every question of full KV rightly but the first `wrong`, and none under eviction."""
+    """Answers all questions but the first `wrong` rightly with full KV, and none under eviction."""
 
     def __init__(self, wrong: int = 0) -> None:
         self.wrong, self.jobs = wrong, 0
@@ -132,7 +132,7 @@ def test_rows_compare_with_full_kv(run, tmp_path, capsys):
     assert json.loads((tmp_path / "recall.json").read_text())["rows"] == report["rows"]
     assert "6 of 8" in capsys.readouterr().out
 
-    # A repetition finds everything; more lengths run alone.
+    # A repetition finds all results; only new lengths run.
     done = engines.jobs
     assert run(engines, "--ratio", "2", "4")["rows"] == report["rows"]
     assert engines.jobs == done

@@ -1,4 +1,4 @@
-"""The pages of results: they are the generated ones, their links lead somewhere, and their package stands alone."""
+"""The pages of results: they are the generated ones, their links are valid, and their package imports no benchmark."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_links_lead_somewhere(pages):
     for name, text in pages.items():
         for file, anchor in LINK.findall(FENCED.sub("", text)):
             found += 1
-            if file in (EVALUATION, SCHEDULING):  # the rest of the documentation, which its own build checks
+            if file in (EVALUATION, SCHEDULING):  # the rest of the documentation; its build checks these links
                 continue
             target = file.removesuffix(".md") or name
             assert target in pages or (OURS / RESULTS / file).is_file(), (name, file)

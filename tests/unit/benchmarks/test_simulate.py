@@ -1,4 +1,4 @@
-"""The simulator: counts that follow from the lengths, conservation of pages, fits that find what made the data."""
+"""The simulator: counts that follow from the lengths, conservation of blocks, and fits that recover parameters."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ UNIT = StepTime(1.0, 0.0, 0.0, 0.0, 0.0, 0.0)
 
 def test_one_request_takes_a_step_a_token():
     outcome = Engine([Offered(100, 50)], Setup(100, 16, 8, 64)).run(UNIT)
-    # Two chunks of the prompt, of which the second gives the first token, and a step for each other token.
+    # Two chunks of the prompt, the second of which gives the first token, and one step for each further token.
     assert (outcome.steps, outcome.seconds, outcome.output_tokens) == (51, 51.0, 50)
 
 
 def test_compactions_follow_from_the_lengths():
     setup = Setup(100, 16, 8, 512, limits=Limits(64, 32, 8, 0))
     outcome = Engine([Offered(40, 500)], setup).run(UNIT)
-    # 539 tokens are computed; one compaction at 96 tokens and at every 32 after that, while some are still to come.
+    # 539 tokens are computed, with a compaction at 96 tokens and every 32 after that, until the last token.
     assert outcome.compactions == len(range(96, 539, 32))
     assert outcome.preemptions == 0
 
@@ -111,7 +111,7 @@ def test_calibration_finds_what_a_gpu_reached():
     true = Efficiency(weights=0.7, attention=0.5, flops=0.4, host=1e-3, per_request=5e-6, compaction=3.0)
     eviction = Eviction(1152, 128)
     made = on_gpu(GPUS["H100"], SHAPE, 7.6e9, 1, true, eviction)
-    # In a fit the reading of the weights is part of the fixed cost.
+    # In a fit, reading the weights is part of the fixed cost.
     measured = replace(made, fixed=made.fixed + made.weights, weights=0.0)
     found = calibrated(measured, GPUS["H100"], SHAPE, 7.6e9, eviction, Efficiency())
     for name in ("weights", "attention", "flops", "per_request", "compaction"):

@@ -47,7 +47,7 @@ def test_graph_padding_by_hand():
 
 
 def test_parallel_padding_by_hand():
-    # A rank that is done steps along with nothing.
+    # A finished rank takes part in further steps without work.
     assert parallel_padding([[5, 1, 1], [2, 3]]) == ((5 - 2) + (3 - 1) + 1, 12)
 
 
@@ -78,7 +78,7 @@ def test_engines_have_equal_memory_and_two_baselines():
     )
     assert "max_num_seqs" not in production
     assert "enable_prefix_caching" not in production
-    # 2,048 bytes of KV a token, and 96 of positions, errors and numbers of queries.
+    # 2,048 bytes of KV per token, and 96 bytes of positions, errors and query counts.
     assert pool_pages(args, Arm("skipkv", 0.5), 100) == 100 * 2048 // 2144
     assert (same["num_gpu_blocks_override"], policy["num_gpu_blocks_override"]) == (101, 96)
     assert {key: policy[key] for key in same if key != "num_gpu_blocks_override"} == {

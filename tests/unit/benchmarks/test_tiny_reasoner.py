@@ -1,4 +1,4 @@
-"""The bundled model's task: sums that are right, values stated once, splits that never meet."""
+"""The bundled model's task: correct sums, values stated once, disjoint splits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The dense reference with unequal budgets: equal ones against the tests' own reference, the shares against loops."""
+"""Unequal budgets: equal ones against the oracle, the shares against loops."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from benchmarks.tiny_reasoner import PAPER_PARAMETERS
 from benchmarks.unequal_budgets.allocation import ByHead, ByLayer, Equal, shares
 from benchmarks.unequal_budgets.bench import Bench, policy_of
 from skipkv_vllm import bundled_model
-from tests.reference import oracle
+from tests.reference.model import Model
+from tests.reference.request import generate
+from tests.reference.settings import Settings
 
 BUDGET, BUFFER, WINDOW, NUM_NEW = 90, 24, 8, 160
 
@@ -25,12 +27,12 @@ def bench() -> Bench:
 
 
 @pytest.fixture(scope="module")
-def reference() -> oracle.Model:
-    return oracle.Model(bundled_model())
+def oracle() -> Model:
+    return Model(bundled_model())
 
 
 @pytest.mark.parametrize("method", ["snapkv", "rkv", "skipkv"])
-def test_equal_budgets_are_the_references(bench: Bench, reference: oracle.Model, method: str) -> None:
+def test_equal_budgets_are_the_oracles(bench: Bench, oracle: Model, method: str) -> None:
     parameters = tuple(PAPER_PARAMETERS.items()) if method == "skipkv" else ()
     rows = bench.rows()
     rows.advance(BUDGET + BUFFER)
@@ -40,8 +42,8 @@ def test_equal_budgets_are_the_references(bench: Bench, reference: oracle.Model,
         held.append(torch.stack([layer.positions[..., :BUDGET] for layer in rows.layers], dim=1).long())
         rows.advance(rows.num_logical + BUFFER)
     for i, prompt in enumerate(bench.prompts):
-        settings = oracle.Settings(method, "head", BUDGET, BUFFER, WINDOW, parameters=parameters)
-        expected = oracle.generate(reference, prompt, NUM_NEW, settings)
+        settings = Settings(method, "head", BUDGET, BUFFER, WINDOW, parameters=parameters)
+        expected = generate(oracle, prompt, NUM_NEW, settings)
         assert rows.answers[i] == expected.tokens
         assert len(expected.events) >= 3
         assert all(
@@ -72,7 +74,7 @@ def test_by_head_takes_the_best_of_a_layer() -> None:
     generator = torch.Generator().manual_seed(0)
     rows, heads, length, keep, num_pinned = 3, 2, 40, 16, 6
     score = torch.randint(0, 30, (rows, heads, length), generator=generator).float()
-    score[:, 1] += 20  # so that one head would get nearly all
+    score[:, 1] += 20  # so that one head would get almost everything
     pinned = torch.zeros(rows, heads, length, dtype=torch.bool)
     pinned[..., :4] = pinned[..., -2:] = True
     (kept,) = ByHead().select([score], [pinned], num_pinned, keep)
@@ -86,7 +88,7 @@ def test_by_head_takes_the_best_of_a_layer() -> None:
         found = {(h, i) for h, i in (kept[r] & ~pinned[r]).nonzero().tolist()}
         assert found == {(h, i) for _, i, h in chosen}
         assert (kept[r] & pinned[r]).sum() == heads * num_pinned
-    assert kept[:, 0].sum(-1).eq(num_pinned + floor).any(), "the floor was never needed"
+    assert kept[:, 0].sum(-1).eq(num_pinned + floor).any(), "the floor never applied"
 
 
 @given(

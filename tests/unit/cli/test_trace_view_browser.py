@@ -1,4 +1,4 @@
-"""The page of `skipkv trace view` in a real browser: what it shows is what the trace says."""
+"""The page of `skipkv trace view` in a real browser: it shows the content of the trace."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pytest
 
 from skipkv_vllm.cli import trace_view
 from skipkv_vllm.trace.files import Trace
-from tests.unit.cli.test_trace_view import HEADS, LAYERS, NASTY, make_trace
+from tests.unit.cli.pages import HEADS, LAYERS, NASTY, make_trace
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 BROWSER = next(filter(None, map(shutil.which, NAMES)), None)
@@ -23,7 +23,7 @@ BROWSER = next(filter(None, map(shutil.which, NAMES)), None)
 pytestmark = pytest.mark.skipif(BROWSER is None, reason=f"no browser: none of {', '.join(NAMES)} is on the PATH")
 
 CATCH = "<script>const wrong = []; addEventListener('error', (e) => wrong.push(e.message));</script>"
-# Goes through the steps (at most about 12 of them) and filters, then uses the page as a hand would.
+# Goes through the steps (at most about 12) and filters, then uses the page like a reader.
 PROBE = """<script>
 const seen = {steps: [], text: '', marks: 0};
 const stride = Math.ceil(STEPS.length / 12), last = STEPS.length - 1;
@@ -60,14 +60,14 @@ document.querySelector('pre').textContent = 'SEEN' + JSON.stringify(seen) + 'END
 
 
 def look(folder: Path, trace: Trace) -> dict:
-    """What the browser shows of a trace's page."""
+    """Return what the browser shows of a trace's page."""
     trace.save(folder / "a.safetensors")
     page = trace_view.view(folder / "a.safetensors").path
     text = page.read_text(encoding="utf-8")
     page.write_text(text.replace("<head>", f"<head>{CATCH}", 1).replace("</body>", f"{PROBE}</body>"), encoding="utf-8")
     command = [BROWSER, "--headless=new", "--disable-gpu", "--no-first-run", f"--user-data-dir={folder / 'profile'}"]
     if os.geteuid() == 0:
-        command.append("--no-sandbox")  # the sandbox does not work for root; the page is our own
+        command.append("--no-sandbox")  # the sandbox does not work for root, and the page is trusted
     done = subprocess.run(
         [*command, "--dump-dom", page.as_uri()], capture_output=True, encoding="utf-8", timeout=120, check=True
     )
@@ -78,7 +78,7 @@ def look(folder: Path, trace: Trace) -> dict:
 
 @functools.cache
 def steps_of(lives: tuple[tuple[int, int], ...]) -> list[tuple[int | None, int]]:
-    """Index of the compaction (None: before the first of a life) and of the life's last one, per step."""
+    """Return by step the index of the compaction (None: before the first of a life) and of the life's last one."""
     steps: list[tuple[int | None, int]] = []
     done = 0
     for _, count in lives:
@@ -94,7 +94,7 @@ def test_every_step_and_filter_shows_the_survivors(tmp_path, lives):
     assert seen["wrong"] == []
     assert seen["alerts"] == 0
     steps, tokens = steps_of(lives), trace_view.num_tokens(trace)
-    # One step more than the compactions and the beginnings: the end of the request.
+    # Beyond compactions and beginnings there is one more step: the end of the request.
     assert {s["step"] for s in seen["steps"]} == {*range(0, len(steps) + 1, len(steps) // 12 + 1), len(steps)}
     for shown in seen["steps"]:
         at_end = shown["step"] == len(steps)
@@ -140,7 +140,7 @@ def test_the_text_is_shown_as_it_is_and_can_be_used(tmp_path):
     held = int((trace.kept[0] == 7).sum())
     assert f"held by {held} of {LAYERS * HEADS} heads after compaction 1" in seen["detail"]
     assert seen["cells"] == LAYERS * HEADS
-    # Of very many heads, one more or less than none or all still shows.
+    # With very many heads, a single one beyond none or short of all still shows.
     assert (seen["faint"], seen["strong"]) == ("t h1", "t h15")
 
 

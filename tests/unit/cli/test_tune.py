@@ -1,4 +1,4 @@
-"""`skipkv tune` without engines: halves, the choice, what the line serves, and how a run ends."""
+"""`skipkv tune` without engines: halves, the choice, the command line it prints, and how a run ends."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from skipkv_vllm.evaluation.command import guarded
 from skipkv_vllm.evaluation.engine import Done, Job, Setup, with_fair_random
 from skipkv_vllm.evaluation.texts import Text
 from skipkv_vllm.integration.compat.flags import update_arguments
-from tests.unit.evaluation.test_fidelity import MODEL, Engines
+from tests.unit.evaluation.fakes import MODEL, Engines
 from tests.unit.repository.test_deployment import serve_parser  # noqa: F401
 
 # ---- halves
 
 
 def texts_of(**counts: int) -> list[Text]:
-    """Texts as `take_in_turn` gives them."""
+    """Texts in the order of `take_in_turn`."""
     rows = range(max(counts.values()))
     return [Text(name, row, (ord(name), row)) for row in rows for name, count in counts.items() if row < count]
 
@@ -121,7 +121,7 @@ def test_the_line_has_what_was_given_to_the_engine(serve_parser):  # noqa: F811
 
 
 class Graded(Engines):
-    """Engines whose harm depends on method and budget, and on which half is measured."""
+    """Engines whose harm depends on method, budget and half."""
 
     def __init__(self, harms: dict[str, float], reporting: float = 1.0) -> None:
         super().__init__()
@@ -154,7 +154,7 @@ def test_one_half_chooses_and_the_other_reports(tmp_path, capsys):
     assert report["chosen"]["excess"] == pytest.approx(0.04, abs=1e-5)
     assert report["reported"]["texts"] == report["settings"]["texts"] == 3
     assert not set(report["settings"]["digests"]) & set(report["settings"]["reporting_digests"])
-    # The reporting half is measured for the choice alone.
+    # The reporting half is measured for the chosen arm only.
     assert len(engines.jobs) == 3 * 5 + 3 * 2
     assert engines.groups == [["random", "snapkv"], ["snapkv"]]
     words = shlex.split(report["serve"])
@@ -162,7 +162,7 @@ def test_one_half_chooses_and_the_other_reports(tmp_path, capsys):
     shown = capsys.readouterr().out
     assert report["serve"] in shown
     assert "within the limit of 0.05" in shown
-    # Of memory that nobody named.
+    # With the default memory.
     assert "requests fit at once" not in shown
     assert "capacity" not in report
     assert "fit" not in report["chosen"]

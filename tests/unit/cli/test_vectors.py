@@ -30,7 +30,7 @@ def run(capsys, *arguments) -> tuple[int, str, str]:
 
 @pytest.fixture
 def files(tmp_path):
-    """A file of traces, one of training and one of development problems."""
+    """Write files of traces, training problems and development problems."""
 
     def write(name, rows):
         (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -48,7 +48,7 @@ def files(tmp_path):
 
 @pytest.fixture
 def answers(monkeypatch):
-    """Answers of an imagined model: with alpha0 of 1 at layer 2 they are short and right."""
+    """Answers of an imaginary model: with alpha0 of 1 at layer 2 they are short and right."""
     calls = []
 
     @contextlib.contextmanager
@@ -83,7 +83,7 @@ def test_a_vector_from_traces(files, capsys):
     assert code == 0, err
     vector = SteeringVector.load(files["out"])
     assert (vector.layer, vector.num_layers, vector.base_model) == (3, 4, MODEL)
-    # Two rules a problem: two thoughts that find, one that is done.
+    # Two rules per problem: two thoughts that search and one that concludes.
     assert (vector.execution, vector.transition) == (12, 0)
     assert vector.reflection > 5
     assert "4 texts, thoughts: 12 execution" in out
@@ -146,7 +146,7 @@ def test_auto_keeps_the_layer_whose_answers_are_short_and_right(files, answers, 
         ({"--out": "/tmp"}, "--out /tmp: is a folder; name a file in it"),
         ({"--model": "none/such"}, "model='none/such' cannot be opened"),
         ({"--engine": "[]"}, r"--engine: .* is JSON but not an object"),
-        # Everything enters the first layer in the same state.
+        # All tokens enter the first layer in the same state.
         ({"--layer": "0"}, "layer 0: all thoughts begin in the same state"),
         ({"--per-outcome": "2", "--traces": "unknown"}, "needs texts that are known to be right or wrong"),
     ],

@@ -21,7 +21,7 @@ from skipkv_vllm.scheduler.requests import Text
 from skipkv_vllm.scheduler.stats import EvictionStats
 from skipkv_vllm.steering import SteeringVector
 from skipkv_vllm.steering.controller import Thoughts
-from tests.unit.config.test_config import engine_args, make_vllm_config, parser  # noqa: F401
+from tests.unit.integration.compat.vllm_configs import make_vllm_config
 from tests.unit.integration.test_block_manager import Engine, drive, finish_all
 from tests.unit.integration.test_metrics import WITH_POLICY, record, registry, report, value  # noqa: F401
 
@@ -99,7 +99,7 @@ def test_a_missing_file_is_named():
         KVPolicyConfig(kv_steering_vectors={"gone": "/gone"}).load_vectors()
 
 
-def test_flags_reach_the_engine(engine_args, math):  # noqa: F811
+def test_flags_reach_the_engine(engine_args, math):
     args = engine_args(
         *("--kv-steering-vectors", f"math={math}", f"other={math}", "--kv-steering-default", "math"),
         *("--kv-steering-alpha0", "1.25", "--kv-steering-gamma", "0.05", "--kv-steering-alpha-max", "2"),
@@ -116,7 +116,7 @@ def test_flags_reach_the_engine(engine_args, math):  # noqa: F811
         kv_steering_compat="published",
     )
     assert args.scheduler_cls == SCHEDULER
-    # Where the hooks are must be part of what compiled code is found by.
+    # The places of the hooks must be part of the key of compiled code.
     assert args.additional_config[STEERED_LAYERS_KEY] == [2]
 
 
@@ -128,7 +128,7 @@ def test_flags_reach_the_engine(engine_args, math):  # noqa: F811
         (["--kv-steering-vectors", "a=b", "--kv-budget", "100"], ["--kv-budget given without --kv-policy"]),
     ],
 )
-def test_bad_flags_end_the_command_with_a_message(engine_args, capsys, flags, parts):  # noqa: F811
+def test_bad_flags_end_the_command_with_a_message(engine_args, capsys, flags, parts):
     with pytest.raises(SystemExit):
         engine_args(*flags)
     message = capsys.readouterr().err
@@ -136,12 +136,12 @@ def test_bad_flags_end_the_command_with_a_message(engine_args, capsys, flags, pa
         assert part in message
 
 
-def test_traces_need_no_eviction(engine_args, math, tmp_path):  # noqa: F811
+def test_traces_need_no_eviction(engine_args, math, tmp_path):
     args = engine_args("--kv-steering-vectors", f"math={math}", "--kv-trace-dir", str(tmp_path))
     assert not KVPolicyConfig.parse(args.additional_config["skipkv"]).evicts
 
 
-def test_waiting_requests_are_grouped_without_eviction(engine_args, math):  # noqa: F811
+def test_waiting_requests_are_grouped_without_eviction(engine_args, math):
     grouping = {"kv_batch_grouping": "prefill-length", "kv_grouping_width": 64, "kv_grouping_max_wait": 2.5}
     flags = [word for name, value in grouping.items() for word in (f"--{name.replace('_', '-')}", str(value))]
     args = engine_args("--kv-steering-vectors", f"math={math}", *flags)
@@ -155,7 +155,7 @@ def test_waiting_requests_are_grouped_without_eviction(engine_args, math):  # no
 
 @pytest.mark.parametrize("is_async", [False, True])
 def test_the_banner_says_how_steps_are_scheduled(is_async):
-    """vLLM warns of every scheduler class but its own that asynchronous scheduling may be off because of it."""
+    """vLLM warns about every scheduler class but its own that asynchronous scheduling may be off."""
     shape, pool = ModelShape(4, 4, 2, 32, 128, 503, 4), Pool(99, 16, 8, 4096, 2048)
     config = KVPolicyConfig(kv_steering_vectors={"math": "/m"})
     for lines in (

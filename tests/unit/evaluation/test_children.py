@@ -1,4 +1,4 @@
-"""A child process's messages, its errors and its end."""
+"""Messages, errors and end of a child process."""
 
 from __future__ import annotations
 

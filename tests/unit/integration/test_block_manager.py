@@ -68,7 +68,7 @@ class Order(NamedTuple):
 
 @dataclass
 class Tracked:
-    """What the model knows of a request."""
+    """A request as the model knows it."""
 
     request: Request
     limits: Limits | None
@@ -133,7 +133,7 @@ class Engine:
         self.waiting.append(request_id)
 
     def leave(self, request_id: str) -> None:
-        """Finish or abort."""
+        """Finish or abort a request."""
         self.kv.free(self.tracked[request_id].request)
         del self.tracked[request_id], self.requests[request_id]
         for queue in (self.running, self.waiting):

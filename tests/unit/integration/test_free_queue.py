@@ -1,4 +1,4 @@
-"""Guard against the published algorithm written plainly, and its queue against vLLM's contract."""
+"""Guard against a plain version of the published algorithm, and its queue against vLLM's contract."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from skipkv_vllm.integration.free_queue import GuardQueue
 
 
 def guard(trace: list[str], size: int) -> list[bool]:
-    """Guard on single pages: which requests hit. Order of use stands for the predictor, farthest use = least recent."""
+    """Return which requests hit under Guard on single blocks; the least recently used block counts as the farthest."""
     chance = random.Random(0)
     held: list[str] = []  # least recently used first
     old: list[str] = []
@@ -50,7 +50,7 @@ def guard(trace: list[str], size: int) -> list[bool]:
 
 
 def forget(old: list[str], page: str) -> None:
-    """Take a page out, the last one into its place, as choosing at random needs it."""
+    """Remove a block and put the last one in its place, for random choice."""
     if page in old:
         place, last = old.index(page), old.pop()
         if last != page:
@@ -90,7 +90,7 @@ def test_the_pool_stays_sound_whatever_is_asked_of_it(steps, seed):
                 pool.touch(cached)
                 held += cached
         elif step == 2 and held:
-            # What an eviction does to a page that it writes to.
+            # A compaction does this to a block that it writes.
             pool.evict_blocks({chance.choice(held).block_id})
         elif step == 3 and not held:
             pool.reset_prefix_cache()

@@ -1,4 +1,4 @@
-"""Metrics: what the scheduler counts and what Prometheus shows of it."""
+"""Metrics: the scheduler's counters, and their series in Prometheus."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def start(num_prompt: int = 4, recomputes_sentences: bool = False) -> tuple[Requ
     return record(num_prompt, recomputes_sentences), Started("a", "skipkv", num_prompt, num_prompt, num_prompt)
 
 
-# ---- what the scheduler counts
+# ---- the scheduler's counters
 
 
 def test_compactions_are_counted_and_reported_once():
@@ -45,7 +45,7 @@ def test_compactions_are_counted_and_reported_once():
     report = stats.take(1000, 300, 24)
     counters = {"compactions": 2, "evicted_tokens": 128 + 40, "freed_pages": 8 + 3}
     assert report == report | counters | {"logical_tokens": 1000, "resident_tokens": 300, "promised_pages": 24}
-    # The counters were handed over; only gauges remain.
+    # The counters were handed over, so only gauges remain.
     again = stats.take(5, 4, 1)
     assert not again.keys() & counters.keys()
     assert (again["logical_tokens"], again["resident_tokens"]) == (5, 4)
@@ -87,12 +87,12 @@ def test_dropped_traces_are_counted_by_reason():
     assert (report["traces_dropped:backlog"], report["traces_dropped:missing_part"]) == (3, 1)
 
 
-# ---- what Prometheus shows
+# ---- series in Prometheus
 
 
 @pytest.fixture
 def registry(monkeypatch) -> prometheus_client.CollectorRegistry:
-    """A registry of this test's own, so that nothing was counted before."""
+    """A registry of this test's own, without earlier counts."""
     registry = prometheus_client.CollectorRegistry()
     for name in ("Counter", "Gauge"):
         original = getattr(prometheus_client, name)
@@ -220,7 +220,7 @@ def test_a_client_whose_configuration_came_from_elsewhere_switches_the_seams_on(
     enabled = []
     monkeypatch.setattr(hooks, "enable", enabled.append)
     for config in (WITH_POLICY, WITHOUT):
-        # Nothing else of a configuration is there, so vLLM's own part fails.
+        # The rest of the configuration is missing, so vLLM's own part fails.
         with pytest.raises(AttributeError):
             InputProcessor(config)
     assert enabled == [WITH_POLICY]

@@ -1,4 +1,4 @@
-"""The grouping queue: its bound against a count of its own, no starvation, priorities, preempted requests, no loss."""
+"""The grouping queue: its bound against an independent count, no starvation or loss, priorities, preemptions."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from skipkv_vllm.integration.waiting_queue import PrefillLengthQueue
 
 
 class Request(SimpleNamespace):
-    """Stands in for vLLM's; hashed by identity like it."""
+    """Stands in for vLLM's request; hashed by identity like it."""
 
     __hash__ = object.__hash__
 
@@ -82,7 +82,7 @@ def test_the_group_goes_on_with_later_arrivals_until_somebody_is_past_its_turn()
 
 
 def test_a_request_that_never_had_its_turn_does_not_age():
-    # Behind a long line everybody waits long; that is no reason to give groups up.
+    # Behind a long queue every request waits long, which must not dissolve groups.
     queue, clock = make(max_wait=5.0)
     fill(queue, *[5, 30] * 10)
     clock.now = 1000.0
@@ -173,11 +173,11 @@ OPERATION = st.one_of(
 def test_bound_and_conservation(operations, width, max_wait):
     queue, clock = make(width, float(max_wait))
     arrived: list[tuple[Any, float]] = []
-    left: list[float] = []  # when the n-th request left, whoever it was
+    left: list[float] = []  # when the n-th request left
     waiting, returned, popped = [], [], []
 
     def turn(number: int) -> float | None:
-        """Counted anew from the log: when as many had left as came before."""
+        """Count again from the log: when as many requests had left as came before."""
         at_arrival = arrived[number][1]
         if number == 0:
             return at_arrival
@@ -194,7 +194,7 @@ def test_bound_and_conservation(operations, width, max_wait):
             earlier = next(i for i, (each, _) in enumerate(arrived) if each is other)
             due = turn(earlier)
             if admitted and earlier < number and due is not None:
-                assert now - due < max_wait, "overtaken after the bound"
+                assert now - due < max_wait, "a request was overtaken after its bound"
         waiting.remove(one)
         left.append(now)
 

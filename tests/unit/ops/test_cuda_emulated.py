@@ -1,6 +1,6 @@
 """The CUDA kernels without a GPU: compiled for the CPU, every case of the parity tests, against `torch_backend`.
 
-This finds wrong indices, barriers and arithmetic. It cannot find what only the hardware knows: limits of shared memory,
+This finds wrong indices, barriers and arithmetic. It cannot find errors of the hardware: limits of shared memory,
 the layout of tensor-core operands, and races between threads of a warp. `tests/gpu` is for those.
 """
 
@@ -15,12 +15,15 @@ import torch
 
 from skipkv_vllm.ops import native, torch_backend
 from skipkv_vllm.ops.paging import Layout
+from skipkv_vllm.ops.schema import SCHEMAS
 from tests.operators import emulated_cuda
 from tests.operators.cases import CompactCase, MeasureCase, Pages, ScoreCase
 from tests.operators.thought_cases import check_thoughts
 from tests.operators.tracking_cases import check_tracking
-from tests.unit.ops import test_parity as parity
 from tests.unit.ops import test_parity_attention as attention
+from tests.unit.ops import test_parity_scores as scores
+from tests.unit.ops import test_parity_selection as selection
+from tests.unit.ops import test_parity_sentences as sentences
 from tests.unit.ops import test_parity_tokens as tokens
 
 if why := emulated_cuda.unavailable():
@@ -34,41 +37,41 @@ FP8 = [torch.float8_e4m3fn, torch.float8_e5m2]
 
 @pytest.fixture(scope="session")
 def cuda(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """A backend as the parity tests take it."""
+    """The emulated kernels as a backend of the parity tests."""
     torch.ops.load_library(emulated_cuda.build(tmp_path_factory.mktemp("emulated_cuda")))
     return SimpleNamespace(name="native", device="cpu", module=torch.ops.skipkv_cuda, tolerance=1e-5)
 
 
 def rows(cases: dict[str, Any]) -> Any:
-    """Parametrise with the cases whose pages a GPU could have."""
+    """Parametrise with the cases whose page layouts GPUs have."""
     fit = {k: v for k, v in cases.items() if not hasattr(v, "pages") or v.pages.layout is Layout.ROWS}
     return pytest.mark.parametrize("case", list(fit.values()), ids=[name.replace(" ", "-") for name in fit])
 
 
-@rows(parity.SCORES)
+@rows(scores.SCORES)
 def test_score_tokens(cuda, case):
-    parity.check_score_case(cuda, case)
+    scores.check_score_case(cuda, case)
 
 
-@rows(parity.BYTES_OF)
+@rows(scores.BYTES_OF)
 def test_every_number_of_8_bits_is_read_as_it_is(cuda, case):
-    parity.check_every_byte(cuda, case)
+    scores.check_every_byte(cuda, case)
 
 
 @pytest.mark.parametrize("dtype", FP8)
 def test_no_number_is_read_as_none(cuda, dtype):
-    parity.test_no_number_is_read_as_none(cuda, dtype)
+    scores.test_no_number_is_read_as_none(cuda, dtype)
 
 
 def test_queries_for_keys_of_8_bits_are_float32(cuda):
-    parity.test_queries_for_keys_of_8_bits_are_float32(cuda)
+    scores.test_queries_for_keys_of_8_bits_are_float32(cuda)
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, *FP8])
 @pytest.mark.parametrize("dim", [8, 32, 36, 64, 72, 80, 96, 112, 128, 192, 256])
 def test_scores_of_every_head_size(cuda, dtype, dim):
     case = ScoreCase(Pages(dtype=dtype, dim=dim, layers=1), (150, 65), window=11, keys="clusters", threshold=0.7)
-    parity.check_score_case(cuda, case)
+    scores.check_score_case(cuda, case)
 
 
 @pytest.mark.parametrize("output_error", [False, True], ids=["attention", "error"])
@@ -90,20 +93,20 @@ def test_attention_of_every_head_size(cuda, dtype, dim):
     attention.check_similarity_case(cuda, case)
 
 
-@rows(parity.SELECTIONS)
+@rows(selection.SELECTIONS)
 def test_select_keep(cuda, case):
     arguments = case.build()
-    parity.check_selection(cuda.module.select_keep(*arguments), arguments)
+    selection.check_selection(cuda.module.select_keep(*arguments), arguments)
 
 
-@rows(parity.COMPACTIONS)
+@rows(selection.COMPACTIONS)
 @pytest.mark.parametrize("seed", [0, 1])
 def test_compact_pages(cuda, case, seed):
     wanted = replace(case, seed=seed).build()
     got = wanted.copy()
     cuda.module.compact_pages(*got)
     torch_backend.compact_pages(*wanted)
-    parity.check_compaction(got, wanted)
+    selection.check_compaction(got, wanted)
 
 
 @pytest.mark.parametrize("seed", range(30))
@@ -116,19 +119,19 @@ def test_track_thoughts(cuda, seed):
     check_thoughts(cuda.module, seed)
 
 
-@rows(tokens.SENTENCES)
+@rows(sentences.SENTENCES)
 def test_sentence_similarity(cuda, case):
-    tokens.test_sentence_similarity(cuda, case)
+    sentences.test_sentence_similarity(cuda, case)
 
 
-@rows(tokens.HELD)
+@rows(sentences.HELD)
 def test_held_positions(cuda, case):
-    tokens.test_held_positions(cuda, case)
+    sentences.test_held_positions(cuda, case)
 
 
 @pytest.mark.parametrize("seed", range(6))
 def test_token_penalties(cuda, seed):
-    tokens.test_token_penalties(cuda, seed)
+    sentences.test_token_penalties(cuda, seed)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -149,7 +152,7 @@ def test_layouts_of_cpus_are_refused(cuda, layout):
 
 
 def test_the_library_has_the_schemas(cuda):
-    for op in tokens.SCHEMAS:
+    for op in SCHEMAS:
         registered = str(getattr(cuda.module, op).default._schema)
         wanted = str(getattr(torch.ops.skipkv, op).default._schema)
         assert registered == wanted.replace("skipkv::", "skipkv_cuda::")

@@ -15,7 +15,7 @@ from skipkv_vllm.ops.schema import FAKES, SCHEMAS
 
 @pytest.fixture(autouse=True)
 def forgotten(monkeypatch):
-    """Choices are remembered for the process; these tests must not see or leave any."""
+    """Choices are cached for the process; these tests must neither see nor leave any."""
     monkeypatch.delenv(dispatch.OVERRIDE, raising=False)
     dispatch.choose.cache_clear()
     yield

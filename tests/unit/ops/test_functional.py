@@ -1,4 +1,4 @@
-"""The ops against loops written from the formulas of the paper, token by token."""
+"""The operators' definitions against loops written from the formulas of the paper, token by token."""
 
 from __future__ import annotations
 
@@ -12,8 +12,6 @@ from torch import Tensor
 
 from skipkv_vllm import ops
 from skipkv_vllm.core.errors import KVPolicyError
-
-# ---- brute force
 
 
 def dot(a: list[float], b: list[float]) -> float:
@@ -98,8 +96,6 @@ def brute_penalties(embeddings: Tensor, exists: list[bool], threshold: float, ru
     return result
 
 
-# ---- importance
-
 SHAPES = [
     # L, W, Hkv, group, D
     (2, 1, 1, 1, 8),
@@ -133,7 +129,7 @@ def test_importance_pools_over_neighbours_of_any_width(pool):
 
 
 def test_importance_takes_the_maximum_of_the_group_before_the_softmax():
-    # Two query heads, each looking at another key. One kv head, D = 1, no pooling.
+    # Two query heads that attend to different keys. One kv head, D = 1, no pooling.
     queries = torch.tensor([[[2.0], [-2.0]]])
     keys = torch.tensor([[[1.0]], [[-1.0]], [[0.0]], [[9.0]]])
     # Group maxima of the logits are 2, 2, 0; softmax over them. A maximum after it would give 0.867, 0.867.
@@ -182,9 +178,6 @@ def test_importance_refuses_shapes_that_do_not_fit(queries, keys, window):
         ops.importance(torch.zeros(queries), torch.zeros(keys), window=window, pool=7)
     for part in (str(queries), str(keys), f"window={window}", "[W, Hq, D]"):
         assert part in str(error.value)
-
-
-# ---- redundancy
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -259,9 +252,6 @@ def test_redundancy_leaves_its_input_alone():
     assert torch.equal(keys, before)
 
 
-# ---- sentence penalties
-
-
 @pytest.mark.parametrize("rule", ["max", "last"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("seed", range(5))
@@ -274,7 +264,7 @@ def test_penalties_equal_the_pair_loop(seed, dtype, rule):
     exists = torch.rand(20, generator=generator) > 0.2
     threshold = 0.85
     expected = brute_penalties(embeddings, exists.tolist(), threshold, rule)
-    assert any(expected), "the example must flag something"
+    assert any(expected), "the example must flag a sentence"
     got = ops.sentence_penalties(embeddings, exists, threshold=threshold, rule=rule)
     assert got.dtype == torch.float32
     torch.testing.assert_close(got, torch.tensor(expected, dtype=torch.float32), rtol=1e-5, atol=1e-6)
@@ -307,75 +297,6 @@ def test_rows_without_a_sentence_neither_flag_nor_are_flagged():
     rows, exists = torch.tensor([[1.0, 0.0]] * 3), torch.tensor([True, True, False])
     assert ops.sentence_penalties(rows, exists, threshold=0.9).tolist() == [1.0, 0.0, 0.0]
     assert ops.sentence_penalties(rows, torch.tensor([False, True, False]), threshold=0.9).tolist() == [0.0] * 3
-
-
-# ---- move list
-
-
-def test_move_list_literal():
-    # Slots 1 and 3 of the first four are evicted; 5 and 6 move into them, in order. The third entry is padding.
-    kept = torch.tensor([True, False, True, False, False, True, True])
-    source, hole, valid = ops.move_list(kept, 4)
-    assert valid.tolist() == [True, True, False]
-    assert source[:2].tolist() == [5, 6]
-    assert hole[:2].tolist() == [1, 3]
-
-
-def test_move_list_has_nothing_to_do_for_a_prefix():
-    source, hole, valid = ops.move_list(torch.tensor([[True, True, False, False]]), 2)
-    assert source.shape == hole.shape == valid.shape == (1, 2)
-    assert not valid.any()
-
-
-@st.composite
-def kept_rows(draw):
-    length = draw(st.integers(1, 40))
-    num_keep = draw(st.integers(1, length))
-    rows = draw(st.integers(1, 4))
-    order = [draw(st.permutations(range(length))) for _ in range(rows)]
-    kept = torch.zeros(rows, length, dtype=torch.bool)
-    for row, permutation in enumerate(order):
-        kept[row, list(permutation[:num_keep])] = True
-    return kept, num_keep
-
-
-@settings(max_examples=300, deadline=None)
-@given(kept_rows())
-def test_moves_fill_exactly_the_first_slots(example):
-    kept, num_keep = example
-    length = kept.shape[1]
-    source, hole, valid = ops.move_list(kept, num_keep)
-    assert source.shape[-1] <= min(num_keep, length - num_keep)
-    for row in range(kept.shape[0]):
-        moves = [
-            (s, h) for s, h, v in zip(source[row].tolist(), hole[row].tolist(), valid[row].tolist(), strict=True) if v
-        ]
-        sources, holes = [s for s, _ in moves], [h for _, h in moves]
-        assert len(set(sources)) == len(sources)
-        assert len(set(holes)) == len(holes)
-        assert not set(sources) & set(holes)
-        assert all(0 <= h < num_keep <= s < length for s, h in moves)
-        cells = list(range(length))
-        for s, h in moves:
-            cells[h] = s
-        assert sorted(cells[:num_keep]) == kept[row].nonzero().flatten().tolist()
-        # Padding must still be addressable.
-        assert all(0 <= s < length for s in source[row].tolist())
-        assert all(0 <= h < length for h in hole[row].tolist())
-
-
-def test_move_list_of_many_layers_and_heads_equals_row_by_row():
-    generator = torch.Generator().manual_seed(0)
-    scores = torch.rand(3, 2, 50, generator=generator)
-    kept = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, scores.topk(20).indices, True)
-    together = ops.move_list(kept, 20)
-    for layer in range(3):
-        for head in range(2):
-            alone = ops.move_list(kept[layer, head], 20)
-            assert all(torch.equal(a[layer, head], b) for a, b in zip(together, alone, strict=True))
-
-
-# ---- attention received
 
 
 @given(

@@ -58,9 +58,9 @@ FEW = (
 
 
 def check_rows(got: Tensor, wanted: Tensor, lengths: Tensor, tolerance: float, size: float = 1e-3) -> None:
-    """Errors relative to the largest of a row, or to `size / length^2`: what the parts are of which it is a difference.
+    """Check errors relative to the largest of a row, or to `size / length^2`, the size of the parts of the difference.
 
-    One token's output is its value, so their difference is what rounding leaves.
+    The output of a single token is its value, so their difference is pure rounding.
     """
     for r, length in enumerate(lengths.tolist()):
         a, b = got[r, ..., :length].cpu(), wanted[r, ..., :length]

@@ -1,4 +1,4 @@
-"""Triton's compiler takes the kernels that read keys, which its interpreter does not show; no GPU is needed."""
+"""Triton's compiler accepts the kernels that read keys, which its interpreter cannot show; no GPU is needed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NUMBERS = (
     *("page_size", "dim", "window", "group", "errors", "block", "dims", "tile", "windows"),
 )
 ELEMENTS = {"fp32": "fp32", "bf16": "bf16", "float8e4nv": "fp32", "float8e5": "fp32"}
-"""Type of the cache -> of the queries."""
+"""Type of the queries by type of the cache."""
 
 
 def signature(kernel: Any, element: str) -> dict[str, str]:
@@ -46,5 +46,5 @@ def test_compiles_for_an_older_gpu(name, element):
     constants = {(i,): values[name] for i, (name, kind) in enumerate(kinds.items()) if kind == "constexpr"}
     source = triton.compiler.ASTSource(kernel, kinds, constexprs=constants)
     compiled = triton.compile(source, target=GPUTarget("cuda", 80, 32))
-    # What the smallest GPUs of the last three generations give a block.
+    # Shared memory of a block on the smallest GPUs of the last three generations.
     assert compiled.metadata.shared <= 99 * 1024

@@ -1,4 +1,4 @@
-"""Learned gates: their file and its errors, what they say, where it is kept, and what they cost."""
+"""Learned gates: their file and its errors, their outputs, where those are stored, and their cost."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def token_gates(**changes) -> TokenGates:
 def test_a_file_comes_back_as_it_was(tmp_path):
     gates().save(tmp_path / "gates.safetensors", {"made_by": "a test"})
     tensors = load_file(tmp_path / "gates.safetensors")
-    # As published checkpoints are, a PyTorch file of bfloat16.
+    # Like published checkpoints: a PyTorch file in bfloat16.
     torch.save({name: tensor.bfloat16() for name, tensor in tensors.items()}, tmp_path / "trimkv_weights.pth")
     for name, dtype in (("gates.safetensors", torch.float32), ("trimkv_weights.pth", torch.bfloat16)):
         found = Gates.load(tmp_path / name)
@@ -143,7 +143,7 @@ def test_the_bundled_gates_fit_the_bundled_model():
 def test_a_server_needs_a_file():
     with pytest.raises(KVPolicyError, match=r"kv_policy='trimkv' needs the gates of the model.*--kv-policy-config"):
         KVPolicyConfig.parse({"kv_policy": "trimkv"})
-    # A request's method has its default parameters, which name none.
+    # A method chosen by a request has its default parameters, which name no file.
     with pytest.raises(KVPolicyError, match=r"start the server with --kv-policy trimkv"):
         KVPolicyConfig.parse({"kv_policy": "rkv", "kv_request_policies": ["trimkv"]})
     with pytest.raises(KVPolicyError, match=r"start the server with --kv-policy trimkv"):
@@ -177,7 +177,7 @@ def test_a_server_that_cannot_use_them_does_not_start(changes, message):
         compat.check_config(model_for("", **(changed | changes))[0], policy)
 
 
-# ---- what they say
+# ---- their outputs
 
 
 def test_the_score_is_what_is_left_of_a_token():
@@ -187,7 +187,7 @@ def test_the_score_is_what_is_left_of_a_token():
     for head in range(2):
         wanted = formulas.trimkv(betas[head].tolist(), positions[head].tolist())
         torch.testing.assert_close(found[head], torch.tensor(wanted))
-        # The weight that the token has for the query at position 10, in which the formula is written.
+        # The formula is written with the weight of the token for the query at position 10.
         for beta, position, score in zip(betas[head].exp(), positions[head], found[head], strict=True):
             assert score.exp() == pytest.approx(float(beta) ** (10 - int(position)), rel=1e-5)
 
@@ -199,7 +199,7 @@ def test_a_hook_computes_the_formula_for_the_heads_of_a_rank(first_head):
     found.attach(blocks)
     hidden = torch.randn(LAYERS, 9, HIDDEN, generator=torch.Generator().manual_seed(3))
     for i, block in enumerate(blocks):
-        # Both ways in which models call it, and more rows than tokens, as padding makes them.
+        # Both ways in which models call it, and more rows than tokens, because of padding.
         block(None, hidden_states=hidden[i]) if i else block(None, hidden[i])
     found.bind_cache(cache(heads=1))
     slots = torch.tensor([4, 5, 6, 7, 12, 13, 14])
@@ -257,7 +257,7 @@ def test_an_unknown_activation_is_refused():
         token_gates(activation="swish+")
 
 
-# ---- what they cost
+# ---- their cost
 
 
 def test_what_was_counted_is_what_they_take():

@@ -31,7 +31,7 @@ def test_pinned_tokens_stay_whatever_their_score():
 def test_of_equal_scores_the_earlier_token_stays():
     scores = torch.tensor([[[1.0, 0.0, 1.0, 1.0, 1.0]]])
     assert kept_of(select_per_head(scores, torch.zeros(1, 1, 5, dtype=torch.bool), 2)[0, 0]) == [0, 2]
-    # Also in rows long enough for a sort that is not stable by accident.
+    # Also in rows so long that an unstable sort would not be stable by chance.
     same = torch.zeros(2, 3, 5000)
     kept = select_per_head(same, torch.zeros_like(same, dtype=torch.bool), 1234)
     assert torch.equal(kept, (torch.arange(5000) < 1234).expand(2, 3, -1))
@@ -76,7 +76,7 @@ def test_whole_sentences_leave_lowest_mean_first():
 def test_the_marginal_sentence_is_cut_from_its_start():
     sentence = torch.tensor([1, 1, 1, 2, 2, 3, 3, 3])
     scores = torch.tensor([[[0.0, 0.0, 3.0, 0.5, 0.5, 2.0, 2.0, 2.0]]])
-    # Sentence 2 leaves whole, then one token of sentence 1: its first, although its third scores highest.
+    # Sentence 2 leaves as a whole, then the first token of sentence 1, although its third token scores highest.
     assert kept_of(select_sentences(scores.mean(dim=(0, 1)), torch.zeros(8, dtype=torch.bool), sentence, 5)) == [
         1,
         2,
@@ -106,12 +106,12 @@ def test_pinned_tokens_do_not_count_for_their_sentence_and_stay():
     sentence = torch.tensor([1, 1, 2, 2])
     scores = torch.tensor([[[100.0, 0.0, 1.0, 1.0]]])
     pinned = torch.tensor([True, False, False, False])
-    # Without its pinned token sentence 1 is worth 0 and goes first, but the pinned token stays.
+    # Without its pinned token, sentence 1 is worth 0 and goes first; the pinned token stays.
     assert kept_of(select_sentences(scores.mean(dim=(0, 1)), pinned, sentence, 3)) == [0, 2, 3]
 
 
 def test_parts_of_a_sentence_left_by_earlier_evictions_count_as_held():
-    # Sentence numbers of the held tokens only: the mean is over what is still there.
+    # Sentence numbers of the held tokens only: the mean is over held tokens.
     sentence = torch.tensor([1, 4, 4, 9])
     scores = torch.tensor([[[2.0, 1.0, 1.0, 3.0]]])
     assert kept_of(select_sentences(scores.mean(dim=(0, 1)), torch.zeros(4, dtype=torch.bool), sentence, 2)) == [0, 3]

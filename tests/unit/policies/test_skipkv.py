@@ -1,4 +1,4 @@
-"""The default score of `skipkv`: against its formula token by token, and what each of its parts is for."""
+"""The default score of `skipkv`: against its formula token by token, and the purpose of each part."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FREE, RECENT = range(5, 96), 88
 
 
 def example(seed: int, lengths: tuple[int, int] = (40, 27)) -> tuple[Measured, Tensor, Tensor]:
-    """Rows in any slot order: of 100 positions 5 are protected, the last 12 recent, 4 in the window; and their keys."""
+    """Rows in any slot order and their keys: of 100 positions 5 are protected, the last 12 recent, 4 in the window."""
     generator, chance = torch.Generator().manual_seed(seed), random.Random(seed)
     keys = torch.randn(*SHAPE, N, DIM, generator=generator) + torch.randn(DIM, generator=generator)
     errors = torch.rand(*SHAPE, N, generator=generator) ** 8
@@ -105,7 +105,7 @@ def test_being_recent_adds_its_weight():
 
 
 def row(**changes: list[float]) -> Tensor:
-    """Scores of six tokens that may leave, alike but for what is changed."""
+    """Return the scores of six evictable tokens that are equal except for the changes."""
     values = {"output_error": [1e-2, 2e-2] * 3, "key_similarity": [0.4, 0.5] * 3, "repeated": [0.0] * 6}
     tensors = {name: torch.tensor(changes.get(name, value)) for name, value in values.items()}
     everyone = torch.ones(6, dtype=torch.bool)
@@ -117,7 +117,7 @@ def test_what_makes_a_token_leave():
     assert row(output_error=errors, key_similarity=same).argsort(stable=True)[:2].tolist() == [1, 3]
     scores = row(repeated=[0.0, 0.0, 1.0, 0.0, 0.8, 0.0])
     assert scores[2] < scores[4] < scores[0]
-    # A few words that recur by chance weigh next to nothing.
+    # A few words that recur by chance weigh almost nothing.
     assert float(scores[0] - row(repeated=[0.3, *[0.0] * 5])[0]) < 0.01
     scores = row(key_similarity=[0.5, 0.5, 0.9, 0.5, 0.1, 0.5])
     assert scores[2] < scores[0] < scores[4]
@@ -132,7 +132,7 @@ def test_scores_are_finite_at_the_extremes():
 
 
 def test_the_scale_of_errors_is_no_matter():
-    """So neither is the scale of a model's values, or of those that a cache of 8 bits stores."""
+    """Neither the scale of a model's values nor that of an 8-bit cache matters."""
     measured, _, _ = example(1)
     scores = SkipKV().rank(measured)[measured.is_free]
     for other in (2.0**30 * measured.output_error, 2.0**-30 * measured.output_error):
@@ -167,7 +167,7 @@ def test_the_rule_of_the_paper_is_rkv_less_the_penalty(compat):
     assert (policy.decay, SkipKV().token_score) == (0.7, None)
 
 
-# ---- what is measured
+# ---- measuring
 
 
 def leaving_out(query: Tensor, keys: Tensor, values: Tensor) -> list[float]:
@@ -191,7 +191,7 @@ def test_output_errors_are_the_formula_query_by_query(group):
 
 
 def test_an_output_error_is_the_change_to_first_order():
-    """Leaving out a token with little attention changes the output by A |v - o|, and the error is its square."""
+    """Removing a token with little attention changes the output by A |v - o|; the error is its square."""
     generator = torch.Generator().manual_seed(0)
     keys, values = (torch.randn(1, 200, DIM, generator=generator, dtype=torch.float64) for _ in range(2))
     query = torch.randn(1, 1, 1, DIM, generator=generator, dtype=torch.float64)
@@ -214,7 +214,7 @@ def test_key_similarity_is_the_cosine_with_the_mean_direction():
 
 @pytest.mark.parametrize("output_error", [False, True], ids=["attention", "error"])
 def test_sums_do_not_depend_on_how_many_queries_are_taken_at_once(output_error):
-    """All at once, or some now and the others at the next look: `NUM_ACCUMULATED` is a matter of cost."""
+    """Accumulate all queries at once, or some now and the others later: `NUM_ACCUMULATED` changes only the cost."""
     case = MeasureCase(Pages(heads=2), (60, 41), (8, 8), 8, positions="sorted")
     whole = case.build()
     rest = whole._replace(queries=whole.queries[:, :, 3:], num_queries=whole.num_queries - 3)

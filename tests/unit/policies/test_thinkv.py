@@ -38,7 +38,7 @@ def test_quotas_equal_the_loop(known: list[tuple[float, int]], last: int, is_unf
     assert found.tokens.tolist() == quota
     assert found.rank.argsort().tolist() == order
     assert POLICY.remember(segments).tolist() == steps
-    # Once it is noted, nothing shrinks further, or every layer would have quotas of its own.
+    # Once noted, nothing shrinks further, or every layer would have its own quotas.
     again = POLICY._quotas(Segments(segments.sparsity, found.steps, segments.sizes, num_free, 128))
     assert again.tokens.tolist() == quota
 

@@ -1,4 +1,4 @@
-"""The policy that CONTRIBUTING.md shows really works when pasted."""
+"""The policy in CONTRIBUTING.md works when it is pasted."""
 
 from __future__ import annotations
 
@@ -27,6 +27,6 @@ def test_the_policy_of_the_guide_scores_and_is_selectable(monkeypatch):
     keys = torch.tensor([[[3.0, 4.0]], [[0.0, 1.0]]])
     view = View(positions=torch.tensor([[0, 1]]), window=1, keys=keys)
     torch.testing.assert_close(policy.score(view), torch.tensor([[-25.0, -1.0]]))
-    # A line of docs/reference/methods.md, with nothing left open.
+    # A complete line of docs/reference/methods.md.
     assert all(part in row(policy) for part in ("`key_norm`", "arxiv.org/abs/2406.11430", "`power` (2.0)", "O(L D)"))
     assert "?" not in row(policy)

@@ -1,4 +1,4 @@
-"""Images, compose, Prometheus, Grafana and the operator's handbook agree with the code and with each other."""
+"""Images, compose, Prometheus, Grafana and the operations handbook agree with the code and with each other."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ RULES = [
 SERVERS = ("vllm", "vllm-cpu")
 
 
-# ---- what is exported
+# ---- exported metrics
 
 
 @pytest.fixture(scope="module")
 def exported() -> dict[str, str]:
-    """Names on /metrics that are ours -> their type."""
+    """Return the type of each of our metrics by name."""
     registry = prometheus_client.CollectorRegistry()
     with pytest.MonkeyPatch.context() as patch:
         for name in ("Counter", "Gauge"):
@@ -54,7 +54,7 @@ def exported() -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def known(exported) -> set[str]:
-    """Every series a rule or a panel may ask for."""
+    """Return every series that a rule or a panel may query."""
     source = Path(loggers.__file__).read_text()
     of_vllm = re.findall(r"_(counter|gauge|histogram)_cls\(\s*name=\"(vllm:\w+)\"", source)
     assert len(of_vllm) > 20
@@ -84,7 +84,7 @@ def series(expression: str) -> set[str]:
 
 @pytest.mark.parametrize(("where", "expression"), EXPRESSIONS, ids=[where for where, _ in EXPRESSIONS])
 def test_rules_and_panels_ask_for_series_that_exist(where, expression, known):
-    assert series(expression), f"{where} asks for nothing"
+    assert series(expression), f"{where} queries nothing"
     assert series(expression) <= known
 
 
@@ -219,7 +219,7 @@ def test_commands_are_arguments_of_vllm_serve(name, serve_parser):
 
 
 def stages() -> dict[str, str]:
-    """Stage of the Dockerfile -> its base."""
+    """Return the base of each stage of the Dockerfile."""
     return {name: base for base, name in re.findall(r"^FROM (\S+) AS (\S+)$", DOCKERFILE, re.MULTILINE)}
 
 
@@ -235,7 +235,7 @@ def test_images_have_the_vllm_that_was_tested():
     version = version_check.tested()["vllm"]
     assert stages()["cuda"] == stages()["build-cuda"] == f"vllm/vllm-openai:v{version}"
     assert f"VLLM_VERSION={version}" in (ROOT / "scripts" / "bootstrap.sh").read_text()
-    assert DOCKERFILE.count("check_sources()") == 2, "each image runs the check"
+    assert DOCKERFILE.count("check_sources()") == 2, "each image must run the check"
 
 
 def test_the_image_contains_what_the_build_reads():

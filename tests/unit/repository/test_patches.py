@@ -1,4 +1,4 @@
-"""The patches apply to the installed vLLM, one by one and together, and each makes its seam public."""
+"""The patches apply to the installed vLLM, alone and together, and each makes its seam public."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ print(json.dumps({"vllm": vllm.__file__, "public": public, "doctor": doctor.exam
 """
 
 
-# These tests patch copies by themselves.
+# These tests patch copies themselves.
 COPIES = [folder for folder in sys.path if Path(folder, apply_patches.MARKER).exists()]
 pytestmark = pytest.mark.skipif(bool(COPIES), reason="the suite runs with a patched copy")
 
@@ -55,7 +55,7 @@ def look(copy: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def patched(tmp_path_factory) -> Path:
-    """A copy with all patches."""
+    """Return a copy of vLLM with all patches."""
     copy = tmp_path_factory.mktemp("patched")
     apply_patches.apply(PATCHES, copy)
     return copy

@@ -26,7 +26,7 @@ def test_the_table_of_policies_is_the_generated_one():
     assert (PAGES / "methods.md").read_text() == table.document(), (
         "run `python -m skipkv_vllm.policies.table > docs/reference/methods.md`"
     )
-    assert "?" not in table.document(), "a policy does not say what it costs"
+    assert "?" not in table.document(), "a policy does not state its cost"
 
 
 def test_the_table_of_metrics_is_the_generated_one():

@@ -1,4 +1,4 @@
-"""The model with larger heads, which GPU tests run, is the bundled model."""
+"""The model with larger heads, which GPU tests run, computes the same function as the bundled model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which words are said again: `sentences.recurrence` against a comparison of every phrase with every later one."""
+"""Repeated words: `sentences.recurrence` against a comparison of every phrase with every later one."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ DOT = 0
 
 
 def next_of(text: list[int]) -> list[int]:
-    """For each place the next one at which the same `GRAM` tokens begin; the length of the text where there is none."""
+    """Return for each place the next one at which the same `GRAM` tokens begin, or the length of the text."""
     found = []
     for i in range(len(text)):
         phrase = text[i : i + GRAM]
@@ -27,13 +27,13 @@ def next_of(text: list[int]) -> list[int]:
 
 
 def said_again(text: list[int]) -> list[bool]:
-    """Whether each token is part of a phrase that occurs again later."""
+    """Return whether each token is part of a phrase that occurs again later."""
     starts = [i for i, after in enumerate(next_of(text)) if after < len(text)]
     return [any(start <= i < start + GRAM for start in starts) for i in range(len(text))]
 
 
 def shares_of(text: list[int], ends: list[int]) -> list[float]:
-    """By token the share of its sentence that is said again; 0 in the open sentence."""
+    """Return by token the repeated share of its sentence; 0 in the open sentence."""
     again, shares, begin = said_again(text), [0.0] * len(text), 0
     for end in ends:
         size = end + 1 - begin
@@ -43,7 +43,7 @@ def shares_of(text: list[int], ends: list[int]) -> list[float]:
 
 
 def make_text(chance: random.Random, length: int, words: int) -> list[int]:
-    """Random tokens, of which stretches say again what was said before."""
+    """Return random tokens with stretches that repeat earlier ones."""
     text: list[int] = []
     while len(text) < length:
         if text and chance.random() < 0.3:
@@ -59,9 +59,9 @@ def ends_of(text: list[int]) -> list[int]:
 
 
 def laid_out(rows: list[tuple[int, list[int]]], width: int, chance: random.Random) -> tuple[Tensor, Tensor, Tensor]:
-    """Texts that begin at a position each, in one table of `width` tokens: ids, which are text, and sentence ends.
+    """Put texts that begin at given positions into one table of `width` tokens: ids, masks of text, and sentence ends.
 
-    Where there is no text, the row's own text goes on: a repeat for whoever reads beyond it.
+    Outside the text, the row's own text continues, which a wrong read would take for a repeat.
     """
     ids = torch.zeros(len(rows), width, dtype=torch.int32)
     is_text = torch.zeros_like(ids, dtype=torch.bool)
@@ -89,7 +89,7 @@ def check(rows: list[tuple[int, list[int]]], width: int, chance: random.Random) 
 @settings(max_examples=200, deadline=None)
 @given(seed=st.integers(0, 2**32), words=st.sampled_from([1, 2, 3, 8, 150_000]))
 def test_shares_of_random_texts(seed, words):
-    """Several rows, of any length and beginning, also too short for a phrase and without any text."""
+    """Several rows of any length and beginning; some are too short for a phrase or empty."""
     chance = random.Random(seed)
     width = chance.choice([1, 5, 6, 7, 40, 90])
     rows = []
@@ -100,7 +100,7 @@ def test_shares_of_random_texts(seed, words):
 
 
 def test_the_examples_are_worth_something():
-    """Texts as above do repeat, in part, and have open and closed sentences."""
+    """The texts above repeat in part, and have open and closed sentences."""
     chance, seen = random.Random(0), set()
     for _ in range(30):
         text = make_text(chance, 60, 8)
@@ -138,7 +138,7 @@ def test_a_sentence_said_again_is_repeated_and_its_repeat_is_not():
 
 
 def test_a_number_changed_leaves_part_of_a_sentence_repeated():
-    # Nine tokens after the changed word, which are four phrases.
+    # Nine tokens after the changed word make four phrases.
     text = [1, 2, 3, 10, 11, 12, 13, 14, 15, 16, 17, DOT] + [1, 2, 4, 10, 11, 12, 13, 14, 15, 16, 17, DOT]
     ids, is_text, ends = laid_out([(0, text)], len(text), random.Random(0))
     shares = repeated_shares(ids, is_text, ends)[0]
@@ -147,7 +147,7 @@ def test_a_number_changed_leaves_part_of_a_sentence_repeated():
 
 def test_the_open_sentence_is_never_repeated_but_repeats():
     sentence = [5, 6, 7, 8, 9, 10]
-    # Its words make the closed one a repeat although it is not closed; what it says twice itself leaves it at 0.
+    # The open sentence makes the closed one a repeat; its own repetitions leave the open one at 0.
     text = sentence + [DOT] + sentence + sentence
     ids, is_text, ends = laid_out([(0, text)], len(text), random.Random(0))
     shares = repeated_shares(ids, is_text, ends)[0]

@@ -1,4 +1,4 @@
-"""Thoughts: where they part, to which token they belong, and what kind they are."""
+"""Thoughts: their borders, their tokens and their kinds."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_a_tokenizer_without_blank_lines_is_refused():
         ("seal", "Yes, that's correct.", "reflection"),
         ("seal", "Alternatively, use b.", "transition"),
         ("seal", "Let us try another method.", "transition"),
-        # Reflection is asked first.
+        # Reflection is tested first.
         ("seal", "Alternatively, make sure of a.", "reflection"),
         ("seal", "The waiter sums 1 and 2.", "execution"),
         ("seal", "So b: 3, once again.", "execution"),

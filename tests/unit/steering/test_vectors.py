@@ -1,4 +1,4 @@
-"""Vector files: what goes in comes out, and what does not fit is refused by name."""
+"""Vector files: they come back unchanged, and a file that does not fit is refused by name."""
 
 from __future__ import annotations
 

@@ -1,26 +1,18 @@
-"""Training of gates: losses as the formulas say, small models of several kinds, and the command."""
+"""Training of gates: losses against their formulas, and small models of several kinds."""
 
 from __future__ import annotations
 
 import itertools
 import math
-import re
-import shutil
 from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers
-from safetensors import safe_open
-from safetensors.torch import load_file
-from torch import nn
 
-from skipkv_vllm import bundled_model
-from skipkv_vllm.cli import main as skipkv
 from skipkv_vllm.config import KVPolicyConfig
 from skipkv_vllm.core.errors import KVPolicyError
-from skipkv_vllm.evaluation import RunError
-from skipkv_vllm.policies.gates import INPUT, Gates
+from skipkv_vllm.policies.gates import INPUT
 from skipkv_vllm.training import attention, loop
 from skipkv_vllm.training import losses as losses_module
 from skipkv_vllm.training.command import initial_bias
@@ -29,49 +21,7 @@ from skipkv_vllm.training.student import Student
 from skipkv_vllm.worker.signals.gates import TokenGates
 from tests.reference import formulas
 from tests.simulation import FakeBlock
-
-LENGTH, CAPACITY, VOCABULARY = 24, 6, 20
-SHAPE = {
-    "hidden_size": 16,
-    "intermediate_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 4,
-    "initializer_range": 0.2,
-    "max_position_embeddings": 512,
-    "pad_token_id": None,
-    "bos_token_id": None,
-    "eos_token_id": None,
-}
-KINDS = ("Llama", "Qwen2", "Qwen3", "Granite", "SmolLM3", "Qwen3Moe")
-
-
-def random_model(kind: str = "Llama", implementation: str = attention.NAME, **changes) -> transformers.PreTrainedModel:
-    torch.manual_seed(0)
-    config = getattr(transformers, f"{kind}Config")(**{"vocab_size": VOCABULARY} | SHAPE | changes)
-    if kind == "Granite":
-        config.logits_scaling = 3.0
-    config._attn_implementation = implementation
-    return getattr(transformers, f"{kind}ForCausalLM")(config)
-
-
-@pytest.fixture
-def student() -> Student:
-    return Student(random_model(), width=8, bias=5.0)
-
-
-def text() -> tuple[torch.Tensor, torch.Tensor]:
-    ids = torch.randint(VOCABULARY, (3, LENGTH), generator=torch.Generator().manual_seed(1))
-    return ids, ids.clone()
-
-
-def set_bias(student: Student, bias: float) -> None:
-    for gate in student.gates:
-        nn.init.constant_(gate.second.bias, bias)
-
-
-# ---- attention and losses
+from tests.unit.training.models import CAPACITY, KINDS, LENGTH, SHAPE, VOCABULARY, random_model, set_bias, text
 
 
 def test_keys_fade_with_their_age():
@@ -91,7 +41,7 @@ def test_keys_fade_with_their_age():
 
 
 def test_fading_is_exact_in_long_texts():
-    """Where both features of a key are large and nearly cancel."""
+    """Check that the result stays exact if both features of a key are large and nearly cancel."""
     generator = torch.Generator().manual_seed(3)
     query, key, value = (torch.randn(1, 1, 4096, 8, generator=generator) for _ in range(3))
     log_beta = -torch.rand(1, 4096, 1, generator=generator)
@@ -145,9 +95,6 @@ def test_losses_and_gradients_are_those_of_all_logits_at_once(student, monkeypat
         torch.testing.assert_close(weight.grad, gradient)
 
 
-# ---- models
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_without_gates_a_model_is_as_it_was(kind):
     ids, _ = text()
@@ -170,7 +117,7 @@ def test_a_model_that_names_no_kv_heads_has_one_per_query_head():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_engine_says_of_a_file_what_was_trained(kind, tmp_path):
-    """`trimkv` loads the file, and its hooks on the same blocks compute the same numbers."""
+    """`trimkv` loads the trained file, and its hooks compute the same numbers."""
     ids, labels = text()
     student = Student(random_model(kind), width=8, bias=3.0)
     loop.train(student, itertools.repeat((ids, labels)), steps=3, lr=1e-2, capacity=CAPACITY)
@@ -228,7 +175,7 @@ def test_training_keeps_within_the_capacity_and_the_model_as_it_is(student):
     assert after.capacity.item() < 0.25 * before.capacity.item()
     assert after.total.item() < before.total.item()
     assert all(torch.equal(model[name], tensor) for name, tensor in student.model.state_dict().items())
-    # All tokens short-lived would do for the capacity; the other losses tell them apart.
+    # Short-lived tokens alone would satisfy the capacity; the other losses tell tokens apart.
     _, log_beta = student(ids, gated=True)
     assert log_beta.std() > 0.01
     set_bias(student, -4.0)
@@ -236,7 +183,7 @@ def test_training_keeps_within_the_capacity_and_the_model_as_it_is(student):
 
 
 def test_a_layer_holds_only_its_input_for_the_backward_pass():
-    """Recomputed layers: what is saved does not grow with the width of their insides."""
+    """With recomputed layers, saved memory does not grow with their inner width."""
     ids, _ = text()
     sizes = []
     for width in (16, 512):
@@ -282,136 +229,3 @@ def test_gates_are_open_at_first():
     for length in (16, 2048, 131072):
         beta = 1 / (1 + math.exp(-initial_bias(length)))
         assert beta**length == pytest.approx(0.9, rel=1e-3)
-
-
-# ---- the command
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A random Llama with the bundled model's tokenizer, and texts."""
-    path = tmp_path_factory.mktemp("train-gates")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(bundled_model())
-    random_model(vocab_size=len(tokenizer)).save_pretrained(path / "model")
-    tokenizer.save_pretrained(path / "model")
-    (path / "text.txt").write_text(" ".join(f"Let x{i} be {i * i % 97}." for i in range(400)))
-    return path
-
-
-def run(capsys, folder, *changes, texts="text.txt") -> tuple[int, str, str]:
-    words = ["--model", folder / "model", "--texts", folder / texts, "--out", folder / "gates.safetensors"]
-    words += ["--length", 64, "--steps", 4, "--batch-tokens", 128, "--width", 8, "--device", "cpu", "--lr", 0.1]
-    with pytest.raises(SystemExit) as end:
-        skipkv([str(word) for word in ["train-gates", *words, *changes]])
-    out, err = capsys.readouterr()
-    return int(end.value.code or 0), out, err
-
-
-def metadata(path) -> dict[str, str]:
-    with safe_open(path, "pt") as file:
-        return file.metadata()
-
-
-def test_the_command_trains_and_says_what_it_did(capsys, folder, monkeypatch):
-    trained, held_out = [], []
-    losses_of = loop.losses
-
-    def spy(student, ids, labels, capacity):
-        (trained if torch.is_grad_enabled() else held_out).extend(map(tuple, ids.tolist()))
-        return losses_of(student, ids, labels, capacity)
-
-    monkeypatch.setattr(loop, "losses", spy)
-    status, out, err = run(capsys, folder, "--seed", 3)
-    assert status == 0, err
-    assert "held out, before -> after: total " in out
-    gates = Gates.load(folder / "gates.safetensors")
-    gates.check_fits(hidden_size=16, num_layers=2, num_kv_heads=2)
-    told = metadata(folder / "gates.safetensors")
-    assert (told["length"], told["capacity"], told["steps_made"], told["seed"]) == ("64", "8", "4", "3")
-    assert float(told["held_out_capacity_after"]) < float(told["held_out_capacity_before"])
-    count = int(told["num_texts"])
-    assert len(held_out) == 2 * math.ceil(count / 8)
-    assert trained
-    assert not {*trained} & {*held_out}
-
-    written = load_file(folder / "gates.safetensors")
-    run(capsys, folder, "--seed", 3)
-    again = load_file(folder / "gates.safetensors")
-    assert all(torch.equal(written[name], again[name]) for name in written)
-
-
-def test_ctrl_c_writes_the_gates_as_they_are(capsys, folder, monkeypatch):
-    losses_of, calls = loop.losses, []
-
-    def interrupted(*arguments):
-        calls.append(torch.is_grad_enabled())
-        if calls.count(True) == 3:
-            raise KeyboardInterrupt
-        return losses_of(*arguments)
-
-    monkeypatch.setattr(loop, "losses", interrupted)
-    status, out, err = run(capsys, folder)
-    assert status == 130
-    assert "gates.safetensors after 2 of 4 steps" in out
-    assert "stopped; the next run starts from the beginning" in err
-    told = metadata(folder / "gates.safetensors")
-    assert told["steps_made"] == "2"
-    assert "held_out_total_after" not in told
-    Gates.load(folder / "gates.safetensors")
-
-
-def test_a_training_that_diverges_fails(student):
-    set_bias(student, float("nan"))
-    with pytest.raises(RunError, match=r"step 0: the losses are .*nan.*; use a smaller --lr"):
-        loop.train(student, iter([text()]), steps=1, lr=1e-2, capacity=CAPACITY)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        (["--length", 8], r"--length 8 is out of range; allowed: at least 16"),
-        (["--length", 513], r"--length 513 is out of range; this model takes at most 512 tokens"),
-        (["--length", 100_000], r"text\.txt: has \d+ tokens, which is less than one text of --length 100000"),
-        (["--capacity", 64], r"--capacity 64 is out of range; allowed: 1 to 63"),
-        (["--capacity", 0], r"--capacity 0 is out of range"),
-        (["--steps", 0], r"--steps 0 is out of range; allowed: at least 1"),
-        (["--lr", "nan"], r"--lr nan is out of range; allowed: above 0, up to 1"),
-        (["--lr", "1e38"], r"--lr 1e\+38 is out of range"),
-        (["--seed", 2**63], r"--seed 9223372036854775808 is out of range"),
-        (["--out", "/tmp"], r"--out /tmp: is a folder; name a file"),
-        (
-            ["--out", "gates.pth"],
-            r"--out gates\.pth: this suffix is reserved for PyTorch files; use \.safetensors",
-        ),
-        (["--out", "/nowhere/gates.safetensors"], r"--out /nowhere/gates\.safetensors: its folder does not exist"),
-        (["--model", "/nowhere"], r"--model /nowhere: there is no such folder"),
-        (["--texts", "/nowhere.txt"], r"--texts /nowhere\.txt: there is no such file"),
-        (["--device", "nonsense"], r"--device nonsense: the model cannot be moved there"),
-    ],
-)
-def test_bad_input_is_named(capsys, folder, changes, message):
-    status, _, err = run(capsys, folder, *changes)
-    assert status == 2
-    assert re.search(message, err), err
-
-
-def test_a_damaged_checkpoint_is_named(capsys, folder, tmp_path):
-    shutil.copytree(folder / "model", tmp_path / "model")
-    (tmp_path / "model/model.safetensors").write_bytes(b"x" * 100)
-    status, _, err = run(capsys, folder, "--model", tmp_path / "model")
-    assert status == 2
-    assert "cannot be loaded (Error while deserializing header" in err
-
-
-def test_a_file_is_given_once(capsys, folder):
-    status, _, err = run(capsys, folder, "--texts", folder / "text.txt", folder / "text.txt")
-    assert status == 2
-    assert "is given twice" in err
-
-
-def test_one_text_is_not_enough(capsys, folder):
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "model")
-    (folder / "short.txt").write_text(tokenizer.decode(tokenizer((folder / "text.txt").read_text()).input_ids[:100]))
-    status, _, err = run(capsys, folder, texts="short.txt")
-    assert status == 2
-    assert "there is only one text of --length 64, and one must be held out; give more text" in err

@@ -1,4 +1,4 @@
-"""Which compactions of a step may run in one launch."""
+"""Which compactions of a step can run in one launch."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ def test_requests_with_pages_of_their_own_go_together():
 
 
 def test_a_page_given_up_by_one_and_taken_by_another():
-    # b's page 4 is shared, and its replacement is the page that a gives up: a's must be read first.
+    # b's block 4 is shared, and its replacement is the block that a releases, so a's must be read first.
     assert parts(job("a", [1, 2, 3], [1, 2]), job("b", [4, 5, 6], [3, 5])) == [["a"], ["b"]]
 
 
 def test_a_shared_page_that_its_last_owner_writes():
-    # a replaces the page it shares with b, which then is b's alone and written in place.
+    # a replaces the block it shares with b, which b then owns alone and writes in place.
     assert parts(job("a", [1, 2, 3], [7, 2]), job("b", [1, 5, 6], [1, 5])) == [["a"], ["b"]]
 
 

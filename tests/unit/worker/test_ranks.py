@@ -33,7 +33,7 @@ LENGTHS, KEEP = (48, 43), (20, 24)
 DOT = 9
 TABLES = SentenceTables(frozenset({DOT}), ((8,),), True, "max")
 PARAMETERS = {"paper": {"compat": "paper"}, "without sentences": {"sentence_weight": 0.0}}
-"""Of other ways to use `skipkv`: by the paper's rule, and without a look at sentences."""
+"""Other parameters of `skipkv`: the paper's rule, and without sentences."""
 CASES = [
     *((policy, "head") for policy in ("random", "rkv", "h2o", "skipkv", "paper")),
     *((policy, "sentence") for policy in ("rkv", "h2o", "skipkv", "paper")),
@@ -47,7 +47,7 @@ class FakeAttention:
 
 
 def kept(policy: str, granularity: str, layers: slice, heads: slice, ranks: Ranks, *, is_last: bool) -> list[Tensor]:
-    """Positions that a worker with these layers and heads keeps of two requests, each `[layers, H, keep]`."""
+    """Return the positions that a worker with these layers and heads keeps: `[layers, H, keep]` for each request."""
     generator = torch.Generator().manual_seed(7)
 
     def whole(*shape: int) -> Tensor:
@@ -100,7 +100,7 @@ def kept(policy: str, granularity: str, layers: slice, heads: slice, ranks: Rank
             device=CPU,
             keeps_text=bool(needs & Need.RECURRENCE),
         )
-        # Sentences of five tokens; every third one says the same, in other words, and two say the same as two before.
+        # Sentences of five tokens; every third one has a similar embedding, and two repeat the words of two before.
         place = torch.arange(total)
         tokens = torch.where(place % 5 == 4, DOT, torch.randint(8, (total,), generator=generator))
         for start in (0, LENGTHS[0]):
@@ -134,7 +134,7 @@ def kept(policy: str, granularity: str, layers: slice, heads: slice, ranks: Rank
 
 
 def one_rank(rank: int, folder: str) -> None:
-    """A worker in a process of its own: run all cases and leave what it kept in a file."""
+    """Run all cases as one worker in its own process, and write the survivors to a file."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=STAGES * WIDTH)
     stage, place = divmod(rank, WIDTH)
@@ -148,7 +148,7 @@ def one_rank(rank: int, folder: str) -> None:
 
 @pytest.fixture(scope="module")
 def by_rank(tmp_path_factory: pytest.TempPathFactory) -> list[list[list[Tensor]]]:
-    """What every rank kept, by rank and case."""
+    """Return the survivors of every rank by rank and case."""
     folder = str(tmp_path_factory.mktemp("ranks"))
     spawn = multiprocessing.get_context("spawn")
     processes = [spawn.Process(target=one_rank, args=(rank, folder)) for rank in range(STAGES * WIDTH)]
@@ -172,12 +172,12 @@ def test_ranks_keep_what_one_worker_keeps(case: tuple[str, str], by_rank: list[l
         ]
         assert torch.equal(torch.cat(stages), expected)
         rows = expected.flatten(0, 1).unique(dim=0)
-        # If heads chose alike by themselves the test could not tell one rank's choice from another's.
+        # If all heads chose alike, the test could not tell one rank's choice from another's.
         assert len(rows) == 1 if case[1] == "sentence" else len(rows) > LAYERS * HEADS / 2
 
 
 def test_sentence_penalties_decide() -> None:
-    """What the last stage tells matters: without repeats other tokens would stay."""
+    """The message of the last stage matters: without repeats other tokens would stay."""
     for policies in (("paper", "rkv"), ("skipkv", "without sentences")):
         for granularity in ("head", "sentence"):
             one, other = (

@@ -1,177 +1,25 @@
-"""Steering: tables, what is counted, which tokens are steered in batches of any kind, and the hook."""
+"""Steering in the worker: coefficients in batches of any kind, and the hook."""
 
 from __future__ import annotations
 
-import functools
 import random
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, models
 from torch import Tensor, nn
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from vllm.model_executor.models.utils import PPMissingLayer
 
-from skipkv_vllm import bundled_model
 from skipkv_vllm.core.errors import KVPolicyError
-from skipkv_vllm.core.orders import Strength
-from skipkv_vllm.ops import KEYWORD_SHIFT, STATE, THOUGHT
-from skipkv_vllm.sentences import SentenceTables, build_tables, split_sentences
+from skipkv_vllm.ops import KEYWORD_SHIFT, STATE
+from skipkv_vllm.sentences import build_tables
 from skipkv_vllm.steering import SteeringVector
 from skipkv_vllm.steering.controller import SteeringController
-from skipkv_vllm.steering.tables import ThoughtTables, _keyword_machine, build_thought_tables
 from skipkv_vllm.worker.batch import StepBatch
 from skipkv_vllm.worker.requests import Rows
 from skipkv_vllm.worker.steering import Steering, decoder_layers
-
-STRENGTH = Strength(1.0, 0.25, 2.0)
-WIDTH = 8
-
-
-@functools.cache
-def tokenizer() -> Any:
-    return AutoTokenizer.from_pretrained(bundled_model())
-
-
-@functools.cache
-def tables(compat: str = "default") -> ThoughtTables:
-    return build_thought_tables(tokenizer(), 503, compat)
-
-
-def ids(text: str) -> list[int]:
-    return tokenizer().encode(text, add_special_tokens=False)
-
-
-MARKERS = ("<think>", "<think>", "</think>")
-PIECES = ("Wait", " again", "Alternatively", "Read", " a", ".", ".\n\n", "\n\n", ".\n", "\n", ":", " ") * 3 + MARKERS
-
-
-def random_text(seed: int, length: int) -> list[int]:
-    draw = random.Random(seed)
-    text: list[int] = []
-    while len(text) < length:
-        text += ids(draw.choice(PIECES))
-    return text[:length]
-
-
-def naive_alphas(text: list[int], first: int, thinks: bool, interval: int, strength: Strength) -> list[float]:
-    """The rule, for a text whose tokens count from position `first` on."""
-    read = [tokenizer().decode([token]) for token in text]
-    sentences = split_sentences(text[first:], build_tables(tokenizer()))
-    doubts = [first + s.end for s in sentences if not s.is_execution]
-    # A delimiter that follows another one moves the end of the sentence; that was counted at the first of them.
-    body = {first + s.start: first + s.end for s in sentences}
-    closed = []
-    for start, end in body.items():
-        at = next(p for p in range(start, end) if text[p] in build_tables(tokenizer()).delimiters)
-        closed += [at] * (end in doubts)
-    alphas, latched = [0.0] * len(text), 0
-    for p in range(first, len(text)):
-        thinks = {"<think>": True, "</think>": False}.get(read[p], thinks)
-        if thinks and "\n\n" in read[p]:
-            alphas[p] = min(strength.alpha0 + strength.gamma * latched, strength.alpha_max)
-        if (p + 1) % interval == 0:
-            latched = sum(at <= p for at in closed)
-    return alphas
-
-
-# ---- tables
-
-
-def test_what_the_bundled_tokenizers_tokens_are():
-    flags = tables().vocabulary
-
-    def texts(flag: int) -> set[str]:
-        return {tokenizer().decode([i]) for i in (flags & flag).nonzero().flatten().tolist()}
-
-    assert texts(THOUGHT.SPLIT) == {"\n\n", ".\n\n", "?\n\n", ")\n\n", ">\n\n"}
-    assert set((flags & THOUGHT.DELIMITER).nonzero().flatten().tolist()) == build_tables(tokenizer()).delimiters
-    assert (texts(THOUGHT.BEGIN), texts(THOUGHT.END)) == ({"<think>"}, {"</think>"})
-    assert tables("published").merge is False
-    assert tables().merge is True
-
-
-@pytest.mark.parametrize(
-    ("vocabulary", "message"),
-    [
-        ({"\n\n": 0, "a": 1}, "no token for <think> and </think>"),
-        ({"\n\n": 0, "<think>": 1}, "no token for </think>"),
-        ({"\n": 0, "<think>": 1, "</think>": 2}, "no token with a blank line"),
-    ],
-)
-def test_a_tokenizer_that_cannot_tell_thoughts_is_refused(vocabulary, message):
-    tokens = models.WordLevel({**vocabulary, "[UNK]": 9}, unk_token="[UNK]")
-    with pytest.raises(KVPolicyError, match=f"{message}.*start without --kv-steering-vectors"):
-        build_thought_tables(PreTrainedTokenizerFast(tokenizer_object=Tokenizer(tokens)), 10)
-
-
-@pytest.mark.parametrize("seed", range(40))
-def test_the_machine_finds_the_keywords_that_segment_finds(seed):
-    draw = random.Random(seed)
-    words = tuple({tuple(draw.choices(range(4), k=draw.randint(1, 4))) for _ in range(5)})
-    sentences = SentenceTables(frozenset({9}), words, True, "max", frozenset(words[:2]))
-    tokens = sorted({t for word in words for t in word})
-    machine = _keyword_machine(sentences, tokens)
-    column = {token: i for i, token in enumerate(tokens, 1)}
-    text = draw.choices(range(5), k=30)
-    state = kinds = 0
-    for token in text:
-        step = int(machine[state, column.get(token, 0)])
-        state, kinds = step >> 2, kinds | step & 3
-    found = [word for word in words if any(tuple(text[i : i + len(word)]) == word for i in range(30))]
-    wanted = {2 if word in sentences.transitions else 1 for word in found}
-    assert kinds == sum(wanted)
-
-
-# ---- the controller
-
-
-@pytest.mark.parametrize(
-    ("prompt", "thinks"),
-    [("a<think>\n", 1), ("a<think>b</think>\n\n", 0), ("a", 0), ("</think>a<think>\n\n", 1)],
-)
-def test_the_last_marker_of_the_prompt_decides_whether_the_model_thinks(prompt, thinks):
-    start = SteeringController(tables(), 16, counts_prompt=False).start("r", ids(prompt), 3, STRENGTH)
-    state = dict(zip(STATE, start.state, strict=True))
-    assert state == dict.fromkeys(STATE, 0) | {"vector": 3, "thinking": thinks}
-    assert start.first == len(ids(prompt))
-
-
-def test_published_rules_counts_the_prompt_up_to_its_last_token():
-    prompt = ids("Wait, a.\n\n<think>Alternatively b.\n\nRead.\n\n")
-    start = SteeringController(tables("published"), 16, counts_prompt=True).start("r", prompt, 1, STRENGTH)
-    state = dict(zip(STATE, start.state, strict=True))
-    assert start.first == len(prompt) - 1
-    # The last token of "Wait" is in "Alternatively" too, so that both are doubts by the published code.
-    assert (state["reflection"], state["transition"], state["execution"]) == (2, 0, 0)
-    assert (state["latched"], state["thinking"], state["steered"]) == (0, 1, 0)
-
-
-@pytest.mark.parametrize("seed", range(10))
-def test_thoughts_are_the_sentences_that_eviction_and_traces_see(seed):
-    text = random_text(seed, 300)
-    controller = SteeringController(tables(), 16, counts_prompt=False)
-    start = controller.start("r", ids("a<think>"), 1, STRENGTH)
-    prompt = ids("a<think>")
-    thoughts = controller.finish(start, prompt + text)
-    sentences = split_sentences(text, build_tables(tokenizer()))
-    assert thoughts.execution == sum(s.is_execution for s in sentences)
-    assert thoughts.reflection + thoughts.transition == sum(not s.is_execution for s in sentences)
-    wanted = naive_alphas(prompt + text, len(prompt), True, 16, STRENGTH)
-    assert thoughts.steered_tokens == sum(alpha != 0 for alpha in wanted) > 5
-
-
-def test_kinds_of_thoughts():
-    controller = SteeringController(tables(), 16, counts_prompt=False)
-    start = controller.start("r", ids("a"), 1, STRENGTH)
-    text = ids("aRead.\n\nWait, check again.\n\nAlternatively b.\n\nAlternatively, Wait.\n\nso")
-    thoughts = controller.finish(start, text)
-    assert thoughts == (0, 1, 2, 1), "not thinking, so nothing is steered; doubt comes before change"
-
-
-# ---- the worker
+from tests.unit.steering.thinking import STRENGTH, WIDTH, ids, naive_alphas, random_text, tables, tokenizer
 
 
 def make_steering(num_rows: int = 3, interval: int = 16, layers: tuple[int, ...] = (1, 0)) -> Steering:
@@ -185,7 +33,7 @@ def make_steering(num_rows: int = 3, interval: int = 16, layers: tuple[int, ...]
 
 
 class Feed:
-    """Runs texts through a `Steering` in steps and keeps what it says of every position."""
+    """Runs texts through a `Steering` in steps and records its coefficient for every position."""
 
     def __init__(self, steering: Steering, counts_prompt: bool = False, interval: int = 16) -> None:
         self.steering, self.rows = steering, Rows(3)
@@ -206,11 +54,11 @@ class Feed:
         self.rows.release(name)
 
     def step(self, counts: dict[str, int]) -> None:
-        """One step of these requests, in this order."""
+        """Run one step of these requests, in this order."""
         starts = [self.read[name] for name in counts]
         tokens = [t for name, n in counts.items() for t in self.texts[name][self.read[name] : self.read[name] + n]]
         batch = StepBatch(list(counts), np.array(list(counts.values())), np.array(starts), sum(counts.values()))
-        # Padding is nobody's.
+        # Padding belongs to no request.
         self.steering.prepare(batch, torch.tensor([*tokens, 0, 0], dtype=torch.int32))
         row, coefficient = self.steering.row.tolist(), self.steering.coefficient.tolist()
         at = 0
@@ -221,7 +69,7 @@ class Feed:
                     self.alphas[name][self.read[name] + i] = coefficient[at]
                 at += 1
             self.read[name] += n
-        assert not any(row[at:]), "a token that does not exist is steered"
+        assert not any(row[at:]), "a padding token is steered"
         assert self.steering.is_active or not any(row)
 
 
@@ -271,7 +119,7 @@ def test_a_resumed_request_is_steered_again_as_it_was():
     thoughts = feed.controller.finish(feed.starts["a"], (prompt + text)[: len(prompt) + 120])
     assert (counted["steered"], counted["execution"]) == (thoughts.steered_tokens, thoughts.execution)
     assert (counted["reflection"], counted["transition"]) == (thoughts.reflection, thoughts.transition)
-    # Preempted; another takes its row; it comes back with all it had written, in two chunks.
+    # It is preempted, another request takes its row, and it resumes with all its text, in two chunks.
     feed.end("a")
     feed.start("b", prompt + text, len(prompt), vector=2)
     feed.step({"b": 40})
@@ -329,11 +177,8 @@ def test_rows_come_back():
         rows.check_integrity()
 
 
-# ---- the hook
-
-
 class Layer(nn.Module):
-    """As vLLM's decoder layers."""
+    """Like vLLM's decoder layers."""
 
     def forward(self, positions: Tensor, hidden_states: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
         residual = hidden_states if residual is None else hidden_states + residual
@@ -341,7 +186,7 @@ class Layer(nn.Module):
 
 
 class Model(nn.Module):
-    """Three layers and a list of something else."""
+    """Three layers, and a list of other modules."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -409,7 +254,7 @@ def test_the_vector_enters_the_stream_before_its_layer_and_touches_nobody_else(c
             torch.testing.assert_close(residual[[1, 4]], base[1][[1, 4]] + 3 * added[[1, 4]])
             torch.testing.assert_close(residual[2], base[1][2] + 9 * 2 * added[2])
     if compiled:
-        assert graphs == 1, "steps that steer and steps that do not must share compiled code"
+        assert graphs == 1, "steps with and without steering must share compiled code"
 
 
 def test_only_layers_of_a_vector_have_a_hook():

@@ -1,4 +1,4 @@
-"""Grading: right, wrong, missing and cut-off answers, in the forms models write them."""
+"""Grading: right, wrong, missing and cut-off answers, in the forms that models write."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_right_answers(reference, text):
     [
         ("</think>\\boxed{8}", "8"),
         ("\\boxed{7} is what I thought</think>\\boxed{8}", "8"),
-        # Cut off: numbers in thoughts are no answers, and neither is half a box.
+        # Cut off: numbers in thoughts and half a box do not count as answers.
         ("so a: 7. Then b: 7", None),
         ("so $7$ it is", None),
         ("so $7$ it is, \\boxed{7", None),

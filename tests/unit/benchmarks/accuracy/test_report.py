@@ -37,9 +37,9 @@ def test_wilson_against_published_values():
 
 def test_mcnemar_by_hand():
     assert mcnemar([1, 1, 0, 0], [1, 1, 0, 0]) == 1.0
-    # Six problems only one got right, all of them the same one: 2 * (1/2)**6.
+    # Six problems that only one of the two solved, always the same one: 2 * (1/2)**6.
     assert mcnemar([1] * 6 + [0], [0] * 6 + [0]) == pytest.approx(2 / 64)
-    # Of ten, two to eight: 2 * (1 + 10 + 45) / 1024.
+    # Two to eight of ten: 2 * (1 + 10 + 45) / 1024.
     assert mcnemar([1] * 2 + [0] * 8, [0] * 2 + [1] * 8) == pytest.approx(112 / 1024)
     assert mcnemar([1, 0], [0, 1]) == 1.0
 
@@ -90,7 +90,7 @@ INFO = {
 
 
 def made_up(policy: str, budget: int, batch_size: int, number: int) -> Sample:
-    """Problems 0 and 1 are missed by rkv, the last one by all; number 1 is cut off where it is missed."""
+    """rkv misses problems 0 and 1, every arm misses the last one; missed answers to problem 1 are cut off."""
     right = number != 11 and not (policy == "rkv" and number < 2)
     return Sample(
         policy=policy,
@@ -262,5 +262,5 @@ def test_published_tables_are_whole_and_their_commands_parse():
             assert words[:3] == ["python", "-m", "benchmarks.accuracy"]
             args = parser.parse_args(words[3:])
             assert args.model.startswith("deepseek-ai/DeepSeek-R1-Distill-")
-            assert args.out not in folders, "runs with other settings need folders of their own"
+            assert args.out not in folders, "runs with other settings must use other folders"
             folders.add(args.out)

@@ -1,180 +1,20 @@
-"""The grid, its budgets, what a run keeps, how it resumes, and which runs do not count; no engine."""
+"""Runs of the accuracy harness without an engine: order, resuming, and which runs count."""
 
 from __future__ import annotations
 
-import json
 import shutil
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from benchmarks.accuracy import RunError, UsageError, checks, run, worker
-from benchmarks.accuracy.grid import Arm, Budget, Settings, Steer
+from benchmarks.accuracy import RunError, UsageError, checks, run
+from benchmarks.accuracy.grid import Settings
 from benchmarks.accuracy.run import Run, load
-from benchmarks.accuracy.samples import Sample, SampleWriter, read_samples
+from benchmarks.accuracy.samples import SampleWriter, read_samples
 from benchmarks.accuracy.summary import summarise
-from benchmarks.tiny_reasoner.problems import problems
-
-SETTINGS = Settings(
-    model="no-such-model",
-    data="tiny",
-    policies=("full", "skipkv"),
-    budgets=("25%", "300"),
-    batch_sizes=(4, 1),
-    problems=6,
-    problems_at={1: 2},
-)
-ANSWERS = {f"dev-{i}": problem.answer for i, problem in enumerate(problems("dev", 6))}
-
-
-def sample(**changes: Any) -> Sample:
-    values = {
-        "policy": "skipkv",
-        "budget": 100,
-        "batch_size": 4,
-        "problem": "dev-0",
-        "number": 0,
-        "prompt_tokens": 60,
-        "completion_tokens": 500,
-        "finish_reason": "stop",
-        "compactions": 3,
-        "evicted_tokens": 300,
-        "tokens_digest": "d",
-        "answer": "1",
-        "correct": True,
-        "text": "x",
-    }
-    return Sample(**values | changes)
-
-
-# ---- settings
-
-
-@pytest.mark.parametrize(("text", "tokens"), [("25%", 275), ("0.5%", 6), ("100%", 1101), ("512", 512), ("2", 2)])
-def test_budgets(text, tokens):
-    assert Budget(text).tokens(1100.6) == tokens
-
-
-@pytest.mark.parametrize("text", ["0%", "101%", "x%", "%", "1", "0", "-5", "1.5", "abc", ""])
-def test_bad_budgets(text):
-    with pytest.raises(UsageError, match=r"--budgets .* neither a number of tokens"):
-        Budget(text)
-
-
-def test_arms_are_policies_times_budgets():
-    settings = replace(SETTINGS, policies=("full", "skipkv", "rkv"))
-    assert settings.tokens(1000) == {"25%": 250, "300": 300}
-    assert settings.arms(4, [250, 300]) == [Arm(p, b, 4) for b in (250, 300) for p in ("skipkv", "rkv")]
-    with pytest.raises(UsageError, match="same number of tokens"):
-        settings.tokens(1200)
-
-
-def test_settings_survive_json():
-    settings = replace(SETTINGS, policy_config={"mix": 0.2}, engine={"dtype": "float32"})
-    assert Settings.from_json(json.loads(json.dumps(settings.to_json()))) == settings
-
-
-@pytest.mark.parametrize(
-    ("changes", "said"),
-    [
-        ({"policies": ("full", "full")}, "--policies"),
-        ({"batch_sizes": ()}, "--batch-sizes"),
-        ({"batch_sizes": (0,), "problems_at": {}}, "--batch-sizes 0 is out of range; allowed: at least 1"),
-        ({"samples": 0}, "--samples 0"),
-        ({"samples": 4}, "--samples 4 with --temperature 0"),
-        ({"temperature": -1.0}, "--temperature -1.0"),
-        ({"top_p": 0.0}, "--top-p 0.0"),
-        ({"problems": 0}, "--problems 0"),
-        ({"problems_at": {8: 3}}, "--problems-at 8=3: 8 is not one of --batch-sizes: 4, 1"),
-        ({"policies": ("skipkv",)}, "add full to --policies"),
-        ({"budgets": ()}, "--budgets is empty"),
-        ({"steering": ("v:1",)}, "'v' is not registered; there is none, give --steering-vectors NAME=FILE"),
-        ({"steering": ("w:1",), "vectors": {"v": "f"}}, "'w' is not registered; there is v"),
-        ({"steering": ("v",), "vectors": {"v": "f"}}, "'v' is not [POLICY/]VECTOR:ALPHA0[:GAMMA]"),
-        ({"steering": ("v:1:2:3",), "vectors": {"v": "f"}}, "is not [POLICY/]VECTOR:ALPHA0[:GAMMA]"),
-        ({"steering": ("v:x",), "vectors": {"v": "f"}}, "is not [POLICY/]VECTOR:ALPHA0[:GAMMA]"),
-        ({"steering": ("rkv/v:1",), "vectors": {"v": "f"}}, "'rkv' is not one of --policies"),
-        ({"own": {"rkv": {}}}, "--own: 'rkv' is not one of the evicting --policies"),
-        ({"own": {"skipkv": {"buffer": 3}}}, "may have policy_config, protect_prompt, and nothing else"),
-        ({"own": {"skipkv": 3}}, "may have policy_config, protect_prompt, and nothing else"),
-    ],
-)
-def test_bad_settings(changes, said):
-    with pytest.raises(UsageError) as error:
-        replace(SETTINGS, **changes)
-    assert said in str(error.value)
-
-
-def test_one_engine_serves_all_policies():
-    settings = replace(SETTINGS, policies=("full", "rkv", "skipkv", "random"), engine={"dtype": "float32"})
-    arguments = worker.engine_arguments(settings, 4)
-    assert arguments["kv_policy"] == "rkv"
-    assert arguments["kv_request_policies"] == ["skipkv", "random"]
-    assert arguments["max_num_seqs"] == 4
-    assert arguments["dtype"] == "float32"
-    assert "kv_policy" not in worker.engine_arguments(replace(SETTINGS, policies=("full",), budgets=()), 4)
-
-
-OWN = replace(
-    SETTINGS,
-    policies=("full", "rkv", "trimkv", "finch"),
-    own={"trimkv": {"policy_config": {"gates": "g"}}, "finch": {"protect_prompt": False}},
-)
-
-
-def test_a_policy_may_have_an_engine_of_its_own():
-    shared = worker.engine_arguments(OWN.shared, 4)
-    assert (shared["kv_policy"], shared["kv_request_policies"], shared["kv_protect_prompt"]) == ("rkv", [], True)
-    trimkv, finch = (worker.engine_arguments(OWN.of(name), 4) for name in ("trimkv", "finch"))
-    assert (trimkv["kv_policy"], trimkv["kv_policy_config"], trimkv["kv_protect_prompt"]) == (
-        "trimkv",
-        {"gates": "g"},
-        True,
-    )
-    assert (finch["kv_policy"], finch["kv_policy_config"], finch["kv_protect_prompt"]) == ("finch", {}, False)
-    # A prompt that is not protected does not raise the bound.
-    assert [OWN.limits(name, 50, 100).bound for name in ("rkv", "finch")] == [236, 178]
-    assert Settings.from_json(json.loads(json.dumps(OWN.to_json()))) == OWN
-    alone = replace(OWN, policies=("full", "trimkv"), own={"trimkv": {}})
-    assert alone.shared.policies == ("full",)
-
-
-STEERED = replace(SETTINGS, vectors={"v": "v.safetensors"}, steering=("v:1:0.02", "full/v:0.5"))
-
-
-def test_ways_to_steer():
-    assert Steer.parse("v:1") == Steer("v", 1.0, 0.0, None)
-    assert Steer.parse("skipkv/v:0.5:0.02") == Steer("v", 0.5, 0.02, "skipkv")
-    assert str(Steer.parse("skipkv/v:0.5:0.02")) == "v:0.5:0.02"
-    assert Settings.from_json(json.loads(json.dumps(STEERED.to_json()))) == STEERED
-
-
-def test_steered_arms_come_on_top():
-    assert STEERED.arms(4, [250]) == [
-        Arm("skipkv", 250, 4),
-        Arm("full", 0, 4, "v:1:0.02"),
-        Arm("skipkv", 250, 4, "v:1:0.02"),
-        Arm("full", 0, 4, "v:0.5:0"),
-    ]
-
-
-def test_what_a_steered_request_asks_for():
-    assert worker.engine_arguments(STEERED, 4)["kv_steering_vectors"] == {"v": "v.safetensors"}
-    assert "kv_steering_vectors" not in worker.engine_arguments(SETTINGS, 4)
-    plain, _, both, _ = STEERED.arms(4, [250])
-    assert worker.request_options(plain, STEERED) == {"kv_policy": "skipkv", "kv_budget": 250}
-    assert worker.request_options(both, STEERED) == {
-        "kv_policy": "skipkv",
-        "kv_budget": 250,
-        "steering": "v",
-        "steering_alpha0": 1.0,
-        "steering_gamma": 0.02,
-    }
-
-
-# ---- what is kept
+from tests.unit.benchmarks.accuracy.fakes import SETTINGS, FakePool, sample
+from tests.unit.benchmarks.accuracy.test_settings import OWN, STEERED
 
 
 def test_a_cut_off_line_is_dropped_and_overwritten(tmp_path):
@@ -196,57 +36,6 @@ def test_a_line_that_is_no_sample_is_named(tmp_path):
     path.write_text("{}\n")
     with pytest.raises(UsageError, match="line 1 is not a sample"):
         read_samples(path)
-
-
-# ---- running, with workers that only pretend
-
-
-class FakePool:
-    """Answers everything at once; the class attributes say how and record what was asked."""
-
-    asked: list[worker.Request] = []
-    stop_after = 10**9
-    compactions = 2
-    wrong: set[Arm] = set()
-    steered = 7
-
-    def __init__(self, settings: Settings, batch_size: int, processes: int, cores: list[int], out: Path) -> None:
-        self.kv_bytes_per_token = 2048
-
-    def answers(self, shares):
-        for request in (request for share in shares for request in share):
-            if len(FakePool.asked) >= FakePool.stop_after:
-                raise KeyboardInterrupt
-            FakePool.asked.append(request)
-            right = ANSWERS[request.problem] + (request.arm in FakePool.wrong)
-            yield worker.Answer(
-                request,
-                prompt_tokens=60,
-                completion_tokens=1000,
-                finish_reason="stop",
-                compactions=0 if request.arm.policy == "full" else FakePool.compactions,
-                evicted_tokens=0,
-                tokens_digest=f"{request.problem}",
-                text=f"</think>\\boxed{{{right}}}",
-                thoughts={"steered_tokens": FakePool.steered, "execution": 5, "reflection": 2, "transition": 1}
-                if request.arm.steering
-                else {},
-            )
-
-    def start(self) -> None:
-        pass
-
-    def stop(self, patience: float) -> None:
-        pass
-
-
-@pytest.fixture
-def pool(monkeypatch):
-    monkeypatch.setattr(run, "Pool", FakePool)
-    monkeypatch.setattr(FakePool, "asked", [])
-    monkeypatch.setattr(FakePool, "stop_after", 10**9)
-    monkeypatch.setattr(FakePool, "compactions", 2)
-    return FakePool
 
 
 def test_full_runs_first_and_settles_the_budgets(pool, tmp_path):
@@ -292,7 +81,7 @@ def test_steered_arms_are_run_and_kept(pool, tmp_path):
     Run(replace(STEERED, batch_sizes=(4,), problems_at={}), tmp_path)()
     settings, info, samples = load(tmp_path)
     assert info["failures"] == []
-    # Full KV and two budgets, steered one way, and full KV once more.
+    # Full KV and two budgets, each with one kind of steering, and full KV once more.
     assert len(samples) == len({s.key for s in samples}) == 6 * (3 + 3 + 1)
     assert {s.steered_tokens for s in samples if s.steering} == {7}
     assert {s.steered_tokens for s in samples if not s.steering} == {0}
@@ -357,7 +146,7 @@ def test_a_stopped_run_goes_on_where_it_was(stop_after, pool, tmp_path):
 def test_a_killed_run_goes_on_too(pool, tmp_path, monkeypatch):
     killed = tmp_path / "killed"
     with monkeypatch.context() as patch:
-        # What is on the disk while the grid runs is all that a signal leaves.
+        # After a signal, only the files on disk remain.
         patch.setattr(Run, "_run_batch_size", lambda run, *_: shutil.copytree(run.out, killed, dirs_exist_ok=True))
         Run(SETTINGS, tmp_path / "run")()
     assert (killed / "results.jsonl").exists()
@@ -415,9 +204,6 @@ def test_every_worker_has_its_share_of_the_problems(monkeypatch, tmp_path):
     assert all(not (a & b) for a, b in seen)
 
 
-# ---- which runs count
-
-
 def test_the_shortest_answer_that_must_compact():
     # bound = 100 + 128 = 228 tokens: the step that starts with 228 computed tokens compacts.
     long, short = sample(completion_tokens=170, compactions=0), sample(completion_tokens=169, compactions=0)
@@ -438,7 +224,7 @@ def test_failures():
     good = [sample(), sample(problem="dev-1", completion_tokens=20, compactions=0)]
     assert checks.failures(good, SETTINGS) == []
     assert "full KV reports 3" in checks.failures([sample(policy="full", budget=0)], SETTINGS)[0]
-    # Longer than the budget on average, but below the bound: nothing was demanded, nothing was measured.
+    # Longer than the budget on average, but below the bound: no compaction was due.
     (text,) = checks.failures([sample(completion_tokens=100, compactions=0)], SETTINGS)
     assert "no compaction in any of 1 answers" in text
     assert checks.failures([sample(budget=400, completion_tokens=100, compactions=0)], SETTINGS) == []

@@ -1,4 +1,4 @@
-"""The steering evaluation: its arms, random vectors, curves and the section of the docs, of a made-up run."""
+"""The steering evaluation with a made-up run: its arms, random vectors, curves and section of the docs."""
 
 from __future__ import annotations
 
@@ -155,7 +155,7 @@ def test_bad_vectors(pair, capsys, tmp_path):
     assert "write NAME=FILE" in capsys.readouterr().err
 
 
-# ---- what is in the repository
+# ---- the recorded run
 
 
 def test_the_bundled_vector_belongs_to_the_bundled_model():
@@ -169,7 +169,7 @@ def test_the_bundled_vector_belongs_to_the_bundled_model():
 
 @pytest.mark.skipif(not (REPOSITORY / DOCS / STEERING).exists(), reason="no results yet: make eval-steering")
 def test_what_the_results_show():
-    """The target: with dynamic steering at least 15 % shorter, at most a point less accurate, on held-out problems."""
+    """Target: dynamic steering makes answers to held-out problems 15 % shorter and at most one point less accurate."""
     summary = json.loads((REPOSITORY / DOCS / STEERING).read_text())
     assert summary["run"]["settings"]["split"] == "held-out"
     full = summary["arms"][0]

@@ -1,4 +1,4 @@
-"""Data sets of the accuracy harness: fields, prompts, references, and what is said about bad input."""
+"""Data sets of the accuracy harness: fields, prompts, references, and messages about bad input."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_generated_problems_are_those_of_the_split():
     held_out, dev = load_tasks("tiny", 3, split="held-out"), load_tasks("tiny", 3, split="dev")
     assert [task.id for task in held_out] == ["held-out-0", "held-out-1", "held-out-2"]
     assert held_out[0].messages != dev[0].messages
-    # What somebody tries out must not become what is reported.
+    # A trial run must not replace the reported figures.
     assert load_tasks("tiny", 3) == dev
 
 

@@ -21,7 +21,7 @@ from skipkv_vllm.integration import compat
 from skipkv_vllm.integration.compat import request_checks
 from tests import entry_points
 from tests.entry_points import COMMANDS, ENDPOINTS, MAKERS, OTHER_ROUTES
-from tests.unit.config.test_config import make_vllm_config
+from tests.unit.integration.compat.vllm_configs import make_vllm_config
 
 POLICY = {"kv_policy": "skipkv", "kv_budget": 96}
 STEERING = {"kv_steering_vectors": {"a": "/nowhere"}}

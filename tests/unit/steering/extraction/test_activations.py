@@ -41,7 +41,7 @@ def ideal_traces(checkpoint, count: int) -> list[ReasoningText]:
 
 
 def plain_difference(checkpoint, traces: list[ReasoningText], layer: int) -> tuple[torch.Tensor, dict[str, int]]:
-    """Means of `hidden_states[layer]` at the last token before each thought, by the text alone."""
+    """Return the means of `hidden_states[layer]` at the last token before each thought, from the text alone."""
     model = AutoModelForCausalLM.from_pretrained(checkpoint.name, dtype=torch.float32).eval()
     states: dict[str, list[torch.Tensor]] = {"execution": [], "reflection": [], "transition": []}
     for trace in traces:
@@ -86,7 +86,7 @@ def test_sums_equal_means_over_a_list():
 def test_many_small_states_are_summed_in_float64():
     sums = ClassSums.zeros((0,), 1)
     for _ in range(3):
-        # In float32 the thousands would swallow the last digits.
+        # In float32 the thousands would hide the last digits.
         sums.add(0, torch.full((1, 1000, 1), 10000.001), torch.zeros(1000, dtype=torch.int64))
     sums.add(0, torch.full((1, 1, 1), 10000.0), torch.ones(1, dtype=torch.int64))
     exact = float(torch.tensor(10000.001)) - 10000.0

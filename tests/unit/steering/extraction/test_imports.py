@@ -1,4 +1,4 @@
-"""Vectors of other projects: sign, layer, and everything that must not be taken over."""
+"""Vectors of other projects: sign, layer, and everything that must be refused."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def test_the_layer_of_a_gguf(tmp_path, checkpoint):
         import_vector(file, checkpoint)
     with pytest.raises(KVPolicyError, match="--layer 2 is not one of them"):
         import_vector(file, checkpoint, layer=2)
-    # What leaves the last layer enters none.
+    # The output of the last layer enters no layer.
     with pytest.raises(KVPolicyError, match="layer=4 is out of range"):
         import_vector(file, checkpoint, layer=4)
 

@@ -1,4 +1,4 @@
-"""Reasoning texts and problems: files, data sets of the hub, and what is wrong with them."""
+"""Reasoning texts and problems: files, data sets of the hub, and their errors."""
 
 from __future__ import annotations
 

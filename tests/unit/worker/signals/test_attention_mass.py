@@ -1,4 +1,4 @@
-"""Sums over queries follow the tokens that they belong to: as a dictionary by token would."""
+"""Sums over queries follow their tokens, as a dictionary by token would."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LAYERS, HEADS = 2, 3
 
 
 class ByToken:
-    """What one request should hold: for each layer and head a list of tokens by slot, and a sum for each token."""
+    """Expected content of one request: for each layer and head a list of tokens by slot, and a sum for each token."""
 
     def __init__(self, kinds: int) -> None:
         self.kinds, self.written = kinds, 0
@@ -27,7 +27,7 @@ class ByToken:
         return len(self.held[0, 0])
 
     def write(self, count: int) -> None:
-        """New tokens come behind the held ones."""
+        """Append new tokens behind the held ones."""
         for tokens in self.held.values():
             tokens += range(self.written, self.written + count)
         self.written += count
@@ -39,7 +39,7 @@ class ByToken:
                     self.sums[k, i, h, token] = self.sums.get((k, i, h, token), 0.0) + float(found[k, i, h, slot])
 
     def compact(self, kept: Tensor, decay: float) -> None:
-        """Keep the tokens in these slots `[layers, H, length]`; those beyond the first slots fill the gaps in order."""
+        """Keep the tokens in these slots `[layers, H, length]`; those beyond the first slots fill gaps in order."""
         self.sums = {key: decay * value for key, value in self.sums.items()}
         for (i, h), tokens in self.held.items():
             keep = int(kept[i, h].sum())
@@ -109,6 +109,6 @@ def test_a_request_is_forgotten_alone():
     sums.forget(5)
     assert not sums.read(0, len(found), found[0]).any()
     assert torch.equal(sums.read(1, len(found), found[0]), found)
-    # The next request in this row may be of another method.
+    # The next request in this row may use another method.
     sums.forget(1)
     assert sums.read(1, 1, found[0]).shape == (1, LAYERS, HEADS, 7)

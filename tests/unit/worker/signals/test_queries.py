@@ -17,7 +17,7 @@ LAYERS, HEADS, DIM = 2, 3, 4
 
 
 class FakeImpl:
-    """Stands in for an attention implementation of vLLM."""
+    """Stands in for vLLM's attention implementation."""
 
     def __init__(self) -> None:
         self.seen: list[Tensor] = []
@@ -46,7 +46,7 @@ def make_ring(num_kept: int = 4, slots: int = 3, max_tokens: int = 64) -> tuple[
 
 
 def query_of(layer: int, request: int, position: int) -> Tensor:
-    """A query that says whose it is."""
+    """Return a query that identifies its token."""
     head = torch.arange(HEADS)[:, None] * 0.25
     return 10000.0 * layer + 1000.0 * request + position + head + torch.arange(DIM) * 0.01
 
@@ -102,7 +102,7 @@ def test_several_requests_and_an_unmanaged_one():
     step(ring, impls, [(2, 1, 0, 9), (-1, 2, 0, 11), (0, 3, 100, 5)], padding=6)
     expect(ring, 2, 1, 9)
     expect(ring, 0, 3, 105)
-    assert not ring.of_layer(0, 1, 4, ring.num_kept).any(), "nobody's queries must not reach a slot"
+    assert not ring.of_layer(0, 1, 4, ring.num_kept).any(), "queries of unmanaged requests must not be recorded"
 
 
 def test_padding_is_recorded_nowhere():
@@ -188,14 +188,14 @@ def test_queries_that_vllm_quantised_are_recorded_as_they_were(scale):
     stored = (queries / scale.reshape(-1, 1)).to(torch.float8_e4m3fn)
     impl.forward(SimpleNamespace(_q_scale=scale), stored)
     torch.testing.assert_close(ring.of_layer(1, 1, 6, ring.num_kept)[-2:], queries, rtol=2**-4, atol=2**-8)
-    assert impl.seen[0] is stored, "attention gets what it would have got"
+    assert impl.seen[0] is stored, "attention must get its unchanged input"
 
 
 def test_attached_objects_stay_instances_of_their_class():
     _, impls = make_ring()
     assert all(isinstance(impl, FakeImpl) for impl in impls)
-    assert type(impls[0]) is type(impls[1]), "one subclass per implementation"
-    assert type(FakeImpl()) is FakeImpl, "other objects are not touched"
+    assert type(impls[0]) is type(impls[1]), "there must be one subclass per implementation"
+    assert type(FakeImpl()) is FakeImpl, "other objects must not change"
 
 
 def test_attach_works_for_different_classes_at_once():
@@ -210,7 +210,7 @@ def test_attach_works_for_different_classes_at_once():
     query = torch.randn(4, HEADS, DIM)
     assert torch.equal(impl.forward(None, query, query, query), query * 6)
     assert torch.equal(ring.of_layer(1, 2, 4, ring.num_kept), query)
-    assert not ring.of_layer(0, 2, 4, ring.num_kept).any(), "layer 0 saw no pass"
+    assert not ring.of_layer(0, 2, 4, ring.num_kept).any(), "layer 0 took part in no pass"
 
 
 def test_ring_memory():

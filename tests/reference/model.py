@@ -1,0 +1,103 @@
+"""The language model of the oracle, which records what the scores need."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers.masking_utils import AttentionMaskInterface
+from transformers.modeling_utils import AttentionInterface
+
+from tests.reference import formulas
+
+DELIMITER = re.compile(r" ?[.)?!\]}\"'”’。]*\n+")
+
+
+def _recording_attention(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float, **_: Any
+) -> tuple[Tensor, None]:
+    """Plain causal attention that stores the post-RoPE queries `[1, Hq, new, D]` on the module."""
+    module.recorded_query, module.recorded_weights = query, None
+    num_new, num_held = query.shape[2], key.shape[2]
+    groups = query.shape[1] // key.shape[1]
+    logits = query @ key.repeat_interleave(groups, dim=1).mT * scaling
+    # The newest token is the last in the cache whatever was evicted before it, so the order gives the mask.
+    hidden = torch.ones(num_new, num_held, dtype=torch.bool).triu(num_held - num_new + 1)
+    weights = logits.masked_fill(hidden, float("-inf")).softmax(-1, dtype=torch.float32).to(query.dtype)
+    module.recorded_weights = weights
+    return (weights @ value.repeat_interleave(groups, dim=1)).transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register("recording", _recording_attention)
+AttentionMaskInterface.register("recording", lambda *args, **kwargs: None)
+
+
+def _record_input(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+    """Store the input of an attention block, `[1, new, hidden]`, on it."""
+    module.recorded_input = kwargs["hidden_states"]
+
+
+class Model:
+    """A float32 causal language model on the CPU and its sentence delimiters."""
+
+    def __init__(self, folder: str) -> None:
+        self.lm = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="recording")
+        self.lm.eval()
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        self.tokenizer = tokenizer
+        self.texts = [tokenizer.decode([i]) for i in range(len(tokenizer))]
+        self.delimiters = {i for i, text in enumerate(self.texts) if DELIMITER.fullmatch(text)}
+        self.added: tuple[int, Tensor] | None = None
+        self.gates: list[list[Tensor]] = []
+        for layer in self.lm.model.layers:
+            layer.register_forward_pre_hook(self._add)
+            layer.self_attn.register_forward_pre_hook(_record_input, with_kwargs=True)
+
+    def _add(self, layer: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        if self.added is None or layer is not self.lm.model.layers[self.added[0]]:
+            return None
+        return (inputs[0] + self.added[1], *inputs[1:])
+
+    def load_gates(self, path: str) -> None:
+        """Read the learned gates of `trimkv`."""
+        tensors = load_file(path)
+        names = ("linear1.weight", "linear1.bias", "linear2.weight", "bias")
+        self.gates = [
+            [tensors[f"model.layers.{i}.self_attn.retention_gate.{name}"] for name in names]
+            for i in range(len(self.lm.model.layers))
+        ]
+
+    def log_betas(self) -> Tensor:
+        """Output of the gates for the tokens fed last, `[layers, heads, new]`."""
+        entering = [layer.self_attn.recorded_input[0] for layer in self.lm.model.layers]
+        by_token = [
+            [formulas.log_beta(gate, hidden) for hidden in rows]
+            for gate, rows in zip(self.gates, entering, strict=True)
+        ]
+        return torch.tensor(by_token).transpose(1, 2)
+
+    def forward(
+        self,
+        token_ids: list[int],
+        first_position: int,
+        cache: DynamicCache,
+        added: tuple[int, Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Feed tokens; `added` is a layer and a tensor `[new, hidden]` to add to its input.
+
+        Returns:
+            Logits of the last token `[vocab]`, hidden states after the final norm `[new, hidden]` and
+            post-RoPE queries `[layers, Hq, new, D]`.
+        """
+        positions = torch.arange(first_position, first_position + len(token_ids))[None]
+        body = self.lm.model
+        self.added = added
+        hidden = body(
+            input_ids=torch.tensor([token_ids]), position_ids=positions, past_key_values=cache, use_cache=True
+        ).last_hidden_state
+        queries = torch.cat([layer.self_attn.recorded_query for layer in body.layers])
+        return self.lm.lm_head(hidden[0, -1]), hidden[0], queries

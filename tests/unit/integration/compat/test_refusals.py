@@ -1,0 +1,212 @@
+"""Combinations of models, features and caches that are refused at start-up."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import vllm.envs
+
+from skipkv_vllm.config import KVPolicyConfig
+from skipkv_vllm.core.errors import KVPolicyError
+from skipkv_vllm.integration import compat
+from skipkv_vllm.integration.compat import refusals
+from skipkv_vllm.integration.compat import version as version_check
+from tests.unit.integration.compat.vllm_configs import make_vllm_config
+
+
+def test_a_layer_that_the_model_does_not_have_is_refused():
+    config = make_vllm_config()
+    config.model_config.get_total_num_hidden_layers = lambda: 4
+    compat.check_config(config, KVPolicyConfig(kv_policy="rkv", kv_request_policies=["thinkv"]))
+    policy = KVPolicyConfig(kv_policy="thinkv", kv_policy_config={"layers": "9,1"})
+    with pytest.raises(KVPolicyError, match="kv_policy='thinkv': layers='1,9', but this model has layers 0 to 3; name"):
+        compat.check_config(config, policy)
+
+
+@pytest.mark.parametrize(
+    ("changes", "parts"),
+    [
+        ({"model_config__runner_type": "pooling"}, ["'pooling' runner", "--runner"]),
+        ({"model_config__is_encoder_decoder": True}, ["encoder-decoder", "decoder-only model"]),
+        ({"model_config__use_mla": True}, ["MLA", "decoder-only model"]),
+        ({"model_config__is_hybrid": True}, ["hybrid", "decoder-only model"]),
+        ({"model_config__is_attention_free": True}, ["state-space", "decoder-only model"]),
+        ({"diffusion_config": object()}, ["diffusion models", "decoder-only model"]),
+        ({"model_config__is_mm_prefix_lm": True}, ["prefix-LM", "decoder-only model"]),
+        ({"model_config__get_sliding_window": lambda: 4096}, ["sliding-window", "decoder-only model"]),
+        ({"speculative_config": object()}, ["speculative decoding", "Drop --speculative-config"]),
+        ({"kv_transfer_config": object()}, ["KV connectors", "Drop --kv-transfer-config and --kv-off"]),
+        ({"parallel_config__decode_context_parallel_size": 2}, ["context parallelism", "Set its size to 1"]),
+        ({"parallel_config__prefill_context_parallel_size": 2}, ["context parallelism", "Set its size to 1"]),
+        ({"parallel_config__enable_dbo": True}, ["dual-batch overlap", "Drop --enable-dbo"]),
+        ({"cache_config__cache_dtype": "nvfp4"}, ["--kv-cache-dtype nvfp4", "Use --kv-cache-dtype auto or fp8"]),
+        ({"cache_config__cache_dtype": "fp8_per_token_head"}, ["--kv-cache-dtype fp8_per_token_head", "one scale"]),
+        ({"model_config__skip_tokenizer_init": True}, ["--skip-tokenizer-init", "'skipkv'", "Drop"]),
+    ],
+)
+def test_an_unsupported_feature_is_refused(changes, parts):
+    policy = KVPolicyConfig(kv_policy="skipkv")
+    with pytest.raises(KVPolicyError) as error:
+        compat.check_config(make_vllm_config(**changes), policy)
+    for part in ("--kv-policy does not support", *parts, "or start without --kv-policy"):
+        assert part in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "parts"),
+    [
+        ({"use_v2_model_runner": True}, ["Model Runner V2", "Set VLLM_USE_V2_MODEL_RUNNER=0"]),
+        ({"parallel_config__pipeline_parallel_size": 2}, ["pipeline parallelism", "--tensor-parallel-size"]),
+        ({"parallel_config__data_parallel_size": 2}, ["data parallelism", "several servers"]),
+        ({"lora_config": object()}, ["LoRA", "Drop --enable-lora"]),
+        ({"model_config__is_multimodal_model": True}, ["multimodal models", "text model"]),
+        ({"model_config__enable_prompt_embeds": True}, ["prompt embeddings", "text model"]),
+        ({"model_config__uses_mrope": True}, ["several dimensions", "text model"]),
+    ],
+)
+@pytest.mark.parametrize("is_own", [True, False])
+def test_what_tokens_decoded_ahead_cannot_go_through_is_refused(is_own, changes, parts):
+    chosen = {"kv_policy": "laq"} if is_own else {"kv_policy": "rkv", "kv_request_policies": ["finch", "laq"]}
+    policy = KVPolicyConfig(kv_protect_prompt=False, **chosen)
+    compat.check_config(make_vllm_config(parallel_config__tensor_parallel_size=2), policy)
+    compat.check_config(make_vllm_config(**changes), KVPolicyConfig(kv_policy="finch", kv_protect_prompt=False))
+    with pytest.raises(KVPolicyError) as error:
+        compat.check_config(make_vllm_config(**changes), policy)
+    flag = "--kv-policy laq" if is_own else "--kv-request-policies laq"
+    for part in (f"{flag} does not support", *parts, f"or start without {flag}"):
+        assert part in str(error.value)
+
+
+def test_a_server_that_steers_does_not_decode_ahead():
+    policy = KVPolicyConfig(kv_policy="laq", kv_protect_prompt=False, kv_steering_vectors={"a": "/nowhere"})
+    with pytest.raises(KVPolicyError, match=r"--kv-policy laq does not support steering.*Drop --kv-steering-vectors"):
+        compat.check_config(make_vllm_config(), policy)
+
+
+@pytest.mark.parametrize("granularity", ["head", "sentence"])
+@pytest.mark.parametrize("backend", ["mp", "ray"])
+def test_a_model_may_be_spread_over_ranks(granularity, backend):
+    config = make_vllm_config(
+        parallel_config__tensor_parallel_size=2,
+        parallel_config__pipeline_parallel_size=2,
+        parallel_config__distributed_executor_backend=backend,
+    )
+    compat.check_config(config, KVPolicyConfig(kv_policy="skipkv", kv_granularity=granularity))
+
+
+def test_a_pipeline_on_rays_compiled_graphs_is_refused(monkeypatch):
+    # Not by the environment variable: vLLM reads it once per process, when an engine starts.
+    monkeypatch.setitem(vars(vllm.envs), "VLLM_USE_RAY_V2_EXECUTOR_BACKEND", False)
+    policy = KVPolicyConfig(kv_policy="rkv")
+    on_ray = {"parallel_config__distributed_executor_backend": "ray"}
+    compat.check_config(make_vllm_config(**on_ray), policy)
+    with pytest.raises(KVPolicyError, match=r"compiled graphs.*Unset VLLM_USE_RAY_V2_EXECUTOR_BACKEND"):
+        compat.check_config(make_vllm_config(parallel_config__pipeline_parallel_size=2, **on_ray), policy)
+
+
+@pytest.mark.parametrize(
+    ("function", "reason"),
+    [
+        ("vllm.platforms.current_platform.is_fp8_fnuz", "on this GPU: it stores another float8"),
+        ("vllm._custom_ops.cpu_has_amx_fp8", "on this CPU: how vLLM packs pages for AMX-FP8"),
+    ],
+)
+def test_8_bits_are_refused_where_their_meaning_or_their_place_is_not_known(function, reason, monkeypatch):
+    config, policy = make_vllm_config(cache_config__cache_dtype="fp8"), KVPolicyConfig(kv_policy="rkv")
+    compat.check_config(config, policy)
+    monkeypatch.setattr(function, lambda: True)
+    with pytest.raises(KVPolicyError, match=f"--kv-cache-dtype fp8 {reason}.*Use --kv-cache-dtype auto, or"):
+        compat.check_config(config, policy)
+    compat.check_config(make_vllm_config(), policy)
+
+
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16", "float16", "float32", "fp8", "fp8_e4m3", "fp8_e5m2"])
+def test_a_plain_model_is_accepted(dtype):
+    compat.check_config(make_vllm_config(cache_config__cache_dtype=dtype), KVPolicyConfig(kv_policy="skipkv"))
+
+
+def test_a_tokenizer_is_needed_only_for_sentences():
+    config = make_vllm_config(model_config__skip_tokenizer_init=True)
+    compat.check_config(config, KVPolicyConfig(kv_policy="rkv"))
+    with pytest.raises(KVPolicyError, match="granularity 'sentence'"):
+        compat.check_config(config, KVPolicyConfig(kv_policy="rkv", kv_granularity="sentence"))
+
+
+def cache_of(*specs) -> SimpleNamespace:
+    return SimpleNamespace(kv_cache_groups=[SimpleNamespace(kv_cache_spec=spec) for spec in specs])
+
+
+def test_cache_layouts_other_than_one_full_attention_group_are_refused():
+    import torch
+    from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
+
+    full = FullAttentionSpec(block_size=16, num_kv_heads=1, head_size=8, dtype=torch.float32)
+    sliding = SlidingWindowSpec(block_size=16, num_kv_heads=1, head_size=8, dtype=torch.float32, sliding_window=64)
+    evicts, steers = KVPolicyConfig(kv_policy="skipkv"), KVPolicyConfig()
+    compat.check_kv_cache(cache_of(full), evicts)
+    for specs, names in (
+        ((full, full), "FullAttentionSpec, FullAttentionSpec"),
+        ((full, sliding), "FullAttentionSpec, SlidingWindowSpec"),
+        ((sliding,), "SlidingWindowSpec"),
+        ((), "none"),
+    ):
+        for policy, flag in ((evicts, "--kv-policy"), (steers, "--kv-steering-vectors")):
+            with pytest.raises(KVPolicyError) as error:
+                compat.check_kv_cache(cache_of(*specs), policy)
+            assert f"{flag} does not support this model's KV cache ({names})" in str(error.value)
+            assert "one group of full-attention layers" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "part"),
+    [
+        ({"sliding_window": 64}, "attention with sliding_window=64: its mask"),
+        # Like Llama 4 in vLLM, whose hybrid manager is off.
+        ({"attention_chunk_size": 8192}, "attention with attention_chunk_size=8192: its mask"),
+        ({"non_causal": True}, "attention with non_causal=True: its mask"),
+        ({"head_size_v": 4}, "keys of 8 and values of 4"),
+        ({"num_head_slots": 1}, "1 cells for 2 heads"),
+        ({"state_content_bytes": 20}, "same size for every token"),
+    ],
+)
+def test_full_attention_that_is_not_plain_is_refused(changes, part):
+    import torch
+    from vllm.v1.kv_cache_interface import FullAttentionSpec
+
+    spec = FullAttentionSpec(block_size=16, num_kv_heads=2, head_size=8, dtype=torch.float32, **changes)
+    with pytest.raises(KVPolicyError, match=part):
+        compat.check_kv_cache(cache_of(spec), KVPolicyConfig(kv_policy="skipkv"))
+
+
+def test_attention_that_would_misread_compacted_pages_is_refused():
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
+    from vllm.v1.attention.backends.flex_attention import FlexAttentionImpl
+
+    def layer(kind, alibi_slopes=None, kv_sharing_target_layer_name=None):
+        # Without the constructors, which need an engine's configuration.
+        impl = kind.__new__(kind)
+        impl.alibi_slopes, impl.kv_sharing_target_layer_name = alibi_slopes, kv_sharing_target_layer_name
+        return impl
+
+    plain = layer(CPUAttentionBackendImpl)
+    compat.check_attention([plain])
+    for other, message in (
+        (layer(CPUAttentionBackendImpl, alibi_slopes=[0.5]), r"ALiBi: its bias counts.*Serve a decoder-only model"),
+        (layer(CPUAttentionBackendImpl, None, "layers.0"), "layers that share a cache: each of them"),
+        (layer(FlexAttentionImpl), r"FlexAttentionImpl: .*Use --attention-backend FLASH_ATTN, FLASHINFER"),
+    ):
+        with pytest.raises(KVPolicyError, match=f"--kv-policy does not support .*{message}"):
+            compat.check_attention([plain, other])
+
+
+def test_every_attention_that_is_accepted_is_watched():
+    watched = {symbol.rpartition(":")[2] for symbol in version_check.tested()["symbols"]}
+    assert {f"{name}.forward" for name in refusals.BACKENDS} <= watched
+
+
+@pytest.mark.parametrize(
+    ("additional", "expected"), [(None, False), ({}, False), ({"mine": 1}, False), ({"skipkv": {}}, True)]
+)
+def test_has_policy(additional, expected):
+    assert compat.has_policy(SimpleNamespace(additional_config=additional)) is expected
