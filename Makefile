@@ -1,8 +1,8 @@
 # Every target sets up what it needs; see scripts/bootstrap.sh.
 PY := .venv/bin/python
 
-.PHONY: demo serve test test-patched soak gpu-test lint docs setup dev train vector eval-tiny eval-steering build \
-	build-cuda sanitize bench-kernels bench-throughput simulate real-models clean
+.PHONY: demo serve test test-fast test-patched soak gpu-test lint docs setup dev train vector eval-tiny eval-steering \
+	build build-cuda sanitize bench-kernels bench-throughput simulate real-models clean
 
 demo: setup        ## serve the bundled model with SkipKV and show what it saved against full KV
 	@$(PY) -m benchmarks.demo
@@ -10,11 +10,14 @@ demo: setup        ## serve the bundled model with SkipKV and show what it saved
 serve: setup       ## keep the demo server running on port 8000
 	@$(PY) -m benchmarks.demo --keep
 
-test: dev          ## run all tests
-	@$(PY) -m pytest
+test: dev          ## run all tests, on all cores
+	@$(PY) -m pytest -n auto
+
+test-fast: dev     ## run the tests that start no engine, on all cores
+	@$(PY) -m pytest -n auto tests/unit
 
 test-patched: dev  ## run all tests with a patched copy of vLLM: its public seams instead of our runtime hooks
-	@PYTHONPATH=$$($(PY) patches/apply.py) $(PY) -m pytest
+	@PYTHONPATH=$$($(PY) patches/apply.py) $(PY) -m pytest -n auto
 
 REQUESTS := 2000
 SEED := 0

@@ -21,9 +21,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
+from unittest import mock
 
 from skipkv_vllm import bundled_model
 from skipkv_vllm.trace.files import Trace, trace_path
+from tests import rank_processes
 
 if TYPE_CHECKING:
     import vllm
@@ -124,11 +126,12 @@ def stock_engine(**arguments: Any) -> vllm.LLM:
 
 def _engine(cls: type, arguments: dict[str, Any], reset: bool = True) -> vllm.LLM:
     global _current
-    _allow_async_scheduling()
+    _prepare()
     arguments = {"model": MODEL} | ENGINE_ARGUMENTS | arguments
     key = (cls, repr(sorted(arguments.items())))
     if _current is None or _current[0] != key:
         shutdown()
+        gc.freeze()  # a start collects garbage many times; until the engine stops, it looks at new objects only
         _current = (key, cls(**arguments))
     llm = _current[1]
     # A failed test must not leave requests or cached prompts to the next one.
@@ -138,6 +141,13 @@ def _engine(cls: type, arguments: dict[str, Any], reset: bool = True) -> vllm.LL
 
 
 @functools.cache
+def _prepare() -> None:
+    """Change what vLLM does in this process: let tests switch more, and let engines start faster."""
+    _allow_async_scheduling()
+    _replace_kernels_once()
+    rank_processes.use()
+
+
 def _allow_async_scheduling() -> None:
     """Let tests use asynchronous scheduling, which vLLM switches off on CPUs."""
     from vllm.platforms.cpu import CpuPlatform
@@ -152,12 +162,22 @@ def _allow_async_scheduling() -> None:
     CpuPlatform.check_and_update_config = classmethod(check_and_update_config)
 
 
+def _replace_kernels_once() -> None:
+    """Let only the first engine of this process search all modules for the Triton kernels that CPUs replace."""
+    from vllm.platforms.cpu import CpuPlatform
+
+    CpuPlatform.register_triton_kernel_overrides = staticmethod(
+        functools.cache(CpuPlatform.register_triton_kernel_overrides)
+    )
+
+
 def shutdown() -> None:
     """Stop the engine of this process, if there is one."""
     global _current
     if _current is not None:
         (_, llm), _current = _current, None
-        llm.llm_engine.engine_core.shutdown()
+        with mock.patch.object(gc, "collect"):  # once is enough, below
+            llm.llm_engine.engine_core.shutdown()
         del llm
         gc.collect()
 

@@ -15,9 +15,12 @@ from torch import Tensor
 
 from skipkv_vllm.ops import native
 from skipkv_vllm.ops.paging import Layout
+from tests import triton_cpu
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """Whether Triton's kernels are interpreted in this process; it tests nothing else then."""
+if INTERPRETED:
+    triton_cpu.make_faster(check_overflow=True)
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,11 @@
 // that runs until it waits at a barrier of its block or warp. Threads run in random order, so that a missing barrier
 // shows; a barrier that some thread never reaches aborts the process. Races inside a warp are not found.
 #include <cuda_runtime.h>
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <cstdio>
+#include <deque>
 #include <vector>
 
 emulator::Index threadIdx, blockIdx;
@@ -18,8 +20,10 @@ namespace {
 constexpr size_t kStack = 128 * 1024;
 
 struct Thread {
+  std::vector<char> stack;
   ucontext_t context;
-  bool done;
+  jmp_buf where;
+  bool started, done;
 };
 
 struct Warp {
@@ -29,35 +33,49 @@ struct Warp {
   char shown[2][kLanes * kSlot];
 };
 
-std::vector<Thread> threads;
-std::vector<std::vector<char>> stacks;
+// A deque, because threads stay where they are for as long as the process lives.
+std::deque<Thread> threads;
 std::vector<Warp> warps;
-ucontext_t scheduler;
+jmp_buf scheduler;
+int count;
 const std::function<void()>* body;
 int current, arrived, votes, result;
 long round_of_block, progress;
 
-void wait() { swapcontext(&threads[current].context, &scheduler); }
+// `swapcontext` would make a system call at every switch.
+void wait() {
+  if (_setjmp(threads[current].where) == 0) _longjmp(scheduler, 1);
+}
 
-void start() {
-  (*body)();
-  threads[current].done = true;
-  ++progress;
-  wait();
+[[noreturn]] void start() {
+  for (;;) {
+    (*body)();
+    threads[current].done = true;
+    ++progress;
+    wait();
+  }
+}
+
+[[gnu::noinline]] void resume(Thread& thread) {
+  if (_setjmp(scheduler) != 0) return;
+  if (thread.started) _longjmp(thread.where, 1);
+  thread.started = true;
+  setcontext(&thread.context);
+}
+
+void add_thread() {
+  Thread& thread = threads.emplace_back();
+  thread.stack.resize(kStack);
+  getcontext(&thread.context);
+  thread.context.uc_stack.ss_sp = thread.stack.data();
+  thread.context.uc_stack.ss_size = kStack;
+  makecontext(&thread.context, start, 0);
 }
 
 void run_block() {
-  for (size_t i = 0; i < threads.size(); ++i) {
-    ucontext_t& context = threads[i].context;
-    threads[i].done = false;
-    getcontext(&context);
-    context.uc_stack.ss_sp = stacks[i].data();
-    context.uc_stack.ss_size = kStack;
-    context.uc_link = &scheduler;
-    makecontext(&context, start, 0);
-  }
-  std::vector<int> order(threads.size());
-  for (size_t i = 0; i < order.size(); ++i) order[i] = static_cast<int>(i);
+  for (int i = 0; i < count; ++i) threads[i].done = false;
+  std::vector<int> order(count);
+  for (int i = 0; i < count; ++i) order[i] = i;
   for (int left = 1; left > 0;) {
     const long before = progress;
     for (size_t i = order.size() - 1; i > 0; --i) std::swap(order[i], order[std::rand() % (i + 1)]);
@@ -66,7 +84,7 @@ void run_block() {
       if (threads[i].done) continue;
       current = i;
       threadIdx = {static_cast<unsigned>(i), 0, 0};
-      swapcontext(&scheduler, &threads[i].context);
+      resume(threads[i]);
       left += !threads[i].done;
     }
     if (left > 0 && progress == before) {
@@ -84,7 +102,7 @@ int barrier(int vote) {
   votes |= vote != 0;
   ++progress;
   const long round = round_of_block;
-  if (++arrived == static_cast<int>(threads.size())) {
+  if (++arrived == count) {
     result = votes;
     arrived = votes = 0;
     ++round_of_block;
@@ -107,11 +125,11 @@ const char* show(const void* data, size_t bytes) {
   return shown;
 }
 
-void run(int64_t blocks, int count, int64_t shared_bytes, const std::function<void()>& kernel) {
-  if (count % kLanes != 0) std::abort();
+void run(int64_t blocks, int num_threads, int64_t shared_bytes, const std::function<void()>& kernel) {
+  if (num_threads % kLanes != 0) std::abort();
   body = &kernel;
-  threads.resize(count);
-  while (static_cast<int>(stacks.size()) < count) stacks.emplace_back(kStack);
+  count = num_threads;
+  while (static_cast<int>(threads.size()) < count) add_thread();
   std::vector<char> memory(shared_bytes + 16);
   shared = memory.data() + (16 - reinterpret_cast<uintptr_t>(memory.data()) % 16) % 16;
   for (int64_t i = 0; i < blocks; ++i) {

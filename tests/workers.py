@@ -1,0 +1,67 @@
+"""Workers of pytest-xdist: how many there are, which tests stay together, and in which order they are handed out.
+
+An engine takes seconds to start and `tests/engines.py` keeps one for each process, so the tests of a file stay in one
+worker. Long files go first, so that all workers end at about the same time.
+"""
+
+from __future__ import annotations
+
+import os
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import pytest
+
+MOST = 8
+"""More workers end no earlier: they wait for the longest file."""
+GIB_PER_WORKER = 5
+"""Memory of a worker, its engine of up to four ranks and the references that it compares with."""
+FOLDERS = ("engine", "regression", "gpu", "unit")
+"""Folders of `tests` by how long their files take."""
+LONGEST = (
+    "test_exactness.py",
+    "test_combinations.py",
+    "test_parallel.py",
+    "test_peer_bugs.py",
+    "test_load.py",
+    "test_gates.py",
+    "test_steering.py",
+    "test_server.py",
+)
+"""Files that take minutes, longest first."""
+
+
+def set_environment() -> None:
+    """Give a worker one thread; call before torch and vLLM are imported."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+        # By default vLLM would bind the engines of all workers to the same cores.
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+
+
+def num_workers() -> int:
+    """Return how many workers this machine's cores and memory allow; 0 for none, all tests in one process."""
+    if not version("vllm").endswith("+cpu"):
+        return 0  # an engine takes all memory of a GPU
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    gibibytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    found = min(cores, int(gibibytes / GIB_PER_WORKER), MOST)
+    return found if found > 1 else 0
+
+
+def scheduler(config: pytest.Config, log: Any) -> Any:
+    """Return an xdist scheduler that hands out whole files, in the order of the tests."""
+    from xdist.scheduler import LoadFileScheduling
+
+    config.option.loadscopereorder = False
+    return LoadFileScheduling(config, log)
+
+
+def order(item: pytest.Item) -> tuple[int, int]:
+    """Return a sort key that puts long files first; tests of a file keep their order."""
+    _, folder, *_, file = item.nodeid.partition("::")[0].split("/")
+    return (
+        LONGEST.index(file) if file in LONGEST else len(LONGEST),
+        FOLDERS.index(folder) if folder in FOLDERS else len(FOLDERS),
+    )
