@@ -20,6 +20,7 @@ from ..banner import banner
 from ..capacity import Capacity, capacity
 from ..config import KEEP_EVERYTHING, KVPolicyConfig, RequestOptions
 from ..core.auxiliary import auxiliary
+from ..core.limits import Demand
 from ..scheduler.eviction import EvictionController
 from ..scheduler.listeners import client_report
 from ..scheduler.requests import RequestRecord, Text
@@ -111,7 +112,7 @@ class EvictionMixin(_Base):
             # The API server refuses such requests, but with data parallelism it knows the mean of the pools only.
             logger.warning("SkipKV: request %s ends at %d tokens: the KV cache holds no more", request.request_id, room)
             request.max_tokens = max(1, room - request.num_prompt_tokens)
-            demand = demand._replace(num_tokens=room)
+            demand = Demand(room, demand.num_intact, demand.lookahead)
         self.eviction.arrive(request.request_id, resolved, demand, request.prompt_token_ids or ())
 
     def _get_local_prefix_cache_hit(self, request: Request) -> Any:
