@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from skipkv_vllm.integration.compat import hooks
+from skipkv_vllm.integration.compat import request_checks
 from tests import engines
 from tests.engines import Job, Outcome
 
@@ -32,7 +32,7 @@ def stock(runner: str) -> Outcome:
 def test_an_engine_without_a_policy_still_searches_by_beams() -> None:
     from vllm.sampling_params import BeamSearchParams
 
-    hooks._check_beam_search()
+    request_checks._install_beam_search_check()
     (prompt,) = engines.demo_prompts(1)
     llm = engines.stock_engine()
     (found,) = llm.beam_search([{"prompt_token_ids": prompt}], BeamSearchParams(beam_width=2, max_tokens=4))

@@ -22,8 +22,9 @@ from skipkv_vllm.scheduler.stats import EvictionStats
 from skipkv_vllm.steering import SteeringVector
 from skipkv_vllm.steering.controller import Thoughts
 from tests.unit.integration.compat.vllm_configs import make_vllm_config
-from tests.unit.integration.test_block_manager import Engine, drive, finish_all
+from tests.unit.integration.engine import Engine
 from tests.unit.integration.test_metrics import WITH_POLICY, record, registry, report, value  # noqa: F401
+from tests.unit.integration.traffic import drive, finish_all
 
 
 @pytest.fixture

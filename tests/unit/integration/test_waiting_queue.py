@@ -237,7 +237,7 @@ def test_bound_and_conservation(operations, width, max_wait):
     [
         ({"kv_grouping_width": 64}, "kv_batch_grouping is 'off'"),
         ({"kv_grouping_max_wait": 1.0}, "kv_batch_grouping is 'off'"),
-        ({"kv_policy": "full", "kv_batch_grouping": "prefill-length"}, "leaves vLLM's scheduler alone"),
+        ({"kv_policy": "full", "kv_batch_grouping": "prefill-length"}, "so vLLM's own scheduler runs"),
         ({"kv_policy": "full", "kv_prefix_eviction": "guard"}, "drop --kv-prefix-eviction"),
         ({"kv_batch_grouping": "prefill-length", "kv_grouping_width": 0}, "kv_grouping_width=0"),
         ({"kv_batch_grouping": "prefill-length", "kv_grouping_max_wait": -1.0}, "kv_grouping_max_wait=-1.0"),

@@ -109,7 +109,7 @@ def test_a_pipeline_on_rays_compiled_graphs_is_refused(monkeypatch):
     ("function", "reason"),
     [
         ("vllm.platforms.current_platform.is_fp8_fnuz", "on this GPU: it stores another float8"),
-        ("vllm._custom_ops.cpu_has_amx_fp8", "on this CPU: how vLLM packs pages for AMX-FP8"),
+        ("vllm._custom_ops.cpu_has_amx_fp8", "on this CPU: how vLLM packs blocks for AMX-FP8"),
     ],
 )
 def test_8_bits_are_refused_where_their_meaning_or_their_place_is_not_known(function, reason, monkeypatch):
@@ -193,7 +193,7 @@ def test_attention_that_would_misread_compacted_pages_is_refused():
     compat.check_attention([plain])
     for other, message in (
         (layer(CPUAttentionBackendImpl, alibi_slopes=[0.5]), r"ALiBi: its bias counts.*Serve a decoder-only model"),
-        (layer(CPUAttentionBackendImpl, None, "layers.0"), "layers that share a cache: each of them"),
+        (layer(CPUAttentionBackendImpl, None, "layers.0"), "layers that share a cache: each layer"),
         (layer(FlexAttentionImpl), r"FlexAttentionImpl: .*Use --attention-backend FLASH_ATTN, FLASHINFER"),
     ):
         with pytest.raises(KVPolicyError, match=f"--kv-policy does not support .*{message}"):
