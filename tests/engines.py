@@ -24,6 +24,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from unittest import mock
 
 from skipkv_vllm import bundled_model
+from skipkv_vllm.scheduler.listeners import TraceListener
+from skipkv_vllm.trace.collector import TraceCollector
 from skipkv_vllm.trace.files import Trace, trace_path
 from tests import rank_processes
 
@@ -185,6 +187,12 @@ def shutdown() -> None:
 def scheduler_of(llm: vllm.LLM) -> Any:
     """Return the scheduler of an engine that runs in this process."""
     return llm.llm_engine.engine_core.engine_core.scheduler
+
+
+def collector_of(llm: vllm.LLM) -> TraceCollector:
+    """Return what collects the traces of an engine that runs in this process."""
+    listeners = scheduler_of(llm).eviction._listeners
+    return next(each._collector for each in listeners if isinstance(each, TraceListener))
 
 
 def _abort_all(llm: vllm.LLM) -> None:
@@ -502,7 +510,7 @@ def run_on(llm: vllm.LLM, job: Job) -> Outcome:
         num_cached.append(output.num_cached_tokens or 0 if output is not None else 0)
     traces = []
     if job.policies:
-        assert scheduler_of(llm).trace.flush()
+        assert collector_of(llm).flush()
         traces = [Trace.load(trace_path(trace_folder(), name)) for name in done.request_ids]
     from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 

@@ -33,7 +33,7 @@ def answer(llm, request_id: str) -> str:
 def test_a_long_request_id_is_answered_and_traced(request_id):
     llm = engines.engine()
     internal = answer(llm, request_id)
-    assert engines.scheduler_of(llm).trace.flush()
+    assert engines.collector_of(llm).flush()
     trace = Trace.load(trace_path(engines.trace_folder(), internal))
     assert len(trace.kept) >= 1
     assert trace.parameters["request_id"] == internal
@@ -46,7 +46,7 @@ def fail(*_args, **_options):
 
 def test_requests_are_answered_while_no_trace_can_be_written(monkeypatch):
     llm, folder = engines.engine(), Path(engines.trace_folder())
-    collector = engines.scheduler_of(llm).trace
+    collector = engines.collector_of(llm)
     monkeypatch.setattr(trace_collector, "WAIT_SECONDS", 0.2)
     collector.take_dropped()
 
