@@ -1,4 +1,4 @@
-"""No file and no function of the package is too long to be read in one go."""
+"""No file and no function is too long to be read in one go, and unit tests lie where their module lies."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 PACKAGE = Path(__file__).parents[3] / "skipkv_vllm"
+TESTS = Path(__file__).parents[2]
 KERNELS = PACKAGE / "ops" / "triton_kernels"
 """left out, as a kernel is one function by nature"""
 MOST_LINES_OF_A_FILE, MOST_LINES_OF_A_FUNCTION = 400, 60
@@ -39,3 +40,16 @@ def test_no_function_is_too_long():
     }
     assert len(sizes) > 500
     assert {name: size for name, size in sizes.items() if size > MOST_LINES_OF_A_FUNCTION} == {}
+
+
+def test_no_test_file_is_too_long():
+    sizes = {str(path.relative_to(TESTS)): len(path.read_text().splitlines()) for path in TESTS.rglob("*.py")}
+    assert len(sizes) > 100
+    assert {name: size for name, size in sizes.items() if size > MOST_LINES_OF_A_FILE} == {}
+
+
+def test_unit_tests_mirror_the_package():
+    folders = {path.parent.relative_to(TESTS / "unit") for path in (TESTS / "unit").rglob("test_*.py")}
+    packages = {path.parent.relative_to(PACKAGE) for path in PACKAGE.rglob("__init__.py")}
+    others = {folder for folder in folders - packages if folder.parts[0] not in ("benchmarks", "repository")}
+    assert others == set()

@@ -1,0 +1,43 @@
+"""Engines for tests: one at a time in this process, or in a child process for Model Runner V2.
+
+Starting an engine takes seconds, so tests ask `engine(...)` for one and get the running one if it has the same
+settings. Model Runner V2 needs Triton's interpreter for the whole process, which would change what Runner V1 runs, so
+`run` gives V2 a process of its own. The environment is set in `conftest.py`.
+"""
+
+from tests.engines.jobs import Job, Outcome, run, run_all, run_as_child, run_in_child, run_on
+from tests.engines.process import assert_pool_empty, engine, scheduler_of, shutdown, stock_engine, trace_folder, wake
+from tests.engines.prompts import chat_prompt, demo_prompts, tokenizer
+from tests.engines.requests import Generation, Load, Sample, generate_staggered
+from tests.engines.settings import ENGINE_ARGUMENTS, MODEL, PAGE, POLICY_ARGUMENTS, PUBLISHED, REPOSITORY, RUNNERS
+
+__all__ = [
+    "ENGINE_ARGUMENTS",
+    "MODEL",
+    "PAGE",
+    "POLICY_ARGUMENTS",
+    "PUBLISHED",
+    "REPOSITORY",
+    "RUNNERS",
+    "Generation",
+    "Job",
+    "Load",
+    "Outcome",
+    "Sample",
+    "assert_pool_empty",
+    "chat_prompt",
+    "demo_prompts",
+    "engine",
+    "generate_staggered",
+    "run",
+    "run_all",
+    "run_as_child",
+    "run_in_child",
+    "run_on",
+    "scheduler_of",
+    "shutdown",
+    "stock_engine",
+    "tokenizer",
+    "trace_folder",
+    "wake",
+]
