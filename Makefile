@@ -10,10 +10,10 @@ demo: setup        ## serve the bundled model with SkipKV and show what it saved
 serve: setup       ## keep the demo server running on port 8000
 	@$(PY) -m benchmarks.demo --keep
 
-test: dev          ## run all tests, on all cores
+test: dev          ## run all tests, in several processes
 	@$(PY) -m pytest -n auto
 
-test-fast: dev     ## run the tests that start no engine, on all cores
+test-fast: dev     ## run the tests that start no engine, in several processes
 	@$(PY) -m pytest -n auto tests/unit
 
 test-patched: dev  ## run all tests with a patched copy of vLLM: its public seams instead of our runtime hooks

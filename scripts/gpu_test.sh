@@ -24,8 +24,7 @@ part() {  # part TITLE COMMAND...
 }
 
 part "installation" "$PYTHON" -c 'from skipkv_vllm.cli.doctor import examine; print(*examine().lines, sep="\n")'
-part "operators" "$PYTHON" -m pytest -q -rs -k cuda tests/gpu/test_ops_cuda.py tests/unit/ops/test_parity.py \
-  tests/unit/ops/test_parity_tokens.py
+part "operators" "$PYTHON" -m pytest -q -rs -k cuda tests/gpu/test_ops_cuda.py tests/unit/ops/test_parity*.py
 part "an independent attention kernel" "$PYTHON" -m pytest -q -rs tests/gpu/test_xformers_cuda.py
 part "engines" "$PYTHON" -m pytest -rA tests/gpu/test_engine_cuda.py
 part "FP8 keys" "$PYTHON" -m pytest -q -rs tests/engine/test_fp8.py

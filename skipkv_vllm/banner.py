@@ -24,7 +24,7 @@ def banner(config: KVPolicyConfig, capacity: Capacity | None, max_model_len: int
     if config.kv_batch_grouping != "off":
         lines.append(
             f"SkipKV: waiting requests are grouped by prompt length, at most {config.kv_grouping_width} tokens apart; "
-            f"no request is overtaken from {config.kv_grouping_max_wait:g} s past its turn on"
+            f"a request {config.kv_grouping_max_wait:g} s or more past its turn is not overtaken"
         )
     if config.kv_prefix_eviction == "guard":
         lines.append("SkipKV: the prefix cache evicts blocks by Guard instead of LRU")
@@ -50,7 +50,7 @@ def _eviction(config: KVPolicyConfig, capacity: Capacity, max_model_len: int) ->
     admission = (
         "no request is ever preempted"
         if config.kv_admission == "bounded"
-        else "more requests may start, and some be preempted"
+        else "more requests start, and some may be preempted"
     )
     lines = [
         f"SkipKV: policy {config.policy!r}, granularity {config.kv_granularity}",

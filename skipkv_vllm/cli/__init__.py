@@ -67,7 +67,7 @@ def _tune(context: typer.Context) -> None:
 
 @app.command("train-gates", context_settings=_PASSED_ON)
 def _train_gates(context: typer.Context) -> None:
-    """Train the gates that the method `trimkv` needs, for a model on your texts."""
+    """Train a model's gates for `trimkv` on your texts."""
     from ..training import command
 
     if status := command.main("skipkv train-gates", context.args):
@@ -110,7 +110,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         arguments: words after the command's name; None takes those of the process.
 
     Raises:
-        SystemExit: always; code 0, or 2 after an error whose message went to stderr.
+        SystemExit: always; code 0 on success, 2 after an error whose message went to stderr, or a command's own code.
     """
     try:
         app(args=None if arguments is None else list(arguments), prog_name="skipkv")

@@ -36,9 +36,7 @@ WeightMemory = Annotated[
 ]
 ActivationMemory = Annotated[float | None, _option("Activations on one rank. Default: an estimate.", "GIB")]
 OverheadMemory = Annotated[float, _option("CUDA context, communication buffers and CUDA graphs on one rank.", "GIB")]
-KVMemory = Annotated[
-    float | None, _option("KV cache and the policy's state on one rank, instead of computing it.", "GIB")
-]
+KVMemory = Annotated[float | None, _option("KV cache and the policy's state on one rank. Default: computed.", "GIB")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 

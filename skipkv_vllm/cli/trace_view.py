@@ -123,7 +123,7 @@ def _check(trace: Trace, path: Path) -> None:
         raise _not_a_trace(path, "its compactions have different numbers of layers or heads")
     for number, (kept, logical) in enumerate(zip(trace.kept, trace.logical_length.tolist(), strict=True), 1):
         if kept.numel() and not 0 <= int(kept.min()) <= int(kept.max()) < logical:
-            raise _not_a_trace(path, f"compaction {number} keeps tokens beyond the {logical} of its time")
+            raise _not_a_trace(path, f"compaction {number} keeps tokens beyond the {logical} computed by then")
     if len(trace.similar_pairs) != len(trace.similarity):
         raise _not_a_trace(path, "its numbers of pairs and similarities differ")
     if not bool(trace.similarity.isfinite().all()):
@@ -265,7 +265,7 @@ def page_data(trace: Trace, texts: Sequence[str]) -> dict[str, Any]:
         if 0 <= earlier < later < n_sentences
     ]
     if lacking := len(trace.similar_pairs) - len(pairs):
-        notes.append(f"flagged pairs left out, because the trace does not list their sentences: {lacking}")
+        notes.append(f"repeated pairs left out, because the trace does not list their sentences: {lacking}")
     lives = _lives(trace)
     # The last sampled token is never computed, so it has no KV. This assumes no preemption after the last compaction:
     # the next compaction would have followed within a few tokens.

@@ -26,9 +26,9 @@ from ..evaluation.texts import Text
 from .plan import FLAGS, Machine, Plan, plan
 
 DESCRIPTION = """Find the cheapest eviction method and budget whose predictions on your texts stay within a limit, show
-how many requests then fit, and print the command to serve it. One half of the texts chooses, the other half checks the
-choice. Exits with 3 if no candidate stays within the limit, or the check fails. Each result is saved in --out at once;
-after an interruption, run the same command again to resume."""
+how many requests then fit, and print the command to serve it. One half of the texts is used to choose, the other
+to verify. Exits with 3 if no candidate stays within the limit, or the check fails. Each result is saved in --out at
+once; after an interruption, run the same command again to resume."""
 METHODS = ("skipkv", "snapkv", "tova", "keydiff", "streaming_llm")
 RATIOS = (2, 4, 8, 16)
 MAX_TEXTS = 32
@@ -160,7 +160,7 @@ def halves(texts: Sequence[Text], length: int) -> tuple[list[Text], list[Text]]:
     if len(texts) < 2 * LEAST_TEXTS:
         raise KVPolicyError(
             f"--texts: there are {len(texts)} different texts of --length {length}; at least {2 * LEAST_TEXTS} are "
-            "needed, because one half chooses and the other checks the choice; give more text or a smaller --length"
+            "needed, because one half is used to choose and the other to verify; give more text or a smaller --length"
         )
     sources = list(dict.fromkeys(text.source for text in texts))
     by_source = sorted(texts, key=lambda text: sources.index(text.source))

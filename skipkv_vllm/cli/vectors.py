@@ -52,7 +52,9 @@ DevProblems = Annotated[int, typer.Option(min=1, help="auto: number of problems 
 Layers = Annotated[str, typer.Option(help="auto: layers to try, e.g. 16,20,24. Default: all.")]
 Alpha0 = Annotated[str, typer.Option(help="auto: strengths to try.")]
 Gamma = Annotated[float, typer.Option(help="auto: strength added per non-execution thought.")]
-Tolerance = Annotated[float, typer.Option(min=0, max=1, help="auto: share of right answers that may be lost.")]
+Tolerance = Annotated[
+    float, typer.Option(min=0, max=1, help="auto: largest share of right answers that steering may lose.")
+]
 
 
 def extract_vector(

@@ -1,6 +1,7 @@
 """Configuration: one pydantic model for the server (`server`) and one for a request (`request`).
 
-They are the only source of the command-line flags, their help, their validation and their page in the docs.
+They are the only source of the command-line flags, their help and their page in the docs, and validate the values.
+`integration.compat` checks what depends on the model and the engine.
 """
 
 from .checks import check_budget, needs_of, parse_json_object

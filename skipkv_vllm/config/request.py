@@ -168,9 +168,10 @@ class RequestOptions(BaseModel):
         if self.vector(config) is None:
             for field in ("steering_alpha0", "steering_gamma"):
                 if getattr(self, field) is not None:
+                    vectors = ", ".join(config.kv_steering_vectors)
+                    remedy = f"name a vector with 'steering': {vectors}" if vectors else "leave it out"
                     raise KVPolicyError(
-                        f"{field}={getattr(self, field)} is given but this request is not steered; name a vector "
-                        f"with 'steering': {', '.join(config.kv_steering_vectors) or 'none is registered'}"
+                        f"{field}={getattr(self, field)} is given but this request is not steered; {remedy}"
                     )
 
     def check_streaming(self) -> None:
@@ -183,8 +184,8 @@ class RequestOptions(BaseModel):
         given = self.model_dump(exclude_none=True)
         if refused := [f"{name}={value!r}" for name, value in given.items() if value != harmless.get(name)]:
             raise KVPolicyError(
-                f"{', '.join(refused)} not supported in a streaming-input session, where nothing is evicted or "
-                "steered; leave it out, or send the input as separate requests"
+                f"{', '.join(refused)} cannot be set in a streaming-input session, where nothing is evicted or "
+                "steered; leave this out, or send the input as separate requests"
             )
 
     def resolve(self, config: KVPolicyConfig, num_prompt: int) -> ResolvedRequest:

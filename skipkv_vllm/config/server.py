@@ -66,9 +66,9 @@ class KVPolicyConfig(BaseModel):
     )
     kv_defer_prompt: bool = Field(
         False,
-        description="With --no-kv-protect-prompt: hold a prompt longer than the bound whole until --kv-window more "
-        "tokens are written, and let their queries choose which of its tokens stay; methods about the prompt choose as "
-        "soon as it is computed. Off: compact it between chunks, which bounds memory during prefill too.",
+        description="With --no-kv-protect-prompt: keep a prompt longer than the bound whole until --kv-window "
+        "tokens have been generated, then score it by their queries; finch and laq compact it at its end. Off: compact "
+        "it between chunks, which bounds memory during prefill too.",
     )
     kv_admission: Literal["bounded", "optimistic"] = Field(
         "bounded",
@@ -97,13 +97,13 @@ class KVPolicyConfig(BaseModel):
         GROUPING_MAX_WAIT,
         ge=0,
         allow_inf_nan=False,
-        description="Seconds by which grouping may delay a request beyond its turn in order of arrival; after that, no "
-        "later request is admitted before it. 0 keeps the order of arrival.",
+        description="Longest time in seconds that grouping may hold a request past its first-come-first-served turn; "
+        "after that, no later arrival goes first. 0 keeps the order of arrival.",
     )
     kv_prefix_eviction: Literal["lru", "guard"] = Field(
         "lru",
-        description='Which block of the prefix cache to replace first. "lru": as in stock vLLM. "guard": LRU that '
-        "protects blocks it has evicted too early, which helps where the same prompts recur in turn.",
+        description='Which block of the prefix cache to replace first. "lru": as in stock vLLM. "guard": LRU, '
+        "but blocks evicted too early are protected when they return; it helps when prompts recur in a cycle.",
     )
     kv_trace_dir: str | None = Field(
         None, description="Write one replayable `<request-id>.safetensors` per finished request into this folder."
@@ -114,7 +114,7 @@ class KVPolicyConfig(BaseModel):
     kv_steering_vectors: dict[str, str] = Field(
         default_factory=dict,
         description="Steering vectors that requests may choose, as NAME=PATH (see `skipkv extract-vector`). They "
-        "make the model doubt less, so that it writes less; they also work with --kv-policy full.",
+        "reduce the model's re-checking, which shortens answers; they also work with --kv-policy full.",
     )
     kv_steering_default: str = Field(
         OFF, description='Vector for requests that do not set `steering`; "off" steers only those that do.'

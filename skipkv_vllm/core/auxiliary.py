@@ -32,7 +32,7 @@ def report_failure(what: str, error: object) -> None:
     _reported[what] = now, 0
     more = f" ({unreported} more since the last such line)" if unreported else ""
     cause = f"{type(error).__name__}: {error}" if isinstance(error, BaseException) else error
-    logger.error("SkipKV: could not %s, serving goes on: %s%s", what, cause, more)
+    logger.error("SkipKV: could not %s; serving continues: %s%s", what, cause, more)
 
 
 @contextlib.contextmanager
@@ -66,7 +66,7 @@ class BackgroundJobs:
 
         Args:
             job: what to run.
-            instead: a small job; it runs after some later job if this one cannot be taken.
+            instead: a cheap fallback that runs after a later job if this one is rejected.
 
         Returns:
             False if too many jobs wait, or if no thread can be started.

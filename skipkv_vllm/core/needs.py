@@ -49,4 +49,4 @@ FROM_RECENT_QUERIES = ACCUMULATED | Need.SEGMENTS
 """Computed from recent queries before the ring overwrites them."""
 
 REPEATS = Need.HIDDEN | Need.RECURRENCE
-"""Ways to tell whether a later sentence repeats an earlier one; a server collects one of the two."""
+"""Ways to tell whether a later sentence repeats an earlier one; a server collects at most one of the two."""

@@ -1,4 +1,4 @@
-"""The orders that the scheduler sends to the workers with a step; they ride on vLLM's `SchedulerOutput`."""
+"""The orders that the scheduler sends to the workers with a step, attached to vLLM's `SchedulerOutput`."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Compaction(NamedTuple):
         num_resident: tokens held before, in the first slots of `source_blocks`.
         num_keep: tokens held afterwards, in the first slots of `target_blocks`.
         source_blocks: block ids before.
-        target_blocks: block ids afterwards; each is the one at this place before, or a fresh one.
+        target_blocks: block ids afterwards; each is the previous block at the same index, or a fresh one.
         ordinal: number of earlier compactions of this request.
         lookahead_blocks: block ids for tokens computed ahead and for the copy of the cache they need, see
             `policies.LookaheadPlan`. No request owns these blocks and no other order of the step uses them.
@@ -109,8 +109,8 @@ class StepOrders(NamedTuple):
         compactions: requests to compact.
         started: requests that start or start over.
         accumulations: queries to measure.
-        records_queries: whether a query of this step will be needed. Only the last W tokens before a compaction are,
-            so most steps record none.
+        records_queries: whether a query of this step will be needed. With methods that accumulate no
+            queries only those of the last W tokens before a compaction are.
         steered: requests whose steering starts or starts over.
     """
 

@@ -89,7 +89,7 @@ class EvictingBlockManager(FullAttentionManager):
         if request.promise is not None:
             return max(self._num_missing(request, num_tokens), 0)
         if not self.ledger.fits(request.demand, [block.block_id for block in new_computed_blocks]):
-            # So many blocks are never free, so vLLM lets the request wait.
+            # That many blocks are never free, so vLLM keeps the request waiting.
             return self.block_pool.num_gpu_blocks
         if apply_admission_cap:
             num_tokens = min(num_tokens, request.demand.num_tokens)

@@ -64,7 +64,7 @@ def build_runtime(vllm_config: VllmConfig, model: nn.Module, device: torch.devic
     if config.kv_trace_dir is not None:
         trace = TraceWriter(config.kv_trace_dir, vllm_config.parallel_config.rank)
     logger.info(
-        "SkipKV: %.1f MiB for observation queries, sentences and gates of %d requests%s",
+        "SkipKV: %.1f MiB for recorded queries, sentences and gates of %d requests%s",
         (signals.nbytes + (0 if steering is None else steering.nbytes)) / 2**20,
         rows.number,
         "; sleep mode moves them to host memory" if model_config.enable_sleep_mode else "",
@@ -216,7 +216,7 @@ def _pages(layer: Any) -> Tensor:
     pages: Tensor = layer.kv_cache
     if pages.element_size() > 1:
         return pages
-    # The layer has it even if the checkpoint decided, not a flag.
+    # Set even if the checkpoint, not a flag, chose the dtype.
     if layer.kv_cache_dtype not in FP8_CACHES:
         raise KVPolicyError(
             f"--kv-policy does not support this model's {layer.kv_cache_dtype!r} KV cache (known: "

@@ -40,9 +40,9 @@ class Metric(NamedTuple):
 METRICS = {
     "compactions": Metric("counter", "Compactions of running requests."),
     "evicted_tokens": Metric("counter", "Tokens whose KV was evicted."),
-    "freed_pages": Metric("counter", "KV blocks given back by compactions."),
-    "probes": Metric("counter", "Compactions by queries of lookahead tokens."),
-    "skipped": Metric("counter", "Things the policy could not do as configured, by reason.", "reason"),
+    "freed_pages": Metric("counter", "KV blocks freed by compactions."),
+    "probes": Metric("counter", "Compactions scored by queries of lookahead tokens."),
+    "skipped": Metric("counter", "Times the policy could not act as configured, by reason.", "reason"),
     "steered_tokens": Metric("counter", "Tokens that a steering vector was added to, of finished requests."),
     "thoughts": Metric("counter", "Sentences of finished steered requests, by kind.", "kind"),
     "traces_dropped": Metric("counter", "Traces that could not be written, by reason.", "reason"),
@@ -51,7 +51,7 @@ METRICS = {
     ),
     "resident_tokens": Metric("gauge", "Tokens of running requests whose KV is held."),
     "logical_tokens": Metric("gauge", "Prompt and output tokens of running requests."),
-    "promised_pages": Metric("gauge", "KV blocks that running requests may come to hold."),
+    "promised_pages": Metric("gauge", "KV blocks promised to running requests."),
     "peak_pages": Metric("gauge", "Most KV blocks in use at once since the server started."),
 }
 """Name in a report, without the prefix `skipkv_` -> its series. `metrics_page` makes the documentation of it."""
@@ -70,7 +70,7 @@ class EvictionStatLogger(StatLoggerBase):
         self._engine = str(engine_index)
         if not has_policy(vllm_config):
             return
-        # The configuration may come from another process, so this may be the first policy that this one meets.
+        # The configuration may come from another process, so this process may not have seen a policy before.
         install_reports()
         with auxiliary("update the metrics"):
             if EvictionStatLogger._metrics is None:

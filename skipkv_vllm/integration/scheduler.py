@@ -110,7 +110,9 @@ class EvictionMixin(_Base):
         room = self.block_manager.ledger.num_blocks * self.block_manager.block_size
         if demand.num_tokens > room:
             # The API server refuses such requests, but with data parallelism it knows the mean of the pools only.
-            logger.warning("SkipKV: request %s ends at %d tokens: the KV cache holds no more", request.request_id, room)
+            logger.warning(
+                "SkipKV: request %s will stop at %d tokens, the capacity of the KV cache", request.request_id, room
+            )
             request.max_tokens = max(1, room - request.num_prompt_tokens)
             demand = Demand(room, demand.num_intact, demand.lookahead)
         self.eviction.arrive(request.request_id, resolved, demand, request.prompt_token_ids or ())

@@ -1,4 +1,4 @@
-"""A waiting queue that admits requests of similar prefill length together and bounds how long one is overtaken."""
+"""A waiting queue that admits requests of similar prefill length together and bounds how long one can be overtaken."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class _Line:
             following.turn = now
 
     def choose(self, now: float, max_wait: float) -> _Waiting:
-        """Return the next request: the oldest if it is past its turn for too long, else one of the current bucket."""
+        """Return the next request: the oldest if it has waited past its turn for too long, else the bucket's."""
         oldest = next(iter(self.waiting.values()))
         if oldest.turn is not None and now - oldest.turn >= max_wait:
             return oldest

@@ -1,4 +1,4 @@
-"""Plans the compactions of a step from token counts and makes the orders for the workers; no vLLM, no tensors."""
+"""The controller of a step: asks the planner of each request, has blocks freed and makes the workers' orders."""
 
 from __future__ import annotations
 

@@ -61,7 +61,7 @@ class EvictionPlanner:
     queries_from: int = field(init=False)
     num_compactions: int = field(init=False)
     _num_accumulated: int = field(init=False)
-    """tokens up to which queries were accumulated"""
+    """number of first tokens whose queries have been accumulated"""
 
     def __post_init__(self) -> None:
         self.restart()
@@ -130,9 +130,9 @@ class EvictionPlanner:
     def accumulate(self, num_logical: int, is_compacted: bool) -> int:
         """Return the number of newest queries to accumulate now, and note them as accumulated.
 
-        The workers keep only the newest queries. If every query counts, queries are accumulated before they are
-        overwritten, and before a compaction, while all tokens that they attended to are held. Otherwise the last ones
-        of each interval are measured.
+        The workers keep only the newest queries. If every query counts, accumulate them before the ring overwrites them
+        and before each compaction, while all tokens that they attended to are held. Otherwise only the last queries of
+        each interval are measured.
 
         Args:
             num_logical: tokens computed so far.

@@ -5,7 +5,8 @@ per compaction into `<trace-dir>/.parts`, and the scheduler joins the parts when
 several machines the folder must be on a shared file system. When tracing is off, none of these objects exist.
 
 All files are read and written by a thread of each process. A trace that cannot be written is dropped, logged and
-counted. Only an idle engine waits for the storage, for a quarter of a second.
+counted. Only an idle engine waits for the storage, for a quarter of a second,
+and a server that ends, for a few seconds.
 """
 
 from .files import Trace, trace_path

@@ -73,7 +73,8 @@ class TraceCollector:
 
     Args:
         config: configuration of the server; `kv_trace_dir` must be set.
-        grid: number of pipeline stages, and of workers that share the kv heads of a layer; ranks count in this order.
+        grid: number of pipeline stages, and of workers that share the kv heads of a layer; ranks are numbered in this
+            order.
         tables: sentence tables of the tokenizer, or None without a tokenizer.
         parameters: written into every file.
 
@@ -95,7 +96,7 @@ class TraceCollector:
             (self._folder / ".parts" / ".writable").touch()
         except OSError as error:
             raise KVPolicyError(
-                f"kv_trace_dir={config.kv_trace_dir!r} cannot be written ({error.strerror}); give a folder that can"
+                f"kv_trace_dir={config.kv_trace_dir!r} cannot be written ({error.strerror}); name a writable folder"
             ) from None
         self._num_stages, self._width = grid
         self._tables = tables

@@ -16,7 +16,7 @@ from torch import Tensor
 
 FLUSH_SECONDS = 5.0
 """default time that `flush` waits for the storage"""
-TOO_MANY = "too many are waiting, or no thread can be started"
+TOO_MANY = "too many writes are waiting, or no thread could be started"
 LONGEST_NAME = 128
 """most characters of a request's file name; file systems allow 143 to 255 bytes, prefixes and suffixes included"""
 

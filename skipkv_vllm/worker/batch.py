@@ -43,7 +43,7 @@ class Evicted(NamedTuple):
 
 
 class RowSpans:
-    """Where the tokens of K requests of a batch lie, of each request from a first position on.
+    """Spans of the tokens of K requests in a batch, each from the request's first position on.
 
     Args:
         places: int64 `[K]`, places of the requests in the batch, ascending.
@@ -114,7 +114,7 @@ class RowTable:
 
 
 class BatchRows:
-    """What follows from the rows of a batch's requests.
+    """Data derived from the rows of a batch's requests.
 
     Args:
         request_ids: R ids in batch order.
@@ -138,7 +138,7 @@ class BatchRows:
         self.tracked = RowSpans(tracked, rows[tracked], first_tracked[tracked], device)
 
     def update_evicted(self) -> None:
-        """Take over how many tokens each request has evicted."""
+        """Refresh how many tokens each request has evicted."""
         evicted = self._table.num_evicted[self._rows]
         on_device = to_device(evicted, torch.int32, self._device) if evicted.any() else None
         self.evicted = None if on_device is None else Evicted(evicted, on_device)

@@ -16,8 +16,8 @@ from .cache import KVCache
 from .requests import Job
 
 MOST_TOKENS = 2**16
-"""Held tokens that one call of an operator takes, requests times the longest of them. Temporary tensors have some 60
-bytes for each, layer and kv head, and vLLM's profiling does not see them."""
+"""Limit on requests times the longest of them per operator call. Temporary tensors take about 60 bytes per token, layer
+and kv head, and vLLM's profiling does not count them."""
 
 
 class CompactionBatch(NamedTuple):

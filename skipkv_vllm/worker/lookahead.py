@@ -49,7 +49,7 @@ class Decoder(Protocol):
             num_held: tokens in the pages so far.
             table: int32 `[R, pages]`, kernel pages with room for the tokens.
             page_size: tokens of a kernel page.
-            num_tokens: number of tokens to decode; the last one is not read.
+            num_tokens: number of tokens to decode; the last one is not fed back to the model.
 
         Returns:
             Post-RoPE queries of all tokens that were read, `[R, layers, n + max(num_tokens - 1, 0), Hq, D]`.

@@ -26,7 +26,7 @@ class ManagedRequest:
         num_compactions: compactions since it started.
         first_draft: likeliest token after the prompt, if tokens are decoded ahead from it.
         lookahead_queries: queries of tokens computed ahead `[layers, n, Hq, D]`, for the compaction under way.
-        num_question: how many of these lie behind the held tokens, where the policy sees them.
+        num_question: how many of these belong to the question that is appended after the held tokens.
     """
 
     row: int
@@ -42,7 +42,7 @@ class ManagedRequest:
 
     @property
     def first_summed(self) -> int:
-        """First slot with sums. Output errors rank only tokens that may leave; protected ones stay in front."""
+        """First slot that has sums. Protected tokens stay in front and get no output error."""
         return self.protected if self.needs & Need.OUTPUT_ERROR else 0
 
 

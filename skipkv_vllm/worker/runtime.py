@@ -1,4 +1,4 @@
-"""The worker side of eviction, the same for every model runner: which tokens stay, and moving them.
+"""The worker side of eviction is the same for every model runner: it chooses which tokens stay and moves them.
 
 The host knows all counts and never waits for the device. One `EvictionRuntime` lives in each worker.
 """
@@ -213,9 +213,9 @@ class EvictionRuntime:
             num_evicted = self._table.num_evicted[request.row]
             if (num_evicted, request.num_compactions) != (order.num_evicted_before, order.ordinal):
                 raise RuntimeError(
-                    f"scheduler and worker disagree about {order.request_id}: evicted {order.num_evicted_before} "
-                    f"tokens in {order.ordinal} compactions by the scheduler, {num_evicted} in "
-                    f"{request.num_compactions} here"
+                    f"scheduler and worker disagree about {order.request_id}: the scheduler counts "
+                    f"{order.num_evicted_before} evicted tokens in {order.ordinal} compactions, this worker "
+                    f"{num_evicted} in {request.num_compactions}"
                 )
         if any(order.lookahead_blocks for order in orders):
             assert self._lookahead is not None
@@ -225,7 +225,7 @@ class EvictionRuntime:
             self._finish(order, request)
 
     def _finish(self, order: Compaction, request: ManagedRequest) -> None:
-        """Take over what a compaction changed."""
+        """Update the state of a request after its compaction."""
         request.lookahead_queries, request.first_draft, request.num_question = None, None, 0
         request.num_placed = order.num_keep
         request.num_compactions += 1
@@ -259,7 +259,7 @@ class EvictionRuntime:
         assert (ordered[..., 0] >= 0).all(), "a position is negative"
         assert (ordered[..., -1] < order.num_logical).all(), "a position lies in the future"
         expected = torch.arange(order.num_logical - window, order.num_logical, device=held.device)
-        assert (ordered[..., -window:] == expected).all(), "the observation window was evicted"
+        assert (ordered[..., -window:] == expected).all(), "a token of the window was evicted"
         assert ((held < request.protected).sum(-1) == request.protected).all(), "a protected prompt token was evicted"
         first = max(0, request.num_prompt - request.policy.num_question(window))
         for position in range(first, min(request.num_prompt, order.num_logical)):

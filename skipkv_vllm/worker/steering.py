@@ -100,7 +100,7 @@ class Steering:
         # On a CPU the host may look at what was computed; most steps of a few requests steer no token.
         self._row_on_host = self.row.numpy() if device.type == "cpu" else None
         self._written = 0
-        # Of the batch before, because most batches are the one before.
+        # Cached from the previous batch, which usually has not changed.
         self._request_ids: Sequence[str] | None = None
         self._steered = self._spans_of(())
 

@@ -1,6 +1,6 @@
 """The operators on a GPU: sizes, streams, graphs and synchronisation.
 
-`tests/unit/ops/test_parity.py` has the small cases. Unavailable backends are skipped with the reason.
+`tests/unit/ops/test_parity*.py` have the small cases. Unavailable backends are skipped with the reason.
 """
 
 from __future__ import annotations

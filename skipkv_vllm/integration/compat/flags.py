@@ -162,6 +162,6 @@ def _check_classes(config: KVPolicyConfig, engine: dict[str, Any]) -> None:
         found = engine.get(f"{kind}_cls", default)
         if found not in (default, *ours):
             raise KVPolicyError(
-                f"{kind}_cls={found!r} cannot be combined with {feature}, which brings its own {kind}; drop one of "
+                f"{kind}_cls={found!r} cannot be combined with {feature}, which uses its own {kind}; drop one of "
                 "the two"
             )

@@ -123,7 +123,7 @@ def check_fits_alone(
         lookahead_only = ceil_div(most, cache.block_size) <= num_blocks
         found = _excess_of(limits, most, num_prompt, room, lookahead_only=lookahead_only)
     raise KVPolicyError(
-        f"this request may come to hold {found.most} tokens and the KV cache holds {room} ({found.cause}); "
+        f"this request may need {found.most} tokens, but the KV cache holds only {room} ({found.cause}); "
         f"{found.remedy}",
         found.field,
     )

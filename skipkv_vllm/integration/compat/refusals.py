@@ -119,13 +119,13 @@ def _check_features(vllm_config: VllmConfig, refuse: Refuse) -> None:
     if parallel.pipeline_parallel_size > 1 and _is_compiled_ray_graph(parallel):
         raise refuse(
             "pipeline parallelism on Ray's compiled graphs (VLLM_USE_RAY_V2_EXECUTOR_BACKEND=0)",
-            "a stage starts only when it gets the previous one's output, but stages must exchange data before",
+            "a stage starts only when it gets the previous one's output, but stages must exchange data before that",
             "Unset VLLM_USE_RAY_V2_EXECUTOR_BACKEND",
         )
     if envs.VLLM_USE_RUST_FRONTEND:
         raise refuse(
             "vLLM's front end in Rust (VLLM_USE_RUST_FRONTEND=1)",
-            "requests from it reach the engine without a check of their options",
+            "it sends requests to the engine without checking their options",
             "Unset VLLM_USE_RUST_FRONTEND",
         )
     if parallel.enable_dbo:

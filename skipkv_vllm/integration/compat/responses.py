@@ -145,7 +145,7 @@ class Tap(AsyncGenerator[Any, None]):
 
 
 def _watch(source: AsyncIterator[Any], reports: Reports, request: Hashable = 0, is_merged: bool = False) -> Tap:
-    """Add the outputs of a request to `reports`, or those of a merged stream of pairs of number and output."""
+    """Add a request's outputs to `reports`; a merged stream yields pairs (number, output)."""
 
     def through(item: Any) -> Any:
         reports.see(*item if is_merged else (request, item))
@@ -197,7 +197,7 @@ def _sum_choices(original: Callable[..., Any]) -> Callable[..., Any]:
         if self.parent_req is not None:
             reports = Reports.of(self.parent_req, self.parent_req.n)
             reports.add(self.request_id, kv_transfer_params)
-            # In every output from now on: vLLM sends the client those of the last output, whichever choice it is of.
+            # To every later output: vLLM sends the client the last output's parameters, whichever choice produced it.
             kv_transfer_params = reports.attach(kv_transfer_params)
         return original(
             self, new_token_ids, pooling_output, finish_reason, stop_reason, kv_transfer_params, *args, **kwargs

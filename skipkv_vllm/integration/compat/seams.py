@@ -54,7 +54,7 @@ SEAMS = {
     "resident lengths, runner V1": Seam(
         "0005",
         "vllm.v1.worker.gpu_model_runner:GPUModelRunner.num_evicted_tokens",
-        "GPUModelRunner._prepare_inputs is corrected after it ran",
+        "compute_slot_mapping is replaced, and lengths are corrected after _prepare_inputs",
     ),
     "resident lengths, runner V2": Seam(
         "0006",

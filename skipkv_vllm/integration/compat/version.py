@@ -65,9 +65,9 @@ def check_version() -> None:
     """
     import vllm
 
-    version = getattr(vllm, "__version__", "without a version")
+    version = getattr(vllm, "__version__", "an unknown version")
     if ".".join(version.split(".")[:2]) != SUPPORTED_VLLM:
-        _refuse(f"skipkv-vllm supports vLLM {SUPPORTED_VLLM}.x and found {version}")
+        _refuse(f"skipkv-vllm supports vLLM {SUPPORTED_VLLM}.x, but {version} is installed")
 
 
 def check_sources() -> None:

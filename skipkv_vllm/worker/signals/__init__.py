@@ -20,8 +20,8 @@ class Signals:
     """The signals of a worker; None for those that no policy of the server needs.
 
     Attributes:
-        prepare: the hooks of this name that do something; a step calls them without the others.
-        after_forward: likewise.
+        prepare: hook `prepare` of each signal that overrides it; a step calls only these.
+        after_forward: hook `after_forward` of each signal that overrides it.
     """
 
     queries: QueryRing | None = None

@@ -66,7 +66,7 @@ class Inputs:
 
 
 class Signal:
-    """Something that is collected of every managed request. The hooks of a step are called in this order.
+    """Something that is collected for every managed request. The hooks of a step are called in this order.
 
     A signal keeps its state by row, in buffers that live as long as the runtime. No hook makes the host wait for the
     device. Hooks that a signal does not override do nothing.
@@ -74,7 +74,7 @@ class Signal:
 
     @property
     def nbytes(self) -> int:
-        """Device memory that is held whatever runs, without entries of the cache's slots."""
+        """Device memory allocated up front, without entries per slot of the cache."""
         return 0
 
     def bind_cache(self, cache: KVCache) -> None:
@@ -93,7 +93,7 @@ class Signal:
         """Follow a compaction that was carried out."""
 
     def start(self, request: ManagedRequest, order: Started) -> None:
-        """Begin with a request, in a row that was forgotten."""
+        """Set up a row, which was cleared, for a request."""
 
     def prepare(self, step: Step) -> None:
         """Get ready for a forward pass; compiled code and CUDA graphs read the buffers that this fills."""

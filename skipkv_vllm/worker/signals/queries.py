@@ -71,7 +71,7 @@ class QueryRing(Signal):
         self._index_on_host = self.index.numpy() if self.index.device.type == "cpu" else None
         self._num_set = 0
         """first tokens of the index that may name an entry; the others name the discard entry"""
-        # Of the batch before, because most batches are the one before: first entry and number of entries by request.
+        # Cached from the previous batch, which usually has not changed: first entry and number of entries by request.
         self._rows: np.ndarray | None = None
         self._first_entry = self._cycle = np.zeros(0, dtype=np.int64)
 
