@@ -12,7 +12,7 @@ from ..config import KVPolicyConfig
 from ..core.device import to_device
 from ..policies.selection import select_sentences
 from .cache import KVCache
-from .jobs import CompactionBatch, Moves, independent
+from .compaction_batch import CompactionBatch, Moves, independent
 from .ranks import ALONE, Ranks
 from .requests import Job
 from .scoring import Scorer

@@ -11,7 +11,7 @@ from ..core.limits import ceil_div
 from ..core.needs import Need
 from ..policies import Measured, View
 from .cache import KVCache
-from .jobs import CompactionBatch
+from .compaction_batch import CompactionBatch
 from .ranks import Ranks
 from .signals.base import Inputs
 

@@ -12,7 +12,7 @@ from ... import ops
 from ...core.device import to_device
 from ...core.needs import ACCUMULATED, Need
 from ..cache import KVCache
-from ..jobs import MOST_TOKENS, CompactionBatch, Moves
+from ..compaction_batch import MOST_TOKENS, CompactionBatch, Moves
 from ..requests import Reading
 from .base import Inputs, Signal
 from .queries import QueryRing

@@ -12,7 +12,7 @@ from ...core.orders import Started
 from ...policies.base import Segments
 from ..batch import BatchRows, StepBatch
 from ..cache import KVCache
-from ..jobs import CompactionBatch, Moves
+from ..compaction_batch import CompactionBatch, Moves
 from ..requests import ManagedRequest, Reading
 
 

@@ -20,7 +20,7 @@ from ...core.needs import Need
 from ...ops.gates import check_activation, token_gates
 from ...policies.gates import INPUT, Gate
 from ..cache import KVCache
-from ..jobs import CompactionBatch, Moves
+from ..compaction_batch import CompactionBatch, Moves
 from .base import ForwardOutput, Inputs, Signal, Step
 
 

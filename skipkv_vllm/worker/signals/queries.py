@@ -18,7 +18,7 @@ from torch import Tensor
 from ... import ops
 from ...core.device import to_device
 from ...core.needs import Need
-from ..jobs import CompactionBatch
+from ..compaction_batch import CompactionBatch
 from .base import Inputs, Signal, Step
 
 

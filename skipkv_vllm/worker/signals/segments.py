@@ -14,7 +14,7 @@ from ...core.limits import ceil_div
 from ...core.needs import Need
 from ...policies.base import Segments
 from ..cache import KVCache
-from ..jobs import CompactionBatch
+from ..compaction_batch import CompactionBatch
 from ..ranks import Ranks
 from ..requests import Job, Reading
 from .base import Inputs, Signal

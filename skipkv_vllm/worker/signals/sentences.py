@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ...core.needs import REPEATS, Need
 from ...core.orders import Started
-from ..jobs import CompactionBatch
+from ..compaction_batch import CompactionBatch
 from ..ranks import ALONE, Ranks
 from ..requests import ManagedRequest
 from .base import ForwardOutput, Inputs, Signal, Step

@@ -5,7 +5,7 @@ from __future__ import annotations
 from skipkv_vllm.core.needs import Need
 from skipkv_vllm.core.orders import Compaction
 from skipkv_vllm.policies import make_policy
-from skipkv_vllm.worker.jobs import independent
+from skipkv_vllm.worker.compaction_batch import independent
 from skipkv_vllm.worker.requests import Job, ManagedRequest
 
 SIZE = 4
