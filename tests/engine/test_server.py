@@ -299,7 +299,7 @@ def test_a_request_that_could_outgrow_the_pool_is_http_400(server, path):
     endpoint = ENDPOINTS[path]
     status, answer = post(server[0], path, endpoint.with_options({"kv_policy": "full"}, max_tokens=2000))
     assert status == 400
-    assert "the KV cache holds 1888" in answer["error"]["message"]
+    assert "the KV cache holds only 1888" in answer["error"]["message"]
     assert f"set {endpoint.max_tokens.rpartition('.')[2]} to at most" in answer["error"]["message"]
     assert answer["error"]["param"] == endpoint.max_tokens
     assert post(server[0], path, endpoint.with_options({"kv_policy": "full"}))[0] == 200

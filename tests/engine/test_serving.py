@@ -80,7 +80,7 @@ def test_a_request_that_could_never_be_finished_is_refused(options, num_prompt, 
     params = SamplingParams(max_tokens=max_tokens, extra_args=options)
     with pytest.raises(VLLMValidationError, match=message) as refused:
         llm.generate({"prompt_token_ids": [5] * num_prompt}, params, use_tqdm=False)
-    assert "the KV cache holds 1248" in str(refused.value)
+    assert "the KV cache holds only 1248" in str(refused.value)
     # A request that fits is served, and the engine's state is in order.
     params = SamplingParams(max_tokens=4, extra_args=options if "kv_budget" not in options else None)
     (output,) = llm.generate({"prompt_token_ids": [5] * 48}, params, use_tqdm=False)

@@ -41,7 +41,7 @@ def test_save_and_load_by_hand(tmp_path):
 def test_an_unwritable_folder_is_refused_at_start(tmp_path):
     file = tmp_path / "file"
     file.write_text("")
-    with pytest.raises(KVPolicyError, match=r"kv_trace_dir='.*below' cannot be written \(.*\); give a folder that can"):
+    with pytest.raises(KVPolicyError, match=r"kv_trace_dir='.*below' cannot be written \(.*\); name a writable folder"):
         make_collector(file / "below")
 
 

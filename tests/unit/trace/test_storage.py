@@ -119,7 +119,7 @@ def test_storage_that_hangs_delays_nobody_and_holds_little_memory(tmp_path, monk
     assert not collector.flush(0.01)
     early = collector.take_dropped()
     assert early["backlog"] >= 15, "drops must be counted while the storage hangs"
-    assert any("too many are waiting" in error for error in errors())
+    assert any("too many writes are waiting" in error for error in errors())
     hangs.set()
     assert writer.flush()
     assert collector.flush(60)
@@ -187,7 +187,7 @@ def test_a_thread_that_cannot_start_costs_traces_only(tmp_path, monkeypatch, err
         collector.finish("a", [1], [2])
         collector.settle()
     assert collector.take_dropped() == {"backlog": 1}
-    assert "no thread can be started" in errors()[0]
+    assert "no thread could be started" in errors()[0]
     compact_once(collector, writer, "b")
     assert len(Trace.load(finish(collector, "b", [1], [2])).kept) == 1
 
