@@ -57,7 +57,7 @@ def test_a_grid_that_was_interrupted(tmp_path):
     os.kill(process.pid, signal.SIGINT)
     said, _ = process.communicate(timeout=60)
     assert process.returncode == 130, said
-    assert "run the same command to go on" in said
+    assert "run the same command again to resume" in said
     before = read_samples(out / "results.jsonl")
     assert 2 <= len(before) < ANSWERS
 

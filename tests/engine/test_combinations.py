@@ -73,7 +73,7 @@ def test_a_compaction_that_finds_no_page_for_a_shared_one_preempts(
     llm = engines.engine(**arguments)
     manager, refused = engines.scheduler_of(llm).block_manager, []
     compact = manager.compact
-    monkeypatch.setattr(manager, "compact", lambda plan: compact(plan) or refused.append(plan.request_id))
+    monkeypatch.setattr(manager, "compact", lambda name, plan: compact(name, plan) or refused.append(name))
 
     outcome = engines.run_on(llm, shared)
 

@@ -132,7 +132,5 @@ def test_without_pages_to_decode_ahead_the_window_decides_and_that_is_counted(re
     settings = settings_of(job, 1)
     windowed = type(settings)(**vars(settings) | {"lookahead": 0})
     assert outcome.tokens[1] == references.get(prompts[1], 30, windowed, outcome.traces[1]).tokens
-    with pytest.raises(
-        VLLMValidationError, match=r"compacted 232, and pages for 208 to compute tokens ahead.*lower kv_b"
-    ):
+    with pytest.raises(VLLMValidationError, match=r"compacted, plus 208 for tokens computed ahead\); .* lower kv_b"):
         engines.run_on(llm, Job([prompts[0] * 3], ["laq"], 900, 1, arguments, budgets=[200]))
