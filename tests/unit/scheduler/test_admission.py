@@ -287,7 +287,7 @@ def test_a_request_that_fits_the_pool_alone_is_accepted(vllm_config, good):
 def test_a_request_that_could_outgrow_the_pool_is_refused_with_the_remedy(vllm_config, bad, message):
     with pytest.raises(KVPolicyError, match=message) as refused:
         check_fits_alone(vllm_config, CONFIG, bad)
-    assert "KV cache holds 624" in str(refused.value)
+    assert "KV cache holds only 624" in str(refused.value)
 
 
 def test_a_deferred_prompt_counts_whole(vllm_config):
@@ -312,7 +312,7 @@ def test_a_streaming_session_cannot_ask_for_what_it_does_not_get(vllm_config, op
 def test_with_data_parallelism_the_pool_of_one_engine_counts(vllm_config):
     vllm_config.cache_config.num_gpu_blocks = 80
     vllm_config.parallel_config.data_parallel_size = 2
-    with pytest.raises(KVPolicyError, match="holds 624"):
+    with pytest.raises(KVPolicyError, match="holds only 624"):
         check_fits_alone(vllm_config, CONFIG, request(20, 605, kv_policy="full"))
 
 

@@ -177,7 +177,7 @@ def started(sim: Simulation) -> Simulation:
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"ordinal": 1}, "in 1 compactions by the scheduler"), ({"num_logical": 30}, "evicted 2 tokens")],
+    [({"ordinal": 1}, "tokens in 1 compactions, this worker"), ({"num_logical": 30}, "counts 2 evicted tokens")],
 )
 def test_a_wrong_order_is_refused(change, message):
     sim = started(Simulation("rkv"))
@@ -223,7 +223,7 @@ def test_check_integrity_finds_a_lost_prompt_token_and_window():
     entries = sim.worker.cache.sidecar
     held = sim.runtime.held(order)[0, 0].tolist()
     missing = next(p for p in range(8, 24) if p not in held)
-    for position, message in ((0, "protected prompt token"), (27, "observation window")):
+    for position, message in ((0, "protected prompt token"), (27, "token of the window")):
         slot = held.index(position)
         page = order.target_blocks[slot // 4]
         entries[0, page, 0, slot % 4] = missing
