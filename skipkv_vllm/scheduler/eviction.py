@@ -77,6 +77,7 @@ class EvictionController:
     Attributes:
         requests: the records by request id. Only this class adds and removes them; the block manager reads them.
         stats: counts for the metrics.
+        listeners: called in this order.
     """
 
     def __init__(
@@ -90,7 +91,7 @@ class EvictionController:
         self.requests = requests
         self.stats = stats
         self._blocks = blocks
-        self._listeners = listeners
+        self.listeners = listeners
         self._num_queries = config.num_queries
         self._accumulates = bool(config.needs & FROM_RECENT_QUERIES)
 
@@ -109,7 +110,7 @@ class EvictionController:
             request_id, resolved, demand, num_queries=self._num_queries, block_size=self._blocks.block_size
         )
         self.requests[request_id] = request
-        for listener in self._listeners:
+        for listener in self.listeners:
             listener.arrived(request, prompt)
 
     def preempted(self, request_id: str) -> None:
@@ -120,7 +121,7 @@ class EvictionController:
         """Remove a request that ended; return its `kv_transfer_params` with our report for the client."""
         self._blocks.forget(request_id)
         request = self.requests.pop(request_id)
-        for listener in self._listeners:
+        for listener in self.listeners:
             listener.finished(request, text)
         return client_report(params, request)
 
@@ -244,7 +245,7 @@ class EvictionController:
             accumulations = [order for order in accumulations if order.request_id not in preempted]
         requests = self.requests
         for order in compactions:
-            for listener in self._listeners:
+            for listener in self.listeners:
                 listener.compacted(requests[order.request_id], order)
         started, steered = self._start(first_scheduled)
         records_queries = self._accumulates or any(
@@ -262,7 +263,7 @@ class EvictionController:
                 order = Started(
                     request_id, resolved.policy.name, resolved.num_prompt, protected, protected, resolved.num_question
                 )
-                for listener in self._listeners:
+                for listener in self.listeners:
                     listener.started(request, order)
                 request.recomputes_sentences = False
                 started.append(order)
@@ -274,7 +275,7 @@ class EvictionController:
 
     def report(self, running: Iterable[RunningRequest]) -> dict[str, float]:
         """Return the counts since the last report, with the current gauges."""
-        for listener in self._listeners:
+        for listener in self.listeners:
             listener.before_report()
         num_logical = num_evicted = 0
         for request in running:
@@ -284,12 +285,12 @@ class EvictionController:
 
     def idle(self) -> None:
         """Tell the listeners that no request is left."""
-        for listener in self._listeners:
+        for listener in self.listeners:
             listener.idle()
 
     def close(self) -> None:
         """Tell the listeners that the scheduler shuts down."""
-        for listener in self._listeners:
+        for listener in self.listeners:
             listener.close()
 
     def check_bounds(self, running: Iterable[RunningRequest]) -> None:

@@ -60,35 +60,39 @@ class ClientReports(RequestListener):
 
 
 class TraceListener(RequestListener):
-    """Passes orders and finished texts to the collector of traces."""
+    """Passes orders and finished texts to the collector of traces.
+
+    Attributes:
+        collector: the collector.
+    """
 
     def __init__(self, collector: TraceCollector, stats: EvictionStats) -> None:
-        self._collector, self._stats = collector, stats
+        self.collector, self._stats = collector, stats
 
     def started(self, request: RequestRecord, order: Started) -> None:
         """Note a start."""
-        self._collector.sent([], [order])
+        self.collector.sent([], [order])
 
     def compacted(self, request: RequestRecord, order: Compaction) -> None:
         """Note a compaction."""
-        self._collector.sent([order], [])
+        self.collector.sent([order], [])
 
     def finished(self, request: RequestRecord, text: Text) -> None:
         """Have the trace written."""
-        self._collector.finish(request.request_id, list(text.prompt), list(text.output), steering_report(request))
+        self.collector.finish(request.request_id, list(text.prompt), list(text.output), steering_report(request))
 
     def before_report(self) -> None:
         """Count the traces that were dropped since the last report."""
-        self._stats.traces_dropped(self._collector.take_dropped())
+        self._stats.traces_dropped(self.collector.take_dropped())
 
     def idle(self) -> None:
         """Wait a moment for the last traces."""
-        self._collector.settle()
+        self.collector.settle()
 
     def close(self) -> None:
         """Write the last traces and remove what is left of others."""
         with auxiliary("finish the traces"):
-            self._collector.close()
+            self.collector.close()
 
 
 def steering_report(request: RequestRecord) -> dict[str, Any] | None:

@@ -6,7 +6,16 @@ settings. Model Runner V2 needs Triton's interpreter for the whole process, whic
 """
 
 from tests.engines.jobs import Job, Outcome, run, run_all, run_as_child, run_in_child, run_on
-from tests.engines.process import assert_pool_empty, engine, scheduler_of, shutdown, stock_engine, trace_folder, wake
+from tests.engines.process import (
+    assert_pool_empty,
+    collector_of,
+    engine,
+    scheduler_of,
+    shutdown,
+    stock_engine,
+    trace_folder,
+    wake,
+)
 from tests.engines.prompts import chat_prompt, demo_prompts, tokenizer
 from tests.engines.requests import Generation, Load, Sample, generate_staggered
 from tests.engines.settings import ENGINE_ARGUMENTS, MODEL, PAGE, POLICY_ARGUMENTS, PUBLISHED, REPOSITORY, RUNNERS
@@ -26,6 +35,7 @@ __all__ = [
     "Sample",
     "assert_pool_empty",
     "chat_prompt",
+    "collector_of",
     "demo_prompts",
     "engine",
     "generate_staggered",

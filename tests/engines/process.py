@@ -111,8 +111,8 @@ def scheduler_of(llm: vllm.LLM) -> Any:
 
 def collector_of(llm: vllm.LLM) -> TraceCollector:
     """Return what collects the traces of an engine that runs in this process."""
-    listeners = scheduler_of(llm).eviction._listeners
-    return next(each._collector for each in listeners if isinstance(each, TraceListener))
+    listeners = scheduler_of(llm).eviction.listeners
+    return next(each.collector for each in listeners if isinstance(each, TraceListener))
 
 
 def _abort_all(llm: vllm.LLM) -> None:
