@@ -20,16 +20,18 @@ GIB_PER_WORKER = 5
 FOLDERS = ("engine", "regression", "gpu", "unit")
 """Folders of `tests` by how long their files take."""
 LONGEST = (
-    "test_exactness.py",
-    "test_combinations.py",
-    "test_parallel.py",
-    "test_peer_bugs.py",
-    "test_load.py",
-    "test_gates.py",
-    "test_steering.py",
-    "test_server.py",
+    "engine/test_parallel.py",
+    "engine/test_exactness.py",
+    "regression/test_load.py",
+    "engine/test_gates.py",
+    "engine/test_steering.py",
+    "engine/test_combinations.py",
+    "engine/test_prompt_methods.py",
+    "engine/test_server.py",
+    "engine/test_patched_vllm.py",
+    "regression/test_peer_bugs.py",
 )
-"""Files that take minutes, longest first."""
+"""Files of `tests` that take a minute and more, longest first."""
 
 
 def set_environment() -> None:
@@ -60,7 +62,8 @@ def scheduler(config: pytest.Config, log: Any) -> Any:
 
 def order(item: pytest.Item) -> tuple[int, int]:
     """Return a sort key that puts long files first; tests of a file keep their order."""
-    _, folder, *_, file = item.nodeid.partition("::")[0].split("/")
+    file = item.nodeid.partition("::")[0].removeprefix("tests/")
+    folder = file.partition("/")[0]
     return (
         LONGEST.index(file) if file in LONGEST else len(LONGEST),
         FOLDERS.index(folder) if folder in FOLDERS else len(FOLDERS),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -30,10 +31,11 @@ def test_workers_follow_from_cores_memory_and_gpus(build, cores, gibibytes, foun
 
 
 def test_long_files_go_first_and_others_by_folder():
-    files = ["unit/core/test_a.py", "engine/test_b.py", *(f"engine/{name}" for name in reversed(workers.LONGEST))]
-    items = [SimpleNamespace(nodeid=f"tests/{file}::test") for file in files]
+    assert all((Path(workers.__file__).parent / file).is_file() for file in workers.LONGEST)
+    files = ["unit/core/test_a.py", "engine/test_b.py", *reversed(workers.LONGEST)]
+    items = [SimpleNamespace(nodeid=f"tests/{file}::test[a/b]") for file in files]
     found = [item.nodeid.removeprefix("tests/").partition("::")[0] for item in sorted(items, key=workers.order)]
-    assert found == [*(f"engine/{name}" for name in workers.LONGEST), "engine/test_b.py", "unit/core/test_a.py"]
+    assert found == [*workers.LONGEST, "engine/test_b.py", "unit/core/test_a.py"]
 
 
 def test_only_a_worker_runs_on_one_thread(monkeypatch):
