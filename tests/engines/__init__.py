@@ -5,7 +5,7 @@ settings. Model Runner V2 needs Triton's interpreter for the whole process, whic
 `run` gives V2 a process of its own. The environment is set in `conftest.py`.
 """
 
-from tests.engines.jobs import Job, Outcome, run, run_all, run_as_child, run_in_child, run_on
+from tests.engines.jobs import Job, Outcome, run, run_all, run_in_child, run_on, work
 from tests.engines.process import (
     assert_pool_empty,
     collector_of,
@@ -41,7 +41,6 @@ __all__ = [
     "generate_staggered",
     "run",
     "run_all",
-    "run_as_child",
     "run_in_child",
     "run_on",
     "scheduler_of",
@@ -50,4 +49,5 @@ __all__ = [
     "tokenizer",
     "trace_folder",
     "wake",
+    "work",
 ]

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import pickle
-import subprocess
-import sys
 import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -14,18 +12,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from skipkv_vllm.trace.files import Trace, trace_path
+from tests.engines import children
 from tests.engines.process import (
     assert_pool_empty,
     collector_of,
     engine,
     scheduler_of,
-    shutdown,
     stock_engine,
     trace_folder,
     wake,
 )
 from tests.engines.requests import Load, Sample, generate_staggered
-from tests.engines.settings import REPOSITORY
 
 if TYPE_CHECKING:
     import vllm
@@ -135,23 +132,24 @@ def run_in_child(
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "job")
         path.write_bytes(pickle.dumps(jobs))
-        code = f"from tests import engines; engines.run_as_child({str(path)!r}, {interpreted}, {triton_attention})"
-        variables = os.environ | dict(environment or {})
-        subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=True, env=variables)
+        children.run_file(path, os.environ | dict(environment or {}), interpreted, triton_attention)
         return pickle.loads(path.with_suffix(".outcome").read_bytes())
 
 
-def run_as_child(path: str, interpreted: bool, triton_attention: bool) -> None:
-    """Run the jobs in a file, see `run_in_child`, and write the outcomes next to it."""
+def work(answer: int, interpreted: bool, triton_attention: bool) -> None:
+    """Run job files as a child, see `children`, and write the outcomes of each next to it."""
     if interpreted:
         from tests import triton_cpu
 
         triton_cpu.enable()
         if triton_attention:
             triton_cpu.use_triton_attention()
-    outcomes = [_run_here(job) for job in pickle.loads(Path(path).read_bytes())]
-    Path(path).with_suffix(".outcome").write_bytes(pickle.dumps(outcomes))
-    shutdown()
+
+    def run_file(path: Path) -> None:
+        outcomes = [_run_here(job) for job in pickle.loads(path.read_bytes())]
+        path.with_suffix(".outcome").write_bytes(pickle.dumps(outcomes))
+
+    children.serve(answer, run_file)
 
 
 def _run_here(job: Job) -> Outcome:

@@ -1,0 +1,94 @@
+"""Child processes that run jobs: with other variables, or on Model Runner V2 in Triton's interpreter."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from tests.engines.process import shutdown
+from tests.engines.settings import REPOSITORY
+
+PASSING = {"PYTEST_CURRENT_TEST", "LOCAL_WORLD_SIZE", "VLLM_DIST_IDENT"}
+"""Variables of this test and of this process's engine, which mean nothing to a child."""
+
+
+class Child:
+    """A process that runs job files until it is stopped, and keeps its engine from one to the next.
+
+    Args:
+        variables: its environment.
+        interpreted, triton_attention: see `run_in_child`.
+    """
+
+    def __init__(self, variables: Mapping[str, str], interpreted: bool, triton_attention: bool) -> None:
+        self.settings = (variables, interpreted, triton_attention)
+        answers, answer = os.pipe()
+        code = f"from tests import engines; engines.work({answer}, {interpreted}, {triton_attention})"
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", code],
+            cwd=REPOSITORY,
+            env=dict(variables),
+            stdin=subprocess.PIPE,
+            pass_fds=[answer],
+        )
+        os.close(answer)
+        self._answers = open(answers, "rb", buffering=0)  # noqa: SIM115
+        atexit.register(self.stop)
+
+    def run(self, path: Path) -> None:
+        """Run the jobs in a file.
+
+        Raises:
+            subprocess.CalledProcessError: the process ended; its traceback is on stderr.
+        """
+        assert self._process.stdin is not None
+        self._process.stdin.write(f"{path}\n".encode())
+        self._process.stdin.flush()
+        if not self._answers.read(1):
+            raise subprocess.CalledProcessError(self._process.wait(), self._process.args)
+
+    def is_alive(self) -> bool:
+        return self._process.poll() is None
+
+    def stop(self) -> None:
+        """End the process after its job."""
+        atexit.unregister(self.stop)
+        self._process.communicate()
+        self._answers.close()
+
+
+_kept: Child | None = None
+
+
+def run_file(path: Path, variables: Mapping[str, str], interpreted: bool, triton_attention: bool) -> None:
+    """Run the jobs in a file in a child; an interpreting one, which takes long to start, stays for the next file."""
+    global _kept
+    settings = ({k: v for k, v in variables.items() if k not in PASSING}, interpreted, triton_attention)
+    if _kept is None or _kept.settings != settings or not _kept.is_alive():
+        stop()
+        _kept = Child(*settings)
+    try:
+        _kept.run(path)
+    finally:
+        if not interpreted:  # the next engine may need its GPU
+            stop()
+
+
+def stop() -> None:
+    """Stop the child that was kept, if any."""
+    global _kept
+    if _kept is not None:
+        kept, _kept = _kept, None
+        kept.stop()
+
+
+def serve(answer: int, run: Callable[[Path], None]) -> None:
+    """Run the files whose paths are read from stdin, and acknowledge each."""
+    for line in sys.stdin:
+        run(Path(line.rstrip("\n")))
+        os.write(answer, b"\n")
+    shutdown()
