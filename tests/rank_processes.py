@@ -2,6 +2,7 @@
 
 vLLM spawns a fresh process per rank on CPUs. Here Python's fork server imports vLLM once, and each rank is a fork of it
 with the environment that a fresh process would have had. It loads plugins, this package's too, by itself as always.
+Ranks talk through sockets instead of shared memory.
 """
 
 from __future__ import annotations
@@ -39,6 +40,10 @@ def run(environment: Mapping[str, str], target: Callable[..., None], kwargs: dic
     """Run a rank in its process."""
     os.environ.clear()
     os.environ.update(environment)
+    from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator
+
+    # In shared memory ranks wait for each other without giving up their cores, which others need.
+    CpuCommunicator._all_group_ranks_share_shm_group_name = lambda _: False
     target(**kwargs)
 
 

@@ -12,26 +12,25 @@ from pathlib import Path
 from tests.engines.process import shutdown
 from tests.engines.settings import REPOSITORY
 
-PASSING = {"PYTEST_CURRENT_TEST", "LOCAL_WORLD_SIZE", "VLLM_DIST_IDENT"}
-"""Variables of this test and of this process's engine, which mean nothing to a child."""
+FROM_TESTS = ("OMP_NUM_THREADS", "PYTHONPATH", "TORCHDYNAMO_DISABLE", "VLLM_CPU_OMP_THREADS_BIND")
+"""Variables of this process that tests set for children; vLLM changes others whenever an engine starts."""
 
 
 class Child:
     """A process that runs job files until it is stopped, and keeps its engine from one to the next.
 
     Args:
-        variables: its environment.
+        variables: to change in its environment.
         interpreted, triton_attention: see `run_in_child`.
     """
 
     def __init__(self, variables: Mapping[str, str], interpreted: bool, triton_attention: bool) -> None:
-        self.settings = (variables, interpreted, triton_attention)
         answers, answer = os.pipe()
         code = f"from tests import engines; engines.work({answer}, {interpreted}, {triton_attention})"
         self._process = subprocess.Popen(
             [sys.executable, "-c", code],
             cwd=REPOSITORY,
-            env=dict(variables),
+            env=os.environ | dict(variables),
             stdin=subprocess.PIPE,
             pass_fds=[answer],
         )
@@ -61,18 +60,18 @@ class Child:
         self._answers.close()
 
 
-_kept: Child | None = None
+_kept: tuple[tuple, Child] | None = None
 
 
 def run_file(path: Path, variables: Mapping[str, str], interpreted: bool, triton_attention: bool) -> None:
     """Run the jobs in a file in a child; an interpreting one, which takes long to start, stays for the next file."""
     global _kept
-    settings = ({k: v for k, v in variables.items() if k not in PASSING}, interpreted, triton_attention)
-    if _kept is None or _kept.settings != settings or not _kept.is_alive():
+    key = (variables, interpreted, triton_attention, [os.environ.get(name) for name in FROM_TESTS])
+    if _kept is None or _kept[0] != key or not _kept[1].is_alive():
         stop()
-        _kept = Child(*settings)
+        _kept = (key, Child(variables, interpreted, triton_attention))
     try:
-        _kept.run(path)
+        _kept[1].run(path)
     finally:
         if not interpreted:  # the next engine may need its GPU
             stop()
@@ -82,8 +81,8 @@ def stop() -> None:
     """Stop the child that was kept, if any."""
     global _kept
     if _kept is not None:
-        kept, _kept = _kept, None
-        kept.stop()
+        (_, child), _kept = _kept, None
+        child.stop()
 
 
 def serve(answer: int, run: Callable[[Path], None]) -> None:

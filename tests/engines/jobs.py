@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import pickle
 import tempfile
 from collections import Counter
@@ -132,7 +131,7 @@ def run_in_child(
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "job")
         path.write_bytes(pickle.dumps(jobs))
-        children.run_file(path, os.environ | dict(environment or {}), interpreted, triton_attention)
+        children.run_file(path, dict(environment or {}), interpreted, triton_attention)
         return pickle.loads(path.with_suffix(".outcome").read_bytes())
 
 
