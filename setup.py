@@ -29,7 +29,13 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # 2.10
-PER_ISA = ("attention.cpp", "kernels.cpp", "score.cpp", "similar.cpp", "token_vectors.cpp")
+PER_ISA = (
+    "kernels.cpp",
+    "measure_attention_row.cpp",
+    "score_tokens_row.cpp",
+    "sentence_similarity_rows.cpp",
+    "token_vectors.cpp",
+)
 """Sources that are compiled once per instruction set."""
 UNFUSED = ("token_vectors.cpp",)
 """Those of them without fused multiply-adds: they round as PyTorch does."""

@@ -7,15 +7,15 @@
 namespace skipkv {
 namespace SKIPKV_ISA {
 
-// score.cpp
+// score_tokens_row.cpp
 size_t score_scratch(int64_t length, int64_t dim, int64_t window, int64_t group);
 void score(const ScoreRow& row, void* scratch);
-// attention.cpp
+// measure_attention_row.cpp
 size_t attention_scratch(int64_t length, int64_t dim);
 void attention(const AttentionRow& row, void* scratch);
 size_t cosines_scratch(int64_t length, int64_t dim);
 void cosines(const HeldRow& row, float* cosines, void* scratch);
-// similar.cpp
+// sentence_similarity_rows.cpp
 int64_t similar_scratch(int64_t width);
 void similar(const SentenceRange& all, int64_t begin, int64_t end, float* scratch);
 // token_vectors.cpp

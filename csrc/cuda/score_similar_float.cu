@@ -33,7 +33,7 @@ __device__ void load(const Scoring& s, const float* pages, int depth, Tile& tile
   }
 }
 
-// Like `find_similar` in similar.cu, with 16 x 16 threads; thread (x, y) has ranks 4 * y + i and columns x + 16 * j.
+// Like `find_similar` in score_similar.cu, with 16 x 16 threads; thread (x, y) has ranks 4 * y + i and columns x + 16 * j.
 __global__ void __launch_bounds__(kThreads) find_similar_float(Scoring s) {
   __shared__ Tile own, other;
   const int64_t blocks = s.blocks(kTile);
