@@ -51,12 +51,12 @@ def check_pool(vllm_config: VllmConfig, available: int, get_needed_memory: Calla
         get_needed_memory: vLLM's estimate of the bytes that a request of `max_model_len` tokens takes.
 
     Returns:
-        False on engines without a policy; vLLM's own check decides there.
+        False on engines that evict nothing; vLLM's own check decides there.
 
     Raises:
         KVPolicyError: naming the bound, its memory and the remedies.
     """
-    if not has_policy(vllm_config):
+    if not has_policy(vllm_config) or not policy_config(vllm_config).evicts:
         return False
     config, model = policy_config(vllm_config), vllm_config.model_config
     limits = Limits(config.kv_budget, config.kv_buffer, config.kv_window, 0)
@@ -135,7 +135,9 @@ def _excess_of_full(most: int, num_prompt: int, max_tokens: int | None, room: in
     if num_prompt < room:
         remedy, field = f"set max_tokens to at most {room - num_prompt}", "max_tokens"
     cause = f"kv_policy='full' keeps all tokens: prompt of {num_prompt} + max_tokens={max_tokens}"
-    return Excess(most, cause, f"{remedy}, or use kv_policy={policy!r}", field)
+    # A server that only steers has no other method.
+    alternative = "" if policy == "full" else f", or use kv_policy={policy!r}"
+    return Excess(most, cause, remedy + alternative, field)
 
 
 def _excess_of(limits: Limits, most: int, num_prompt: int, room: int, *, lookahead_only: bool) -> Excess:

@@ -240,8 +240,9 @@ def test_a_short_longest_sequence_needs_no_more_than_that(vllm_config):
     check_pool(vllm_config, 4)
 
 
-def test_without_a_policy_vllm_decides_as_always(vllm_config):
-    vllm_config.additional_config = {}
+@pytest.mark.parametrize("config", [None, {"kv_steering_vectors": {"math": "/math.safetensors"}}])
+def test_where_nothing_is_evicted_vllm_decides_as_always(vllm_config, config):
+    vllm_config.additional_config = {} if config is None else {CONFIG_KEY: KVPolicyConfig(**config).model_dump()}
     with pytest.raises(ValueError, match="max seq len"):
         check_pool(vllm_config, 127)
     check_pool(vllm_config, 128)
@@ -288,6 +289,12 @@ def test_a_request_that_could_outgrow_the_pool_is_refused_with_the_remedy(vllm_c
     with pytest.raises(KVPolicyError, match=message) as refused:
         check_fits_alone(vllm_config, CONFIG, bad)
     assert "KV cache holds only 624" in str(refused.value)
+
+
+def test_a_server_that_only_steers_names_no_other_method(vllm_config):
+    config = KVPolicyConfig(kv_steering_vectors={"math": "/math.safetensors"})
+    with pytest.raises(KVPolicyError, match=r"; shorten the prompt$"):
+        check_fits_alone(vllm_config, config, request(700, 1))
 
 
 def test_a_deferred_prompt_counts_whole(vllm_config):
