@@ -35,7 +35,7 @@ class Arm:
     compactions: int
     evicted: int
     freed: int
-    peak_pages: int
+    peak_blocks: int
 
 
 def server_arguments(budget: int, buffer: int) -> list[str]:
@@ -84,7 +84,7 @@ def run_arm(client: OpenAI, url: str, tasks: list[Problem], prompts: list[list[i
         compactions=counted("skipkv_compactions_total"),
         evicted=counted("skipkv_evicted_tokens_total"),
         freed=counted("skipkv_freed_pages_total"),
-        peak_pages=int(after["skipkv_peak_pages"]),
+        peak_blocks=int(after["skipkv_peak_pages"]),
     )
 
 
@@ -96,8 +96,8 @@ def table(full: Arm, skipkv: Arm, prompts: int) -> str:
         ("tokens generated", f"{full.tokens:,}", f"{skipkv.tokens:,}"),
         ("compactions", f"{full.compactions:,}", f"{skipkv.compactions:,}"),
         ("evicted tokens", f"{full.evicted:,}", f"{skipkv.evicted:,}"),
-        ("pages given back early", f"{full.freed:,}", f"{skipkv.freed:,}"),
-        ("pages held at peak", f"{full.peak_pages:,}", f"{skipkv.peak_pages:,}"),
+        ("blocks given back early", f"{full.freed:,}", f"{skipkv.freed:,}"),
+        ("blocks held at peak", f"{full.peak_blocks:,}", f"{skipkv.peak_blocks:,}"),
         ("seconds", f"{full.seconds:.1f}", f"{skipkv.seconds:.1f}"),
     ]
     lines = [f"{'':24}{'full KV':>12}{'skipkv':>12}", "-" * 48]
@@ -139,7 +139,7 @@ def main() -> int:
     if skipkv.compactions == 0 or full.compactions > 0:
         print("error: skipkv must compact and full KV must not", file=sys.stderr)
         return 1
-    print(f"\nPages held at peak: {skipkv.peak_pages / full.peak_pages:.0%} of full KV.")
+    print(f"\nBlocks held at peak: {skipkv.peak_blocks / full.peak_blocks:.0%} of full KV.")
     return 0
 
 

@@ -43,7 +43,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture(scope="session")
 def references() -> ReferenceCache:
     """Results of the oracle, computed once per session."""
-    from tests.engines import MODEL
+    from tests.harness import MODEL
     from tests.reference.model import Model
     from tests.reference.references import ReferenceCache
 
@@ -53,20 +53,20 @@ def references() -> ReferenceCache:
 @pytest.fixture
 def one_thread_a_worker() -> Iterator[None]:
     """Let the workers of an engine share the cores of a small machine: one thread each."""
-    from tests import engines
+    from tests import harness
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
         patch.setenv("OMP_NUM_THREADS", "1")
         # Ray's actors and spawned workers import the tests' own classes.
-        patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(engines.REPOSITORY), os.getenv("PYTHONPATH")])))
+        patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(harness.REPOSITORY), os.getenv("PYTHONPATH")])))
         yield
-        engines.shutdown()
+        harness.shutdown()
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _stop_engine() -> Iterator[None]:
     """Stop the last engine."""
     yield
-    if "tests.engines" in sys.modules:
-        sys.modules["tests.engines"].shutdown()
+    if "tests.harness" in sys.modules:
+        sys.modules["tests.harness"].shutdown()

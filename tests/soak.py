@@ -19,7 +19,7 @@ from skipkv_vllm import bundled_gates, bundled_vector
 from skipkv_vllm.config import KVPolicyConfig, RequestOptions
 from skipkv_vllm.core.errors import KVPolicyError
 from skipkv_vllm.policies import policy_names
-from tests import conftest, engines  # noqa: F401  conftest sets the environment of engines in this process
+from tests import conftest, harness  # noqa: F401  conftest sets the environment of engines in this process
 
 if TYPE_CHECKING:
     import vllm
@@ -126,9 +126,9 @@ class Soak:
 
     def __post_init__(self) -> None:
         self._chance = random.Random(self.seed)
-        self._config: KVPolicyConfig = engines.scheduler_of(self.llm).kv_policy
+        self._config: KVPolicyConfig = harness.scheduler_of(self.llm).kv_policy
         self._policies = ["skipkv", "skipkv"] + [name for name in policy_names() if serves(self._config, name)]
-        self._texts = engines.demo_prompts(12) + engines.demo_prompts(4, at_least=100)
+        self._texts = harness.demo_prompts(12) + harness.demo_prompts(4, at_least=100)
         self._answered: list[tuple[Wanted, list[int]]] = []
         self._first: dict[str, list[int]] = {}
 
@@ -179,7 +179,7 @@ class Soak:
         return self.llm.llm_engine.add_request(name, {"prompt_token_ids": wanted.prompt}, params)
 
     def _send(self, num_requests: int) -> None:
-        engine, scheduler, report = self.llm.llm_engine, engines.scheduler_of(self.llm), self.report
+        engine, scheduler, report = self.llm.llm_engine, harness.scheduler_of(self.llm), self.report
         running: dict[str, tuple[str, Wanted, int]] = {}
         preemptions: Counter[str] = Counter()
         while report.requests < num_requests or running:
@@ -254,7 +254,7 @@ def runtime_of(llm: vllm.LLM) -> Any:
 
 def num_compactions(llm: vllm.LLM) -> int:
     """Return the number of compactions, which the worker and the scheduler must agree on."""
-    scheduler, runtime = engines.scheduler_of(llm), runtime_of(llm)
+    scheduler, runtime = harness.scheduler_of(llm), runtime_of(llm)
     assert scheduler.eviction.stats._counts.get("compactions", 0) == runtime.num_compactions
     return runtime.num_compactions
 
@@ -268,8 +268,8 @@ def drain(llm: vllm.LLM) -> None:
 
 def check_nothing_left(llm: vllm.LLM) -> None:
     """Check that every block is free and that neither scheduler nor worker remembers a request."""
-    engines.assert_pool_empty(llm)
-    scheduler, runtime = engines.scheduler_of(llm), runtime_of(llm)
+    harness.assert_pool_empty(llm)
+    scheduler, runtime = harness.scheduler_of(llm), runtime_of(llm)
     scheduler.check_integrity()
     manager, runner = scheduler.block_manager, llm.llm_engine.engine_core.engine_core.model_executor
     runner = runner.driver_worker.worker.model_runner
@@ -298,10 +298,10 @@ def main() -> None:
     arguments = parser.parse_args()
     share = -(-arguments.requests // len(ENGINES))
     for kind, settings in ENGINES.items():
-        llm = engines.engine(**settings)
+        llm = harness.engine(**settings)
         report = Soak(llm, arguments.seed, repeats=24).run(share)
         print(kind, ", ".join(f"{name} {value}" for name, value in asdict(report).items()), flush=True)
-    engines.shutdown()
+    harness.shutdown()
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Workers of pytest-xdist: how many there are, which tests stay together, and in which order they are handed out.
 
-An engine takes seconds to start and `tests/engines` keeps one for each process, so the tests of a file stay in one
+An engine takes seconds to start and `tests/harness` keeps one for each process, so the tests of a file stay in one
 worker. Long files go first, so that all workers end at about the same time.
 """
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from benchmarks.accuracy.bundled import TINY_ENGINE
 from benchmarks.accuracy.run import load
 from benchmarks.accuracy.samples import read_samples
-from tests.engines import MODEL, REPOSITORY
+from tests.harness import MODEL, REPOSITORY
 
 ANSWERS = 2 * (1 + 2) + 1 + 2
 

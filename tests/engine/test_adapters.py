@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from vllm.lora.request import LoRARequest
 
-from tests import engines
-from tests.engines import MODEL, PAGE, Job
+from tests import harness
+from tests.harness import MODEL, PAGE, Job
 from tests.reference.comparison import another_question, check
 from tests.reference.model import Model
 from tests.reference.references import ReferenceCache
@@ -61,7 +61,7 @@ def make_adapter(folder: Path, seed: int) -> Model:
 def test_requests_with_adapters(references: ReferenceCache, tmp_path: Path) -> None:
     merged = [make_adapter(tmp_path / str(seed), seed) for seed in range(2)]
     adapters = [LoRARequest(str(seed), seed + 1, str(tmp_path / str(seed))) for seed in range(2)]
-    first, second = engines.demo_prompts(2, at_least=150)
+    first, second = harness.demo_prompts(2, at_least=150)
     prompts, chosen = [first, second, another_question(first), another_question(second)], [0, 1, 1, 1]
     job = Job(
         prompts,
@@ -79,7 +79,7 @@ def test_requests_with_adapters(references: ReferenceCache, tmp_path: Path) -> N
         adapters={number: adapters[i] for number, i in enumerate(chosen)},
     )
 
-    outcome = engines.run(job)
+    outcome = harness.run(job)
 
     own = [ReferenceCache(model) for model in merged]
     by_prompt = {tuple(prompt): own[i] for prompt, i in zip(prompts, chosen, strict=True)}
@@ -93,4 +93,4 @@ def test_requests_with_adapters(references: ReferenceCache, tmp_path: Path) -> N
 
     # Alone: on CPUs, vLLM 0.32 computes requests without an adapter wrongly beside others with one.
     alone = dataclasses.replace(job, prompts=[first], policies=["skipkv"], adapters={})
-    check(alone, engines.run(alone), references, min_compactions=2)
+    check(alone, harness.run(alone), references, min_compactions=2)

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests import engines
-from tests.engines import PAGE, Job
+from tests import harness
+from tests.harness import PAGE, Job
 from tests.reference.comparison import UNPROTECTED, another_question, check
 
 if TYPE_CHECKING:
@@ -25,8 +25,8 @@ COMBINATIONS = list(itertools.product([True, False], [True, False]))
 
 def job(has_prefix_cache: bool, is_chunked: bool, is_async: bool) -> Job:
     """The same requests for every combination."""
-    (long,) = engines.demo_prompts(1, at_least=100)
-    short = engines.demo_prompts(3)
+    (long,) = harness.demo_prompts(1, at_least=100)
+    short = harness.demo_prompts(3)
     arguments = UNPROTECTED | {
         "kv_admission": "optimistic",
         "num_gpu_blocks_override": 12,
@@ -52,7 +52,7 @@ def job(has_prefix_cache: bool, is_chunked: bool, is_async: bool) -> Job:
 def test_every_combination_equals_the_reference(runner: str, is_async: bool, references: ReferenceCache) -> None:
     jobs = [job(*combination, is_async) for combination in COMBINATIONS]
 
-    outcomes = engines.run_all(jobs, runner)
+    outcomes = harness.run_all(jobs, runner)
 
     for (has_prefix_cache, is_chunked), one, outcome in zip(COMBINATIONS, jobs, outcomes, strict=True):
         print(f"prefix caching {has_prefix_cache}, chunked prefill {is_chunked}:")
@@ -66,16 +66,16 @@ def test_a_compaction_that_finds_no_page_for_a_shared_one_preempts(
     references: ReferenceCache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A request must not wait for a block: it would grow meanwhile, and other tokens would be evicted."""
-    (long,) = engines.demo_prompts(1, at_least=150)
-    prompts, budgets = [*engines.demo_prompts(1), long, another_question(long)], [None, 160, 160]
+    (long,) = harness.demo_prompts(1, at_least=150)
+    prompts, budgets = [*harness.demo_prompts(1), long, another_question(long)], [None, 160, 160]
     arguments = job(True, True, False).arguments
     shared = Job(prompts, ["full", "rkv", "streaming_llm"], 60, every=3, arguments=arguments, budgets=budgets)
-    llm = engines.engine(**arguments)
-    manager, refused = engines.scheduler_of(llm).block_manager, []
+    llm = harness.engine(**arguments)
+    manager, refused = harness.scheduler_of(llm).block_manager, []
     compact = manager.compact
     monkeypatch.setattr(manager, "compact", lambda name, plan: compact(name, plan) or refused.append(name))
 
-    outcome = engines.run_on(llm, shared)
+    outcome = harness.run_on(llm, shared)
 
     assert outcome.num_cached[2] >= 4 * PAGE
     assert refused

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests import engines
-from tests.engines import PAGE, Job, Outcome
+from tests import harness
+from tests.harness import PAGE, Job, Outcome
 from tests.reference.comparison import UNPROTECTED, another_question, check
 from tests.reference.request import generate
 from tests.reference.settings import Settings
@@ -32,14 +32,14 @@ def granularity(request: pytest.FixtureRequest) -> str:
 
 def long_prompt() -> list[int]:
     """A prompt longer than the budget."""
-    (prompt,) = engines.demo_prompts(1, at_least=BUDGET + 1)
+    (prompt,) = harness.demo_prompts(1, at_least=BUDGET + 1)
     return prompt
 
 
 @pytest.mark.parametrize("runner", ["v1", "v2"])
 def test_engine_equals_reference(runner: str, granularity: str, references: ReferenceCache) -> None:
-    first, *longer = engines.demo_prompts(3, at_least=LONG)
-    prompts = [first, *longer, *engines.demo_prompts(3), long_prompt(), another_question(first)]
+    first, *longer = harness.demo_prompts(3, at_least=LONG)
+    prompts = [first, *longer, *harness.demo_prompts(3), long_prompt(), another_question(first)]
     if runner == "v1":
         # Twice as many requests as can run at once: the later ones wait.
         pairs = [(prompt, method) for prompt in prompts for method in METHODS]
@@ -51,7 +51,7 @@ def test_engine_equals_reference(runner: str, granularity: str, references: Refe
         policies = ["skipkv", "rkv", "h2o", "streaming_llm", "skipkv", "snapkv", "random", "skipkv"]
     job = Job(job_prompts, policies, NUM_NEW, every=7, arguments={"kv_granularity": granularity})
 
-    outcome = engines.run(job, runner)
+    outcome = harness.run(job, runner)
 
     assert outcome.is_v2 == (runner == "v2")
     assert outcome.num_cached[-1] >= 4 * PAGE, "the prefix cache was not hit"
@@ -64,11 +64,11 @@ def test_engine_equals_reference(runner: str, granularity: str, references: Refe
 
 def test_triton_attention_and_pages_of_gpus_equal_the_reference(references: ReferenceCache) -> None:
     """vLLM's Triton attention and the page layout of GPUs, in the slow interpreter."""
-    (prompt,) = engines.demo_prompts(1, at_least=LONG)
+    (prompt,) = harness.demo_prompts(1, at_least=LONG)
     arguments = {"kv_granularity": "head", "kv_budget": 160, "kv_buffer": 8}
     job = Job([prompt, another_question(prompt)], ["skipkv", "h2o"], 27, every=3, arguments=arguments)
 
-    (outcome,) = engines.run_in_child([job], interpreted=True, triton_attention=True)
+    (outcome,) = harness.run_in_child([job], interpreted=True, triton_attention=True)
 
     assert (outcome.is_v2, outcome.attention) == (True, "TritonAttentionImpl")
     assert outcome.num_cached[1] >= 4 * PAGE
@@ -76,12 +76,12 @@ def test_triton_attention_and_pages_of_gpus_equal_the_reference(references: Refe
 
 
 def test_the_rule_of_the_paper(granularity: str, references: ReferenceCache) -> None:
-    prompts = engines.demo_prompts(3, at_least=LONG)
+    prompts = harness.demo_prompts(3, at_least=LONG)
     # Repeats of a sentence in the bundled model's thoughts have a cosine of 0.74 to 0.87.
     parameters = {"compat": "paper", "similarity_threshold": 0.85}
     arguments = {"kv_granularity": granularity, "kv_policy_config": parameters}
     job = Job(prompts, ["skipkv", "skipkv", "rkv"], NUM_NEW, every=7, arguments=arguments)
-    outcome = engines.run(job)
+    outcome = harness.run(job)
     assert all(len(trace.similar_pairs) > 0 for trace in outcome.traces[:2]), (
         "the texts repeat no sentence, so skipkv keeps what rkv keeps"
     )
@@ -90,14 +90,14 @@ def test_the_rule_of_the_paper(granularity: str, references: ReferenceCache) -> 
 
 def test_methods_of_the_literature(references: ReferenceCache) -> None:
     """Run all of them together, each with its own prompt; `check` counts their blocks."""
-    prompts = engines.demo_prompts(len(engines.PUBLISHED), at_least=LONG)
-    job = Job(prompts, list(engines.PUBLISHED), 250, every=3, arguments={"kv_granularity": "head"})
-    check(job, engines.run(job), references, min_compactions=2)
+    prompts = harness.demo_prompts(len(harness.PUBLISHED), at_least=LONG)
+    job = Job(prompts, list(harness.PUBLISHED), 250, every=3, arguments={"kv_granularity": "head"})
+    check(job, harness.run(job), references, min_compactions=2)
 
 
 def segment_job(**arguments: Any) -> Job:
     """Requests whose segments shrink, beside a request of another method."""
-    prompts = engines.demo_prompts(3, at_least=LONG)
+    prompts = harness.demo_prompts(3, at_least=LONG)
     parameters = {"segment": 32, "transition_above": 0.56, "execution_below": 0.54, "layers": "1,3"}
     arguments |= {"kv_policy": "thinkv", "kv_policy_config": parameters, "kv_request_policies": ["rkv"]}
     methods = ["thinkv", "thinkv", "rkv", "thinkv"]
@@ -114,7 +114,7 @@ def check_segments(job: Job, outcome: Outcome, references: ReferenceCache) -> No
 
 def test_segments(references: ReferenceCache) -> None:
     job = segment_job()
-    outcome = engines.run(job)
+    outcome = harness.run(job)
     assert outcome.num_cached[-1] >= 4 * PAGE, "the last prompt was not found in the prefix cache"
     check_segments(job, outcome, references)
 
@@ -122,7 +122,7 @@ def test_segments(references: ReferenceCache) -> None:
 def test_segments_of_unprotected_prompts(references: ReferenceCache) -> None:
     """Segments begin with the prompt, which is computed segment by segment, its cached part too."""
     job = segment_job(**UNPROTECTED)
-    outcome = engines.run(job)
+    outcome = harness.run(job)
     assert outcome.num_cached == [0, 0, outcome.num_cached[2], 0]
     results = check(job, outcome, references, min_compactions=3)
     assert len(results[0].sparsities) == (len(job.prompts[0]) + job.num_new - 1) // 32
@@ -130,7 +130,7 @@ def test_segments_of_unprotected_prompts(references: ReferenceCache) -> None:
 
 def test_shared_pages_are_not_overwritten(granularity: str, references: ReferenceCache) -> None:
     """The second request shares blocks of the first one's output, and the first one then compacts them."""
-    (first,) = engines.demo_prompts(1, at_least=LONG)
+    (first,) = harness.demo_prompts(1, at_least=LONG)
     # Shortly before the first compaction, which comes at budget + buffer tokens.
     num_copied = BUDGET + BUFFER - len(first) - 8
     unlimited = Settings("rkv", granularity, 2048, 64)
@@ -144,7 +144,7 @@ def test_shared_pages_are_not_overwritten(granularity: str, references: Referenc
         arguments={"kv_granularity": granularity},
     )
 
-    outcome = engines.run(job)
+    outcome = harness.run(job)
 
     assert outcome.num_cached[1] > len(first), "no block of output was shared"
     assert outcome.traces[0].logical_length[0] > len(first + text), "compacted before the blocks were shared"
@@ -152,7 +152,7 @@ def test_shared_pages_are_not_overwritten(granularity: str, references: Referenc
 
 
 def test_abort(granularity: str, references: ReferenceCache) -> None:
-    prompts = engines.demo_prompts(6, at_least=LONG)
+    prompts = harness.demo_prompts(6, at_least=LONG)
     policies = list(METHODS) * 2
     # Abort one request within its prompt, one before its first compaction and one after several.
     job = Job(
@@ -164,7 +164,7 @@ def test_abort(granularity: str, references: ReferenceCache) -> None:
         abort_at={1: 4, 3: 60, 4: 280},
     )
 
-    outcome = engines.run(job)
+    outcome = harness.run(job)
 
     assert outcome.tokens[1] == []
     assert 0 < len(outcome.tokens[3]) < len(outcome.tokens[4]) < job.num_new
@@ -185,10 +185,10 @@ def test_unprotected_prompt(granularity: str, references: ReferenceCache) -> Non
     """A prompt longer than budget + buffer is compacted while it is computed; the cache never holds all of it."""
     # The model writes one delimiter at a time; a prompt can hold several in a row.
     delimiters = references.model.delimiters
-    newline = min(i for i in delimiters if engines.tokenizer().decode([i]) == "\n")
+    newline = min(i for i in delimiters if harness.tokenizer().decode([i]) == "\n")
     prompts = [
         [token for t in prompt for token in ([t, newline] if t in delimiters else [t])]
-        for prompt in engines.demo_prompts(6, at_least=LONG)
+        for prompt in harness.demo_prompts(6, at_least=LONG)
     ]
     job = Job(
         prompts,
@@ -198,7 +198,7 @@ def test_unprotected_prompt(granularity: str, references: ReferenceCache) -> Non
         arguments={"kv_granularity": granularity} | UNPROTECTED,
     )
 
-    outcome = engines.run(job)
+    outcome = harness.run(job)
 
     # Cached tokens have no hidden states, so a cache hit would change the sentences.
     assert outcome.num_cached == [0] * len(prompts)
@@ -211,13 +211,13 @@ def test_unprotected_prompt(granularity: str, references: ReferenceCache) -> Non
 
 def test_unprotected_shared_prompt(references: ReferenceCache) -> None:
     """Two requests share the blocks of a prompt, and both compact them."""
-    (first,) = engines.demo_prompts(1, at_least=LONG)
+    (first,) = harness.demo_prompts(1, at_least=LONG)
     # The others arrive after a chunk or two of the first; it and the second one share blocks when they are compacted.
     prompts = [first, another_question(first), another_question(first)]
     methods, budgets = ["rkv", "streaming_llm", "skipkv"], [160, 160, 160]
     job = Job(prompts, methods, 150, every=1, arguments=UNPROTECTED, budgets=budgets)
 
-    outcome = engines.run(job)
+    outcome = harness.run(job)
 
     assert outcome.num_cached[1] >= 3 * PAGE
     # Sentences of cached tokens cannot be compared, so the third request computes them again, which is counted.
@@ -228,11 +228,11 @@ def test_unprotected_shared_prompt(references: ReferenceCache) -> None:
 
 def test_long_unprotected_prompt(granularity: str, references: ReferenceCache) -> None:
     """A prompt of several bounds never takes more blocks than one bound, and neither does its neighbour."""
-    prompts = engines.demo_prompts(2, at_least=600)
+    prompts = harness.demo_prompts(2, at_least=600)
     arguments = {"kv_granularity": granularity} | UNPROTECTED
     job = Job(prompts, ["skipkv", "h2o"], 40, every=3, arguments=arguments)
 
-    outcome = engines.run(job)
+    outcome = harness.run(job)
 
     bound = UNPROTECTED["kv_budget"] + UNPROTECTED["kv_buffer"]
     assert max(load.num_pages for load in outcome.load) <= 2 * bound // PAGE
@@ -244,11 +244,11 @@ def test_long_unprotected_prompt(granularity: str, references: ReferenceCache) -
 
 def test_deferred_prompt(references: ReferenceCache) -> None:
     """A long prompt stays whole until its window is written, because the window's queries choose its survivors."""
-    prompts = engines.demo_prompts(4, at_least=LONG)
+    prompts = harness.demo_prompts(4, at_least=LONG)
     job = Job(
         prompts, ["rkv", "skipkv", "snapkv", "h2o"], 120, every=3, arguments=UNPROTECTED | {"kv_defer_prompt": True}
     )
-    outcome = engines.run(job)
+    outcome = harness.run(job)
     results = check(job, outcome, references, min_compactions=3)
     for prompt, result in zip(prompts, results, strict=True):
         assert len(prompt) > UNPROTECTED["kv_budget"] + UNPROTECTED["kv_buffer"]

@@ -17,8 +17,8 @@ from torch import Tensor
 from skipkv_vllm.ops import torch_backend
 from skipkv_vllm.ops.paging import FP8_CACHES, Layout
 from skipkv_vllm.worker.compaction import Compactor
-from tests import engines
-from tests.engines import PAGE, Job
+from tests import harness
+from tests.harness import PAGE, Job
 from tests.reference.comparison import Tolerance, check_replayed, settings_of
 
 if TYPE_CHECKING:
@@ -52,9 +52,9 @@ def scaled(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         layer._k_scale_float = scale
 
     monkeypatch.setattr(attention, "set_default_quant_scales", with_scales)
-    engines.shutdown()
+    harness.shutdown()
     yield
-    engines.shutdown()  # no other test may get this engine
+    harness.shutdown()  # no other test may get this engine
 
 
 class Shadow:
@@ -131,11 +131,11 @@ class Shadow:
 
 @pytest.mark.parametrize(("cache_dtype", "dtype"), KINDS)
 def test_equals_stock_where_nothing_is_evicted(cache_dtype: str, dtype: str) -> None:
-    prompts, arguments = engines.demo_prompts(4), {"kv_cache_dtype": cache_dtype, "dtype": dtype}
-    stock = engines.run(Job(prompts, [], 100, every=5, arguments=arguments, num_logprobs=3))
+    prompts, arguments = harness.demo_prompts(4), {"kv_cache_dtype": cache_dtype, "dtype": dtype}
+    stock = harness.run(Job(prompts, [], 100, every=5, arguments=arguments, num_logprobs=3))
 
     for more, policies in (({"kv_budget": 1024}, METHODS[:4]), ({}, ["full"] * 4)):
-        outcome = engines.run(Job(prompts, policies, 100, every=5, arguments=arguments | more, num_logprobs=3))
+        outcome = harness.run(Job(prompts, policies, 100, every=5, arguments=arguments | more, num_logprobs=3))
         assert not any(len(trace.kept) for trace in outcome.traces)
         assert outcome.tokens == stock.tokens
         assert outcome.logprobs == stock.logprobs
@@ -145,14 +145,14 @@ def test_equals_stock_where_nothing_is_evicted(cache_dtype: str, dtype: str) -> 
 def test_survivors_follow_from_the_dequantised_keys(
     scaled: None, cache_dtype: str, dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    prompts = engines.demo_prompts(len(METHODS), at_least=100)
+    prompts = harness.demo_prompts(len(METHODS), at_least=100)
     arguments = {"kv_cache_dtype": cache_dtype, "dtype": dtype}
     job = Job(prompts, METHODS, 330, every=5, arguments=arguments)
-    llm = engines.engine(**arguments)
+    llm = harness.engine(**arguments)
     shadow = Shadow(llm, monkeypatch)
     assert len(set(shadow.scales)) > 1
 
-    outcome = engines.run_on(llm, job)
+    outcome = harness.run_on(llm, job)
 
     assert shadow.compactor.cache.pages.caches[0].dtype is FP8_CACHES[cache_dtype]
     num_compactions = [len(trace.kept) for trace in outcome.traces]
@@ -176,11 +176,11 @@ def test_survivors_follow_from_the_dequantised_keys(
 @pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu/test_engine_cuda.py runs it on a GPU")
 def test_runner_v2_compacts_8_bits_too(references: ReferenceCache) -> None:
     """The error of 8-bit keys is bounded by the log probabilities that the oracle gives to the engine's tokens."""
-    prompts = engines.demo_prompts(3, at_least=100)
+    prompts = harness.demo_prompts(3, at_least=100)
     arguments = {"kv_cache_dtype": "fp8", "kv_budget": 176, "kv_buffer": 32}
     job = Job(prompts, ["skipkv", "h2o", "streaming_llm"], 150, every=2, arguments=arguments, num_logprobs=1)
 
-    outcome = engines.run(job, "v2")
+    outcome = harness.run(job, "v2")
 
     assert (outcome.is_v2, outcome.cache) == (True, "torch.uint8")
     check_replayed(job, outcome, references.model, Tolerance(most=8.0, mean=0.2, survivors=0.15))

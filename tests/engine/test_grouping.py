@@ -11,7 +11,7 @@ from vllm.v1.core.sched.request_queue import FCFSRequestQueue
 from skipkv_vllm import bundled_model
 from skipkv_vllm.integration.free_queue import GuardQueue
 from skipkv_vllm.integration.waiting_queue import PrefillLengthQueue
-from tests.engines import assert_pool_empty, demo_prompts, engine, scheduler_of
+from tests.harness import assert_pool_empty, demo_prompts, engine, scheduler_of
 
 SHORT, LONG = demo_prompts(8)[:4], demo_prompts(8, at_least=160)[4:]
 

@@ -14,7 +14,7 @@ from benchmarks.server import serve
 from skipkv_vllm import bundled_model
 from skipkv_vllm.integration.compat import version as version_check
 from tests.engine.test_server import free_port, post
-from tests.engines import REPOSITORY
+from tests.harness import REPOSITORY
 
 VERSION = "0.33.0"
 OVERLAY = REPOSITORY / "build" / f"vllm-{VERSION}"

@@ -19,12 +19,12 @@ from prometheus_client.parser import text_string_to_metric_families
 from benchmarks.server import serve
 from skipkv_vllm import bundled_model
 from skipkv_vllm.trace.files import Trace
-from tests import engines
+from tests import harness
 from tests.engine import test_prompt_methods as prompt_methods
 from tests.engine import test_steering as steering
 from tests.engine.test_exactness import another_question, check, check_segments, segment_job
 from tests.engine.test_server import free_port
-from tests.engines import PAGE, Job, Outcome
+from tests.harness import PAGE, Job, Outcome
 
 if TYPE_CHECKING:
     from tests.reference.references import ReferenceCache
@@ -42,7 +42,7 @@ pytestmark = pytest.mark.usefixtures("one_thread_a_worker")
 
 def job(granularity: str, **arguments: Any) -> Job:
     """Run every method once, and one text twice, so that requests share and rewrite its blocks."""
-    prompts = engines.demo_prompts(len(METHODS), at_least=150)
+    prompts = harness.demo_prompts(len(METHODS), at_least=150)
     return Job(
         [*prompts, another_question(prompts[0])],
         [*METHODS, "skipkv"],
@@ -54,7 +54,7 @@ def job(granularity: str, **arguments: Any) -> Job:
 
 def run(one: Job, references: ReferenceCache) -> Outcome:
     """Run a job and compare it with the oracle."""
-    outcome = engines.run(one)
+    outcome = harness.run(one)
     repeats = [len(trace.similar_pairs) for trace in outcome.traces if trace.parameters["request_policy"] == "skipkv"]
     assert all(repeats), "the texts repeat no sentence, so skipkv keeps what rkv keeps"
     check(one, outcome, references, min_compactions=2)
@@ -72,7 +72,7 @@ def test_tensor_parallelism(is_async: bool, references: ReferenceCache) -> None:
         switches = CACHED[is_cached] | CHUNKED[is_chunked] | {"async_scheduling": is_async}
         one = job(granularity, **TENSOR, **switches)
         outcome = run(one, references)
-        config = engines.scheduler_of(engines.engine(**one.arguments)).vllm_config
+        config = harness.scheduler_of(harness.engine(**one.arguments)).vllm_config
         assert config.scheduler_config.async_scheduling == is_async
         assert config.parallel_config.world_size == 2
         assert outcome.num_cached[-1] >= 4 * PAGE if is_cached else outcome.num_cached[-1] == 0
@@ -80,9 +80,9 @@ def test_tensor_parallelism(is_async: bool, references: ReferenceCache) -> None:
 
 def test_tokens_are_decoded_ahead_on_all_ranks(references: ReferenceCache) -> None:
     one = prompt_methods.make_job(max_model_len=512, **TENSOR)
-    outcome = engines.run(one)
+    outcome = harness.run(one)
     check(one, outcome, references, min_compactions=1)
-    assert prompt_methods.counted(engines.engine(**one.arguments), "probes") == 4
+    assert prompt_methods.counted(harness.engine(**one.arguments), "probes") == 4
     assert outcome.skipped == {}
 
 
@@ -99,21 +99,21 @@ def test_both(references: ReferenceCache) -> None:
 def test_segments(size: dict[str, int], references: ReferenceCache) -> None:
     """Ranks agree about the kinds of segments, although each sees the attention of its own heads and layers only."""
     segments = segment_job(**size)
-    check_segments(segments, engines.run(segments), references)
+    check_segments(segments, harness.run(segments), references)
 
 
 @pytest.mark.parametrize("size", [TENSOR, PIPELINE], ids=["tensor", "pipeline"])
 def test_steering(size: dict[str, int], references: ReferenceCache) -> None:
     """The steered layers lie on different stages."""
     steered = steering.mixed_job(250, **size)
-    steering.check(steered, engines.run(steered), references)
+    steering.check(steered, harness.run(steered), references)
 
 
 def run_v2(jobs: list[Job], references: ReferenceCache, monkeypatch: pytest.MonkeyPatch) -> list[Outcome]:
     """Run jobs on runner V2, in the interpreter, and compare them with the oracle."""
     # Some layers of parallel models use compiled helpers, which the interpreter's driver cannot run.
     monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
-    outcomes = engines.run_all(jobs, "v2")
+    outcomes = harness.run_all(jobs, "v2")
     for one, outcome in zip(jobs, outcomes, strict=True):
         print(one.arguments)
         assert (outcome.is_v2, outcome.is_async) == (True, one.arguments["async_scheduling"])
@@ -123,7 +123,7 @@ def run_v2(jobs: list[Job], references: ReferenceCache, monkeypatch: pytest.Monk
 
 def small_job(granularity: str, is_async: bool, **arguments: Any) -> Job:
     """Few tokens and many compactions, because the interpreter is slow; the last prompt finds blocks of the first."""
-    first, *others = engines.demo_prompts(3, at_least=150)
+    first, *others = harness.demo_prompts(3, at_least=150)
     arguments = {"max_model_len": 512, "max_num_batched_tokens": 512} | arguments
     arguments |= {"kv_granularity": granularity, "kv_budget": 160, "kv_buffer": 16, "async_scheduling": is_async}
     methods = ["skipkv", "rkv", "random", "skipkv"]
@@ -163,7 +163,7 @@ def test_ray(size: dict[str, int], references: ReferenceCache) -> None:
 
     with ray_cpu.cluster(2):
         run(job("sentence", distributed_executor_backend=ray_cpu.CPURayExecutor, **size), references)
-        engines.shutdown()
+        harness.shutdown()
 
 
 def counters(url: str) -> dict[str, dict[str, float]]:
@@ -195,7 +195,7 @@ def test_data_parallelism(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         for rank in (0, 1, 1):
             answer = client.completions.create(
                 model="tiny",
-                prompt=engines.demo_prompts(1)[0],
+                prompt=harness.demo_prompts(1)[0],
                 max_tokens=400,
                 temperature=0,
                 extra_body={"ignore_eos": True},

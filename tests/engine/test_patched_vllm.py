@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests import engines
-from tests.engines import REPOSITORY
+from tests import harness
+from tests.harness import REPOSITORY
 
 APPLY = REPOSITORY / "patches" / "apply.py"
 
@@ -18,7 +18,7 @@ APPLY = REPOSITORY / "patches" / "apply.py"
 @pytest.mark.skipif("patched-vllm" in os.environ.get("PYTHONPATH", ""), reason="all tests run with the patches")
 def test_patched_vllm_equals_reference(tmp_path: Path) -> None:
     """Both model runners equal the oracle token for token; a child process with the patched vLLM compares them."""
-    engines.shutdown()  # its memory is needed
+    harness.shutdown()  # its memory is needed
     copy = tmp_path / "patched-vllm"
     subprocess.run([sys.executable, str(APPLY), "--to", str(copy)], check=True, capture_output=True)
     check = "from skipkv_vllm.integration.compat.seams import SEAMS, is_public; assert all(map(is_public, SEAMS))"

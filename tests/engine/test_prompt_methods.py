@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from vllm.exceptions import VLLMValidationError
 
-from tests import engines
-from tests.engines import PAGE, Job
+from tests import harness
+from tests.harness import PAGE, Job
 from tests.reference.comparison import UNPROTECTED, another_question, check, settings_of
 from tests.soak import runtime_of
 
@@ -24,13 +24,13 @@ ARGUMENTS: dict[str, Any] = UNPROTECTED | {
 
 def counted(llm: Any, name: str) -> float:
     """Return the scheduler's counters since the engine started."""
-    return engines.scheduler_of(llm).eviction.stats._counts.get(name, 0)
+    return harness.scheduler_of(llm).eviction.stats._counts.get(name, 0)
 
 
 def make_job(**arguments: Any) -> Job:
     """Prompts longer and shorter than the bound and the budget, two prompts that share blocks, and mixed methods."""
-    first, *longer = engines.demo_prompts(5, at_least=150)
-    (middle,), (short,) = engines.demo_prompts(1, at_least=90), engines.demo_prompts(1)
+    first, *longer = harness.demo_prompts(5, at_least=150)
+    (middle,), (short,) = harness.demo_prompts(1, at_least=90), harness.demo_prompts(1)
     # The second request arrives while the first one is computed and shares its blocks; both prompts end in one step.
     prompts = [first, another_question(first), middle, longer[0], short, *longer[1:], first]
     methods = ["laq", "laq", "laq", "finch", "laq", "finch", "snapkv", "laq", "finch"]
@@ -61,13 +61,13 @@ def test_methods_about_the_prompt_equal_the_reference(
     arguments: dict[str, Any], references: ReferenceCache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job = make_job(**arguments)
-    llm = engines.engine(**job.arguments)
+    llm = harness.engine(**job.arguments)
     decoder, batches = runtime_of(llm)._lookahead._decoder, []
     decode = decoder.decode
     monkeypatch.setattr(decoder, "decode", lambda tokens, *rest: batches.append(len(tokens)) or decode(tokens, *rest))
     before = counted(llm, "probes")
 
-    outcome = engines.run_on(llm, job)
+    outcome = harness.run_on(llm, job)
 
     results = check(job, outcome, references, min_compactions=1)
     num_draft = num_question = 0
@@ -94,23 +94,23 @@ def test_methods_about_the_prompt_equal_the_reference(
 
 def test_a_question_on_runner_v2(references: ReferenceCache) -> None:
     """Few tokens, because the interpreter is slow."""
-    prompts = engines.demo_prompts(2, at_least=150)
+    prompts = harness.demo_prompts(2, at_least=150)
     arguments = ARGUMENTS | {"kv_policy": "finch", "kv_request_policies": [], "kv_defer_prompt": True}
     options = [{"kv_task_tokens": 5}, {}]
     job = Job(prompts, ["finch", "finch"], 40, every=2, arguments=arguments, options=options)
-    results = check(job, engines.run(job, "v2"), references, min_compactions=2)
+    results = check(job, harness.run(job, "v2"), references, min_compactions=2)
     assert [result.events[0].num_logical for result in results] == [len(prompt) for prompt in prompts]
 
 
 def test_a_preempted_request_decodes_ahead_again(references: ReferenceCache) -> None:
     """The first request grows until the second one is preempted; the second one resumes when the first has finished."""
-    prompts = [*engines.demo_prompts(1, at_least=90), *engines.demo_prompts(1, at_least=150)]
+    prompts = [*harness.demo_prompts(1, at_least=90), *harness.demo_prompts(1, at_least=150)]
     arguments = ARGUMENTS | {"kv_admission": "optimistic", "num_gpu_blocks_override": 13, "async_scheduling": True}
     job = Job(prompts, ["full", "laq"], 180, every=1, arguments=arguments)
-    llm = engines.engine(**arguments)
+    llm = harness.engine(**arguments)
     before = counted(llm, "probes")
 
-    outcome = engines.run_on(llm, job)
+    outcome = harness.run_on(llm, job)
 
     assert outcome.num_preemptions[0] == 0 < outcome.num_preemptions[1]
     assert counted(llm, "probes") - before >= 2
@@ -119,13 +119,13 @@ def test_a_preempted_request_decodes_ahead_again(references: ReferenceCache) -> 
 
 
 def test_without_pages_to_decode_ahead_the_window_decides_and_that_is_counted(references: ReferenceCache) -> None:
-    prompts = engines.demo_prompts(2, at_least=150)
+    prompts = harness.demo_prompts(2, at_least=150)
     arguments = ARGUMENTS | {"kv_admission": "optimistic", "num_gpu_blocks_override": 13}
     job = Job(prompts, ["full", "laq"], 30, every=4, arguments=arguments)
-    llm = engines.engine(**arguments)
+    llm = harness.engine(**arguments)
     before = counted(llm, "probes")
 
-    outcome = engines.run_on(llm, job)
+    outcome = harness.run_on(llm, job)
 
     assert outcome.skipped == {"no_pages_for_probe": 1}
     assert counted(llm, "probes") == before
@@ -133,4 +133,4 @@ def test_without_pages_to_decode_ahead_the_window_decides_and_that_is_counted(re
     windowed = type(settings)(**vars(settings) | {"lookahead": 0})
     assert outcome.tokens[1] == references.get(prompts[1], 30, windowed, outcome.traces[1]).tokens
     with pytest.raises(VLLMValidationError, match=r"compacted, plus 208 for tokens computed ahead\); .* lower kv_b"):
-        engines.run_on(llm, Job([prompts[0] * 3], ["laq"], 900, 1, arguments, budgets=[200]))
+        harness.run_on(llm, Job([prompts[0] * 3], ["laq"], 900, 1, arguments, budgets=[200]))

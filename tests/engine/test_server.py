@@ -101,7 +101,6 @@ def test_the_banner_says_what_the_server_does(server):
     assert "break-even at" in log
     assert "admission bounded, no request is ever preempted" in log
     assert "may hold more than 1888 tokens is refused" in log
-    assert "features turned off: none" in log
     # vLLM's CPU platform switches it off for every scheduler.
     assert "Using custom scheduler class" in log
     assert "asynchronous scheduling is off, as vLLM is configured; its warning" in log

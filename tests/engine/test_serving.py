@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from tests import engines
-from tests.engines import PAGE, Job, Sample
+from tests import harness
+from tests.harness import PAGE, Job, Sample
 from tests.reference.comparison import check
 
 if TYPE_CHECKING:
@@ -27,13 +27,13 @@ NUM_NEW = 400
 
 
 def test_bounded_admission_never_preempts_where_stock_vllm_does(references: ReferenceCache) -> None:
-    prompts = engines.demo_prompts(CROWD)
+    prompts = harness.demo_prompts(CROWD)
     # Stock vLLM starts only if a sequence of `max_model_len` fits.
-    stock = engines.run(Job(prompts, [], NUM_NEW, 1, {"num_gpu_blocks_override": POOL, "max_model_len": 1024}))
+    stock = harness.run(Job(prompts, [], NUM_NEW, 1, {"num_gpu_blocks_override": POOL, "max_model_len": 1024}))
     assert sum(stock.num_preemptions) > 0, "the pool is too large for this test to show anything"
     job = Job(prompts, ["skipkv", "rkv"] * (CROWD // 2), NUM_NEW, 1, SMALL)
 
-    outcome = engines.run(job)
+    outcome = harness.run(job)
 
     assert outcome.num_preemptions == [0] * CROWD
     most = (POOL - 1) // 4
@@ -48,12 +48,12 @@ def test_bounded_admission_never_preempts_where_stock_vllm_does(references: Refe
 
 def test_every_request_counts_with_what_it_may_hold(references: ReferenceCache) -> None:
     """Requests with their own budgets, without eviction and with a long prompt run side by side."""
-    prompts = [*engines.demo_prompts(6), *engines.demo_prompts(1, at_least=250)]
+    prompts = [*harness.demo_prompts(6), *harness.demo_prompts(1, at_least=250)]
     policies = ["full", "skipkv", "full", "rkv", "skipkv", "streaming_llm", "rkv"]
     budgets = [None, 200, None, None, 160, None, None]
     job = Job(prompts, policies, 300, 2, SMALL, budgets=budgets)
 
-    outcome = engines.run(job)
+    outcome = harness.run(job)
 
     assert outcome.num_preemptions == [0] * len(prompts)
     # 11 blocks hold all of 351 tokens; the others take 8, 4, 6, 4 and, for the long prompt, more than 9.
@@ -76,7 +76,7 @@ def test_a_request_that_could_never_be_finished_is_refused(options, num_prompt, 
     from vllm import SamplingParams
     from vllm.exceptions import VLLMValidationError
 
-    llm = engines.engine(**SMALL)
+    llm = harness.engine(**SMALL)
     params = SamplingParams(max_tokens=max_tokens, extra_args=options)
     with pytest.raises(VLLMValidationError, match=message) as refused:
         llm.generate({"prompt_token_ids": [5] * num_prompt}, params, use_tqdm=False)
@@ -85,14 +85,14 @@ def test_a_request_that_could_never_be_finished_is_refused(options, num_prompt, 
     params = SamplingParams(max_tokens=4, extra_args=options if "kv_budget" not in options else None)
     (output,) = llm.generate({"prompt_token_ids": [5] * 48}, params, use_tqdm=False)
     assert len(output.outputs[0].token_ids) <= 4
-    engines.assert_pool_empty(llm)
+    harness.assert_pool_empty(llm)
 
 
 def test_errors_offline_name_what_the_caller_wrote() -> None:
     from vllm import SamplingParams
     from vllm.exceptions import VLLMValidationError
 
-    llm = engines.engine(**SMALL)
+    llm = harness.engine(**SMALL)
     for tokens, options, parameter in (
         (4, {"kv_budget": 3}, "SamplingParams.extra_args"),
         (4, {"skipkv": {"kv_budget": 64}}, "SamplingParams.extra_args"),
@@ -107,36 +107,36 @@ def test_beam_search_offline_is_refused() -> None:
     from vllm.exceptions import VLLMValidationError
     from vllm.sampling_params import BeamSearchParams
 
-    llm = engines.engine(**SMALL)
+    llm = harness.engine(**SMALL)
     with pytest.raises(VLLMValidationError, match=r"does not support beam search.*LLM\.generate takes the options"):
         llm.beam_search([{"prompt_token_ids": [5] * 48}], BeamSearchParams(beam_width=2, max_tokens=4))
-    engines.assert_pool_empty(llm)
+    harness.assert_pool_empty(llm)
 
 
 def test_a_request_that_slips_through_ends_where_the_pool_does(monkeypatch) -> None:
     """With data parallelism, the API server knows only the average size of the pools."""
     from vllm import SamplingParams
 
-    llm = engines.engine(**SMALL)
+    llm = harness.engine(**SMALL)
     monkeypatch.setattr(llm.llm_engine.vllm_config.cache_config, "num_gpu_blocks", 4 * POOL)
     params = SamplingParams(max_tokens=1300, ignore_eos=True, extra_args={"kv_policy": "full"})
     (output,) = llm.generate({"prompt_token_ids": [5] * 48}, params, use_tqdm=False)
     assert output.outputs[0].finish_reason == "length"
     assert len(output.outputs[0].token_ids) == 1200
-    engines.assert_pool_empty(llm)
+    harness.assert_pool_empty(llm)
 
 
 def test_a_conversation_hits_the_prefix_cache_after_its_first_turn_was_evicted(references: ReferenceCache) -> None:
-    (first,) = engines.demo_prompts(1, at_least=4 * PAGE)
+    (first,) = harness.demo_prompts(1, at_least=4 * PAGE)
     turn = Job([first], ["skipkv"], 300, 1, SMALL)
-    said = engines.run(turn)
+    said = harness.run(turn)
     check(turn, said, references, min_compactions=3)
 
     # The pool keeps its cached blocks between the turns, unlike between jobs.
     text = first + said.tokens[0]
-    again = text + engines.chat_prompt("And what was the first value?")
-    llm = engines.engine(reset=False, **SMALL)
-    outcome = engines.run_on(llm, Job([again], ["skipkv"], 150, 1, SMALL))
+    again = text + harness.chat_prompt("And what was the first value?")
+    llm = harness.engine(reset=False, **SMALL)
+    outcome = harness.run_on(llm, Job([again], ["skipkv"], 150, 1, SMALL))
 
     # The whole blocks of the first prompt are cached, but none of the answer, whose blocks were rewritten.
     assert outcome.num_cached == [len(first) // PAGE * PAGE]
@@ -148,7 +148,7 @@ def test_a_conversation_hits_the_prefix_cache_after_its_first_turn_was_evicted(r
 
 def counted(llm: vllm.LLM) -> Counter[str]:
     """Take the counters of the server; nothing else reads them from these engines."""
-    return Counter({name: int(n) for name, n in engines.scheduler_of(llm).eviction.stats._counts.items()})
+    return Counter({name: int(n) for name, n in harness.scheduler_of(llm).eviction.stats._counts.items()})
 
 
 def generate_and_count(llm: vllm.LLM, prompt: list[int], **params: Any) -> tuple[RequestOutput, dict[str, int]]:
@@ -165,16 +165,16 @@ def generate_and_count(llm: vllm.LLM, prompt: list[int], **params: Any) -> tuple
 
 
 def test_several_choices_are_summed() -> None:
-    (prompt,) = engines.demo_prompts(1)
-    output, moved = generate_and_count(engines.engine(**SMALL), prompt, n=4, temperature=1.0, seed=3)
+    (prompt,) = harness.demo_prompts(1)
+    output, moved = generate_and_count(harness.engine(**SMALL), prompt, n=4, temperature=1.0, seed=3)
     assert moved["compactions"] >= 4 * 3
     assert output.kv_transfer_params == {"skipkv": {"policy": "skipkv", **moved, "lives": 4, "choices": 4}}
 
 
 @pytest.mark.parametrize("n", [1, 2])
 def test_a_stop_string_hides_nothing(n) -> None:
-    llm = engines.engine(**SMALL)
-    (prompt,) = engines.demo_prompts(1)
+    llm = harness.engine(**SMALL)
+    (prompt,) = harness.demo_prompts(1)
     full, _ = generate_and_count(llm, prompt)
     text = full.outputs[0].text
     # The longest common beginning that ends with a new token.
@@ -194,11 +194,11 @@ TINY = {"kv_budget": 96, "kv_buffer": 32, "kv_admission": "optimistic", "num_gpu
 
 def test_a_preempted_request_resumes_within_its_bound(references: ReferenceCache) -> None:
     """The first request grows until the others lose their blocks, one after the other, and start over."""
-    prompts = engines.demo_prompts(5)
+    prompts = harness.demo_prompts(5)
     policies = ["full", "skipkv", "h2o", "rkv", "skipkv"]
     job = Job(prompts, policies, 330, 2, TINY)
 
-    outcome = engines.run(job)
+    outcome = harness.run(job)
 
     assert outcome.num_preemptions[0] == 0
     assert sum(outcome.num_preemptions) > 3
@@ -222,8 +222,8 @@ def last_life(trace: Trace) -> dict[str, int]:
 def test_a_request_that_was_cleared_reports_its_last_life() -> None:
     from vllm import SamplingParams
 
-    llm = engines.engine(**TINY)
-    (prompt,) = engines.demo_prompts(1)
+    llm = harness.engine(**TINY)
+    (prompt,) = harness.demo_prompts(1)
     reports, work = [], []
     for clear_at in (None, 150):
         params = SamplingParams(max_tokens=250, temperature=0.0, ignore_eos=True)

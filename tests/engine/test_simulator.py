@@ -9,7 +9,7 @@ from benchmarks.load.lengths import Offered
 from benchmarks.simulate.events import Engine, Outcome, Setup
 from benchmarks.simulate.steptime import StepTime
 from skipkv_vllm.core.limits import Limits
-from tests.engines import PAGE, engine, scheduler_of, stock_engine
+from tests.harness import PAGE, engine, scheduler_of, stock_engine
 
 LOAD = [Offered(40 + 9 * i, 300 + 37 * (i % 5)) for i in range(10)]
 SETTINGS = {"max_num_seqs": 8, "max_num_batched_tokens": 128, "enable_prefix_caching": False, "max_model_len": 640}

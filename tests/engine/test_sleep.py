@@ -18,9 +18,9 @@ from vllm import SamplingParams
 from vllm.v1.core.sched.interface import PauseState
 
 from skipkv_vllm import bundled_gates
-from tests import engines
+from tests import harness
 from tests.engine.test_steering import arguments
-from tests.engines import Job, Outcome
+from tests.harness import Job, Outcome
 from tests.sleeping import Pools, sleep_mode
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ ARGUMENTS = arguments(
 
 def job() -> Job:
     """More requests than can run at once. The first two differ by their sentences only; the last one is steered."""
-    first, *others = engines.demo_prompts(3)
+    first, *others = harness.demo_prompts(3)
     policies = ["skipkv", "rkv", "trimkv", "h2o", "thinkv", "skipkv"]
     options: list[dict[str, Any]] = [{}] * 5 + [{"steering": "b"}]
     return Job([first, first, *others, *others], policies, 120, 1, ARGUMENTS, options=options)
@@ -50,15 +50,15 @@ def job() -> Job:
 @pytest.fixture(scope="module")
 def llm() -> Iterator[LLM]:
     with sleep_mode():
-        engines.shutdown()
-        yield engines.engine(**ARGUMENTS)
-        engines.shutdown()
+        harness.shutdown()
+        yield harness.engine(**ARGUMENTS)
+        harness.shutdown()
 
 
 @pytest.fixture(scope="module")
 def before(llm: LLM) -> Outcome:
     """Outcome of the engine before its first sleep."""
-    outcome = engines.run_on(llm, job())
+    outcome = harness.run_on(llm, job())
     skipkv, rkv = (outcome.traces[i].kept for i in (0, 1))
     assert not all(map(torch.equal, skipkv, rkv)), "the test would not notice lost sentences"
     return outcome
@@ -69,7 +69,7 @@ def worker_of(llm: LLM) -> Any:
 
 
 def test_answers_after_level_2_are_those_from_before(llm: LLM, before: Outcome) -> None:
-    outcome = engines.run_on(llm, replace(job(), sleep_level=2))
+    outcome = harness.run_on(llm, replace(job(), sleep_level=2))
 
     assert outcome.tokens == before.tokens
     for trace, other in zip(outcome.traces, before.traces, strict=True):
@@ -171,7 +171,7 @@ def num_compactions(scheduler: Any, request_id: str) -> int:
 
 def check_requests(llm: LLM, before: Outcome, sleeps: list[tuple[int, str]]) -> None:
     """Let the engine sleep while requests run that have been compacted, and others wait; one more comes meanwhile."""
-    one, scheduler, outputs = job(), engines.scheduler_of(llm), {}
+    one, scheduler, outputs = job(), harness.scheduler_of(llm), {}
     pool, last = scheduler.kv_cache_manager.block_pool, len(one.prompts) - 1
     names = [add(llm, one, number) for number in range(last)]
     for number, (level, mode) in enumerate(sleeps):
@@ -190,12 +190,12 @@ def check_requests(llm: LLM, before: Outcome, sleeps: list[tuple[int, str]]) -> 
             add(llm, one, last)
         if mode == "abort":
             llm.llm_engine.abort_request(names, internal=True)  # what an engine core in a process of its own reports
-        engines.wake(llm, level)
+        harness.wake(llm, level)
     while llm.llm_engine.has_unfinished_requests():
         step(llm, outputs)
         scheduler.check_integrity()
 
-    engines.assert_pool_empty(llm)
+    harness.assert_pool_empty(llm)
     for number in range(last if mode == "abort" else 0, last + 1):
         tokens = list(outputs[str(number)].outputs[0].token_ids)
         assert tokens == before.tokens[number], f"request {number} ({one.policies[number]})"
@@ -213,5 +213,5 @@ def test_requests_lose_their_kv_and_nothing_else(sleeps: list[tuple[int, str]], 
 def test_requests_in_flight_lose_their_kv_too(before: Outcome) -> None:
     """The last test, because it starts an asynchronous engine."""
     with sleep_mode():
-        check_requests(engines.engine(**ARGUMENTS | {"async_scheduling": True}), before, [(2, "keep")])
-        engines.shutdown()
+        check_requests(harness.engine(**ARGUMENTS | {"async_scheduling": True}), before, [(2, "keep")])
+        harness.shutdown()

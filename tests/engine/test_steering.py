@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from skipkv_vllm.steering import SteeringVector
-from tests import engines
-from tests.engines import PAGE, Job, Outcome
+from tests import harness
+from tests.harness import PAGE, Job, Outcome
 from tests.reference.request import generate
 from tests.reference.settings import Result, Settings, Steering
 
@@ -78,8 +78,8 @@ def settings(method: str, options: dict[str, Any], compat: str = "default") -> S
     steering = None
     if name != "off":
         steering = Steering(LAYERS[name], vector(name).values, **STRENGTH | given, compat=compat)
-    budget = NEVER if method == "full" else engines.POLICY_ARGUMENTS["kv_budget"]
-    buffer = engines.POLICY_ARGUMENTS["kv_buffer"]
+    budget = NEVER if method == "full" else harness.POLICY_ARGUMENTS["kv_budget"]
+    buffer = harness.POLICY_ARGUMENTS["kv_buffer"]
     return Settings("rkv" if method == "full" else method, "head", budget, buffer, steering=steering)
 
 
@@ -111,7 +111,7 @@ def check(job: Job, outcome: Outcome, references: ReferenceCache, compat: str = 
 def mixed_job(num_new: int, pairs: list[tuple[str, dict[str, Any]]] = MIXED, **others: Any) -> Job:
     """A job of a request for each pair; every other prompt takes two chunks."""
     prompts = [
-        p for two in zip(engines.demo_prompts(4, at_least=LONG), engines.demo_prompts(4), strict=True) for p in two
+        p for two in zip(harness.demo_prompts(4, at_least=LONG), harness.demo_prompts(4), strict=True) for p in two
     ]
     policies, options = [method for method, _ in pairs], [given for _, given in pairs]
     return Job(
@@ -125,11 +125,11 @@ def mixed_job(num_new: int, pairs: list[tuple[str, dict[str, Any]]] = MIXED, **o
     )
 
 
-@pytest.mark.parametrize(("runner", "eager"), engines.RUNNERS.values(), ids=list(engines.RUNNERS))
+@pytest.mark.parametrize(("runner", "eager"), harness.RUNNERS.values(), ids=list(harness.RUNNERS))
 def test_engine_equals_reference(runner: str, eager: bool, references: ReferenceCache) -> None:
     job = mixed_job(300 if runner == "v1" else 200, enforce_eager=eager)
 
-    outcome = engines.run(job, runner)
+    outcome = harness.run(job, runner)
 
     assert outcome.is_v2 == (runner == "v2")
     results = check(job, outcome, references)
@@ -151,7 +151,7 @@ def test_preempted_requests_are_steered_again_as_they_were(references: Reference
     # Three requests of 400 tokens fill the pool.
     job = mixed_job(280, pairs, num_gpu_blocks_override=36, max_model_len=1024, kv_admission="optimistic")
 
-    outcome = engines.run(job)
+    outcome = harness.run(job)
 
     lengths = [[s.num_logical for s in outcome.samples if s.request == number] for number in range(len(pairs))]
     lives = [sum(b < a for a, b in itertools.pairwise(one)) for one in lengths]
@@ -161,8 +161,8 @@ def test_preempted_requests_are_steered_again_as_they_were(references: Reference
 
 def test_published_compat_counts_the_prompt_and_steers_its_last_token(references: ReferenceCache) -> None:
     thought = "Read a = 1 + 2, so a: 3.\n\nWait, start over.\n\nRead a = 1 + 2, so a: 3.\n\nAlternatively go on.\n\n"
-    thought = engines.tokenizer().encode(thought, add_special_tokens=False)
-    (first, *_), (second, *_) = engines.demo_prompts(1), engines.demo_prompts(1, at_least=LONG)
+    thought = harness.tokenizer().encode(thought, add_special_tokens=False)
+    (first, *_), (second, *_) = harness.demo_prompts(1), harness.demo_prompts(1, at_least=LONG)
     pairs = [("full", {}), ("skipkv", {"steering": "b"}), ("full", {"steering": "off"}), ("skipkv", {})]
     # The last two come when the prefix cache holds what they begin with.
     prompts = [first + thought, second + thought, first + thought, second + thought]
@@ -177,7 +177,7 @@ def test_published_compat_counts_the_prompt_and_steers_its_last_token(references
         options=options,
     )
 
-    outcome = engines.run(job)
+    outcome = harness.run(job)
 
     results = check(job, outcome, references, "published")
     assert results[0].alphas[len(prompts[0]) - 1] == STRENGTH["alpha0"], "the last prompt token was not steered"
@@ -189,7 +189,7 @@ def test_published_compat_counts_the_prompt_and_steers_its_last_token(references
 
 def test_steered_pages_are_not_shared(references: ReferenceCache) -> None:
     """A follow-up finds the prompt's pages in the prefix cache, and none of what was written while steered."""
-    (prompt,) = engines.demo_prompts(1, at_least=LONG)
+    (prompt,) = harness.demo_prompts(1, at_least=LONG)
     num_new = 100
     text = references.get(prompt, num_new, settings("full", {}), NO_TRACE).tokens
     follow_up = prompt + text
@@ -203,7 +203,7 @@ def test_steered_pages_are_not_shared(references: ReferenceCache) -> None:
         options=[{}, {"steering": "off"}, {}, {}],
     )
 
-    outcome = engines.run(job)
+    outcome = harness.run(job)
 
     assert outcome.num_cached[1] == len(prompt) // PAGE * PAGE
     # Those of the unsteered follow-up may be shared, also with a steered one, whose prompt they are.
@@ -221,8 +221,8 @@ class NO_TRACE:  # noqa: N801
 
 @pytest.mark.parametrize(("runner", "num_new"), [("v1", 150), ("v2", 20)])
 def test_without_strength_the_engine_is_vllm(runner: str, num_new: int) -> None:
-    prompts = engines.demo_prompts(4)
-    stock = engines.run(Job(prompts, [], num_new, every=5, num_logprobs=5), runner)
+    prompts = harness.demo_prompts(4)
+    stock = harness.run(Job(prompts, [], num_new, every=5, num_logprobs=5), runner)
     nothing = {"kv_steering_alpha0": 0.0, "kv_steering_gamma": 0.0}
     job = Job(
         prompts,
@@ -234,7 +234,7 @@ def test_without_strength_the_engine_is_vllm(runner: str, num_new: int) -> None:
         options=[{}, {"steering": "off"}, {"steering": "b"}, {"steering": "b", "steering_alpha0": 1.0}],
     )
 
-    outcome = engines.run(job, runner)
+    outcome = harness.run(job, runner)
 
     assert outcome.tokens[:3] == stock.tokens[:3]
     assert outcome.logprobs[:3] == stock.logprobs[:3]

@@ -12,13 +12,13 @@ from vllm import SamplingParams
 from skipkv_vllm.trace import collector as trace_collector
 from skipkv_vllm.trace import files as trace_files
 from skipkv_vllm.trace.files import Trace, trace_path
-from tests import engines
+from tests import harness
 
 
 def answer(llm, request_id: str) -> str:
     """Compact a request at least once; returns the engine's id of it."""
     params = SamplingParams(temperature=0.0, max_tokens=220, ignore_eos=True, extra_args={"kv_budget": 96})
-    (prompt,) = engines.demo_prompts(1)
+    (prompt,) = harness.demo_prompts(1)
     internal = llm.llm_engine.add_request(request_id, {"prompt_token_ids": prompt}, params)
     output = None
     while llm.llm_engine.has_unfinished_requests():
@@ -31,10 +31,10 @@ def answer(llm, request_id: str) -> str:
 
 @pytest.mark.parametrize("request_id", ["r" * 230, "r" * 300, "思" * 200, "../" * 40])
 def test_a_long_request_id_is_answered_and_traced(request_id):
-    llm = engines.engine()
+    llm = harness.engine()
     internal = answer(llm, request_id)
-    assert engines.collector_of(llm).flush()
-    trace = Trace.load(trace_path(engines.trace_folder(), internal))
+    assert harness.collector_of(llm).flush()
+    trace = Trace.load(trace_path(harness.trace_folder(), internal))
     assert len(trace.kept) >= 1
     assert trace.parameters["request_id"] == internal
     assert request_id in internal
@@ -45,8 +45,8 @@ def fail(*_args, **_options):
 
 
 def test_requests_are_answered_while_no_trace_can_be_written(monkeypatch):
-    llm, folder = engines.engine(), Path(engines.trace_folder())
-    collector = engines.collector_of(llm)
+    llm, folder = harness.engine(), Path(harness.trace_folder())
+    collector = harness.collector_of(llm)
     monkeypatch.setattr(trace_collector, "WAIT_SECONDS", 0.2)
     collector.take_dropped()
 

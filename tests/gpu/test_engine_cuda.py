@@ -21,8 +21,8 @@ import torch
 
 from skipkv_vllm import bundled_gates, bundled_model
 from skipkv_vllm.integration.compat import refusals
-from tests import engines
-from tests.engines import Job, Outcome
+from tests import harness
+from tests.harness import Job, Outcome
 from tests.reference.comparison import Tolerance, check_replayed
 from tests.reference.model import Model
 from tests.wide_model import widen
@@ -62,7 +62,7 @@ COMBINATIONS = [
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Return a model whose head size every backend supports."""
-    engines.shutdown()  # the children need its memory
+    harness.shutdown()  # the children need its memory
     return str(widen(Path(bundled_model()), tmp_path_factory.mktemp("wide") / "tiny-reasoner"))
 
 
@@ -93,7 +93,7 @@ def run(jobs: list[Job], model: str, backend: str, graphs: str, runner: str) -> 
         pytest.skip(why)
     more = GRAPHS[graphs] | {"model": model} | ({} if ON_CPU else {"attention_backend": backend})
     jobs = [replace(job, arguments=more | job.arguments) for job in jobs]
-    outcomes = engines.run_in_child(jobs, {"VLLM_USE_V2_MODEL_RUNNER": str(int(runner == "v2"))})
+    outcomes = harness.run_in_child(jobs, {"VLLM_USE_V2_MODEL_RUNNER": str(int(runner == "v2"))})
     for job, outcome in zip(jobs, outcomes, strict=True):
         assert outcome.is_v2 == (runner == "v2")
         assert outcome.attention == IMPLEMENTATIONS[backend]
@@ -111,7 +111,7 @@ def check_graphs(asked: str, got: str) -> None:
 
 
 def evicting(policies: list[str] = METHODS, **arguments: Any) -> Job:
-    prompts = engines.demo_prompts(len(policies), at_least=100)
+    prompts = harness.demo_prompts(len(policies), at_least=100)
     return Job(prompts, policies, 330, every=5, arguments=arguments, num_logprobs=1)
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import NamedTuple
 
-from tests import engines
-from tests.engines import PAGE, Job, Outcome
+from tests import harness
+from tests.harness import PAGE, Job, Outcome
 from tests.reference.model import Model
 from tests.reference.references import ReferenceCache, Replays
 from tests.reference.settings import Result, Settings
@@ -33,13 +33,13 @@ UNPROTECTED = {"kv_protect_prompt": False, "kv_budget": 96, "kv_buffer": 32}
 
 def another_question(prompt: list[int]) -> list[int]:
     """A prompt that shares all but its end with another one."""
-    text = engines.tokenizer().decode(prompt, skip_special_tokens=True)
-    return engines.chat_prompt(text.removeprefix("user\n").rpartition("What is")[0] + "Which value came last?")
+    text = harness.tokenizer().decode(prompt, skip_special_tokens=True)
+    return harness.chat_prompt(text.removeprefix("user\n").rpartition("What is")[0] + "Which value came last?")
 
 
 def settings_of(job: Job, number: int) -> Settings:
     """Method and limits of a request of a job."""
-    arguments = engines.POLICY_ARGUMENTS | {"kv_granularity": "head", "kv_protect_prompt": True} | job.arguments
+    arguments = harness.POLICY_ARGUMENTS | {"kv_granularity": "head", "kv_protect_prompt": True} | job.arguments
     if job.policies[number] == "full":
         return Settings("streaming_llm", "head", 10**6, 1)
     budget, parameters = job.budgets[number] if job.budgets else None, arguments["kv_policy_config"]

@@ -21,7 +21,7 @@ from openai import APIError, OpenAI
 from benchmarks.server import metrics, serve
 from benchmarks.tiny_reasoner.problems import problems
 from skipkv_vllm import bundled_model
-from tests import engines
+from tests import harness
 from tests.engine.test_server import free_port, vllm_metric
 
 LONG = 1500
@@ -68,7 +68,7 @@ def running(log: Path) -> Iterator[Server]:
 @pytest.fixture(autouse=True)
 def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """Start a user's server, with one thread for each of the two workers."""
-    engines.shutdown()
+    harness.shutdown()
     for name in ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_LOGGING_LEVEL"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")

@@ -23,7 +23,7 @@ from skipkv_vllm.config import CONFIG_KEY, KVPolicyConfig, RequestOptions
 from skipkv_vllm.evaluation import command as evaluation
 from skipkv_vllm.policies import policy_names
 from skipkv_vllm.training import command as train_gates
-from tests.engines import REPOSITORY
+from tests.harness import REPOSITORY
 from tests.unit.repository.test_deployment import serve_parser  # noqa: F401
 
 DOCUMENTS = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").rglob("*.md"))]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests import engines
+from tests import harness
 from tests.soak import ENGINES, Report, Soak, check_nothing_left, drain, runtime_of
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ def kind(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def llm(kind: str) -> Iterator[vllm.LLM]:
-    llm = engines.engine(**ENGINES[kind])
+    llm = harness.engine(**ENGINES[kind])
     yield llm
     drain(llm)
     check_nothing_left(llm)
@@ -39,7 +39,7 @@ def crowd(llm: vllm.LLM, prompts: dict[int, list[int]]) -> tuple[dict[int, list[
     from vllm import SamplingParams
 
     assert llm.reset_prefix_cache()
-    scheduler, most = engines.scheduler_of(llm), 0
+    scheduler, most = harness.scheduler_of(llm), 0
     for number, prompt in prompts.items():
         options = {"kv_policy": POLICIES[number % len(POLICIES)]}
         params = SamplingParams(max_tokens=NUM_NEW, temperature=0.0, ignore_eos=True, extra_args=options)
@@ -58,8 +58,8 @@ def crowd(llm: vllm.LLM, prompts: dict[int, list[int]]) -> tuple[dict[int, list[
 
 def test_1_40_and_100_concurrent_requests_give_the_same_answers(llm: vllm.LLM, kind: str) -> None:
     """All prompts share their first blocks."""
-    (first,), others = engines.demo_prompts(1, at_least=100), engines.demo_prompts(CROWD)
-    prompts = {number: first[: 2 * engines.PAGE + 5] + other for number, other in enumerate(others)}
+    (first,), others = harness.demo_prompts(1, at_least=100), harness.demo_prompts(CROWD)
+    prompts = {number: first[: 2 * harness.PAGE + 5] + other for number, other in enumerate(others)}
     hundred, most = crowd(llm, prompts)
     assert most == CROWD if kind == "bounded" else most > 30
     forty, _ = crowd(llm, {number: prompts[number] for number in range(40)})
@@ -98,5 +98,5 @@ def test_a_soak_loses_no_page_and_violates_nothing(llm: vllm.LLM, kind: str) -> 
     assert report.shared_tokens > 10 * report.requests
     assert report.repeated > 60
     assert (report.steered_tokens > report.requests / 2) == (kind != "gated")
-    assert (engines.scheduler_of(llm).eviction.stats._counts.get("probes", 0) > 10) == (kind == "gated")
+    assert (harness.scheduler_of(llm).eviction.stats._counts.get("probes", 0) > 10) == (kind == "gated")
     assert (report.preemptions > 100) == (kind == "optimistic")

@@ -7,7 +7,7 @@ import functools
 
 import pytest
 
-from tests.engines import REPOSITORY
+from tests.harness import REPOSITORY
 from tests.regression import register
 from tests.regression.register import BUGS, ROWS, WEAKNESSES
 

@@ -17,7 +17,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from skipkv_vllm.core.device import to_device
-from tests.engines import REPOSITORY
+from tests.harness import REPOSITORY
 from tests.simulation import Simulation
 
 

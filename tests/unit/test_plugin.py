@@ -14,7 +14,7 @@ import pytest
 from skipkv_vllm import plugin
 from skipkv_vllm.core.errors import KVPolicyError
 from skipkv_vllm.integration.compat import flags, hooks
-from tests.engines import REPOSITORY
+from tests.harness import REPOSITORY
 
 ARGUMENTS = "vllm/engine/arg_utils.py"
 STOCK_ARGUMENTS = """

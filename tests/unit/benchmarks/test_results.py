@@ -18,7 +18,7 @@ from benchmarks.results.provenance import made_by, record
 from benchmarks.results.sections.fidelity import recall_table
 from benchmarks.results.store import DOCS, FIDELITY, OTHER_TEXTS, PAPER, RESULTS, STEERING, TINY, read_summary
 from skipkv_vllm import KVPolicyError
-from tests.engines import REPOSITORY
+from tests.harness import REPOSITORY
 
 OURS = REPOSITORY / DOCS
 LINK = re.compile(r"\]\(([^)#\s]*)(?:#([^)\s]*))?\)")

@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 from vllm.engine.arg_utils import EngineArgs
 
-from skipkv_vllm.config import KVPolicyConfig, flag_names
+from skipkv_vllm.config import KVPolicyConfig, flag_names, shown_default
 from skipkv_vllm.core.errors import KVPolicyError
 from skipkv_vllm.integration import compat
 from skipkv_vllm.integration.compat.flags import SCHEDULER, WORKERS
@@ -94,8 +94,8 @@ def test_a_users_own_classes_are_fine_without_a_policy(engine_args):
 def test_every_flag_is_on_the_parser_with_its_default_in_the_help(parser):
     actions = {option: action for action in parser._actions for option in action.option_strings}
     for name, flag in flag_names().items():
-        default = KVPolicyConfig.model_fields[name].get_default(call_default_factory=True)
-        assert f"Default: {default}." in actions[flag].help
+        assert f"Default: {shown_default(name)}." in actions[flag].help
+    assert "Default: on." in actions["--kv-protect-prompt"].help
     assert actions["--no-kv-protect-prompt"] is actions["--kv-protect-prompt"]
 
 

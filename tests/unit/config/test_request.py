@@ -109,11 +109,11 @@ def test_an_option_that_only_the_server_has_is_refused_in_a_request(key):
         ],
         ("task_tokens", "did you mean 'kv_task_tokens'"),
         *[
-            (key, "whole server, not for a request; start it with --kv-window")
+            (key, "whole server; start the server with --kv-window")
             for key in ("window", "KV-Window", "kv_windw")
         ],
-        *[(key, "start it with --kv-protect-prompt") for key in ("protect_prompt", "kvProtectPrompt")],
-        ("kv_steering_default", "start it with --kv-steering-default"),
+        *[(key, "start the server with --kv-protect-prompt") for key in ("protect_prompt", "kvProtectPrompt")],
+        ("kv_steering_default", "start the server with --kv-steering-default"),
         *[(key, "write each option under its own name") for key in ("skipkv", "SkipKV", "skip_kv", "skipkv_options")],
     ],
 )

@@ -223,7 +223,7 @@ def test_a_request_chooses_its_vector_and_strength():
 def test_a_server_without_vectors_takes_off_and_refuses_names():
     plain = KVPolicyConfig(kv_policy="rkv", kv_budget=100)
     assert RequestOptions.parse({"steering": "off"}, plain, 500).vector(plain) is None
-    with pytest.raises(KVPolicyError, match="no steering vectors; start it with --kv-steering-vectors"):
+    with pytest.raises(KVPolicyError, match="no steering vectors; start the server with --kv-steering-vectors"):
         RequestOptions.parse({"steering": "math"}, plain, 500)
 
 

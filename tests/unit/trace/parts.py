@@ -7,7 +7,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from skipkv_vllm.config import KVPolicyConfig
 from skipkv_vllm.core.orders import Compaction, Started
 from skipkv_vllm.policies import SentenceOptions
 from skipkv_vllm.sentences import SentenceTables
@@ -21,12 +20,8 @@ TABLES = SentenceTables(frozenset({DOT}), ((8,),), True, "max")
 LAYERS, HEADS = 2, 3
 
 
-def config_for(folder) -> KVPolicyConfig:
-    return KVPolicyConfig(kv_policy="skipkv", kv_budget=16, kv_trace_dir=str(folder))
-
-
 def make_collector(folder, ranks: int = 1, tables: SentenceTables | None = TABLES, stages: int = 1) -> TraceCollector:
-    return TraceCollector(config_for(folder), (stages, ranks), tables, {"model": "m", "kv_budget": 16})
+    return TraceCollector(str(folder), (stages, ranks), tables, {"model": "m", "kv_budget": 16})
 
 
 def finish(collector: TraceCollector, request_id: str, *texts: list[int]) -> Path:

@@ -22,7 +22,7 @@ from benchmarks.results.store import DOCS, RESULTS, STEERING, SWEEP, TINY
 from skipkv_vllm import bundled_model, bundled_vector
 from skipkv_vllm.steering import SteeringVector
 from skipkv_vllm.steering.extraction.checkpoints import open_checkpoint
-from tests.engines import REPOSITORY
+from tests.harness import REPOSITORY
 from tests.unit.benchmarks.accuracy.test_report import INFO, SETTINGS, made_up, made_up_samples
 
 RANDOM = ("random-0", "random-1")

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
-from tests.engines.process import scheduler_of
+from tests.harness.process import scheduler_of
 
 if TYPE_CHECKING:
     import vllm

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from skipkv_vllm.trace.files import Trace, trace_path
-from tests.engines import children
-from tests.engines.process import (
+from tests.harness import children
+from tests.harness.process import (
     assert_pool_empty,
     collector_of,
     engine,
@@ -21,7 +21,7 @@ from tests.engines.process import (
     trace_folder,
     wake,
 )
-from tests.engines.requests import Load, Sample, generate_staggered
+from tests.harness.requests import Load, Sample, generate_staggered
 
 if TYPE_CHECKING:
     import vllm

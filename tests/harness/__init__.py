@@ -5,8 +5,8 @@ settings. Model Runner V2 needs Triton's interpreter for the whole process, whic
 `run` gives V2 a process of its own. The environment is set in `conftest.py`.
 """
 
-from tests.engines.jobs import Job, Outcome, run, run_all, run_in_child, run_on, work
-from tests.engines.process import (
+from tests.harness.jobs import Job, Outcome, run, run_all, run_in_child, run_on, work
+from tests.harness.process import (
     assert_pool_empty,
     collector_of,
     engine,
@@ -16,9 +16,9 @@ from tests.engines.process import (
     trace_folder,
     wake,
 )
-from tests.engines.prompts import chat_prompt, demo_prompts, tokenizer
-from tests.engines.requests import Generation, Load, Sample, generate_staggered
-from tests.engines.settings import ENGINE_ARGUMENTS, MODEL, PAGE, POLICY_ARGUMENTS, PUBLISHED, REPOSITORY, RUNNERS
+from tests.harness.prompts import chat_prompt, demo_prompts, tokenizer
+from tests.harness.requests import Generation, Load, Sample, generate_staggered
+from tests.harness.settings import ENGINE_ARGUMENTS, MODEL, PAGE, POLICY_ARGUMENTS, PUBLISHED, REPOSITORY, RUNNERS
 
 __all__ = [
     "ENGINE_ARGUMENTS",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from typing import TYPE_CHECKING
 
-from tests.engines.settings import MODEL
+from tests.harness.settings import MODEL
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -9,8 +9,8 @@ import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from tests.engines.process import shutdown
-from tests.engines.settings import REPOSITORY
+from tests.harness.process import shutdown
+from tests.harness.settings import REPOSITORY
 
 FROM_TESTS = ("OMP_NUM_THREADS", "PYTHONPATH", "TORCHDYNAMO_DISABLE", "VLLM_CPU_OMP_THREADS_BIND")
 """Variables of this process that tests set for children; vLLM changes others whenever an engine starts."""
@@ -26,7 +26,7 @@ class Child:
 
     def __init__(self, variables: Mapping[str, str], interpreted: bool, triton_attention: bool) -> None:
         answers, answer = os.pipe()
-        code = f"from tests import engines; engines.work({answer}, {interpreted}, {triton_attention})"
+        code = f"from tests import harness; harness.work({answer}, {interpreted}, {triton_attention})"
         self._process = subprocess.Popen(
             [sys.executable, "-c", code],
             cwd=REPOSITORY,

@@ -13,7 +13,7 @@ from unittest import mock
 from skipkv_vllm.scheduler.listeners import TraceListener
 from skipkv_vllm.trace.collector import TraceCollector
 from tests import rank_processes
-from tests.engines.settings import ENGINE_ARGUMENTS, MODEL, POLICY_ARGUMENTS
+from tests.harness.settings import ENGINE_ARGUMENTS, MODEL, POLICY_ARGUMENTS
 
 if TYPE_CHECKING:
     import vllm

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from skipkv_vllm import bundled_model
-
-if TYPE_CHECKING:
-    pass
 
 REPOSITORY = Path(__file__).parents[2]
 MODEL = os.environ.get("SKIPKV_TEST_MODEL") or bundled_model()
