@@ -48,7 +48,7 @@ def _eviction(config: KVPolicyConfig, capacity: Capacity, max_model_len: int) ->
     elif config.kv_defer_prompt:
         prompt += f", but not until {config.kv_window} tokens after its end"
     admission = (
-        "no request is ever preempted"
+        "no request is preempted for lack of blocks"
         if config.kv_admission == "bounded"
         else "more requests start, and some may be preempted"
     )
@@ -57,7 +57,6 @@ def _eviction(config: KVPolicyConfig, capacity: Capacity, max_model_len: int) ->
         f"SkipKV: budget {config.kv_budget} + buffer {config.kv_buffer} = bound {limits.bound} tokens per request, "
         f"newest {config.kv_window} always kept; prompt {prompt}",
         *(f"SkipKV: {line}" for line in capacity.lines()),
-        "SkipKV: vLLM features turned off: none",
         f"SkipKV: admission {config.kv_admission}, {admission}",
     ]
     if capacity.request_blocks_full > capacity.blocks:

@@ -6,7 +6,7 @@ They are the only source of the command-line flags, their help and their page in
 
 from .checks import check_budget, needs_of, parse_json_object
 from .request import KEEP_EVERYTHING, RequestOptions, ResolvedRequest, has_our_prefix
-from .server import CONFIG_KEY, KVPolicyConfig, flag_names
+from .server import CONFIG_KEY, KVPolicyConfig, flag_names, shown_default
 
 __all__ = [
     "CONFIG_KEY",
@@ -19,4 +19,5 @@ __all__ = [
     "has_our_prefix",
     "needs_of",
     "parse_json_object",
+    "shown_default",
 ]

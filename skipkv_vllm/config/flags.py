@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .server import KVPolicyConfig, flag_names
+from .server import KVPolicyConfig, flag_names, shown_default
 
 TEXT = """# Flags
 
@@ -20,9 +20,7 @@ def flags_table() -> str:
     rows = ["| flag | default | meaning |", "|---|---|---|"]
     for name, field in KVPolicyConfig.model_fields.items():
         flag = flag_names()[name].replace("--kv-", "--[no-]kv-") if field.annotation is bool else flag_names()[name]
-        default = field.get_default(call_default_factory=True)
-        shown = {"None": "off", "True": "on", "False": "off", "[]": "none", "{}": "none"}.get(str(default), default)
-        rows.append(f"| `{flag}` | `{shown}` | {field.description} |")
+        rows.append(f"| `{flag}` | `{shown_default(name)}` | {field.description} |")
     return "\n".join(rows)
 
 

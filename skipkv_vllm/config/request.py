@@ -76,7 +76,7 @@ class RequestOptions(BaseModel):
         None, description='Name of a registered steering vector, or "off". Default: the server\'s.'
     )
     steering_alpha0: float | None = Field(
-        None, ge=-MAX_ALPHA, le=MAX_ALPHA, allow_inf_nan=False, description="Strength at first. Default: the server's."
+        None, ge=-MAX_ALPHA, le=MAX_ALPHA, allow_inf_nan=False, description="Initial strength. Default: the server's."
     )
     steering_gamma: float | None = Field(
         None, ge=-1, le=1, allow_inf_nan=False, description="Strength per thought. Default: the server's."
@@ -114,8 +114,8 @@ class RequestOptions(BaseModel):
         options._check_steering(config)
         if policy.name != "full" and not config.evicts:
             raise KVPolicyError(
-                f"kv_policy={options.kv_policy!r} is not available, as this server evicts nothing; start it with "
-                "--kv-policy, or choose 'full'"
+                f"kv_policy={options.kv_policy!r} is not available, because this server evicts nothing; start "
+                "the server with --kv-policy, or choose 'full'"
             )
         policy.check_complete()
         check_prompt(policy, config.kv_protect_prompt)
@@ -124,7 +124,8 @@ class RequestOptions(BaseModel):
         if missing:
             raise KVPolicyError(
                 f"kv_policy={options.kv_policy!r} needs {need_names(missing)}, which this server does not collect; "
-                f"start it with --kv-request-policies {options.kv_policy}, or choose {config.kv_policy!r} or 'full'"
+                f"start the server with --kv-request-policies {options.kv_policy}, or choose {config.kv_policy!r} "
+                "or 'full'"
             )
         if options.kv_budget is not None:
             check_budget("kv_budget", options.kv_budget, policy, config.kv_window, max_model_len)
@@ -150,14 +151,14 @@ class RequestOptions(BaseModel):
             if meant == CONFIG_KEY:
                 problem = "is not a request option; write each option under its own name"
             else:
-                problem = f"is set for the whole server, not for a request; start it with {flag_names()[meant]}"
+                problem = f"can only be set for the whole server; start the server with {flag_names()[meant]}"
             raise KVPolicyError(f"{name!r} {problem}. A request may set: {', '.join(cls.model_fields)}")
 
     def _check_steering(self, config: KVPolicyConfig) -> None:
         if self.steering is not None and not config.steers:
             if self.steering != OFF:
                 raise KVPolicyError(
-                    f"steering={self.steering!r}: this server has no steering vectors; start it with "
+                    f"steering={self.steering!r}: this server has no steering vectors; start the server with "
                     "--kv-steering-vectors"
                 )
         elif self.steering not in (None, OFF, *config.kv_steering_vectors):

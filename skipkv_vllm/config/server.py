@@ -46,24 +46,21 @@ class KVPolicyConfig(BaseModel):
         128,
         ge=1,
         strict=True,
-        description="Tokens by which a request may exceed the budget before it is compacted; it never holds more than "
-        "budget + buffer.",
+        description="Tokens by which a request may exceed the budget before it is compacted.",
     )
     kv_window: int = Field(
         8,
         ge=1,
         le=64,
         strict=True,
-        description="Number of newest tokens that always survive; their queries score the older tokens.",
+        description="Number of newest tokens that always survive. Methods that score by recent queries use theirs.",
     )
     kv_granularity: Literal["head", "sentence"] = Field(
         "head",
-        description='"head": every layer and kv head keeps its own tokens (the paper\'s method). '
+        description='"head": every layer and kv head keeps its own tokens. '
         '"sentence": whole sentences are evicted, the same ones in all layers and heads.',
     )
-    kv_protect_prompt: bool = Field(
-        True, description="Never evict the prompt. Off: evict it like any other text, as the paper does."
-    )
+    kv_protect_prompt: bool = Field(True, description="Never evict the prompt. Off: evict it like any other text.")
     kv_defer_prompt: bool = Field(
         False,
         description="With --no-kv-protect-prompt: keep a prompt longer than the bound whole until --kv-window "
@@ -73,8 +70,9 @@ class KVPolicyConfig(BaseModel):
     kv_admission: Literal["bounded", "optimistic"] = Field(
         "bounded",
         description='"bounded": a request starts once all the blocks it may ever hold fit beside those of the running '
-        'requests, so none is ever preempted. "optimistic": it starts once its prompt fits, as in stock vLLM; more '
-        "requests run at once while they are short, and some are preempted and computed again when they grow.",
+        'requests, so none is ever preempted for lack of blocks. "optimistic": it starts once its prompt fits, as in '
+        "stock vLLM; more requests run at once while they are short, and some are preempted and computed again when "
+        "they grow.",
     )
     kv_policy_config: dict[str, Any] = Field(
         default_factory=dict,
@@ -87,8 +85,8 @@ class KVPolicyConfig(BaseModel):
     )
     kv_batch_grouping: Literal["off", "prefill-length"] = Field(
         "off",
-        description='"prefill-length": admit waiting requests of similar prompt length together; '
-        "docs/guides/capacity-and-admission.md says when that helps.",
+        description='"prefill-length": admit waiting requests of similar prompt length together. It '
+        "rarely helps, because vLLM does not pad prompts.",
     )
     kv_grouping_width: int = Field(
         GROUPING_WIDTH, ge=1, strict=True, description="Largest difference in prompt length within a group, in tokens."
@@ -106,7 +104,7 @@ class KVPolicyConfig(BaseModel):
         "but blocks evicted too early are protected when they return; it helps when prompts recur in a cycle.",
     )
     kv_trace_dir: str | None = Field(
-        None, description="Write one replayable `<request-id>.safetensors` per finished request into this folder."
+        None, description="Write a trace, `<request-id>.safetensors`, of each finished request into this folder."
     )
     kv_check_integrity: bool = Field(
         False, description="Verify all bookkeeping after every step. Slow; for tests and bug reports."
@@ -124,7 +122,8 @@ class KVPolicyConfig(BaseModel):
         ge=-MAX_ALPHA,
         le=MAX_ALPHA,
         allow_inf_nan=False,
-        description="Initial strength: the vector is added this many times at the end of each thought.",
+        description="Initial strength: the factor by which the vector is multiplied when it is added at the end of a "
+        "thought.",
     )
     kv_steering_gamma: float = Field(
         0.02,
@@ -134,10 +133,10 @@ class KVPolicyConfig(BaseModel):
         description="Strength added per non-execution thought (a doubt or a change of approach).",
     )
     kv_steering_alpha_max: float | None = Field(
-        None, gt=0, le=MAX_ALPHA, allow_inf_nan=False, description="Largest strength."
+        None, gt=0, le=MAX_ALPHA, allow_inf_nan=False, description="Upper limit of the strength."
     )
     kv_steering_interval: int = Field(
-        128, ge=1, le=2**31 - 1, strict=True, description="Positions after which the strength is updated."
+        128, ge=1, le=2**31 - 1, strict=True, description="Number of positions between updates of the strength."
     )
     kv_steering_compat: Literal["default", "published"] = Field(
         "default",
@@ -336,3 +335,9 @@ class KVPolicyConfig(BaseModel):
 def flag_names() -> dict[str, str]:
     """Return field name -> flag for all fields of `KVPolicyConfig`."""
     return {name: "--" + name.replace("_", "-") for name in KVPolicyConfig.model_fields}
+
+
+def shown_default(name: str) -> str:
+    """Return a field's default as help texts and docs show it."""
+    default = str(KVPolicyConfig.model_fields[name].get_default(call_default_factory=True))
+    return {"None": "off", "True": "on", "False": "off", "[]": "none", "{}": "none"}.get(default, default)

@@ -57,7 +57,7 @@ def build_runtime(vllm_config: VllmConfig, model: nn.Module, device: torch.devic
     model_config, rows = vllm_config.model_config, Rows(vllm_config.scheduler_config.max_num_seqs)
     if config.evicts:
         compat.check_attention(layer.impl for layer in attention_layers(vllm_config).values())
-    ranks = place_of(vllm_config, device)
+    ranks = join_ranks(vllm_config, device)
     signals = _build_signals(vllm_config, model, device, ranks)
     steering = _build_steering(vllm_config, model, device) if config.steers else None
     trace = None
@@ -129,8 +129,8 @@ def _build_tracker(vllm_config: VllmConfig, device: torch.device) -> SentenceTra
     )
 
 
-def place_of(vllm_config: VllmConfig, device: torch.device) -> Ranks:
-    """Return this worker's place among those of its engine. Every worker must call it, at the same point."""
+def join_ranks(vllm_config: VllmConfig, device: torch.device) -> Ranks:
+    """Join the ranks of this engine and return this worker's place. Every worker must call it, at the same point."""
     config, parallel = compat.policy_config(vllm_config), vllm_config.parallel_config
     layers = attention_layers(vllm_config)
     name, first = next(iter(layers.items()))
@@ -157,7 +157,7 @@ def place_of(vllm_config: VllmConfig, device: torch.device) -> Ranks:
     return Ranks(int(count), first_layer, first_head, num_stages, own, source)
 
 
-def most_tokens(vllm_config: VllmConfig) -> int:
+def most_step_tokens(vllm_config: VllmConfig) -> int:
     """Return the tokens of the largest forward pass, padding included."""
     largest_graph = vllm_config.compilation_config.max_cudagraph_capture_size or 0
     return max(vllm_config.scheduler_config.max_num_batched_tokens, largest_graph)
@@ -170,7 +170,7 @@ def _build_gates(learned: Gates, vllm_config: VllmConfig, ranks: Ranks, device: 
         first_head=ranks.first_head,
         num_heads=layers[0].num_kv_heads,
         activation=getattr(model_config.hf_text_config, "hidden_act", "unknown"),
-        max_tokens=most_tokens(vllm_config),
+        max_tokens=most_step_tokens(vllm_config),
         dtype=model_config.dtype,
         device=device,
     )
@@ -188,7 +188,7 @@ def _build_steering(vllm_config: VllmConfig, model: nn.Module, device: torch.dev
         vectors,
         interval=config.kv_steering_interval,
         num_rows=scheduling.max_num_seqs,
-        max_tokens=most_tokens(vllm_config),
+        max_tokens=most_step_tokens(vllm_config),
         device=device,
     )
     steering.attach(decoder_layers(model, num_layers))

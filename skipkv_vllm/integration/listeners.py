@@ -24,7 +24,7 @@ def make_listeners(
         # It sets what the others report.
         listeners.insert(0, SteeringListener(_make_steering(vllm_config, config), config))
     if config.kv_trace_dir:
-        listeners.append(TraceListener(_make_trace(vllm_config, config, block_size), stats))
+        listeners.append(TraceListener(_make_trace(vllm_config, config, config.kv_trace_dir, block_size), stats))
     return listeners
 
 
@@ -34,11 +34,11 @@ def _make_steering(vllm_config: VllmConfig, config: KVPolicyConfig) -> SteeringC
     return SteeringController(tables, config.kv_steering_interval, compat == "published")
 
 
-def _make_trace(vllm_config: VllmConfig, config: KVPolicyConfig, block_size: int) -> TraceCollector:
+def _make_trace(vllm_config: VllmConfig, config: KVPolicyConfig, folder: str, block_size: int) -> TraceCollector:
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
     tables = None
     if not model.skip_tokenizer_init:
         tables = build_tables(cached_tokenizer_from_config(model), config.policy.sentence_options.compat)
     parameters = config.model_dump() | {"model": model.model, "page_size": block_size}
     grid = (parallel.pipeline_parallel_size, parallel.tensor_parallel_size)
-    return TraceCollector(config, grid, tables, parameters)
+    return TraceCollector(folder, grid, tables, parameters)

@@ -50,7 +50,7 @@ METRICS = {
         "gauge", "Tokens that a request keeps unless it sets its own budget; 0 where nothing is evicted."
     ),
     "resident_tokens": Metric("gauge", "Tokens of running requests whose KV is held."),
-    "logical_tokens": Metric("gauge", "Prompt and output tokens of running requests."),
+    "logical_tokens": Metric("gauge", "Tokens that running requests have computed, evicted ones included."),
     "promised_pages": Metric("gauge", "KV blocks promised to running requests."),
     "peak_pages": Metric("gauge", "Most KV blocks in use at once since the server started."),
 }

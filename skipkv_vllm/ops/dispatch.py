@@ -82,7 +82,7 @@ def function(op: str, device: torch.device) -> Callable[..., Any]:
 
 
 def report(device_type: str) -> dict[str, Choice]:
-    """Return the implementation of each operator on a device, for `skipkv doctor` and the start-up banner."""
+    """Return the implementation of each operator on a device, for `skipkv doctor`."""
     return {op: choose(op, device_type) for op in SCHEMAS}
 
 

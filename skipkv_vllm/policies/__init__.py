@@ -1,6 +1,6 @@
 """Eviction methods, one file each. `CONTRIBUTING.md` says how to add one."""
 
-from ..core.needs import ACCUMULATED, FROM_RECENT_QUERIES, IN_THE_CACHE, NUM_ACCUMULATED, REPEATS, Need
+from ..core.needs import Need
 from . import (  # noqa: F401  (the imports register them)
     caote,
     finch,
@@ -36,11 +36,6 @@ from .base import (
 )
 
 __all__ = [
-    "ACCUMULATED",
-    "FROM_RECENT_QUERIES",
-    "IN_THE_CACHE",
-    "NUM_ACCUMULATED",
-    "REPEATS",
     "LookaheadPlan",
     "Measured",
     "Need",

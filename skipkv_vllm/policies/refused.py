@@ -17,7 +17,7 @@ refuse_policy(
         About("EpiCache", "2509.17396"),
         "it budgets by layer, and one block table holds equally many tokens of every layer; tables by layer, which are "
         "not built, would be worth 2 to 3 points on the bundled model, with snapkv most and with skipkv nothing "
-        "(docs/results/accuracy.md); and its episodes are the application's to route",
+        "(docs/results/accuracy.md); and it needs the application to assign requests to episodes",
         "skipkv, or snapkv and rkv with a larger budget",
     )
 )

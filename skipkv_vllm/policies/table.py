@@ -14,7 +14,7 @@ INPUTS = {
     Need.QUERIES: ("last W queries", "W Hq D elements a layer"),
     Need.KEYS: ("keys", ""),
     Need.VALUES: ("values", ""),
-    Need.SENTENCES: ("sentence boundaries", "4 bytes a token"),
+    Need.SENTENCES: ("sentence boundaries", "8 bytes a token"),
     Need.HIDDEN: ("last hidden states", "`max_sentences` embeddings, 4 bytes a token"),
     Need.RECURRENCE: ("token ids", "4 bytes a token"),
     Need.OUTPUT_ERROR: ("output error so far", f"8 {SUMS}"),

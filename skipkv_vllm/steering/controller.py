@@ -15,7 +15,7 @@ from .. import ops
 from ..core.orders import SteeredRequest, Strength
 from .tables import ThoughtTables
 
-NEVER = 2**62
+BEYOND_ANY_TEXT = 2**62
 """Interval longer than any text, so that the strength never changes."""
 
 KINDS = ("execution", "reflection", "transition")
@@ -64,7 +64,7 @@ class SteeringController:
             strength: coefficients of the request.
         """
         first = self.first(len(prompt))
-        read = self._run([0] * len(ops.STATE), prompt[:first], 0, Strength(0, 0, 0), NEVER)
+        read = self._run([0] * len(ops.STATE), prompt[:first], 0, Strength(0, 0, 0), BEYOND_ANY_TEXT)
         kept = read if self._counts_prompt else {"thinking": read["thinking"]}
         state = [vector if column == "vector" else kept.get(column, 0) for column in ops.STATE]
         return SteeredRequest(request_id, first, state, strength)

@@ -15,7 +15,6 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from ..config import KVPolicyConfig
 from ..core.auxiliary import BackgroundJobs, auxiliary, report_failure
 from ..core.errors import KVPolicyError
 from ..core.orders import Compaction, Started
@@ -72,7 +71,7 @@ class TraceCollector:
     """Join the parts of finished requests in a thread.
 
     Args:
-        config: configuration of the server; `kv_trace_dir` must be set.
+        folder: `--kv-trace-dir`.
         grid: number of pipeline stages, and of workers that share the kv heads of a layer; ranks are numbered in this
             order.
         tables: sentence tables of the tokenizer, or None without a tokenizer.
@@ -84,19 +83,18 @@ class TraceCollector:
 
     def __init__(
         self,
-        config: KVPolicyConfig,
+        folder: str,
         grid: tuple[int, int],
         tables: SentenceTables | None,
         parameters: dict[str, Any],
     ) -> None:
-        assert config.kv_trace_dir is not None
-        self._folder = Path(config.kv_trace_dir)
+        self._folder = Path(folder)
         try:
             (self._folder / ".parts").mkdir(parents=True, exist_ok=True)
             (self._folder / ".parts" / ".writable").touch()
         except OSError as error:
             raise KVPolicyError(
-                f"kv_trace_dir={config.kv_trace_dir!r} cannot be written ({error.strerror}); name a writable folder"
+                f"kv_trace_dir={folder!r} cannot be written ({error.strerror}); name a writable folder"
             ) from None
         self._num_stages, self._width = grid
         self._tables = tables

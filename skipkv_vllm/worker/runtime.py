@@ -1,4 +1,4 @@
-"""The worker side of eviction is the same for every model runner: it chooses which tokens stay and moves them.
+"""The worker's side of eviction, shared by all model runners: it chooses which tokens stay and moves them.
 
 The host knows all counts and never waits for the device. One `EvictionRuntime` lives in each worker.
 """

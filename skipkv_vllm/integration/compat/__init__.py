@@ -6,10 +6,9 @@ from .pool import block_pool, model_shape
 from .refusals import check_attention, check_config, check_kv_cache
 from .responses import install_reports
 from .seams import is_public, received_orders, received_report, send_orders, send_report
-from .version import SUPPORTED_VLLM, check_vllm
+from .version import check_vllm
 
 __all__ = [
-    "SUPPORTED_VLLM",
     "block_pool",
     "check_attention",
     "check_config",

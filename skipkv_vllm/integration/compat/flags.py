@@ -7,7 +7,7 @@ import logging
 import sys
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
-from ...config import CONFIG_KEY, KVPolicyConfig, flag_names, parse_json_object
+from ...config import CONFIG_KEY, KVPolicyConfig, flag_names, parse_json_object, shown_default
 from ...core.errors import KVPolicyError
 from .version import check_vllm
 
@@ -84,9 +84,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group(title="KVPolicyConfig", description=KVPolicyConfig.__doc__)
     for name, flag in flag_names().items():
         field = KVPolicyConfig.model_fields[name]
-        default = field.get_default(call_default_factory=True)
         # No default in the parser: only flags that were given may appear in the parsed arguments.
-        help_text = f"{field.description} Default: {default}."
+        help_text = f"{field.description} Default: {shown_default(name)}."
         options: dict[str, Any] = {"default": argparse.SUPPRESS, "help": help_text.replace("%", "%%")}
         if field.annotation is bool:
             options["action"] = argparse.BooleanOptionalAction
@@ -99,7 +98,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         elif field.annotation in (float, float | None):
             options |= {"type": float, "metavar": "X"}
         else:
-            options["metavar"] = METAVARS[name]
+            options["metavar"] = METAVARS.get(name, "VALUE")
         group.add_argument(flag, **options)
 
 

@@ -43,8 +43,8 @@ def check_config(vllm_config: VllmConfig, policy: KVPolicyConfig) -> None:
     """
     if policy.kv_prefix_eviction != "lru" and not vllm_config.cache_config.enable_prefix_caching:
         raise KVPolicyError(
-            f"kv_prefix_eviction={policy.kv_prefix_eviction!r} has no effect without prefix caching; drop it or "
-            "--no-enable-prefix-caching"
+            f"kv_prefix_eviction={policy.kv_prefix_eviction!r} has no effect without prefix caching; remove "
+            "--kv-prefix-eviction or --no-enable-prefix-caching"
         )
     if policy.evicts:
         _check(vllm_config, policy, _refuse)
@@ -115,7 +115,11 @@ def _check_features(vllm_config: VllmConfig, refuse: Refuse) -> None:
             "Drop --kv-transfer-config and --kv-offloading-size",
         )
     if parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1:
-        raise refuse("context parallelism", "a request's blocks are spread over ranks", "Set its size to 1")
+        raise refuse(
+            "context parallelism",
+            "a request's blocks are spread over ranks",
+            "Set --decode-context-parallel-size and --prefill-context-parallel-size to 1",
+        )
     if parallel.pipeline_parallel_size > 1 and _is_compiled_ray_graph(parallel):
         raise refuse(
             "pipeline parallelism on Ray's compiled graphs (VLLM_USE_RAY_V2_EXECUTOR_BACKEND=0)",

@@ -26,7 +26,7 @@ class QueryRing(Signal):
     """Ring buffer `[layers, rows * n + 1, Hq, D]`; position p of row r lies in entry `r * n + p % n`.
 
     The number n of queries kept is the window W, or more for methods that add up attention. The last entry is the
-    discard entry: padding, older tokens of a long chunk, unmanaged requests.
+    discard row's: padding, older tokens of a long chunk, unmanaged requests.
 
     Args:
         num_layers: attention layers of this worker.
@@ -42,7 +42,7 @@ class QueryRing(Signal):
     Attributes:
         num_kept: see above.
         record: the operator that copies queries into the ring.
-        recording: False in a step whose queries are not needed; a captured graph then records into the discard entry.
+        recording: False in a step whose queries are not needed; a captured graph then records into the discard row.
         index: int64 `[max_tokens]`, entry of each token of the step.
     """
 
@@ -70,7 +70,7 @@ class QueryRing(Signal):
         # For the few numbers of a step NumPy takes a fraction of PyTorch's time.
         self._index_on_host = self.index.numpy() if self.index.device.type == "cpu" else None
         self._num_set = 0
-        """first tokens of the index that may name an entry; the others name the discard entry"""
+        """first tokens of the index that may name an entry; the others name the discard row's"""
         # Cached from the previous batch, which usually has not changed: first entry and number of entries by request.
         self._rows: np.ndarray | None = None
         self._first_entry = self._cycle = np.zeros(0, dtype=np.int64)
@@ -133,7 +133,7 @@ class QueryRing(Signal):
             self.recording = False
 
     def prepare_dummy(self) -> None:
-        # A graph may be captured, so it records, into the discard entry.
+        # A graph may be captured, so it records, into the discard row.
         self._clear()
         self.recording = True
 
