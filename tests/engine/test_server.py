@@ -99,7 +99,7 @@ def test_the_banner_says_what_the_server_does(server):
     assert "6 such requests fit at once instead of" in log
     assert "2,048 bytes of KV per token + 128 for its position, attention, output error and query count" in log
     assert "break-even at" in log
-    assert "admission bounded, no request is ever preempted" in log
+    assert "admission bounded, no request is preempted for lack of blocks" in log
     assert "may hold more than 1888 tokens is refused" in log
     # vLLM's CPU platform switches it off for every scheduler.
     assert "Using custom scheduler class" in log
