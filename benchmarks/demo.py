@@ -7,6 +7,7 @@ python -m benchmarks.demo --keep     # what `make serve` runs: leave the server 
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 import time
 from dataclasses import dataclass
@@ -114,6 +115,8 @@ def main() -> int:
     parser.add_argument("--buffer", type=int, default=64)
     parser.add_argument("--keep", action="store_true", help="only serve, until Ctrl-C")
     args = parser.parse_args()
+    # A supervisor's SIGTERM must stop the server too.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     flags = server_arguments(args.budget, args.buffer)
     print("vllm serve", MODEL, *flags)
     try:

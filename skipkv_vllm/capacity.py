@@ -179,7 +179,9 @@ class Capacity:
         """Describe the capacity for the banner and `skipkv plan`."""
         fits = f"{self.fit:,} such requests fit at once instead of {self.fit_full:,}"
         if self.is_capped:
-            fits += f"; max_num_seqs lets {self.concurrency:,} run instead of {self.concurrency_full:,}"
+            fits += f"; max_num_seqs lets {self.concurrency:,} run"
+            if self.concurrency_full < self.concurrency:
+                fits += f" instead of {self.concurrency_full:,}"
         *others, last = self.sidecars
         beside = f"{', '.join(others)} and {last}" if others else last
         return [

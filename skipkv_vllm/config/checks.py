@@ -14,6 +14,15 @@ from ..policies import Policy
 MAX_ALPHA = 10.0
 """largest absolute steering strength"""
 
+LIMITS = {
+    "greater_than_equal": ("at least", "ge"),
+    "greater_than": ("more than", "gt"),
+    "less_than_equal": ("at most", "le"),
+}
+"""Pydantic's type of an error -> how we say what is allowed, and the name of the limit."""
+
+TYPES = {"int_type": "a whole number, such as 1024", "float_type": "a number", "string_type": "a text in quotes"}
+
 OPTIONAL_NEEDS = {"sentence": Need.SENTENCES, "head": Need.NOTHING}
 """granularity -> what it needs on top of the policy"""
 
@@ -71,6 +80,11 @@ def describe(error: ValidationError) -> str:
             lines.append(str(cause))
         elif item["type"] == "extra_forbidden":
             lines.append(f"{field} is not an option")
+        elif item["type"] in LIMITS:
+            words, key = LIMITS[item["type"]]
+            lines.append(f"{field}={item['input']!r} is out of range; allowed: {words} {item['ctx'][key]:g}")
+        elif item["type"] in TYPES:
+            lines.append(f"{field}={item['input']!r} is not {TYPES[item['type']]}")
         else:
             lines.append(f"{field}={item['input']!r}: {item['msg'][0].lower()}{item['msg'][1:]}")
     return "; ".join(lines)

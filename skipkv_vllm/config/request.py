@@ -117,6 +117,9 @@ class RequestOptions(BaseModel):
                 f"kv_policy={options.kv_policy!r} is not available, because this server evicts nothing; start "
                 "the server with --kv-policy, or choose 'full'"
             )
+        if policy.name == "full" and options.kv_budget is not None:
+            cause = "kv_policy='full' keeps all tokens" if config.evicts else "this server evicts nothing"
+            raise KVPolicyError(f"kv_budget={options.kv_budget} has no effect, because {cause}; leave it out")
         policy.check_complete()
         check_prompt(policy, config.kv_protect_prompt)
         check_question("kv_task_tokens", policy, config.kv_window)

@@ -172,7 +172,7 @@ def test_a_request_can_be_steered(server, client):
 def test_a_bad_steering_option_is_a_400(server):
     for xargs, part in (
         ({"steering": "/etc/passwd"}, "steering='/etc/passwd' is not registered; choose one of: off, random"),
-        ({"steering": "random", "steering_alpha0": 99}, "steering_alpha0=99: input should be less than or equal to 10"),
+        ({"steering": "random", "steering_alpha0": 99}, "steering_alpha0=99 is out of range; allowed: at most 10"),
         ({"steering_gamma": 0.1}, "not steered"),
     ):
         body = {"model": "tiny", "prompt": "a", "max_tokens": 2, "vllm_xargs": xargs}
@@ -244,7 +244,7 @@ def test_every_answer_reports_all_that_was_evicted_for_it(server, path, body, ch
     [
         ({"kv_budget": 3}, ["kv_budget=3", "9 to 2048"]),
         ({"kv_budget": 99999}, ["kv_budget=99999", "9 to 2048"]),
-        ({"kv_budget": "many"}, ["kv_budget='many'", "integer"]),
+        ({"kv_budget": "many"}, ["kv_budget='many'", "whole number"]),
         ({"kv_policy": "nope"}, ["kv_policy='nope'", "streaming_llm"]),
         ({"kv_budgett": 300}, ["kv_budgett", "did you mean 'kv_budget'"]),
         ({"Policy": "full"}, ["Policy", "did you mean 'kv_policy'"]),

@@ -72,7 +72,8 @@ def check_body(body: Any, config: KVPolicyConfig, max_model_len: int) -> None:
     Raises:
         VLLMValidationError: naming the field, the value and what is allowed.
     """
-    params = getattr(body, "sampling_params", None)
+    # Not a field that the client added to a body that declares none.
+    params = getattr(body, "sampling_params", None) if "sampling_params" in type(body).model_fields else None
     with as_bad_request(Names() if params is None else TOKENS):
         if getattr(body, "use_beam_search", False):
             raise beam_search_error(config, "use_beam_search", "n samples several answers")
@@ -85,6 +86,14 @@ def check_body(body: Any, config: KVPolicyConfig, max_model_len: int) -> None:
                 "at the top level",
                 field="extra_body",
             )
+        for name, path in {"extra_args": ["extra_args"], "sampling_params": ["sampling_params", "extra_args"]}.items():
+            literal = undeclared
+            for part in path:
+                literal = literal.get(part) if isinstance(literal, dict) else None
+            if isinstance(literal, dict) and (found := [key for key in literal if key in RequestOptions.model_fields]):
+                raise KVPolicyError(
+                    f"{name!r} is ignored by this endpoint; write {', '.join(found)} into vllm_xargs", field=name
+                )
         given = getattr(body, "vllm_xargs", None) if params is None else params.extra_args
         options = RequestOptions.parse(given if isinstance(given, dict) else None, config, max_model_len)
         # A batch of chats passes undeclared fields on; other endpoints would ignore them.

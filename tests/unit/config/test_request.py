@@ -30,21 +30,22 @@ SERVER = KVPolicyConfig(kv_policy="rkv", kv_budget=100)
         ({"kv_budgett": 64}, ["'kv_budgett'", "did you mean 'kv_budget'"]),
         ({"kv-budget": 64}, ["'kv-budget'", "did you mean 'kv_budget'"]),
         ({"kv_polcy": "rkv"}, ["'kv_polcy'", "did you mean 'kv_policy'"]),
-        ({"kv_budget": True}, ["kv_budget=True", "integer"]),
-        ({"kv_budget": "64"}, ["kv_budget='64'", "integer"]),
-        ({"kv_budget": 64.0}, ["kv_budget=64.0", "integer"]),
-        ({"kv_budget": [64]}, ["kv_budget=[64]", "integer"]),
+        ({"kv_budget": True}, ["kv_budget=True", "whole number"]),
+        ({"kv_budget": "64"}, ["kv_budget='64'", "whole number"]),
+        ({"kv_budget": 64.0}, ["kv_budget=64.0", "whole number"]),
+        ({"kv_budget": [64]}, ["kv_budget=[64]", "whole number"]),
         ({"kv_budget": 8}, ["kv_budget=8", "9 to 500", "max_model_len", "window of 8"]),
         ({"kv_budget": 0}, ["kv_budget=0", "9 to 500"]),
         ({"kv_budget": 501}, ["kv_budget=501", "9 to 500", "max_model_len"]),
         ({"kv_budget": 12, "kv_policy": "streaming_llm"}, ["kv_budget=12", "13 to 500", "4 sinks"]),
         ({"kv_policy": "nope"}, ["kv_policy='nope'", "full, caote"]),
-        ({"kv_policy": 3}, ["kv_policy=3", "string"]),
+        ({"kv_policy": 3}, ["kv_policy=3", "a text"]),
         ({"kv_policy": "finch"}, ["'finch' compacts the prompt", "protected", "--no-kv-protect-prompt"]),
         ({"kv_policy": "laq"}, ["'laq' compacts the prompt", "protected", "--no-kv-protect-prompt"]),
+        ({"kv_policy": "full", "kv_budget": 64}, ["kv_budget=64 has no effect", "kv_policy='full'", "leave it out"]),
         ({"kv_task_tokens": 4}, ["kv_task_tokens=4", "'rkv' does not score by a question"]),
-        ({"kv_task_tokens": 0, "kv_policy": "finch"}, ["kv_task_tokens=0", "greater than or equal to 1"]),
-        ({"kv_task_tokens": 65, "kv_policy": "finch"}, ["kv_task_tokens=65", "less than or equal to 64"]),
+        ({"kv_task_tokens": 0, "kv_policy": "finch"}, ["kv_task_tokens=0", "at least 1"]),
+        ({"kv_task_tokens": 65, "kv_policy": "finch"}, ["kv_task_tokens=65", "at most 64"]),
         (
             {"kv_policy": "skipkv"},
             [
@@ -108,10 +109,7 @@ def test_an_option_that_only_the_server_has_is_refused_in_a_request(key):
             for key in ("kv-steering-alpha-0", "steering-alpha-0", "steering_alfa0")
         ],
         ("task_tokens", "did you mean 'kv_task_tokens'"),
-        *[
-            (key, "whole server; start the server with --kv-window")
-            for key in ("window", "KV-Window", "kv_windw")
-        ],
+        *[(key, "whole server; start the server with --kv-window") for key in ("window", "KV-Window", "kv_windw")],
         *[(key, "start the server with --kv-protect-prompt") for key in ("protect_prompt", "kvProtectPrompt")],
         ("kv_steering_default", "start the server with --kv-steering-default"),
         *[(key, "write each option under its own name") for key in ("skipkv", "SkipKV", "skip_kv", "skipkv_options")],

@@ -65,18 +65,18 @@ def test_vectors_are_name_and_path(tmp_path, monkeypatch):
         ({"kv_steering_vectors": ["off=x"]}, ["'off' is not allowed as a name"]),
         ({"kv_steering_vectors": ["a/b=x"]}, ["'a/b' is not allowed as a name", "letters, digits"]),
         ({"kv_steering_vectors": ["=x"]}, ["'' is not allowed as a name"]),
-        ({"kv_steering_vectors": {"a": 3}}, ["kv_steering_vectors.a=3", "string"]),
+        ({"kv_steering_vectors": {"a": 3}}, ["kv_steering_vectors.a=3", "a text"]),
         ({"kv_steering_gamma": 0.5}, ["--kv-steering-gamma given without --kv-steering-vectors"]),
         ({"kv_steering_default": "math"}, ["--kv-steering-default given without --kv-steering-vectors"]),
         (
             {"kv_steering_vectors": {"a": "x"}, "kv_steering_default": "b"},
             ["kv_steering_default='b' is not registered", "off, a"],
         ),
-        ({"kv_steering_vectors": {"a": "x"}, "kv_steering_alpha0": 11}, ["kv_steering_alpha0=11", "equal to 10"]),
+        ({"kv_steering_vectors": {"a": "x"}, "kv_steering_alpha0": 11}, ["kv_steering_alpha0=11", "at most 10"]),
         ({"kv_steering_vectors": {"a": "x"}, "kv_steering_alpha0": float("nan")}, ["kv_steering_alpha0=nan", "finite"]),
-        ({"kv_steering_vectors": {"a": "x"}, "kv_steering_gamma": -2}, ["kv_steering_gamma=-2", "equal to -1"]),
+        ({"kv_steering_vectors": {"a": "x"}, "kv_steering_gamma": -2}, ["kv_steering_gamma=-2", "at least -1"]),
         ({"kv_steering_vectors": {"a": "x"}, "kv_steering_alpha_max": 0}, ["kv_steering_alpha_max=0", "than 0"]),
-        ({"kv_steering_vectors": {"a": "x"}, "kv_steering_interval": 0}, ["kv_steering_interval=0", "equal to 1"]),
+        ({"kv_steering_vectors": {"a": "x"}, "kv_steering_interval": 0}, ["kv_steering_interval=0", "at least 1"]),
         (
             {"kv_steering_vectors": {"a": "x"}, "kv_steering_compat": "paper"},
             ["kv_steering_compat='paper'", "'published'"],
@@ -190,8 +190,8 @@ def test_the_banner_says_what_is_steered():
     [
         ({"steering": "maths"}, ["steering='maths' is not registered", "off, math, code"]),
         ({"steering": "/m"}, ["steering='/m' is not registered"]),
-        ({"steering": 1}, ["steering=1", "string"]),
-        ({"steering": "math", "steering_alpha0": 10.5}, ["steering_alpha0=10.5", "equal to 10"]),
+        ({"steering": 1}, ["steering=1", "a text"]),
+        ({"steering": "math", "steering_alpha0": 10.5}, ["steering_alpha0=10.5", "at most 10"]),
         ({"steering": "math", "steering_alpha0": float("inf")}, ["steering_alpha0=inf", "finite"]),
         ({"steering": "math", "steering_alpha0": "1"}, ["steering_alpha0='1'", "number"]),
         ({"steering": "math", "steering_gamma": True}, ["steering_gamma=True", "number"]),
@@ -336,3 +336,9 @@ def test_thoughts_are_exported_by_kind(registry):  # noqa: F811
     assert value(registry, "skipkv_steered_tokens_total") == 13
     for kind, number in (("execution", 32), ("reflection", 8), ("transition", 6)):
         assert value(registry, "skipkv_thoughts_total", kind=kind) == number
+
+
+def test_a_budget_is_refused_where_nothing_is_evicted():
+    config = KVPolicyConfig(kv_steering_vectors={"math": "/math.safetensors"})
+    with pytest.raises(KVPolicyError, match="kv_budget=64 has no effect, because this server evicts nothing"):
+        RequestOptions.parse({"kv_budget": 64}, config, 500)

@@ -156,6 +156,16 @@ def test_an_argument_of_a_client_that_became_a_field_is_refused():
         assert (error.code, error.param) == (400, "extra_body")
         assert "write its fields at the top level" in error.message
     assert answer(body_of("/v1/completions", extra_body={"another": 1})) is None
+    for field, literal in {
+        "extra_args": {"kv_budget": 64},
+        "sampling_params": {"extra_args": {"kv_budget": 64}},
+    }.items():
+        error = answer(body_of("/v1/completions", **{field: literal}))
+        assert (error.code, error.param) == (400, field)
+        assert "write kv_budget into vllm_xargs" in error.message
+    # What vLLM ignores by itself passes.
+    for literal in ({}, {"extra_args": {"a": 1}}, {"extra_args": 3}, 7):
+        assert answer(body_of("/v1/completions", sampling_params=literal)) is None
 
 
 @pytest.mark.parametrize("path", [path for path, endpoint in ENDPOINTS.items() if endpoint.options])
