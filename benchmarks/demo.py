@@ -17,6 +17,7 @@ from openai import OpenAI
 from transformers import AutoTokenizer
 
 from skipkv_vllm import bundled_model
+from skipkv_vllm.evaluation.machine import relative
 
 from .server import ServerError, metrics, serve
 from .tiny_reasoner.problems import Problem, extract_answer, problems
@@ -118,7 +119,7 @@ def main() -> int:
     # A supervisor's SIGTERM must stop the server too.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     flags = server_arguments(args.budget, args.buffer)
-    print("vllm serve", MODEL, *flags)
+    print("vllm serve", relative(bundled_model()), *flags)
     try:
         with serve(bundled_model(), flags, port=args.port, log=Path("build/demo-server.log")) as url:
             if args.keep:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
@@ -186,7 +187,9 @@ def check_policy_name(field: str, name: str) -> None:
             f"Use {refusal.instead}"
         )
     if name not in _REGISTRY:
-        raise KVPolicyError(f"{field}={name!r} is unknown; choose one of: {', '.join(policy_names())}")
+        close = difflib.get_close_matches(name.lower(), policy_names(), 1)
+        hint = f"did you mean {close[0]!r}? Choose one of" if close else "choose one of"
+        raise KVPolicyError(f"{field}={name!r} is unknown; {hint}: {', '.join(policy_names())}")
 
 
 def make_policy(name: str, options: dict[str, object] | None = None) -> Policy:

@@ -163,13 +163,15 @@ class SteeringVector:
 
 def _read(path: Path) -> tuple[Tensor, dict[str, str]]:
     if not path.is_file():
-        raise KVPolicyError(f"steering vector {path}: there is no such file; make one with `skipkv extract-vector`")
+        what = "is a folder, not a file" if path.is_dir() else "there is no such file"
+        raise KVPolicyError(f"steering vector {path}: {what}; make one with `skipkv extract-vector`")
     try:
         with safe_open(path, framework="pt") as file:
             metadata, names = dict(file.metadata() or {}), list(file.keys())
             if names != [TENSOR]:
                 raise KVPolicyError(
-                    f"{path} holds the tensors {names}, not just {TENSOR!r}; it is not a steering vector"
+                    f"{path} holds {len(names)} tensors ({', '.join(names[:3])}, ...), not just {TENSOR!r}; it is not "
+                    "a steering vector"
                 )
             return file.get_tensor(TENSOR), metadata
     except (OSError, SafetensorError) as error:
