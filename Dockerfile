@@ -9,7 +9,7 @@
 
 FROM nvidia/cuda:13.0.2-devel-ubuntu22.04 AS toolkit
 
-FROM vllm/vllm-openai:v0.32.0 AS build-cuda
+FROM vllm/vllm-openai:v0.33.0 AS build-cuda
 # Compiling does not link the driver, so the build needs no GPU.
 COPY --from=toolkit /usr/local/cuda-13.0 /opt/cuda
 ENV CUDA_HOME=/opt/cuda SKIPKV_BUILD_CUDA=1
@@ -26,7 +26,7 @@ RUN python3 setup.py -q bdist_wheel --dist-dir /wheels \
     && grep -q _skipkv_cuda.so /wheels/contents \
     && grep -q _skipkv_cpu.so /wheels/contents
 
-FROM vllm/vllm-openai:v0.32.0 AS cuda
+FROM vllm/vllm-openai:v0.33.0 AS cuda
 # All dependencies of the package are dependencies of vLLM. The last line refuses an untested vLLM.
 RUN --mount=type=bind,from=build-cuda,source=/wheels,target=/wheels \
     uv pip install --system --no-cache --no-deps /wheels/*.whl \

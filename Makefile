@@ -1,7 +1,7 @@
 # Every target sets up what it needs; see scripts/bootstrap.sh.
 PY := .venv/bin/python
 
-.PHONY: demo serve test test-fast test-patched soak gpu-test lint docs setup dev train vector eval-tiny eval-steering \
+.PHONY: demo serve test test-fast test-patched test-vllm soak gpu-test lint docs setup dev train vector eval-tiny eval-steering \
 	build build-cuda sanitize bench-kernels bench-throughput simulate real-models clean
 
 demo: setup        ## serve the bundled model with SkipKV and show what it saved against full KV
@@ -18,6 +18,11 @@ test-fast: dev     ## run the tests that start no engine, in several processes
 
 test-patched: dev  ## run all tests with a patched copy of vLLM: its public seams instead of our runtime hooks
 	@PYTHONPATH=$$($(PY) patches/apply.py) $(PY) -m pytest -n auto
+
+VERSION := 0.33
+TESTS := tests/engine
+test-vllm: dev     ## run the engines' tests with another vLLM on the compiled parts of this one; VERSION=0.33, TESTS="..."
+	@folder=$$($(PY) scripts/overlay_vllm.py $(VERSION)) && PYTHONPATH=$$folder $(PY) -m pytest -n auto $(TESTS)
 
 REQUESTS := 2000
 SEED := 0

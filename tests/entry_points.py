@@ -10,7 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from skipkv_vllm.integration.compat.version import vllm_root
+from skipkv_vllm.integration.compat.version import minor, vllm_root, vllm_version
+
+IS_032 = minor(vllm_version()) == "0.32"
 
 
 class Endpoint(NamedTuple):
@@ -70,7 +72,6 @@ ENDPOINTS = {
         {"query": "Is", "items": ["a"], "label_token_ids": [5, 6]},
         options="",
     ),
-    "/v1/systemone": Endpoint("generate.structured_decisions.protocol:StructuredDecisionRequest", {}, options=""),
 }
 """All call `_check_model` with the body (`/v1/messages` with a chat request made of it) before they respond."""
 
@@ -102,6 +103,13 @@ OTHER_ROUTES = {
     ],
 }
 
+if IS_032:
+    ENDPOINTS["/v1/systemone"] = Endpoint(
+        "generate.structured_decisions.protocol:StructuredDecisionRequest", {}, options=""
+    )
+else:
+    OTHER_ROUTES["its body refuses fields that it does not declare"] = ["/v1/systemone", "/v1/decisions"]
+
 MAKERS = {
     "entrypoints/openai/chat_completion/protocol.py": "of vllm_xargs; beam search is refused",
     "entrypoints/openai/completion/protocol.py": "of vllm_xargs; beam search is refused",
@@ -113,7 +121,6 @@ MAKERS = {
     "entrypoints/generate/beam_search/online.py": "refused by the body",
     "entrypoints/generate/beam_search/offline.py": "refused",
     "entrypoints/generate/generative_scoring/serving.py": "one token, by the server's settings",
-    "entrypoints/generate/structured_decisions/strategies.py": "one token, by the server's settings",
     "entrypoints/generate/base/protocol.py": "only to check a grammar",
     "parser/abstract_parser.py": "only to check a grammar",
     "entrypoints/llm.py": "where the caller gives none",
@@ -126,6 +133,14 @@ MAKERS = {
     "benchmarks/throughput.py": "LLM.generate, AsyncLLM.generate",
     "benchmarks/mm_processor.py": "LLM.chat",
 }
+if IS_032:
+    MAKERS["entrypoints/generate/structured_decisions/strategies.py"] = "one token, by the server's settings"
+else:
+    MAKERS |= {
+        "entrypoints/openai/decisions/strategies.py": "one token, by the server's settings",
+        "entrypoints/generate/beam_search/utils.py": "only to check a grammar",
+        "benchmarks/forward/batch.py": "steps without a scheduler, in which nothing is evicted",
+    }
 """Files that make `SamplingParams` or `BeamSearchParams`, and from what; `InputProcessor.process_inputs` sees all."""
 
 COMMANDS = {
@@ -146,6 +161,8 @@ COMMANDS = {
     "collect-env": "makes no requests",
     "download-kernels": "makes no requests",
 }
+if not IS_032:
+    COMMANDS["forward"] = "makes no requests of an engine"
 """Commands of `vllm`. Its front end in Rust (`VLLM_USE_RUST_FRONTEND`) is refused at start-up."""
 
 _VERBS = {"post", "put", "patch", "delete", "websocket", "api_route", "add_api_route"}

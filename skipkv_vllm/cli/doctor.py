@@ -35,12 +35,14 @@ def examine() -> Findings:
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     try:
         lines.append(f"  read from {version_check.vllm_root()}")
+        tested = [version_check.record_of(each)["vllm"] for each in version_check.supported()]
+        lines.append(f"  this release was tested with {' and '.join(tested)}")
         version_check.check_version()
         version_check.check_sources()
         lines += _source_lines()
         lines += ["", "seams (patches/README.md)", *_seam_lines()]
     except ImportError as error:
-        remedy = f"pip install 'vllm=={version_check.SUPPORTED_VLLM}.*'"
+        remedy = version_check.install_command(version_check.supported()[-1])
         problems.append(f"vLLM cannot be imported ({error}); install it: {remedy}")
     except KVPolicyError as error:
         problems.append(str(error))

@@ -19,7 +19,7 @@ from ..ops.paging import FP8_CACHES
 GIB = 2**30
 DTYPES = {"bfloat16": 2, "float16": 2, "float32": 4}
 SERVER_DEFAULTS = {160: (1024, 16384), 70: (1024, 8192), 0: (256, 2048)}
-"""GiB of GPU memory -> default of vLLM 0.32's API server for requests at once and tokens per step, from there on."""
+"""GiB of GPU memory -> default of vLLM's API server for requests at once and tokens per step, from there on."""
 
 
 @dataclass(frozen=True)

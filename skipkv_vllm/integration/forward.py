@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,19 +14,21 @@ from ..core.device import to_device
 from ..worker.signals.queries import QueryRing
 
 if TYPE_CHECKING:
-    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+    from vllm.v1.worker.gpu.model_runner import GPUModelRunner as RunnerV2
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner as RunnerV1
 
 
 class LookaheadDecoder:
-    """Runs the model of vLLM's Model Runner V1 between two steps, outside CUDA graphs, on tensors of its own.
+    """Runs the model of either model runner between two steps, outside CUDA graphs, on tensors of its own.
 
     Args:
         runner: with its KV cache bound.
         ring: hands out the queries.
+        prompt: returns the prompt of a running request, or at least its last 64 tokens.
     """
 
-    def __init__(self, runner: GPUModelRunner, ring: QueryRing) -> None:
-        self._runner, self._ring = runner, ring
+    def __init__(self, runner: RunnerV1 | RunnerV2, ring: QueryRing, prompt: Callable[[str], Sequence[int]]) -> None:
+        self._runner, self._ring, self._prompt = runner, ring, prompt
         self.max_length: int = runner.max_model_len
         self.max_tokens: int = runner.max_num_tokens
 
@@ -94,4 +96,4 @@ class LookaheadDecoder:
 
     def question(self, request_id: str, num_tokens: int) -> list[int]:
         """Return the last tokens of a request's prompt."""
-        return self._runner.requests[request_id].prompt_token_ids[-num_tokens:]
+        return list(self._prompt(request_id)[-num_tokens:])

@@ -39,7 +39,7 @@ class EvictingRunnerV1(_Base):
             ring, decoder = self.runtime.signals.queries, None
             if self.runtime.config.needs & Need.LOOKAHEAD:
                 assert ring is not None
-                decoder = LookaheadDecoder(self, ring)
+                decoder = LookaheadDecoder(self, ring, lambda request_id: self.requests[request_id].prompt_token_ids)
             bind_cache(self.runtime, self.vllm_config, kv_cache_config, decoder)
 
     def begin_step(self, scheduler_output: Any) -> None:
@@ -60,7 +60,7 @@ class EvictingRunnerV1(_Base):
             self.begin_step(scheduler_output)
         output = super().execute_model(scheduler_output, *args, **kwargs)
         state, slots = self.execute_model_state, self.input_batch.block_table[0].slot_mapping.gpu
-        produced = (None, None) if state is None else (state.hidden_states, state.logits)
+        produced = (None, None) if state is None else (state.hidden_states, lambda: state.logits)
         self.runtime.finish_forward(ForwardOutput(self.input_ids.gpu, slots, *produced))
         return output
 

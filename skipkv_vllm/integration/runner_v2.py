@@ -9,16 +9,22 @@ import numpy as np
 import torch
 
 from ..core.device import to_device
+from ..core.needs import Need
 from ..worker.batch import Evicted, StepBatch
 from ..worker.runtime import EvictionRuntime
 from ..worker.signals.base import ForwardOutput
 from . import compat
 from .build import bind_cache, build_runtime
+from .forward import LookaheadDecoder
 
 if TYPE_CHECKING:
     from vllm.v1.worker.gpu.model_runner import GPUModelRunner as _Base
 else:
     _Base = object
+
+
+MAX_QUESTION = 64
+"""Most tokens of a question: the largest window."""
 
 
 class EvictingRunnerV2(_Base):
@@ -36,15 +42,29 @@ class EvictingRunnerV2(_Base):
     def build_runtime(self) -> None:
         """Allocate the runtime. The worker calls this once the model is loaded."""
         self.runtime = build_runtime(self.vllm_config, self.get_model(), self.device)
+        self._questions: dict[str, list[int]] = {}
 
     def initialize_kv_cache(self, kv_cache_config: Any, *args: Any, **kwargs: Any) -> None:
         super().initialize_kv_cache(kv_cache_config, *args, **kwargs)
         if not kwargs.get("is_profiling", bool(args and args[0])):
-            bind_cache(self.runtime, self.vllm_config, kv_cache_config)
+            ring, decoder = self.runtime.signals.queries, None
+            if self.runtime.config.needs & Need.LOOKAHEAD:
+                assert ring is not None
+                decoder = LookaheadDecoder(self, ring, self._questions.__getitem__)
+            bind_cache(self.runtime, self.vllm_config, kv_cache_config, decoder)
+
+    def add_requests(self, scheduler_output: Any) -> None:
+        super().add_requests(scheduler_output)
+        if self.runtime.config.needs & Need.LOOKAHEAD:
+            # The runner keeps prompts on the device only.
+            for new in scheduler_output.scheduled_new_reqs:
+                self._questions[new.req_id] = (new.prompt_token_ids or [])[-MAX_QUESTION:]
 
     def begin_step(self, scheduler_output: Any) -> None:
         """Carry out a step's orders. `execute_model` does so unless it was done before."""
         self._begun = scheduler_output
+        for request_id in scheduler_output.finished_req_ids:
+            self._questions.pop(request_id, None)
         orders = compat.received_orders(scheduler_output)
         # Before the step zeroes or writes any block, because blocks freed by a compaction may be reused in it.
         self.runtime.begin_step(orders, scheduler_output.finished_req_ids, scheduler_output.preempted_req_ids or ())
@@ -61,8 +81,15 @@ class EvictingRunnerV2(_Base):
         output = super().execute_model(scheduler_output, *args, dummy_run=False, **kwargs)
         state, slots = self.execute_model_state, self.block_tables.slot_mappings[0]
         if state is not None:
-            self.runtime.finish_forward(ForwardOutput(state.input_batch.input_ids, slots, state.hidden_states))
+            self.runtime.finish_forward(
+                ForwardOutput(state.input_batch.input_ids, slots, state.hidden_states, self._logits)
+            )
         return output
+
+    def _logits(self) -> torch.Tensor:
+        """Compute the logits of each request's last token, which this runner does later, when it samples."""
+        state = self.execute_model_state
+        return self.model.compute_logits(state.hidden_states[state.input_batch.logits_indices])
 
     def capture_model(self, *args: Any, **kwargs: Any) -> Any:
         # Warm-up ran steps without requests. The graphs must contain what those steps could skip.

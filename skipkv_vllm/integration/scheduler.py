@@ -54,6 +54,7 @@ class EvictionMixin(_Base):
     eviction: EvictionController
 
     _pause_state: PauseState
+    prefill_capacity_bound: bool
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -117,8 +118,8 @@ class EvictionMixin(_Base):
             demand = Demand(room, demand.num_intact, demand.lookahead)
         self.eviction.arrive(request.request_id, resolved, demand, request.prompt_token_ids or ())
 
-    def _get_local_prefix_cache_hit(self, request: Request) -> Any:
-        blocks, num_found, *others = super()._get_local_prefix_cache_hit(request)
+    def _get_local_prefix_cache_hit(self, request: Request, *args: Any) -> Any:
+        blocks, num_found, *others = super()._get_local_prefix_cache_hit(request, *args)
         num_cached = self.eviction.requests[request.request_id].limit_cached(num_found)
         if num_cached < num_found:
             blocks = self.kv_cache_manager.truncate_computed_blocks(blocks, num_cached)
@@ -145,11 +146,12 @@ class EvictionMixin(_Base):
         """
         if not self._has_preempted:
             return super().schedule(throttle_prefills)
-        self._has_preempted, before = False, self._pause_state
+        self._has_preempted, before, capacity_bound = False, self._pause_state, self.prefill_capacity_bound
         if before == PauseState.UNPAUSED:
             self._pause_state = PauseState.PAUSED_NEW
         output = super().schedule(throttle_prefills)
-        self._pause_state = before
+        # A step in which vLLM itself preempts leaves both as they were.
+        self._pause_state, self.prefill_capacity_bound = before, capacity_bound
         return output
 
     def _preempt_for_blocks(self) -> str:

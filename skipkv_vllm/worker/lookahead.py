@@ -77,11 +77,12 @@ class Lookahead:
     def after_forward(self, step: Step, output: ForwardOutput, requests: Mapping[str, ManagedRequest]) -> None:
         """Note the likeliest next token of each request whose prompt is complete now."""
         assert output.logits is not None
-        ends = (step.batch.starts + step.batch.counts).tolist()
+        ends, logits = (step.batch.starts + step.batch.counts).tolist(), None
         for i, request_id in enumerate(step.batch.request_ids):
             request = requests.get(request_id)
             if request is not None and request.policy.lookahead_plan is not None and ends[i] == request.num_prompt:
-                request.first_draft = output.logits[i].argmax()
+                logits = output.logits() if logits is None else logits
+                request.first_draft = logits[i].argmax()
 
     def run(self, jobs: Sequence[Job]) -> list[Job]:
         """Compute tokens ahead for the jobs with lookahead blocks; return the jobs with the orders that follow."""

@@ -102,6 +102,22 @@ def test_a_question_on_runner_v2(references: ReferenceCache) -> None:
     assert [result.events[0].num_logical for result in results] == [len(prompt) for prompt in prompts]
 
 
+def test_lookahead_on_runner_v2(references: ReferenceCache) -> None:
+    """A question between chunks and a draft of the answer, each on lookahead blocks."""
+    prompts = harness.demo_prompts(2, at_least=150)
+    arguments = ARGUMENTS | {
+        "kv_policy": "finch",
+        "kv_policy_config": {"ask_chunks": True},
+        "kv_request_policies": ["laq"],
+        "async_scheduling": True,
+    }
+    job = Job(prompts, ["finch", "laq"], 24, every=2, arguments=arguments)
+    results = check(job, harness.run(job, "v2"), references, min_compactions=2)
+    asked = [event.num_logical for event in results[0].events if event.num_logical < len(prompts[0])]
+    assert asked, "the question was never put to a chunk"
+    assert len(prompts[1]) in [event.num_logical for event in results[1].events]
+
+
 def test_a_preempted_request_decodes_ahead_again(references: ReferenceCache) -> None:
     """The first request grows until the second one is preempted; the second one resumes when the first has finished."""
     prompts = [*harness.demo_prompts(1, at_least=90), *harness.demo_prompts(1, at_least=150)]

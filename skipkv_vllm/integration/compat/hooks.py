@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any
 from ...core.auxiliary import auxiliary
 from ...core.errors import KVPolicyError
 from .flags import add_flags, has_policy, policy_config, update_arguments
-from .pool import POOL_CHECK, install_pool_check
+from .pool import install_pool_check
 from .refusals import check_config
 from .request_checks import install_request_checks
 from .responses import install_reports
 from .seams import PLUGIN, is_public
-from .version import check_version, check_vllm, is_tested
+from .version import check_version, check_vllm, is_tested, located
+from .watched import POOL_CHECK
 from .wrap import wrap
 
 if TYPE_CHECKING:
@@ -55,7 +56,8 @@ def install() -> None:
         KVPolicyError: this vLLM parses its flags differently; nothing was changed.
     """
     _add_flags()
-    if "vllm.v1.core.kv_cache_utils" in sys.modules and is_tested(POOL_CHECK):
+    check = located(POOL_CHECK)
+    if check.partition(":")[0] in sys.modules and is_tested(check):
         # An engine core in its own process, which sizes its pool before it creates the scheduler.
         install_pool_check()
 

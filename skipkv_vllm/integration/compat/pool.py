@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -13,33 +15,39 @@ from ...core.errors import KVPolicyError
 from ...core.limits import Limits, ceil_div, most_tokens
 from .flags import has_policy, policy_config
 from .seams import is_public
+from .version import located
+from .watched import POOL_CHECK
 from .wrap import wrap
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.engine import EngineCoreRequest
 
-POOL_CHECK = "vllm.v1.core.kv_cache_utils:_check_enough_kv_cache_memory"
-
 
 def install_pool_check() -> None:
     """Let vLLM's start-up check require the bound instead of a whole `max_model_len`, on engines with a policy."""
-    from vllm.v1.core import kv_cache_utils
-
+    module_name, _, name = located(POOL_CHECK).partition(":")
+    module = importlib.import_module(module_name)
     if is_public("size of the pool"):
-        if check_pool not in kv_cache_utils.kv_cache_memory_checks:
-            kv_cache_utils.kv_cache_memory_checks.append(check_pool)
+        if check_pool not in module.kv_cache_memory_checks:
+            module.kv_cache_memory_checks.append(check_pool)
         return
 
     def around(original: Callable[..., Any]) -> Callable[..., Any]:
         def check(available_memory: int, get_needed_memory: Any, *args: Any) -> None:
-            vllm_config = get_needed_memory.args[0]
+            vllm_config = _config_of(get_needed_memory)
             if available_memory <= 0 or not check_pool(vllm_config, available_memory, get_needed_memory):
                 original(available_memory, get_needed_memory, *args)
 
         return check
 
-    wrap(kv_cache_utils, POOL_CHECK.partition(":")[2], around)
+    wrap(module, name, around)
+
+
+def _config_of(get_needed_memory: functools.partial[int]) -> VllmConfig:
+    """Return the configuration among the arguments of vLLM's estimate; vLLM 0.33 puts its builder before it."""
+    (found,) = (each for each in get_needed_memory.args if hasattr(each, "additional_config"))
+    return found
 
 
 def check_pool(vllm_config: VllmConfig, available: int, get_needed_memory: Callable[[], int]) -> bool:

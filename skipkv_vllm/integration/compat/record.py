@@ -1,4 +1,4 @@
-"""Record vLLM's watched symbols in `tested.json`, after the tests have passed.
+"""Record the watched symbols of this vLLM in `tested/`, after the tests have passed.
 
 It reads the installed vLLM and the copy that `patches/apply.py` made:
 
@@ -15,13 +15,14 @@ from typing import Any
 
 from . import source_hashes, version
 from .seams import SEAMS
-from .watched import OVERRIDES, PRIVATE_NAMES, RELIED_ON, WRAPPED
+from .watched import MOVED, OVERRIDES, PRIVATE_NAMES, RELIED_ON, WRAPPED
 
 
 def symbol_names() -> list[str]:
     """Return every symbol to watch, sorted; imports our modules and vLLM's."""
     names = {*WRAPPED, *RELIED_ON, *(symbol for symbols in PRIVATE_NAMES.values() for symbol in symbols)}
-    names |= {seam.marker for seam in SEAMS.values() if _is_callable(seam.marker)}
+    names |= {version.located(symbols) for symbols in MOVED}
+    names |= {seam.symbol for seam in SEAMS.values() if _is_callable(seam.symbol)}
     for own_name, base_names in OVERRIDES.items():
         own = _load(own_name)
         for base in map(_load, base_names):
@@ -94,9 +95,11 @@ def main() -> None:
     root = version.vllm_root()
     import vllm
 
-    written = record(symbol_names(), [root, options.patched], vllm.__version__.partition("+")[0])
-    version.TESTED.write_text(json.dumps(written, indent=1) + "\n")
-    print(f"{version.TESTED}: {len(written['symbols'])} symbols of {len(written['files'])} files of {root}")
+    installed = vllm.__version__.partition("+")[0]
+    written = record(symbol_names(), [root, options.patched], installed)
+    path = version.TESTED / f"{version.minor(installed)}.json"
+    path.write_text(json.dumps(written, indent=1) + "\n")
+    print(f"{path}: {len(written['symbols'])} symbols of {len(written['files'])} files of {root}")
 
 
 if __name__ == "__main__":

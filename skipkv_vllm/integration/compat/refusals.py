@@ -143,12 +143,6 @@ def _check_lookahead(vllm_config: VllmConfig, policy: KVPolicyConfig) -> None:
     if policy.policy.lookahead_plan is not None:
         flag = f"--kv-policy {policy.kv_policy}"
     refuse = functools.partial(_refuse, flag=flag)
-    if vllm_config.use_v2_model_runner:
-        raise refuse(
-            "Model Runner V2",
-            "it cannot compute tokens ahead of a step",
-            "Set VLLM_USE_V2_MODEL_RUNNER=0",
-        )
     if parallel.pipeline_parallel_size > 1:
         raise refuse(
             "pipeline parallelism",
@@ -199,7 +193,10 @@ def _check_cache_dtype(name: str, refuse: Refuse) -> None:
 def _is_compiled_ray_graph(parallel: ParallelConfig) -> bool:
     import vllm.envs as envs
 
-    return parallel.distributed_executor_backend == "ray" and not envs.VLLM_USE_RAY_V2_EXECUTOR_BACKEND
+    # vLLM 0.33 has no other executor than the one that this variable chose.
+    return parallel.distributed_executor_backend == "ray" and not getattr(
+        envs, "VLLM_USE_RAY_V2_EXECUTOR_BACKEND", True
+    )
 
 
 def _check_steering(vllm_config: VllmConfig, policy: KVPolicyConfig) -> None:

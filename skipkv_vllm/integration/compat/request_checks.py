@@ -98,7 +98,7 @@ def check_served(serving: Any, body: Any) -> None:
     Raises:
         VLLMValidationError: naming the field, the value and what is allowed.
     """
-    # A handler without an engine only converts between text and tokens.
+    # A handler without an engine converts between text and tokens, or takes a body without undeclared fields.
     vllm_config = getattr(getattr(serving, "engine_client", None), "vllm_config", None)
     if vllm_config is not None and has_policy(vllm_config):
         check_body(body, policy_config(vllm_config), vllm_config.model_config.max_model_len)

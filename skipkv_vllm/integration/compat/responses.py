@@ -16,8 +16,11 @@ from typing import Any
 from ...config import CONFIG_KEY
 from ...core.auxiliary import auxiliary, report_failure
 from .seams import PLUGIN
+from .version import located
+from .watched import MESSAGE_STREAM
 from .wrap import wrap
 
+FIELD = '"kv_transfer_params":'
 TASK = "report evictions to a client"
 """For the log, see `report_failure`."""
 
@@ -85,8 +88,10 @@ class Reports:
         The last events are chunks with a finish reason or the usage of the whole response, and Anthropic's
         `message_delta`.
         """
-        if self.total is None or self.num_running > 0:
+        if self.total is None:
             return event
+        if self.num_running > 0:
+            return _without_report(event)
         start = event.find("{")
         if start < 0:
             return event
@@ -96,8 +101,27 @@ class Reports:
         if not is_last:
             return event
         # Insert text, so that every other byte stays as vLLM wrote it.
+        if "kv_transfer_params" in data:
+            # vLLM 0.33 sends the report of the choice that ended. Text in a chunk has its quotes escaped.
+            start = event.index(FIELD) + len(FIELD)
+            _, end = json.JSONDecoder().raw_decode(event, start)
+            return f"{event[:start]}{_dump(self.attach(data['kv_transfer_params']))}{event[end:]}"
         end = event.rindex("}")
-        return f'{event[:end]},"kv_transfer_params":{json.dumps(self.attach(None))}{event[end:]}'
+        return f"{event[:end]},{FIELD}{_dump(self.attach(None))}{event[end:]}"
+
+
+def _without_report(event: str) -> str:
+    """Remove the report of a choice that has ended before others, which vLLM 0.33 sends by itself."""
+    start = event.find(FIELD) + len(FIELD)
+    if start < len(FIELD) or f'"{CONFIG_KEY}"' not in event[start:]:
+        return event
+    sent, end = json.JSONDecoder().raw_decode(event, start)
+    others = {key: value for key, value in (sent or {}).items() if key != CONFIG_KEY} or None
+    return f"{event[:start]}{_dump(others)}{event[end:]}"
+
+
+def _dump(params: dict[str, Any] | None) -> str:
+    return json.dumps(params, separators=(",", ":"))
 
 
 def _is_finished(choice: dict[str, Any]) -> bool:
@@ -169,13 +193,16 @@ def _install_in_servers() -> None:
         "openai.chat_completion.serving:OpenAIServingChat.chat_completion_stream_generator": _stamp_stream,
         "scale_out.token_in_token_out.serving:ServingTokens.serve_tokens_stream_generator": _stamp_stream,
         "openai.completion.serving:OpenAIServingCompletion.completion_stream_generator": _stamp_stream_of_prompts,
-        "anthropic.serving:AnthropicServingMessages.message_stream_converter": _stamp_converted_stream,
         "openai.completion.serving:OpenAIServingCompletion.request_output_to_completion_response": _sum_prompts,
         "openai.chat_completion.batch_serving:OpenAIServingChatBatch.chat_completion_full_generator_batch": (
             _sum_conversations
         ),
         "openai.responses.context:ParsableContext.append_output": _sum_turns,
     }
+    messages = located(MESSAGE_STREAM).removeprefix("vllm.entrypoints.")
+    # Where the class has a generator of its own, that writes the client's events.
+    converts = messages.endswith("converter")
+    serving[messages] = _stamp_converted_stream if converts else _stamp_stream
     for symbol, around in serving.items():
         module, _, path = symbol.partition(":")
         owner, _, name = path.partition(".")

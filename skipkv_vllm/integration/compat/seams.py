@@ -10,6 +10,9 @@ import functools
 import importlib
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from .version import located
+from .watched import POOL_CHECK
+
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.metrics.stats import SchedulerStats
@@ -23,13 +26,19 @@ class Seam(NamedTuple):
 
     Attributes:
         patch: number of the file in `patches/` that adds the seam.
-        marker: `module:name` or `module:Class.name` that exists if vLLM has the seam.
+        marker: `module:name` or `module:Class.name` that exists if vLLM has the seam; by first minor version of vLLM if
+            it differs.
         hook: what happens at run time if it does not.
     """
 
     patch: str
-    marker: str
+    marker: str | dict[str, str]
     hook: str
+
+    @property
+    def symbol(self) -> str:
+        """The marker in this vLLM."""
+        return self.marker if isinstance(self.marker, str) else located(self.marker)
 
 
 SEAMS = {
@@ -68,8 +77,8 @@ SEAMS = {
     ),
     "size of the pool": Seam(
         "0008",
-        "vllm.v1.core.kv_cache_utils:kv_cache_memory_checks",
-        "kv_cache_utils._check_enough_kv_cache_memory is wrapped",
+        {since: f"{name.partition(':')[0]}:kv_cache_memory_checks" for since, name in POOL_CHECK.items()},
+        "_check_enough_kv_cache_memory is wrapped",
     ),
     "check before a response": Seam(
         "0009",
@@ -82,7 +91,7 @@ SEAMS = {
 @functools.cache
 def is_public(seam: str) -> bool:
     """Return whether this vLLM has a seam; imports the module that would have it."""
-    module, _, path = SEAMS[seam].marker.partition(":")
+    module, _, path = SEAMS[seam].symbol.partition(":")
     try:
         found: Any = importlib.import_module(module)
     except ModuleNotFoundError as error:

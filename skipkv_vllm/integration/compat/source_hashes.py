@@ -5,7 +5,8 @@ from __future__ import annotations
 import ast
 import hashlib
 import textwrap
-from pathlib import Path
+from collections.abc import Iterator
+from importlib.resources.abc import Traversable
 from typing import NamedTuple
 
 PACKAGE = "vllm"
@@ -34,7 +35,7 @@ def split(name: str) -> tuple[str, str]:
     return f"{module.removeprefix(f'{PACKAGE}.').replace('.', '/')}.py", path
 
 
-def read(root: Path, file: str) -> str | None:
+def read(root: Traversable, file: str) -> str | None:
     """Return the text of a file of the package, or None if it does not exist."""
     path = root / file
     return path.read_text(encoding="utf-8") if path.is_file() else None
@@ -42,22 +43,34 @@ def read(root: Path, file: str) -> str | None:
 
 def symbols(text: str) -> dict[str, Symbol]:
     """Return the classes, functions and methods that a file defines at its top level, by path (`Class.method`)."""
-    lines = text.splitlines()
-    found: dict[str, Symbol] = {}
+    return {path: Symbol(f"({_signature(node)})", digest(code)) for path, node, code in _definitions(text)}
 
-    def visit(body: list[ast.stmt], prefix: str) -> None:
+
+def source(root: Traversable, file: str, path: str) -> str | None:
+    """Return the source of a symbol without indentation, or None if the file does not define it."""
+    text = read(root, file)
+    return next((code for found, _, code in _definitions(text or "") if found == path), None)
+
+
+Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
+
+
+def _definitions(text: str) -> Iterator[tuple[str, Definition, str]]:
+    """Yield path, node and source of each definition of a file."""
+    lines = text.splitlines()
+
+    def visit(body: list[ast.stmt], prefix: str) -> Iterator[tuple[str, Definition, str]]:
         for node in body:
-            if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            if not isinstance(node, Definition):
                 continue
             first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
-            source = textwrap.dedent("\n".join(lines[first - 1 : node.end_lineno]))
-            source = "\n".join(line.rstrip() for line in source.splitlines())
+            code = textwrap.dedent("\n".join(lines[first - 1 : node.end_lineno]))
+            yield prefix + node.name, node, "\n".join(line.rstrip() for line in code.splitlines())
             if isinstance(node, ast.ClassDef):
-                signature = ", ".join(ast.unparse(base) for base in node.bases)
-                visit(node.body, f"{prefix}{node.name}.")
-            else:
-                signature = ast.unparse(node.args)
-            found[prefix + node.name] = Symbol(f"({signature})", digest(source))
+                yield from visit(node.body, f"{prefix}{node.name}.")
 
-    visit(ast.parse(text).body, "")
-    return found
+    return visit(ast.parse(text).body, "")
+
+
+def _signature(node: Definition) -> str:
+    return ", ".join(map(ast.unparse, node.bases)) if isinstance(node, ast.ClassDef) else ast.unparse(node.args)

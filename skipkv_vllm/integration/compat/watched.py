@@ -9,6 +9,25 @@ SCHEDULER = "vllm.v1.core.sched.scheduler:Scheduler"
 RUNNER_V1 = "vllm.v1.worker.gpu_model_runner:GPUModelRunner"
 RUNNER_V2 = "vllm.v1.worker.gpu.model_runner:GPUModelRunner"
 
+POOL_CHECK = {
+    "0.32": "vllm.v1.core.kv_cache_utils:_check_enough_kv_cache_memory",
+    "0.33": "vllm.v1.core.kv_cache_planning:_check_enough_kv_cache_memory",
+}
+POOL_PLANNING = {
+    "0.32": "vllm.v1.core.kv_cache_utils:get_kv_cache_configs",
+    "0.33": "vllm.v1.core.kv_cache_planning:get_kv_cache_configs",
+}
+MESSAGE_STREAM = {
+    "0.32": "vllm.entrypoints.anthropic.serving:AnthropicServingMessages.message_stream_converter",
+    "0.33": "vllm.entrypoints.anthropic.serving:AnthropicServingMessages.chat_completion_stream_generator",
+}
+CHAT_CHUNKS = {
+    "0.32": "vllm.entrypoints.openai.chat_completion.serving:OpenAIServingChat.chat_completion_stream_generator",
+    "0.33": "vllm.entrypoints.openai.chat_completion.serving:OpenAIServingChat.chat_completion_stream_generator_raw",
+}
+MOVED = (POOL_CHECK, POOL_PLANNING, MESSAGE_STREAM, CHAT_CHUNKS)
+"""What has another name in another version of vLLM: first minor version with a name -> the name; see `located`."""
+
 OVERRIDES = {
     "skipkv_vllm.integration.scheduler:EvictionMixin": (
         SCHEDULER,
@@ -52,7 +71,6 @@ WRAPPED = (
     "vllm.v1.engine.input_processor:InputProcessor.__init__",
     "vllm.v1.engine.input_processor:InputProcessor.process_inputs",
     "vllm.v1.engine.output_processor:RequestState.make_request_output",
-    "vllm.entrypoints.anthropic.serving:AnthropicServingMessages.message_stream_converter",
     "vllm.entrypoints.openai.chat_completion.batch_serving:OpenAIServingChatBatch.chat_completion_full_generator_batch",
     "vllm.entrypoints.openai.chat_completion.serving:OpenAIServingChat.chat_completion_stream_generator",
     "vllm.entrypoints.openai.completion.serving:OpenAIServingCompletion.completion_stream_generator",
@@ -61,7 +79,6 @@ WRAPPED = (
     "vllm.entrypoints.scale_out.token_in_token_out.serving:ServingTokens.serve_tokens_stream_generator",
     "vllm.entrypoints.serve.engine.serving:BaseServing._check_model",
     "vllm.entrypoints.generate.beam_search.offline:BeamSearchOfflineMixin.beam_search",
-    "vllm.v1.core.kv_cache_utils:_check_enough_kv_cache_memory",
     "vllm.v1.worker.block_table:MultiGroupBlockTable.compute_slot_mapping",
     "vllm.v1.worker.gpu.model_states.default:DefaultModelState.prepare_attn",
 )
@@ -92,11 +109,14 @@ RELIED_ON = (
     "vllm.v1.worker.gpu.block_table:BlockTables.append_block_ids",
     "vllm.v1.worker.gpu.block_table:BlockTables.compute_slot_mappings",
     "vllm.v1.worker.gpu.input_batch:InputBatch",
+    "vllm.v1.worker.gpu.attn_utils:init_attn_backend",
+    "vllm.v1.worker.gpu.model_runner:ExecuteModelState",
+    f"{RUNNER_V2}.sample",
     "vllm.v1.worker.cpu_worker:CPUWorker.init_device",
     # must keep doing what they do
+    "vllm.entrypoints.anthropic.serving:AnthropicServingMessages.message_stream_converter",
     "vllm.outputs:RequestOutput.add",
     "vllm.v1.engine.parallel_sampling:ParentRequest.get_outputs",
-    "vllm.v1.core.kv_cache_utils:get_kv_cache_configs",
     "vllm.v1.core.kv_cache_manager:KVCacheManager.allocate_slots",
     f"{SCHEDULER}.reset_prefix_cache",
     "vllm.device_allocator.sleep_mode_backend:CuMemBackend.suspend",
@@ -106,3 +126,22 @@ RELIED_ON = (
     "vllm.v1.attention.backends.triton_attn:TritonAttentionImpl.forward",
 )
 """Functions and classes that we call, read or depend on where no subclass shows it."""
+
+TESTS = {
+    "vllm.": ("tests/engine/test_exactness.py",),
+    "vllm.device_allocator.": ("tests/gpu/test_engine_cuda.py", "tests/engine/test_sleep.py"),
+    "vllm.distributed.": ("tests/engine/test_parallel.py",),
+    "vllm.engine.": ("tests/engine/test_server.py", "tests/unit/config"),
+    "vllm.entrypoints.": ("tests/engine/test_server.py", "tests/engine/test_serving.py"),
+    "vllm.entrypoints.llm": ("tests/engine/test_full_equals_stock.py",),
+    "vllm.forward_context": ("tests/engine/test_prompt_methods.py",),
+    "vllm.outputs": ("tests/engine/test_serving.py",),
+    "vllm.v1.attention.": ("tests/engine/test_exactness.py", "tests/gpu/test_engine_cuda.py"),
+    "vllm.v1.core.": ("tests/engine/test_exactness.py", "tests/engine/test_combinations.py", "tests/unit/scheduler"),
+    "vllm.v1.core.kv_cache_utils:FreeKVCacheBlockQueue": ("tests/unit/integration",),
+    "vllm.v1.core.sched.request_queue": ("tests/engine/test_grouping.py",),
+    "vllm.v1.engine.": ("tests/engine/test_server.py", "tests/engine/test_serving.py"),
+    "vllm.v1.metrics.": ("tests/engine/test_server.py", "tests/unit/integration"),
+    "vllm.v1.worker.": ("tests/engine/test_exactness.py", "tests/engine/test_combinations.py"),
+}
+"""Beginning of a symbol's name -> tests of what we do with it; the longest beginning counts."""

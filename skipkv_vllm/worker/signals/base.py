@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -37,13 +37,14 @@ class ForwardOutput(NamedTuple):
         token_ids: integer `[>= T]`, the step's input ids.
         slots: integer `[>= T]`, slot of each token in the cache.
         hidden: `[>= T, E]` last hidden states after the final norm; None except in a pipeline's last stage.
-        logits: `[R, V]` of each request's last token; None if no tokens are computed ahead from them.
+        logits: returns `[R, V]`, the logits of each request's last token; the same on every rank of a stage. None where
+            no tokens are computed ahead.
     """
 
     token_ids: Tensor
     slots: Tensor
     hidden: Tensor | None = None
-    logits: Tensor | None = None
+    logits: Callable[[], Tensor] | None = None
 
 
 @dataclass

@@ -195,7 +195,10 @@ def test_prometheus_finds_the_server_and_its_rules():
 
 @pytest.fixture(scope="module")
 def serve_parser() -> Any:
-    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    try:
+        from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    except ModuleNotFoundError:
+        from vllm.entrypoints.common.cli_args import make_arg_parser  # since vLLM 0.33
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     from skipkv_vllm.plugin import register
@@ -232,9 +235,14 @@ def test_the_dockerfile_is_clean():
 
 
 def test_images_have_the_vllm_that_was_tested():
-    version = version_check.tested()["vllm"]
-    assert stages()["cuda"] == stages()["build-cuda"] == f"vllm/vllm-openai:v{version}"
-    assert f"VLLM_VERSION={version}" in (ROOT / "scripts" / "bootstrap.sh").read_text()
+    tested = [version_check.record_of(each)["vllm"] for each in version_check.supported()]
+    assert stages()["cuda"] == stages()["build-cuda"] == f"vllm/vllm-openai:v{tested[-1]}"
+    bootstrap = (ROOT / "scripts" / "bootstrap.sh").read_text()
+    assert f"VLLM_VERSION_CUDA={tested[-1]}\n" in bootstrap
+    found = re.search(r"^VLLM_VERSION_CPU=(\S+)", bootstrap, re.MULTILINE)
+    assert found is not None
+    assert found[1] == version_check.NEWEST_FOR_CPUS
+    assert found[1] in tested
     assert DOCKERFILE.count("check_sources()") == 2, "each image must run the check"
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import vllm
 
 from skipkv_vllm.integration.compat import version
 from skipkv_vllm.integration.compat.seams import SEAMS
@@ -23,7 +24,8 @@ assert spec.loader is not None
 apply_patches = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(apply_patches)
 
-PATCHES = apply_patches.patch_files()
+VERSION = vllm.__version__
+PATCHES = apply_patches.patch_files(VERSION)
 LOOK = """
 import json
 from skipkv_vllm.integration import compat
@@ -43,7 +45,8 @@ pytestmark = pytest.mark.skipif(bool(COPIES), reason="the suite runs with a patc
 
 
 def run_with(copy: Path, code: str) -> str:
-    environment = os.environ | {"PYTHONPATH": f"{copy}{os.pathsep}{REPOSITORY}", "VLLM_LOGGING_LEVEL": "ERROR"}
+    folders = [copy, REPOSITORY, *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, folders)), "VLLM_LOGGING_LEVEL": "ERROR"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -87,7 +90,7 @@ def test_all_seams_are_seen_in_a_copy_with_all_patches(patched):
 
 
 def test_one_seam_is_seen_in_a_copy_with_one_patch(tmp_path):
-    apply_patches.apply(apply_patches.patch_files(["0003"]), tmp_path)
+    apply_patches.apply(apply_patches.patch_files(VERSION, ["0003"]), tmp_path)
     assert look(tmp_path)["public"] == ["orders to workers"]
 
 
@@ -100,18 +103,21 @@ def test_the_stock_vllm_has_no_seam():
 
 def test_with_the_seams_nothing_is_wrapped(patched):
     code = """
+import importlib
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 from vllm.entrypoints.generate.beam_search.offline import BeamSearchOfflineMixin
 from vllm.entrypoints.serve.engine.serving import BaseServing
 from vllm.plugins.engine_args import engine_args_plugins
 from vllm.utils.argparse_utils import FlexibleArgumentParser
-from vllm.v1.core import kv_cache_utils
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.engine.input_processor import InputProcessor
 from vllm.v1.metrics.stats import SchedulerStats
 from skipkv_vllm import bundled_model
 from skipkv_vllm.integration import compat, metrics  # a client loads the last
+from skipkv_vllm.integration.compat.version import located
+from skipkv_vllm.integration.compat.watched import POOL_CHECK
 
+planning = importlib.import_module(located(POOL_CHECK).partition(":")[0])
 parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser())
 compat.install()  # plugins may be loaded several times
 assert [plugin.name for plugin in engine_args_plugins()] == ["skipkv"]
@@ -121,11 +127,11 @@ assert engine.additional_config["skipkv"]["kv_budget"] == 96
 assert "EvictingCPUWorker" in engine.worker_cls
 compat.enable(None)
 compat.enable(None)
-assert len(InputProcessor.request_validators) == len(kv_cache_utils.kv_cache_memory_checks) == 1
+assert len(InputProcessor.request_validators) == len(planning.kv_cache_memory_checks) == 1
 assert len(BaseServing.request_validators) == len(BeamSearchOfflineMixin.beam_search_validators) == 1
 functions = EngineArgs.add_cli_args, EngineArgs.create_engine_config, InputProcessor.process_inputs
 functions += BaseServing._check_model, BeamSearchOfflineMixin.beam_search
-for function in (*functions, InputProcessor.__init__, kv_cache_utils._check_enough_kv_cache_memory):
+for function in (*functions, InputProcessor.__init__, planning._check_enough_kv_cache_memory):
     assert not hasattr(function, "__wrapped__"), function
 assert "skipkv" not in SchedulerStats.__dataclass_fields__
 output, stats = SchedulerOutput.make_empty(), SchedulerStats()
@@ -152,7 +158,12 @@ def test_a_copy_does_not_touch_the_original_and_is_small(patched):
 
 def test_a_patch_that_does_not_fit_is_named_and_leaves_nothing(tmp_path):
     wrong = tmp_path / "0009-wrong.patch"
-    wrong.write_text(PATCHES[2].read_text().replace("num_common_prefix_blocks", "another_name"))
+    wrong.write_text(
+        PATCHES[2]
+        .read_text()
+        .replace("class SchedulerOutput", "class AnotherOutput")
+        .replace("from typing import TYPE_CHECKING", "from typing import OTHER")
+    )
     with pytest.raises(apply_patches.PatchError, match=r"0009-wrong\.patch does not apply"):
         apply_patches.apply([wrong], tmp_path / "copy")
     assert not (tmp_path / "copy").exists()
@@ -167,4 +178,4 @@ def test_a_folder_with_something_else_is_not_deleted(tmp_path):
 
 def test_an_unknown_number_is_refused():
     with pytest.raises(apply_patches.PatchError, match=r"no patch begins with 0042; there are: 0001-engine"):
-        apply_patches.patch_files(["0042"])
+        apply_patches.patch_files(VERSION, ["0042"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +11,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from vllm.exceptions import VLLMValidationError
-from vllm.v1.core import kv_cache_utils
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from skipkv_vllm.config import CONFIG_KEY, KVPolicyConfig, RequestOptions
@@ -19,6 +19,8 @@ from skipkv_vllm.core.limits import Demand, Limits, LookaheadTokens, ceil_div, m
 from skipkv_vllm.integration.compat import is_public, pool
 from skipkv_vllm.integration.compat.pool import install_pool_check
 from skipkv_vllm.integration.compat.request_checks import check_request
+from skipkv_vllm.integration.compat.version import located
+from skipkv_vllm.integration.compat.watched import POOL_CHECK
 from skipkv_vllm.scheduler.admission import Holding, Ledger, Promise
 
 PAGE = 16
@@ -221,7 +223,9 @@ def check_pool(vllm_config, num_pages):
     needed = functools.partial(lambda config: spec.max_memory_usage_bytes(config), vllm_config)
     available = num_pages * spec.page_size_bytes
     config = [vllm_config] if is_public("size of the pool") else []
-    kv_cache_utils._check_enough_kv_cache_memory(available, needed, 2048, lambda memory: 77, *config)
+    module, _, name = located(POOL_CHECK).partition(":")
+    check = getattr(importlib.import_module(module), name)
+    check(available, needed, 2048, lambda memory: 77, *config)
 
 
 def test_a_pool_smaller_than_the_longest_sequence_is_accepted_if_the_bound_fits(vllm_config):

@@ -56,7 +56,6 @@ def test_an_unsupported_feature_is_refused(changes, parts):
 @pytest.mark.parametrize(
     ("changes", "parts"),
     [
-        ({"use_v2_model_runner": True}, ["Model Runner V2", "Set VLLM_USE_V2_MODEL_RUNNER=0"]),
         ({"parallel_config__pipeline_parallel_size": 2}, ["pipeline parallelism", "--tensor-parallel-size"]),
         ({"parallel_config__data_parallel_size": 2}, ["data parallelism", "several servers"]),
         ({"lora_config": object()}, ["LoRA", "Drop --enable-lora"]),

