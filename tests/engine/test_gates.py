@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 LONG = 150
 GATES: dict[str, Any] = {"kv_policy": "trimkv", "kv_policy_config": {"gates": bundled_gates()}}
-SIZES = {"tensor": {"tensor_parallel_size": 2}, "pipeline": {"pipeline_parallel_size": 2}}
+SIZES = {"tensor": {"tensor_parallel_size": 2}, "pipeline": {"pipeline_parallel_size": 2, "async_scheduling": False}}
 PROBLEMS, BUDGET = 40, 198
 """A quarter of full KV: the smallest budget that the model's task fits into; see its README."""
 

@@ -32,7 +32,8 @@ if TYPE_CHECKING:
 METHODS = ["skipkv", "rkv", "h2o", "streaming_llm", "snapkv", "random"]
 NUM_NEW = 250
 TENSOR = {"tensor_parallel_size": 2}
-PIPELINE = {"pipeline_parallel_size": 2}
+# vLLM has no asynchronous scheduling for pipelines on Runner V1.
+PIPELINE = {"pipeline_parallel_size": 2, "async_scheduling": False}
 CACHED = {True: {"enable_prefix_caching": True}, False: {"enable_prefix_caching": False}}
 CHUNKED = {True: {"max_num_batched_tokens": 128}, False: {"enable_chunked_prefill": False}}
 
@@ -182,6 +183,8 @@ def test_data_parallelism(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     """Two replicas behind one address: each keeps its requests within the budget and has its own counters."""
     for name in ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_LOGGING_LEVEL"):
         monkeypatch.delenv(name, raising=False)
+    # Otherwise vLLM 0.33 wants a memory node for each replica.
+    monkeypatch.setenv("VLLM_CPU_SIM_MULTI_NUMA", "0")
     traces = tmp_path / "traces"
     arguments = (
         "--data-parallel-size 2 --served-model-name tiny --kv-policy skipkv --kv-budget 224 --kv-buffer 64 "
