@@ -22,7 +22,7 @@ def arguments(*words: str, out: Path) -> list[str]:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--methods", "skipkw"], "--methods='skipkw' is unknown; choose one of: full, "),
+        (["--methods", "skipkw"], "--methods='skipkw' is unknown; did you mean 'skipkv'? Choose one of: full, "),
         (["--methods", "full"], "--methods: full is always measured; leave it out"),
         (["--methods", "rkv", "rkv"], "--methods rkv rkv: give at least one value, and each once"),
         (["--ratio", "0.5"], "--ratio 0.5 is out of range; allowed: at least 1"),
