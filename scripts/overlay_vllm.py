@@ -27,7 +27,11 @@ FURTHER_PACKAGES = {"0.33": ("certifi", "multidict", "orjson")}
 def download(folder: str, *packages: str) -> list[Path]:
     """Download wheels without their dependencies."""
     command = [sys.executable, "-m", "pip", "download", "-q", "--disable-pip-version-check", "--no-deps"]
-    subprocess.run([*command, "-d", folder, *packages], check=True)
+    done = subprocess.run([*command, "-d", folder, *packages], stderr=subprocess.PIPE, text=True)
+    sys.stderr.write(done.stderr)
+    if done.returncode:
+        # As benchmarks/real_models.py: 3 says that the index does not have it.
+        raise SystemExit(3 if "No matching distribution found" in done.stderr else 1)
     return list(Path(folder).glob("*.whl"))
 
 
