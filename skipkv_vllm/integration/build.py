@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,7 +22,6 @@ from ..sentences import build_tables
 from ..steering import tokenizer_digest
 from ..steering.tables import build_thought_tables
 from ..trace.writer import TraceWriter
-from ..worker.lookahead import Decoder
 from ..worker.ranks import Ranks
 from ..worker.requests import Rows
 from ..worker.runtime import EvictionRuntime
@@ -34,6 +34,7 @@ from ..worker.signals.sentence_tracker import SentenceTracker
 from ..worker.signals.sentences import Sentences
 from ..worker.steering import Steering, decoder_layers
 from . import compat
+from .forward import LookaheadDecoder
 
 if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import KVCacheConfig
@@ -195,19 +196,19 @@ def _build_steering(vllm_config: VllmConfig, model: nn.Module, device: torch.dev
     return steering
 
 
-def bind_cache(
-    runtime: EvictionRuntime,
-    vllm_config: VllmConfig,
-    kv_cache_config: KVCacheConfig,
-    decoder: Decoder | None = None,
-) -> None:
-    """Give the runtime the KV cache once vLLM has allocated it; `decoder` computes tokens ahead."""
+def bind_cache(runner: Any, kv_cache_config: KVCacheConfig, prompt: Callable[[str], Sequence[int]]) -> None:
+    """Give the runtime of a model runner the KV cache once vLLM has allocated it; `prompt`: see `LookaheadDecoder`."""
+    runtime: EvictionRuntime = runner.runtime
     if not runtime.config.evicts:
         return
-    layers = attention_layers(vllm_config)
+    layers = attention_layers(runner.vllm_config)
     (group,) = kv_cache_config.kv_cache_groups
     bound = [layer for name, layer in layers.items() if name in set(group.layer_names)]
     cache = PagedCache.of([_pages(layer) for layer in bound], _layout(bound[0]))
+    decoder, ring = None, runtime.signals.queries
+    if runtime.config.needs & Need.LOOKAHEAD:
+        assert ring is not None
+        decoder = LookaheadDecoder(runner, ring, prompt)
     runtime.bind_cache(cache, group.kv_cache_spec.block_size, _key_scales(bound), decoder)
 
 

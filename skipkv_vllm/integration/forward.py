@@ -24,7 +24,7 @@ class LookaheadDecoder:
     Args:
         runner: with its KV cache bound.
         ring: hands out the queries.
-        prompt: returns the prompt of a running request, or at least its last 64 tokens.
+        prompt: returns the prompt of a running request, or at least its last `kv_window` tokens.
     """
 
     def __init__(self, runner: RunnerV1 | RunnerV2, ring: QueryRing, prompt: Callable[[str], Sequence[int]]) -> None:

@@ -8,13 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..core.needs import Need
 from ..worker.batch import Evicted, StepBatch
 from ..worker.runtime import EvictionRuntime
 from ..worker.signals.base import ForwardOutput
 from . import compat
 from .build import bind_cache, build_runtime
-from .forward import LookaheadDecoder
 
 if TYPE_CHECKING:
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner as _Base
@@ -36,11 +34,7 @@ class EvictingRunnerV1(_Base):
     def initialize_kv_cache(self, kv_cache_config: Any, *args: Any, **kwargs: Any) -> None:
         super().initialize_kv_cache(kv_cache_config, *args, **kwargs)
         if not kwargs.get("is_profiling", bool(args and args[0])):
-            ring, decoder = self.runtime.signals.queries, None
-            if self.runtime.config.needs & Need.LOOKAHEAD:
-                assert ring is not None
-                decoder = LookaheadDecoder(self, ring, lambda request_id: self.requests[request_id].prompt_token_ids)
-            bind_cache(self.runtime, self.vllm_config, kv_cache_config, decoder)
+            bind_cache(self, kv_cache_config, lambda request_id: self.requests[request_id].prompt_token_ids)
 
     def begin_step(self, scheduler_output: Any) -> None:
         """Carry out a step's orders. `execute_model` does so unless it was done before."""

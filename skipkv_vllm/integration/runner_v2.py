@@ -15,16 +15,11 @@ from ..worker.runtime import EvictionRuntime
 from ..worker.signals.base import ForwardOutput
 from . import compat
 from .build import bind_cache, build_runtime
-from .forward import LookaheadDecoder
 
 if TYPE_CHECKING:
     from vllm.v1.worker.gpu.model_runner import GPUModelRunner as _Base
 else:
     _Base = object
-
-
-MAX_QUESTION = 64
-"""Most tokens of a question: the largest window."""
 
 
 class EvictingRunnerV2(_Base):
@@ -47,18 +42,15 @@ class EvictingRunnerV2(_Base):
     def initialize_kv_cache(self, kv_cache_config: Any, *args: Any, **kwargs: Any) -> None:
         super().initialize_kv_cache(kv_cache_config, *args, **kwargs)
         if not kwargs.get("is_profiling", bool(args and args[0])):
-            ring, decoder = self.runtime.signals.queries, None
-            if self.runtime.config.needs & Need.LOOKAHEAD:
-                assert ring is not None
-                decoder = LookaheadDecoder(self, ring, self._questions.__getitem__)
-            bind_cache(self.runtime, self.vllm_config, kv_cache_config, decoder)
+            bind_cache(self, kv_cache_config, self._questions.__getitem__)
 
     def add_requests(self, scheduler_output: Any) -> None:
         super().add_requests(scheduler_output)
-        if self.runtime.config.needs & Need.LOOKAHEAD:
-            # The runner keeps prompts on the device only.
+        config = self.runtime.config
+        if config.needs & Need.LOOKAHEAD:
+            # The runner keeps prompts on the device only. A question is at most the window.
             for new in scheduler_output.scheduled_new_reqs:
-                self._questions[new.req_id] = (new.prompt_token_ids or [])[-MAX_QUESTION:]
+                self._questions[new.req_id] = (new.prompt_token_ids or [])[-config.kv_window :]
 
     def begin_step(self, scheduler_output: Any) -> None:
         """Carry out a step's orders. `execute_model` does so unless it was done before."""
