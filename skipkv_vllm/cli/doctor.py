@@ -30,19 +30,19 @@ class Findings(NamedTuple):
 
 def examine() -> Findings:
     """Examine this environment without starting an engine."""
+    tested = [version_check.record_of(each)["vllm"] for each in version_check.supported()]
     lines = ["packages", *(f"  {name:20}{_version(name)}" for name in PACKAGES), "", "vLLM's interfaces"]
     problems = []
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     try:
         lines.append(f"  read from {version_check.vllm_root()}")
-        tested = [version_check.record_of(each)["vllm"] for each in version_check.supported()]
         lines.append(f"  this release was tested with {' and '.join(tested)}")
         version_check.check_version()
         version_check.check_sources()
         lines += _source_lines()
         lines += ["", "seams (patches/README.md)", *_seam_lines()]
     except ImportError as error:
-        remedy = version_check.install_command(version_check.supported()[-1])
+        remedy = version_check.install_command(tested[-1])
         problems.append(f"vLLM cannot be imported ({error}); install it: {remedy}")
     except KVPolicyError as error:
         problems.append(str(error))

@@ -21,7 +21,8 @@ LIMITS = {
 }
 """Pydantic's type of an error -> how we say what is allowed, and the name of the limit."""
 
-TYPES = {"int_type": "a whole number, such as 1024", "float_type": "a number", "string_type": "a text in quotes"}
+TYPES = {"int_type": "a whole number, such as 1024", "float_type": "a number", "string_type": "a text string"}
+"""Pydantic's type of an error -> what the value should have been."""
 
 OPTIONAL_NEEDS = {"sentence": Need.SENTENCES, "head": Need.NOTHING}
 """granularity -> what it needs on top of the policy"""

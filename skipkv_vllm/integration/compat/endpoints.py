@@ -86,14 +86,9 @@ def check_body(body: Any, config: KVPolicyConfig, max_model_len: int) -> None:
                 "at the top level",
                 field="extra_body",
             )
-        for name, path in {"extra_args": ["extra_args"], "sampling_params": ["sampling_params", "extra_args"]}.items():
-            literal = undeclared
-            for part in path:
-                literal = literal.get(part) if isinstance(literal, dict) else None
-            if isinstance(literal, dict) and (found := [key for key in literal if key in RequestOptions.model_fields]):
-                raise KVPolicyError(
-                    f"{name!r} is ignored by this endpoint; write {', '.join(found)} into vllm_xargs", field=name
-                )
+        _check_misplaced("extra_args", undeclared)
+        if isinstance(literal := undeclared.get("sampling_params"), dict):
+            _check_misplaced("sampling_params", literal)
         given = getattr(body, "vllm_xargs", None) if params is None else params.extra_args
         options = RequestOptions.parse(given if isinstance(given, dict) else None, config, max_model_len)
         # A batch of chats passes undeclared fields on; other endpoints would ignore them.
@@ -103,6 +98,15 @@ def check_body(body: Any, config: KVPolicyConfig, max_model_len: int) -> None:
                 f"{', '.join(requested)} cannot be set for a request to this endpoint, which does not read vllm_xargs; "
                 "leave it out to use the server's settings"
             )
+
+
+def _check_misplaced(field: str, holder: dict[str, Any]) -> None:
+    """Refuse options of ours in `extra_args`, which belong there in Python and in another endpoint."""
+    literal = holder.get("extra_args")
+    if isinstance(literal, dict) and (found := [key for key in literal if key in RequestOptions.model_fields]):
+        raise KVPolicyError(
+            f"{field!r} is ignored by this endpoint; write {', '.join(found)} into vllm_xargs", field=field
+        )
 
 
 def _check_undeclared(name: str) -> None:

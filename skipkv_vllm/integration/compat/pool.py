@@ -64,9 +64,11 @@ def check_pool(vllm_config: VllmConfig, available: int, get_needed_memory: Calla
     Raises:
         KVPolicyError: naming the bound, its memory and the remedies.
     """
-    if not has_policy(vllm_config) or not policy_config(vllm_config).evicts:
+    if not has_policy(vllm_config):
         return False
     config, model = policy_config(vllm_config), vllm_config.model_config
+    if not config.evicts:
+        return False
     limits = Limits(config.kv_budget, config.kv_buffer, config.kv_window, 0)
     longest, bound = model.max_model_len, most_tokens(limits, model.max_model_len)
     try:

