@@ -116,7 +116,9 @@ class EvictionMixin(_Base):
             )
             request.max_tokens = max(1, room - request.num_prompt_tokens)
             demand = Demand(room, demand.num_intact, demand.lookahead)
-        self.eviction.arrive(request.request_id, resolved, demand, request.prompt_token_ids or ())
+        # The token that reaches `max_tokens` is never computed; one that reaches the model's length may be.
+        end = min(request.num_prompt_tokens + request.max_tokens - 1, self.max_model_len)
+        self.eviction.arrive(request.request_id, resolved, demand, end, request.prompt_token_ids or ())
 
     def _get_local_prefix_cache_hit(self, request: Request, *args: Any) -> Any:
         blocks, num_found, *others = super()._get_local_prefix_cache_hit(request, *args)

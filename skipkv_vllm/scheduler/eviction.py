@@ -97,17 +97,20 @@ class EvictionController:
 
     # ---- the life of a request
 
-    def arrive(self, request_id: str, resolved: ResolvedRequest, demand: Demand, prompt: Sequence[int]) -> None:
+    def arrive(
+        self, request_id: str, resolved: ResolvedRequest, demand: Demand, end: int, prompt: Sequence[int]
+    ) -> None:
         """Add a request.
 
         Args:
             request_id: its id.
             resolved: the settings that apply to it.
             demand: the most it may need.
+            end: logical length beyond which it computes no token.
             prompt: token ids; empty if the prompt is given as embeddings.
         """
         request = RequestRecord.make(
-            request_id, resolved, demand, num_queries=self._num_queries, block_size=self._blocks.block_size
+            request_id, resolved, demand, end=end, num_queries=self._num_queries, block_size=self._blocks.block_size
         )
         self.requests[request_id] = request
         for listener in self.listeners:

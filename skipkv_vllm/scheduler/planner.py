@@ -49,6 +49,7 @@ class EvictionPlanner:
     Attributes:
         limits: how many tokens the request may hold; None if it keeps everything.
         schedule: which queries are accumulated; None if its method needs no accumulation.
+        end: logical length beyond which the request computes no token, so it is not compacted there.
         earliest: logical length before which no compaction is due. In most steps it rules out most requests.
         queries_from: logical length beyond which the newest query is needed, because it may be one of the last W at the
             next compaction.
@@ -57,6 +58,7 @@ class EvictionPlanner:
 
     limits: Limits | None
     schedule: AccumulationSchedule | None = None
+    end: int = sys.maxsize
     earliest: int = field(init=False)
     queries_from: int = field(init=False)
     num_compactions: int = field(init=False)
@@ -90,7 +92,7 @@ class EvictionPlanner:
             num_evicted: tokens that are no longer held.
         """
         limits, bound, num_resident = self.limits, self.bound, num_logical - num_evicted
-        if limits is None or bound is None:
+        if limits is None or bound is None or num_logical < self.earliest:
             return None
         at_prompt_end = num_logical == limits.prompt_end and num_resident > limits.keep
         if num_resident < bound and not at_prompt_end:
@@ -106,6 +108,9 @@ class EvictionPlanner:
         self._next_due(min(due, limits.prompt_end) if num_logical < limits.prompt_end else due, limits)
 
     def _next_due(self, earliest: int, limits: Limits) -> None:
+        # With asynchronous scheduling a request still runs when its last token is in flight.
+        if earliest >= self.end:
+            earliest = sys.maxsize
         self.earliest, self.queries_from = earliest, earliest - limits.window
 
     def room(self, num_logical: int, num_evicted: int) -> int:

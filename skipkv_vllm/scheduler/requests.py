@@ -71,7 +71,7 @@ class RequestRecord:
 
     @classmethod
     def make(
-        cls, request_id: str, resolved: ResolvedRequest, demand: Demand, *, num_queries: int, block_size: int
+        cls, request_id: str, resolved: ResolvedRequest, demand: Demand, *, end: int, num_queries: int, block_size: int
     ) -> RequestRecord:
         """Make the record of a request that arrives.
 
@@ -79,12 +79,13 @@ class RequestRecord:
             request_id: its id.
             resolved: the settings that apply to it.
             demand: the most it may need.
+            end: logical length beyond which it computes no token.
             num_queries: newest queries that the workers keep of each request.
             block_size: tokens of a block.
         """
         schedule = accumulation_schedule(resolved, num_queries)
         most_cached = most_cached_tokens(resolved, schedule) // block_size * block_size
-        return cls(request_id, resolved, demand, EvictionPlanner(resolved.limits, schedule), most_cached)
+        return cls(request_id, resolved, demand, EvictionPlanner(resolved.limits, schedule, end), most_cached)
 
     def limit_cached(self, num_cached: int) -> int:
         """Return how many of the cached tokens found for it the request may take, and note if it leaves some."""

@@ -12,7 +12,13 @@ from skipkv_vllm.core.limits import Limits
 from tests.harness import PAGE, engine, scheduler_of, stock_engine
 
 LOAD = [Offered(40 + 9 * i, 300 + 37 * (i % 5)) for i in range(10)]
-SETTINGS = {"max_num_seqs": 8, "max_num_batched_tokens": 128, "enable_prefix_caching": False, "max_model_len": 640}
+SETTINGS = {
+    "max_num_seqs": 8,
+    "max_num_batched_tokens": 128,
+    "enable_prefix_caching": False,
+    "max_model_len": 640,
+    "async_scheduling": False,  # the simulator has no steps in flight
+}
 PAGES = 40
 
 

@@ -23,7 +23,7 @@ ENGINE_ARGUMENTS: dict[str, Any] = {
     "num_gpu_blocks_override": 256,
     "enable_prefix_caching": True,
     "enforce_eager": True,
-    "async_scheduling": False,
+    "async_scheduling": True,  # as on GPUs
     "disable_log_stats": True,
 }
 PUBLISHED = ("tova", "knorm", "keydiff", "manifoldkv", "obcache", "caote", "vatp", "longflow")

@@ -123,7 +123,7 @@ class Engine:
         policy = KVPolicyConfig(kv_policy="rkv").policy
         resolved = ResolvedRequest(policy, Need.NOTHING, limits, len(prompt), 0, None, Strength(0, 0, 0))
         self.requests[request_id] = RequestRecord.make(
-            request_id, resolved, resolved.demand(LONGEST + 1, PAGE), num_queries=8, block_size=PAGE
+            request_id, resolved, resolved.demand(LONGEST + 1, PAGE), end=LONGEST, num_queries=8, block_size=PAGE
         )
         self.waiting.append(request_id)
 

@@ -26,7 +26,7 @@ def compaction(resident: int, keep: int, source: int, target: int) -> Compaction
 def record(num_prompt: int = 4, recomputes_sentences: bool = False) -> RequestRecord:
     """A request of a server with a budget of 96 tokens."""
     resolved = RequestOptions().resolve(KVPolicyConfig(kv_policy="skipkv", kv_budget=96), num_prompt)
-    made = RequestRecord.make("a", resolved, resolved.demand(500, 16), num_queries=8, block_size=16)
+    made = RequestRecord.make("a", resolved, resolved.demand(500, 16), end=500, num_queries=8, block_size=16)
     made.recomputes_sentences = recomputes_sentences
     return made
 

@@ -107,7 +107,7 @@ class Bench:
 
     def arrive(self, name: str, num_prompt: int, options: RequestOptions | None = None) -> RequestRecord:
         resolved = (options or RequestOptions()).resolve(self.config, num_prompt)
-        self.controller.arrive(name, resolved, resolved.demand(500, BLOCK), [1, 2])
+        self.controller.arrive(name, resolved, resolved.demand(500, BLOCK), 500, [1, 2])
         return self.requests[name]
 
     def run(self, name: str, num_computed: int) -> None:
@@ -298,7 +298,7 @@ def test_check_bounds_can_fail(too_many):
 def test_tokens_whose_text_or_queries_are_needed_are_computed(policy, protects, most_cached):
     config = KVPolicyConfig(kv_policy=policy, kv_budget=20, kv_buffer=8, kv_window=4, kv_protect_prompt=protects)
     resolved = RequestOptions().resolve(config, 10)
-    record = RequestRecord.make("a", resolved, resolved.demand(500, BLOCK), num_queries=32, block_size=BLOCK)
+    record = RequestRecord.make("a", resolved, resolved.demand(500, BLOCK), end=500, num_queries=32, block_size=BLOCK)
     assert record.most_cached == most_cached
     assert record.limit_cached(most_cached) == most_cached
     assert not record.recomputes_sentences

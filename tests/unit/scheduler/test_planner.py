@@ -146,6 +146,19 @@ def test_planning_changes_nothing_until_it_is_committed():
     assert planner.num_compactions == 1
 
 
+@pytest.mark.parametrize("limits", [LIMITS, Limits(100, 16, 8, 0, prompt_end=116)])
+def test_a_request_is_not_compacted_at_its_end(limits):
+    """With asynchronous scheduling it still runs there, while its last token is in flight."""
+    planner = EvictionPlanner(limits, AccumulationSchedule(49, 8, every_query=True), end=132)
+    assert planner.due(116, 0) is not None
+    planner.committed(116)
+    assert planner.due(132, 16) is None
+    assert min(planner.earliest, planner.queries_from) > 10**6
+    planner.restart()
+    assert planner.due(116, 0) is not None
+    assert EvictionPlanner(limits, end=116).due(116, 0) is None
+
+
 def test_starting_over_forgets_counts():
     planner = EvictionPlanner(LIMITS, AccumulationSchedule(49, LIMITS.window, every_query=True))
     planner.accumulate(116, is_compacted=True)
