@@ -23,6 +23,7 @@ OFF = "off"
 """Value of `kv_steering_default` and of a request's `steering` for no steering."""
 
 GROUPING_WIDTH, GROUPING_MAX_WAIT = 256, 5.0
+MOST_COMPACTIONS = 16
 _VECTOR_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
@@ -73,6 +74,14 @@ class KVPolicyConfig(BaseModel):
         'requests, so none is ever preempted for lack of blocks. "optimistic": it starts once its prompt fits, as in '
         "stock vLLM; more requests run at once while they are short, and some are preempted and computed again when "
         "they grow.",
+    )
+    kv_compactions_per_step: int = Field(
+        MOST_COMPACTIONS,
+        ge=1,
+        strict=True,
+        description="Most requests that are compacted in one step; the others that are due wait for a later one, which "
+        "changes no token. It bounds how long a step takes when many requests grow in time with each other. More are "
+        "compacted where fewer would let requests fall behind.",
     )
     kv_policy_config: dict[str, Any] = Field(
         default_factory=dict,

@@ -22,6 +22,7 @@ from ..sentences import build_tables
 from ..steering import tokenizer_digest
 from ..steering.tables import build_thought_tables
 from ..trace.writer import TraceWriter
+from ..worker.cache import temporary_bytes
 from ..worker.ranks import Ranks
 from ..worker.requests import Rows
 from ..worker.runtime import EvictionRuntime
@@ -240,6 +241,20 @@ def _layout(layer: Any) -> Layout:
     if any(cls.__name__ == "CPUAttentionBackendImpl" for cls in type(layer.impl).__mro__):
         return cpu_layout(layer.isa)  # set by vLLM when it builds the attention metadata
     return Layout.ROWS
+
+
+def profile_compactions(vllm_config: VllmConfig, device: torch.device) -> None:
+    """Take the memory of a step's compactions for a moment, so that vLLM's profiling counts it.
+
+    Call it after the forward pass that is profiled: compactions run before a step's forward pass, so the larger of the
+    two needs counts.
+    """
+    config = compat.policy_config(vllm_config)
+    if config.evicts:
+        layers = list(attention_layers(vllm_config).values())
+        longest = min(config.kv_budget + config.kv_buffer, vllm_config.model_config.max_model_len)
+        size = temporary_bytes(len(layers), layers[0].num_kv_heads, longest)
+        torch.empty(size, dtype=torch.uint8, device=device)
 
 
 def without_sidecar(available: int, vllm_config: VllmConfig) -> int:

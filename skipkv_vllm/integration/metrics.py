@@ -40,6 +40,9 @@ class Metric(NamedTuple):
 METRICS = {
     "compactions": Metric("counter", "Compactions of running requests."),
     "evicted_tokens": Metric("counter", "Tokens whose KV was evicted."),
+    "postponed_compactions": Metric(
+        "counter", "Steps that requests waited because enough others were compacted; see --kv-compactions-per-step."
+    ),
     "freed_pages": Metric("counter", "KV blocks freed by compactions."),
     "probes": Metric("counter", "Compactions scored by queries of lookahead tokens."),
     "skipped": Metric("counter", "Times the policy could not act as configured, by reason.", "reason"),

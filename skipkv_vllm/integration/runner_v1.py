@@ -12,7 +12,7 @@ from ..worker.batch import Evicted, StepBatch
 from ..worker.runtime import EvictionRuntime
 from ..worker.signals.base import ForwardOutput
 from . import compat
-from .build import bind_cache, build_runtime
+from .build import bind_cache, build_runtime, profile_compactions
 
 if TYPE_CHECKING:
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner as _Base
@@ -35,6 +35,10 @@ class EvictingRunnerV1(_Base):
         super().initialize_kv_cache(kv_cache_config, *args, **kwargs)
         if not kwargs.get("is_profiling", bool(args and args[0])):
             bind_cache(self, kv_cache_config, lambda request_id: self.requests[request_id].prompt_token_ids)
+
+    def profile_run(self, *args: Any, **kwargs: Any) -> None:
+        super().profile_run(*args, **kwargs)
+        profile_compactions(self.vllm_config, self.device)
 
     def begin_step(self, scheduler_output: Any) -> None:
         """Carry out a step's orders. `execute_model` does so unless it was done before."""

@@ -14,7 +14,7 @@ from ..worker.batch import Evicted, StepBatch
 from ..worker.runtime import EvictionRuntime
 from ..worker.signals.base import ForwardOutput
 from . import compat
-from .build import bind_cache, build_runtime
+from .build import bind_cache, build_runtime, profile_compactions
 
 if TYPE_CHECKING:
     from vllm.v1.worker.gpu.model_runner import GPUModelRunner as _Base
@@ -43,6 +43,10 @@ class EvictingRunnerV2(_Base):
         super().initialize_kv_cache(kv_cache_config, *args, **kwargs)
         if not kwargs.get("is_profiling", bool(args and args[0])):
             bind_cache(self, kv_cache_config, self._questions.__getitem__)
+
+    def profile_run(self, *args: Any, **kwargs: Any) -> None:
+        super().profile_run(*args, **kwargs)
+        profile_compactions(self.vllm_config, self.device)
 
     def add_requests(self, scheduler_output: Any) -> None:
         super().add_requests(scheduler_output)

@@ -169,9 +169,11 @@ class EvictionMixin(_Base):
 
     def _reserve_prefill_lookahead(self, request: Request, num_computed_tokens: int, num_new_tokens: int) -> int:
         # vLLM calls this for every request about to get tokens, to shorten chunks for speculative decoding, which is
-        # refused. Chunks end where a compaction is due.
+        # refused. It skips a request with none. Chunks end where a compaction is due.
+        record = self.eviction.requests[request.request_id]
+        if record.num_postponed:
+            return 0
         if num_new_tokens > 1:
-            record = self.eviction.requests[request.request_id]
             return min(num_new_tokens, record.planner.room(num_computed_tokens, record.num_evicted))
         return num_new_tokens
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..worker.warm_up import warm_up
 from . import compat
 from .build import without_sidecar
 from .runner_v1 import EvictingRunnerV1, HookedRunnerV1
@@ -37,6 +38,18 @@ class EvictingWorker(_Base):
 
     def determine_available_memory(self) -> int:
         return without_sidecar(super().determine_available_memory(), self.vllm_config)
+
+    @torch.inference_mode()
+    def compile_or_warm_up_model(self) -> Any:
+        # Before vLLM captures graphs, and as a part of the start-up that it reports.
+        model = self.model_config
+        warm_up(
+            self.model_runner.runtime,
+            hidden_size=model.get_hidden_size(),
+            dtype=model.dtype,
+            max_length=model.max_model_len,
+        )
+        return super().compile_or_warm_up_model()
 
     def execute_model(self, scheduler_output: Any) -> Any:
         if self.parallel_config.pipeline_parallel_size > 1:

@@ -94,6 +94,7 @@ class EvictionController:
         self.listeners = listeners
         self._num_queries = config.num_queries
         self._accumulates = bool(config.needs & FROM_RECENT_QUERIES)
+        self._most_compactions, self._buffer = config.kv_compactions_per_step, config.kv_buffer
 
     # ---- the life of a request
 
@@ -118,7 +119,9 @@ class EvictionController:
 
     def preempted(self, request_id: str) -> None:
         """Note that a request lost its blocks; it starts over when it resumes."""
-        self.requests[request_id].planner.restart()
+        request = self.requests[request_id]
+        request.planner.restart()
+        request.num_postponed = 0
 
     def finish(self, request_id: str, text: Text, params: dict[str, Any] | None) -> dict[str, Any] | None:
         """Remove a request that ended; return its `kv_transfer_params` with our report for the client."""
@@ -130,10 +133,11 @@ class EvictionController:
 
     # ---- one step
 
-    def plan(self, running: Iterable[RunningRequest], preempt: Callable[[], str]) -> StepPlan:
+    def plan(self, running: Collection[RunningRequest], preempt: Callable[[], str]) -> StepPlan:
         """Plan the compactions and accumulations of the coming step.
 
-        The blocks that the compactions empty are free afterwards, so this very step can use them.
+        The blocks that the compactions empty are free afterwards, so this very step can use them. A request whose
+        compaction is postponed must get no tokens in the step.
 
         Args:
             running: the running requests.
@@ -153,9 +157,28 @@ class EvictionController:
             for request, num_logical in candidates
             if (plan := request.planner.due(num_logical, request.num_evicted)) is not None
         ]
+        due = self._postpone(due, len(running))
         # Accumulations read the blocks as they are before the compactions.
         accumulations = self._accumulate(candidates, {each.request.request_id for each in due})
         return StepPlan(self._compact(due, preempt), accumulations)
+
+    def _postpone(self, due: list[_Due], num_running: int) -> list[_Due]:
+        """Return the compactions of this step: of too many, those that have waited longest.
+
+        Requests that started together come due together. One that waits a step is out of time with the others from
+        then on.
+        """
+        # On average `num_running / buffer` requests come due in a step.
+        most = max(self._most_compactions, ceil_div(2 * num_running, self._buffer))
+        if len(due) > most:
+            due.sort(key=lambda each: each.request.num_postponed, reverse=True)
+            for each in due[most:]:
+                each.request.num_postponed += 1
+            self.stats.postponed(len(due) - most)
+            due = due[:most]
+        for each in due:
+            each.request.num_postponed = 0
+        return due
 
     def _accumulate(self, candidates: list[tuple[RequestRecord, int]], compacted: set[str]) -> list[Accumulation]:
         if not self._accumulates:

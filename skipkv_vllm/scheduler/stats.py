@@ -48,6 +48,10 @@ class EvictionStats(RequestListener):
         """Count something that the policy could not do, or not as configured."""
         self._add(SKIPPED + reason, 1)
 
+    def postponed(self, number: int) -> None:
+        """Count requests that waited a step for their compaction."""
+        self._add("postponed_compactions", number)
+
     def traces_dropped(self, reasons: Mapping[str, int]) -> None:
         """Count traces that could not be written, by reason."""
         for reason, count in reasons.items():

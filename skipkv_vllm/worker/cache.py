@@ -16,6 +16,25 @@ from .. import ops
 from ..core.device import to_device
 from ..ops.paging import LayerPages, PagedCache, layer_pages
 
+SLOT_BYTES = 64
+"""Most temporary memory of a compaction or accumulation per slot, layer and kv head."""
+
+TEMPORARY_BYTES = 2**28
+"""Temporary memory that a launch may take for several requests at once."""
+
+SCRATCH_BYTES = 2**28
+"""Most scratch memory of an operator, in every backend."""
+
+
+def temporary_bytes(num_layers: int, num_heads: int, longest: int) -> int:
+    """Return the most memory that compactions and accumulations take for a moment, in bytes.
+
+    Args:
+        num_layers, num_heads: layers and kv heads of this worker.
+        longest: most tokens of a request when it is compacted; one alone may take more than `TEMPORARY_BYTES`.
+    """
+    return max(TEMPORARY_BYTES, SLOT_BYTES * num_layers * num_heads * longest) + SCRATCH_BYTES
+
 
 class KVCache:
     """The kernel pages of all layers with their position sidecar.
@@ -30,6 +49,7 @@ class KVCache:
         layers: the pages of each layer.
         page_size: tokens of a kernel page.
         block_size: see above.
+        slots_at_once: limit on requests times the longest of them in a launch, so that temporary memory is bounded.
         device: where the pages are.
         sidecar: int32 `[layers, pages, H, page_size]`, logical positions; addressed by the same page ids as the cache.
     """
@@ -40,10 +60,16 @@ class KVCache:
         self.layers: list[LayerPages] = [layer_pages(each, pages.layout) for each in pages.caches]
         self.page_size = self.layers[0].page_size
         self.block_size = block_size
+        self.slots_at_once = TEMPORARY_BYTES // (SLOT_BYTES * len(pages.caches) * first.shape[1])
         self.device = first.device
         self.sidecar = torch.zeros(len(pages.caches), *first.shape[:3], dtype=torch.int32, device=first.device)
         self._key_scales = key_scales
         self._held_positions = ops.function("held_positions", first.device)
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of the pool."""
+        return self.pages.caches[0].shape[0] * self.page_size // self.block_size
 
     def table(self, rows: Sequence[Sequence[int]]) -> Tensor:
         """Convert the block ids of R requests to kernel page ids, int32 `[R, pages]`, padded with page 0."""

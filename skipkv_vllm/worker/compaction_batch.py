@@ -15,10 +15,6 @@ from ..policies import Policy
 from .cache import KVCache
 from .requests import Job
 
-MOST_TOKENS = 2**16
-"""Limit on requests times the longest of them per operator call. Temporary tensors take about 60 bytes per token, layer
-and kv head, and vLLM's profiling does not count them."""
-
 
 class CompactionBatch(NamedTuple):
     """R requests of one policy that are compacted together; tensors are int32 on the device.
@@ -100,11 +96,16 @@ class Moves(NamedTuple):
         return torch.arange(self.source.shape[-1], device=self.source.device) < self.number[..., None]
 
 
-def independent(jobs: Sequence[Job], block_size: int) -> Iterator[list[Job]]:
+def independent(jobs: Sequence[Job], block_size: int, most_slots: int) -> Iterator[list[Job]]:
     """Split jobs into runs that one launch may carry out.
 
-    The jobs of a run have one policy and not too many tokens, and none writes a block that another uses: a block that
-    an earlier job gives up may be the fresh block of a later one. All ranks find the same runs.
+    The jobs of a run have one policy, and none writes a block that another uses: a block that an earlier job gives up
+    may be the fresh block of a later one. All ranks find the same runs. The work grows with the number of blocks.
+
+    Args:
+        jobs: the compactions of a step, in order.
+        block_size: tokens of a block.
+        most_slots: limit on the jobs of a run times the longest of them; a single job may exceed it.
     """
     part: list[Job] = []
     read: set[int] = set()
@@ -116,8 +117,10 @@ def independent(jobs: Sequence[Job], block_size: int) -> Iterator[list[Job]]:
         # Blocks that lie wholly in a protected prompt may be shared, but nothing in them changes.
         writes = set(job.order.target_blocks[job.request.protected // block_size :])
         differs = part and job.request.policy != part[0].request.policy
-        is_full = (len(part) + 1) * longest > MOST_TOKENS
-        if part and (differs or is_full or writes & (read | written) or uses & written):
+        is_full = (len(part) + 1) * longest > most_slots
+        # Unlike a union or an intersection, `isdisjoint` looks at the smaller set only.
+        is_apart = writes.isdisjoint(read) and writes.isdisjoint(written) and uses.isdisjoint(written)
+        if part and (differs or is_full or not is_apart):
             yield part
             part, read, written, longest = [], set(), set(), job.order.num_resident
         part.append(job)

@@ -59,7 +59,7 @@ class EvictionRuntime:
         self.trace = trace
         self.steering = steering
         self.num_compactions = 0
-        self._device = device
+        self.device = device
         self._ranks = ranks
         self._rows = rows
         self._requests: dict[str, ManagedRequest] = {}
@@ -87,6 +87,17 @@ class EvictionRuntime:
             signal.bind_cache(cache)
         self._compactor = Compactor(self.config, cache, self.signals, self._ranks)
         self._lookahead = None if decoder is None else Lookahead(decoder, self._compactor)
+
+    @property
+    def num_rows(self) -> int:
+        """Requests that can run at once."""
+        return self._rows.number
+
+    @property
+    def cache(self) -> KVCache:
+        """The KV cache, once it is bound."""
+        assert self._compactor is not None
+        return self._compactor.cache
 
     # ---- before the forward pass
 
@@ -189,7 +200,7 @@ class EvictionRuntime:
         found = (self._requests.get(request_id) for request_id in request_ids)
         unmanaged = self._table.unmanaged
         rows = np.fromiter((unmanaged if r is None else r.row for r in found), np.int64, len(request_ids))
-        return BatchRows(list(request_ids), rows, self._table, self._device)
+        return BatchRows(list(request_ids), rows, self._table, self.device)
 
     # ---- after the forward pass
 

@@ -62,6 +62,27 @@ def test_every_combination_equals_the_reference(runner: str, is_async: bool, ref
         check(one, outcome, references, min_compactions=1)
 
 
+@pytest.mark.parametrize("is_async", [False, True], ids=["sync", "async"])
+@pytest.mark.parametrize("runner", ["v1", "v2"])
+def test_a_request_that_waits_for_its_compaction_keeps_the_same_tokens(
+    runner: str, is_async: bool, references: ReferenceCache
+) -> None:
+    """Five requests that come due in the same step, of which two are compacted."""
+    # Each arrives a step after the one before it.
+    prompts = [prompt[: 100 + i] for i, prompt in enumerate(harness.demo_prompts(5, at_least=105))]
+    arguments = {"kv_buffer": 6, "kv_compactions_per_step": 1, "async_scheduling": is_async, "kv_budget": 120}
+    policies = ["skipkv", "h2o", "rkv", "snapkv", "random"]
+    # None is compacted in its last step, after which no sample would show it.
+    one = Job(prompts, policies, 59, every=1, arguments=arguments | {"max_num_batched_tokens": 640})
+
+    outcome = harness.run(one, runner)
+
+    assert (outcome.is_v2, outcome.is_async) == (runner == "v2", is_async)
+    assert outcome.num_postponed >= 4
+    assert outcome.num_preemptions == [0] * 5
+    check(one, outcome, references, min_compactions=5)
+
+
 def test_a_compaction_that_finds_no_page_for_a_shared_one_preempts(
     references: ReferenceCache, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from skipkv_vllm.scheduler.stats import SKIPPED
 from skipkv_vllm.trace.files import Trace, trace_path
 from tests.harness import children
 from tests.harness.process import (
@@ -79,6 +80,7 @@ class Outcome:
         reports: eviction report of each response; None for a request that keeps everything.
         samples, load, num_preemptions: see `Generation`.
         skipped: how often the policy could not act as configured, by reason.
+        num_postponed: steps that requests waited for their compaction.
         is_v2: whether Model Runner V2 ran.
         is_async: whether scheduling was asynchronous.
         attention: class of the attention implementation.
@@ -95,6 +97,7 @@ class Outcome:
     load: list[Load]
     num_preemptions: list[int]
     skipped: dict[str, int]
+    num_postponed: int
     is_v2: bool
     is_async: bool
     attention: str = ""
@@ -173,7 +176,7 @@ def run_on(llm: vllm.LLM, job: Job) -> Outcome:
     if job.sleep_level is not None:
         llm.sleep(job.sleep_level)
         wake(llm, job.sleep_level)
-    skipped_before = _skipped(llm)
+    before = _counts(llm)
     config = llm.llm_engine.vllm_config
     # vLLM compiles a helper for log probabilities even if the model runs eagerly, which takes a minute.
     with torch.compiler.set_stance("force_eager" if config.model_config.enforce_eager else "default"):
@@ -196,7 +199,8 @@ def run_on(llm: vllm.LLM, job: Job) -> Outcome:
 
     # If the model runs in other processes, this one has no layers.
     layers = [each for each in config.compilation_config.static_forward_context.values() if hasattr(each, "impl")]
-    skipped = _skipped(llm) - skipped_before
+    counts = _counts(llm) - before
+    skipped = {name.removeprefix(SKIPPED): n for name, n in counts.items() if name.startswith(SKIPPED)}
     scheduler = scheduler_of(llm)
     return Outcome(
         tokens,
@@ -207,7 +211,8 @@ def run_on(llm: vllm.LLM, job: Job) -> Outcome:
         done.samples,
         done.load,
         done.num_preemptions,
-        dict(skipped),
+        skipped,
+        counts["postponed_compactions"],
         scheduler.use_v2_model_runner,
         isinstance(scheduler, AsyncScheduler),
         type(layers[0].impl).__mro__[1 if job.policies else 0].__name__ if layers else "",
@@ -216,8 +221,7 @@ def run_on(llm: vllm.LLM, job: Job) -> Outcome:
     )
 
 
-def _skipped(llm: vllm.LLM) -> Counter[str]:
-    """Return the policy's skip counters since the engine started; nothing else takes them from these engines."""
+def _counts(llm: vllm.LLM) -> Counter[str]:
+    """Return the policy's counters since the engine started; nothing else takes them from these engines."""
     eviction = getattr(scheduler_of(llm), "eviction", None)
-    counts = {} if eviction is None else eviction.stats._counts
-    return Counter({name.removeprefix("skipped:"): n for name, n in counts.items() if name.startswith("skipped:")})
+    return Counter({} if eviction is None else eviction.stats._counts)

@@ -277,7 +277,9 @@ class Simulation:
         slots += [-1] * NUM_PADDING
         logits = self._draw_logits(names) if self._decoder is not None else None
         produced = (hidden, None if logits is None else lambda: logits)
-        self.runtime.finish_forward(ForwardOutput(torch.tensor(token_ids), torch.tensor(slots), *produced))
+        self.runtime.finish_forward(
+            ForwardOutput(torch.tensor(token_ids, dtype=torch.int32), torch.tensor(slots), *produced)
+        )
 
     def _prepare(self, names: list[str], counts: dict[str, int], total: int) -> None:
         """Prepare the runtime, and check the counts of evicted tokens that it returns."""

@@ -12,7 +12,7 @@ from ... import ops
 from ...core.device import to_device
 from ...core.needs import ACCUMULATED, Need
 from ..cache import KVCache
-from ..compaction_batch import MOST_TOKENS, CompactionBatch, Moves
+from ..compaction_batch import CompactionBatch, Moves
 from ..requests import Reading
 from .base import Inputs, Signal
 from .queries import QueryRing
@@ -53,7 +53,7 @@ class AttentionMass(Signal):
             ]
             part: list[Reading] = []
             for each in sorted(same, key=lambda each: each.order.num_resident):
-                if part and (len(part) + 1) * each.order.num_resident > MOST_TOKENS:
+                if part and (len(part) + 1) * each.order.num_resident > self._cache.slots_at_once:
                     self._accumulate(part, by_error)
                     part = []
                 part.append(each)

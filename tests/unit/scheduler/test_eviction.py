@@ -159,6 +159,41 @@ def test_a_request_is_compacted_at_its_bound_and_everybody_hears_of_it():
     assert bench.stats.take(0, 0, 0)["compactions"] == 2
 
 
+def test_the_others_that_are_due_wait_for_a_later_step_and_nobody_falls_behind():
+    """Ten requests in time with each other: the four that waited longest come first, whatever their place."""
+    config = KVPolicyConfig(kv_policy="rkv", kv_budget=20, kv_buffer=8, kv_window=4, kv_compactions_per_step=4)
+    bench = bench_with(*"abcdefghij", config=config)
+    compacted, longest_wait = [], 0
+    for _ in range(40):
+        plan = bench.controller.plan(bench.running, bench.preempt)
+        waits = {name: record.num_postponed for name, record in bench.requests.items()}
+        for request in bench.running:
+            request.num_computed_tokens += not waits[request.request_id]
+        orders = bench.controller.orders(plan, bench.running, (), ())
+        bench.controller.check_bounds(bench.running)
+        compacted.append("".join(order.request_id for order in orders.compactions))
+        longest_wait = max(longest_wait, *waits.values())
+    assert compacted[:4] == ["abcd", "efgh", "ij", ""]
+    assert compacted[8:12] == ["abcd", "efgh", "ij", ""]
+    assert longest_wait == 2
+    assert bench.stats.take(0, 0, 0)["postponed_compactions"] == 6 + 2
+
+
+def test_more_are_compacted_than_allowed_if_requests_come_due_faster():
+    config = KVPolicyConfig(kv_policy="rkv", kv_budget=20, kv_buffer=8, kv_window=4, kv_compactions_per_step=1)
+    bench = bench_with(*map(str, range(12)), config=config)
+    assert [len(bench.controller.plan(bench.running, bench.preempt).compactions) for _ in range(5)] == [3] * 4 + [0]
+
+
+def test_a_preempted_request_no_longer_waits():
+    config = KVPolicyConfig(kv_policy="rkv", kv_budget=20, kv_buffer=8, kv_window=4, kv_compactions_per_step=1)
+    bench = bench_with("a", "b", config=config)
+    bench.step()
+    assert bench.requests["b"].num_postponed == 1
+    bench.controller.preempted("b")
+    assert bench.requests["b"].num_postponed == 0
+
+
 def test_queries_are_recorded_only_when_a_compaction_is_near():
     bench = bench_with("a", num_computed=20)
     assert [bench.step().records_queries for _ in range(8)] == [False] * 4 + [True] * 4

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
+
 from skipkv_vllm.core.needs import Need
 from skipkv_vllm.core.orders import Compaction
 from skipkv_vllm.policies import make_policy
+from skipkv_vllm.worker import compaction_batch
 from skipkv_vllm.worker.compaction_batch import independent
 from skipkv_vllm.worker.requests import Job, ManagedRequest
 
@@ -18,7 +21,7 @@ def job(name: str, source: list[int], target: list[int], *, protected: int = 0, 
 
 
 def parts(*jobs: Job) -> list[list[str]]:
-    return [[each.order.request_id for each in part] for part in independent(jobs, SIZE)]
+    return [[each.order.request_id for each in part] for part in independent(jobs, SIZE, 1000)]
 
 
 def test_requests_with_pages_of_their_own_go_together():
@@ -53,6 +56,34 @@ def test_other_methods_wait_their_turn():
     rkv = make_policy("rkv")
     jobs = [job("a", [1, 2], [1]), job("b", [3, 4], [3]), job("c", [5, 6], [5], policy=rkv), job("d", [7, 8], [7])]
     assert parts(*jobs) == [["a", "b"], ["c"], ["d"]]
+
+
+def test_a_launch_has_no_more_slots_than_it_may():
+    jobs = [job(name, [3 * i, 3 * i + 1, 3 * i + 2], [3 * i]) for i, name in enumerate("abcde")]
+    runs = independent(jobs, SIZE, 2 * 3 * SIZE)
+    assert [[each.order.request_id for each in part] for part in runs] == [["a", "b"], ["c", "d"], ["e"]]
+    assert [len(part) for part in independent(jobs, SIZE, 1)] == [1] * 5
+
+
+def test_many_compactions_of_a_step_cost_the_host_little():
+    """Doubling the number of requests must not quadruple the work, which is counted in set operations."""
+
+    class Counted(set[int]):
+        visited = 0
+
+        def isdisjoint(self, other):
+            Counted.visited += min(len(self), len(other))
+            return super().isdisjoint(other)
+
+    def visited(number: int) -> int:
+        Counted.visited = 0
+        jobs = [job(str(i), [*range(20 * i, 20 * i + 20)], [*range(20 * i, 20 * i + 16)]) for i in range(number)]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(compaction_batch, "set", Counted, raising=False)
+            assert len(list(independent(jobs, SIZE, 10**9))) == 1
+        return Counted.visited
+
+    assert 0 < visited(128) < 2.5 * visited(64)
 
 
 def test_several_conflicts_in_a_row():

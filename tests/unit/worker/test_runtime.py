@@ -8,9 +8,7 @@ import torch
 
 from skipkv_vllm.core.orders import Started, StepOrders
 from skipkv_vllm.policies import make_policy
-from skipkv_vllm.worker import compaction_batch
 from skipkv_vllm.worker.batch import StepBatch
-from skipkv_vllm.worker.signals import attention_mass
 from skipkv_vllm.worker.signals.attention_mass import GROWTH
 from skipkv_vllm.worker.signals.base import ForwardOutput
 from tests.simulation import DOT, HIDDEN, Simulation
@@ -91,9 +89,8 @@ def test_a_request_that_starts_again_in_the_same_step_as_its_preemption():
 @pytest.mark.parametrize("policy", ["skipkv", "h2o", "paper"])
 def test_a_call_takes_no_more_tokens_than_it_may(policy, monkeypatch):
     """Requests that are due together are split, and keep the same tokens."""
-    monkeypatch.setattr(compaction_batch, "MOST_TOKENS", 70)
-    monkeypatch.setattr(attention_mass, "MOST_TOKENS", 70)
     sim = simulation(policy, protect=False)
+    monkeypatch.setattr(sim.runtime._compactor.cache, "slots_at_once", 70)
     names = ("a", "b", "c")
     for name in names:
         sim.start(name, num_prompt=9, budget=24)

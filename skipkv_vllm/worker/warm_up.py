@@ -1,0 +1,107 @@
+"""Run every operator once before the first request: GPUs load native modules and compile kernels when they are used.
+
+It plays a few steps of requests that do not exist, through the same hooks as a real step, so it cannot miss an operator
+that a real one calls. It must run after the KV cache is bound and before graphs are captured.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..core.limits import ceil_div
+from ..core.needs import FROM_RECENT_QUERIES, Need
+from ..core.orders import Accumulation, Compaction, Started, SteeredRequest, StepOrders, Strength
+from ..ops import STATE
+from ..policies import Policy
+from .batch import StepBatch
+from .runtime import EvictionRuntime
+from .signals.base import ForwardOutput
+
+NAMES = ("skipkv warm-up 1", "skipkv warm-up 2")
+"""One request takes another path through some operators than several do."""
+
+
+def warm_up(runtime: EvictionRuntime, *, hidden_size: int, dtype: torch.dtype, max_length: int) -> None:
+    """Play the life of two requests with each of the server's methods, in blocks that no request holds yet.
+
+    Every rank must call it. What the blocks and the buffers of the requests hold afterwards is arbitrary, as between
+    two requests.
+
+    Args:
+        runtime: bound to the KV cache.
+        hidden_size, dtype: of the model's hidden states.
+        max_length: tokens of the longest request.
+    """
+    bound, number = runtime.config.kv_budget + runtime.config.kv_buffer, runtime.num_rows
+    if runtime.config.evicts:
+        if bound >= max_length:
+            return  # no request will be compacted
+        number = min(number, (runtime.cache.num_blocks - 1) // ceil_div(bound, runtime.cache.block_size))
+    trace, runtime.trace = runtime.trace, None
+    try:
+        for names in (NAMES[:1], NAMES)[:number]:
+            for policy in runtime.config.policies:
+                _play(runtime, policy, names, hidden_size, dtype)
+    finally:
+        runtime.trace, runtime.num_compactions = trace, 0
+        runtime.prepare_dummy()
+
+
+def _play(
+    runtime: EvictionRuntime, policy: Policy, names: tuple[str, ...], hidden_size: int, dtype: torch.dtype
+) -> None:
+    config = runtime.config
+    keep, bound = config.kv_budget, config.kv_budget + config.kv_buffer
+    # Block 0 is vLLM's placeholder.
+    each = ceil_div(bound, runtime.cache.block_size) if config.evicts else 0
+    blocks = {name: list(range(1 + i * each, 1 + (i + 1) * each)) for i, name in enumerate(names)}
+    strength = Strength(1.0, 0.0, 1.0)
+    steered = [SteeredRequest(name, 0, [0] * len(STATE), strength) for name in names] if config.steers else []
+    # None reaches the end of its prompt, from where tokens may be computed ahead.
+    started = [Started(name, policy.name, bound + 2, 0, 0) for name in names] if config.evicts else []
+    runtime.begin_step(StepOrders([], started, steered=steered), (), ())
+    _forward(runtime, names, start=0, count=2, hidden=torch.zeros(2 * len(names), hidden_size, dtype=dtype))
+    _forward(runtime, names, start=2, count=1, hidden=torch.zeros(len(names), hidden_size, dtype=dtype))
+    if config.evicts:
+        runtime.begin_step(StepOrders([], [], _accumulations(runtime, policy, names, blocks, bound)), (), ())
+        compactions = [
+            Compaction(
+                name, bound, bound, keep, blocks[name], blocks[name][: ceil_div(keep, runtime.cache.block_size)], 0
+            )
+            for name in names
+        ]
+        runtime.begin_step(StepOrders(compactions, []), (), ())
+        # The lengths of a compacted request are corrected.
+        _forward(runtime, names, start=bound, count=1, hidden=torch.zeros(len(names), hidden_size, dtype=dtype))
+    runtime.begin_step(None, names, ())
+
+
+def _accumulations(
+    runtime: EvictionRuntime, policy: Policy, names: tuple[str, ...], blocks: dict[str, list[int]], bound: int
+) -> list[Accumulation]:
+    if not policy.needs & FROM_RECENT_QUERIES:
+        return []
+    config = runtime.config
+    if policy.needs & Need.SEGMENTS:
+        # The first segment ends here.
+        length, num_queries = policy.segment_options.length, config.kv_window
+    else:
+        length, num_queries = bound, min(config.num_queries, bound)
+    return [Accumulation(name, length, min(length, bound), num_queries, blocks[name]) for name in names]
+
+
+def _forward(runtime: EvictionRuntime, names: tuple[str, ...], *, start: int, count: int, hidden: Tensor) -> None:
+    """Call the hooks around a forward pass of `count` tokens of each request, without the pass itself."""
+    device, number = runtime.device, len(names)
+    batch = StepBatch(list(names), np.full(number, count), np.full(number, start), number * count)
+    token_ids = torch.zeros(batch.num_tokens, dtype=torch.int32, device=device)
+    runtime.steer(batch, token_ids)
+    runtime.prepare(batch)
+    slots = torch.zeros(batch.num_tokens, dtype=torch.int64, device=device)
+    runtime.finish_forward(ForwardOutput(token_ids, slots, hidden.to(device), _no_logits))
+
+
+def _no_logits() -> Tensor:
+    raise AssertionError("no prompt ends in the warm-up")
