@@ -62,8 +62,8 @@ def _play(
     # None reaches the end of its prompt, from where tokens may be computed ahead.
     started = [Started(name, policy.name, bound + 2, 0, 0) for name in names] if config.evicts else []
     runtime.begin_step(StepOrders([], started, steered=steered), (), ())
-    _forward(runtime, names, start=0, count=2, hidden=torch.zeros(2 * len(names), hidden_size, dtype=dtype))
-    _forward(runtime, names, start=2, count=1, hidden=torch.zeros(len(names), hidden_size, dtype=dtype))
+    _forward(runtime, names, start=0, count=2, hidden_size=hidden_size, dtype=dtype)
+    _forward(runtime, names, start=2, count=1, hidden_size=hidden_size, dtype=dtype)
     if config.evicts:
         runtime.begin_step(StepOrders([], [], _accumulations(runtime, policy, names, blocks, bound)), (), ())
         compactions = [
@@ -74,7 +74,7 @@ def _play(
         ]
         runtime.begin_step(StepOrders(compactions, []), (), ())
         # The lengths of a compacted request are corrected.
-        _forward(runtime, names, start=bound, count=1, hidden=torch.zeros(len(names), hidden_size, dtype=dtype))
+        _forward(runtime, names, start=bound, count=1, hidden_size=hidden_size, dtype=dtype)
     runtime.begin_step(None, names, ())
 
 
@@ -92,7 +92,9 @@ def _accumulations(
     return [Accumulation(name, length, min(length, bound), num_queries, blocks[name]) for name in names]
 
 
-def _forward(runtime: EvictionRuntime, names: tuple[str, ...], *, start: int, count: int, hidden: Tensor) -> None:
+def _forward(
+    runtime: EvictionRuntime, names: tuple[str, ...], *, start: int, count: int, hidden_size: int, dtype: torch.dtype
+) -> None:
     """Call the hooks around a forward pass of `count` tokens of each request, without the pass itself."""
     device, number = runtime.device, len(names)
     batch = StepBatch(list(names), np.full(number, count), np.full(number, start), number * count)
@@ -100,7 +102,8 @@ def _forward(runtime: EvictionRuntime, names: tuple[str, ...], *, start: int, co
     runtime.steer(batch, token_ids)
     runtime.prepare(batch)
     slots = torch.zeros(batch.num_tokens, dtype=torch.int64, device=device)
-    runtime.finish_forward(ForwardOutput(token_ids, slots, hidden.to(device), _no_logits))
+    hidden = torch.zeros(batch.num_tokens, hidden_size, dtype=dtype, device=device)
+    runtime.finish_forward(ForwardOutput(token_ids, slots, hidden, _no_logits))
 
 
 def _no_logits() -> Tensor:

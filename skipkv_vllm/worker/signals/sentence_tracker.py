@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ... import ops
+from ...core.device import to_device
 from ...policies.base import SentenceOptions
 from ...sentences.recurrence import GRAM, next_occurrence, repeated_shares
 from ...sentences.tables import SentenceTables
@@ -164,7 +165,7 @@ class SentenceTracker:
 
     def state(self, row: int) -> SentenceState:
         """Return a request's sentences with up-to-date penalties."""
-        self._compare(torch.tensor([row], device=self._count.device))
+        self._compare(to_device([row], torch.int64, self._count.device))
         return SentenceState(self._first[row], self._ends[row], self._penalties[row])
 
     def penalties(self, rows: Tensor, positions: Tensor, lengths: Tensor, longest: int) -> Tensor:
