@@ -27,6 +27,25 @@ def sidecars(needs: Need) -> list[str]:
     return ["position", *(name for need, names in optional.items() if need & needs for name in names)]
 
 
+SHARING = 2
+"""As many times more requests may run as would fit if none shared blocks of the prefix cache; the others wait."""
+
+
+def most_rows(config: KVPolicyConfig, num_blocks: int, block_size: int, max_num_seqs: int) -> int:
+    """Return how many requests that may be compacted can run at once; each has a row of state.
+
+    Args:
+        config: the server's policy.
+        num_blocks: blocks of the pool.
+        block_size: tokens of a block.
+        max_num_seqs: most requests that run at once.
+    """
+    if config.kv_admission == "optimistic":
+        return max_num_seqs
+    fit = num_blocks // ceil_div(config.kv_budget + config.kv_buffer, block_size)
+    return min(max_num_seqs, max(1, SHARING * fit))
+
+
 @dataclass(frozen=True)
 class ModelShape:
     """The part of a model that one rank holds: the layers of its pipeline stage, and its share of the heads.
@@ -87,15 +106,31 @@ class ModelShape:
         first, second = width * (self.hidden_size + 1), self.num_kv_heads * (width + 1)
         return self.num_layers * (first * self.element_size + 4 * (second + max_tokens * self.num_kv_heads))
 
+    def row_bytes(self, config: KVPolicyConfig, num_rows: int, max_length: int, max_tokens: int) -> int:
+        """Bytes of the queries and sentences of `num_rows` requests.
+
+        Sentences only exist on the last pipeline stage, which this counts.
+        """
+        ring = self.ring_bytes(config.num_queries, num_rows, max_tokens) if config.needs & Need.QUERIES else 0
+        return ring + (self.tracker_bytes(config, num_rows, max_length) if config.needs & Need.SENTENCES else 0)
+
     def state_bytes(self, config: KVPolicyConfig, num_rows: int, max_length: int, max_tokens: int) -> int:
         """Bytes that the policy allocates beside the cache: queries and sentences of `num_rows` requests, and gates.
 
-        Sentences only exist on the last pipeline stage, which this counts. Steering is left out: its buffers are
-        smaller than a block, depend on the tokenizer, and exist with and without eviction.
+        Steering is left out: its buffers are smaller than a block, depend on the tokenizer, and exist with and without
+        eviction.
         """
-        ring = self.ring_bytes(config.num_queries, num_rows, max_tokens) if config.needs & Need.QUERIES else 0
-        tracker = self.tracker_bytes(config, num_rows, max_length) if config.needs & Need.SENTENCES else 0
-        return ring + tracker + (0 if config.gates is None else self.gate_bytes(config.gates.width, max_tokens))
+        gates = 0 if config.gates is None else self.gate_bytes(config.gates.width, max_tokens)
+        return self.row_bytes(config, num_rows, max_length, max_tokens) + gates
+
+    def rows_for(self, config: KVPolicyConfig, memory: int, block_size: int, max_num_seqs: int) -> int:
+        """Return for how many requests to reserve state in `memory` bytes that it shares with the pool.
+
+        The pool turns out smaller than without the state, so it needs no more rows.
+        """
+        return most_rows(
+            config, self.left_for_kv(memory, config.needs) // (block_size * self.kv_bytes), block_size, max_num_seqs
+        )
 
 
 @dataclass(frozen=True)
@@ -126,6 +161,7 @@ class Capacity:
         sidecar_bytes: sidecars per token.
         sidecars: see `sidecars`.
         state_bytes: queries, sentences and gates per request.
+        rows: requests for which there is state.
         block_size: tokens per block.
         blocks: blocks with the policy.
         blocks_full: blocks that the same memory would hold without it.
@@ -146,6 +182,7 @@ class Capacity:
     sidecar_bytes: int
     sidecars: list[str]
     state_bytes: int
+    rows: int
     block_size: int
     blocks: int
     blocks_full: int
@@ -186,7 +223,7 @@ class Capacity:
         beside = f"{', '.join(others)} and {last}" if others else last
         return [
             f"{self.kv_bytes:,} bytes of KV per token + {self.sidecar_bytes:,} for its {beside}, "
-            f"{self.state_bytes / 2**20:.2f} MiB of {self.state} per request",
+            f"{self.state_bytes / 2**20:.2f} MiB of {self.state} for each of {self.rows:,} requests at most",
             f"{self.blocks:,} blocks of {self.block_size} tokens; the same memory without a policy: "
             f"{self.blocks_full:,}",
             f"a request of {self.length:,} tokens holds at most {self.request_blocks:,} blocks instead of "
@@ -215,8 +252,9 @@ def capacity(
     limits = request.limits
     assert limits is not None, "the policy evicts nothing"
     kv, sidecar, block = shape.kv_bytes, shape.sidecar_bytes(config.needs), pool.block_size
-    state = shape.state_bytes(config, pool.max_num_seqs, pool.max_length, pool.max_tokens)
-    state_of_one = ceil_div(state, pool.max_num_seqs)
+    rows = most_rows(config, pool.num_blocks, block, pool.max_num_seqs)
+    state = shape.state_bytes(config, rows, pool.max_length, pool.max_tokens)
+    state_of_one = ceil_div(state, rows)
     blocks_full = (pool.num_blocks * block * (kv + sidecar) + state) // (block * kv)
     request_blocks = request.demand(length, block).num_blocks(block)
     request_blocks_full = ceil_div(length, block)
@@ -227,6 +265,7 @@ def capacity(
         sidecar_bytes=sidecar,
         sidecars=sidecars(config.needs),
         state_bytes=state_of_one,
+        rows=rows,
         block_size=block,
         blocks=pool.num_blocks,
         blocks_full=blocks_full,
@@ -254,8 +293,9 @@ def blocks_with_policy(
     max_tokens: int,
 ) -> int:
     """Return the KV blocks that fit into `memory` bytes beside the policy's state and sidecars; may be negative."""
-    state = shape.state_bytes(config, max_num_seqs, max_length, max_tokens)
-    # In the order of `integration.build.without_sidecar`: vLLM divides what that leaves into blocks.
+    rows = shape.rows_for(config, memory, block_size, max_num_seqs)
+    state = shape.state_bytes(config, rows, max_length, max_tokens)
+    # In the order of `integration.build.left_for_kv`: vLLM divides what that leaves into blocks.
     return shape.left_for_kv(memory - state, config.needs) // (block_size * shape.kv_bytes)
 
 

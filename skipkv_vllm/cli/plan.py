@@ -135,12 +135,13 @@ def plan(model: str, config: KVPolicyConfig, machine: Machine, *, length: int | 
     max_length = _max_length(model, text, machine)
     length = _length(max_length, length, prompt)
     max_num_seqs, max_tokens = _batch_limits(machine, notes)
-    state = shape.state_bytes(config, max_num_seqs, max_length, max_tokens)
     if machine.kv_memory is not None:
         available, memory = int(machine.kv_memory * GIB), {}
     else:
         memory = _memory(model, text, shape, machine, max_num_seqs, max_tokens, notes)
         available = sum(memory.values())
+    rows = shape.rows_for(config, available, machine.block_size, max_num_seqs)
+    state = shape.state_bytes(config, rows, max_length, max_tokens)
     memory["for KV, with positions"] = available - state
     sizes = {"block_size": machine.block_size, "max_num_seqs": max_num_seqs, "max_length": max_length}
     blocks = blocks_with_policy(config, shape, available, **sizes, max_tokens=max_tokens)
@@ -150,12 +151,12 @@ def plan(model: str, config: KVPolicyConfig, machine: Machine, *, length: int | 
             f"{max(blocks, 0)} blocks of {machine.block_size} tokens are left for KV, and one request at its bound "
             f"needs {needed}. Memory of a rank in GiB: "
             + ", ".join(f"{name} {size / GIB:.2f}" for name, size in memory.items())
-            + f", state of {max_num_seqs} requests {-state / GIB:.2f}. Lower the budget or --max-num-seqs, or use "
+            + f", state of {rows} requests {-state / GIB:.2f}. Lower the budget or --max-num-seqs, or use "
             "more GPUs (--tensor-parallel-size, --pipeline-parallel-size)"
         )
     found = capacity(config, shape, Pool(blocks, max_tokens=max_tokens, **sizes), length=length, prompt=prompt)
     notes += _notes(found, blocks, length, prompt)
-    return Plan(model, dtype, machine.ranks * machine.stages, memory, state, found, max_num_seqs, notes)
+    return Plan(model, dtype, machine.ranks * machine.stages, memory, state, found, rows, notes)
 
 
 def _max_length(model: str, text: Any, machine: Machine) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -40,7 +41,12 @@ class EvictingBlockManager(FullAttentionManager):
 
     @classmethod
     def adopt(
-        cls, manager: FullAttentionManager, requests: Mapping[str, RequestRecord], *, is_bounded: bool = True
+        cls,
+        manager: FullAttentionManager,
+        requests: Mapping[str, RequestRecord],
+        *,
+        is_bounded: bool = True,
+        num_rows: int = sys.maxsize,
     ) -> EvictingBlockManager:
         """Turn a freshly made stock manager into one of these.
 
@@ -52,7 +58,7 @@ class EvictingBlockManager(FullAttentionManager):
         assert isinstance(manager, cls)
         manager.requests = requests
         # One block of the pool is vLLM's placeholder.
-        manager.ledger = Ledger(manager.block_pool.num_gpu_blocks - 1, manager.block_size, is_bounded)
+        manager.ledger = Ledger(manager.block_pool.num_gpu_blocks - 1, manager.block_size, is_bounded, num_rows)
         manager._lookahead_blocks = []
         return manager
 
@@ -88,7 +94,8 @@ class EvictingBlockManager(FullAttentionManager):
         # A request that holds blocks takes none from the prefix cache.
         if request.promise is not None:
             return max(self._num_missing(request, num_tokens), 0)
-        if not self.ledger.fits(request.demand, [block.block_id for block in new_computed_blocks]):
+        cached = [block.block_id for block in new_computed_blocks]
+        if not self.ledger.fits(request.demand, cached, needs_row=request.is_managed):
             # That many blocks are never free, so vLLM keeps the request waiting.
             return self.block_pool.num_gpu_blocks
         if apply_admission_cap:
@@ -101,7 +108,7 @@ class EvictingBlockManager(FullAttentionManager):
         request = self.requests[request_id]
         if request.promise is None:
             # The blocks that it has now were found in the prefix cache.
-            request.promise = self.ledger.admit(request.demand, self.blocks(request_id))
+            request.promise = self.ledger.admit(request.demand, self.blocks(request_id), needs_row=request.is_managed)
         elif self._num_missing(request, num_tokens) <= 0:
             return []
         num_evicted = request.num_evicted

@@ -14,6 +14,7 @@ from vllm.logger import init_logger
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.tokenizers import cached_tokenizer_from_config
 
+from ..capacity import most_rows
 from ..core.errors import KVPolicyError
 from ..core.needs import ACCUMULATED, REPEATS, Need
 from ..ops.paging import FP8_CACHES, Layout, PagedCache, cpu_layout
@@ -50,39 +51,37 @@ def attention_layers(vllm_config: VllmConfig) -> dict[str, Any]:
 
 
 def build_runtime(vllm_config: VllmConfig, model: nn.Module, device: torch.device) -> EvictionRuntime:
-    """Allocate what the policies need, and hook up steering.
+    """Hook up what the model's compiled code contains: gates and steering. `bind_cache` adds the state of requests.
 
     Call it after the model is loaded and before memory is profiled, so that vLLM leaves room for it, and in a memory
     pool that survives sleep level 2.
     """
     config = compat.policy_config(vllm_config)
-    model_config, rows = vllm_config.model_config, Rows(vllm_config.scheduler_config.max_num_seqs)
     if config.evicts:
         compat.check_attention(layer.impl for layer in attention_layers(vllm_config).values())
     ranks = join_ranks(vllm_config, device)
-    signals = _build_signals(vllm_config, model, device, ranks)
+    gates = None
+    if config.gates is not None:
+        gates = _build_gates(config.gates, vllm_config, ranks, device)
+        gates.attach(attention_blocks(model, attention_layers(vllm_config)))
     steering = _build_steering(vllm_config, model, device) if config.steers else None
     trace = None
     if config.kv_trace_dir is not None:
         trace = TraceWriter(config.kv_trace_dir, vllm_config.parallel_config.rank)
-    logger.info(
-        "SkipKV: %.1f MiB for recorded queries, sentences and gates of %d requests%s",
-        (signals.nbytes + (0 if steering is None else steering.nbytes)) / 2**20,
-        rows.number,
-        "; sleep mode moves them to host memory" if model_config.enable_sleep_mode else "",
-    )
-    return EvictionRuntime(config, rows, signals, device, ranks=ranks, trace=trace, steering=steering)
+    return EvictionRuntime(config, Rows(0), Signals(gates=gates), device, ranks=ranks, trace=trace, steering=steering)
 
 
-def _build_signals(vllm_config: VllmConfig, model: nn.Module, device: torch.device, ranks: Ranks) -> Signals:
+def _build_signals(
+    vllm_config: VllmConfig, device: torch.device, ranks: Ranks, num_rows: int, gates: TokenGates | None
+) -> Signals:
     config = compat.policy_config(vllm_config)
     needs, ring = config.needs, None
-    sentences = attention_mass = segments = gates = None
+    sentences = attention_mass = segments = None
     if needs & Need.QUERIES:
-        ring = _build_ring(vllm_config, device)
+        ring = _build_ring(vllm_config, device, num_rows)
     if needs & Need.SENTENCES:
         # Sentences are compared by last hidden states, which a pipeline has at its end.
-        tracker = _build_tracker(vllm_config, device) if get_pp_group().is_last_rank else None
+        tracker = _build_tracker(vllm_config, device, num_rows) if get_pp_group().is_last_rank else None
         sentences = Sentences(tracker, ranks)
     if needs & ACCUMULATED:
         assert ring is not None
@@ -90,23 +89,20 @@ def _build_signals(vllm_config: VllmConfig, model: nn.Module, device: torch.devi
     if needs & Need.SEGMENTS:
         assert ring is not None
         segments = SegmentSparsity(ring, config.kv_window, ranks)
-    if config.gates is not None:
-        gates = _build_gates(config.gates, vllm_config, ranks, device)
-        gates.attach(attention_blocks(model, attention_layers(vllm_config)))
     return Signals(ring, sentences, attention_mass, segments, gates)
 
 
-def _build_ring(vllm_config: VllmConfig, device: torch.device) -> QueryRing:
-    config, scheduling = compat.policy_config(vllm_config), vllm_config.scheduler_config
+def _build_ring(vllm_config: VllmConfig, device: torch.device, num_rows: int) -> QueryRing:
+    config = compat.policy_config(vllm_config)
     layers = list(attention_layers(vllm_config).values())
     ring = QueryRing(
         num_layers=len(layers),
-        num_rows=scheduling.max_num_seqs,
+        num_rows=num_rows,
         window=config.kv_window,
         num_kept=config.num_queries,
         num_heads=layers[0].num_heads,
         head_size=layers[0].head_size,
-        max_tokens=scheduling.max_num_batched_tokens,
+        max_tokens=compat.most_step_tokens(vllm_config),
         dtype=vllm_config.model_config.dtype,
         device=device,
     )
@@ -115,13 +111,13 @@ def _build_ring(vllm_config: VllmConfig, device: torch.device) -> QueryRing:
     return ring
 
 
-def _build_tracker(vllm_config: VllmConfig, device: torch.device) -> SentenceTracker:
+def _build_tracker(vllm_config: VllmConfig, device: torch.device, num_rows: int) -> SentenceTracker:
     config, model_config = compat.policy_config(vllm_config), vllm_config.model_config
     options = config.policy.sentence_options
     return SentenceTracker(
         build_tables(cached_tokenizer_from_config(model_config), options.compat),
         options,
-        num_rows=vllm_config.scheduler_config.max_num_seqs,
+        num_rows=num_rows,
         max_length=model_config.max_model_len,
         hidden_size=model_config.get_hidden_size() if config.needs & Need.HIDDEN else 0,
         vocab_size=model_config.get_vocab_size(),
@@ -159,12 +155,6 @@ def join_ranks(vllm_config: VllmConfig, device: torch.device) -> Ranks:
     return Ranks(int(count), first_layer, first_head, num_stages, own, source)
 
 
-def most_step_tokens(vllm_config: VllmConfig) -> int:
-    """Return the tokens of the largest forward pass, padding included."""
-    largest_graph = vllm_config.compilation_config.max_cudagraph_capture_size or 0
-    return max(vllm_config.scheduler_config.max_num_batched_tokens, largest_graph)
-
-
 def _build_gates(learned: Gates, vllm_config: VllmConfig, ranks: Ranks, device: torch.device) -> TokenGates:
     model_config, layers = vllm_config.model_config, list(attention_layers(vllm_config).values())
     return TokenGates(
@@ -172,7 +162,7 @@ def _build_gates(learned: Gates, vllm_config: VllmConfig, ranks: Ranks, device: 
         first_head=ranks.first_head,
         num_heads=layers[0].num_kv_heads,
         activation=getattr(model_config.hf_text_config, "hidden_act", "unknown"),
-        max_tokens=most_step_tokens(vllm_config),
+        max_tokens=compat.most_step_tokens(vllm_config),
         dtype=model_config.dtype,
         device=device,
     )
@@ -190,7 +180,7 @@ def _build_steering(vllm_config: VllmConfig, model: nn.Module, device: torch.dev
         vectors,
         interval=config.kv_steering_interval,
         num_rows=scheduling.max_num_seqs,
-        max_tokens=most_step_tokens(vllm_config),
+        max_tokens=compat.most_step_tokens(vllm_config),
         device=device,
     )
     steering.attach(decoder_layers(model, num_layers))
@@ -202,7 +192,8 @@ def bind_cache(runner: Any, kv_cache_config: KVCacheConfig, prompt: Callable[[st
     runtime: EvictionRuntime = runner.runtime
     if not runtime.config.evicts:
         return
-    layers = attention_layers(runner.vllm_config)
+    vllm_config, layers = runner.vllm_config, attention_layers(runner.vllm_config)
+    _allocate_rows(runtime, vllm_config, kv_cache_config)
     (group,) = kv_cache_config.kv_cache_groups
     bound = [layer for name, layer in layers.items() if name in set(group.layer_names)]
     cache = PagedCache.of([_pages(layer) for layer in bound], _layout(bound[0]))
@@ -211,6 +202,20 @@ def bind_cache(runner: Any, kv_cache_config: KVCacheConfig, prompt: Callable[[st
         assert ring is not None
         decoder = LookaheadDecoder(runner, ring, prompt)
     runtime.bind_cache(cache, group.kv_cache_spec.block_size, _key_scales(bound), decoder)
+
+
+def _allocate_rows(runtime: EvictionRuntime, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> None:
+    """Allocate state for as many requests as the pool can hold; the scheduler counts the same."""
+    most, (group,) = vllm_config.scheduler_config.max_num_seqs, kv_cache_config.kv_cache_groups
+    number = most_rows(runtime.config, kv_cache_config.num_blocks - 1, group.kv_cache_spec.block_size, most)
+    signals = _build_signals(vllm_config, runtime.device, runtime.ranks, number, runtime.signals.gates)
+    runtime.allocate(Rows(number), signals)
+    logger.info(
+        "SkipKV: %.1f MiB for recorded queries, sentences and gates of at most %d requests%s",
+        (signals.nbytes + (0 if runtime.steering is None else runtime.steering.nbytes)) / 2**20,
+        number,
+        "; sleep mode moves them to host memory" if vllm_config.model_config.enable_sleep_mode else "",
+    )
 
 
 def _pages(layer: Any) -> Tensor:
@@ -257,8 +262,8 @@ def profile_compactions(vllm_config: VllmConfig, device: torch.device) -> None:
         torch.empty(size, dtype=torch.uint8, device=device)
 
 
-def without_sidecar(available: int, vllm_config: VllmConfig) -> int:
-    """Return the memory left for KV when each token also needs entries in the sidecars of positions and policies.
+def left_for_kv(available: int, vllm_config: VllmConfig) -> int:
+    """Return the memory left for KV beside the state of requests and the sidecars of tokens.
 
     Args:
         available: bytes that vLLM would use for KV.
@@ -269,4 +274,8 @@ def without_sidecar(available: int, vllm_config: VllmConfig) -> int:
         return available
     layers = list(attention_layers(vllm_config).values())
     shape = compat.model_shape(vllm_config, len(layers), layers[0].kv_cache_torch_dtype)
-    return shape.left_for_kv(available, config.needs)
+    rows = shape.rows_for(
+        config, available, vllm_config.cache_config.block_size, vllm_config.scheduler_config.max_num_seqs
+    )
+    state = shape.row_bytes(config, rows, vllm_config.model_config.max_model_len, compat.most_step_tokens(vllm_config))
+    return shape.left_for_kv(max(available - state, 0), config.needs)

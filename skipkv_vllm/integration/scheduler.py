@@ -17,7 +17,7 @@ from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.request import Request
 
 from ..banner import banner
-from ..capacity import Capacity, capacity
+from ..capacity import Capacity, capacity, most_rows
 from ..config import KEEP_EVERYTHING, KVPolicyConfig, RequestOptions
 from ..core.auxiliary import auxiliary
 from ..core.limits import Demand
@@ -64,7 +64,9 @@ class EvictionMixin(_Base):
         # Without eviction a request may reach its longest length; promising that would admit fewer than stock vLLM.
         is_bounded = config.kv_admission == "bounded" and config.evicts
         requests: dict[str, RequestRecord] = {}
-        self.block_manager = EvictingBlockManager.adopt(manager, requests, is_bounded=is_bounded)
+        num_blocks, most = self.kv_cache_config.num_blocks - 1, self.vllm_config.scheduler_config.max_num_seqs
+        num_rows = most_rows(config, num_blocks, manager.block_size, most)
+        self.block_manager = EvictingBlockManager.adopt(manager, requests, is_bounded=is_bounded, num_rows=num_rows)
         stats = EvictionStats()
         listeners = make_listeners(self.vllm_config, config, self.block_manager.block_size, stats)
         self.eviction = EvictionController(config, requests, self.block_manager, stats, listeners)

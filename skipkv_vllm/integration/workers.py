@@ -12,7 +12,7 @@ import torch
 
 from ..worker.warm_up import warm_up
 from . import compat
-from .build import without_sidecar
+from .build import left_for_kv
 from .runner_v1 import EvictingRunnerV1, HookedRunnerV1
 from .runner_v2 import EvictingRunnerV2, HookedRunnerV2
 
@@ -37,7 +37,7 @@ class EvictingWorker(_Base):
             self.model_runner.build_runtime()
 
     def determine_available_memory(self) -> int:
-        return without_sidecar(super().determine_available_memory(), self.vllm_config)
+        return left_for_kv(super().determine_available_memory(), self.vllm_config)
 
     @torch.inference_mode()
     def compile_or_warm_up_model(self) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -15,10 +16,12 @@ class Promise(NamedTuple):
     Attributes:
         num_own: number of blocks promised to this request alone.
         shared: block ids of its protected prompt that it found in the prefix cache.
+        has_row: whether it has a row of the workers' state.
     """
 
     num_own: int
     shared: Sequence[int]
+    has_row: bool = True
 
 
 class Holding(NamedTuple):
@@ -42,33 +45,41 @@ class Ledger:
         num_blocks: blocks of the pool that requests can use.
         block_size: tokens of a block.
         is_bounded: False promises blocks even if the pool has too few.
+        num_rows: rows of the workers' state.
         num_promised: blocks promised to running requests.
     """
 
     num_blocks: int
     block_size: int
     is_bounded: bool
+    num_rows: int = sys.maxsize
     num_promised: int = 0
+    _num_taken: int = 0
+    """rows"""
     _num_holders: dict[int, int] = field(default_factory=dict)
     """by block id, for shared blocks"""
 
-    def fits(self, demand: Demand, cached: Sequence[int]) -> bool:
-        """Return whether a waiting request can be promised its blocks.
+    def fits(self, demand: Demand, cached: Sequence[int], *, needs_row: bool = True) -> bool:
+        """Return whether a waiting request can be promised its blocks, and a row if it needs one.
 
         Args:
             demand: the most that the request may need.
             cached: blocks that it found in the prefix cache, its first ones.
+            needs_row: whether it may be compacted.
         """
+        if needs_row and self._num_taken >= self.num_rows:
+            return False
         if not self.is_bounded:
             return True
-        num_own, shared = self._split(demand, cached)
+        num_own, shared, _ = self._split(demand, cached, needs_row)
         # Look blocks up only if the sum without them fits already.
         room = self.num_blocks - self.num_promised - num_own
         return room >= len(shared) or (room >= 0 and room >= sum(block not in self._num_holders for block in shared))
 
-    def admit(self, demand: Demand, cached: Sequence[int]) -> Promise:
-        """Promise a request its blocks; see `fits`."""
-        promise = self._split(demand, cached)
+    def admit(self, demand: Demand, cached: Sequence[int], *, needs_row: bool = True) -> Promise:
+        """Promise a request its blocks and a row; see `fits`."""
+        promise = self._split(demand, cached, needs_row)
+        self._num_taken += needs_row
         self.num_promised += promise.num_own
         for block in promise.shared:
             num_holders = self._num_holders.get(block, 0)
@@ -78,6 +89,7 @@ class Ledger:
 
     def release(self, promise: Promise) -> None:
         """End the promise to a request that gave its blocks back."""
+        self._num_taken -= promise.has_row
         self.num_promised -= promise.num_own
         for block in promise.shared:
             self._num_holders[block] -= 1
@@ -85,9 +97,9 @@ class Ledger:
                 del self._num_holders[block]
                 self.num_promised -= 1
 
-    def _split(self, demand: Demand, cached: Sequence[int]) -> Promise:
+    def _split(self, demand: Demand, cached: Sequence[int], needs_row: bool) -> Promise:
         shared = cached[: demand.num_intact]
-        return Promise(demand.num_blocks(self.block_size) - len(shared), shared)
+        return Promise(demand.num_blocks(self.block_size) - len(shared), shared, needs_row)
 
     def check_integrity(self, holdings: Iterable[Holding]) -> None:
         """Verify the promises against the running requests.
@@ -101,6 +113,8 @@ class Ledger:
         num_own = sum(holding.promise.num_own for holding in holdings)
         assert shared == self._num_holders.keys(), "blocks are shared without a promise, or promised to no request"
         assert self.num_promised == num_own + len(shared), "the promises do not add up"
+        num_taken = sum(holding.promise.has_row for holding in holdings)
+        assert num_taken == self._num_taken <= self.num_rows, f"{num_taken} rows are taken, {self._num_taken} counted"
         if not self.is_bounded:
             return
         assert self.num_promised <= self.num_blocks, f"{self.num_promised} of {self.num_blocks} blocks are promised"

@@ -94,6 +94,7 @@ class EvictionController:
         self.listeners = listeners
         self._num_queries = config.num_queries
         self._accumulates = bool(config.needs & FROM_RECENT_QUERIES)
+        self._traces = config.kv_trace_dir is not None
         self._most_compactions, self._buffer = config.kv_compactions_per_step, config.kv_buffer
 
     # ---- the life of a request
@@ -111,7 +112,13 @@ class EvictionController:
             prompt: token ids; empty if the prompt is given as embeddings.
         """
         request = RequestRecord.make(
-            request_id, resolved, demand, end=end, num_queries=self._num_queries, block_size=self._blocks.block_size
+            request_id,
+            resolved,
+            demand,
+            end=end,
+            num_queries=self._num_queries,
+            block_size=self._blocks.block_size,
+            is_traced=self._traces,
         )
         self.requests[request_id] = request
         for listener in self.listeners:
@@ -292,7 +299,8 @@ class EvictionController:
                 for listener in self.listeners:
                     listener.started(request, order)
                 request.recomputes_sentences = False
-                started.append(order)
+                if request.is_managed:
+                    started.append(order)
             if request.steering is not None:
                 steered.append(request.steering)
         return started, steered

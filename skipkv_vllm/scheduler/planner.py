@@ -78,6 +78,11 @@ class EvictionPlanner:
             self._next_due(self.limits.first_due, self.limits)
 
     @property
+    def is_done(self) -> bool:
+        """Whether the request will not be compacted again, or never."""
+        return self.earliest == sys.maxsize
+
+    @property
     def bound(self) -> int | None:
         """The most tokens that the request may hold now; None if it keeps everything."""
         if self.limits is None:
@@ -127,7 +132,7 @@ class EvictionPlanner:
         if num_logical < limits.prompt_end:
             # A resumed request has more text than its prompt.
             room = min(room, limits.prompt_end - num_logical)
-        if self.schedule is not None:
+        if self.schedule is not None and not self.is_done:
             room = min(room, self._num_accumulated + self.schedule.interval - num_logical)
         assert room > 0, f"{num_logical - num_evicted} tokens were not compacted at the bound of {bound}"
         return room
@@ -144,7 +149,7 @@ class EvictionPlanner:
             is_compacted: whether the request is compacted in this step.
         """
         schedule = self.schedule
-        if self.limits is None or schedule is None:
+        if self.limits is None or schedule is None or self.is_done:
             return 0
         num_pending = num_logical - self._num_accumulated
         is_due = num_pending >= schedule.interval or (schedule.every_query and num_pending > 0 and is_compacted)

@@ -44,6 +44,7 @@ class RequestRecord:
         resolved: the settings that apply to it.
         demand: the most it may need.
         planner: when it is compacted.
+        is_managed: whether the workers keep state for it, because it may be compacted or is traced.
         most_cached: tokens it may take from the prefix cache, a multiple of the block size.
         steering: where and how its steering starts; None if it is not steered.
         thoughts: thoughts of a steered request that ended; else None.
@@ -61,6 +62,7 @@ class RequestRecord:
     resolved: ResolvedRequest
     demand: Demand
     planner: EvictionPlanner
+    is_managed: bool
     most_cached: int
     steering: SteeredRequest | None = None
     thoughts: Thoughts | None = None
@@ -73,7 +75,15 @@ class RequestRecord:
 
     @classmethod
     def make(
-        cls, request_id: str, resolved: ResolvedRequest, demand: Demand, *, end: int, num_queries: int, block_size: int
+        cls,
+        request_id: str,
+        resolved: ResolvedRequest,
+        demand: Demand,
+        *,
+        end: int,
+        num_queries: int,
+        block_size: int,
+        is_traced: bool = False,
     ) -> RequestRecord:
         """Make the record of a request that arrives.
 
@@ -84,10 +94,13 @@ class RequestRecord:
             end: logical length beyond which it computes no token.
             num_queries: newest queries that the workers keep of each request.
             block_size: tokens of a block.
+            is_traced: whether a trace is written of requests that may evict.
         """
         schedule = accumulation_schedule(resolved, num_queries)
-        most_cached = most_cached_tokens(resolved, schedule) // block_size * block_size
-        return cls(request_id, resolved, demand, EvictionPlanner(resolved.limits, schedule, end), most_cached)
+        planner = EvictionPlanner(resolved.limits, schedule, end)
+        is_managed = resolved.limits is not None and (is_traced or not planner.is_done)
+        most_cached = most_cached_tokens(resolved, schedule) // block_size * block_size if is_managed else sys.maxsize
+        return cls(request_id, resolved, demand, planner, is_managed, most_cached)
 
     def limit_cached(self, num_cached: int) -> int:
         """Return how many of the cached tokens found for it the request may take, and note if it leaves some."""

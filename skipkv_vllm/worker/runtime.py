@@ -60,7 +60,7 @@ class EvictionRuntime:
         self.steering = steering
         self.num_compactions = 0
         self.device = device
-        self._ranks = ranks
+        self.ranks = ranks
         self._rows = rows
         self._requests: dict[str, ManagedRequest] = {}
         self._table = RowTable(rows.number)
@@ -70,6 +70,10 @@ class EvictionRuntime:
         self._step: Step | None = None
         self._batch_rows: BatchRows | None = None
         """of the batch of the last step; None if a request's state has changed since"""
+
+    def allocate(self, rows: Rows, signals: Signals) -> None:
+        """Replace rows and signals by those of as many requests as the pool can hold. Call it before `bind_cache`."""
+        self._rows, self.signals, self._table = rows, signals, RowTable(rows.number)
 
     def bind_cache(
         self, pages: PagedCache, block_size: int, key_scales: Tensor | None = None, decoder: Decoder | None = None
@@ -85,7 +89,7 @@ class EvictionRuntime:
         cache = KVCache(pages, block_size, key_scales)
         for signal in self.signals:
             signal.bind_cache(cache)
-        self._compactor = Compactor(self.config, cache, self.signals, self._ranks)
+        self._compactor = Compactor(self.config, cache, self.signals, self.ranks)
         self._lookahead = None if decoder is None else Lookahead(decoder, self._compactor)
 
     @property
@@ -118,7 +122,7 @@ class EvictionRuntime:
             return
         if self.steering is not None:
             for steered in orders.steered:
-                self.steering.start(steered, self._rows.take(steered.request_id))
+                self.steering.start(steered)
         if orders.started:
             self._batch_rows = None
         if orders.accumulations:

@@ -22,6 +22,7 @@ from ..core.orders import SteeredRequest
 from ..steering.tables import ThoughtTables
 from ..steering.vectors import SteeringVector
 from .batch import RowSpans, StepBatch
+from .requests import Rows
 
 LAYER_INPUTS = ("positions", "hidden_states", "residual")
 """First parameters of a decoder layer that passes the residual stream on as a sum of two."""
@@ -94,6 +95,7 @@ class Steering:
         self.coefficient = torch.zeros(max_tokens, dtype=torch.float32, device=device)
         self.state = torch.zeros(num_rows, len(ops.STATE), dtype=torch.int32, device=device)
         self._strengths = torch.zeros(num_rows, 3, dtype=torch.float32, device=device)
+        self._rows = Rows(num_rows)
         self._requests: dict[str, tuple[int, int]] = {}
         """request -> its row and the position of the first token that may be steered"""
         self.is_active = True
@@ -144,8 +146,9 @@ class Steering:
 
     # ---- a step
 
-    def start(self, request: SteeredRequest, row: int) -> None:
-        """Begin to steer a request, which has this row."""
+    def start(self, request: SteeredRequest) -> None:
+        """Begin to steer a request."""
+        row = self._rows.take(request.request_id)
         self._requests[request.request_id] = row, request.first
         self.state[row] = to_device(request.state, torch.int32, self._device)
         self._strengths[row] = to_device(request.strength, torch.float32, self._device)
@@ -154,6 +157,7 @@ class Steering:
     def forget(self, request_id: str) -> None:
         """Drop a request that ended or lost its cache, if it was steered."""
         if self._requests.pop(request_id, None) is not None:
+            self._rows.release(request_id)
             self._request_ids = None
 
     def prepare(self, batch: StepBatch, token_ids: Tensor) -> None:

@@ -180,6 +180,12 @@ def model_shape(vllm_config: VllmConfig, num_layers: int, kv_dtype: torch.dtype)
     )
 
 
+def most_step_tokens(vllm_config: VllmConfig) -> int:
+    """Return the tokens of the largest forward pass, padding included."""
+    largest_graph = vllm_config.compilation_config.max_cudagraph_capture_size or 0
+    return max(vllm_config.scheduler_config.max_num_batched_tokens, largest_graph)
+
+
 def block_pool(vllm_config: VllmConfig, num_blocks: int) -> Pool:
     """Return the pool of an engine with `num_blocks` blocks; one is vLLM's null block, which no request gets."""
     scheduling = vllm_config.scheduler_config
@@ -188,5 +194,5 @@ def block_pool(vllm_config: VllmConfig, num_blocks: int) -> Pool:
         block_size=vllm_config.cache_config.block_size,
         max_num_seqs=scheduling.max_num_seqs,
         max_length=vllm_config.model_config.max_model_len,
-        max_tokens=scheduling.max_num_batched_tokens,
+        max_tokens=most_step_tokens(vllm_config),
     )

@@ -12,7 +12,8 @@ from torch import Tensor
 from skipkv_vllm.config import CONFIG_KEY, KVPolicyConfig
 from skipkv_vllm.core.errors import KVPolicyError
 from skipkv_vllm.integration import build
-from skipkv_vllm.integration.build import without_sidecar
+from skipkv_vllm.integration.build import left_for_kv
+from skipkv_vllm.integration.compat import model_shape, policy_config
 from skipkv_vllm.ops import paging
 from skipkv_vllm.ops.paging import FP8_CACHES, PagedCache, layer_pages
 from skipkv_vllm.worker.cache import KVCache
@@ -102,12 +103,14 @@ def test_scales_of_keys():
         ("skipkv", ["h2o"], 61),
     ],
 )
-def test_pages_leave_room_for_positions_and_for_the_attention_mass(policy, extra, left):
+def test_pages_leave_room_for_state_positions_and_sums(policy, extra, left):
+    # The pool can hold no request of 1,152 tokens, so there is state for one.
     # 2 layers x 2 heads x 2 * 62 elements of 2 bytes are 992 bytes a token; positions add 16, the mass as many, and
     # errors with the number of queries twice as many.
     layer = SimpleNamespace(impl=None, kv_cache_torch_dtype=torch.bfloat16)
     model_config = SimpleNamespace(
         dtype=torch.bfloat16,
+        max_model_len=100,
         get_num_attention_heads=lambda parallel: 2,
         get_num_kv_heads=lambda parallel: 2,
         get_head_size=lambda: 62,
@@ -118,6 +121,12 @@ def test_pages_leave_room_for_positions_and_for_the_attention_mass(policy, extra
         additional_config={CONFIG_KEY: KVPolicyConfig(kv_policy=policy, kv_request_policies=extra).model_dump()},
         model_config=model_config,
         parallel_config=None,
-        compilation_config=SimpleNamespace(static_forward_context={"a": layer, "b": layer}),
+        compilation_config=SimpleNamespace(
+            static_forward_context={"a": layer, "b": layer}, max_cudagraph_capture_size=None
+        ),
+        cache_config=SimpleNamespace(block_size=16),
+        scheduler_config=SimpleNamespace(max_num_seqs=4, max_num_batched_tokens=64),
     )
-    assert without_sidecar(63 * 1024, vllm_config) // 992 == left
+    shape = model_shape(vllm_config, 2, torch.bfloat16)
+    state = shape.row_bytes(policy_config(vllm_config), 1, 100, 64)
+    assert left_for_kv(state + 63 * 1024, vllm_config) // 992 == left

@@ -36,7 +36,7 @@ class Feed:
     """Runs texts through a `Steering` in steps and records its coefficient for every position."""
 
     def __init__(self, steering: Steering, counts_prompt: bool = False, interval: int = 16) -> None:
-        self.steering, self.rows = steering, Rows(3)
+        self.steering = steering
         self.controller = SteeringController(tables(), interval, counts_prompt)
         self.texts: dict[str, list[int]] = {}
         self.read: dict[str, int] = {}
@@ -47,11 +47,10 @@ class Feed:
         self.texts[name], self.read[name], self.alphas[name] = text, 0, [0.0] * len(text)
         if vector:
             self.starts[name] = self.controller.start(name, text[:num_prompt], vector, STRENGTH)
-            self.steering.start(self.starts[name], self.rows.take(name))
+            self.steering.start(self.starts[name])
 
     def end(self, name: str) -> None:
         self.steering.forget(name)
-        self.rows.release(name)
 
     def step(self, counts: dict[str, int]) -> None:
         """Run one step of these requests, in this order."""
