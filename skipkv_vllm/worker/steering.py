@@ -107,6 +107,11 @@ class Steering:
         self._steered = self._spans_of(())
 
     @property
+    def num_rows(self) -> int:
+        """Requests that can run at once."""
+        return self._rows.number
+
+    @property
     def nbytes(self) -> int:
         """Device memory of the buffers, without the vectors."""
         return sum(t.nbytes for t in vars(self).values() if isinstance(t, Tensor))

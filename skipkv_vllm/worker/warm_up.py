@@ -34,8 +34,10 @@ def warm_up(runtime: EvictionRuntime, *, hidden_size: int, dtype: torch.dtype, m
         hidden_size, dtype: of the model's hidden states.
         max_length: tokens of the longest request.
     """
-    bound, number = runtime.config.kv_budget + runtime.config.kv_buffer, runtime.num_rows
+    bound = runtime.config.kv_budget + runtime.config.kv_buffer
+    number = 0 if runtime.steering is None else runtime.steering.num_rows
     if runtime.config.evicts:
+        number = runtime.num_rows
         if bound >= max_length:
             return  # no request will be compacted
         number = min(number, (runtime.cache.num_blocks - 1) // ceil_div(bound, runtime.cache.block_size))

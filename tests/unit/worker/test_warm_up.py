@@ -8,10 +8,15 @@ import pytest
 import torch
 
 from skipkv_vllm import ops
+from skipkv_vllm.config import KVPolicyConfig
 from skipkv_vllm.policies import policy_names
+from skipkv_vllm.worker.requests import Rows
+from skipkv_vllm.worker.runtime import EvictionRuntime
+from skipkv_vllm.worker.signals import Signals
 from skipkv_vllm.worker.warm_up import warm_up
 from tests.simulation import HIDDEN, Simulation
 from tests.unit.worker.test_methods import simulation
+from tests.unit.worker.test_steering import make_steering
 
 WITHOUT_LOOKAHEAD = [name for name in policy_names() if name not in ("full", "laq", "finch")]
 
@@ -78,3 +83,13 @@ def test_tokens_ahead_are_left_out(called: set[tuple[Any, ...]]) -> None:
     """They need the model, which vLLM warms up."""
     warm(Simulation("laq", protect=False))
     assert "compact_pages" in {name for name, *_ in called}
+
+
+@pytest.mark.parametrize("num_rows", [1, 2])
+def test_steering_is_warmed_up_on_a_server_that_evicts_nothing(num_rows: int, called: set[tuple[Any, ...]]) -> None:
+    config = KVPolicyConfig(kv_steering_vectors={"math": "math.safetensors"})
+    steering = make_steering(num_rows=num_rows)
+    runtime = EvictionRuntime(config, Rows(0), Signals(), torch.device("cpu"), steering=steering)
+    warm_up(runtime, hidden_size=HIDDEN, dtype=torch.float32, max_length=400)
+    assert {name for name, *_ in called} == {"track_thoughts"}
+    assert not steering._requests
