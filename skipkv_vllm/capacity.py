@@ -5,6 +5,7 @@ The banner, `skipkv plan` and the worker that reserves the memory all use these 
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -122,15 +123,6 @@ class ModelShape:
         """
         gates = 0 if config.gates is None else self.gate_bytes(config.gates.width, max_tokens)
         return self.row_bytes(config, num_rows, max_length, max_tokens) + gates
-
-    def rows_for(self, config: KVPolicyConfig, memory: int, block_size: int, max_num_seqs: int) -> int:
-        """Return for how many requests to reserve state in `memory` bytes that it shares with the pool.
-
-        The pool turns out smaller than without the state, so it needs no more rows.
-        """
-        return most_rows(
-            config, self.left_for_kv(memory, config.needs) // (block_size * self.kv_bytes), block_size, max_num_seqs
-        )
 
 
 @dataclass(frozen=True)
@@ -282,6 +274,28 @@ def capacity(
     )
 
 
+def reserved_rows(
+    config: KVPolicyConfig,
+    shape: ModelShape,
+    memory: int,
+    *,
+    block_size: int,
+    max_num_seqs: int,
+    max_length: int,
+    max_tokens: int,
+) -> int:
+    """Return for how many requests to reserve state in `memory` bytes, which the pool takes the rest of.
+
+    It is the smallest number that is enough for the pool that is left.
+    """
+
+    def is_enough(rows: int) -> bool:
+        left = shape.left_for_kv(memory - shape.row_bytes(config, rows, max_length, max_tokens), config.needs)
+        return most_rows(config, left // (block_size * shape.kv_bytes), block_size, max_num_seqs) <= rows
+
+    return 1 + bisect_left(range(1, max_num_seqs + 1), True, key=is_enough)
+
+
 def blocks_with_policy(
     config: KVPolicyConfig,
     shape: ModelShape,
@@ -293,7 +307,15 @@ def blocks_with_policy(
     max_tokens: int,
 ) -> int:
     """Return the KV blocks that fit into `memory` bytes beside the policy's state and sidecars; may be negative."""
-    rows = shape.rows_for(config, memory, block_size, max_num_seqs)
+    rows = reserved_rows(
+        config,
+        shape,
+        memory,
+        block_size=block_size,
+        max_num_seqs=max_num_seqs,
+        max_length=max_length,
+        max_tokens=max_tokens,
+    )
     state = shape.state_bytes(config, rows, max_length, max_tokens)
     # In the order of `integration.build.left_for_kv`: vLLM divides what that leaves into blocks.
     return shape.left_for_kv(memory - state, config.needs) // (block_size * shape.kv_bytes)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..capacity import Capacity, ModelShape, Pool, blocks_with_policy, capacity, shape_of
+from ..capacity import Capacity, ModelShape, Pool, blocks_with_policy, capacity, reserved_rows, shape_of
 from ..config import KVPolicyConfig
 from ..core.errors import KVPolicyError
 from ..core.limits import ceil_div
@@ -140,10 +140,10 @@ def plan(model: str, config: KVPolicyConfig, machine: Machine, *, length: int | 
     else:
         memory = _memory(model, text, shape, machine, max_num_seqs, max_tokens, notes)
         available = sum(memory.values())
-    rows = shape.rows_for(config, available, machine.block_size, max_num_seqs)
+    sizes = {"block_size": machine.block_size, "max_num_seqs": max_num_seqs, "max_length": max_length}
+    rows = reserved_rows(config, shape, available, **sizes, max_tokens=max_tokens)
     state = shape.state_bytes(config, rows, max_length, max_tokens)
     memory["for KV, with positions"] = available - state
-    sizes = {"block_size": machine.block_size, "max_num_seqs": max_num_seqs, "max_length": max_length}
     blocks = blocks_with_policy(config, shape, available, **sizes, max_tokens=max_tokens)
     needed = ceil_div(min(config.kv_budget + config.kv_buffer, max_length), machine.block_size)
     if blocks < needed:

@@ -14,7 +14,7 @@ from vllm.logger import init_logger
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.tokenizers import cached_tokenizer_from_config
 
-from ..capacity import most_rows
+from ..capacity import most_rows, reserved_rows
 from ..core.errors import KVPolicyError
 from ..core.needs import ACCUMULATED, REPEATS, Need
 from ..ops.paging import FP8_CACHES, Layout, PagedCache, cpu_layout
@@ -274,8 +274,14 @@ def left_for_kv(available: int, vllm_config: VllmConfig) -> int:
         return available
     layers = list(attention_layers(vllm_config).values())
     shape = compat.model_shape(vllm_config, len(layers), layers[0].kv_cache_torch_dtype)
-    rows = shape.rows_for(
-        config, available, vllm_config.cache_config.block_size, vllm_config.scheduler_config.max_num_seqs
+    lengths = {"max_length": vllm_config.model_config.max_model_len, "max_tokens": compat.most_step_tokens(vllm_config)}
+    rows = reserved_rows(
+        config,
+        shape,
+        available,
+        block_size=vllm_config.cache_config.block_size,
+        max_num_seqs=vllm_config.scheduler_config.max_num_seqs,
+        **lengths,
     )
-    state = shape.row_bytes(config, rows, vllm_config.model_config.max_model_len, compat.most_step_tokens(vllm_config))
+    state = shape.row_bytes(config, rows, **lengths)
     return shape.left_for_kv(max(available - state, 0), config.needs)

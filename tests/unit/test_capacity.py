@@ -13,7 +13,7 @@ from safetensors import safe_open
 
 from skipkv_vllm import bundled_gates, bundled_model
 from skipkv_vllm.banner import banner
-from skipkv_vllm.capacity import ModelShape, Pool, blocks_with_policy, capacity
+from skipkv_vllm.capacity import ModelShape, Pool, blocks_with_policy, capacity, most_rows, reserved_rows
 from skipkv_vllm.cli import main
 from skipkv_vllm.cli.plan_options import plan
 from skipkv_vllm.config import KVPolicyConfig, RequestOptions
@@ -145,6 +145,35 @@ def test_the_papers_rule_takes_embeddings_instead():
     # 256 embeddings and one that is nobody's, and the sum of the sentence being written; two numbers a token.
     sentences = 64 * (257 * 3584 * 2 + 3584 * 4 + 2 * 4 * 32769 + 29) + 152064 + 8 * 256
     assert SHAPE.state_bytes(paper, 64, 32768, 2048) == ring + sentences
+
+
+@pytest.mark.parametrize(
+    ("admission", "num_blocks", "most", "rows"),
+    [
+        ("bounded", 72 * 5, 1024, 10),
+        ("bounded", 72 * 5 + 71, 1024, 10),
+        ("bounded", 72 * 5, 4, 4),
+        ("bounded", 7, 1024, 1),
+        ("optimistic", 72 * 5, 1024, 1024),
+    ],
+)
+def test_there_is_state_for_as_many_requests_as_the_pool_can_hold(admission, num_blocks, most, rows):
+    config = KVPolicyConfig(kv_policy="skipkv", kv_admission=admission)
+    assert most_rows(config, num_blocks, 16, most) == rows
+    found = capacity(config, SHAPE, replace(POOL, num_blocks=num_blocks, max_num_seqs=most))
+    assert found.rows == rows
+    assert f"for each of {rows:,} requests at most" in found.lines()[0]
+
+
+def test_memory_for_many_requests_is_not_spent_on_state_that_none_can_use():
+    sizes = {"block_size": 16, "max_length": 32768, "max_tokens": 2048}
+    for memory in (10 * 2**30, 40 * 2**30, 2**30, 2**20):
+        few, many = (blocks_with_policy(CONFIG, SHAPE, memory, max_num_seqs=n, **sizes) for n in (2048, 4096))
+        assert few == many
+        # What is reserved covers what the pool turns out to hold, and hardly more.
+        reserved = reserved_rows(CONFIG, SHAPE, memory, max_num_seqs=4096, **sizes)
+        assert 0 <= reserved - most_rows(CONFIG, many, 16, 4096) <= 2
+    assert reserved_rows(CONFIG, SHAPE, 40 * 2**30, max_num_seqs=64, **sizes) == 64
 
 
 def test_pages_and_their_memory_are_inverse():

@@ -164,7 +164,23 @@ def test_optimistic_admission_promises_without_looking():
     book.check_integrity(holdings)
 
 
-@pytest.mark.parametrize("wrong", ["too many", "none", "another"])
+@pytest.mark.parametrize("is_bounded", [True, False])
+def test_a_request_that_may_be_compacted_waits_for_a_row(is_bounded):
+    book = Ledger(100, PAGE, is_bounded, num_rows=2)
+    first, second = (book.admit(BOUND, []) for _ in range(2))
+    assert not book.fits(BOUND, [])
+    assert book.fits(BOUND, [], needs_row=False)
+    other = book.admit(BOUND, [], needs_row=False)
+    book.check_integrity(
+        [Holding(name, promise, 8) for name, promise in zip("abc", (first, second, other), strict=True)]
+    )
+    book.release(other)
+    assert not book.fits(BOUND, [])
+    book.release(first)
+    assert book.fits(BOUND, [])
+
+
+@pytest.mark.parametrize("wrong", ["too many", "none", "another", "row"])
 def test_check_integrity_can_fail(wrong):
     book = ledger(10)
     promise = book.admit(Demand(4 * PAGE, 2), [7, 8])
@@ -173,6 +189,7 @@ def test_check_integrity_can_fail(wrong):
         "too many": [Holding("a", promise, 5)],
         "none": [],
         "another": [Holding("a", promise, 4), Holding("b", Promise(1, []), 1)],
+        "row": [Holding("a", promise._replace(has_row=False), 4)],
     }
     with pytest.raises(AssertionError):
         book.check_integrity(holdings[wrong])

@@ -285,6 +285,31 @@ def test_the_end_of_a_request_removes_its_record_and_returns_its_report():
     assert not bench.requests
 
 
+@pytest.mark.parametrize("is_traced", [True, False])
+@pytest.mark.parametrize("policy", ["skipkv", "h2o", "thinkv"])
+def test_a_request_that_cannot_reach_its_bound_takes_no_state(policy, is_traced):
+    """It is prefilled in one piece, takes all that is cached, and its client hears of no compaction."""
+    trace = {"kv_trace_dir": "/traces"} if is_traced else {}
+    config = KVPolicyConfig(kv_policy=policy, kv_budget=20, kv_buffer=8, kv_window=4, kv_protect_prompt=False, **trace)
+    bench = Bench(config)
+    resolved = RequestOptions().resolve(config, 6)
+    for name, end in (("short", 28), ("long", 29)):
+        bench.controller.arrive(name, resolved, resolved.demand(end + 1, BLOCK), end, [1])
+    short, long = (bench.requests[name] for name in ("short", "long"))
+    assert (short.is_managed, long.is_managed) == (is_traced, True)
+    assert short.limit_cached(1000) == (1000 if not is_traced else long.limit_cached(1000))
+    for name in ("short", "long"):
+        bench.run(name, 20)
+    orders = bench.step(first=("short", "long"))
+    assert [order.request_id for order in orders.started] == (["short", "long"] if is_traced else ["long"])
+    assert short.planner.room(6, 0) >= 28 - 6
+    for _ in range(8):
+        orders = bench.step()
+        assert "short" not in {order.request_id for order in (*orders.accumulations, *orders.compactions)}
+    report = bench.controller.finish("short", Text([], []), None)
+    assert (report[CONFIG_KEY]["policy"], report[CONFIG_KEY]["compactions"]) == (policy, 0)
+
+
 @pytest.mark.parametrize("is_steered", [True, False])
 def test_a_request_that_keeps_everything_reports_its_steering_only(is_steered):
     bench = Bench()
