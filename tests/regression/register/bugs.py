@@ -116,7 +116,7 @@ BUGS = {
             f"{R}load.py::test_the_ring_of_queries_is_as_large_as_the_requests_that_can_run",
             f"{U}worker/signals/test_queries.py::test_ring_memory",
             f"{U}worker/signals/test_sentence_text.py::test_buffers_are_accounted_for",
-            f"{U}worker/test_cache.py::test_pages_leave_room_for_positions_and_for_the_attention_mass",
+            f"{U}worker/test_cache.py::test_pages_leave_room_for_state_positions_and_sums",
         ),
     ),
     "wrong-defaults": Row(

@@ -32,7 +32,6 @@ DEMANDS = {
             f"{E}sleep.py::test_answers_after_level_2_are_those_from_before",
             f"{E}sleep.py::test_all_state_survives_whatever_is_woken_first",
             f"{E}sleep.py::test_requests_lose_their_kv_and_nothing_else",
-            f"{E}sleep.py::test_requests_in_flight_lose_their_kv_too",
             f"{G}engine_cuda.py::test_an_engine_that_slept_answers_as_before",
         ),
     ),
