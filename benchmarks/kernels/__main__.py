@@ -1,4 +1,10 @@
-"""Time our operators, PyTorch's and R-KV-style code side by side; write `docs/results/kernels.json`."""
+"""Time our operators, PyTorch's and R-KV-style code side by side, on a CPU or a GPU; write `docs/results/kernels.json`.
+
+    python -m benchmarks.kernels --device cuda --quick --out build/kernels.json
+
+On a GPU, figures go to `docs/results/kernels-gpu.json`, and `python -m benchmarks.simulate --calibration` reads them.
+Only PyTorch is needed beside the operators; vLLM is not.
+"""
 
 from __future__ import annotations
 
@@ -14,101 +20,150 @@ import torch
 
 from benchmarks.results.pages import publish
 from benchmarks.results.provenance import record
-from benchmarks.results.sections.operators import compaction_table, measuring_table, scoring_table
-from benchmarks.results.store import DOCS, OPERATORS
-from skipkv_vllm.ops import native
+from benchmarks.results.sections.operators import (
+    compaction_table,
+    measuring_table,
+    scoring_table,
+    steps_table,
+)
+from benchmarks.results.store import DOCS, OPERATORS, OPERATORS_ON_GPU
+from skipkv_vllm import KVPolicyError
 
-from .bench import KEYS, Settings, bench_compaction, bench_measuring, bench_scoring
+from .bars import check_bars
+from .bench import KEYS, Row, Settings, bench_compaction, bench_measuring, bench_scoring
+from .machine import Machine
+from .steps import bench_step
 
-Row = dict[str, Any]
-LENGTHS = (640, 1152, 2176, 4224)
-BARS = {
-    "scoring at L = 2176 is at least 8 times as fast as R-KV style": 8.0,
-    "scoring of distinct keys does at least half of a matmul's GFLOP/s": 0.5,
-    "no head moves more tokens than the buffer has": 1.0,
-    "compaction at B = 1024 is at least 5 times as fast as a rewrite": 5.0,
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "cpu": {
+        "lengths": [640, 1152, 2176, 4224],
+        "requests": [1],
+        "tokens": [1, 16],
+        "layers": 4,
+        "page_size": 32,
+        "layout": "vec",
+        "dtype": "float32",
+        "seconds": 4.0,
+        "out": DOCS / OPERATORS,
+    },
+    # The layers and the block size of a model that is served.
+    "cuda": {
+        "lengths": [1152, 2176, 4224],
+        "requests": [1, 16, 64],
+        "tokens": [1, 128, 512],
+        "layers": 36,
+        "page_size": 16,
+        "layout": "rows",
+        "dtype": "bfloat16",
+        "seconds": 1.0,
+        "out": DOCS / OPERATORS_ON_GPU,
+    },
 }
+"""Device -> defaults that differ between devices."""
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line; returns the exit status, 1 if a bar was missed."""
+def main(arguments: Sequence[str] | None = None, machine: Machine | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        arguments: words; None for those of this process.
+        machine: to time on instead of this one's device.
+
+    Returns:
+        The exit status: 1 if a bar was missed, 2 if there is no such device.
+    """
     args = _parser().parse_args(arguments)
-    if why := native.unavailable("cpu"):
-        print(f"error: {why}", file=sys.stderr)
-        return 2
+    _complete(args, machine.clock.kind if machine else None)
     torch.set_num_threads(args.threads)
-    lengths = (640, 1152) if args.quick and args.lengths == list(LENGTHS) else tuple(args.lengths)
-    settings = Settings(
-        lengths=lengths,
-        repeats=3 if args.quick else args.repeats,
-        seconds=0.5 if args.quick else args.seconds,
-        **{key: getattr(args, key) for key in ("buffer", "layers", "heads", "query_heads", "dim", "window")},
-        **{key: getattr(args, key) for key in ("page_size", "layout", "dtype")},
-    )
-    scoring = []
-    for length in lengths:
-        for keys in KEYS:
-            scoring.append(bench_scoring(settings, length, keys))
-            print(f"scored {length} {keys} keys: {scoring[-1]['ours_ms']:.3g} ms", file=sys.stderr)
-    measuring = [bench_measuring(settings, length) for length in lengths]
-    compaction = [bench_compaction(settings, length) for length in lengths]
-    print(f"\n{scoring_table(scoring)}\n\n{measuring_table(measuring)}\n\n{compaction_table(compaction)}\n")
-    bars = check_bars(scoring, compaction)
+    try:
+        machine = machine or Machine.of(args.device, getattr(torch, args.dtype))
+    except KVPolicyError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    settings = _settings(args)
+    figures = measure(machine, settings, args.tokens)
+    print("\n" + "\n\n".join(_tables(figures)) + "\n")
+    bars = check_bars(machine.clock.kind, settings, figures)
     for text, (value, reached) in bars.items():
-        print(f"{'reached' if reached else 'MISSED '} {text}: {value:.2f}")
+        print(f"{'reached' if reached else 'MISSED '} {text}: {value:.3g}")
     run = record("benchmarks.kernels", dataclasses.asdict(settings), arguments, threads=args.threads, note=args.note)
-    figures = {
-        "run": run,
-        "bars": {text: value for text, (value, _) in bars.items()},
-        "scoring": scoring,
-        "measuring": measuring,
-        "compaction": compaction,
-    }
-    publish(figures, args.out)
+    run["device"] = machine.describe()
+    publish({"run": run, "bars": {text: value for text, (value, _) in bars.items()}, **figures}, args.out)
     return 0 if all(reached for _, reached in bars.values()) else 1
 
 
-def check_bars(
-    scoring: Sequence[dict[str, Any]], compaction: Sequence[dict[str, Any]]
-) -> dict[str, tuple[float, bool]]:
-    """Check the bars that apply to these lengths: each with its figure, and whether the figure reaches it."""
-    fast, machine_share, buffer, cheap = BARS
-    found: dict[str, tuple[float, bool]] = {}
-    at_2176 = [row["speedup_over_rkv"] for row in scoring if row["length"] == 2176]
-    if at_2176:
-        found[fast] = (min(at_2176), min(at_2176) >= BARS[fast])
-    shares = [row["of_matmul"] for row in scoring if "of_matmul" in row]
-    found[machine_share] = (min(shares), min(shares) >= BARS[machine_share])
-    moved = max(row["most_moved_per_head"] / row["buffer"] for row in compaction)
-    found[buffer] = (moved, moved <= BARS[buffer])
-    at_1024 = [row["speedup_over_rewrite"] for row in compaction if row["budget"] == 1024]
-    if at_1024:
-        found[cheap] = (min(at_1024), min(at_1024) >= BARS[cheap])
-    return found
+def measure(machine: Machine, settings: Settings, tokens: Sequence[int]) -> dict[str, list[Row]]:
+    """Measure all rows; those for which memory does not suffice are named in `skipped`."""
+    figures: dict[str, list[Row]] = {name: [] for name in ("scoring", "measuring", "compaction", "steps", "skipped")}
+    for length in settings.lengths:
+        for requests in settings.requests:
+            needed, free = settings.needed_memory(length, requests), machine.clock.free_memory()
+            if needed > free and machine.clock.kind != "cpu":
+                figures["skipped"].append({"length": length, "requests": requests, "needed": needed, "free": free})
+                print(f"skipped {requests} x {length}: {needed >> 30} GiB needed, {free >> 30} free", file=sys.stderr)
+                continue
+            for keys in KEYS:
+                row = bench_scoring(machine, settings, length, keys, requests)
+                figures["scoring"].append(row)
+                print(f"scored {requests} x {length} {keys} keys: {row['ours_ms']:.3g} ms", file=sys.stderr)
+            figures["measuring"].append(bench_measuring(machine, settings, length, requests))
+            figures["compaction"].append(bench_compaction(machine, settings, length, requests))
+    for number in tokens:
+        figures["steps"] += bench_step(machine, settings, number)
+    return figures
+
+
+def _tables(figures: dict[str, list[Row]]) -> list[str]:
+    writers = (scoring_table, measuring_table, compaction_table, steps_table)
+    return [write(figures[name]) for write, name in zip(writers, list(figures)[:4], strict=True) if figures[name]]
+
+
+def _settings(args: argparse.Namespace) -> Settings:
+    names = ("buffer", "layers", "heads", "query_heads", "dim", "window", "page_size", "layout", "dtype")
+    return Settings(
+        lengths=tuple(args.lengths),
+        requests=tuple(args.requests),
+        repeats=3 if args.quick else args.repeats,
+        seconds=min(0.5, args.seconds) if args.quick else args.seconds,
+        # A quick run compares backends with each other at single requests only.
+        others_at=1 if args.quick else max(args.requests),
+        **{name: getattr(args, name) for name in names},
+    )
+
+
+def _complete(args: argparse.Namespace, device: str | None) -> None:
+    """Choose the device, and its defaults for what was not given."""
+    args.device = device or args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    defaults = DEFAULTS[args.device] | ({"lengths": [640, 1152]} if args.quick and args.device == "cpu" else {})
+    for name, value in defaults.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.kernels",
-        description=__doc__,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        prog="python -m benchmarks.kernels", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--lengths", type=int, nargs="+", default=list(LENGTHS), metavar="L", help="tokens held")
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--buffer", type=int, default=128, help="tokens that a compaction frees")
-    parser.add_argument("--heads", type=int, default=8, help="kv heads")
-    parser.add_argument("--query-heads", type=int, default=32)
-    parser.add_argument("--dim", type=int, default=128, help="head size")
-    parser.add_argument("--window", type=int, default=8)
-    parser.add_argument("--page-size", type=int, default=32)
-    parser.add_argument("--layout", default="vec", choices=["rows", "vec", "amx"], help="how pages are packed")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--device", choices=sorted(DEFAULTS), help="default: a GPU if PyTorch sees one")
+    group = parser.add_argument_group("sizes", "Defaults are those of an 8B model, on a CPU with 4 layers.")
+    group.add_argument("--lengths", type=int, nargs="+", metavar="L", help="tokens held")
+    group.add_argument("--requests", type=int, nargs="+", metavar="R", help="requests in one call")
+    group.add_argument("--tokens", type=int, nargs="+", metavar="T", help="tokens of a step")
+    group.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    group.add_argument("--layers", type=int)
+    group.add_argument("--buffer", type=int, default=128, help="tokens that a compaction frees")
+    group.add_argument("--heads", type=int, default=8, help="kv heads")
+    group.add_argument("--query-heads", type=int, default=32)
+    group.add_argument("--dim", type=int, default=128, help="head size")
+    group.add_argument("--window", type=int, default=8)
+    group.add_argument("--page-size", type=int)
+    group.add_argument("--layout", choices=["rows", "vec", "amx"], help="how pages are packed")
+    group.add_argument("--dtype", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--repeats", type=int, default=7, help="rounds at least")
-    parser.add_argument("--seconds", type=float, default=4.0, help="of rounds for each row")
+    parser.add_argument("--seconds", type=float, help="of rounds for each row")
     parser.add_argument("--note", default="", help="something that readers of the results should know")
-    parser.add_argument("--quick", action="store_true", help="short lengths, few rounds")
-    parser.add_argument("--out", type=Path, default=DOCS / OPERATORS)
+    parser.add_argument("--quick", action="store_true", help="few rounds; on a CPU also short lengths")
+    parser.add_argument("--out", type=Path)
     return parser
 
 

@@ -51,14 +51,14 @@ def score(
 def survivors(scores: Tensor, budget: int, window: int) -> Tensor:
     """Slots `[Hkv, budget]` of the best tokens and the window, ascending."""
     best = scores.topk(budget - window, dim=-1).indices.sort(dim=-1).values
-    newest = torch.arange(scores.shape[1], scores.shape[1] + window).expand(scores.shape[0], -1)
+    newest = torch.arange(scores.shape[1], scores.shape[1] + window, device=scores.device).expand(scores.shape[0], -1)
     return torch.cat([best, newest], dim=-1)
 
 
 def rewrite(layer: LayerPages, table: Tensor, length: int, kept: Tensor) -> None:
     """Gather K and V of all survivors and write them to the first slots."""
     heads, budget = kept.shape
-    slot, head = torch.arange(budget), torch.arange(heads)[:, None]
+    slot, head = torch.arange(budget, device=kept.device), torch.arange(heads, device=kept.device)[:, None]
     page, offset = table[slot // layer.page_size], slot % layer.page_size
     for cell in layer.cells:
         held = cell.read_pages(table, length)

@@ -61,6 +61,7 @@ PAGES = {
             Section(cost.overhead_section, (store.LARGER_OVERHEAD,)),
             Section(cost.steering_overhead_section, (store.STEERING_OVERHEAD,)),
             Section(operators.operators_section, (store.OPERATORS,)),
+            Section(operators.operators_section, (store.OPERATORS_ON_GPU,)),
             Section(cost.prefix_cache_section, (store.PREFIX_CACHE,)),
         ),
     ),

@@ -166,12 +166,18 @@ def _range(rows: Sequence[Mapping[str, Any]], key: str) -> str:
 
 def _operators(figures: Summary) -> list[str]:
     scoring, moving = figures["scoring"], figures["compaction"]
-    slow, fast = (pick(row["speedup_over_rkv"] for row in scoring) for pick in (min, max))
-    low, high = (pick(row["speedup_over_rewrite"] for row in moving) for pick in (min, max))
+    slow, fast = _ends(scoring, "speedup_over_rkv")
+    low, high = _ends(moving, "speedup_over_rewrite")
     return [
         f"Scoring is {slow:.1f} to {fast:.0f} times as fast as R-KV-style code, and a compaction {low:.1f} to "
         f"{high:.0f} times as fast as a full rewrite. [Details](cost.md#the-operators-timed-here)"
     ]
+
+
+def _ends(rows: Sequence[Mapping[str, Any]], key: str) -> tuple[float, float]:
+    """The smallest and the largest figure of the rows that have it: calls of several requests are not compared."""
+    found = [row[key] for row in rows if key in row]
+    return min(found), max(found)
 
 
 def _prefix_cache(figures: Summary) -> list[str]:

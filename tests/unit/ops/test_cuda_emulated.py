@@ -6,6 +6,7 @@ the layout of tensor-core operands, and races between threads of a warp. `tests/
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.kernels import memory
 from skipkv_vllm.ops import native, torch_backend
 from skipkv_vllm.ops.paging import Layout
 from skipkv_vllm.ops.schema import SCHEMAS
@@ -140,6 +142,28 @@ def test_tokens(cuda, dtype, kind):
     tokens.test_record_queries(cuda, dtype, kind)
     for width in (1, 48, 203):
         tokens.test_steer_add(cuda, dtype, kind, width)
+
+
+def allocated_by(call: Callable[..., Any], *arguments: Any) -> int:
+    """Return the bytes of all tensors that a call makes."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as seen:
+        kept = call(*arguments)
+    del kept
+    return sum(event.self_cpu_memory_usage for event in seen.events() if "empty" in event.name)
+
+
+@pytest.mark.parametrize("lengths", [(150,), (70, 40, 96)])
+@pytest.mark.parametrize("dim", [64, 256])
+def test_memory_is_as_the_formulas_of_the_benchmark_say(cuda, lengths, dim):
+    pages = Pages(dtype=torch.bfloat16, dim=dim)
+    scoring = ScoreCase(pages, lengths, group=4, window=11).build()
+    call = memory.Call(len(lengths) * 2 * 2, scoring.positions.shape[-1], dim, 11, 4)
+    assert allocated_by(cuda.module.score_tokens, *scoring) == memory.scoring_bytes("native", call)
+
+    measuring = MeasureCase(pages, lengths, tuple(9 for _ in lengths), window=11, group=4).build()
+    for output_error in (False, True):
+        allocated = allocated_by(cuda.module.measure_attention, *measuring, output_error)
+        assert allocated == memory.measuring_bytes(call, output_error)
 
 
 @pytest.mark.parametrize("layout", [Layout.VEC, Layout.AMX])
