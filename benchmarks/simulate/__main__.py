@@ -2,15 +2,16 @@
 
     python -m benchmarks.simulate --gpu H100 --models 7B 70B --outputs 16384 65536 --gpus 1 8 64
     python -m benchmarks.simulate --calibration build/h100/throughput.json --calibrated-with 7B
+    python -m benchmarks.simulate --gpu H200 --calibration docs/results/kernels-gpu.json
 
-Without --calibration, what an engine reaches of the GPU's published figures is assumed (`steptime.Efficiency`). With
-it, it comes from the steps that `benchmarks.throughput` measured on one GPU of that kind.
+Without --calibration, what an engine reaches of the GPU's published figures is assumed (`gpus.Efficiency`). A file of
+`benchmarks.throughput` replaces this by the steps that it measured on one GPU of that kind, and a file of
+`benchmarks.kernels` replaces the cost of compactions and of the operators of every step.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -29,8 +30,11 @@ from skipkv_vllm.capacity import ModelShape, blocks_with_policy
 from skipkv_vllm.config import KVPolicyConfig
 from skipkv_vllm.core.limits import Limits
 
+from .calibration import Costs, read_costs
 from .events import Engine, Outcome, Setup
-from .steptime import GPU, GPUS, Efficiency, Eviction, StepTime, calibrated, on_gpu, read_step_time
+from .eviction import RULES, Eviction, EvictionCost
+from .gpus import GPU, GPUS, Efficiency
+from .steptime import on_gpu
 
 GIB = 2**30
 PAGE, MAX_SEQS, MAX_TOKENS = 16, 1024, 8192
@@ -61,33 +65,51 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config = KVPolicyConfig.parse({"kv_policy": args.policy, "kv_budget": args.budget, "kv_buffer": args.buffer})
     except KVPolicyError as error:
         parser.error(str(error))
-    gpu, efficiency, origin = GPUS[args.gpu], Efficiency(), "assumed, not measured"
-    if args.calibration:
-        efficiency, origin = _calibrate(args, gpu, parser)
+    gpu = GPUS[args.gpu]
     rows = []
-    for name in args.models:
-        ranks = replica(MODELS[name], gpu, args.kv_share)
-        for output in args.outputs:
-            found = {
-                kind: _simulate(args, MODELS[name], gpu, ranks, efficiency, output, each)
-                for kind, each in (("full", None), ("policy", config))
-            }
-            for gpus in args.gpus:
-                if gpus < ranks or gpus % ranks:
-                    continue
-                # Replicas share nothing, so each answers its part of the load in the same time.
-                both = {
-                    kind: _outcome(outcome) | {"tokens_per_second": outcome.tokens_per_second * gpus // ranks}
-                    for kind, outcome in found.items()
-                }
-                ratio = found["policy"].tokens_per_second / found["full"].tokens_per_second
-                rows.append({"model": name, "output": output, "gpus": gpus, "ranks": ranks, **both, "ratio": ratio})
+    try:
+        costs = Costs(gpu, Efficiency())
+        if args.calibration:
+            costs = read_costs(args.calibration, gpu, MODELS[args.calibrated_with].parameters)
+        for name in args.models:
+            rows += _rows_of(args, name, gpu, costs, config)
+    except KVPolicyError as error:
+        parser.error(str(error))
     if not rows:
+        ranks = max(replica(MODELS[name], gpu, args.kv_share) for name in args.models)
         parser.error(f"--gpus {args.gpus}: no model fits so few; a replica takes up to {ranks} of {args.gpu}")
     print(simulation_table(rows))
-    run = record("benchmarks.simulate", vars(args), arguments, origin=origin, efficiency=asdict(efficiency))
+    rule = Eviction.of(config, config.kv_budget + config.kv_buffer, args.keys).rule
+    how = {"origin": costs.origin, "rule": rule, "scoring": RULES[rule], "efficiency": asdict(costs.efficiency)}
+    run = record("benchmarks.simulate", vars(args), arguments, **how)
     publish({"run": run, "rows": rows}, args.out)
     return 0
+
+
+def _rows_of(
+    args: argparse.Namespace, name: str, gpu: GPU, costs: Costs, config: KVPolicyConfig
+) -> list[dict[str, Any]]:
+    """Simulate a model at each length, and multiply its replica."""
+    model, rows = MODELS[name], []
+    ranks = replica(model, gpu, args.kv_share)
+    gpus = [number for number in args.gpus if number >= ranks and number % ranks == 0]
+    eviction = Eviction.of(config, config.kv_budget + config.kv_buffer, args.keys)
+    cost = costs.of(split(model.shape, ranks), eviction, min(MAX_SEQS, args.requests))
+    for output in args.outputs if gpus else ():
+        found = {
+            kind: _simulate(args, model, gpu, ranks, costs.efficiency, output, each)
+            for kind, each in (("full", None), ("policy", (config, cost)))
+        }
+        ratio = found["policy"].tokens_per_second / found["full"].tokens_per_second
+        for number in gpus:
+            # Replicas share nothing, so each answers its part of the load in the same time.
+            both = {
+                kind: _outcome(outcome) | {"tokens_per_second": outcome.tokens_per_second * number // ranks}
+                for kind, outcome in found.items()
+            }
+            row = {"model": name, "output": output, "gpus": number, "ranks": ranks}
+            rows.append(row | both | {"ratio": ratio, "compaction_ms": 1e3 * cost.per_compaction})
+    return rows
 
 
 def replica(model: Model, gpu: GPU, kv_share: float) -> int:
@@ -116,9 +138,9 @@ def _simulate(
     ranks: int,
     efficiency: Efficiency,
     output: int,
-    config: KVPolicyConfig | None,
+    policy: tuple[KVPolicyConfig, EvictionCost] | None,
 ) -> Outcome:
-    """Simulate one replica that answers its load."""
+    """Simulate one replica that answers its load; without a policy with full KV."""
     random, shape = np.random.default_rng(args.seed), split(model.shape, ranks)
     mean = np.log(output) - args.spread**2 / 2
     memory = _kv_memory(model, gpu, ranks)
@@ -127,40 +149,20 @@ def _simulate(
     outputs = random.lognormal(mean, args.spread, args.requests).clip(1, longest - args.prompt)
     load = [Offered(args.prompt, int(each)) for each in outputs]
     seqs = min(MAX_SEQS, args.requests)
-    if config is None:
+    if policy is None:
         setup = Setup(memory // (PAGE * shape.kv_bytes), PAGE, seqs, MAX_TOKENS, stride=args.stride)
         return Engine(load, setup).run(on_gpu(gpu, shape, model.parameters, ranks, efficiency))
+    config, cost = policy
     limits = Limits(config.kv_budget, config.kv_buffer, config.kv_window, 0)
     pages = blocks_with_policy(
         config, shape, memory, block_size=PAGE, max_num_seqs=seqs, max_length=longest, max_tokens=MAX_TOKENS
     )
     setup = Setup(pages, PAGE, seqs, MAX_TOKENS, limits, stride=args.stride)
-    time = on_gpu(gpu, shape, model.parameters, ranks, efficiency, Eviction(limits.bound, limits.buffer))
-    return Engine(load, setup).run(time)
+    return Engine(load, setup).run(on_gpu(gpu, shape, model.parameters, ranks, efficiency, cost))
 
 
 def _outcome(outcome: Outcome) -> dict[str, Any]:
     return {name: getattr(outcome, name) for name in ("peak_running", "preemptions", "compactions")}
-
-
-def _calibrate(args: argparse.Namespace, gpu: GPU, parser: argparse.ArgumentParser) -> tuple[Efficiency, str]:
-    """Read the efficiency that a measured run reached on this kind of GPU."""
-    try:
-        figures = json.loads(args.calibration.read_text())
-        found, run = figures["calibration"], figures["run"]
-    except (OSError, ValueError, KeyError) as error:
-        parser.error(f"--calibration {args.calibration}: not a file of benchmarks.throughput ({error})")
-    gpus = run["machine"]["gpus"]
-    if not any(args.gpu in each for each in gpus):
-        parser.error(
-            f"--calibration {args.calibration} was measured on {', '.join(gpus) or 'a machine without a GPU'}, which "
-            f"says nothing about an {args.gpu}; run benchmarks.throughput on one"
-        )
-    policy: StepTime = read_step_time(found[run["settings"]["policy"]])
-    eviction = Eviction(found["bound"], found["buffer"])
-    shape, parameters = ModelShape(**found["shape"]), MODELS[args.calibrated_with].parameters
-    efficiency = calibrated(policy, gpu, shape, parameters, eviction, Efficiency())
-    return efficiency, f"measured at commit {run['commit']} on {run['date']}"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -180,7 +182,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--kv-share", type=float, default=0.3, help="of a GPU's memory, at least for KV")
     parser.add_argument("--stride", type=int, default=32, help="steps taken at once; 1 is exact and slow")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--calibration", type=Path, metavar="FILE", help="of benchmarks.throughput on this GPU")
+    parser.add_argument(
+        "--keys", choices=["distinct", "similar"], default="distinct", help="what methods that compare keys find"
+    )
+    parser.add_argument(
+        "--calibration", type=Path, metavar="FILE", help="of benchmarks.throughput or benchmarks.kernels on this GPU"
+    )
     parser.add_argument("--calibrated-with", choices=sorted(MODELS), default="7B", help="the model of that run")
     parser.add_argument("--out", type=Path, default=DOCS / SIMULATION)
     return parser

@@ -10,6 +10,9 @@ import numpy as np
 
 from skipkv_vllm.capacity import ModelShape
 
+from .eviction import Eviction, EvictionCost, assumed_cost
+from .gpus import GPU, Efficiency
+
 
 class StepLoad(NamedTuple):
     """The work of a step: requests, tokens computed, tokens held by all, compactions (may be a mean)."""
@@ -63,63 +66,15 @@ def fit(steps: np.ndarray) -> StepTime:
     return StepTime(fixed, 0.0, per_token, per_request, per_resident, per_compaction)
 
 
-@dataclass(frozen=True)
-class GPU:
-    """Published figures of one GPU: GiB, bytes/s of memory, dense bf16 FLOP/s, bytes/s to its peers (one way)."""
-
-    name: str
-    memory: float
-    bandwidth: float
-    flops: float
-    link: float
-
-
-GPUS = {
-    gpu.name: gpu
-    for gpu in (
-        GPU("H100", 80, 3.35e12, 989e12, 450e9),
-        GPU("H200", 141, 4.8e12, 989e12, 450e9),
-        GPU("A100", 80, 2.04e12, 312e12, 300e9),
-        GPU("L40S", 48, 0.864e12, 362e12, 32e9),
-    )
-}
-
-
-@dataclass(frozen=True)
-class Efficiency:
-    """The shares of a GPU's figures that an engine reaches. The defaults are assumptions; `calibrated` replaces them.
-
-    Attributes:
-        weights: share of the bandwidth while weights are read.
-        attention: share of the bandwidth while KV is read.
-        flops: share of the FLOP/s in matrix products.
-        host: seconds of a step that no GPU work hides.
-        per_request: seconds of a step for each request, sampling included.
-        latency: seconds of an all-reduce beside its bytes.
-        compaction: time of a compaction as a multiple of what its reads, moves and products take at those shares.
-    """
-
-    weights: float = 0.8
-    attention: float = 0.7
-    flops: float = 0.6
-    host: float = 1e-3
-    per_request: float = 2e-6
-    latency: float = 1e-5
-    compaction: float = 2.0
-
-
-@dataclass(frozen=True)
-class Eviction:
-    """Sizes of a compaction: tokens held before it, and tokens it frees."""
-
-    bound: int
-    buffer: int
-
-
 def on_gpu(
-    gpu: GPU, shape: ModelShape, parameters: float, ranks: int, efficiency: Efficiency, eviction: Eviction | None = None
+    gpu: GPU,
+    shape: ModelShape,
+    parameters: float,
+    ranks: int,
+    efficiency: Efficiency,
+    eviction: EvictionCost = EvictionCost(),  # noqa: B008
 ) -> StepTime:
-    """Step time of one replica.
+    """Compute the step time of one replica.
 
     Args:
         gpu: of each rank.
@@ -127,24 +82,18 @@ def on_gpu(
         parameters: of the whole model.
         ranks: tensor-parallel ranks.
         efficiency: what is reached of the GPU's figures.
-        eviction: None for full KV.
+        eviction: what a policy adds.
     """
     mine = parameters / ranks
     reduced = 2 * shape.num_layers * shape.hidden_size * shape.element_size * 2 * (ranks - 1) / ranks
-    compaction = 0.0
-    if eviction is not None:
-        heads = shape.num_layers * shape.num_kv_heads
-        # Every pair of keys once, the worst case of the redundancy; the keys read once; the survivors moved.
-        products = heads * eviction.bound**2 * shape.head_size / (gpu.flops * efficiency.flops)
-        moved = (eviction.bound / 2 + 2 * eviction.buffer) * shape.kv_bytes / (gpu.bandwidth * efficiency.attention)
-        compaction = efficiency.compaction * (products + moved)
+    all_reduces = 2 * shape.num_layers * efficiency.latency if ranks > 1 else 0.0
     return StepTime(
-        fixed=efficiency.host + (2 * shape.num_layers * efficiency.latency if ranks > 1 else 0.0),
+        fixed=efficiency.host + all_reduces + eviction.fixed,
         weights=mine * shape.element_size / (gpu.bandwidth * efficiency.weights),
         per_token=2 * mine / (gpu.flops * efficiency.flops) + reduced / gpu.link,
-        per_request=efficiency.per_request,
+        per_request=efficiency.per_request + eviction.per_request,
         per_resident=shape.kv_bytes / (gpu.bandwidth * efficiency.attention),
-        per_compaction=compaction,
+        per_compaction=eviction.per_compaction,
     )
 
 
@@ -161,7 +110,8 @@ def calibrated(
         eviction: sizes of its compactions.
         assumed: the host's share is taken from here, because a fit cannot tell it from the weights.
     """
-    found = assumed
+    # What the operators of every step launch is in the fixed part.
+    found = replace(assumed, launch=0.0, compaction=1.0)
     reading = measured.fixed - assumed.host
     if reading > 0:
         found = replace(found, weights=min(1.0, parameters * shape.element_size / (gpu.bandwidth * reading)))
@@ -170,9 +120,10 @@ def calibrated(
     if measured.per_token > 0:
         found = replace(found, flops=min(1.0, 2 * parameters / (gpu.flops * measured.per_token)))
     if measured.per_request > 0:
-        found = replace(found, per_request=measured.per_request)
-    ideal = on_gpu(gpu, shape, parameters, 1, replace(found, compaction=1.0), eviction).per_compaction
+        recording = assumed_cost(gpu, shape, eviction, found).per_request
+        found = replace(found, per_request=max(0.0, measured.per_request - recording))
     if measured.per_compaction > 0:
+        ideal = assumed_cost(gpu, shape, eviction, found).per_compaction
         found = replace(found, compaction=measured.per_compaction / ideal)
     return found
 

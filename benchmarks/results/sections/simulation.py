@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from ..markdown import table
+from ..markdown import milliseconds, table
 from ..provenance import made_by
+
+ASSUMED = "assumed, not measured"
+"""Origin of the figures of a GPU on which nothing was timed."""
 
 
 def simulation_section(figures: Mapping[str, Any]) -> list[str]:
@@ -16,7 +19,8 @@ def simulation_section(figures: Mapping[str, Any]) -> list[str]:
         figures: what `python -m benchmarks.simulate` wrote.
     """
     run = figures["run"]
-    settings, origin = run["settings"], run["origin"]
+    settings, origin, rule = run["settings"], run["origin"], run["rule"]
+    keys = f" Keys are {settings['keys']}." if rule == "redundancy" else ""
     return [
         "## Predicted throughput on GPUs, not measured",
         "**No row of this table was run on a GPU.** `python -m benchmarks.simulate` predicts it with a model of vLLM's "
@@ -24,7 +28,9 @@ def simulation_section(figures: Mapping[str, Any]) -> list[str]:
         f"them that an engine reaches ({origin}). Budget {settings['budget']}, buffer {settings['buffer']}, prompts of "
         f"{settings['prompt']} tokens, outputs of the stated mean with a spread of {settings['spread']:g}, "
         f"{settings['requests']} requests a replica. A replica has the fewest GPUs whose memory leaves "
-        f"{settings['kv_share']:.0%} for KV. Where the scheduler's model can be checked, its error is known: see "
+        f"{settings['kv_share']:.0%} for KV. *Compaction* is what one request's compaction takes on each GPU of a "
+        f"replica, with all that is computed for it since the last one. `{settings['policy']}` {run['scoring']}."
+        f"{keys}{_assumed(run)} Where the scheduler's model can be checked, its error is known: see "
         "[the simulator against these runs](#the-simulator-against-these-runs).",
         simulation_table(figures["rows"]),
         # A prediction does not depend on the machine.
@@ -32,11 +38,24 @@ def simulation_section(figures: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def _assumed(run: Mapping[str, Any]) -> str:
+    """State the share of a GPU's figures on which the cost of a compaction rests, if it was not measured."""
+    shares = {
+        "redundancy": ("search", "tensor cores' FLOP/s: half of what the loads from shared memory allow"),
+        "error": ("sums", "float32 FLOP/s without tensor cores: half of what the loads from shared memory allow"),
+    }
+    shares["attention"] = shares["error"]
+    if run["origin"] != ASSUMED or run["rule"] not in shares:
+        return ""
+    name, of = shares[run["rule"]]
+    return f" This is taken to reach {run['efficiency'][name]:.0%} of the {of}."
+
+
 def simulation_table(rows: Iterable[Mapping[str, Any]]) -> str:
     """A row per model, output length and number of GPUs."""
     head = (
         "model", "output tokens", "GPUs", "a replica", "full KV, tokens/s", "at once", "preemptions",
-        "policy, tokens/s", "at once", "ratio",
+        "policy, tokens/s", "at once", "compaction, ms", "ratio",
     )  # fmt: skip
     lines = []
     for row in rows:
@@ -52,6 +71,7 @@ def simulation_table(rows: Iterable[Mapping[str, Any]]) -> str:
                 f"{full['preemptions']:,}",
                 f"{policy['tokens_per_second']:,.0f}",
                 f"{policy['peak_running']:,}",
+                milliseconds(row["compaction_ms"]),
                 f"{row['ratio']:.1f}x",
             ]
         )

@@ -11,17 +11,11 @@ from hypothesis import strategies as st
 
 from benchmarks.load.lengths import Offered
 from benchmarks.simulate.events import Engine, Setup
-from benchmarks.simulate.steptime import (
-    GPUS,
-    Efficiency,
-    Eviction,
-    StepLoad,
-    StepTime,
-    calibrated,
-    fit,
-    on_gpu,
-)
+from benchmarks.simulate.eviction import Eviction, assumed_cost
+from benchmarks.simulate.gpus import GPUS, Efficiency
+from benchmarks.simulate.steptime import StepLoad, StepTime, calibrated, fit, on_gpu
 from skipkv_vllm.capacity import ModelShape
+from skipkv_vllm.config import KVPolicyConfig
 from skipkv_vllm.core.limits import Limits
 
 SHAPE = ModelShape(28, 28, 4, 128, 3584, 152064, 2)
@@ -107,22 +101,76 @@ def test_a_fit_finds_the_costs():
     assert min(no_compactions.as_dict().values()) >= 0
 
 
-def test_calibration_finds_what_a_gpu_reached():
-    true = Efficiency(weights=0.7, attention=0.5, flops=0.4, host=1e-3, per_request=5e-6, compaction=3.0)
-    eviction = Eviction(1152, 128)
-    made = on_gpu(GPUS["H100"], SHAPE, 7.6e9, 1, true, eviction)
+@pytest.mark.parametrize("rule", ["redundancy", "error", "attention", "layers"])
+def test_calibration_finds_what_a_gpu_reached(rule):
+    # A fit cannot tell launches from the fixed part.
+    true = Efficiency(weights=0.7, attention=0.5, flops=0.4, host=1e-3, per_request=5e-6, launch=0.0, compaction=3.0)
+    eviction = Eviction("method", 1152, 128, rule)
+    made = on_gpu(GPUS["H100"], SHAPE, 7.6e9, 1, true, assumed_cost(GPUS["H100"], SHAPE, eviction, true))
     # In a fit, reading the weights is part of the fixed cost.
     measured = replace(made, fixed=made.fixed + made.weights, weights=0.0)
     found = calibrated(measured, GPUS["H100"], SHAPE, 7.6e9, eviction, Efficiency())
-    for name in ("weights", "attention", "flops", "per_request", "compaction"):
+    for name in ("weights", "attention", "flops", "per_request", "launch", "compaction"):
         assert getattr(found, name) == pytest.approx(getattr(true, name), rel=1e-6), name
 
 
 def test_a_gpus_step_has_the_right_size():
-    step = on_gpu(GPUS["H100"], SHAPE, 7.6e9, 1, Efficiency(1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 1.0))
+    ideal = Efficiency(weights=1.0, attention=1.0, flops=1.0, host=0.0, per_request=0.0, latency=0.0)
+    step = on_gpu(GPUS["H100"], SHAPE, 7.6e9, 1, ideal)
     assert step.weights == pytest.approx(15.2e9 / 3.35e12)
     assert step(StepLoad(1, 1, 0, 0)) == pytest.approx(step.weights)
     assert step(StepLoad(1, 1, 1_000_000, 0)) - step.weights == pytest.approx(57344e6 / 3.35e12)
     halves = on_gpu(GPUS["H100"], replace(SHAPE, num_kv_heads=2, num_heads=14), 7.6e9, 2, Efficiency())
     assert halves.weights == pytest.approx(step.weights / 2 / 0.8)
     assert halves.fixed > 1e-3
+
+
+EIGHT_B = ModelShape(36, 32, 8, 128, 4096, 151936, 2)
+
+
+def test_a_compaction_costs_what_its_products_and_its_bytes_take():
+    gpu = GPUS["H100"]
+    ideal = Efficiency(attention=1.0, search=1.0, sums=1.0, launch=0.0, eager=0.0)
+    heads, keys, moved = 36 * 8, 2176 * 36 * 8 * 128 * 2, 2 * 128 * EIGHT_B.kv_bytes + 24 * 36 * 8 * 2176
+
+    def seconds(rule: str, **more: str) -> float:
+        return assumed_cost(gpu, EIGHT_B, Eviction("method", 2176, 128, rule, **more), ideal).per_compaction
+
+    every_pair = 2 * heads * 2176**2 * 128 / gpu.flops
+    assert seconds("redundancy") == pytest.approx(every_pair + (3 * keys + moved) / gpu.bandwidth)
+    near = 2 * heads * 2176 * 128 * 128 / gpu.flops
+    assert seconds("redundancy", keys="similar") == pytest.approx(near + (3 * keys + moved) / gpu.bandwidth)
+    # Four readings of 32 queries in a buffer of 128: logits twice, outputs, and their products with values.
+    product = 2 * 36 * 32 * 32 * 2176 * 128 / gpu.vector
+    assert seconds("error") == pytest.approx(4 * (4 * product + 4 * keys / gpu.bandwidth) + moved / gpu.bandwidth)
+    assert seconds("attention") == pytest.approx(4 * (2 * product + 2 * keys / gpu.bandwidth) + moved / gpu.bandwidth)
+    assert seconds("layers") == pytest.approx((2 * keys + moved) / gpu.bandwidth)
+
+
+def test_what_is_assumed_of_a_gpu_is_no_better_than_its_instructions_allow():
+    assumed = Efficiency()
+    assert assumed.search <= 64 / 222
+    assert assumed.sums <= 8 / 12
+    cost = assumed_cost(GPUS["H100"], EIGHT_B, Eviction("rkv", 2176, 128, "redundancy"), assumed)
+    # An audit of the kernels expects up to 3 ms for distinct keys, and about 0.1 ms of every step for the queries.
+    assert 2e-3 < cost.per_compaction < 3e-3
+    assert 0.8e-4 < cost.fixed < 1.2e-4
+    similar = assumed_cost(GPUS["H100"], EIGHT_B, Eviction("rkv", 2176, 128, "redundancy", "similar"), assumed)
+    assert similar.per_compaction < 0.5e-3
+
+
+@pytest.mark.parametrize(
+    ("policy", "parameters", "rule", "tracks"),
+    [
+        ("rkv", {}, "redundancy", ""),
+        ("skipkv", {"compat": "paper"}, "redundancy", "embeddings"),
+        ("skipkv", {}, "error", "words"),
+        ("h2o", {}, "attention", ""),
+        ("keydiff", {}, "layers", ""),
+    ],
+)
+def test_a_methods_rule_follows_from_what_it_needs(policy, parameters, rule, tracks):
+    config = KVPolicyConfig.parse({"kv_policy": policy, "kv_policy_config": parameters, "kv_budget": 512})
+    found = Eviction.of(config, 640, "similar")
+    assert (found.method, found.rule, found.tracks, found.keys) == (policy, rule, tracks, "similar")
+    assert found.records == (policy != "keydiff")
