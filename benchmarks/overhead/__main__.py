@@ -17,16 +17,26 @@ requests are not steered. The vector is so short that all engines write the same
 measures a model of that size with random weights: what it writes means nothing, but a step takes what it would take. A
 step grows with the number of weights, a compaction with the size of the KV cache only, so the bundled model, which has
 hardly any weights, is the worst case.
+
+    python -m benchmarks.overhead --shape qwen3-8b --one-by-one --compiled --strict --dtype bfloat16 --budgets 1024 \\
+        --batch-sizes 1 128 --engine '{"attention_backend": "FLASH_ATTN"}'
+
+measures a published shape, whose weights vLLM draws itself, on a GPU, whose memory holds one engine at a time. --strict
+fails if the evicting engine makes the host wait for the device or compiles a kernel while requests run (where this vLLM
+can tell), or if an engine has another attention backend, graph mode or scheduler than --engine asks for.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import torch
 
 from benchmarks.results.pages import publish
 from benchmarks.results.provenance import record
@@ -36,8 +46,8 @@ from skipkv_vllm.evaluation.command import guarded
 from skipkv_vllm.evaluation.machine import relative
 
 from .engine import LONGEST, Shape
-from .measure import STEERING_ARMS, TURN, measure, measure_steering
-from .models import random_model, short_vector
+from .measure import STEERING_ARMS, TURN, measure, measure_one_by_one, measure_steering
+from .models import SHAPES, random_model, shaped_model, short_vector
 
 Row = dict[str, Any]
 
@@ -107,16 +117,26 @@ def run(args: argparse.Namespace, arguments: Sequence[str] | None = None) -> Non
             args.vector = short_vector(args.model, folder)
         if args.layers is not None:
             args.model = random_model(args.model, args.layers, args.hidden_size, folder)
+        if args.shape is not None:
+            args.model = shaped_model(args.shape, args.model, folder)
         print(kind.head)
-        for budget in args.budgets:
-            for batch_size in args.batch_sizes:
-                row = kind.measure(Shape(budget, batch_size), args, folder)
-                rows.append(row)
-                print(kind.line(row), flush=True)
-                if not kind.is_enough(row):
-                    raise RunError(kind.missing)
+        for row in _measured(kind, args, folder):
+            rows.append(row)
+            print(kind.line(row), flush=True)
+            if not kind.is_enough(row):
+                raise RunError(kind.missing)
     if args.out:
         publish({"run": record("benchmarks.overhead", settings, arguments), "shapes": rows}, args.out)
+
+
+def _measured(kind: Kind, args: argparse.Namespace, folder: Path) -> Iterator[Row]:
+    """Measure every shape."""
+    for budget in args.budgets:
+        if args.one_by_one:
+            yield from measure_one_by_one(Shape(budget, max(args.batch_sizes)), args, folder)
+        else:
+            for batch_size in args.batch_sizes:
+                yield kind.measure(Shape(budget, batch_size), args, folder)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -134,6 +154,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--steering", action="store_true", help="measure steering instead of eviction")
     parser.add_argument("--layers", type=int, help="with --hidden-size: of a model with random weights")
     parser.add_argument("--hidden-size", type=int, help="a multiple of 256; see --layers")
+    parser.add_argument("--shape", choices=sorted(SHAPES), help="of a published model, with random weights")
+    parser.add_argument(
+        "--one-by-one", action="store_true", help="one engine at a time, where the memory does not hold both"
+    )
+    parser.add_argument("--strict", action="store_true", help="see above")
+    parser.add_argument("--memory", type=float, metavar="SHARE", help="of a GPU for each engine; vLLM's own default")
+    parser.add_argument("--engine", type=json.loads, default={}, metavar="JSON", help="further arguments of vllm.LLM")
     parser.add_argument("--out", type=Path, help="write the figures as JSON, e.g. docs/results/overhead.json")
     return parser
 
@@ -152,8 +179,14 @@ def _check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
             f"--layers {args.layers} --hidden-size {args.hidden_size} is out of range; allowed: layers from 1, "
             "multiples of 256"
         )
-    if args.steering and args.layers is not None:
-        parser.error("--steering is measured on --model; leave --layers and --hidden-size out")
+    if args.steering and (args.layers is not None or args.shape is not None or args.one_by_one):
+        parser.error(
+            "--steering is measured on --model, in turns; leave --layers and --hidden-size, --shape, --one-by-one out"
+        )
+    if torch.cuda.is_available() and not args.one_by_one and args.memory is None:
+        parser.error("a GPU's memory holds one engine by default; use --one-by-one, or --memory 0.45 for two at a time")
+    if args.layers is not None and args.shape is not None:
+        parser.error("--shape has its own --layers and --hidden-size; leave them out")
 
 
 if __name__ == "__main__":

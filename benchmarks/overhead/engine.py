@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from benchmarks import remote
 from benchmarks.remote import answer_orders
+from skipkv_vllm.evaluation import RunError
 from skipkv_vllm.evaluation.children import attended
 from skipkv_vllm.ops import STATE
 
@@ -24,6 +25,54 @@ class Shape(NamedTuple):
     batch_size: int
 
 
+def engine_arguments(shape: Shape, args: argparse.Namespace) -> dict[str, Any]:
+    """Return vLLM's arguments for any arm."""
+    arguments: dict[str, Any] = {
+        "dtype": args.dtype,
+        "max_num_seqs": shape.batch_size,
+        "max_model_len": 4096,
+        "block_size": 32,
+        "enforce_eager": not args.compiled,
+        "enable_prefix_caching": False,
+        "disable_log_stats": True,
+        "max_num_batched_tokens": 4096,
+    }
+    if args.shape is not None:
+        arguments["load_format"] = "dummy"
+    if args.memory is not None:
+        arguments["gpu_memory_utilization"] = args.memory
+    return arguments | args.engine
+
+
+def strict_arguments() -> dict[str, Any]:
+    """Make vLLM raise where the host waits for the device, or a kernel is compiled, while requests run.
+
+    Call it before vLLM's workers are imported. vLLM versions that lack a check go without it.
+    """
+    from vllm import envs
+    from vllm.engine.arg_utils import EngineArgs
+
+    if SYNC_CHECK in envs.environment_variables:
+        os.environ[SYNC_CHECK] = "error"
+    return {"jit_monitor_mode": "error"} if hasattr(EngineArgs, "jit_monitor_mode") else {}
+
+
+SYNC_CHECK = "VLLM_GPU_SYNC_CHECK"
+
+
+def unlike(asked: dict[str, Any], got: dict[str, Any]) -> list[str]:
+    """Name the arguments that an engine did not take over: backend of attention, mode of graphs, scheduling."""
+    mode = asked.get("compilation_config", {}).get("cudagraph_mode")
+    wanted = {"attention": asked.get("attention_backend"), "graphs": mode, "async": asked.get("async_scheduling")}
+    # vLLM replaces full graphs by a mode that has them for decoding only, if the backend cannot capture prefills.
+    kinds = {"FULL": ("FULL", "FULL_DECODE_ONLY", "FULL_AND_PIECEWISE")}
+    return [
+        f"{name} is {got[name]}, not {value}"
+        for name, value in wanted.items()
+        if value is not None and got[name] not in kinds.get(str(value), (value,))
+    ]
+
+
 class Engine:
     """A vLLM engine in this process, with requests that never end by themselves."""
 
@@ -33,17 +82,8 @@ class Engine:
 
         from skipkv_vllm import LLM
 
-        arguments: dict[str, Any] = {
-            "dtype": args.dtype,
-            "max_num_seqs": shape.batch_size,
-            "max_model_len": 4096,
-            "block_size": 32,
-            "enforce_eager": not args.compiled,
-            "enable_prefix_caching": False,
-            "disable_log_stats": True,
-            "max_num_batched_tokens": 4096,
-        }
         self.evicts = arm == "evicting"
+        arguments = engine_arguments(shape, args) | (strict_arguments() if args.strict and self.evicts else {})
         if args.steering and arm != "stock":
             vectors, default = {"bench": args.vector}, "bench" if arm == "steered" else "off"
             self.llm = LLM(args.model, **arguments, kv_steering_vectors=vectors, kv_steering_default=default)
@@ -52,6 +92,8 @@ class Engine:
             self.llm = LLM(args.model, **arguments, **policy)
         else:
             self.llm = vllm.LLM(args.model, **arguments)
+        if args.strict and (wrong := unlike(args.engine, self.describe())):
+            raise RunError(f"the engine does not run as requested: {'; '.join(wrong)}")
         self.shape, self.buffer = shape, args.buffer
         config = self.llm.llm_engine.vllm_config.model_config
         # Running text with sentences in it, so that the tracker has its usual work.
@@ -61,6 +103,35 @@ class Engine:
         # Only thoughts are steered.
         self.opening = tokenizer.encode("<think>") if args.steering else []
         self.number = 0
+
+    def describe(self) -> dict[str, Any]:
+        """Return how the engine runs: attention, graphs, runner, scheduling."""
+        from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+
+        config = self.llm.llm_engine.vllm_config
+        scheduler = self.llm.llm_engine.engine_core.engine_core.scheduler
+        layers = config.compilation_config.static_forward_context.values()
+        backends = {each.attn_backend.get_name() for each in layers if hasattr(each, "attn_backend")}
+        return {
+            "attention": ", ".join(sorted(backends)),
+            "graphs": config.compilation_config.cudagraph_mode.name,
+            "runner": "v2" if scheduler.use_v2_model_runner else "v1",
+            "async": isinstance(scheduler, AsyncScheduler),
+            "sync_check": os.environ.get(SYNC_CHECK, ""),
+            "jit_monitor": getattr(config.observability_config, "jit_monitor_mode", ""),
+        }
+
+    def take(self, batch_size: int) -> None:
+        """Measure another number of requests from now on; at most that of the start."""
+        self._stop()
+        self.shape = self.shape._replace(batch_size=batch_size)
+
+    def _stop(self) -> None:
+        engine = self.llm.llm_engine
+        scheduler = engine.engine_core.engine_core.scheduler
+        engine.abort_request(list(scheduler.requests), internal=True)
+        while engine.has_unfinished_requests():
+            engine.step()
 
     def start(self) -> int:
         """(Re)start all requests and bring them to the point where measuring begins.
@@ -74,10 +145,7 @@ class Engine:
         if engine.has_unfinished_requests():
             if self.evicts and self._room():
                 return self._compactions()
-            scheduler = engine.engine_core.engine_core.scheduler
-            engine.abort_request(list(scheduler.requests), internal=True)
-            while engine.has_unfinished_requests():
-                engine.step()
+            self._stop()
         params = SamplingParams(max_tokens=LONGEST, temperature=0, ignore_eos=True, detokenize=False)
         for i in range(self.shape.batch_size):
             # Requests of a server are at different points between two compactions.
@@ -128,7 +196,8 @@ class Engine:
 def work(connection: Connection, arm: str, shape: Shape, args: argparse.Namespace, log: Path) -> None:
     """Body of an engine's process: an order is the name of a method of `Engine` and its arguments."""
     with attended(connection, log):
-        os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "WARNING"}
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
         engine = Engine(arm, shape, args)
         answer_orders(connection, lambda order: getattr(engine, order[0])(*order[1:]))

@@ -29,6 +29,39 @@ def _engines(arms: Sequence[str], shape: Shape, args: argparse.Namespace, folder
             engine.stop()
 
 
+def measure_one_by_one(shape: Shape, args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
+    """Time the engines one after the other, each at all batch sizes, where the memory holds one of them only.
+
+    Args:
+        shape: its batch size is the largest.
+        args: the command line.
+        folder: for logs.
+
+    Returns:
+        A row for each batch size; a ratio is that of two engines' rounds with the same number.
+    """
+    seconds: dict[tuple[str, int], list[float]] = {}
+    compactions, engines = dict.fromkeys(args.batch_sizes, 0), {}
+    for arm in ARMS:
+        with _engines((arm,), shape, args, folder) as started:
+            engine = started[arm]
+            engines[arm] = engine.call("describe")
+            for batch_size in args.batch_sizes:
+                engine.call("take", batch_size)
+                times = seconds[arm, batch_size] = []
+                for number in range(args.rounds + 1):
+                    before = engine.call("start")
+                    total = sum(engine.call("steps", TURN) for _ in range(args.buffer // TURN))
+                    if number:  # the first round warms up
+                        times.append(total)
+                        compactions[batch_size] += engine.call("start") - before
+    return [
+        _row(shape._replace(batch_size=n), args, {arm: seconds[arm, n] for arm in ARMS}, compactions[n])
+        | {"engines": engines}
+        for n in args.batch_sizes
+    ]
+
+
 def measure(shape: Shape, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Time both engines; the ratio is that of each round of `buffer` steps."""
     seconds: dict[str, list[float]] = {arm: [] for arm in ARMS}
@@ -44,6 +77,11 @@ def measure(shape: Shape, args: argparse.Namespace, folder: Path) -> dict[str, A
                 for arm in ARMS:
                     seconds[arm].append(total[arm])
                 compactions += engines["evicting"].call("start") - before
+    return _row(shape, args, seconds, compactions)
+
+
+def _row(shape: Shape, args: argparse.Namespace, seconds: dict[str, list[float]], compactions: int) -> dict[str, Any]:
+    """Make a row of the rounds of both engines."""
     ratios = sorted(b / a for a, b in zip(seconds["stock"], seconds["evicting"], strict=True))
     return {
         "budget": shape.budget,
