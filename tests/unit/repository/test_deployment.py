@@ -271,6 +271,7 @@ def test_flags_in_the_handbook_and_the_alerts_exist(serve_parser):
     known = {option for action in serve_parser._actions for option in action.option_strings}
     of_others = {"--gpus", "--shm-size", "--cap-add", "--target", "--profile", "--no-build-isolation"}
     of_others |= {"--open", "--patched"}
+    of_others |= {"--full", "--only", "--list", "--patience"}  # of scripts/gpu_test.sh
     text = HANDBOOK + json.dumps(RULES)
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text)) <= known | of_others
 
