@@ -29,7 +29,7 @@ SEED := 0
 soak: dev          ## random traffic on real engines until REQUESTS are answered; SEED=n draws others
 	@$(PY) -m tests.soak --requests $(REQUESTS) --seed $(SEED)
 
-gpu-test: dev      ## everything that needs a CUDA GPU: operators, engines on every backend, FP8, a short measurement
+gpu-test: dev      ## everything that needs a CUDA GPU, most important parts first; FULL=1 has every backend and takes hours
 	@PYTHON=$(PY) scripts/gpu_test.sh
 
 docs: dev          ## build the documentation site into build/site; any warning is an error
@@ -61,7 +61,7 @@ build-cuda: setup  ## compile the CUDA operators with nvcc, whether or not this 
 sanitize: dev      ## the operators' tests with AddressSanitizer and UndefinedBehaviorSanitizer
 	@scripts/sanitize.sh
 
-bench-kernels: dev ## time the operators against PyTorch and R-KV-style code; writes docs/results/kernels.json
+bench-kernels: dev ## time the operators against PyTorch and R-KV-style code; writes docs/results/kernels.json, or kernels-gpu.json
 	@$(PY) -m benchmarks.kernels
 
 bench-throughput: dev ## full KV and skipkv at equal memory, batch grouping, the simulator's error; writes docs/results/throughput.*
