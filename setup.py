@@ -30,11 +30,14 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).parent
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # 2.10
 PER_ISA = (
+    "central_tokens_row.cpp",
     "kernels.cpp",
     "measure_attention_row.cpp",
+    "pool_neighbours_row.cpp",
     "score_tokens_row.cpp",
     "sentence_similarity_rows.cpp",
     "token_vectors.cpp",
+    "vector_norms_row.cpp",
 )
 """Sources that are compiled once per instruction set."""
 UNFUSED = ("token_vectors.cpp",)

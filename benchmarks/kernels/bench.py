@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from skipkv_vllm.core.needs import NUM_ACCUMULATED
-from skipkv_vllm.ops import native, torch_backend
+from skipkv_vllm.ops import Effect, native, torch_backend
 from skipkv_vllm.ops.paging import LayerPages, Layout, PagedCache, layer_pages
 
 from . import rkv_style
@@ -249,8 +249,8 @@ def bench_measuring(machine: Machine, settings: Settings, length: int, requests:
     held = (request.table, request.positions, request.num_resident, request.queries)
     counted = (request.each(number), request.each(length - 1))
     calls: dict[str, tuple[Any, ...]] = {
-        name: ("measure_attention", *request.cache, *held, *counted, by_error)
-        for name, by_error in (("attention", False), ("error", True))
+        name: ("measure_attention", *request.cache, *held, *counted, effect, 0.0)
+        for name, effect in (("attention", Effect.ATTENTION), ("error", Effect.OUTPUT))
     }
     calls["similarity"] = ("key_similarity", *request.cache, request.table, request.num_resident, length)
     works: dict[str, Work] = {}

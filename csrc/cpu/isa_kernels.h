@@ -15,6 +15,15 @@ size_t attention_scratch(int64_t length, int64_t dim);
 void attention(const AttentionRow& row, void* scratch);
 size_t cosines_scratch(int64_t length, int64_t dim);
 void cosines(const HeldRow& row, float* cosines, void* scratch);
+// vector_norms_row.cpp
+size_t norms_scratch(int64_t length, int64_t dim);
+void norms(const NormsRow& row, void* scratch);
+// pool_neighbours_row.cpp
+size_t pool_scratch(int64_t length);
+void pool(const PoolRow& row, void* scratch);
+// central_tokens_row.cpp
+size_t central_scratch(int64_t length, int64_t dim);
+void central(const CentralRow& row, void* scratch);
 // sentence_similarity_rows.cpp
 int64_t similar_scratch(int64_t width);
 void similar(const SentenceRange& all, int64_t begin, int64_t end, float* scratch);

@@ -9,6 +9,8 @@
 
 #include "pages.h"
 
+#include "common/effects.h"
+
 namespace skipkv {
 
 enum class Dtype : int { kFloat32, kBFloat16, kFloat16 };
@@ -46,8 +48,34 @@ struct AttentionRow : HeldRow {
   RowQueries queries;
   const int32_t* positions;
   int64_t newest;
-  bool output_error;
-  float* sums;  // [L]
+  Effect effect;
+  float log_negligible;  // the logarithm of the share
+  float* sums;           // [L]
+};
+
+// One row of `vector_norms`.
+struct NormsRow : HeldRow {
+  const int32_t* positions;
+  bool values;
+  int64_t norm, part;
+  const float* weights;  // [L] or null
+  float* norms;          // [L]
+};
+
+// One row of `pool_neighbours`; L = length.
+struct PoolRow {
+  const float* scores;
+  const int32_t* positions;
+  int64_t length, window, pool;
+  float* pooled;  // [L]
+};
+
+// One row of `central_tokens`, with S = `segments`.
+struct CentralRow : HeldRow {
+  const int32_t* positions;
+  const int32_t* quota;  // [S]
+  int64_t segments, begin, end, longest;
+  bool* chosen;  // [L]
 };
 
 // The sentences of a request, for `sentence_similarity`. Sentence n is row `n % held` of `units`. Sentences before
@@ -71,6 +99,12 @@ struct Kernels {
   size_t (*cosines_scratch)(int64_t length, int64_t dim);
   // Computes the cosine of each key of a row with the mean of their unit vectors.
   void (*cosines)(const HeldRow& row, float* cosines, void* scratch);
+  size_t (*norms_scratch)(int64_t length, int64_t dim);
+  void (*norms)(const NormsRow& row, void* scratch);
+  size_t (*pool_scratch)(int64_t length);
+  void (*pool)(const PoolRow& row, void* scratch);
+  size_t (*central_scratch)(int64_t length, int64_t dim);
+  void (*central)(const CentralRow& row, void* scratch);
   // out = hidden + coefficient * vector, element by element and rounded twice, like PyTorch.
   void (*steer)(const void* hidden, float coefficient, const float* vector, void* out, Dtype dtype, int64_t n);
   // Fills `best`, minus infinity before, of the sentences from `begin` to `end`.

@@ -89,14 +89,14 @@ inline void read_keys(const HeldRow& row, const int32_t* rank, float* rows, int6
   });
 }
 
-// Copies the value of slot i to `rows[i]`.
+// Copies the value of slot i to `rows[rank[i]]`.
 template <class T>
-inline void read_values(const HeldRow& row, float* rows, int64_t stride) {
+inline void read_values(const HeldRow& row, const int32_t* rank, float* rows, int64_t stride) {
   const Pages& p = *row.pages;
   each_cell<T>(row, [&](const T* cell, int64_t first, int64_t count) {
     const T* const values = cell + (p.layout == kRows ? p.dim : p.size * p.dim);
     for (int64_t t = 0; t < count; ++t) {
-      float* const to = rows + (first + t) * stride;
+      float* const to = rows + rank[first + t] * stride;
       if (p.layout != kAmx) {
         convert(values + t * (p.layout == kRows ? p.token_stride : p.dim), to, p.dim);
         continue;

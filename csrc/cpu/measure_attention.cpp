@@ -5,11 +5,13 @@
 #include "rows.h"
 #include "scratch.h"
 
+#include <cmath>
+
 namespace skipkv {
 
 Tensor measure_attention(const std::vector<Tensor>& caches, const Tensor&, int64_t layout, const Tensor& table,
                          const Tensor& positions, const Tensor& num_resident, const Tensor& queries,
-                         const Tensor& num_queries, const Tensor& newest, bool output_error) {
+                         const Tensor& num_queries, const Tensor& newest, int64_t effect, double negligible) {
   check(positions, "positions", ScalarType::Int, {-1, -1, -1, -1});
   const int64_t slots = positions.size(3);
   const Held held(caches, layout, table, num_resident, 0, slots);
@@ -17,6 +19,10 @@ Tensor measure_attention(const std::vector<Tensor>& caches, const Tensor&, int64
   check(positions, "positions", ScalarType::Int, {held.requests(), held.layers(), held.heads(), slots});
   check(num_queries, "num_queries", ScalarType::Int, {held.requests()});
   check(newest, "newest", ScalarType::Int, {held.requests()});
+  STD_TORCH_CHECK(0 <= effect && effect <= static_cast<int64_t>(Effect::kNegligible), "skipkv_cpu: effect=", effect,
+                  " is unknown");
+  const Effect wanted = static_cast<Effect>(effect);
+  const float log_negligible = static_cast<float>(std::log(negligible));
   const Tensor all_positions = packed(positions), numbers = packed(num_queries), all_newest = packed(newest);
   const int32_t *const number = numbers.const_data_ptr<int32_t>(), *const last = all_newest.const_data_ptr<int32_t>();
   for (int64_t r = 0; r < held.requests(); ++r) {
@@ -33,7 +39,7 @@ Tensor measure_attention(const std::vector<Tensor>& caches, const Tensor&, int64
     for (int64_t row = next(); row >= 0; row = next()) {
       const int64_t r = held.request(row);
       const AttentionRow job{held.row(row), all_queries.last(row, number[r]), from_positions + row * slots, last[r],
-                             output_error, to + row * slots};
+                             wanted, log_negligible, to + row * slots};
       if (number[r] > 0) kernel.attention(job, scratch.get());
       std::fill(job.sums + (number[r] > 0 ? job.length : 0), job.sums + slots, 0.0f);
     }

@@ -13,7 +13,7 @@ constexpr int64_t kQueries = 8 * kTileRows;  // query heads of a pass
 struct Scratch {
   int64_t stride;  // head size in whole vectors
   int64_t width;   // length in whole panels
-  float *rows, *panels, *panel, *queries, *outputs, *attention, *tile, *sums, *squares;
+  float *rows, *panels, *panel, *queries, *outputs, *attention, *tile, *logits, *sums, *squares;
   int32_t* slots;
 
   Scratch(Arena& arena, int64_t length, int64_t dim)
@@ -26,6 +26,7 @@ struct Scratch {
         outputs(arena.take<float>(kQueries * stride)),
         attention(arena.take<float>(kQueries * width)),
         tile(arena.take<float>(kTileRows * kTileColumns)),
+        logits(arena.take<float>(kTileRows * kTileColumns)),
         sums(arena.take<float>(width)),
         squares(arena.take<float>(width)),
         slots(arena.take<int32_t>(length)) {}
@@ -40,7 +41,14 @@ struct TileRows {
   }
 };
 
-// Computes the logits of the queries, then their attention, which is 0 at tokens in a query's future.
+int64_t count_seen(const int32_t* positions, int64_t length, int32_t reach) {
+  int64_t seen = 0;
+  for (int64_t t = 0; t < length; ++t) seen += positions[t] <= reach;
+  return seen;
+}
+
+// Computes the logits of the queries, then their attention or what `Effect` takes instead; 0 at tokens in a query's
+// future.
 void attend(const AttentionRow& row, const Scratch& s, int64_t first, int64_t count) {
   for (int64_t column = 0; column < s.width; column += kTileColumns) {
     for (int64_t i = 0; i < count; i += kTileRows) {
@@ -54,8 +62,15 @@ void attend(const AttentionRow& row, const Scratch& s, int64_t first, int64_t co
     const int32_t reach = static_cast<int32_t>(row.newest - (row.queries.number - 1 - query));
     float* const x = s.attention + i * s.width;
     for (int64_t t = 0; t < row.length; ++t) x[t] = row.positions[t] > reach ? -__builtin_inff() : x[t];
-    const float share = 1 / exponentials(x, row.length);
-    for (int64_t t = 0; t < row.length; ++t) x[t] = row.positions[t] > reach ? 0 : x[t] * share;
+    if (row.effect == Effect::kNegligible) {
+      const float least = max_of(x, row.length) + row.log_negligible;
+      const float share = 1 / static_cast<float>(count_seen(row.positions, row.length, reach));
+      for (int64_t t = 0; t < row.length; ++t) x[t] = row.positions[t] <= reach && x[t] < least ? share : 0;
+    } else {
+      float share = 1 / exponentials(x, row.length);
+      if (row.effect == Effect::kSeen) share *= static_cast<float>(count_seen(row.positions, row.length, reach));
+      for (int64_t t = 0; t < row.length; ++t) x[t] = row.positions[t] > reach ? 0 : x[t] * share;
+    }
     clear(x + row.length, s.width - row.length);
   }
 }
@@ -73,8 +88,17 @@ void add_attention(const Scratch& s, int64_t count) {
   }
 }
 
-// Adds A^2 |v - o|^2 of each token and query, with |v - o|^2 = |v|^2 - 2 v o + |o|^2.
-void add_errors(const Scratch& s, int64_t length, int64_t count) {
+void add_of_values(const Scratch& s, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) {
+    const float* const x = s.attention + i * s.width;
+    for (int64_t t = 0; t < s.width; ++t) s.sums[t] += x[t] * x[t] * s.squares[t];
+  }
+}
+
+// Adds A^2 |x v - y o|^2 of each token and query, multiplied out: x^2 |v|^2 - 2 x y v o + y^2 |o|^2. The factors x and y
+// follow from the logit.
+template <Effect effect>
+void add_changes(const Scratch& s, int64_t length, int64_t count) {
   for (int64_t i = 0; i < count; i += kTileRows) {
     const TileRows attention(s.attention, s.width, i, count);
     for (int64_t d = 0; d < s.stride;) {
@@ -98,12 +122,21 @@ void add_errors(const Scratch& s, int64_t length, int64_t count) {
     pack_panel(s.rows, s.stride, column, length, s.panel);
     for (int64_t i = 0; i < count; i += kTileRows) {
       products(TileRows(s.outputs, s.stride, i, count).rows, s.panel, s.stride, s.tile);
+      if constexpr (effect != Effect::kOutput) {
+        products(TileRows(s.queries, s.stride, i, count).rows, s.panels + column * s.stride, s.stride, s.logits);
+      }
       for (int64_t m = 0; m < kTileRows && i + m < count; ++m) {
         const float* const attention = s.attention + (i + m) * s.width + column;
         for (int64_t v = 0; v < kTileColumns; v += kLanes) {
           const Vector a = load(attention + v), zero = {};
-          const Vector mixed = load(s.tile + m * kTileColumns + v);
-          const Vector apart = load(s.squares + column + v) + of_output[i + m] - 2 * mixed;
+          const Vector mixed = load(s.tile + m * kTileColumns + v), square = load(s.squares + column + v);
+          Vector apart;
+          if constexpr (effect == Effect::kOutput) {
+            apart = square + of_output[i + m] - 2 * mixed;
+          } else {
+            const Vector y = load(s.logits + m * kTileColumns + v), x = effect == Effect::kJoint ? y + 1 : y;
+            apart = x * x * square + y * y * of_output[i + m] - 2 * x * y * mixed;
+          }
           float* const to = s.sums + column + v;
           store(to, load(to) + a * a * (apart > zero ? apart : zero));
         }
@@ -126,8 +159,9 @@ void attention(const AttentionRow& row, void* memory) {
     for (int64_t c = 0; c < s.width; c += kTileColumns) {
       pack_panel(s.rows, s.stride, c, length, s.panels + c * s.stride);
     }
-    if (row.output_error) {
-      read_values<decltype(key)>(row, s.rows, s.stride);
+    const bool reads_values = row.effect >= Effect::kOutput && row.effect <= Effect::kJoint;
+    if (reads_values) {
+      read_values<decltype(key)>(row, s.slots, s.rows, s.stride);
       for (int64_t i = 0; i < length; ++i) s.squares[i] = inner(s.rows + i * s.stride, s.rows + i * s.stride, s.stride);
       clear(s.squares + length, s.width - length);
     }
@@ -135,10 +169,21 @@ void attention(const AttentionRow& row, void* memory) {
       const int64_t count = heads - first < kQueries ? heads - first : kQueries;
       read_queries<decltype(query)>(row.queries, first, count, dim, s.queries, s.stride);
       attend(row, s, first, count);
-      if (row.output_error) {
-        add_errors(s, length, count);
-      } else {
-        add_attention(s, count);
+      switch (row.effect) {
+        case Effect::kOutput:
+          add_changes<Effect::kOutput>(s, length, count);
+          break;
+        case Effect::kValue:
+          add_of_values(s, count);
+          break;
+        case Effect::kKey:
+          add_changes<Effect::kKey>(s, length, count);
+          break;
+        case Effect::kJoint:
+          add_changes<Effect::kJoint>(s, length, count);
+          break;
+        default:
+          add_attention(s, count);
       }
     }
   });

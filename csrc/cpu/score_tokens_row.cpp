@@ -1,6 +1,7 @@
 // `score_tokens` of one row. Compiled once per instruction set.
 #include "isa_kernels.h"
 #include "order.h"
+#include "pooling.h"
 #include "redundancy.h"
 
 namespace skipkv {
@@ -63,17 +64,8 @@ void importance(const ScoreRow& row, const Scratch& s, int64_t old) {
     for (int64_t i = 0; i < old; ++i) s.attention[i] += x[i] * share;
   }
   const float each = 1 / static_cast<float>(row.queries.number);
-  for (int64_t i = 0; i < old; ++i) s.pooled[i] = s.attention[i] *= each;
-  for (int64_t shift = 1; shift <= row.pool / 2; ++shift) {
-    for (int64_t i = 0; i + shift < old; ++i) {
-      const float x = s.attention[i + shift];
-      s.pooled[i] = x > s.pooled[i] ? x : s.pooled[i];
-    }
-    for (int64_t i = shift; i < old; ++i) {
-      const float x = s.attention[i - shift];
-      s.pooled[i] = x > s.pooled[i] ? x : s.pooled[i];
-    }
-  }
+  for (int64_t i = 0; i < old; ++i) s.attention[i] *= each;
+  max_pool(s.attention, old, row.pool, s.pooled);
 }
 
 // Scores a row with keys of type T and queries of type Q.

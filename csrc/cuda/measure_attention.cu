@@ -8,6 +8,8 @@
 #include "operators.h"
 #include "rows.cuh"
 
+#include "common/effects.h"
+
 namespace skipkv {
 namespace {
 
@@ -21,7 +23,8 @@ struct Measuring {
   Pages pages;
   int64_t first, count;
   int n, window, group;
-  float root;
+  Effect effect;
+  float root, log_negligible;
   bool vectors;  // 16-byte reads of keys and values are possible
   const int* table;
   int64_t table_stride;
@@ -29,9 +32,12 @@ struct Measuring {
   const void* queries;
   const int* positions;  // [rows, n]
   float* out;            // [rows, n]
-  // By query head that counts, `[count, window * group]`: largest logit, 1 / sum of exponentials, |o|^2; and o.
+  // By query head that counts, `[count, window * group]`: largest logit, effect of a token with the weight 1, |o|^2; and
+  // o, if the effect has o.
   float *top, *share, *squares, *outputs;
 
+  __host__ __device__ bool has_value() const { return effect >= Effect::kOutput && effect <= Effect::kJoint; }
+  __host__ __device__ bool has_output() const { return has_value() && effect != Effect::kValue; }
   __host__ __device__ int heads() const { return window * group; }
   __host__ __device__ int64_t tiles() const { return ceil_div(heads(), kQueries); }
 };
@@ -107,7 +113,7 @@ __global__ void __launch_bounds__(kThreads) attend_queries(Measuring s) {
   // Query heads of a thread, which computes 4 features of their outputs; D / 4 threads cover all features.
   constexpr int kRows = TILE == 64 ? 4 : 8;
   __shared__ int cells[TILE], positions[TILE];
-  __shared__ float top[kQueries], weight[kQueries], factor[kQueries];
+  __shared__ float top[kQueries], weight[kQueries], factor[kQueries], visible[kQueries];
   const int64_t row = blockIdx.x / s.tiles();
   const int first = static_cast<int>(blockIdx.x % s.tiles()) * kQueries;
   const Place p(s, row);
@@ -126,6 +132,7 @@ __global__ void __launch_bounds__(kThreads) attend_queries(Measuring s) {
   if (thread < kQueries) {
     top[thread] = -INFINITY;
     weight[thread] = 0.0f;
+    visible[thread] = 0.0f;
   }
   for (int start = 0; start < p.length; start += TILE) {
     __syncthreads();
@@ -143,7 +150,7 @@ __global__ void __launch_bounds__(kThreads) attend_queries(Measuring s) {
     __syncthreads();
     for (int q = warp; q < kQueries; q += kWarps) {
       float* line = attention + q * TILE;
-      float highest = top[q], sum = 0.0f;
+      float highest = top[q], sum = 0.0f, number = 0.0f;
       for (int t = lane; t < TILE; t += kWarp) highest = fmaxf(highest, line[t]);
       for (int offset = kWarp / 2; offset > 0; offset /= 2) {
         highest = fmaxf(highest, __shfl_xor_sync(kAllLanes, highest, offset));
@@ -151,13 +158,16 @@ __global__ void __launch_bounds__(kThreads) attend_queries(Measuring s) {
       // Until a query has seen a token there is nothing to subtract.
       const float shift = highest == -INFINITY ? 0.0f : highest;
       for (int t = lane; t < TILE; t += kWarp) {
+        number += line[t] > -INFINITY ? 1.0f : 0.0f;
         line[t] = expf(line[t] - shift);
         sum += line[t];
       }
       sum = warp_sum(sum);
+      number = warp_sum(number);
       if (lane == 0) {
         factor[q] = expf(top[q] - shift);
         weight[q] = weight[q] * factor[q] + sum;
+        visible[q] += number;
         top[q] = highest;
       }
     }
@@ -189,7 +199,9 @@ __global__ void __launch_bounds__(kThreads) attend_queries(Measuring s) {
   const int64_t head = row * s.heads() + first;
   if (thread < kQueries && first + thread < p.heads) {
     s.top[head + thread] = top[thread];
-    s.share[head + thread] = 1.0f / weight[thread];
+    s.share[head + thread] = s.effect == Effect::kSeen         ? visible[thread] / weight[thread]
+                             : s.effect == Effect::kNegligible ? 1.0f / visible[thread]
+                                                               : 1.0f / weight[thread];
   }
   if (s.outputs == nullptr) return;
   if (begin < parts) {
@@ -217,6 +229,21 @@ __global__ void __launch_bounds__(kThreads) attend_queries(Measuring s) {
   }
 }
 
+// Computes the effect of a token on a query that sees it. `of_value` is |v|^2, `mixed` v o and `of_output` |o|^2.
+__device__ float effect_of(const Measuring& s, float logit, float top, float share, float of_value, float mixed,
+                           float of_output) {
+  if (s.effect == Effect::kNegligible) return logit < top + s.log_negligible ? share : 0.0f;
+  const float attention = expf(logit - top) * share;
+  if (!s.has_value()) return attention;
+  // |x v - y o|^2, multiplied out.
+  float x = 1.0f, y = s.effect == Effect::kValue ? 0.0f : 1.0f;
+  if (s.effect == Effect::kKey || s.effect == Effect::kJoint) {
+    y = logit;
+    x = s.effect == Effect::kJoint ? 1.0f + logit : logit;
+  }
+  return attention * attention * fmaxf(0.0f, x * x * of_value - 2.0f * x * y * mixed + y * y * of_output);
+}
+
 // Computes the results of a tile of tokens: sums over all query heads of the row.
 template <class T, int TILE>
 __global__ void __launch_bounds__(kThreads) sum_queries(Measuring s) {
@@ -242,7 +269,7 @@ __global__ void __launch_bounds__(kThreads) sum_queries(Measuring s) {
   __syncthreads();
   load_cells<kThreads>(s.pages, pages, cells, TILE, s.vectors, keys, p.stride);
   float of_value = 0.0f;
-  if (s.outputs != nullptr) {
+  if (s.has_value()) {
     load_cells<kThreads>(s.pages, pages + s.pages.dim, cells, TILE, s.vectors, values, p.stride);
     __syncthreads();
     for (int d = 0; d < s.pages.dim; ++d) of_value += values[own * p.stride + d] * values[own * p.stride + d];
@@ -259,7 +286,7 @@ __global__ void __launch_bounds__(kThreads) sum_queries(Measuring s) {
       squares[thread] = counts && s.outputs != nullptr ? s.squares[head + thread] : 0.0f;
     }
     __syncthreads();
-    float logit[kEach], mixed[kEach];
+    float logit[kEach], mixed[kEach] = {};
     multiply(keys + own * p.stride, query_tile + part * kEach * p.padded, p.padded, logit);
     if (s.outputs != nullptr) {
       __syncthreads();
@@ -273,10 +300,7 @@ __global__ void __launch_bounds__(kThreads) sum_queries(Measuring s) {
     for (int i = 0; i < kEach; ++i) {
       const int q = part * kEach + i;
       const bool seen = first + q < p.heads && positions[own] <= reach(s, p, first + q);
-      const float attention = seen ? expf(logit[i] / s.root - top[q]) * share[q] : 0.0f;
-      // |v - o|^2 multiplied out.
-      sum += s.outputs == nullptr ? attention
-                                  : attention * attention * fmaxf(0.0f, of_value - 2.0f * mixed[i] + squares[q]);
+      if (seen) sum += effect_of(s, logit[i] / s.root, top[q], share[q], of_value, mixed[i], squares[q]);
     }
   }
   sums[thread] = sum;
@@ -293,14 +317,14 @@ void run(const Measuring& s, cudaStream_t stream) {
   launch(attend_queries<T, TILE>, s.count * s.tiles(), kThreads, (tile + kQueries * (padded + TILE)) * kFloat, stream,
          s);
   launch(sum_queries<T, TILE>, s.count * ceil_div(s.n, TILE), kThreads,
-         ((s.outputs == nullptr ? 1 : 2) * tile + kQueries * padded) * kFloat, stream, s);
+         ((s.has_value() ? 2 : 1) * tile + kQueries * padded) * kFloat, stream, s);
 }
 
 }  // namespace
 
 Tensor measure_attention(const std::vector<Tensor>& caches, const Tensor& pointers, int64_t layout, const Tensor& table,
                          const Tensor& positions, const Tensor& num_resident, const Tensor& queries,
-                         const Tensor& num_queries, const Tensor& newest, bool output_error) {
+                         const Tensor& num_queries, const Tensor& newest, int64_t effect, double negligible) {
   const Pages pages = pages_of(caches, pointers, layout);
   const ScalarType type = caches[0].scalar_type();
   const int64_t requests = table.size(0), n = positions.size(-1);
@@ -311,6 +335,8 @@ Tensor measure_attention(const std::vector<Tensor>& caches, const Tensor& pointe
   check_vector(num_resident, "num_resident", ScalarType::Int, requests);
   check_vector(num_queries, "num_queries", ScalarType::Int, requests);
   check_vector(newest, "newest", ScalarType::Int, requests);
+  STD_TORCH_CHECK(0 <= effect && effect <= static_cast<int64_t>(Effect::kNegligible), "skipkv_cuda: effect=", effect,
+                  " is unknown");
 
   const Guard guard(positions.get_device_index());
   const cudaStream_t stream = current_stream(positions);
@@ -324,6 +350,8 @@ Tensor measure_attention(const std::vector<Tensor>& caches, const Tensor& pointe
   s.n = static_cast<int>(n);
   s.window = static_cast<int>(queries.size(2));
   s.group = static_cast<int>(queries.size(3)) / pages.heads;
+  s.effect = static_cast<Effect>(effect);
+  s.log_negligible = static_cast<float>(std::log(negligible));
   s.root = static_cast<float>(std::sqrt(static_cast<double>(pages.dim)));
   s.vectors = in_chunks(pages, caches);
   s.table = data<const int>(table);
@@ -335,7 +363,7 @@ Tensor measure_attention(const std::vector<Tensor>& caches, const Tensor& pointe
   s.positions = data<const int>(places);
   s.out = data<float>(out);
 
-  const int64_t width = output_error ? pages.dim : 0;
+  const int64_t width = s.has_output() ? pages.dim : 0;
   const int64_t bytes = std::max<int64_t>(1, s.heads() * (width + 3) * static_cast<int64_t>(sizeof(float)));
   const int64_t at_once = std::min(rows, std::max<int64_t>(1, kScratchBytes / bytes));
   const Tensor softmax = scratch(out, {3, at_once, s.heads()}, ScalarType::Float);
@@ -343,7 +371,7 @@ Tensor measure_attention(const std::vector<Tensor>& caches, const Tensor& pointe
   s.top = data<float>(softmax);
   s.share = s.top + at_once * s.heads();
   s.squares = s.share + at_once * s.heads();
-  s.outputs = output_error ? data<float>(outputs) : nullptr;
+  s.outputs = s.has_output() ? data<float>(outputs) : nullptr;
   for (s.first = 0; s.first < rows; s.first += at_once) {
     s.count = std::min(at_once, rows - s.first);
     with_type(type, [&](auto element) {

@@ -51,7 +51,6 @@ struct Scoring {
 __device__ inline Row row_of(const Scoring& s, int64_t row) { return row_of(s.pages, s.first + row); }
 
 // The launches, in order.
-void order_by_position(const Scoring& s, cudaStream_t stream);
 void measure_keys(const Scoring& s, ScalarType type, cudaStream_t stream);
 void exempt_last_similar(const Scoring& s, ScalarType type, cudaStream_t stream);
 void exempt_last_similar_float(const Scoring& s, cudaStream_t stream);

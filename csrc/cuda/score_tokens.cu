@@ -3,6 +3,7 @@
 #include <cmath>
 
 #include "operators.h"
+#include "order_rows.cuh"
 #include "score.cuh"
 
 namespace skipkv {
@@ -75,7 +76,7 @@ Tensor score_tokens(const std::vector<Tensor>& caches, const Tensor& pointers, i
 
   for (s.first = 0; s.first < rows; s.first += at_once) {
     s.count = std::min(at_once, rows - s.first);
-    order_by_position(s, stream);
+    order_by_position({s.positions, s.num_resident, s.first, s.count, s.n, pages.layers * pages.heads, s.order}, stream);
     measure_keys(s, type, stream);
     if (s.redundancy) {
       clear_async(s.exempted, static_cast<size_t>(s.count * n) * sizeof(*s.exempted), stream);

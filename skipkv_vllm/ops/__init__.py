@@ -5,7 +5,9 @@ The operators `torch.ops.skipkv.*` work on a batch of requests and all layers at
 functions of one request and layer, which policies are written in.
 """
 
+from .clusters import MOST_CLUSTERS, central_tokens
 from .dispatch import function, report, warn_if_slow
+from .effects import Effect, attention_effect, output_error
 from .functional import (
     EPSILON,
     attention_logits,
@@ -14,22 +16,26 @@ from .functional import (
     importance,
     key_similarity,
     move_list,
-    output_error,
     pooled,
     redundancy,
     sentence_penalties,
+    vector_norms,
 )
 from .torch_backend import KEYWORD_SHIFT, RULES, STATE, THOUGHT
 
 __all__ = [
     "EPSILON",
     "KEYWORD_SHIFT",
+    "MOST_CLUSTERS",
     "RULES",
     "STATE",
     "THOUGHT",
+    "Effect",
+    "attention_effect",
     "attention_logits",
     "attention_received",
     "attention_sparsity",
+    "central_tokens",
     "function",
     "importance",
     "key_similarity",
@@ -39,5 +45,6 @@ __all__ = [
     "redundancy",
     "report",
     "sentence_penalties",
+    "vector_norms",
     "warn_if_slow",
 ]

@@ -5,13 +5,12 @@ None of them waits for the device.
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..core.errors import KVPolicyError
+from .effects import Effect, attention_effect
 
 EPSILON = 1e-8
 """Added to the length of a vector that becomes a unit vector."""
@@ -113,28 +112,6 @@ def attention_received(queries: Tensor, keys: Tensor, positions: Tensor, ahead: 
     return attention_logits(queries, keys, positions, ahead).softmax(dim=-1).sum(dim=2).mean(dim=1)
 
 
-def output_error(attention: Tensor, values: Tensor) -> Tensor:
-    """Compute the change of the attention outputs without each resident token, squared and to first order.
-
-    `A^2 |v - o|^2` with attention A, value v and output o; sum over the queries, mean over the query heads of a kv
-    head. To second order in A the output without a token is `o + A / (1 - A) (o - v)`.
-
-    Args:
-        attention: float32 `[Hkv, G, n, L]`, rows summing to 1.
-        values: `[Hkv, L, D]`.
-
-    Returns:
-        float32 `[Hkv, L]`, not negative.
-    """
-    values, squared = values.float(), attention.square()
-    output = attention @ values[:, None]
-    # |v - o|^2 multiplied out, so that no tensor has both a dimension for queries and one for head size and tokens.
-    of_values = squared.sum(dim=(1, 2)) * values.square().sum(dim=-1)
-    mixed = (torch.einsum("hgnl,hgnd->hld", squared, output) * values).sum(dim=-1)
-    of_outputs = torch.einsum("hgnl,hgn->hl", squared, output.square().sum(dim=-1))
-    return ((of_values - 2 * mixed + of_outputs) / attention.shape[1]).clamp(min=0)
-
-
 def key_similarity(keys: Tensor) -> Tensor:
     """Compute the cosine of each key `[Hkv, L, D]` with the mean of all unit keys, float32 `[Hkv, L]`."""
     unit = keys.float()
@@ -159,10 +136,30 @@ def attention_sparsity(queries: Tensor, keys: Tensor, positions: Tensor, *, negl
         KVPolicyError: shapes that do not fit each other.
     """
     logits = attention_logits(queries, keys, positions)
-    sees = logits.isfinite()
-    # The ratio of two weights of a row is the ratio of the exponentials of their logits.
-    is_small = sees & (logits < logits.amax(dim=-1, keepdim=True) + math.log(negligible))
-    return (is_small.sum(dim=-1) / sees.sum(dim=-1)).mean(dim=(1, 2))
+    return attention_effect(logits, None, Effect.NEGLIGIBLE, negligible).sum(dim=-1) / len(queries)
+
+
+def vector_norms(vectors: Tensor, norm: int, part: int = 0, weights: Tensor | None = None) -> Tensor:
+    """Compute the norm of each vector, or of its distance from a centre.
+
+    Args:
+        vectors: `[H, L, D]`, in ascending position.
+        norm: 1 or 2.
+        part: number of consecutive vectors that share a centre, their mean; 0 for no centre.
+        weights: float32 `[H, L]`; the centre of a part is the sum with these weights instead of the mean.
+
+    Returns:
+        float32 `[H, L]`.
+    """
+    vectors = vectors.float()
+    if part > 0:
+        parts = vectors.split(part, dim=1)
+        centres = [each.mean(dim=1, keepdim=True) for each in parts]
+        if weights is not None:
+            shares = weights[..., None].split(part, dim=1)
+            centres = [(share * each).sum(dim=1, keepdim=True) for share, each in zip(shares, parts, strict=True)]
+        vectors = torch.cat([each - centre for each, centre in zip(parts, centres, strict=True)], dim=1)
+    return vectors.norm(p=norm, dim=-1)
 
 
 def redundancy(keys: Tensor, *, threshold: float) -> Tensor:

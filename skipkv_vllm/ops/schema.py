@@ -62,7 +62,7 @@ def score_tokens(*, positions: Tensor, **_: Any) -> Tensor:
 
 @operator(
     "(Tensor[] caches, Tensor pointers, int layout, Tensor table, Tensor positions, Tensor num_resident, "
-    "Tensor queries, Tensor num_queries, Tensor newest, bool output_error) -> Tensor"
+    "Tensor queries, Tensor num_queries, Tensor newest, int effect, float negligible) -> Tensor"
 )
 def measure_attention(*, positions: Tensor, **_: Any) -> Tensor:
     return torch.empty_like(positions, dtype=torch.float32)
@@ -71,6 +71,27 @@ def measure_attention(*, positions: Tensor, **_: Any) -> Tensor:
 @operator("(Tensor[] caches, Tensor pointers, int layout, Tensor table, Tensor num_resident, int length) -> Tensor")
 def key_similarity(*, caches: list[Tensor], table: Tensor, length: int, **_: Any) -> Tensor:
     return table.new_empty(table.shape[0], len(caches), caches[0].shape[1], length, dtype=torch.float32)
+
+
+@operator(
+    "(Tensor[] caches, Tensor pointers, int layout, Tensor table, Tensor positions, Tensor num_resident, bool values, "
+    "int norm, int part, Tensor? weights) -> Tensor"
+)
+def vector_norms(*, positions: Tensor, **_: Any) -> Tensor:
+    return torch.empty_like(positions, dtype=torch.float32)
+
+
+@operator("(Tensor scores, Tensor positions, Tensor num_resident, int window, int pool) -> Tensor")
+def pool_neighbours(*, positions: Tensor, **_: Any) -> Tensor:
+    return torch.empty_like(positions, dtype=torch.float32)
+
+
+@operator(
+    "(Tensor[] caches, Tensor pointers, int layout, Tensor table, Tensor positions, Tensor num_resident, "
+    "Tensor begin, Tensor end, Tensor quota, int longest) -> Tensor"
+)
+def central_tokens(*, positions: Tensor, **_: Any) -> Tensor:
+    return torch.empty_like(positions, dtype=torch.bool)
 
 
 @operator(

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import ops
 from ..core.errors import KVPolicyError
 from ..core.needs import Need
 from .base import About, Policy, SegmentOptions, Segments, View, check_range, register_policy
@@ -18,12 +19,6 @@ FIRST_STEP, NUM_STEPS = 64, 5
 
 NEGLIGIBLE = 0.01
 """Share of a row's largest attention weight below which another one counts as zero."""
-
-ROUNDS = 5
-"""Rounds of K-means."""
-
-TIE = 1e-4
-"""Relative difference below which distances count as equal, e.g. those of both members of a cluster of two."""
 
 TRANSITION, EXECUTION, REASONING, UNFINISHED = range(4)
 """Kinds of segments, the least important first; a segment that is still being written shrinks last."""
@@ -128,50 +123,7 @@ class ThinKV(Policy):
         assert view.segment is not None
         assert view.segments is not None
         quotas = self._quotas(view.segments)
-        chosen = _central(view.keys.float().transpose(0, 1), view.segment, quotas.tokens, view.segments.longest)
+        keys = view.keys.float().transpose(0, 1)
+        chosen = ops.central_tokens(keys, view.segment, quotas.tokens, view.segments.longest)
         by_age = view.positions / (view.positions[:, -1:] + 1)
         return torch.where(chosen, 1.0 + quotas.rank[view.segment.clamp(0, len(quotas.rank) - 1)], by_age)
-
-
-def _central(keys: Tensor, segment: Tensor, quota: Tensor, longest: int) -> Tensor:
-    """Select the tokens nearest to the centroids of each segment's keys, one per cluster; ties go to the earlier token.
-
-    K-means starts from tokens that are evenly spread over the segment, so the result is the same on every run. A
-    segment within its quota keeps all its tokens.
-
-    Args:
-        keys: float32 `[H, L, D]`.
-        segment: int64 `[H, L]`, ascending; -1 for tokens without a segment.
-        quota: int64 `[S]`, tokens to select in each segment.
-        longest: most tokens of a segment.
-
-    Returns:
-        bool `[H, L]`.
-    """
-    numbers = torch.arange(len(quota), device=keys.device).expand(len(keys), -1).contiguous()
-    first = torch.searchsorted(segment.contiguous(), numbers)
-    count = torch.searchsorted(segment.contiguous(), numbers, right=True) - first
-    place = torch.arange(longest, device=keys.device)
-    exists = place < count[..., None]
-    index = (first[..., None] + place).clamp(max=segment.shape[1] - 1)  # [H, S, P]
-    points = keys.gather(1, index.flatten(1)[..., None].expand(-1, -1, keys.shape[2])).view(*index.shape, -1)
-    wanted = quota.minimum(count)
-    cluster = torch.arange(min(longest, FIRST_STEP), device=keys.device)
-    used = cluster < wanted[..., None]
-    start = ((2 * cluster + 1) * count[..., None] // (2 * wanted[..., None]).clamp(min=1)).clamp(max=longest - 1)
-    centroids = points.gather(2, start[..., None].expand(*start.shape, points.shape[-1]))
-    distance = assigned = torch.empty(0)
-    for i in range(ROUNDS + 1):
-        distance = torch.cdist(points, centroids, compute_mode="donot_use_mm_for_euclid_dist")
-        distance = distance.masked_fill(~used[:, :, None], torch.inf)
-        assigned = distance.argmin(dim=-1).masked_fill(~exists, len(cluster))
-        if i < ROUNDS:
-            member = (assigned[..., None] == cluster).to(points.dtype)
-            size = member.sum(dim=2)[..., None]
-            centroids = torch.where(size > 0, member.mT @ points / size.clamp(min=1), centroids)
-    own = distance.masked_fill(assigned[..., None] != cluster, torch.inf)
-    near = own.isfinite() & (own <= own.amin(dim=2, keepdim=True) * (1 + TIE))
-    first_near = near.to(torch.uint8).argmax(dim=2, keepdim=True)
-    central = (near & (first_near == place[:, None])).any(dim=-1) | (count <= quota)[..., None]
-    chosen = (central & exists).long().flatten(1)
-    return torch.zeros_like(segment).scatter_add(1, index.flatten(1), chosen) > 0

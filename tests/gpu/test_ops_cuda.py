@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from importlib import import_module
 from types import ModuleType
 from typing import Any
@@ -15,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from skipkv_vllm.ops import torch_backend
+from skipkv_vllm.ops import Effect, torch_backend
 from skipkv_vllm.ops.paging import Layout, PagedCache
 from tests.operators.thought_cases import check_thoughts
 from tests.operators.tracking_cases import check_tracking
@@ -145,11 +146,11 @@ def measuring(arguments: list[Any], *counted: int) -> list[Any]:
 def test_attention_and_keys_of_long_requests(backend, dtype, dim):
     lengths = (2500, 1111, 64)
     arguments = measuring(scoring(lengths, dtype, dim=dim, window=32), 32, 17, 0)
-    for output_error in (False, True):
-        got = backend.measure_attention(*arguments, output_error)
-        wanted = torch_backend.measure_attention(*arguments, output_error)
+    for effect in set(Effect) - {Effect.NEGLIGIBLE}:
+        got = backend.measure_attention(*arguments, effect, 0.0)
+        wanted = torch_backend.measure_attention(*arguments, effect, 0.0)
         assert (got - wanted).abs().max() <= 2e-2 * wanted.abs().max()
-        assert torch.equal(got, backend.measure_attention(*arguments, output_error))
+        assert torch.equal(got, backend.measure_attention(*arguments, effect, 0.0))
     keys = (*arguments[:4], arguments[5], 2500)
     torch.testing.assert_close(backend.key_similarity(*keys), torch_backend.key_similarity(*keys), rtol=0, atol=1e-3)
 
@@ -246,11 +247,15 @@ def every_operator(module: ModuleType) -> list[Callable[[], Any]]:
     vectors = torch.randn(3, 512, device=CUDA)
     sidecar = torch.zeros(2, 4, 2, 16, dtype=torch.int32, device=CUDA)
     held = (sidecar, numbers(3, 0, 1)[None], numbers(20), numbers(7))
-    measured = measuring(arguments, 8, 5)
+    measured, quota = measuring(arguments, 8, 5), torch.full((2, 8), 16, dtype=torch.int32, device=CUDA)
     return [
         lambda: module.score_tokens(*arguments),
-        lambda: module.measure_attention(*measured, True),
+        *(partial(module.measure_attention, *measured, effect, 0.3) for effect in Effect),
         lambda: module.key_similarity(*arguments[:4], num_resident, 300),
+        lambda: module.vector_norms(*arguments[:6], True, 2, 300, arguments[7]),
+        lambda: module.vector_norms(*arguments[:6], False, 2, 100, None),
+        lambda: module.pool_neighbours(arguments[7], positions, num_resident, 8, 7),
+        lambda: module.central_tokens(*arguments[:6], num_resident * 0, num_resident + 200, quota, 64),
         lambda: module.select_keep(*selection),
         lambda: module.compact_pages(*moves),
         lambda: module.track_sentences(ids, states, spans, 5, is_delimiter, True, ends, *tracker, open_sum, unit, text),

@@ -4,7 +4,8 @@ They loop over requests and layers and read lengths on the host. `schema.py` has
 """
 
 from .compaction import compact_pages, held_positions, select_keep
-from .scoring import key_similarity, measure_attention, record_queries, score_tokens
+from .measuring import central_tokens, key_similarity, measure_attention, pool_neighbours, vector_norms
+from .scoring import record_queries, score_tokens
 from .sentences import RULES, sentence_similarity, token_penalties, track_sentences
 from .thoughts import KEYWORD_SHIFT, STATE, THOUGHT, steer_add, track_thoughts
 
@@ -13,10 +14,12 @@ __all__ = [
     "RULES",
     "STATE",
     "THOUGHT",
+    "central_tokens",
     "compact_pages",
     "held_positions",
     "key_similarity",
     "measure_attention",
+    "pool_neighbours",
     "record_queries",
     "score_tokens",
     "select_keep",
@@ -25,4 +28,5 @@ __all__ = [
     "token_penalties",
     "track_sentences",
     "track_thoughts",
+    "vector_norms",
 ]

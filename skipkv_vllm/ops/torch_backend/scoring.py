@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from .. import functional
-from ..paging import LayerPages, Layout, layer_pages
+from ..paging import Layout, layer_pages
+from .measuring import used_pages
 
 
 def record_queries(query: Tensor, index: Tensor, ring: Tensor) -> None:
@@ -57,7 +58,7 @@ def score_tokens(
     for r, length in enumerate(num_resident.tolist()):
         for i, cache in enumerate(caches):
             pages = layer_pages(cache, Layout(layout))
-            by_slot = pages.keys.read_pages(_used(table[r], length, pages), length)
+            by_slot = pages.keys.read_pages(used_pages(table[r], length, pages), length)
             order = positions[r, i, :, :length].argsort(dim=-1)
             keys = by_slot.gather(1, order[..., None].expand(by_slot.shape)).transpose(0, 1)
             score = -(1 - mix) * functional.redundancy(keys, threshold=threshold)
@@ -65,82 +66,3 @@ def score_tokens(
             score[:, : length - window] += mix * functional.importance(queries[r, i], keys, window=window, pool=pool)
             scores[r, i, :, :length].scatter_(1, order, score)
     return scores if penalty is None else scores - penalty
-
-
-def measure_attention(
-    caches: list[Tensor],
-    pointers: Tensor,
-    layout: int,
-    table: Tensor,
-    positions: Tensor,
-    num_resident: Tensor,
-    queries: Tensor,
-    num_queries: Tensor,
-    newest: Tensor,
-    output_error: bool,
-) -> Tensor:
-    """Sum the effect of every resident token on the attention of the newest queries.
-
-    With attention A, value v and output o of a query, the effect is A, or with `output_error` `A^2 |v - o|^2`: the
-    change of the output without the token, squared and to first order. It is averaged over the query heads of a kv
-    head. A query attends to the resident tokens that are not in its future.
-
-    Args:
-        caches, pointers, layout: the pages.
-        table: int32 `[R, pages]`.
-        positions: int32 `[R, L, H, N]`, distinct within a row.
-        num_resident: int32 `[R]`, at least 1 and at most N.
-        queries: `[R, L, n, Hq, D]`, post-RoPE, oldest first; of dtype and scale as in `score_tokens`.
-        num_queries: int32 `[R]`, how many of the n count, the last ones; 0 to n.
-        newest: int32 `[R]`, position of the last query; the others precede it one by one. Every query that counts
-            sees at least one resident token.
-        output_error: see above.
-
-    Returns:
-        float32 `[R, L, H, N]`, not negative; 0 past a request's length.
-    """
-    sums = torch.zeros(positions.shape, dtype=torch.float32, device=positions.device)
-    lengths = zip(num_resident.tolist(), num_queries.tolist(), newest.tolist(), strict=True)
-    for r, (length, number, last) in enumerate(lengths):
-        if number == 0:
-            continue
-        for i, cache in enumerate(caches):
-            pages = layer_pages(cache, Layout(layout))
-            used = _used(table[r], length, pages)
-            counted, where = queries[r, i, -number:], positions[r, i, :, :length]
-            logits = functional.logits_until(counted, pages.keys.read_pages(used, length), where, last)
-            attention = logits.softmax(dim=-1)
-            if output_error:
-                sums[r, i, :, :length] = functional.output_error(attention, pages.values.read_pages(used, length))
-            else:
-                sums[r, i, :, :length] = attention.sum(dim=2).mean(dim=1)
-    return sums
-
-
-def key_similarity(
-    caches: list[Tensor], pointers: Tensor, layout: int, table: Tensor, num_resident: Tensor, length: int
-) -> Tensor:
-    """Compute the cosine of every resident key with the mean of the resident keys' unit vectors.
-
-    Args:
-        caches, pointers, layout: the pages.
-        table: int32 `[R, pages]`.
-        num_resident: int32 `[R]`, at least 1 and at most `length`.
-        length: N.
-
-    Returns:
-        float32 `[R, L, H, N]`; 0 past a request's length.
-    """
-    shape = (table.shape[0], len(caches), caches[0].shape[1], length)
-    cosines = torch.zeros(shape, dtype=torch.float32, device=table.device)
-    for r, number in enumerate(num_resident.tolist()):
-        for i, cache in enumerate(caches):
-            pages = layer_pages(cache, Layout(layout))
-            keys = pages.keys.read_pages(_used(table[r], number, pages), number)
-            cosines[r, i, :, :number] = functional.key_similarity(keys)
-    return cosines
-
-
-def _used(table: Tensor, length: int, pages: LayerPages) -> Tensor:
-    """Return the ids of the pages that a request of some length uses."""
-    return table[: -(-length // pages.page_size)].long()

@@ -6,15 +6,18 @@ Triton's interpreter, for tests. Only GPU pages (`Layout.ROWS`) are supported.
 
 from .compaction import compact_pages, held_positions, select_keep
 from .launch import unavailable
+from .measuring import central_tokens, pool_neighbours, vector_norms
 from .scoring import key_similarity, measure_attention, record_queries, score_tokens
 from .sentences import sentence_similarity, token_penalties, track_sentences
 from .thoughts import steer_add, track_thoughts
 
 __all__ = [
+    "central_tokens",
     "compact_pages",
     "held_positions",
     "key_similarity",
     "measure_attention",
+    "pool_neighbours",
     "record_queries",
     "score_tokens",
     "select_keep",
@@ -24,4 +27,5 @@ __all__ = [
     "track_sentences",
     "track_thoughts",
     "unavailable",
+    "vector_norms",
 ]

@@ -13,6 +13,9 @@ from torch import Tensor
 from ...core.errors import KVPolicyError
 from ..paging import Layout
 
+SCRATCH_BYTES = 256 << 20
+"""Scratch memory that an operator may take; more rows take several launches."""
+
 
 def unavailable(device_type: str) -> str | None:
     """Return why the operators cannot run on a device, and the remedy; None if they can."""
@@ -59,6 +62,21 @@ def check_pages(caches: list[Tensor], layout: int) -> None:
             f"the Triton operators read pages with K and V side by side (layout {Layout.ROWS.value}); got layout "
             f"{layout} with strides {caches[0].stride()}; set SKIPKV_OPS=torch"
         )
+
+
+def by_position(positions: Tensor, num_resident: Tensor, first: int, rows_per_request: int) -> Tensor:
+    """Return the slots of rows in ascending position, int32 `[rows, n]`; those past the length come last.
+
+    Args:
+        positions: int32 `[rows, n]` by slot.
+        num_resident: int32 `[R]`.
+        first: number of the first of these rows.
+        rows_per_request: consecutive rows of a request.
+    """
+    rows, n = positions.shape
+    past = torch.arange(n, device=positions.device) >= num_resident[:, None]
+    request = torch.arange(first, first + rows, device=positions.device) // rows_per_request
+    return positions.masked_fill(past[request], torch.iinfo(torch.int32).max).argsort(dim=-1).int()
 
 
 def ceil_div(a: int, b: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from importlib import import_module
 from typing import Any, NamedTuple
 
@@ -9,10 +10,17 @@ import torch
 from torch import Tensor
 
 from ...core.errors import KVPolicyError
-from .launch import ceil_div, check_pages, element_of, interpreted, kernels, power_of_two
-
-SCRATCH_BYTES = 256 << 20
-"""Scratch memory that an operator may take; more rows take several launches."""
+from ..effects import Effect
+from .launch import (
+    SCRATCH_BYTES,
+    by_position,
+    ceil_div,
+    check_pages,
+    element_of,
+    interpreted,
+    kernels,
+    power_of_two,
+)
 
 
 def record_queries(query: Tensor, index: Tensor, ring: Tensor) -> None:
@@ -100,15 +108,6 @@ class _Scoring(NamedTuple):
     keys: dict[str, Any]
     is_narrow: bool
 
-    def order(self, first: int, part: int) -> Tensor:
-        """Return int32 `[part, n]`: the slots of some rows in ascending position, those past the length last."""
-        n, (layers, heads) = self.positions.shape[1], self.heads
-        device = self.positions.device
-        past = torch.arange(n, device=device) >= self.num_resident[:, None]
-        request = torch.arange(first, first + part, device=device) // (layers * heads)
-        rows = self.positions[first : first + part].masked_fill(past[request], torch.iinfo(torch.int32).max)
-        return rows.argsort(dim=-1).int()
-
 
 def _score_rows(call: _Scoring, first: int, part: int, pool: int, mix: float, threshold: float) -> None:
     """Score `part` rows from `first` on."""
@@ -121,7 +120,8 @@ def _score_rows(call: _Scoring, first: int, part: int, pool: int, mix: float, th
     def scratch(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=device)
 
-    order, numbers = call.order(first, part), (first, n, layers, heads)
+    order = by_position(call.positions[first : first + part], call.num_resident, first, layers * heads)
+    numbers = (first, n, layers, heads)
     cells, inverse = scratch(part, n, dtype=torch.int32), scratch(part, n)
     partial, logits = scratch(part, blocks, dim), scratch(part, window, n)
     attention, mean, normaliser = scratch(part, n), scratch(part, n), scratch(part)
@@ -176,7 +176,8 @@ def measure_attention(
     queries: Tensor,
     num_queries: Tensor,
     newest: Tensor,
-    output_error: bool,
+    effect: int,
+    negligible: float,
 ) -> Tensor:
     """See `torch_backend.measure_attention`; caches as for `score_tokens`."""
     check_pages(caches, layout)
@@ -197,20 +198,24 @@ def measure_attention(
         "element": element,
         # NumPy has no bfloat16, and queries for keys of 8 bits are float32.
         "multiply": tl.float32 if interpreted() or cache.element_size() == 1 else element,
-        "errors": output_error,
+        "effect": int(effect),
+        "valued": Effect.OUTPUT <= effect <= Effect.JOINT,
+        "errors": effect in (Effect.OUTPUT, Effect.KEY, Effect.JOINT),
         "block": 64 if dim <= 128 else 16,
         "dims": max(16, power_of_two(dim)),
         "tile": 16,
     }
-    width = dim if output_error else 0
+    width = dim if shape["errors"] else 0
     at_once = min(rows, max(1, SCRATCH_BYTES // max(1, 4 * heads * (width + 3))))
     top, share, squares = torch.empty(3, at_once, heads, dtype=torch.float32, device=out.device)
     scratch = (top, share, squares, torch.empty(at_once, heads, width, dtype=torch.float32, device=out.device))
+    log_negligible = math.log(negligible) if effect == Effect.NEGLIGIBLE else 0.0
     for first in range(0, rows, at_once):
         part = min(at_once, rows - first)
         numbers = (first, n, layers, kv_heads, table.stride(0), *cache.stride()[:3], float(dim**0.5))
         module.attend_queries[(part * ceil_div(heads, 16),)](*inputs, *scratch, *numbers, **shape)
-        module.sum_queries[(part * ceil_div(n, shape["block"]),)](*inputs, *scratch, out, *numbers, **shape)
+        blocks = part * ceil_div(n, shape["block"])
+        module.sum_queries[(blocks,)](*inputs, *scratch, out, *numbers, log_negligible, **shape)
     return out
 
 

@@ -14,6 +14,10 @@ import triton.language as tl
 
 from .rows import EPSILON, cells_of, load_vectors, row_of
 
+# Members of `Effect`.
+OUTPUT, VALUE, KEY = tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
+SEEN, NEGLIGIBLE = tl.constexpr(5), tl.constexpr(6)
+
 
 @triton.jit
 def _load_queries(queries, request, layer, head, number, q, counts, layers, heads, dim, window, group, multiply, dims):
@@ -55,6 +59,8 @@ def attend_queries(
     group: tl.constexpr,
     element: tl.constexpr,
     multiply: tl.constexpr,
+    effect: tl.constexpr,
+    valued: tl.constexpr,
     errors: tl.constexpr,
     block: tl.constexpr,
     dims: tl.constexpr,
@@ -62,8 +68,8 @@ def attend_queries(
 ):
     """Compute the softmax of a tile of query heads over all tokens, and their outputs with `errors`.
 
-    Writes top, share and squares `[rows, window * group]`: largest logit, 1 / sum of exponentials and |o|^2; and
-    outputs `[rows, window * group, dim]`.
+    Writes top, share and squares `[rows, window * group]`: largest logit, effect of a token with the weight 1, and
+    |o|^2; and outputs `[rows, window * group, dim]`.
     """
     tiles = tl.cdiv(window * group, tile)
     row = tl.program_id(0) // tiles
@@ -83,6 +89,7 @@ def attend_queries(
     pages = table + request.to(tl.int64) * table_stride
     highest = tl.full([tile], -float("inf"), tl.float32)
     weight = tl.zeros([tile], tl.float32)
+    visible = tl.zeros([tile], tl.float32)
     output = tl.zeros([tile, dims], tl.float32)
     for start in range(0, length, block):
         slot = start + tl.arange(0, block)
@@ -102,6 +109,8 @@ def attend_queries(
         scale = tl.exp(highest - shift)
         weight = weight * scale + tl.sum(part, axis=1)
         highest = higher
+        if effect >= SEEN:
+            visible += tl.sum(seen.to(tl.float32), axis=1)
         if errors:
             value = load_vectors(
                 pointers,
@@ -121,7 +130,12 @@ def attend_queries(
             output = output * scale[:, None] + tl.dot(part, value.to(tl.float32), input_precision="ieee")
     at = row.to(tl.int64) * (window * group) + q
     tl.store(top + at, highest, mask=counts)
-    tl.store(share + at, 1.0 / weight, mask=counts)
+    each = 1.0 / weight
+    if effect == SEEN:
+        each = visible / weight
+    elif effect == NEGLIGIBLE:
+        each = 1.0 / visible
+    tl.store(share + at, each, mask=counts)
     if errors:
         d = tl.arange(0, dims)
         output = output / weight[:, None]
@@ -152,12 +166,15 @@ def sum_queries(
     head_stride,
     token_stride,
     root,
+    log_negligible,
     page_size: tl.constexpr,
     dim: tl.constexpr,
     window: tl.constexpr,
     group: tl.constexpr,
     element: tl.constexpr,
     multiply: tl.constexpr,
+    effect: tl.constexpr,
+    valued: tl.constexpr,
     errors: tl.constexpr,
     block: tl.constexpr,
     dims: tl.constexpr,
@@ -179,7 +196,7 @@ def sum_queries(
     )
     transposed = tl.trans(key.to(multiply))
     position = tl.load(positions + line + slot, mask=valid, other=0)
-    if errors:
+    if valued:
         value = load_vectors(
             pointers,
             layer,
@@ -208,16 +225,28 @@ def sum_queries(
         reach = tl.load(newest + request) - (number - 1) + q // group
         seen = counts[:, None] & valid[None, :] & (position[None, :] <= reach[:, None])
         logit = tl.dot(query, transposed, input_precision="ieee") / root
-        logit = tl.where(seen, logit - tl.load(top + at, mask=counts, other=0.0)[:, None], -float("inf"))
-        attention = tl.exp(logit) * tl.load(share + at, mask=counts, other=0.0)[:, None]
+        peak = tl.load(top + at, mask=counts, other=0.0)[:, None]
+        each = tl.load(share + at, mask=counts, other=0.0)[:, None]
+        if effect == NEGLIGIBLE:
+            attention = tl.where(seen & (logit < peak + log_negligible), each, 0.0)
+        else:
+            attention = tl.exp(tl.where(seen, logit - peak, -float("inf"))) * each
+        if effect == VALUE:
+            attention = attention * attention * of_value[None, :]
         if errors:
             output = tl.load(
                 outputs + at[:, None] * dim + d[None, :], mask=counts[:, None] & (d < dim)[None, :], other=0.0
             )
-            of_output = tl.load(squares + at, mask=counts, other=0.0)
-            # |v - o|^2 multiplied out.
+            of_output = tl.load(squares + at, mask=counts, other=0.0)[:, None]
+            # |x v - y o|^2, multiplied out.
             mixed = tl.dot(output, values, input_precision="ieee")
-            apart = of_value[None, :] - 2.0 * mixed + of_output[:, None]
+            if effect == OUTPUT:
+                apart = of_value[None, :] - 2.0 * mixed + of_output
+            elif effect == KEY:
+                apart = logit * logit * (of_value[None, :] - 2.0 * mixed + of_output)
+            else:
+                more = logit + 1.0
+                apart = more * more * of_value[None, :] - 2.0 * more * logit * mixed + logit * logit * of_output
             attention = attention * attention * tl.maximum(apart, 0.0)
         sums += tl.sum(attention, axis=0)
     tl.store(out + line + slot, tl.where(valid, sums / group, 0.0), mask=slot < n)

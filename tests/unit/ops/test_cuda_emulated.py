@@ -15,14 +15,16 @@ import pytest
 import torch
 
 from benchmarks.kernels import memory
-from skipkv_vllm.ops import native, torch_backend
+from skipkv_vllm.ops import Effect, native, torch_backend
 from skipkv_vllm.ops.paging import Layout
 from skipkv_vllm.ops.schema import SCHEMAS
 from tests.operators import emulated_cuda
 from tests.operators.cases import CompactCase, MeasureCase, Pages, ScoreCase
+from tests.operators.measured_cases import CentralCase
 from tests.operators.thought_cases import check_thoughts
 from tests.operators.tracking_cases import check_tracking
 from tests.unit.ops import test_parity_attention as attention
+from tests.unit.ops import test_parity_measured as measured
 from tests.unit.ops import test_parity_scores as scores
 from tests.unit.ops import test_parity_selection as selection
 from tests.unit.ops import test_parity_sentences as sentences
@@ -76,10 +78,10 @@ def test_scores_of_every_head_size(cuda, dtype, dim):
     scores.check_score_case(cuda, case)
 
 
-@pytest.mark.parametrize("output_error", [False, True], ids=["attention", "error"])
+@pytest.mark.parametrize("effect", Effect, ids=lambda effect: effect.name.lower())
 @rows(attention.MEASURES)
-def test_measure_attention(cuda, case, output_error):
-    attention.check_measure_case(cuda, case, output_error)
+def test_measure_attention(cuda, case, effect):
+    attention.check_measure_case(cuda, case, effect)
 
 
 @rows(attention.MEASURES)
@@ -91,8 +93,29 @@ def test_key_similarity(cuda, case):
 @pytest.mark.parametrize("dim", [8, 36, 72, 112, 136, 256])
 def test_attention_of_every_head_size(cuda, dtype, dim):
     case = MeasureCase(Pages(dtype=dtype, dim=dim, layers=1), (150, 65), (11, 7), window=11, group=3)
-    attention.check_measure_case(cuda, case, output_error=True)
+    attention.check_measure_case(cuda, case, Effect.JOINT)
     attention.check_similarity_case(cuda, case)
+
+
+@rows(measured.NORMS)
+def test_vector_norms(cuda, case):
+    measured.check_norms_case(cuda, case)
+
+
+@rows(measured.POOLS)
+def test_pool_neighbours(cuda, case):
+    measured.check_pool_case(cuda, case)
+
+
+@rows(measured.CENTRAL)
+def test_central_tokens(cuda, case):
+    measured.check_central_case(cuda, case)
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, *FP8])
+@pytest.mark.parametrize("dim", [8, 36, 136, 256])
+def test_centres_of_every_head_size(cuda, dtype, dim):
+    measured.check_central_case(cuda, CentralCase(Pages(dtype=dtype, dim=dim, layers=1, heads=1)))
 
 
 @rows(selection.SELECTIONS)

@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from skipkv_vllm.ops import native, torch_backend
+from skipkv_vllm.ops import Effect, native, torch_backend
 from skipkv_vllm.ops.paging import Layout
 from tests.operators.backends import INTERPRETED, Backend, cases, isa, on  # noqa: F401
-from tests.operators.cases import MeasureCase, Pages, draw_pages
+from tests.operators.cases import MeasureCase, Measuring, Pages, draw_pages
 
 FLOAT, BF16, HALF = torch.float32, torch.bfloat16, torch.float16
 FP8 = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
@@ -70,15 +70,34 @@ def check_rows(got: Tensor, wanted: Tensor, lengths: Tensor, tolerance: float, s
         assert (got[r, ..., length:] == 0).all()
 
 
-def check_measure_case(backend: Backend, case: MeasureCase, output_error: bool) -> None:
-    arguments = (*case.build(), output_error)
-    wanted = torch_backend.measure_attention(*arguments)
-    got = backend.module.measure_attention(*on(backend.device, arguments))
+NEGLIGIBLE = 0.3
+"""Share of a query's largest weight. Of random queries and keys a fair part of the weights are below it."""
+
+
+def check_measure_case(backend: Backend, case: MeasureCase, effect: Effect) -> None:
+    arguments = case.build()
+    wanted = torch_backend.measure_attention(*arguments, effect, NEGLIGIBLE)
+    got = backend.module.measure_attention(*on(backend.device, (*arguments, int(effect), NEGLIGIBLE)))
     assert got.dtype is torch.float32
     assert (got >= 0).all()
     tolerance = 2e-5 if case.pages.dtype is FLOAT else max(2e-5, backend.tolerance)
-    size = case.pages.dim * case.window if output_error else 1.0
-    check_rows(got, wanted, arguments[5], tolerance, size)
+    if effect is Effect.NEGLIGIBLE:
+        check_negligible(got, arguments, tolerance)
+        return
+    reads_values = effect in (Effect.OUTPUT, Effect.VALUE, Effect.KEY, Effect.JOINT)
+    size = case.pages.dim * case.window if reads_values else 1.0
+    check_rows(got, wanted, arguments.num_resident, tolerance, size)
+
+
+def check_negligible(got: Tensor, arguments: Measuring, tolerance: float) -> None:
+    """Check that every sum is what a slightly lower or a slightly higher share gives, or lies between them."""
+    low, high = (
+        torch_backend.measure_attention(*arguments, Effect.NEGLIGIBLE, NEGLIGIBLE * (1 + sign * 20 * tolerance))
+        for sign in (-1, 1)
+    )
+    got = got.cpu()
+    assert (got >= low - 1e-6).all()
+    assert (got <= high + 1e-6).all()
 
 
 def check_similarity_case(backend: Backend, case: MeasureCase) -> None:
@@ -88,10 +107,10 @@ def check_similarity_case(backend: Backend, case: MeasureCase) -> None:
     check_rows(got, torch_backend.key_similarity(*arguments.keys()), arguments.num_resident, 1e-5)
 
 
-@pytest.mark.parametrize("output_error", [False, True], ids=["attention", "error"])
+@pytest.mark.parametrize("effect", Effect, ids=lambda effect: effect.name.lower())
 @cases(MEASURES, few=FEW)
-def test_measure_attention(backend, case, output_error):
-    check_measure_case(backend, case, output_error)
+def test_measure_attention(backend, case, effect):
+    check_measure_case(backend, case, effect)
 
 
 @cases(MEASURES, few=FEW)
@@ -119,8 +138,8 @@ def test_attention_anywhere(data):
         data.draw(st.integers(-20, 20)),
         data.draw(st.integers(0, 2**20)),
     )
-    for output_error in (False, True):
-        check_measure_case(Backend("native"), case, output_error)
+    for effect in Effect:
+        check_measure_case(Backend("native"), case, effect)
     check_similarity_case(Backend("native"), case)
 
 
@@ -128,9 +147,9 @@ def test_queries_that_do_not_count_change_nothing():
     arguments = MeasureCase(counted=(5, 3)).build()
     noise = arguments.queries.clone()
     noise[0, :, :3] = noise[1, :, :5] = float("nan")
-    for output_error in (False, True):
-        wanted = native.measure_attention(*arguments, output_error)
-        assert torch.equal(native.measure_attention(*arguments._replace(queries=noise), output_error), wanted)
+    for effect in Effect:
+        wanted = native.measure_attention(*arguments, effect, NEGLIGIBLE)
+        assert torch.equal(native.measure_attention(*arguments._replace(queries=noise), effect, NEGLIGIBLE), wanted)
 
 
 @pytest.mark.parametrize(
@@ -148,18 +167,26 @@ def test_bad_arguments_are_refused(change, message):
     if why := native.unavailable("cpu"):
         pytest.skip(why)
     with pytest.raises(RuntimeError, match=message):
-        native.measure_attention(*MeasureCase().build()._replace(**change), True)
+        native.measure_attention(*MeasureCase().build()._replace(**change), Effect.OUTPUT, 0.0)
+
+
+def test_unknown_effects_are_refused():
+    if why := native.unavailable("cpu"):
+        pytest.skip(why)
+    with pytest.raises(RuntimeError, match="effect=7 is unknown"):
+        native.measure_attention(*MeasureCase().build(), 7, 0.0)
 
 
 def test_wrong_sums_are_noticed():
     arguments = MeasureCase(positions="sorted").build()
-    for output_error in (False, True):
-        wanted = torch_backend.measure_attention(*arguments, output_error)
+    for effect in Effect:
+        wanted = torch_backend.measure_attention(*arguments, effect, NEGLIGIBLE)
         for other in (
             arguments._replace(newest=arguments.newest - 1),
             arguments._replace(num_queries=arguments.num_queries - 1),
             arguments._replace(queries=arguments.queries.flip(3)),
             arguments._replace(table=arguments.table.roll(1, dims=1).clamp(min=1)),
         ):
+            found = torch_backend.measure_attention(*other, effect, NEGLIGIBLE)
             with pytest.raises(AssertionError):
-                check_rows(torch_backend.measure_attention(*other, output_error), wanted, arguments.num_resident, 2e-5)
+                check_rows(found, wanted, arguments.num_resident, 2e-5)

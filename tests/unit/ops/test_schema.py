@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from skipkv_vllm.ops import schema, torch_backend, triton_backend
+from skipkv_vllm.ops import Effect, schema, torch_backend, triton_backend
 from tests.operators.cases import CompactCase, MeasureCase, ScoreCase
+from tests.operators.measured_cases import CentralCase, NormsCase, PoolCase
 
 ROOT = Path(__file__).parents[3]
 
@@ -72,8 +73,11 @@ def results() -> dict[str, tuple[Any, ...]]:
     steering = (torch.zeros(4).float(), torch.zeros(4).int(), torch.zeros(2, 8))
     return {
         "score_tokens": score,
-        "measure_attention": (*measure, True),
+        "measure_attention": (*measure, Effect.OUTPUT, 0.0),
         "key_similarity": measure.keys(),
+        "vector_norms": NormsCase().build(),
+        "pool_neighbours": PoolCase().build(),
+        "central_tokens": CentralCase().build(),
         "select_keep": (
             *(score.positions.float(), score.positions, lengths, lengths // 2, lengths * 0, lengths * 0 + 2**30),
             int(lengths.max()),

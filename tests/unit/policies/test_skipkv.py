@@ -212,8 +212,8 @@ def test_key_similarity_is_the_cosine_with_the_mean_direction():
     assert ops.key_similarity(torch.zeros(1, 4, DIM)).isfinite().all()
 
 
-@pytest.mark.parametrize("output_error", [False, True], ids=["attention", "error"])
-def test_sums_do_not_depend_on_how_many_queries_are_taken_at_once(output_error):
+@pytest.mark.parametrize("effect", [ops.Effect.ATTENTION, ops.Effect.OUTPUT])
+def test_sums_do_not_depend_on_how_many_queries_are_taken_at_once(effect):
     """Accumulate all queries at once, or some now and the others later: `NUM_ACCUMULATED` changes only the cost."""
     case = MeasureCase(Pages(heads=2), (60, 41), (8, 8), 8, positions="sorted")
     whole = case.build()
@@ -221,6 +221,5 @@ def test_sums_do_not_depend_on_how_many_queries_are_taken_at_once(output_error):
     first = whole._replace(
         queries=whole.queries[:, :, :3], num_queries=torch.full_like(whole.num_queries, 3), newest=whole.newest - 5
     )
-    together = torch_backend.measure_attention(*whole, output_error)
-    apart = torch_backend.measure_attention(*first, output_error) + torch_backend.measure_attention(*rest, output_error)
-    torch.testing.assert_close(apart, together)
+    together, *apart = (torch_backend.measure_attention(*part, effect, 0.0) for part in (whole, first, rest))
+    torch.testing.assert_close(sum(apart), together)

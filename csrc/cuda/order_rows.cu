@@ -1,6 +1,8 @@
 // Orders a row's tokens by position in linear time: positions are distinct, so a bit set sorts them.
+#include "order_rows.cuh"
+
+#include "device.cuh"
 #include "launch.cuh"
-#include "score.cuh"
 
 namespace skipkv {
 namespace {
@@ -10,13 +12,13 @@ constexpr int kWords = 2048;
 constexpr int kSpan = kWords * 32;
 
 // Sets `order[rank] = slot` in a row; slots past the length keep their places. One block a row.
-__global__ void __launch_bounds__(kThreads) order_rows(Scoring s) {
+__global__ void __launch_bounds__(kThreads) order_rows(Ordering s) {
   __shared__ unsigned bits[kWords];
   __shared__ int before[kWords];
   __shared__ int warp_totals[kThreads / kWarp];
   __shared__ int highest;
   const int64_t row = blockIdx.x;
-  const int length = s.num_resident[row_of(s, row).request];
+  const int length = s.num_resident[(s.first + row) / s.rows_per_request];
   const int thread = static_cast<int>(threadIdx.x), lane = thread % kWarp, warp = thread / kWarp;
   const int* positions = s.positions + (s.first + row) * s.n;
   int* order = s.order + row * s.n;
@@ -77,7 +79,7 @@ __global__ void __launch_bounds__(kThreads) order_rows(Scoring s) {
 
 }  // namespace
 
-void order_by_position(const Scoring& s, cudaStream_t stream) {
+void order_by_position(const Ordering& s, cudaStream_t stream) {
   launch(order_rows, s.count, kThreads, 0, stream, s);
 }
 
