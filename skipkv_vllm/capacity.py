@@ -80,8 +80,8 @@ class ModelShape:
     def sidecar_bytes(self, needs: Need) -> int:
         """Bytes per token of the cache on top of its KV: an entry for each of `sidecars`.
 
-        vLLM's profiling does not see them: sums over queries grow with their requests, and the others are allocated
-        with the cache.
+        vLLM's profiling does not see them, as they are allocated with the cache. Requests that share many blocks may
+        need more sums over queries, which then grow.
         """
         return ENTRY_BYTES * self.num_layers * self.num_kv_heads * len(sidecars(needs))
 

@@ -279,8 +279,8 @@ def check_nothing_left(llm: vllm.LLM) -> None:
         "blocks": [manager.req_to_blocks, manager.num_cached_block, manager._lookahead_blocks],
         "ledger": [ledger._num_holders],
         "worker": [runtime._requests, runner.requests, runner.input_batch.req_id_to_index],
-        "sums": [] if signals.attention_mass is None else [signals.attention_mass.sums._sums],
-        "segments": [] if signals.segments is None else list(vars(signals.segments.table).values()),
+        "sums": [] if signals.attention_mass is None else [s._blocks for s in signals.attention_mass.sums.values()],
+        "segments": [] if signals.segments is None else [c.counts for c in vars(signals.segments.table).values()],
         "client": [llm.llm_engine.output_processor.request_states],
     }
     for where, every in left.items():

@@ -13,7 +13,6 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -111,14 +110,9 @@ class CompactionOf:
 
     def __init__(self, name: str, parameters: dict[str, object], sizes: Sizes) -> None:
         self.sizes = sizes
-        self._config = KVPolicyConfig(
-            kv_policy=name,
-            kv_budget=sizes.keep,
-            kv_buffer=sizes.buffer,
-            kv_window=sizes.window,
-            kv_protect_prompt=False,
-            kv_policy_config=parameters,
-        )
+        values = {"kv_policy": name, "kv_policy_config": parameters, "kv_protect_prompt": False}
+        values |= {"kv_budget": sizes.keep, "kv_buffer": sizes.buffer, "kv_window": sizes.window}
+        self._config = KVPolicyConfig.parse(values)
         self._generator = torch.Generator().manual_seed(sizes.length)
         pages = -(-sizes.length // sizes.page_size)
         shape = (pages + 1, sizes.heads, sizes.page_size, 2 * sizes.dim)
@@ -193,7 +187,7 @@ class CompactionOf:
         return Signals(
             ring,
             None if tracker is None else Sentences(tracker),
-            AttentionMass(ring, sizes.buffer) if ring is not None and needs & ACCUMULATED else None,
+            AttentionMass(ring, sizes.buffer, needs) if ring is not None and needs & ACCUMULATED else None,
             SegmentSparsity(ring, sizes.window, ALONE) if ring is not None and needs & Need.SEGMENTS else None,
             gates,
         )

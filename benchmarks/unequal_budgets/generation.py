@@ -18,7 +18,7 @@ from transformers.modeling_utils import AttentionInterface
 
 from skipkv_vllm.core.needs import FROM_RECENT_QUERIES, Need
 from skipkv_vllm.ops.paging import Layout, PagedCache
-from skipkv_vllm.policies import Policy, View
+from skipkv_vllm.policies import Held, HeldRequest, Policy
 from skipkv_vllm.worker.signals.sentence_tracker import SentenceTracker, TrackedTokens
 
 from .allocation import Allocation
@@ -205,38 +205,20 @@ def _scores(policy: Policy, layer: Layer, positions: Tensor, penalties: Tensor |
     """float32 `[R, H, N]`; minus infinity for cells that are not in use. Every head of a row counts as a request."""
     rows, heads, length = positions.shape
     counts, flat = layer.counts.flatten(), positions.flatten(0, 1)
-    queries = layer.queries.unflatten(1, (heads, -1)).flatten(0, 1).transpose(1, 2)  # [R H, W, G, D]
-    cells = layer.cells.flatten(0, 1)
-    penalty = None
-    if penalties is not None:
-        penalty = penalties.repeat_interleave(heads, dim=0).gather(1, flat.long())
-    if (fused := policy.token_score) is not None:
-        scores = torch.ops.skipkv.score_tokens(
-            *PagedCache.of([cells[:, None].contiguous()], Layout.ROWS),
-            torch.arange(rows * heads, dtype=torch.int32)[:, None],
-            flat[:, None, None].contiguous(),
-            counts.int(),
-            queries[:, None].contiguous(),
-            None if penalty is None else penalty[:, None, None].contiguous(),
-            fused.pool,
-            fused.mix,
-            fused.redundancy_threshold,
-        )
-        return scores.view(rows, heads, length)
-    scores = torch.full((rows * heads, length), -torch.inf)
-    for count in counts.unique().tolist():
-        same = (counts == count).nonzero().flatten()
-        keys, values = cells[same, :count].transpose(0, 1).chunk(2, dim=-1)
-        view = View(
-            positions=flat[same, :count],
-            window=window,
-            keys=keys,
-            values=values,
-            queries=queries[same].transpose(0, 1).flatten(1, 2),
-            sentence_penalty=None if penalty is None else penalty[same, :count],
-        )
-        scores[same[:, None], torch.arange(count)] = policy.score(view)
-    return scores.view(rows, heads, length)
+    newest = flat.gather(1, counts[:, None] - 1).flatten()
+    held = Held(
+        # A request of one layer and head has one page.
+        PagedCache.of([layer.cells.flatten(0, 1)[:, None].contiguous()], Layout.ROWS),
+        torch.arange(rows * heads, dtype=torch.int32)[:, None],
+        flat[:, None, None].contiguous(),
+        [HeldRequest(count, 0, last + 1) for count, last in zip(counts.tolist(), newest.tolist(), strict=True)],
+        window,
+        queries=layer.queries.unflatten(1, (heads, -1)).flatten(0, 1).transpose(1, 2)[:, None],  # [R H, 1, W, G, D]
+        sentence_penalty=None
+        if penalties is None
+        else penalties.repeat_interleave(heads, dim=0).gather(1, flat.long())[:, None, None].contiguous(),
+    )
+    return policy.score_batch(held).masked_fill(~held.is_held, -torch.inf).view(rows, heads, length)
 
 
 class Profile:

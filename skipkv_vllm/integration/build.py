@@ -85,7 +85,7 @@ def _build_signals(
         sentences = Sentences(tracker, ranks)
     if needs & ACCUMULATED:
         assert ring is not None
-        attention_mass = AttentionMass(ring, config.kv_buffer)
+        attention_mass = AttentionMass(ring, config.kv_buffer, needs)
     if needs & Need.SEGMENTS:
         assert ring is not None
         segments = SegmentSparsity(ring, config.kv_window, ranks)

@@ -24,6 +24,8 @@ from . import (  # noqa: F401  (the imports register them)
     vatp,
 )
 from .base import (
+    Held,
+    HeldRequest,
     LookaheadPlan,
     Measured,
     Policy,
@@ -36,6 +38,8 @@ from .base import (
 )
 
 __all__ = [
+    "Held",
+    "HeldRequest",
     "LookaheadPlan",
     "Measured",
     "Need",

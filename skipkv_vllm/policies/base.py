@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 from ..core.errors import KVPolicyError
 from ..core.needs import Need
 from .checks import check_choice, check_odd, check_range
-from .options import About, LookaheadPlan, Refusal, SegmentOptions, SentenceOptions, TokenScore
+from .held import Held, HeldRequest
+from .options import About, LookaheadPlan, Refusal, SegmentOptions, SentenceOptions
 from .view import Measured, Segments, View
 
 if TYPE_CHECKING:
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "About",
+    "Held",
+    "HeldRequest",
     "LookaheadPlan",
     "Measured",
     "Need",
@@ -27,7 +30,6 @@ __all__ = [
     "SegmentOptions",
     "Segments",
     "SentenceOptions",
-    "TokenScore",
     "View",
     "check_choice",
     "check_odd",
@@ -57,19 +59,18 @@ class Policy(ABC):
     def score(self, view: View) -> Tensor:
         """Score every held token of one layer: float32 `[H, L]`; higher scores are kept longer."""
 
-    def rank(self, measured: Measured) -> Tensor:
-        """Score tokens of any number of requests, layers and heads at once: float32 `[..., N]`.
+    def score_batch(self, held: Held) -> Tensor:
+        """Score the tokens of several requests in all layers at once: float32 `[R, layers, H, N]` by slot.
 
-        Only methods with `Need.OUTPUT_ERROR` implement it.
+        The scores are those of `score`, which defines the method, but come from a few operators. A method may leave
+        this out; the worker then calls `score` for one layer of one request after the other, which takes longer.
         """
         raise NotImplementedError
 
-    def num_recent(self, num_keep: int, num_protected: int) -> int:
-        """Return how many of `num_keep` tokens count as recent if the first `num_protected` are protected.
-
-        Only methods with `Need.OUTPUT_ERROR` use it.
-        """
-        return 0
+    @property
+    def is_batched(self) -> bool:
+        """Whether the method has `score_batch`."""
+        return type(self).score_batch is not Policy.score_batch
 
     @property
     def decay(self) -> float:
@@ -84,19 +85,21 @@ class Policy(ABC):
         """
         return None
 
+    def weights_batch(self, held: Held) -> Tensor:
+        """Return the weights of several requests in all layers at once: float32 `[R, layers, H, N]` by slot.
+
+        A method with `weights` may leave this out; then value-aware methods that build on it are not batched.
+        """
+        raise NotImplementedError
+
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        # A subclass with its own score must not inherit the operator that computes its parent's.
-        if "score" in vars(cls) and "token_score" not in vars(cls):
-            cls.token_score = None  # type: ignore[assignment]
-
-    @property
-    def token_score(self) -> TokenScore | None:
-        """Parameters with which the operator `score_tokens` computes `score`; None if it cannot.
-
-        The operator scores all layers and requests at once.
-        """
-        return None
+        # A subclass with a definition of its own must not inherit the batched form of its parent's.
+        own = vars(cls)
+        if ("score" in own or "weights" in own) and "score_batch" not in own:
+            cls.score_batch = Policy.score_batch  # type: ignore[method-assign]
+        if "weights" in own and "weights_batch" not in own:
+            cls.weights_batch = Policy.weights_batch  # type: ignore[method-assign]
 
     @property
     def num_sinks(self) -> int:
@@ -143,9 +146,9 @@ class Policy(ABC):
         return SegmentOptions()
 
     def remember(self, segments: Segments) -> Tensor:
-        """Return a number for each segment to remember until the next compaction, int64 `[S]`.
+        """Return a number for each segment to remember until the next compaction, int64 `[R, S]`.
 
-        It is called once per compaction, before any layer is scored.
+        It is called once for all requests that are compacted together, before any layer is scored.
         """
         return segments.memory
 

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from .base import About, View, check_choice, register_policy
+from .base import About, Held, View, check_choice, register_policy
 from .value_aware import ValueAware, values_of
 
 LEAST_REST = 1e-6
@@ -46,5 +46,13 @@ class CAOTE(ValueAware):
             output = (weights[..., None] * values).sum(dim=1, keepdim=True)
         else:
             output = values.mean(dim=1, keepdim=True)
-        rest = (1 - weights).clamp(min=LEAST_REST)
-        return weights / rest * (output - values).norm(dim=-1)
+        return _relative(weights) * (output - values).norm(dim=-1)
+
+    def score_batch(self, held: Held) -> Tensor:
+        weights = self.base_weights_batch(held)
+        return _relative(weights) * held.value_distances(weights if self.form == "exact" else None)
+
+
+def _relative(weights: Tensor) -> Tensor:
+    """Divide each weight by what the others have together."""
+    return weights / (1 - weights).clamp(min=LEAST_REST)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import ops
 from ..core.needs import Need
-from .base import About, LookaheadPlan, Policy, View, check_range, register_policy
+from .base import About, Held, LookaheadPlan, Policy, View, check_range, register_policy
 
 
 @register_policy
@@ -67,3 +67,14 @@ class Finch(Policy):
         logits = ops.attention_logits(queries, view.keys.transpose(0, 1), view.positions)  # [H, G, n, L]
         num_seen = (logits > -torch.inf).sum(dim=-1, keepdim=True)
         return (logits.softmax(dim=-1) * num_seen).mean(dim=(1, 2))
+
+    def score_batch(self, held: Held) -> Tensor:
+        question = min(self.num_question(held.window), held.window)
+        counts = [
+            0 if r.num_ahead else held.window if r.num_logical > r.num_prompt else question for r in held.requests
+        ]
+        seen = held.attention(ops.Effect.SEEN, counts)
+        if held.lookahead_queries is not None:
+            seen += held.attention_ahead(ops.Effect.SEEN)
+        numbers = [r.num_ahead or count for r, count in zip(held.requests, counts, strict=True)]
+        return seen / held.column(numbers)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..core.needs import Need
-from .base import About, Policy, View, check_range, register_policy
+from .base import About, Held, Policy, View, check_range, register_policy
 
 RECENT = 1e6
 """Exceeds any attention mass, as a query adds at most 1."""
@@ -53,3 +53,13 @@ class H2O(Policy):
         recent = view.positions > newest - int(self.recent_share * view.num_keep)
         # Newer tokens score higher, as a long protected prompt may leave no room for all of them.
         return torch.where(recent, view.positions.float() + RECENT, view.attention_mass)
+
+    def weights_batch(self, held: Held) -> Tensor:
+        assert held.attention_mass is not None
+        mass = held.attention_mass * held.is_held
+        return mass / mass.sum(dim=-1, keepdim=True)
+
+    def score_batch(self, held: Held) -> Tensor:
+        assert held.attention_mass is not None
+        recent = held.column([r.num_logical - int(self.recent_share * r.num_keep) for r in held.requests])
+        return torch.where(held.positions >= recent, held.positions.float() + RECENT, held.attention_mass)

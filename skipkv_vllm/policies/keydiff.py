@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..core.needs import Need
-from .base import About, Policy, View, register_policy
+from .base import About, Held, Policy, View, register_policy
 
 
 @register_policy
@@ -25,3 +25,6 @@ class KeyDiff(Policy):
         assert view.keys is not None
         unit = F.normalize(view.keys.float(), dim=-1)
         return -F.cosine_similarity(unit, unit.mean(dim=0), dim=-1).T
+
+    def score_batch(self, held: Held) -> Tensor:
+        return -held.key_similarity()

@@ -8,7 +8,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from ..core.needs import Need
-from .base import About, Policy, View, register_policy
+from .base import About, Held, Policy, View, register_policy
 
 
 @register_policy
@@ -23,3 +23,6 @@ class KNorm(Policy):
     def score(self, view: View) -> Tensor:
         assert view.keys is not None
         return -view.keys.float().norm(dim=-1).T
+
+    def score_batch(self, held: Held) -> Tensor:
+        return -held.key_norms()

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import ops
 from ..core.needs import Need
-from .base import About, LookaheadPlan, Policy, View, check_odd, check_range, register_policy
+from .base import About, Held, LookaheadPlan, Policy, View, check_odd, check_range, register_policy
 from .snapkv import SnapKV
 
 
@@ -67,3 +67,12 @@ class LAQ(Policy):
         if self.with_window:
             received += ops.attention_received(view.queries, keys, view.positions)
         return ops.pooled(received, view.window, self.pool)
+
+    def score_batch(self, held: Held) -> Tensor:
+        if held.lookahead_queries is None:
+            return self.draft.score_batch(held)
+        received = held.attention_ahead()
+        counts = [held.window if self.with_window or not request.num_ahead else 0 for request in held.requests]
+        if any(counts):
+            received += held.attention(counts=counts)
+        return held.pooled(received, self.pool)

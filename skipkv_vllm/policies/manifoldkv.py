@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ..core.needs import Need
-from .base import About, Policy, View, check_range, register_policy
+from .base import About, Held, Policy, View, check_range, register_policy
+from .held import WHOLE
 
 
 @register_policy
@@ -37,3 +38,6 @@ class ManifoldKV(Policy):
         assert view.keys is not None
         parts = view.keys.float().split(self.centroid_window or len(view.keys))
         return torch.cat([(part - part.mean(dim=0)).norm(dim=-1) for part in parts]).T
+
+    def score_batch(self, held: Held) -> Tensor:
+        return held.key_norms(self.centroid_window or WHOLE)

@@ -10,8 +10,10 @@ from torch import Tensor
 
 from .. import ops
 from ..core.needs import Need
-from .base import About, Policy, View, check_choice, check_odd, check_range, register_policy
+from .base import About, Held, Policy, View, check_choice, check_odd, check_range, register_policy
 from .value_aware import values_of
+
+EFFECTS = {"value": ops.Effect.VALUE, "key": ops.Effect.KEY, "joint": ops.Effect.JOINT}
 
 
 @register_policy
@@ -42,7 +44,7 @@ class OBCache(Policy):
     pool: int = 7
 
     def __post_init__(self) -> None:
-        check_choice("form", self.form, ("value", "key", "joint"))
+        check_choice("form", self.form, tuple(EFFECTS))
         check_range("queries", self.queries, 0, 4096)
         check_range("pool", self.pool, 1, 63)
         check_odd("pool", self.pool)
@@ -62,3 +64,7 @@ class OBCache(Policy):
             change = logits * (values - output[..., None, :])
             error = attention**2 * (change + values if self.form == "joint" else change).square().sum(dim=-1)
         return ops.pooled(error.sum(dim=2).mean(dim=1), view.window, self.pool)
+
+    def score_batch(self, held: Held) -> Tensor:
+        count = min(self.queries or held.window, held.window)
+        return held.pooled(held.attention(EFFECTS[self.form], [count] * len(held.requests)), self.pool)

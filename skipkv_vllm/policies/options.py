@@ -41,15 +41,6 @@ class SegmentOptions:
 
 
 @dataclass(frozen=True)
-class TokenScore:
-    """Parameters of the operator `score_tokens`, which also subtracts `View.sentence_penalty`, if any."""
-
-    pool: int
-    mix: float
-    redundancy_threshold: float
-
-
-@dataclass(frozen=True)
 class LookaheadPlan:
     """Tokens that are computed ahead for their queries alone and then discarded.
 

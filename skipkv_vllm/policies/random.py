@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .base import About, Policy, View, check_range, register_policy
+from .base import About, Held, Policy, View, check_range, register_policy
 
 _BITS = 2**32 - 1
 
@@ -50,9 +50,19 @@ class Random(Policy):
 
     def score(self, view: View) -> Tensor:
         positions = view.positions.long()
-        head = view.first_head + torch.arange(positions.shape[0], device=positions.device)[:, None]
-        state = _mixed(positions[:, -1:] + 1)  # the logical length
-        for value in (self.seed, view.layer, head, positions):
+        heads = torch.arange(positions.shape[0], device=positions.device)[:, None]
+        return self._draw(positions[:, -1:] + 1, view.layer, view.first_head + heads, positions)
+
+    def score_batch(self, held: Held) -> Tensor:
+        _, layers, heads, _ = held.positions.shape
+        layer, head = (torch.arange(n, device=held.positions.device) for n in (layers, heads))
+        layer, head = held.first_layer + layer[:, None, None], held.first_head + head[:, None]
+        return self._draw(held.num_logical.long(), layer, head, held.positions.long())
+
+    def _draw(self, num_logical: Tensor, layer: Tensor | int, head: Tensor, positions: Tensor) -> Tensor:
+        """Hash int64 numbers, which broadcast against each other, to float32 from 0 to 1."""
+        state = _mixed(num_logical)
+        for value in (self.seed, layer, head, positions):
             # A linear generator would give neighbours and heads draws that are shifts of each other.
             state = _mixed((state + value) & _BITS)
         return state.float() / 2**32

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import ops
 from ..core.needs import Need
-from .base import About, Policy, TokenScore, View, check_odd, check_range, register_policy
+from .base import About, Held, Policy, View, check_odd, check_range, register_policy
 
 
 @register_policy
@@ -38,10 +38,6 @@ class RKV(Policy):
         check_range("redundancy_threshold", self.redundancy_threshold, -1.0, 1.0)
         check_odd("pool", self.pool)
 
-    @property
-    def token_score(self) -> TokenScore:
-        return TokenScore(self.pool, self.mix, self.redundancy_threshold)
-
     def score(self, view: View) -> Tensor:
         assert view.queries is not None
         assert view.keys is not None
@@ -51,3 +47,6 @@ class RKV(Policy):
         score = self.mix * importance - (1 - self.mix) * redundancy[:, :old]
         # The runtime pins the window, so its score does not matter.
         return torch.nn.functional.pad(score, (0, view.window))
+
+    def score_batch(self, held: Held) -> Tensor:
+        return held.token_scores(self.pool, self.mix, self.redundancy_threshold)

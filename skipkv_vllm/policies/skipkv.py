@@ -15,10 +15,10 @@ from ..core.errors import KVPolicyError
 from ..core.needs import Need
 from .base import (
     About,
+    Held,
     Measured,
     Policy,
     SentenceOptions,
-    TokenScore,
     View,
     check_choice,
     check_range,
@@ -132,11 +132,6 @@ class SkipKV(Policy):
         return SentenceOptions(self.similarity_threshold, self.max_sentences, tables)
 
     @property
-    def token_score(self) -> TokenScore | None:
-        # The operator subtracts the penalty.
-        return None if self.compat == "default" else self._rkv.token_score
-
-    @property
     def _rkv(self) -> RKV:
         return RKV(self.mix, self.pool, self.redundancy_threshold)
 
@@ -156,12 +151,28 @@ class SkipKV(Policy):
         )
         return self.rank(measured)
 
+    def score_batch(self, held: Held) -> Tensor:
+        assert held.sentence_penalty is not None
+        if self.compat != "default":
+            return self._rkv.score_batch(held)  # which subtracts the penalty
+        assert held.output_error is not None
+        recent_from = [r.num_logical - self.num_recent(r.num_keep, r.num_protected) for r in held.requests]
+        measured = Measured(
+            held.output_error,
+            held.key_similarity(),
+            held.sentence_penalty,
+            held.positions >= held.column(recent_from),
+            held.is_free,
+        )
+        return self.rank(measured)
+
     def num_recent(self, num_keep: int, num_protected: int) -> int:
-        """The budget after the protected prompt, minus the older tokens."""
+        """Return how many tokens count as recent: the budget after the protected prompt, minus the older tokens."""
         free = max(num_keep - num_protected, 0)
         return int(free - min((1 - self.recent_share) * free, self.older_scale * math.sqrt(free)))
 
     def rank(self, measured: Measured) -> Tensor:
+        """Score tokens of any number of requests, layers and heads at once: float32 `[..., N]`."""
         floor = SMALLEST_ERROR * _mean(measured.output_error, measured.is_free)
         error = measured.output_error.maximum(floor).clamp(min=torch.finfo(torch.float32).tiny)
         worth = _standardised(error.log(), measured.is_free)

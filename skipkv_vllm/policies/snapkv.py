@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import ops
 from ..core.needs import Need
-from .base import About, Policy, View, check_odd, check_range, register_policy
+from .base import About, Held, Policy, View, check_odd, check_range, register_policy
 
 
 @register_policy
@@ -49,3 +49,9 @@ class SnapKV(Policy):
 
     def score(self, view: View) -> Tensor:
         return ops.pooled(self._received(view), view.window, self.pool)
+
+    def weights_batch(self, held: Held) -> Tensor:
+        return held.attention() / held.window
+
+    def score_batch(self, held: Held) -> Tensor:
+        return held.pooled(held.attention(), self.pool)

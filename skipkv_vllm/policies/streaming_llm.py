@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from .base import About, Policy, View, check_range, register_policy
+from .base import About, Held, Policy, View, check_range, register_policy
 
 
 @register_policy
@@ -31,3 +31,6 @@ class StreamingLLM(Policy):
 
     def score(self, view: View) -> Tensor:
         return view.positions.float()
+
+    def score_batch(self, held: Held) -> Tensor:
+        return held.positions.float()

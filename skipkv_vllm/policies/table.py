@@ -51,9 +51,9 @@ Generated from the code by `python -m skipkv_vllm.policies.table`; a test compar
 ## What each reads and costs
 
 Cost is that of one compaction per layer and kv head, with L held tokens, the window W, G query heads a kv head and head
-size D. Memory is what a request takes beside its KV blocks. "Native" methods are scored by fused operators (C++, CUDA,
-Triton), the others by PyTorch. [Departures from papers](../design/departures-from-papers.md) has the reasons of the
-last column that need more than a line.
+size D. Memory is what a request takes beside its KV blocks. Every method scores all layers and requests of a step at
+once, by operators in C++, CUDA and Triton. [Departures from papers](../design/departures-from-papers.md) has those
+reasons of the last column that need more than a line.
 
 | method | paper | parameters | trigger | reads | cost | memory | training | departs from the paper |
 |---|---|---|---|---|---|---|---|---|
@@ -85,11 +85,10 @@ def row(policy: Policy) -> str:
     paper = _link(about)
     given = {f.name: getattr(policy, f.name) for f in dataclasses.fields(policy)}
     fields = ", ".join(f"`{name}` ({'required' if value == '' else value})" for name, value in given.items()) or "none"
-    native = " (native)" if policy.token_score is not None else ""
     inputs, memory = ("; ".join(filter(None, column)) for column in zip(*reads, strict=True)) if reads else ("none", "")
     trigger = "none" if about.cost == "none" else "end of a prompt, bound" if policy.compacts_prompt else "bound"
     return (
-        f"| `{policy.name}` | {paper} | {fields} | {trigger} | {inputs} | {about.cost}{native} | {memory or 'none'} "
+        f"| `{policy.name}` | {paper} | {fields} | {trigger} | {inputs} | {about.cost} | {memory or 'none'} "
         f"| {about.training} | {_with_links(about.departs) or ('nowhere that we know' if about.arxiv else '')} |"
     )
 

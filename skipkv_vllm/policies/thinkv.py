@@ -12,7 +12,7 @@ from torch import Tensor
 from .. import ops
 from ..core.errors import KVPolicyError
 from ..core.needs import Need
-from .base import About, Policy, SegmentOptions, Segments, View, check_range, register_policy
+from .base import About, Held, Policy, SegmentOptions, Segments, View, check_range, register_policy
 
 FIRST_STEP, NUM_STEPS = 64, 5
 """The first step cuts a segment to 64 tokens, each further one to half of that: 32, 16, 8, 4."""
@@ -25,7 +25,7 @@ TRANSITION, EXECUTION, REASONING, UNFINISHED = range(4)
 
 
 class _Quotas(NamedTuple):
-    """Quotas of the segments, `[S]` each.
+    """Quotas of the segments, `[..., S]` each.
 
     Attributes:
         tokens: tokens that the segment may hold.
@@ -87,33 +87,34 @@ class ThinKV(Policy):
         return SegmentOptions(self.segment, NEGLIGIBLE, chosen)
 
     def kinds(self, sparsity: Tensor) -> Tensor:
-        """Classify each segment by its sparsity, int64 `[S]`."""
+        """Classify each segment by its sparsity, int64 `[..., S]`."""
         kind = torch.full_like(sparsity, REASONING, dtype=torch.int64)
         kind = torch.where(sparsity > self.transition_above, TRANSITION, kind)
         kind = torch.where(sparsity < self.execution_below, EXECUTION, kind)
         return torch.where(sparsity < 0, UNFINISHED, kind)
 
     def _quotas(self, segments: Segments) -> _Quotas:
-        kind, age = self.kinds(segments.sparsity), torch.arange(len(segments.sizes), device=segments.sizes.device)
+        kind, count = self.kinds(segments.sparsity), segments.sizes.shape[-1]
+        age = torch.arange(count, device=kind.device)
         turns = (kind == TRANSITION).long()
-        later_turns = turns.sum() - turns.cumsum(0)
+        later_turns = turns.sum(dim=-1, keepdim=True) - turns.cumsum(-1)
         # Created on the device, as copying a list from the host would wait for it.
         step = torch.arange(NUM_STEPS, device=age.device)
         ladder = F.pad(FIRST_STEP >> step, (1, 0), value=segments.longest)
         # Tokens of each segment after every number of steps; the segment that shrinks first is in the first row.
-        order = (kind * len(age) + age).argsort()
-        level = (later_turns + segments.memory).clamp(max=NUM_STEPS)[order]
-        held = segments.sizes[order, None].minimum(ladder)
-        gain = held[:, :-1] - held[:, 1:]
-        gain = torch.where(step >= level[:, None], gain, 0)
-        excess = held.gather(1, level[:, None]).sum() - segments.num_free
-        saved_before = (gain.flatten().cumsum(0) - gain.flatten()).view(gain.shape)
-        taken = (saved_before < excess) & (gain > 0)
-        reached = torch.where(taken, step + 1, 0).amax(dim=1).maximum(level)
-        rank = torch.empty_like(age).scatter(0, order, age)
+        order = (kind * count + age).argsort(dim=-1)
+        level = (later_turns + segments.memory).clamp(max=NUM_STEPS).gather(-1, order)
+        held = segments.sizes.gather(-1, order)[..., None].minimum(ladder)
+        gain = held[..., :-1] - held[..., 1:]
+        gain = torch.where(step >= level[..., None], gain, 0)
+        excess = held.gather(-1, level[..., None]).sum(dim=(-2, -1)) - segments.num_free
+        saved_before = (gain.flatten(-2).cumsum(-1) - gain.flatten(-2)).view(gain.shape)
+        taken = (saved_before < excess[..., None, None]) & (gain > 0)
+        reached = torch.where(taken, step + 1, 0).amax(dim=-1).maximum(level)
+        rank = torch.empty_like(order).scatter(-1, order, age.expand_as(order))
         # The rank of a segment is its row in the sorted order.
-        steps = torch.where(kind == UNFINISHED, 0, segments.memory + (reached - level)[rank])
-        return _Quotas(held.gather(1, reached[:, None])[rank, 0], rank, steps)
+        steps = torch.where(kind == UNFINISHED, 0, segments.memory + (reached - level).gather(-1, rank))
+        return _Quotas(held.gather(-1, reached[..., None])[..., 0].gather(-1, rank), rank, steps)
 
     def remember(self, segments: Segments) -> Tensor:
         return self._quotas(segments).steps
@@ -127,3 +128,13 @@ class ThinKV(Policy):
         chosen = ops.central_tokens(keys, view.segment, quotas.tokens, view.segments.longest)
         by_age = view.positions / (view.positions[:, -1:] + 1)
         return torch.where(chosen, 1.0 + quotas.rank[view.segment.clamp(0, len(quotas.rank) - 1)], by_age)
+
+    def score_batch(self, held: Held) -> Tensor:
+        assert held.segments is not None
+        quotas = self._quotas(held.segments)
+        first = held.column([request.num_protected for request in held.requests])
+        number = (held.positions - first).div(held.segments.longest, rounding_mode="floor")
+        number = number.clamp(0, quotas.rank.shape[-1] - 1).long()
+        rank = quotas.rank.gather(1, number.flatten(1)).view(number.shape)
+        by_age = held.positions / held.num_logical
+        return torch.where(held.central_tokens(quotas.tokens), 1.0 + rank, by_age)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import ops
 from ..core.needs import Need
-from .base import About, Policy, View, register_policy
+from .base import About, Held, Policy, View, register_policy
 
 
 @register_policy
@@ -34,3 +34,9 @@ class TOVA(Policy):
 
     def score(self, view: View) -> Tensor:
         return self.weights(view)
+
+    def weights_batch(self, held: Held) -> Tensor:
+        return held.attention(counts=[1] * len(held.requests))
+
+    def score_batch(self, held: Held) -> Tensor:
+        return self.weights_batch(held)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..core.errors import KVPolicyError
 from ..core.needs import Need
-from .base import About, Policy, View, register_policy
+from .base import About, Held, Policy, View, register_policy
 
 
 @register_policy
@@ -50,3 +50,7 @@ class TrimKV(Policy):
     def score(self, view: View) -> Tensor:
         assert view.gates is not None
         return (view.positions[:, -1:] + 1 - view.positions) * view.gates
+
+    def score_batch(self, held: Held) -> Tensor:
+        assert held.gates is not None
+        return (held.num_logical - held.positions) * held.gates

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..core.errors import KVPolicyError
 from ..core.needs import Need
-from .base import Policy, View, make_policy, policies_with_weights
+from .base import Held, Policy, View, make_policy, policies_with_weights
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,15 @@ class ValueAware(Policy):
         weights = make_policy(self.base).weights(view)
         assert weights is not None
         return weights
+
+    def base_weights_batch(self, held: Held) -> Tensor:
+        """Return the attention weights of the base, float32 `[R, layers, H, N]`."""
+        return make_policy(self.base).weights_batch(held)
+
+    @property
+    def is_batched(self) -> bool:
+        """Whether the base is batched, too."""
+        return super().is_batched and type(make_policy(self.base)).weights_batch is not Policy.weights_batch
 
 
 def values_of(view: View) -> Tensor:

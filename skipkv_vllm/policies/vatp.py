@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from .base import About, View, register_policy
+from .base import About, Held, View, register_policy
 from .value_aware import ValueAware, values_of
 
 
@@ -29,3 +29,6 @@ class VATP(ValueAware):
 
     def score(self, view: View) -> Tensor:
         return self.base_weights(view) * values_of(view).abs().sum(dim=-1)
+
+    def score_batch(self, held: Held) -> Tensor:
+        return self.base_weights_batch(held) * held.value_sums()

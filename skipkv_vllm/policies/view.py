@@ -11,22 +11,24 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Segments:
-    """The S segments of a request's text between the protected prompt and the window; the same for all layers.
+    """The segments of a request's text between the protected prompt and the window; the same for all layers.
+
+    They are `[S]` of one request, or `[R, S]` of several; of those with fewer the last ones are empty.
 
     Attributes:
-        sparsity: float32 `[S]`, share of the attention weights of a segment's last queries that count as zero, averaged
-            over heads and the chosen layers; -1 for a segment that is still being written.
-        memory: int64 `[S]`, number that `Policy.remember` returned for each segment at the last compaction; 0 for new
-            segments.
-        sizes: int64 `[S]`, tokens written in each segment.
-        num_free: tokens of all segments together that a head may keep.
+        sparsity: float32 `[..., S]`, share of the attention weights of a segment's last queries that count as zero,
+            averaged over heads and the chosen layers; -1 for a segment that is still being written.
+        memory: int64 `[..., S]`, number that `Policy.remember` returned for each segment at the last compaction; 0 for
+            new segments.
+        sizes: int64 `[..., S]`, tokens written in each segment.
+        num_free: int64 `[...]`, tokens of all segments together that a head may keep.
         longest: tokens of a complete segment.
     """
 
     sparsity: Tensor
     memory: Tensor
     sizes: Tensor
-    num_free: int
+    num_free: Tensor
     longest: int
 
 
@@ -52,8 +54,7 @@ class View:
         attention_mass: `[H, L]` float32, attention that the token received from all queries from the prompt's last
             token on, averaged over the query heads of the kv head; None unless `Need.ATTENTION_MASS`.
         output_error: `[H, L]` float32, mean of `A^2 |v - o|^2` over the queries that saw the token, older ones
-            discounted by `Policy.decay`; see `ops.output_error`. None unless `Need.OUTPUT_ERROR`. Always None in the
-            engine, which then calls `Policy.rank` instead of `score`.
+            discounted by `Policy.decay`; see `ops.output_error`. None unless `Need.OUTPUT_ERROR`.
         segment: int64 `[H, L]`, number of each token's segment, -1 in the protected prompt and S in the window; None
             unless `Need.SEGMENTS`.
         segments: the segments, whose `memory` `Policy.remember` has just updated; None unless `Need.SEGMENTS`.
@@ -91,7 +92,7 @@ class Measured:
         output_error: float32, see `View`.
         key_similarity: float32, cosine of the key with the mean of the unit keys along N.
         repeated: float32, share of the tokens of this token's sentence that later text repeats.
-        is_recent: bool, whether the token is one of the newest `Policy.num_recent`.
+        is_recent: bool, whether the token is one of the newest `SkipKV.num_recent`.
         is_free: bool, whether the token may be evicted; False for protected tokens, the window and padding.
     """
 

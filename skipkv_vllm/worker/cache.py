@@ -52,6 +52,7 @@ class KVCache:
         slots_at_once: limit on requests times the longest of them in a launch, so that temporary memory is bounded.
         device: where the pages are.
         sidecar: int32 `[layers, pages, H, page_size]`, logical positions; addressed by the same page ids as the cache.
+        key_scales: see above.
     """
 
     def __init__(self, pages: PagedCache, block_size: int, key_scales: Tensor | None = None) -> None:
@@ -63,7 +64,7 @@ class KVCache:
         self.slots_at_once = TEMPORARY_BYTES // (SLOT_BYTES * len(pages.caches) * first.shape[1])
         self.device = first.device
         self.sidecar = torch.zeros(len(pages.caches), *first.shape[:3], dtype=torch.int32, device=first.device)
-        self._key_scales = key_scales
+        self.key_scales = key_scales
         self._held_positions = ops.function("held_positions", first.device)
 
     @property
@@ -96,7 +97,7 @@ class KVCache:
     def keys(self, layer: int, pages: Tensor, length: int) -> Tensor:
         """Return the first `length` keys of a request in these kernel pages, `[H, length, D]` in slot order."""
         held = self.layers[layer].keys.read_pages(pages, length)
-        return held if self._key_scales is None else held * self._key_scales[layer, :, None, None]
+        return held if self.key_scales is None else held * self.key_scales[layer, :, None, None]
 
     def scale_queries(self, queries: Tensor) -> Tensor:
         """Scale queries `[R, layers, n, Hq, D]` so that operators can read the stored keys as they are.
@@ -105,7 +106,7 @@ class KVCache:
         """
         if self.pages.caches[0].element_size() == 1:
             queries = queries.float()
-        if self._key_scales is None:
+        if self.key_scales is None:
             return queries
-        group = queries.shape[3] // self._key_scales.shape[1]
-        return queries * self._key_scales.repeat_interleave(group, dim=1)[:, None, :, None]
+        group = queries.shape[3] // self.key_scales.shape[1]
+        return queries * self.key_scales.repeat_interleave(group, dim=1)[:, None, :, None]

@@ -95,6 +95,18 @@ class Moves(NamedTuple):
         """bool, of the shape of `source`."""
         return torch.arange(self.source.shape[-1], device=self.source.device) < self.number[..., None]
 
+    def follow(self, entries: Tensor, num_keep: Tensor) -> Tensor:
+        """Move entries by slot, `[..., R, layers, H, N]`, as their tokens move; those from slot `num_keep` on are void.
+
+        Args:
+            entries: the entries before; N is above the largest `num_keep`.
+            num_keep: int32 `[R]`.
+        """
+        # Padding goes to a place beyond the kept ones.
+        target = torch.where(self.valid, self.hole, num_keep.view(-1, 1, 1, 1)).long()
+        shape = (*entries.shape[:-1], self.source.shape[-1])
+        return entries.scatter(-1, target.expand(shape), entries.gather(-1, self.source.long().expand(shape)))
+
 
 def independent(jobs: Sequence[Job], block_size: int, most_slots: int) -> Iterator[list[Job]]:
     """Split jobs into runs that one launch may carry out.

@@ -1,18 +1,22 @@
-"""Score the held tokens of a batch of requests: by one operator where there is one, else by the policy itself."""
+"""Score the held tokens of a batch of requests: all layers at once if the method can, else one layer at a time."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import numpy as np
 import torch
 from torch import Tensor
 
-from .. import ops
 from ..core.device import to_device
 from ..core.limits import ceil_div
 from ..core.needs import Need
-from ..policies import Measured, View
+from ..policies import Held, HeldRequest, View
+from ..policies.base import Segments
 from .cache import KVCache
 from .compaction_batch import CompactionBatch
 from .ranks import Ranks
+from .requests import Job
 from .signals.base import Inputs
 
 
@@ -27,52 +31,42 @@ class Scorer:
 
     def __init__(self, cache: KVCache, window: int, ranks: Ranks) -> None:
         self._cache, self._window, self._ranks = cache, window, ranks
-        self._score_tokens = ops.function("score_tokens", cache.device)
-        self._key_similarity = ops.function("key_similarity", cache.device)
 
     def scores(self, batch: CompactionBatch, inputs: Inputs) -> Tensor:
         """Score every held token, float32 `[R, layers, H, N]` by slot; higher is kept longer."""
-        policy = batch.policy
-        if policy.needs & Need.OUTPUT_ERROR:
-            return self._ranked(batch, inputs)
-        if (fused := policy.token_score) is not None:
-            assert inputs.queries is not None
-            scores: Tensor = self._score_tokens(
-                *self._cache.pages,
-                batch.source_table,
-                batch.positions,
-                batch.num_resident,
-                self._cache.scale_queries(inputs.queries),
-                inputs.penalties,
-                fused.pool,
-                fused.mix,
-                fused.redundancy_threshold,
-            )
-            return scores
+        if not batch.policy.is_batched:
+            return self.by_layer(batch, inputs)
+        held = self._held(batch, inputs)
+        return batch.policy.score_batch(held).masked_fill(~held.is_held, -torch.inf)
+
+    def _held(self, batch: CompactionBatch, inputs: Inputs) -> Held:
+        scale = self._cache.scale_queries
+        ahead = [request.lookahead_queries for _, request in batch.jobs]
+        mass, error = _accumulated(batch, inputs)
+        return Held(
+            self._cache.pages,
+            batch.source_table,
+            batch.positions,
+            [_numbers(job) for job in batch.jobs],
+            self._window,
+            self._ranks.first_layer,
+            self._ranks.first_head,
+            self._cache.key_scales,
+            None if inputs.queries is None else scale(inputs.queries),
+            None if all(queries is None for queries in ahead) else scale(_together(ahead)),
+            inputs.penalties,
+            mass,
+            error,
+            inputs.gates,
+            inputs.segments,
+        )
+
+    def by_layer(self, batch: CompactionBatch, inputs: Inputs) -> Tensor:
+        """Score every held token by `Policy.score`, which defines the method, one layer of a request at a time."""
         scores = torch.full(batch.positions.shape, -torch.inf, dtype=torch.float32, device=batch.positions.device)
         for r in range(len(batch.jobs)):
             self._score_request(batch, inputs, r, scores[r])
         return scores
-
-    def _ranked(self, batch: CompactionBatch, inputs: Inputs) -> Tensor:
-        """Rank tokens by what was measured since each was written."""
-        policy, device = batch.policy, batch.positions.device
-        assert inputs.sums is not None
-        error, seen_by = inputs.sums
-        recent_from = [
-            [[[order.num_logical - policy.num_recent(order.num_keep, request.protected)]]]
-            for order, request in batch.jobs
-        ]
-        resident, below, from_ = (x.view(-1, 1, 1, 1) for x in (batch.num_resident, batch.pin_below, batch.pin_from))
-        is_held = torch.arange(batch.length, dtype=torch.int32, device=device) < resident
-        measured = Measured(
-            error / seen_by.clamp(min=1),
-            self._key_similarity(*self._cache.pages, batch.source_table, batch.num_resident, batch.length),
-            torch.zeros((), device=device) if inputs.penalties is None else inputs.penalties,
-            batch.positions >= to_device(recent_from, torch.int32, device),
-            is_held & (batch.positions >= below) & (batch.positions < from_),
-        )
-        return policy.rank(measured).masked_fill(~is_held, -torch.inf)
 
     def _score_request(self, batch: CompactionBatch, inputs: Inputs, r: int, scores: Tensor) -> None:
         """Let the policy score one request layer by layer, in ascending position; `scores` `[layers, H, N]` by slot."""
@@ -84,12 +78,12 @@ class Scorer:
             return None if by_slot is None else by_slot[r, ..., :length].gather(-1, by_position)
 
         positions, penalties, gates = in_order(batch.positions), in_order(inputs.penalties), in_order(inputs.gates)
-        mass = None if inputs.sums is None else in_order(inputs.sums[0])
+        mass, error = (in_order(by_slot) for by_slot in _accumulated(batch, inputs))
         assert positions is not None
         pages = batch.source_table[r, : ceil_div(length, self._cache.page_size)].long()
-        segments = None if inputs.segments is None else inputs.segments[r]
-        numbers = None
-        if segments is not None:
+        segments = numbers = None
+        if inputs.segments is not None:
+            segments = self._segments_of(batch.jobs[r], r, inputs.segments)
             number = (positions - request.protected).div(segments.longest, rounding_mode="floor").clamp(min=-1)
             in_window = positions >= order.num_logical - self._window
             numbers = torch.where(in_window, len(segments.sizes), number).long()
@@ -118,12 +112,52 @@ class Scorer:
                 queries=queries,
                 sentence_penalty=None if penalties is None else penalties[i],
                 attention_mass=None if mass is None else mass[i],
+                output_error=None if error is None else error[i],
                 segment=None if numbers is None else numbers[i],
                 segments=segments,
                 gates=None if gates is None else gates[i],
                 lookahead_queries=lookahead,
             )
             scores[i, :, :length].scatter_(-1, by_position[i], policy.score(view))
+
+    def _segments_of(self, job: Job, r: int, segments: Segments) -> Segments:
+        """Return the segments of one request."""
+        written = job.order.num_logical - self._window - job.request.protected
+        count = ceil_div(written, segments.longest)
+        sparsity, memory, sizes = (x[r, :count] for x in (segments.sparsity, segments.memory, segments.sizes))
+        return Segments(sparsity, memory, sizes, segments.num_free[r], segments.longest)
+
+
+def _numbers(job: Job) -> HeldRequest:
+    order, request = job
+    ahead = request.lookahead_queries
+    return HeldRequest(
+        order.num_resident + request.num_question,
+        order.num_keep,
+        order.num_logical,
+        request.num_prompt,
+        request.protected,
+        0 if ahead is None else ahead.shape[1],
+    )
+
+
+def _accumulated(batch: CompactionBatch, inputs: Inputs) -> tuple[Tensor | None, Tensor | None]:
+    """Return attention mass and output error, float32 `[R, layers, H, N]`; None for what the method does not need."""
+    if inputs.sums is None:
+        return None, None
+    if not batch.policy.needs & Need.OUTPUT_ERROR:
+        return inputs.sums[0], None
+    error, seen_by = inputs.sums
+    return None, error / seen_by.clamp(min=1)
+
+
+def _together(queries: Sequence[Tensor | None]) -> Tensor:
+    """Join queries `[layers, n, Hq, D]` of R requests: `[R, layers, n, Hq, D]`, the shorter ones behind others."""
+    lengths = np.array([0 if each is None else each.shape[1] for each in queries])
+    ends, most = lengths.cumsum(), int(lengths.max())
+    every = torch.cat([each for each in queries if each is not None], dim=1)
+    index = to_device((ends[:, None] - most + np.arange(most)).clip(min=0).ravel(), torch.int64, every.device)
+    return every.index_select(1, index).unflatten(1, (len(queries), most)).transpose(0, 1)
 
 
 def _in_order(held: Tensor, by_position: Tensor) -> Tensor:

@@ -105,8 +105,7 @@ class Shadow:
                     true = cache[pages].transpose(0, 1).flatten(1, 2)[:, :length, : read.shape[2]]
                     assert ((read - true).abs() <= true.abs() * relative + least * self.scales[i]).all()
                     self.num_compared += 1
-                if request.policy.token_score is None:
-                    continue
+                assert request.policy.is_batched
                 wanted = torch.full_like(got[r], -torch.inf)
                 self.scorer._score_request(batch, inputs, r, wanted)
                 torch.testing.assert_close(got[r, ..., :length], wanted[..., :length], rtol=2e-4, atol=2e-6)

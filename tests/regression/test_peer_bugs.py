@@ -141,7 +141,7 @@ def test_shared_prefix_page_overwritten():
 class Recorder:
     """Stands in for a policy and records its arguments."""
 
-    token_score = None  # so that `score` itself is called instead of the operator
+    is_batched = False  # so that `score` itself is called instead of the operators
 
     def __init__(self, policy):
         self.policy, self.views = policy, []

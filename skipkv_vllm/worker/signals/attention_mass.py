@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ... import ops
 from ...core.device import to_device
+from ...core.limits import ceil_div
 from ...core.needs import ACCUMULATED, Need
 from ..cache import KVCache
 from ..compaction_batch import CompactionBatch, Moves
 from ..requests import Reading
 from .base import Inputs, Signal
 from .queries import QueryRing
-
-GROWTH = 256
-"""Tokens by which a buffer grows."""
 
 DECAY_TOKENS = 128
 """Tokens after which sums are multiplied by `Policy.decay`; a compaction follows after each buffer."""
@@ -30,19 +30,32 @@ class AttentionMass(Signal):
     Args:
         ring: the newest queries.
         buffer: tokens between two compactions.
+        needs: what the methods of the server need.
+
+    Attributes:
+        sums: of requests whose methods need attention mass, or output error (True).
     """
 
-    def __init__(self, ring: QueryRing, buffer: int) -> None:
-        self.sums = AttentionSums()
+    def __init__(self, ring: QueryRing, buffer: int, needs: Need) -> None:
+        self.sums: dict[bool, AttentionSums] = {}
         self._ring = ring
         self._buffer = buffer
+        self._needs = needs
 
     def bind_cache(self, cache: KVCache) -> None:
         self._cache = cache
         self._measure_attention = ops.function("measure_attention", cache.device)
+        layers, pages, heads, page_size = cache.sidecar.shape
+        num_blocks = pages * page_size // cache.block_size
+        for by_error, need in ((False, Need.ATTENTION_MASS), (True, Need.OUTPUT_ERROR)):
+            if self._needs & need:
+                # Errors are summed with the number of queries that saw the token.
+                shape = (2 if by_error else 1, layers, heads, cache.block_size)
+                self.sums[by_error] = AttentionSums(shape, num_blocks, cache.device)
 
     def forget(self, row: int) -> None:
-        self.sums.forget(row)
+        for sums in self.sums.values():
+            sums.forget(row)
 
     def accumulate(self, readings: Sequence[Reading]) -> None:
         for by_error in (False, True):
@@ -80,79 +93,121 @@ class AttentionMass(Signal):
         parts = [found]
         if output_error:
             # How many of the queries see each token.
+            is_held = torch.arange(longest, dtype=torch.int32, device=found.device) < resident.view(-1, 1, 1, 1)
             seen_by = newest.view(-1, 1, 1, 1) + 1 - positions
-            parts.append(seen_by.clamp_(min=0).minimum(num_queries.view(-1, 1, 1, 1)))
-        for r, (order, request) in enumerate(readings):
-            own = slice(request.first_summed, order.num_resident)
-            self.sums.add(request.row, [part[r, ..., own] for part in parts])
+            seen_by = seen_by.clamp_(min=0).minimum(num_queries.view(-1, 1, 1, 1))
+            parts.append((seen_by * is_held).float())
+        spans = [Span(request.row, request.first_summed, order.num_resident) for order, request in readings]
+        self.sums[output_error].add(spans, torch.stack(parts))
 
     def read(self, batch: CompactionBatch, inputs: Inputs) -> None:
-        if not batch.needs & ACCUMULATED:
-            return
-        number = 2 if batch.needs & Need.OUTPUT_ERROR else 1
-        shape = (number, *batch.positions.shape)
-        inputs.sums = torch.zeros(shape, dtype=torch.float32, device=batch.positions.device)
-        for r, (order, request) in enumerate(batch.jobs):
-            own = inputs.sums[:, r, ..., request.first_summed : order.num_resident]
-            own.copy_(self.sums.read(request.row, number, own[0]))
+        if batch.needs & ACCUMULATED:
+            spans = [Span(request.row, request.first_summed, order.num_resident) for order, request in batch.jobs]
+            inputs.sums = self._sums_of(batch).read(spans, batch.length)
 
     def move(self, batch: CompactionBatch, inputs: Inputs, moves: Moves) -> None:
-        if not batch.needs & ACCUMULATED:
+        if inputs.sums is None:
             return
+        sums = moves.follow(inputs.sums, batch.num_keep)
+        spans = [Span(request.row, request.first_summed, order.num_keep) for order, request in batch.jobs]
+        most = max(span.end for span in spans)
+        # The rest is cleared for the tokens to come.
+        slots = torch.arange(most, dtype=torch.int32, device=sums.device)
         decay = batch.policy.decay ** (self._buffer / DECAY_TOKENS)
-        first_summed = [[[[request.first_summed]]] for _, request in batch.jobs]
-        first = to_device(first_summed, torch.int64, batch.positions.device)
-        # Padding names slot 0, which may have no sum; it goes to a place beyond the kept ones.
-        source = (moves.source.long() - first).clamp_(min=0)
-        target = torch.where(moves.valid, moves.hole.long(), batch.num_keep.view(-1, 1, 1, 1)) - first
-        for r, (order, request) in enumerate(batch.jobs):
-            self.sums.move(request.row, order.num_keep - request.first_summed, source[r], target[r], decay)
+        factor = (slots < batch.num_keep.view(-1, 1, 1, 1)) * decay
+        self._sums_of(batch).replace(spans, sums[..., :most] * factor)
+
+    def _sums_of(self, batch: CompactionBatch) -> AttentionSums:
+        return self.sums[bool(batch.needs & Need.OUTPUT_ERROR)]
+
+
+class Span(NamedTuple):
+    """Slots of a request whose tokens have sums: from `first` up to `end`."""
+
+    row: int
+    first: int
+    end: int
 
 
 class AttentionSums:
-    """float32 `[K, layers, H, capacity]` per running request: K sums by slot, growing with its resident length.
+    """K sums of every token that a request holds, by slot, in blocks as large as those of the KV cache.
 
-    They are kept by request and not by block, because requests that share a block attend to it differently.
+    They are kept by request and not by KV block, because requests that share a block attend to it differently. There
+    are as many blocks as in the KV cache, allocated with it; requests that share many blocks may need more, which are
+    then added.
+
+    Args:
+        shape: K, layers, H and P, the tokens of a block.
+        num_blocks: blocks to allocate.
+        device: where the model runs.
     """
 
-    def __init__(self) -> None:
-        self._sums: dict[int, Tensor] = {}
+    def __init__(self, shape: tuple[int, int, int, int], num_blocks: int, device: torch.device) -> None:
+        self._size = shape[-1]
+        self._entries = torch.zeros(num_blocks + 1, *shape, dtype=torch.float32, device=device)
+        """float32 `[blocks, *shape]`; the first one stands in for blocks that do not exist"""
+        self._free = list(range(num_blocks, 0, -1))
+        self._blocks: dict[int, np.ndarray] = {}
+        """row -> int64, block of sums of each block of the request; 0 for those without"""
 
     def forget(self, row: int) -> None:
         """Drop the sums of a row."""
-        self._sums.pop(row, None)
+        self._give_back(self._blocks.pop(row, np.zeros(0, dtype=np.int64)))
 
-    def add(self, row: int, found: Sequence[Tensor]) -> None:
-        """Add K tensors `[layers, H, length]`, float32 or integer, for the tokens in the first `length` slots."""
-        length = found[0].shape[-1]
-        for total, part in zip(self._sized(row, len(found), found[0]), found, strict=True):
-            total[..., :length] += part
+    def num_blocks(self, row: int) -> int:
+        """Return how many blocks a row has."""
+        return int(np.count_nonzero(self._blocks.get(row, 0)))
 
-    def read(self, row: int, count: int, like: Tensor) -> Tensor:
-        """Return K = `count` sums by slot, each of the shape of `like` `[layers, H, length]`; 0 if none was added."""
-        return self._sized(row, count, like)[..., : like.shape[-1]]
+    def add(self, spans: Sequence[Span], found: Tensor) -> None:
+        """Add numbers of R requests, float32 `[K, R, layers, H, N]` by slot; 0 past a request's span."""
+        fresh: list[int] = []
+        for row, first, end in spans:
+            blocks = self._blocks.get(row, np.zeros(first // self._size, dtype=np.int64))
+            missing = max(0, ceil_div(end, self._size) - len(blocks))
+            taken = self._take(missing)
+            self._blocks[row] = np.concatenate([blocks, np.array(taken, dtype=np.int64)])
+            fresh += taken
+        if fresh:
+            self._entries.index_fill_(0, to_device(fresh, torch.int64, found.device), 0.0)
+        by_block = self._by_block(found)
+        self._entries.index_add_(0, self._index(spans, by_block.shape[1]), by_block.flatten(0, 1))
 
-    def move(self, row: int, num_keep: int, source: Tensor, target: Tensor, decay: float) -> None:
-        """Follow a compaction, then multiply by `decay`.
+    def read(self, spans: Sequence[Span], length: int) -> Tensor:
+        """Return the sums of R requests by slot, float32 `[K, R, layers, H, length]`; 0 where none was added."""
+        self._entries[0].zero_()
+        count = ceil_div(length, self._size)
+        found = self._entries[self._index(spans, count)].unflatten(0, (len(spans), count))
+        return found.permute(2, 0, 3, 4, 1, 5).flatten(-2)[..., :length]
 
-        Args:
-            row: row of the request.
-            num_keep: number of sums that stay; the rest is cleared for the tokens to come.
-            source, target: int64 `[layers, H, M]`, the moves; one whose target is `num_keep` is padding.
-        """
-        sums = self._sums[row]
-        source, target = (x.expand(sums.shape[0], *x.shape) for x in (source, target))
-        sums.scatter_(-1, target, sums.gather(-1, source))
-        sums[..., num_keep:] = 0
-        if decay != 1.0:
-            sums *= decay
+    def replace(self, spans: Sequence[Span], kept: Tensor) -> None:
+        """Replace the sums of R requests, float32 `[K, R, layers, H, N]` by slot; those past a span are dropped."""
+        by_block = self._by_block(kept)
+        self._entries.index_copy_(0, self._index(spans, by_block.shape[1]), by_block.flatten(0, 1))
+        for row, _, end in spans:
+            if row in self._blocks:
+                count = ceil_div(end, self._size)
+                self._give_back(self._blocks[row][count:])
+                self._blocks[row] = self._blocks[row][:count]
 
-    def _sized(self, row: int, count: int, like: Tensor) -> Tensor:
-        held, length = self._sums.get(row), like.shape[-1]
-        if held is None or held.shape[-1] < length:
-            capacity = (length // GROWTH + 1) * GROWTH
-            grown = torch.zeros(count, *like.shape[:-1], capacity, dtype=torch.float32, device=like.device)
-            if held is not None:
-                grown[..., : held.shape[-1]] = held
-            self._sums[row] = held = grown
-        return held
+    def _by_block(self, by_slot: Tensor) -> Tensor:
+        """Arrange `[K, R, layers, H, N]` as `[R, blocks, K, layers, H, P]`."""
+        padding = -by_slot.shape[-1] % self._size
+        return F.pad(by_slot, (0, padding)).unflatten(-1, (-1, self._size)).permute(1, 4, 0, 2, 3, 5)
+
+    def _index(self, spans: Sequence[Span], count: int) -> Tensor:
+        """Return the blocks of sums of the first `count` blocks of each request, int64 `[R * count]`."""
+        index = np.zeros((len(spans), count), dtype=np.int64)
+        for r, (row, _, end) in enumerate(spans):
+            own = self._blocks.get(row, index[r])[: min(count, ceil_div(end, self._size))]
+            index[r, : len(own)] = own
+        return to_device(index.ravel(), torch.int64, self._entries.device)
+
+    def _take(self, count: int) -> list[int]:
+        while len(self._free) < count:
+            number = len(self._entries)
+            self._entries = torch.cat([self._entries, torch.zeros_like(self._entries)])
+            self._free = [*range(2 * number - 1, number - 1, -1), *self._free]
+        return [self._free.pop() for _ in range(count)]
+
+    def _give_back(self, blocks: np.ndarray) -> None:
+        self._free += blocks[blocks > 0].tolist()

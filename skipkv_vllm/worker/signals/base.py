@@ -55,14 +55,14 @@ class Inputs:
         queries: the last W queries `[R, layers, W, Hq, D]`, oldest first.
         penalties: float32 `[R, layers, H, N]`, how much later text repeats the sentence of each token.
         sums: float32 `[K, R, layers, H, N]`: attention mass, or output error and number of queries.
-        segments: of each request.
+        segments: `[R, S]`, after `Policy.remember`.
         gates: float32 `[R, layers, H, N]`.
     """
 
     queries: Tensor | None = None
     penalties: Tensor | None = None
     sums: Tensor | None = None
-    segments: Sequence[Segments] | None = None
+    segments: Segments | None = None
     gates: Tensor | None = None
 
 

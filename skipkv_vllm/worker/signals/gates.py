@@ -151,22 +151,11 @@ class TokenGates(Signal):
     def move(self, batch: CompactionBatch, inputs: Inputs, moves: Moves) -> None:
         if inputs.gates is None:
             return
-        source, hole, valid = moves.source.long(), moves.hole.long(), moves.valid
-        for r, (order, _) in enumerate(batch.jobs):
-            kept = moved(inputs.gates[r], order.num_keep, source[r], hole[r], valid[r])
-            slot = torch.arange(order.num_keep, device=kept.device)
-            pages = batch.target_table[r].long()
-            slots = pages[slot // self._page_size] * self._page_size + slot % self._page_size
-            self._entries[:, slots] = kept.transpose(1, 2)
-
-
-def moved(held: Tensor, num_keep: int, source: Tensor, hole: Tensor, valid: Tensor) -> Tensor:
-    """Return entries by slot after a compaction, `[layers, H, num_keep]`; for the moves see `ops.move_list`.
-
-    Args:
-        held: `[layers, H, N]` by slot, before; N is above `num_keep`.
-        num_keep: number of tokens that stay.
-        source, hole, valid: the moves.
-    """
-    # Padding goes to a place beyond the kept ones.
-    return held.scatter(-1, torch.where(valid, hole, num_keep), held.gather(-1, source))[..., :num_keep]
+        # Slots past a request's last kept one stand for that one, so every request has equally many.
+        most = torch.arange(max(order.num_keep for order, _ in batch.jobs), device=inputs.gates.device)
+        slot = most.minimum(batch.num_keep[:, None].long() - 1)  # [R, K]
+        page = batch.target_table.long().gather(1, slot // self._page_size)
+        kept = moves.follow(inputs.gates, batch.num_keep)
+        kept = kept.gather(-1, slot[:, None, None].expand(*kept.shape[:-1], -1))
+        to = (page * self._page_size + slot % self._page_size).flatten()
+        self._entries[:, to] = kept.permute(1, 0, 3, 2).flatten(1, 2)

@@ -15,7 +15,7 @@ from skipkv_vllm.config import KVPolicyConfig, RequestOptions
 from skipkv_vllm.core.errors import KVPolicyError
 from skipkv_vllm.policies import make_policy
 from skipkv_vllm.policies.base import Segments
-from skipkv_vllm.policies.thinkv import ThinKV, _central
+from skipkv_vllm.policies.thinkv import ThinKV
 from tests.reference import formulas
 
 POLICY = ThinKV(transition_above=0.7, execution_below=0.4)
@@ -31,7 +31,7 @@ def test_quotas_equal_the_loop(known: list[tuple[float, int]], last: int, is_unf
     sparsity, memory = ([each[i] for each in known] for i in (0, 1))
     sizes = [128] * (len(known) - 1 + is_unfinished) + [last]
     padded = torch.tensor(sparsity + [-1.0] * is_unfinished), torch.tensor(memory + [0] * is_unfinished)
-    segments = Segments(*padded, torch.tensor(sizes), num_free, 128)
+    segments = Segments(*padded, torch.tensor(sizes), torch.tensor(num_free), 128)
     sparsity = padded[0].double().tolist()[: len(known)]  # as float32 has them
     quota, order, steps = formulas.quotas(sparsity, list(memory), sizes, num_free, 0.7, 0.4)
     found = POLICY._quotas(segments)
@@ -39,7 +39,7 @@ def test_quotas_equal_the_loop(known: list[tuple[float, int]], last: int, is_unf
     assert found.rank.argsort().tolist() == order
     assert POLICY.remember(segments).tolist() == steps
     # Once noted, nothing shrinks further, or every layer would have its own quotas.
-    again = POLICY._quotas(Segments(segments.sparsity, found.steps, segments.sizes, num_free, 128))
+    again = POLICY._quotas(Segments(segments.sparsity, found.steps, segments.sizes, segments.num_free, 128))
     assert again.tokens.tolist() == quota
 
 
@@ -50,7 +50,7 @@ def test_central_tokens_equal_the_loop(seed: int) -> None:
     quota = torch.tensor([8, 64, 4, 32])
     counts = torch.tensor([[3, 40, 20, 15, 7, 5], [3, 9, 60, 6, 7, 5]])
     segment = torch.stack([torch.arange(-1, 5).repeat_interleave(each) for each in counts])
-    found = _central(keys, segment, quota, 128)
+    found = ops.central_tokens(keys, segment, quota, 128)
     for head in range(2):
         for number, wanted in enumerate(quota.tolist()):
             members = (segment[head] == number).nonzero().flatten()

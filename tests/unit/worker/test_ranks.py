@@ -109,7 +109,7 @@ def kept(policy: str, granularity: str, layers: slice, heads: slice, ranks: Rank
         for slot in (0, 1):
             tracker.reset(slot, 0)
         tracker.update(TrackedTokens(tokens, spans, total, topics[place // 5 % 3] + noise if size else None))
-    mass = AttentionMass(ring, config.kv_buffer) if ring is not None and needs & ACCUMULATED else None
+    mass = AttentionMass(ring, config.kv_buffer, needs) if ring is not None and needs & ACCUMULATED else None
     sentences = Sentences(tracker, ranks) if needs & Need.SENTENCES else None
     signals, cache = Signals(ring, sentences, mass), KVCache(PagedCache.of(caches, Layout.ROWS), PAGE)
     for signal in signals:

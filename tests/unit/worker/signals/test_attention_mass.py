@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from skipkv_vllm import ops
-from skipkv_vllm.worker.signals.attention_mass import GROWTH, AttentionSums
+from skipkv_vllm.worker.signals.attention_mass import AttentionSums, Span
 
-LAYERS, HEADS = 2, 3
+LAYERS, HEADS, BLOCK = 2, 3, 4
+CPU = torch.device("cpu")
 
 
 class ByToken:
@@ -61,54 +62,95 @@ def choose(length: int, keep: int, generator: torch.Generator) -> Tensor:
     return ranks < keep
 
 
+def sums_of(kinds: int, num_blocks: int = 400) -> AttentionSums:
+    return AttentionSums((kinds, LAYERS, HEADS, BLOCK), num_blocks, CPU)
+
+
+def together(parts: list[Tensor]) -> Tensor:
+    """Pad tensors `[K, layers, H, N]` with zeros to one `[K, R, layers, H, N]`."""
+    most = max(part.shape[-1] for part in parts)
+    return torch.stack([torch.nn.functional.pad(part, (0, most - part.shape[-1])) for part in parts], dim=1)
+
+
+def kept_sums(found: Tensor, kept: Tensor) -> Tensor:
+    """Move sums `[K, layers, H, N]` as a compaction moves their tokens."""
+    keep = int(kept[0, 0].sum())
+    source, hole, valid = ops.move_list(kept, keep)
+    found = torch.nn.functional.pad(found, (0, 1))  # where padding goes
+    source, target = (x.expand(len(found), *x.shape) for x in (source, torch.where(valid, hole, found.shape[-1] - 1)))
+    return found.scatter(-1, target, found.gather(-1, source))[..., :keep]
+
+
 @pytest.mark.parametrize("decay", [1.0, 0.7, 0.0])
 @pytest.mark.parametrize("kinds", [1, 2])
 def test_sums_follow_their_tokens(kinds, decay):
-    """Several requests of one table grow past their buffers, are compacted, and grow again."""
+    """Several requests grow together, are compacted, and grow again, in blocks that others gave back."""
     chance, generator = random.Random(kinds), torch.Generator().manual_seed(kinds)
-    sums, requests = AttentionSums(), {row: ByToken(kinds) for row in (4, 0, 1)}
-    for _ in range(6):
+    sums, requests = sums_of(kinds, 8), {row: ByToken(kinds) for row in (4, 0, 1)}
+    for _ in range(12):
+        names = chance.sample(list(requests), chance.randint(1, 3))
+        found = []
+        for row in names:
+            requests[row].write(chance.choice([1, 3, BLOCK, 25]))
+            found.append(torch.rand(kinds, LAYERS, HEADS, requests[row].length, generator=generator))
+            requests[row].add(found[-1])
+        spans = [Span(row, 0, requests[row].length) for row in names]
+        sums.add(spans, together(found))
+        wanted = together([requests[row].expected() for row in names])
+        held = sums.read(spans, wanted.shape[-1])
+        torch.testing.assert_close(held, wanted)
+        if chance.random() < 0.6:
+            spans, parts = [], []
+            for i, row in enumerate(names):
+                length = requests[row].length
+                keep = chance.randint(1, length)
+                kept = choose(length, keep, generator)
+                parts.append(decay * kept_sums(held[:, i, ..., :length], kept))
+                requests[row].compact(kept, decay)
+                spans.append(Span(row, 0, keep))
+            sums.replace(spans, together(parts))
         for row, request in requests.items():
-            request.write(chance.choice([1, 7, GROWTH // 2, GROWTH]))
-            found = torch.rand(kinds, LAYERS, HEADS, request.length, generator=generator)
-            sums.add(row, list(found))
-            request.add(found)
-            torch.testing.assert_close(sums.read(row, len(found), found[0]), request.expected())
-            if chance.random() < 0.6:
-                keep = chance.randint(1, request.length)
-                kept = choose(request.length, keep, generator)
-                source, hole, valid = ops.move_list(kept, keep)
-                sums.move(row, keep, torch.where(valid, source, 0), torch.where(valid, hole, keep), decay)
-                request.compact(kept, decay)
-            torch.testing.assert_close(sums.read(row, len(found), found[0, ..., : request.length]), request.expected())
-    assert max(request.written for request in requests.values()) > 2 * GROWTH
+            if request.length:
+                torch.testing.assert_close(
+                    sums.read([Span(row, 0, request.length)], request.length)[:, 0], request.expected()
+                )
+                assert sums.num_blocks(row) == -(-request.length // BLOCK)
+    assert sum(-(-request.length // BLOCK) for request in requests.values()) > 8, "no block had to be added"
 
 
 def test_tokens_in_slots_that_others_left_begin_at_zero():
-    sums, found = AttentionSums(), torch.ones(1, LAYERS, HEADS, 10)
-    sums.add(0, list(found))
-    kept = torch.zeros(LAYERS, HEADS, 10, dtype=torch.bool)
-    kept[..., 5:] = True
-    source, hole, valid = ops.move_list(kept, 5)
-    sums.move(0, 5, source, torch.where(valid, hole, 5), decay=1.0)
-    assert (
-        sums.read(0, len(found), found[0]).tolist()
-        == (torch.arange(10) < 5).float().expand(1, LAYERS, HEADS, -1).tolist()
-    )
+    sums = sums_of(1)
+    sums.add([Span(0, 0, 10)], torch.ones(1, 1, LAYERS, HEADS, 10))
+    sums.replace([Span(0, 0, 5)], torch.ones(1, 1, LAYERS, HEADS, 5))
+    sums.add([Span(0, 0, 10)], torch.zeros(1, 1, LAYERS, HEADS, 10))
+    assert torch.equal(sums.read([Span(0, 0, 10)], 10), (torch.arange(10) < 5).float().expand(1, 1, LAYERS, HEADS, -1))
+
+
+def test_protected_tokens_have_no_blocks():
+    sums = sums_of(1)
+    sums.add([Span(0, 9, 14), Span(1, 0, 3)], torch.ones(1, 2, LAYERS, HEADS, 14))
+    assert (sums.num_blocks(0), sums.num_blocks(1)) == (2, 1)
+    found = sums.read([Span(0, 9, 14)], 14)
+    assert not found[..., :8].any()
+    assert (found[..., 8:] == 1).all()
 
 
 def test_what_was_never_counted_is_zero():
-    assert not AttentionSums().read(3, 2, torch.ones(LAYERS, HEADS, 7)).any()
+    sums = sums_of(2)
+    # Whatever lies in the block that stands in for those that do not exist.
+    sums.add([Span(0, 0, 3)], torch.full((2, 1, LAYERS, HEADS, 20), torch.inf))
+    assert not sums.read([Span(3, 0, 7)], 7).any()
 
 
 def test_a_request_is_forgotten_alone():
-    sums, found = AttentionSums(), torch.ones(2, LAYERS, HEADS, 7)
-    sums.add(0, list(found))
-    sums.add(1, list(found))
+    sums, found = sums_of(2, 4), torch.ones(2, 1, LAYERS, HEADS, 7)
+    sums.add([Span(0, 0, 7)], found)
+    sums.add([Span(1, 0, 7)], found)
     sums.forget(0)
     sums.forget(5)
-    assert not sums.read(0, len(found), found[0]).any()
-    assert torch.equal(sums.read(1, len(found), found[0]), found)
-    # The next request in this row may use another method.
-    sums.forget(1)
-    assert sums.read(1, 1, found[0]).shape == (1, LAYERS, HEADS, 7)
+    assert not sums.read([Span(0, 0, 7)], 7).any()
+    assert torch.equal(sums.read([Span(1, 0, 7)], 7), found)
+    # The next request takes the blocks and finds them empty.
+    sums.add([Span(2, 0, 7)], found)
+    assert torch.equal(sums.read([Span(2, 0, 7)], 7), found)
+    assert len(sums._entries) == 5
