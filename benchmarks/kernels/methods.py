@@ -13,6 +13,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -39,7 +40,7 @@ from skipkv_vllm.worker.signals.segments import SegmentSparsity
 from skipkv_vllm.worker.signals.sentence_tracker import SentenceTracker
 from skipkv_vllm.worker.signals.sentences import Sentences
 
-from .measure import Work, interleaved, medians
+from .clocks import CpuClock, Work
 
 LENGTHS = (1152, 2176)
 DEFAULT = "skipkv"
@@ -260,7 +261,8 @@ def bench(sizes: Sizes, only: Sequence[str], repeats: int, seconds: float) -> di
                 needs_gates = bool(_needs(name) & Need.GATES)
                 extra = {"gates": _gates_file(folder, sizes)} if needs_gates else {}
                 works[row] = CompactionOf(name, {**parameters, **extra}, sizes)
-        return medians(interleaved(works, repeats, seconds))
+        timed = CpuClock().interleaved(works, repeats, seconds)
+        return {name: median(times) for name, times in timed.items()}
 
 
 def _needs(name: str) -> Need:

@@ -136,7 +136,7 @@ class _Operators(Costs):
         """See `Costs`."""
         if shape.head_size != self._measured.dim:
             raise self._lacks(f"a head size of {shape.head_size}", f"--dim {shape.head_size}")
-        if eviction.rule == "layers":
+        if eviction.rule == "keys":
             raise KVPolicyError(
                 f"--calibration {self._path} has no times of {eviction.method}, which PyTorch scores layer by layer; "
                 "leave --calibration out"

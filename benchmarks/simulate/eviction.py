@@ -17,7 +17,7 @@ RULES = {
     "redundancy": "compares each key with later ones until it finds a similar one (`score_tokens`)",
     "error": "measures what each query's output would be without each token (`measure_attention`)",
     "attention": "measures the attention of each query to each token (`measure_attention`)",
-    "layers": "scores in PyTorch, layer by layer",
+    "keys": "reads keys and values once, in a few operations for all layers",
 }
 """How a method scores tokens, which decides what a compaction costs; "it ..."."""
 
@@ -25,7 +25,7 @@ WITHIN = 128
 """Later keys among which a similar one is found, if keys are similar: two tiles of the search."""
 
 OPERATIONS = 25
-"""Operations of PyTorch in which a method scores a layer, about, or ranks all tokens by what was measured."""
+"""Operations of PyTorch in which a method scores or ranks the tokens of all layers, about."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Eviction:
         elif needs & ACCUMULATED:
             rule = "error" if needs & Need.OUTPUT_ERROR else "attention"
         else:
-            rule = "layers"
+            rule = "keys"
         tracks = "embeddings" if needs & Need.HIDDEN else "words" if needs & Need.SENTENCES else ""
         records = bool(needs & Need.QUERIES)
         return cls(config.kv_policy, bound, config.kv_buffer, rule, keys, records, tracks)
@@ -114,4 +114,4 @@ def _scoring(gpu: GPU, shape: ModelShape, eviction: Eviction, efficiency: Effici
         reading = 2 * dim * products / (gpu.vector * efficiency.sums) + (4 if by_error else 2) * keys / memory
         ranking = OPERATIONS * efficiency.eager
         return eviction.buffer / NUM_ACCUMULATED * (reading + 8 * efficiency.launch) + ranking
-    return 2 * keys / memory + OPERATIONS * shape.num_layers * efficiency.eager
+    return 2 * keys / memory + OPERATIONS * efficiency.eager

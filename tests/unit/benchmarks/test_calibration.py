@@ -108,7 +108,7 @@ def test_operators_of_every_step_are_a_line_in_the_tokens(tmp_path):
             Eviction("m", 2000, 128, "error"),
             "no figures for a head size of 64.*--dim 64",
         ),
-        (SHAPE, Eviction("keydiff", 2000, 128, "layers"), "no times of keydiff.*leave --calibration out"),
+        (SHAPE, Eviction("keydiff", 2000, 128, "keys"), "no times of keydiff.*leave --calibration out"),
         (SHAPE, Eviction("m", 2000, 128, "error", tracks="embeddings"), "no figures for sentences by embeddings"),
     ],
 )

@@ -101,7 +101,7 @@ def test_a_fit_finds_the_costs():
     assert min(no_compactions.as_dict().values()) >= 0
 
 
-@pytest.mark.parametrize("rule", ["redundancy", "error", "attention", "layers"])
+@pytest.mark.parametrize("rule", ["redundancy", "error", "attention", "keys"])
 def test_calibration_finds_what_a_gpu_reached(rule):
     # A fit cannot tell launches from the fixed part.
     true = Efficiency(weights=0.7, attention=0.5, flops=0.4, host=1e-3, per_request=5e-6, launch=0.0, compaction=3.0)
@@ -144,7 +144,7 @@ def test_a_compaction_costs_what_its_products_and_its_bytes_take():
     product = 2 * 36 * 32 * 32 * 2176 * 128 / gpu.vector
     assert seconds("error") == pytest.approx(4 * (4 * product + 4 * keys / gpu.bandwidth) + moved / gpu.bandwidth)
     assert seconds("attention") == pytest.approx(4 * (2 * product + 2 * keys / gpu.bandwidth) + moved / gpu.bandwidth)
-    assert seconds("layers") == pytest.approx((2 * keys + moved) / gpu.bandwidth)
+    assert seconds("keys") == pytest.approx((2 * keys + moved) / gpu.bandwidth)
 
 
 def test_what_is_assumed_of_a_gpu_is_no_better_than_its_instructions_allow():
@@ -166,7 +166,7 @@ def test_what_is_assumed_of_a_gpu_is_no_better_than_its_instructions_allow():
         ("skipkv", {"compat": "paper"}, "redundancy", "embeddings"),
         ("skipkv", {}, "error", "words"),
         ("h2o", {}, "attention", ""),
-        ("keydiff", {}, "layers", ""),
+        ("keydiff", {}, "keys", ""),
     ],
 )
 def test_a_methods_rule_follows_from_what_it_needs(policy, parameters, rule, tracks):
