@@ -138,8 +138,7 @@ class _Operators(Costs):
             raise self._lacks(f"a head size of {shape.head_size}", f"--dim {shape.head_size}")
         if eviction.rule == "keys":
             raise KVPolicyError(
-                f"--calibration {self._path} has no times of {eviction.method}, which PyTorch scores layer by layer; "
-                "leave --calibration out"
+                f"--calibration {self._path} has no times of {eviction.method}; leave --calibration out"
             )
         # So many requests reach their bound in a step.
         at_once = requests / eviction.buffer
