@@ -7,6 +7,7 @@ Environment:
     SKIPKV_BUILD_CPU=0: do not build the C++ operators.
     SKIPKV_BUILD_CUDA=1 or 0: build the CUDA operators or not; by default they are built where `nvcc` and a PyTorch for
         CUDA are installed.
+    SKIPKV_CUDA_ARCHITECTURES=90a: build the CUDA operators for these architectures only (several with commas).
     SKIPKV_SANITIZE=1: build an instrumented C++ library instead, for `scripts/sanitize.sh`.
 """
 
@@ -98,12 +99,18 @@ def cpu_units(torch: Path, compiler: str, headers: Path, sanitize: bool) -> list
 def cuda_units(torch: Path, compiler: str, headers: Path) -> list[Unit]:
     flags = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", STABLE_ABI, "-DUSE_CUDA"]
     flags += ["--expt-relaxed-constexpr", *includes(torch, headers)]
-    flags += [part for each in GENCODE for part in ("-gencode", each)]
+    flags += [part for each in gencode() for part in ("-gencode", each)]
     return [
         Unit(source.stem, [compiler, *flags, "-c", str(source)])
         for source in sorted((ROOT / "csrc/cuda").glob("*"))
         if source.suffix in (".cu", ".cpp")
     ]
+
+
+def gencode() -> tuple[str, ...]:
+    """Return nvcc's names of the architectures to build for."""
+    chosen = os.environ.get("SKIPKV_CUDA_ARCHITECTURES")
+    return tuple(f"arch=compute_{a},code=sm_{a}" for a in chosen.split(",")) if chosen else GENCODE
 
 
 def call(command: list[str]) -> None:

@@ -16,8 +16,8 @@ from .schema import SCHEMAS
 LIBRARIES = {"cpu": "_skipkv_cpu.so", "cuda": "_skipkv_cuda.so"}
 """Device type -> library; it registers `torch.ops.skipkv_<device type>`."""
 
-OVERRIDE = "SKIPKV_NATIVE_CPU"
-"""Environment variable with the path of another library for the CPU; `make sanitize` names its instrumented one."""
+OVERRIDES = {"cpu": "SKIPKV_NATIVE_CPU", "cuda": "SKIPKV_NATIVE_CUDA"}
+"""Device type -> environment variable with the path of another library, as `make sanitize` has one."""
 
 REBUILD = "pip install --no-build-isolation -e ."
 REMEDIES = {
@@ -32,9 +32,7 @@ def unavailable(device_type: str) -> str | None:
     name = LIBRARIES.get(device_type)
     if name is None:
         return f"has no operators for {device_type}"
-    path = Path(__file__).with_name(name)
-    if device_type == "cpu" and (other := os.environ.get(OVERRIDE)):
-        path = Path(other)
+    path = Path(os.environ.get(OVERRIDES[device_type]) or Path(__file__).with_name(name))
     if not path.exists():
         return f"{path.name} was not built; {REMEDIES[device_type]}"
     try:

@@ -61,7 +61,7 @@ def test_bad_arguments_are_refused(name):
 
 
 def test_a_missing_library_is_reported_with_the_remedy(monkeypatch, tmp_path):
-    monkeypatch.setenv(native.OVERRIDE, str(tmp_path / "nowhere.so"))
+    monkeypatch.setenv(native.OVERRIDES["cpu"], str(tmp_path / "nowhere.so"))
     assert "nowhere.so was not built; run `pip install" in str(native.unavailable.__wrapped__("cpu"))
     (tmp_path / "nowhere.so").write_text("this is no library")
     assert "cannot be loaded" in str(native.unavailable.__wrapped__("cpu"))
