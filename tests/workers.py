@@ -53,8 +53,14 @@ def num_workers() -> int:
 
 
 def scheduler(config: pytest.Config, log: Any) -> Any:
-    """Return an xdist scheduler that hands out whole files, in the order of the tests."""
+    """Return an xdist scheduler that hands out whole files, in the order of the tests; None if another one is named.
+
+    `--dist worksteal` suits tests that share no engine, such as those of operators.
+    """
     from xdist.scheduler import LoadFileScheduling
+
+    if config.getvalue("dist") == "worksteal":
+        return None
 
     config.option.loadscopereorder = False
     return LoadFileScheduling(config, log)

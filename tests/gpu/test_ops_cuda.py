@@ -1,12 +1,12 @@
 """The operators on a GPU: sizes, streams, graphs and synchronisation.
 
 `tests/unit/ops/test_parity*.py` have the small cases. Unavailable backends are skipped with the reason.
+`SKIPKV_GPU_TESTS=cpu` runs the same on a CPU, to test these tests.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from importlib import import_module
 from types import ModuleType
@@ -18,28 +18,32 @@ from torch import Tensor
 
 from skipkv_vllm.ops import Effect, torch_backend
 from skipkv_vllm.ops.paging import Layout, PagedCache
+from tests.devices import ON_CPU, capture, no_waiting
 from tests.operators.thought_cases import check_thoughts
 from tests.operators.tracking_cases import check_tracking
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: torch.cuda.is_available() is False"),
+    pytest.mark.skipif(
+        not ON_CPU and not torch.cuda.is_available(), reason="needs a GPU: torch.cuda.is_available() is False"
+    ),
 ]
 
-CUDA = torch.device("cuda")
+DEVICE = torch.device("cpu" if ON_CPU else "cuda")
 HALF_TYPES = (torch.bfloat16, torch.float16)
+each_dtype = pytest.mark.parametrize("dtype", [*HALF_TYPES, torch.float32], ids=str)
 
 
 @pytest.fixture(params=["native", "triton"])
 def backend(request: pytest.FixtureRequest) -> ModuleType:
     module = import_module(f"skipkv_vllm.ops.{'native' if request.param == 'native' else 'triton_backend'}")
-    if why := module.unavailable("cuda"):
+    if why := module.unavailable(DEVICE.type):
         pytest.skip(f"{request.param}: {why}")
     return module
 
 
 def numbers(*values: int) -> Tensor:
-    return torch.tensor(values, dtype=torch.int32, device=CUDA)
+    return torch.tensor(values, dtype=torch.int32, device=DEVICE)
 
 
 def scoring(
@@ -55,30 +59,30 @@ def scoring(
     first_page: int = 1,
 ) -> list[Any]:
     """Arguments of `score_tokens` on the GPU: noisy keys around a few centres, in the first pages from page 1 on."""
-    generator = torch.Generator(CUDA).manual_seed(0)
+    generator = torch.Generator(DEVICE).manual_seed(0)
     requests, n = len(lengths), max(lengths)
     used = -(-n // size)
     pages = first_page + requests * used
     caches = []
     for _ in range(layers):
-        cache = torch.empty(pages, size, heads, 2 * dim, dtype=dtype, device=CUDA).transpose(1, 2)
+        cache = torch.empty(pages, size, heads, 2 * dim, dtype=dtype, device=DEVICE).transpose(1, 2)
         held = cache[first_page:]
-        held.copy_(torch.randn(held.shape, device=CUDA, generator=generator))
-        centres = torch.randn(6, dim, device=CUDA, generator=generator)
-        nearest = torch.randint(6, held.shape[:3], device=CUDA, generator=generator)
+        held.copy_(torch.randn(held.shape, device=DEVICE, generator=generator))
+        centres = torch.randn(6, dim, device=DEVICE, generator=generator)
+        nearest = torch.randint(6, held.shape[:3], device=DEVICE, generator=generator)
         held[..., :dim] += centres[nearest].to(dtype)
         caches.append(cache)
-    ids = first_page + torch.randperm(requests * used, device=CUDA, generator=generator)
+    ids = first_page + torch.randperm(requests * used, device=DEVICE, generator=generator)
     rows = requests * layers * heads
-    positions = torch.rand(rows, 2 * n, device=CUDA, generator=generator).argsort(-1)[:, :n]
-    queries = torch.randn(requests, layers, window, heads * group, dim, device=CUDA, generator=generator)
+    positions = torch.rand(rows, 2 * n, device=DEVICE, generator=generator).argsort(-1)[:, :n]
+    queries = torch.randn(requests, layers, window, heads * group, dim, device=DEVICE, generator=generator)
     return [
         *PagedCache.of(caches, Layout.ROWS),
         ids.view(requests, used).int(),
         positions.view(requests, layers, heads, n).int(),
         numbers(*lengths),
         queries.to(dtype),
-        torch.rand(requests, layers, heads, n, device=CUDA, generator=generator) * 1e-4,
+        torch.rand(requests, layers, heads, n, device=DEVICE, generator=generator) * 1e-4,
         7,
         0.1,
         0.55,
@@ -93,17 +97,6 @@ def assert_scores(got: Tensor, wanted: Tensor, lengths: tuple[int, ...], toleran
         assert (got[r, ..., length:] == -torch.inf).all()
 
 
-@contextmanager
-def no_waiting() -> Iterator[None]:
-    """Raise on operations of PyTorch that make the host wait."""
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-
-
 def compaction(arguments: list[Any], keep: int) -> list[Any]:
     """Arguments of `compact_pages` after `score_tokens`; every third target page is fresh, and caches are copies."""
     caches, _, _, table, positions, num_resident, *_ = arguments
@@ -114,18 +107,18 @@ def compaction(arguments: list[Any], keep: int) -> list[Any]:
     scores = torch_backend.score_tokens(*arguments)
     pins = (torch.full_like(keeps, 4), torch.full_like(keeps, 2**30))
     moves = torch_backend.select_keep(scores, positions, num_resident, keeps, *pins, most)
-    spare = torch.arange(requests * table.shape[1], device=CUDA, dtype=torch.int32).view_as(table) + pages
-    target = torch.where(torch.arange(table.shape[1], device=CUDA) % 3 == 0, spare, table)
+    spare = torch.arange(requests * table.shape[1], device=DEVICE, dtype=torch.int32).view_as(table) + pages
+    target = torch.where(torch.arange(table.shape[1], device=DEVICE) % 3 == 0, spare, table)
     grown = []
     for cache in caches:
-        other = torch.zeros(pages + spare.numel(), size, heads, cache.shape[3], dtype=cache.dtype, device=CUDA)
+        other = torch.zeros(pages + spare.numel(), size, heads, cache.shape[3], dtype=cache.dtype, device=DEVICE)
         other[:pages] = cache.transpose(1, 2)
         grown.append(other.transpose(1, 2))
-    sidecar = torch.zeros(len(caches), pages + spare.numel(), heads, size, dtype=torch.int32, device=CUDA)
+    sidecar = torch.zeros(len(caches), pages + spare.numel(), heads, size, dtype=torch.int32, device=DEVICE)
     return [*PagedCache.of(grown, Layout.ROWS), sidecar, positions, table, target, keeps, *moves]
 
 
-@pytest.mark.parametrize("dtype", [*HALF_TYPES, torch.float32])
+@each_dtype
 @pytest.mark.parametrize("dim", [64, 80, 128, 256])
 def test_scores_of_long_requests(backend, dtype, dim):
     lengths = (2500, 1111, 64)
@@ -141,7 +134,7 @@ def measuring(arguments: list[Any], *counted: int) -> list[Any]:
     return [*arguments[:6], queries, numbers(*counted), newest]
 
 
-@pytest.mark.parametrize("dtype", [*HALF_TYPES, torch.float32])
+@each_dtype
 @pytest.mark.parametrize("dim", [64, 80, 128, 256])
 def test_attention_and_keys_of_long_requests(backend, dtype, dim):
     lengths = (2500, 1111, 64)
@@ -188,11 +181,16 @@ def test_selection_and_compaction_of_long_requests(backend, keep):
     assert torch.equal(got[3], wanted[3])
 
 
+def free_memory() -> int:
+    """Return the free bytes of the device; of a CPU none are to be used."""
+    return 0 if ON_CPU else torch.cuda.mem_get_info()[0]
+
+
 def test_pages_beyond_what_32_bits_address(backend):
     """The element offset of a cell does not fit into 32 bits."""
     per_page = 16 * 2 * 2 * 128
     first = 2**31 // per_page + 5
-    free, _ = torch.cuda.mem_get_info()
+    free = free_memory()
     if free < 4 * first * per_page * 2:
         pytest.skip(f"needs {4 * first * per_page * 2 >> 30} GiB of free GPU memory, there are {free >> 30}")
     arguments = scoring((100,), heads=2, layers=1, group=2, first_page=first)
@@ -211,12 +209,12 @@ def test_pages_beyond_what_32_bits_address(backend):
 
 @pytest.mark.parametrize("seed", range(30))
 def test_tracking(backend, seed):
-    check_tracking(backend, seed, "cuda")
+    check_tracking(backend, seed, DEVICE.type)
 
 
 @pytest.mark.parametrize("seed", range(30))
 def test_thoughts(backend, seed):
-    check_thoughts(backend, seed, "cuda")
+    check_thoughts(backend, seed, DEVICE.type)
 
 
 def every_operator(module: ModuleType) -> list[Callable[[], Any]]:
@@ -227,27 +225,27 @@ def every_operator(module: ModuleType) -> list[Callable[[], Any]]:
     scores = torch_backend.score_tokens(*arguments)
     selection = (scores, positions, num_resident, keeps, numbers(4, 4), numbers(2**30, 2**30), 150)
     moves = compaction(arguments, 150)
-    generator = torch.Generator(CUDA).manual_seed(1)
-    unit = torch.nn.functional.normalize(torch.randn(3, 17, 256, device=CUDA, generator=generator), dim=-1)
-    slots = torch.tensor([2, 0], device=CUDA)
-    count, compared = (torch.full((3,), n, device=CUDA) for n in (16, 5))
-    penalties = torch.zeros(3, 40, device=CUDA)
-    tracker = (count.clone(), torch.zeros(3, dtype=torch.bool, device=CUDA), torch.zeros(3, device=CUDA))
-    spans = torch.tensor([[2, 0], [0, 3], [3, 2], [50, 60]], device=CUDA)
-    ids, is_delimiter = torch.arange(5, device=CUDA), torch.tensor([0, 0, 1, 0, 1], dtype=torch.bool, device=CUDA)
-    states, ends = torch.randn(5, 256, device=CUDA), torch.full((3, 40), 2**31 - 1, dtype=torch.int32, device=CUDA)
-    open_sum, text = torch.zeros(3, 256, device=CUDA), torch.zeros(3, 80, dtype=torch.int32, device=CUDA)
-    query, rows = torch.randn(5, 8, 128, device=CUDA), torch.zeros(9, 8, 128, device=CUDA)
-    index = torch.tensor([3, 1, 8, 0, 2], device=CUDA)
-    thoughts = (spans, torch.arange(20, dtype=torch.int32, device=CUDA) % 16, torch.zeros_like(numbers(0))[None])
-    strengths, thinking = torch.ones(3, 3, device=CUDA), torch.ones(3, 10, dtype=torch.int32, device=CUDA)
+    generator = torch.Generator(DEVICE).manual_seed(1)
+    unit = torch.nn.functional.normalize(torch.randn(3, 17, 256, device=DEVICE, generator=generator), dim=-1)
+    slots = torch.tensor([2, 0], device=DEVICE)
+    count, compared = (torch.full((3,), n, device=DEVICE) for n in (16, 5))
+    penalties = torch.zeros(3, 40, device=DEVICE)
+    tracker = (count.clone(), torch.zeros(3, dtype=torch.bool, device=DEVICE), torch.zeros(3, device=DEVICE))
+    spans = torch.tensor([[2, 0], [0, 3], [3, 2], [50, 60]], device=DEVICE)
+    ids, is_delimiter = torch.arange(5, device=DEVICE), torch.tensor([0, 0, 1, 0, 1], dtype=torch.bool, device=DEVICE)
+    states, ends = torch.randn(5, 256, device=DEVICE), torch.full((3, 40), 2**31 - 1, dtype=torch.int32, device=DEVICE)
+    open_sum, text = torch.zeros(3, 256, device=DEVICE), torch.zeros(3, 80, dtype=torch.int32, device=DEVICE)
+    query, rows = torch.randn(5, 8, 128, device=DEVICE), torch.zeros(9, 8, 128, device=DEVICE)
+    index = torch.tensor([3, 1, 8, 0, 2], device=DEVICE)
+    thoughts = (spans, torch.arange(20, dtype=torch.int32, device=DEVICE) % 16, torch.zeros_like(numbers(0))[None])
+    strengths, thinking = torch.ones(3, 3, device=DEVICE), torch.ones(3, 10, dtype=torch.int32, device=DEVICE)
     thinking[:, 3] = 0
-    steered = (numbers(0, 0, 0, 0, 0), torch.zeros(5, device=CUDA))
-    steering = (torch.randn(5, 512, device=CUDA), torch.ones(5, device=CUDA), numbers(0, 1, 2, 0, 1))
-    vectors = torch.randn(3, 512, device=CUDA)
-    sidecar = torch.zeros(2, 4, 2, 16, dtype=torch.int32, device=CUDA)
+    steered = (numbers(0, 0, 0, 0, 0), torch.zeros(5, device=DEVICE))
+    steering = (torch.randn(5, 512, device=DEVICE), torch.ones(5, device=DEVICE), numbers(0, 1, 2, 0, 1))
+    vectors = torch.randn(3, 512, device=DEVICE)
+    sidecar = torch.zeros(2, 4, 2, 16, dtype=torch.int32, device=DEVICE)
     held = (sidecar, numbers(3, 0, 1)[None], numbers(20), numbers(7))
-    measured, quota = measuring(arguments, 8, 5), torch.full((2, 8), 16, dtype=torch.int32, device=CUDA)
+    measured, quota = measuring(arguments, 8, 5), torch.full((2, 8), 16, dtype=torch.int32, device=DEVICE)
     return [
         lambda: module.score_tokens(*arguments),
         *(partial(module.measure_attention, *measured, effect, 0.3) for effect in Effect),
@@ -272,18 +270,19 @@ def test_no_operator_waits_for_the_gpu(backend):
     calls = every_operator(backend)
     for call in calls:
         call()  # compiles
-    with no_waiting():
+    with no_waiting(DEVICE):
         for call in calls:
             call()
 
 
+@pytest.mark.skipif(ON_CPU, reason="a CPU has no streams")
 def test_operators_run_on_the_current_stream(backend):
     """Make inputs on a side stream behind a long wait; any other stream would read them too early."""
     arguments = scoring((300, 200))
     wanted = backend.score_tokens(*arguments)
     penalty = arguments[7].clone()
-    rows = torch.zeros(4, 2, 64, device=CUDA)
-    query, index = torch.zeros(4, 2, 64, device=CUDA), torch.arange(4, device=CUDA)
+    rows = torch.zeros(4, 2, 64, device=DEVICE)
+    query, index = torch.zeros(4, 2, 64, device=DEVICE), torch.arange(4, device=DEVICE)
     backend.record_queries(query, index, rows)
     torch.cuda.synchronize()
     side = torch.cuda.Stream()
@@ -299,42 +298,36 @@ def test_operators_run_on_the_current_stream(backend):
     assert (rows == 3).all()
 
 
-@pytest.mark.parametrize("dtype", [*HALF_TYPES, torch.float32])
+@each_dtype
 @pytest.mark.parametrize("tokens", [1, 3, 64])
 def test_observing_and_steering_in_a_cuda_graph(backend, dtype, tokens):
     """Capture the launches in a graph; their inputs may change between replays."""
     heads, dim, width = 6, 128, 1000
-    whole = torch.zeros(tokens, heads * dim + 64, dtype=dtype, device=CUDA)
+    whole = torch.zeros(tokens, heads * dim + 64, dtype=dtype, device=DEVICE)
     # As in attention: a part of the fused projection.
     query = whole[:, 32:-32].view(tokens, heads, dim)
-    index = torch.zeros(80, dtype=torch.int64, device=CUDA)
-    rows = torch.zeros(100, heads, dim, dtype=dtype, device=CUDA)
-    hidden = torch.zeros(tokens, width, dtype=dtype, device=CUDA)
-    coefficient, row = torch.zeros(80, device=CUDA), torch.zeros(80, dtype=torch.int32, device=CUDA)
-    vectors = torch.zeros(5, width, device=CUDA)
+    index = torch.zeros(80, dtype=torch.int64, device=DEVICE)
+    rows = torch.zeros(100, heads, dim, dtype=dtype, device=DEVICE)
+    hidden = torch.zeros(tokens, width, dtype=dtype, device=DEVICE)
+    coefficient, row = torch.zeros(80, device=DEVICE), torch.zeros(80, dtype=torch.int32, device=DEVICE)
+    vectors = torch.zeros(5, width, device=DEVICE)
 
     def step() -> Tensor:
         backend.record_queries(query, index, rows)
         return backend.steer_add(hidden, coefficient, row, vectors)
 
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        steered = step()
+    graph = capture(step, DEVICE)
+    steered = graph.output
 
-    generator = torch.Generator(CUDA).manual_seed(0)
+    generator = torch.Generator(DEVICE).manual_seed(0)
     for _ in range(4):
-        whole.copy_(torch.randn(whole.shape, device=CUDA, generator=generator))
-        index.copy_(torch.randperm(100, device=CUDA, generator=generator)[:80])
+        whole.copy_(torch.randn(whole.shape, device=DEVICE, generator=generator))
+        index.copy_(torch.randperm(100, device=DEVICE, generator=generator)[:80])
         rows.zero_()
-        hidden.copy_(torch.randn(hidden.shape, device=CUDA, generator=generator))
-        coefficient.copy_(torch.randn(80, device=CUDA, generator=generator))
-        row.copy_(torch.randint(0, 5, (80,), device=CUDA, generator=generator))
-        vectors.copy_(torch.randn(vectors.shape, device=CUDA, generator=generator))
+        hidden.copy_(torch.randn(hidden.shape, device=DEVICE, generator=generator))
+        coefficient.copy_(torch.randn(80, device=DEVICE, generator=generator))
+        row.copy_(torch.randint(0, 5, (80,), device=DEVICE, generator=generator))
+        vectors.copy_(torch.randn(vectors.shape, device=DEVICE, generator=generator))
         vectors[0] = torch.nan
         graph.replay()
         wanted = torch.zeros_like(rows)
