@@ -13,7 +13,7 @@ from ..core.device import to_device
 from ..core.needs import Need
 from ..policies import Policy
 from .cache import KVCache
-from .requests import Job
+from .requests import Job, Reading
 
 
 class CompactionBatch(NamedTuple):
@@ -138,5 +138,17 @@ def independent(jobs: Sequence[Job], block_size: int, most_slots: int) -> Iterat
         part.append(job)
         read |= uses
         written |= writes
+    if part:
+        yield part
+
+
+def in_parts(readings: Sequence[Reading], most_slots: int) -> Iterator[list[Reading]]:
+    """Split accumulations, by length, into parts that one launch may carry out; see `independent` for `most_slots`."""
+    part: list[Reading] = []
+    for each in sorted(readings, key=lambda each: each.order.num_resident):
+        if part and (len(part) + 1) * each.order.num_resident > most_slots:
+            yield part
+            part = []
+        part.append(each)
     if part:
         yield part

@@ -15,7 +15,7 @@ from ...core.device import to_device
 from ...core.limits import ceil_div
 from ...core.needs import ACCUMULATED, Need
 from ..cache import KVCache
-from ..compaction_batch import CompactionBatch, Moves
+from ..compaction_batch import CompactionBatch, Moves, in_parts
 from ..requests import Reading
 from .base import Inputs, Signal
 from .queries import QueryRing
@@ -64,13 +64,7 @@ class AttentionMass(Signal):
                 for each in readings
                 if each.request.needs & ACCUMULATED and bool(each.request.needs & Need.OUTPUT_ERROR) is by_error
             ]
-            part: list[Reading] = []
-            for each in sorted(same, key=lambda each: each.order.num_resident):
-                if part and (len(part) + 1) * each.order.num_resident > self._cache.slots_at_once:
-                    self._accumulate(part, by_error)
-                    part = []
-                part.append(each)
-            if part:
+            for part in in_parts(same, self._cache.slots_at_once):
                 self._accumulate(part, by_error)
 
     def _accumulate(self, readings: Sequence[Reading], output_error: bool) -> None:

@@ -18,7 +18,7 @@ from ...core.needs import Need
 from ...ops.paging import PagedCache
 from ...policies.base import SegmentOptions, Segments
 from ..cache import KVCache
-from ..compaction_batch import CompactionBatch
+from ..compaction_batch import CompactionBatch, in_parts
 from ..ranks import Ranks
 from ..requests import Reading
 from .base import Inputs, Signal
@@ -53,7 +53,9 @@ class SegmentSparsity(Signal):
     def accumulate(self, readings: Sequence[Reading]) -> None:
         ending = [reading for reading in readings if reading.request.needs & Need.SEGMENTS]
         for options in dict.fromkeys(reading.request.policy.segment_options for reading in ending):
-            self._add_segments([r for r in ending if r.request.policy.segment_options == options], options)
+            same = [reading for reading in ending if reading.request.policy.segment_options == options]
+            for part in in_parts(same, self._cache.slots_at_once):
+                self._add_segments(part, options)
 
     def _add_segments(self, readings: Sequence[Reading], options: SegmentOptions) -> None:
         """Record the sparsity of the newest queries' attention for the segments that end here."""

@@ -51,7 +51,9 @@ def warm(sim: Simulation) -> None:
 def test_requests_call_no_operator_that_was_not_warmed_up(
     policy: str, granularity: str, called: set[tuple[Any, ...]]
 ) -> None:
-    sim = simulation(policy, granularity=granularity, protect=False)
+    # Segments that end within the test.
+    parameters = {"parameters": {"segment": 16}} if policy == "thinkv" else {}
+    sim = simulation(policy, granularity=granularity, protect=False, **parameters)
     warm(sim)
     assert (sim.runtime.num_compactions, sim.worker.num_requests) == (0, 0)
     warmed = set(called)
