@@ -19,6 +19,7 @@ from vllm.v1.metrics import loggers
 
 from skipkv_vllm.integration import metrics, metrics_page
 from skipkv_vllm.integration.compat import version as version_check
+from skipkv_vllm.ops import native
 
 ROOT = Path(__file__).parents[3]
 DOCS = ROOT / "docs"
@@ -262,7 +263,7 @@ def test_the_image_contains_what_the_build_reads():
 def test_environment_variables_are_in_the_handbook():
     files = [*(ROOT / "skipkv_vllm").rglob("*.py"), ROOT / "setup.py", ROOT / "scripts" / "bootstrap.sh"]
     read = r'(?:environ(?:\.get)?[(\[]|OVERRIDE = |\$\{)"?(SKIPKV_\w+)'
-    names = {name for path in files for name in re.findall(read, path.read_text())}
+    names = {name for path in files for name in re.findall(read, path.read_text())} | set(native.OVERRIDES.values())
     assert {version_check.OVERRIDE, "SKIPKV_OPS", "SKIPKV_DEVICE"} <= names
     assert {name for name in names if f"`{name}`" in ENVIRONMENT} == names
 
@@ -270,10 +271,11 @@ def test_environment_variables_are_in_the_handbook():
 def test_flags_in_the_handbook_and_the_alerts_exist(serve_parser):
     known = {option for action in serve_parser._actions for option in action.option_strings}
     of_others = {"--gpus", "--shm-size", "--cap-add", "--target", "--profile", "--no-build-isolation"}
+    of_check = {"--architecture", "--out", "--only-most-important", "--steps", "--total", "--tiny"}
     of_others |= {"--open", "--patched"}
     of_others |= {"--full", "--only", "--list", "--patience"}  # of scripts/gpu_test.sh
     text = HANDBOOK + json.dumps(RULES)
-    assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text)) <= known | of_others
+    assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text)) <= known | of_others | of_check
 
 
 def test_messages_that_the_handbook_explains_exist():
