@@ -15,6 +15,12 @@ inline void check_vector(const Tensor& tensor, const char* name, ScalarType type
   STD_TORCH_CHECK(size <= 1 || tensor.stride(0) == 1, "skipkv_cuda: ", name, " must be contiguous");
 }
 
+// Returns the stride of a dimension; 0 for one entry, which no index multiplies: PyTorch's may be any number then, and
+// must not narrow what a copy moves at a time.
+inline int64_t stride_of(const Tensor& tensor, int64_t dimension) {
+  return tensor.size(dimension) > 1 ? tensor.stride(dimension) : 0;
+}
+
 // Returns an uninitialised tensor on the device of another.
 inline Tensor scratch(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType type) {
   const std::vector<int64_t> shape(sizes);

@@ -146,11 +146,8 @@ void compact_pages(const std::vector<Tensor>& caches, const Tensor& pointers, in
   c.max_moves = max_moves;
 
   const int element = static_cast<int>(caches[0].element_size());
-  const int unit = copy_unit({c.width * int64_t{element}, pages.page_stride * element, pages.head_stride * element,
-                              pages.token_stride * element},
-                             caches);
   const cudaStream_t stream = current_stream(positions);
-  switch (unit) {
+  switch (vector_unit(pages, c.width, caches)) {
     case 16:
       return run<uint4>(c, requests, element, stream);
     case 8:

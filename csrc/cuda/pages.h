@@ -21,9 +21,9 @@ inline Pages pages_of(const std::vector<Tensor>& caches, const Tensor& pointers,
                   "skipkv_cuda: caches must be [pages, heads, page size, 2 * D] on a GPU, contiguous in the last");
   check_vector(pointers, "pointers", ScalarType::Long, static_cast<int64_t>(caches.size()));
   return {static_cast<const int64_t*>(pointers.const_data_ptr()),
-          first.stride(0),
-          first.stride(1),
-          first.stride(2),
+          stride_of(first, 0),
+          stride_of(first, 1),
+          stride_of(first, 2),
           static_cast<int>(caches.size()),
           static_cast<int>(first.size(1)),
           static_cast<int>(first.size(2)),
@@ -39,6 +39,14 @@ inline int copy_unit(std::initializer_list<int64_t> lengths, const std::vector<T
     if (fits) return unit;
   }
   return 1;
+}
+
+// Returns the same for vectors of `width` elements in pages.
+inline int vector_unit(const Pages& pages, int64_t width, const std::vector<Tensor>& caches) {
+  const int64_t element = static_cast<int64_t>(caches[0].element_size());
+  return copy_unit(
+      {width * element, pages.page_stride * element, pages.head_stride * element, pages.token_stride * element},
+      caches);
 }
 
 }  // namespace skipkv

@@ -90,10 +90,7 @@ __device__ void load_cells(const Pages& pages, const T* from, const int* cells, 
 
 // Returns whether pages allow reads of 16 bytes.
 inline bool in_chunks(const Pages& pages, const std::vector<Tensor>& caches) {
-  const int64_t element = static_cast<int64_t>(caches[0].element_size());
-  return copy_unit({pages.dim * element, pages.page_stride * element, pages.head_stride * element,
-                    pages.token_stride * element},
-                   caches) == 16;
+  return vector_unit(pages, pages.dim, caches) == 16;
 }
 
 // Calls `work` with an element of the type of the caches.

@@ -184,9 +184,27 @@ def test_memory_is_as_the_formulas_of_the_benchmark_say(cuda, lengths, dim):
     assert allocated_by(cuda.module.score_tokens, *scoring) == memory.scoring_bytes("native", call)
 
     measuring = MeasureCase(pages, lengths, tuple(9 for _ in lengths), window=11, group=4).build()
-    for output_error in (False, True):
-        allocated = allocated_by(cuda.module.measure_attention, *measuring, output_error)
-        assert allocated == memory.measuring_bytes(call, output_error)
+    for effect in (Effect.ATTENTION, Effect.OUTPUT):
+        allocated = allocated_by(cuda.module.measure_attention, *measuring, effect, 0.0)
+        assert allocated == memory.measuring_bytes(call, effect is Effect.OUTPUT)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "strides", "unit"),
+    [
+        ((9, 2, 16, 128), (4096, 2048, 128, 1), 16),
+        ((9, 2, 16, 128), (4100, 2048, 128, 1), 8),
+        ((9, 2, 16, 128), (4097, 2048, 128, 1), 2),
+        # A single page, head or token has no next one, so its stride may be any number.
+        ((9, 1, 16, 128), (2048, 7, 128, 1), 16),
+        ((9, 2, 1, 128), (256, 128, 3, 1), 16),
+        ((1, 1, 1, 128), (5, 7, 3, 1), 16),
+    ],
+)
+def test_cells_are_copied_in_the_widest_unit(cuda, sizes, strides, unit):
+    caches = [torch.zeros(40000, dtype=torch.bfloat16).as_strided(sizes, strides) for _ in range(2)]
+    pointers = torch.tensor([cache.data_ptr() for cache in caches])
+    assert torch.ops.skipkv_cuda_probe.cell_unit(caches, pointers) == unit
 
 
 @pytest.mark.parametrize("layout", [Layout.VEC, Layout.AMX])
