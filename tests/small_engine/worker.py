@@ -53,7 +53,7 @@ def make_signals(config: KVPolicyConfig, shape: Shape) -> Signals:
     return Signals(
         ring,
         Sentences(tracker) if tracker is not None else None,
-        AttentionMass(ring, config.kv_buffer) if ring is not None and needs & ACCUMULATED else None,
+        AttentionMass(ring, config.kv_buffer, needs) if ring is not None and needs & ACCUMULATED else None,
         SegmentSparsity(ring, config.kv_window, ALONE) if ring is not None and needs & Need.SEGMENTS else None,
     )
 

@@ -52,7 +52,7 @@ def test_requests_call_no_operator_that_was_not_warmed_up(
     policy: str, granularity: str, called: set[tuple[Any, ...]]
 ) -> None:
     # Segments that end within the test.
-    parameters = {"parameters": {"segment": 16}} if policy == "thinkv" else {}
+    parameters = {"parameters": {"segment": 16, "layers": "all"}} if policy == "thinkv" else {}
     sim = simulation(policy, granularity=granularity, protect=False, **parameters)
     warm(sim)
     assert (sim.runtime.num_compactions, sim.worker.num_requests) == (0, 0)
