@@ -17,7 +17,7 @@ def main() -> int:
 
     import torch
 
-    from skipkv_vllm.ops import native
+    from skipkv_vllm.ops import Effect, native
     from tests.operators.backends import on
     from tests.operators.cases import CompactCase, MeasureCase, Pages, ScoreCase
     from tests.operators.tracking_cases import check_tracking
@@ -31,7 +31,7 @@ def main() -> int:
     results = [
         native.score_tokens(*on(args.device, ScoreCase(half).build())),
         native.score_tokens(*on(args.device, ScoreCase(Pages(dtype=torch.float8_e4m3fn, dim=128)).build())),
-        native.measure_attention(*on(args.device, measuring), True),
+        native.measure_attention(*on(args.device, measuring), Effect.OUTPUT, 0.0),
         native.key_similarity(*on(args.device, measuring.keys())),
         native.select_keep(*on(args.device, SelectCase().build()))[0],
         native.compact_pages(*on(args.device, CompactCase(half).build())),
