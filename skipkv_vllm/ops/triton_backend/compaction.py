@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from ...core.errors import KVPolicyError
-from .launch import ceil_div, check_pages, kernels, power_of_two
+from .launch import ceil_div, check_pages, common_chunk, kernels, power_of_two, stride_of
 
-MAX_SELECT_BLOCK = 4096
-"""Slots of a row that `select_keep` reads at a time."""
+SELECT_BLOCK = 2048
+"""Slots of a row that `select_keep` reads at a time; the same for every length, so that one kernel is compiled."""
 
 
 def select_keep(
@@ -29,12 +29,11 @@ def select_keep(
     hole = torch.empty_like(source)
     count = torch.empty(requests, layers, heads, dtype=torch.int32, device=positions.device)
     if count.numel() > 0:
-        block = min(MAX_SELECT_BLOCK, power_of_two(n))
         kernels("selection").select_rows[(count.numel(),)](
             *(scores.float().contiguous(), positions.contiguous(), num_resident, num_keep, pin_below, pin_from),
             *(source, hole, count, n, layers * heads, max_moves),
-            block=block,
-            num_warps=8 if block > 1024 else 4,
+            block=SELECT_BLOCK,
+            num_warps=8,
         )
     return source, hole, count
 
@@ -59,7 +58,7 @@ def compact_pages(
     module, tl = kernels("moves"), import_module("triton.language")
     requests, layers, heads, n = positions.shape
     page_size, pages = caches[0].shape[2], min(source_table.shape[1], target_table.shape[1])
-    unit = _copy_unit(caches)
+    unit, chunk = _copy_units(caches)
     element = {1: tl.int8, 2: tl.int16, 4: tl.int32, 8: tl.int64}[unit]
     ratio = caches[0].element_size()
     width = caches[0].shape[3] * ratio // unit
@@ -67,7 +66,7 @@ def compact_pages(
         source_table.stride(0),
         target_table.stride(0),
         sidecar.stride(0),
-        *(stride * ratio // unit for stride in caches[0].stride()[:3]),
+        *(stride_of(caches[0], dimension) * ratio // (unit * chunk) for dimension in range(3)),
     )
     positions, source, hole = positions.contiguous(), source.contiguous(), hole.contiguous()
     max_moves, block = source.shape[-1], 16
@@ -78,6 +77,7 @@ def compact_pages(
             page_size=page_size,
             width=width,
             element=element,
+            chunk=chunk,
             block=1024,
         )
     if count.numel() * max_moves > 0:
@@ -86,6 +86,7 @@ def compact_pages(
             page_size=page_size,
             width=width,
             element=element,
+            chunk=chunk,
             block=block,
             widths=power_of_two(width),
         )
@@ -107,8 +108,10 @@ def held_positions(sidecar: Tensor, table: Tensor, num_placed: Tensor, num_evict
     return out
 
 
-def _copy_unit(caches: list[Tensor]) -> int:
-    """Return the bytes of the widest integer, at most 8, that divides cells and addresses."""
-    size, (*strides, _) = caches[0].element_size(), caches[0].stride()
-    lengths = [caches[0].shape[3] * size, *(stride * size for stride in strides), *(c.data_ptr() for c in caches)]
-    return next(unit for unit in (8, 4, 2, 1) if all(length % unit == 0 for length in lengths))
+def _copy_units(caches: list[Tensor]) -> tuple[int, int]:
+    """Return the bytes of the widest integer that divides cells and addresses, and how many make up 16 bytes, if so."""
+    size, cache = caches[0].element_size(), caches[0]
+    strides = (stride_of(cache, dimension) * size for dimension in range(3))
+    widest = common_chunk(cache.shape[3] * size, *strides, *(each.data_ptr() for each in caches))
+    unit = min(8, widest)
+    return unit, widest // unit

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 from importlib import import_module
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -62,6 +63,50 @@ def check_pages(caches: list[Tensor], layout: int) -> None:
             f"the Triton operators read pages with K and V side by side (layout {Layout.ROWS.value}); got layout "
             f"{layout} with strides {caches[0].stride()}; set SKIPKV_OPS=torch"
         )
+
+
+class Cells(NamedTuple):
+    """What kernels need to read keys and values.
+
+    Attributes:
+        strides: of pages, heads and tokens, in chunks; 0 where there is no next one.
+        constants: page size, head size, dtype, elements of a chunk, and columns of a tile.
+    """
+
+    strides: tuple[int, ...]
+    constants: dict[str, Any]
+
+
+def cells_of(op: str, caches: list[Tensor], layout: int, queries: Tensor | None = None) -> Cells:
+    """Return how kernels read caches.
+
+    A chunk is the widest part of a vector, of at most 16 bytes, that divides the head size and all strides and
+    addresses. A server's caches stay where they are, so its kernels are compiled for one width.
+
+    Raises:
+        KVPolicyError: caches or queries that the kernels cannot read.
+    """
+    check_pages(caches, layout)
+    cache, size = caches[0], caches[0].element_size()
+    dim, strides = cache.shape[3] // 2, [stride_of(cache, dimension) for dimension in range(3)]
+    chunk = math.gcd(16 // size, common_chunk(dim, *strides), *(each.data_ptr() // size for each in caches))
+    constants = {"page_size": cache.shape[2], "dim": dim, "element": element_of(op, cache, queries), "chunk": chunk}
+    constants["dims"] = max(16, power_of_two(dim))
+    return Cells(tuple(stride // chunk for stride in strides), constants)
+
+
+def stride_of(tensor: Tensor, dimension: int) -> int:
+    """Return a stride; 0 for a single entry, whose stride may be any number."""
+    return tensor.stride(dimension) if tensor.shape[dimension] > 1 else 0
+
+
+def common_chunk(*lengths: int) -> int:
+    """Return the largest power of two up to 16 that divides all lengths.
+
+    Kernels get strides in units of it, as a constant. So the compiler knows that they are multiples, and reads vectors
+    at once, without another compilation for every stride.
+    """
+    return math.gcd(16, *lengths)
 
 
 def by_position(positions: Tensor, num_resident: Tensor, first: int, rows_per_request: int) -> Tensor:

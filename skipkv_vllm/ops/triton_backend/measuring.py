@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..clusters import MOST_CLUSTERS, ROUNDS, TIE
-from .launch import SCRATCH_BYTES, by_position, ceil_div, check_pages, element_of, kernels, power_of_two
+from .launch import SCRATCH_BYTES, by_position, ceil_div, cells_of, kernels
 
 
 def vector_norms(
@@ -22,16 +22,15 @@ def vector_norms(
     weights: Tensor | None,
 ) -> Tensor:
     """See `torch_backend.vector_norms`; caches as for `score_tokens`."""
-    check_pages(caches, layout)
-    cache, layers = caches[0], len(caches)
-    _, heads, page_size, double = cache.shape
+    cells = cells_of("vector_norms", caches, layout)
+    layers, heads, dim = len(caches), caches[0].shape[1], cells.constants["dim"]
     n, rows = positions.shape[-1], positions.shape[:-1].numel()
     out = torch.empty(positions.shape, dtype=torch.float32, device=positions.device)
     if out.numel() == 0:
         return out
     # The order matters only where a row has several centres.
     ordered = 0 < part < n
-    block = 64 if double <= 256 else 32
+    block = 64 if dim <= 128 else 32
     at_once = min(rows, max(1, SCRATCH_BYTES // (24 * n))) if ordered else rows
     places = positions.contiguous().view(rows, n)
     for first in range(0, rows, at_once):
@@ -40,17 +39,14 @@ def vector_norms(
         own_part = min(part or 4 * block, n)
         kernels("measuring").measure_vectors[(count * ceil_div(n, own_part),)](
             *(pointers, table, num_resident, order, out if weights is None else weights.float().contiguous(), out),
-            *(first, n, own_part, layers, heads, table.stride(0), *cache.stride()[:3]),
-            page_size=page_size,
-            dim=double // 2,
-            element=element_of("vector_norms", cache),
-            skip=double // 2 if values else 0,
+            *(first, n, own_part, layers, heads, table.stride(0), *cells.strides),
+            skip=dim if values else 0,
             norm=norm,
             centred=part > 0,
             ordered=ordered,
             weighted=weights is not None,
             block=block,
-            dims=max(16, power_of_two(double // 2)),
+            **cells.constants,
         )
     return out
 
@@ -61,7 +57,7 @@ def pool_neighbours(scores: Tensor, positions: Tensor, num_resident: Tensor, win
     out = torch.empty(positions.shape, dtype=torch.float32, device=positions.device)
     if out.numel() == 0:
         return out
-    block, at_once = min(1024, power_of_two(n)), max(1, SCRATCH_BYTES // (24 * n))
+    block, at_once = 1024, max(1, SCRATCH_BYTES // (24 * n))
     places, scores = positions.contiguous().view(rows, n), scores.float().contiguous()
     for first in range(0, rows, at_once):
         order = by_position(places[first : first + at_once], num_resident, first, each)
@@ -84,14 +80,13 @@ def central_tokens(
     longest: int,
 ) -> Tensor:
     """See `torch_backend.central_tokens`; caches as for `score_tokens`."""
-    check_pages(caches, layout)
-    cache, layers, segments = caches[0], len(caches), quota.shape[1]
-    _, heads, page_size, double = cache.shape
+    cells = cells_of("central_tokens", caches, layout)
+    layers, heads, segments = len(caches), caches[0].shape[1], quota.shape[1]
     n, rows = positions.shape[-1], positions.shape[:-1].numel()
     out = torch.zeros(positions.shape, dtype=torch.bool, device=positions.device)
     if out.numel() == 0 or segments == 0:
         return out
-    dims = max(16, power_of_two(double // 2))
+    dims = cells.constants["dims"]
     at_once = min(rows, max(1, SCRATCH_BYTES // (32 * n + 4 * segments * MOST_CLUSTERS * dims)))
     places = positions.contiguous().view(rows, n)
     centroids = torch.empty(at_once * segments, MOST_CLUSTERS, dims, dtype=torch.float32, device=out.device)
@@ -103,14 +98,11 @@ def central_tokens(
         kernels("measuring").choose_central[(len(order) * segments,)](
             *(pointers, table, places, num_resident, begin, end, quota.contiguous(), order),
             *(centroids, assigned, distance, out.view(torch.int8), first, n, segments, longest, layers, heads),
-            *(table.stride(0), *cache.stride()[:3], (1 + TIE) ** 2),
-            page_size=page_size,
-            dim=double // 2,
-            element=element_of("central_tokens", cache),
+            *(table.stride(0), *cells.strides, (1 + TIE) ** 2),
             most=MOST_CLUSTERS,
             rounds=ROUNDS,
-            block=32,
-            dims=dims,
+            block=32 if dims <= 128 else 16,
             num_warps=8,
+            **cells.constants,
         )
     return out

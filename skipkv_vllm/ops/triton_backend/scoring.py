@@ -15,11 +15,12 @@ from .launch import (
     SCRATCH_BYTES,
     by_position,
     ceil_div,
-    check_pages,
-    element_of,
+    cells_of,
+    common_chunk,
     interpreted,
     kernels,
     power_of_two,
+    stride_of,
 )
 
 
@@ -35,10 +36,10 @@ def record_queries(query: Tensor, index: Tensor, ring: Tensor) -> None:
         )
     if query.stride(2) != 1:
         query = query.contiguous()
-    size = heads * dim
-    block = min(1024, power_of_two(size))
+    size, strides = heads * dim, (stride_of(query, 0), stride_of(query, 1), stride_of(ring, 0))
+    block, chunk = min(1024, power_of_two(size)), common_chunk(dim, *strides)
     kernels("tokens").copy_queries[(tokens, ceil_div(size, block))](
-        *(query, index, ring, query.stride(0), query.stride(1), ring.stride(0)), dim=dim, size=size, block=block
+        *(query, index, ring, *(stride // chunk for stride in strides)), chunk=chunk, dim=dim, size=size, block=block
     )
 
 
@@ -56,16 +57,13 @@ def score_tokens(
     threshold: float,
 ) -> Tensor:
     """See `torch_backend.score_tokens`; caches in float32, float16, bfloat16, float8_e4m3fn or float8_e5m2."""
-    check_pages(caches, layout)
+    cells = cells_of("score_tokens", caches, layout, queries)
     cache, n, rows = caches[0], positions.shape[-1], positions.shape[:-1].numel()
-    element = element_of("score_tokens", cache, queries)
     window, dim = queries.shape[2], queries.shape[4]
     out = torch.empty(positions.shape, dtype=torch.float32, device=positions.device)
     if out.numel() == 0:
         return out
     block = 64 if dim <= 128 else 32
-    keys = {"page_size": cache.shape[2], "dim": dim, "element": element}
-    keys |= {"block": block, "dims": max(16, power_of_two(dim))}
     call = _Scoring(
         pointers,
         table,
@@ -75,8 +73,8 @@ def score_tokens(
         None if penalty is None else penalty.float().contiguous().view(rows, n),
         out.view(rows, n),
         (len(caches), cache.shape[1]),
-        cache.stride()[:3],
-        keys,
+        cells.strides,
+        cells.constants | {"block": block},
         cache.element_size() == 1,
     )
     at_once = max(1, SCRATCH_BYTES // (n * (64 + 4 * window) + 4 * ceil_div(n, block) * dim))
@@ -91,8 +89,8 @@ class _Scoring(NamedTuple):
     Attributes:
         positions, penalty, out: `[rows, n]`.
         heads: layers and kv heads.
-        strides: of the caches, per page, head and token.
-        keys: arguments of every kernel that reads keys.
+        strides: of the caches; see `Cells`.
+        keys: constants of every kernel that reads keys.
         is_narrow: whether keys have 8 bits.
     """
 
@@ -137,10 +135,13 @@ def _score_rows(call: _Scoring, first: int, part: int, pool: int, mix: float, th
     )
     if redundancy:
         exempted = torch.zeros(part, n, dtype=torch.int64, device=device)
-        module.exempt_last_similar[grid](
+        # Products of float32 are not those of tensor cores: a thread holds all that it multiplies in registers.
+        own = 16 if multiply == tl.float32 else call.keys["block"]
+        module.exempt_last_similar[(part * ceil_div(n, own),)](
             *(call.pointers, call.num_resident, cells, inverse, exempted, *numbers, *call.strides, threshold),
             multiply=multiply,
-            **call.keys,
+            num_warps=8,
+            **(call.keys | {"block": own}),
         )
         module.mean_cosine[grid](
             *(call.pointers, call.num_resident, cells, inverse, partial.sum(dim=1), exempted, mean),
@@ -151,7 +152,7 @@ def _score_rows(call: _Scoring, first: int, part: int, pool: int, mix: float, th
         *(call.num_resident, logits, mean, attention, normaliser, *numbers),
         window=window,
         redundancy=redundancy,
-        block=min(power_of_two(n), max(64, 8192 // windows)),
+        block=max(64, 8192 // windows),
         windows=windows,
     )
     lines = slice(first, first + part)
@@ -180,9 +181,8 @@ def measure_attention(
     negligible: float,
 ) -> Tensor:
     """See `torch_backend.measure_attention`; caches as for `score_tokens`."""
-    check_pages(caches, layout)
+    cells = cells_of("measure_attention", caches, layout, queries)
     module, tl, cache = kernels("attention"), import_module("triton.language"), caches[0]
-    element = element_of("measure_attention", cache, queries)
     layers, kv_heads = len(caches), cache.shape[1]
     window, q_heads, dim = queries.shape[2:]
     n, rows, heads = positions.shape[-1], positions.shape[:-1].numel(), window * (q_heads // kv_heads)
@@ -191,19 +191,15 @@ def measure_attention(
         return out
     inputs = (pointers, table, positions.contiguous(), num_resident, num_queries, newest, queries.contiguous())
     shape = {
-        "page_size": cache.shape[2],
-        "dim": dim,
         "window": window,
         "group": q_heads // kv_heads,
-        "element": element,
         # NumPy has no bfloat16, and queries for keys of 8 bits are float32.
-        "multiply": tl.float32 if interpreted() or cache.element_size() == 1 else element,
+        "multiply": tl.float32 if interpreted() or cache.element_size() == 1 else cells.constants["element"],
         "effect": int(effect),
         "valued": Effect.OUTPUT <= effect <= Effect.JOINT,
         "errors": effect in (Effect.OUTPUT, Effect.KEY, Effect.JOINT),
-        "block": 64 if dim <= 128 else 16,
-        "dims": max(16, power_of_two(dim)),
         "tile": 16,
+        **cells.constants,
     }
     width = dim if shape["errors"] else 0
     at_once = min(rows, max(1, SCRATCH_BYTES // max(1, 4 * heads * (width + 3))))
@@ -212,10 +208,14 @@ def measure_attention(
     log_negligible = math.log(negligible) if effect == Effect.NEGLIGIBLE else 0.0
     for first in range(0, rows, at_once):
         part = min(at_once, rows - first)
-        numbers = (first, n, layers, kv_heads, table.stride(0), *cache.stride()[:3], float(dim**0.5))
-        module.attend_queries[(part * ceil_div(heads, 16),)](*inputs, *scratch, *numbers, **shape)
-        blocks = part * ceil_div(n, shape["block"])
-        module.sum_queries[(blocks,)](*inputs, *scratch, out, *numbers, log_negligible, **shape)
+        numbers = (first, n, layers, kv_heads, table.stride(0), *cells.strides, float(dim**0.5))
+        module.attend_queries[(part * ceil_div(heads, 16),)](
+            *(*inputs, *scratch, *numbers), block=32 if dim <= 128 else 16, num_stages=1, **shape
+        )
+        block = 64 if dim <= 128 else 16
+        module.sum_queries[(part * ceil_div(n, block),)](
+            *(*inputs, *scratch, out, *numbers, log_negligible), block=block, **shape
+        )
     return out
 
 
@@ -223,17 +223,13 @@ def key_similarity(
     caches: list[Tensor], pointers: Tensor, layout: int, table: Tensor, num_resident: Tensor, length: int
 ) -> Tensor:
     """See `torch_backend.key_similarity`; caches as for `score_tokens`."""
-    check_pages(caches, layout)
-    cache, layers = caches[0], len(caches)
-    _, heads, page_size, double = cache.shape
+    cells = cells_of("key_similarity", caches, layout)
+    layers, heads = len(caches), caches[0].shape[1]
     out = torch.empty(table.shape[0], layers, heads, length, dtype=torch.float32, device=table.device)
     if out.numel() > 0:
         kernels("attention").compare_keys[(table.shape[0] * layers * heads,)](
-            *(pointers, table, num_resident, out, length, layers, heads, table.stride(0), *cache.stride()[:3]),
-            page_size=page_size,
-            dim=double // 2,
-            element=element_of("key_similarity", cache),
-            block=64 if double <= 256 else 32,
-            dims=max(16, power_of_two(double // 2)),
+            *(pointers, table, num_resident, out, length, layers, heads, table.stride(0), *cells.strides),
+            block=64 if cells.constants["dim"] <= 128 else 32,
+            **cells.constants,
         )
     return out

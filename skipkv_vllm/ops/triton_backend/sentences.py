@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ...core.errors import KVPolicyError
 from ..torch_backend import RULES
-from .launch import ceil_div, kernels, power_of_two
+from .launch import ceil_div, common_chunk, kernels, power_of_two, stride_of
 
 
 def track_sentences(
@@ -34,11 +34,13 @@ def track_sentences(
         raise KVPolicyError("track_sentences: rows of ends, text, open_sum and embeddings must be contiguous")
     if hidden is not None and hidden.stride(1) != 1:
         hidden = hidden.contiguous()
-    width = 1 if hidden is None else hidden.shape[1]
+    width, stride = (1, 0) if hidden is None else (hidden.shape[1], stride_of(hidden, 0))
+    chunk = common_chunk(width, stride)
     kernels("sentences").track[(requests,)](
         *(token_ids, open_sum if hidden is None else hidden, spans.contiguous(), delimiters.view(torch.int8)),
         *(ends, count, after_delimiter.view(torch.int8), open_length, open_sum, embeddings, text),
-        *(requests, 0 if hidden is None else hidden.stride(0), ends.stride(0), held, text.shape[1]),
+        *(requests, stride // chunk, ends.stride(0), held, text.shape[1]),
+        chunk=chunk,
         width=width,
         merge=int(merge),
         embeds=hidden is not None,
@@ -65,13 +67,16 @@ def sentence_similarity(
             "expected a contiguous last dimension"
         )
     if rows.numel() * held > 0:
-        strides = (*embeddings.stride()[:2], penalties.stride(0))
+        chunk = common_chunk(*embeddings.stride()[:2])
+        strides = (*(stride // chunk for stride in embeddings.stride()[:2]), penalties.stride(0))
         kernels("sentences").compare_sentences[(rows.numel() * ceil_div(held, block),)](
-            *(embeddings, rows, count, compared, penalties, held, hidden, *strides, threshold),
+            *(embeddings, rows, count, compared, penalties, held, *strides, threshold),
+            hidden=hidden,
             latest=RULES[rule] == "last",
             block=block,
             columns=16,
-            chunk=min(64, max(16, power_of_two(hidden))),
+            depth=min(64, max(16, power_of_two(hidden))),
+            chunk=chunk,
         )
     # After the kernel, in which every program of a request reads the old value.
     compared.index_copy_(0, rows, count.index_select(0, rows))

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ...core.errors import KVPolicyError
-from .launch import ceil_div, kernels, power_of_two
+from .launch import ceil_div, common_chunk, kernels, power_of_two, stride_of
 
 
 def track_thoughts(
@@ -43,9 +43,11 @@ def steer_add(hidden: Tensor, coefficient: Tensor, choice: Tensor, vectors: Tens
         hidden = hidden.contiguous()
     out = torch.empty(tokens, size, dtype=hidden.dtype, device=hidden.device)
     if tokens > 0:
-        block = min(1024, power_of_two(size))
+        block, strides = min(1024, power_of_two(size)), (stride_of(hidden, 0), stride_of(vectors, 0), size)
+        chunk = common_chunk(*strides)
         kernels("tokens").add_steering[(tokens, ceil_div(size, block))](
-            *(hidden, coefficient, choice, vectors, out, hidden.stride(0), vectors.stride(0), out.stride(0)),
+            *(hidden, coefficient, choice, vectors, out, *(stride // chunk for stride in strides)),
+            chunk=chunk,
             size=size,
             block=block,
         )

@@ -12,6 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .kernel import kernel
 from .rows import EPSILON, cells_of, load_vectors, row_of
 
 # Members of `Effect`.
@@ -31,7 +32,7 @@ def _load_queries(queries, request, layer, head, number, q, counts, layers, head
     )
 
 
-@triton.jit
+@kernel("queries", "outputs")
 def attend_queries(
     pointers,
     table,
@@ -58,6 +59,7 @@ def attend_queries(
     window: tl.constexpr,
     group: tl.constexpr,
     element: tl.constexpr,
+    chunk: tl.constexpr,
     multiply: tl.constexpr,
     effect: tl.constexpr,
     valued: tl.constexpr,
@@ -96,7 +98,19 @@ def attend_queries(
         valid = slot < length
         cell = cells_of(pages, slot, valid, page_size)
         key = load_vectors(
-            pointers, layer, head, cell, valid, page_stride, head_stride, token_stride, page_size, dim, element, dims
+            pointers,
+            layer,
+            head,
+            cell,
+            valid,
+            page_stride,
+            head_stride,
+            token_stride,
+            page_size,
+            dim,
+            element,
+            chunk,
+            dims,
         )
         position = tl.load(positions + line + slot, mask=valid, other=0)
         seen = valid[None, :] & (position[None, :] <= reach[:, None])
@@ -124,6 +138,7 @@ def attend_queries(
                 page_size,
                 dim,
                 element,
+                chunk,
                 dims,
                 dim,
             )
@@ -143,7 +158,7 @@ def attend_queries(
         tl.store(outputs + at[:, None] * dim + d[None, :], output, mask=counts[:, None] & (d < dim)[None, :])
 
 
-@triton.jit
+@kernel("queries", "outputs")
 def sum_queries(
     pointers,
     table,
@@ -172,6 +187,7 @@ def sum_queries(
     window: tl.constexpr,
     group: tl.constexpr,
     element: tl.constexpr,
+    chunk: tl.constexpr,
     multiply: tl.constexpr,
     effect: tl.constexpr,
     valued: tl.constexpr,
@@ -192,7 +208,7 @@ def sum_queries(
     d = tl.arange(0, dims)
     cell = cells_of(table + request.to(tl.int64) * table_stride, slot, valid, page_size)
     key = load_vectors(
-        pointers, layer, head, cell, valid, page_stride, head_stride, token_stride, page_size, dim, element, dims
+        pointers, layer, head, cell, valid, page_stride, head_stride, token_stride, page_size, dim, element, chunk, dims
     )
     transposed = tl.trans(key.to(multiply))
     position = tl.load(positions + line + slot, mask=valid, other=0)
@@ -209,6 +225,7 @@ def sum_queries(
             page_size,
             dim,
             element,
+            chunk,
             dims,
             dim,
         ).to(tl.float32)
@@ -252,7 +269,7 @@ def sum_queries(
     tl.store(out + line + slot, tl.where(valid, sums / group, 0.0), mask=slot < n)
 
 
-@triton.jit
+@kernel()
 def compare_keys(
     pointers,
     table,
@@ -268,6 +285,7 @@ def compare_keys(
     page_size: tl.constexpr,
     dim: tl.constexpr,
     element: tl.constexpr,
+    chunk: tl.constexpr,
     block: tl.constexpr,
     dims: tl.constexpr,
 ):
@@ -282,7 +300,19 @@ def compare_keys(
         valid = slot < length
         cell = cells_of(pages, slot, valid, page_size)
         key = load_vectors(
-            pointers, layer, head, cell, valid, page_stride, head_stride, token_stride, page_size, dim, element, dims
+            pointers,
+            layer,
+            head,
+            cell,
+            valid,
+            page_stride,
+            head_stride,
+            token_stride,
+            page_size,
+            dim,
+            element,
+            chunk,
+            dims,
         ).to(tl.float32)
         scale = 1.0 / (tl.sqrt(tl.sum(key * key, axis=1)) + EPSILON)
         mean += tl.sum(key * scale[:, None], axis=0)
@@ -293,7 +323,19 @@ def compare_keys(
         valid = slot < length
         cell = cells_of(pages, slot, valid, page_size)
         key = load_vectors(
-            pointers, layer, head, cell, valid, page_stride, head_stride, token_stride, page_size, dim, element, dims
+            pointers,
+            layer,
+            head,
+            cell,
+            valid,
+            page_stride,
+            head_stride,
+            token_stride,
+            page_size,
+            dim,
+            element,
+            chunk,
+            dims,
         ).to(tl.float32)
         scale = 1.0 / (tl.sqrt(tl.sum(key * key, axis=1)) + EPSILON)
         cosine = tl.sum(key * mean[None, :], axis=1) * scale

@@ -3,11 +3,12 @@
 
 from __future__ import annotations
 
-import triton
 import triton.language as tl
 
+from .kernel import kernel
 
-@triton.jit
+
+@kernel()
 def read_positions(
     sidecar,
     table,
@@ -37,7 +38,7 @@ def read_positions(
     tl.store(out + i, position, mask=inside)
 
 
-@triton.jit
+@kernel()
 def look_up_penalties(
     ends,
     penalties,

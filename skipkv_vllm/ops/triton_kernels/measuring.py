@@ -10,12 +10,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .kernel import kernel
 from .rows import cells_of, load_vectors, row_of
 
 INFINITY = tl.constexpr(float("inf"))
 
 
-@triton.jit
+@kernel()
 def measure_vectors(
     pointers,
     table,
@@ -35,6 +36,7 @@ def measure_vectors(
     page_size: tl.constexpr,
     dim: tl.constexpr,
     element: tl.constexpr,
+    chunk: tl.constexpr,
     skip: tl.constexpr,
     norm: tl.constexpr,
     centred: tl.constexpr,
@@ -73,6 +75,7 @@ def measure_vectors(
                 page_size,
                 dim,
                 element,
+                chunk,
                 dims,
                 skip,
             ).to(tl.float32)
@@ -100,6 +103,7 @@ def measure_vectors(
             page_size,
             dim,
             element,
+            chunk,
             dims,
             skip,
         ).to(tl.float32)
@@ -110,7 +114,7 @@ def measure_vectors(
         tl.store(out + line + slot, tl.where(valid, size, 0.0), mask=rank < last)
 
 
-@triton.jit
+@kernel()
 def pool_ranks(
     scores,
     num_resident,
@@ -169,17 +173,18 @@ def _load_tokens(
     page_size,
     dim,
     element,
+    chunk,
     dims,
 ):
     """Load the keys `[tokens, dims]` of some ranks as float32."""
     cell = cells_of(pages, tl.load(order + token, mask=valid, other=0), valid, page_size)
     key = load_vectors(
-        pointers, layer, head, cell, valid, page_stride, head_stride, token_stride, page_size, dim, element, dims
+        pointers, layer, head, cell, valid, page_stride, head_stride, token_stride, page_size, dim, element, chunk, dims
     )
     return key.to(tl.float32)
 
 
-@triton.jit
+@kernel("centroids")
 def choose_central(
     pointers,
     table,
@@ -207,6 +212,7 @@ def choose_central(
     page_size: tl.constexpr,
     dim: tl.constexpr,
     element: tl.constexpr,
+    chunk: tl.constexpr,
     most: tl.constexpr,
     rounds: tl.constexpr,
     block: tl.constexpr,
@@ -262,6 +268,7 @@ def choose_central(
         page_size,
         dim,
         element,
+        chunk,
         dims,
     )
     for _ in range(rounds + 1):
@@ -287,6 +294,7 @@ def choose_central(
                 page_size,
                 dim,
                 element,
+                chunk,
                 dims,
             )
             least = tl.full([block], INFINITY, tl.float32)

@@ -1,8 +1,8 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, import-untyped"
 """`compact_pages`: first whole pages, then single cells. Cells are copied bit by bit, as integers.
 
-Two launches on one stream, because a move may fill a hole of a page that was just copied. Offsets and strides of the
-caches count elements of `element`, the widest integer that fits.
+Two launches on one stream, because a move may fill a hole of a page that was just copied. Offsets in the caches count
+elements of `element`, the widest integer that fits; strides count chunks of `chunk` of them, at most 16 bytes.
 """
 
 from __future__ import annotations
@@ -10,8 +10,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .kernel import kernel
+
 
 @triton.jit
+def _base(pointers, layer, element, chunk):
+    """Return the address of a layer's cache."""
+    base = tl.load(pointers + layer).to(tl.pointer_type(element))
+    return tl.multiple_of(base, chunk * (element.primitive_bitwidth // 8))
+
+
+@kernel()
 def copy_pages(
     pointers,
     sidecar,
@@ -32,6 +41,7 @@ def copy_pages(
     page_size: tl.constexpr,
     width: tl.constexpr,
     element: tl.constexpr,
+    chunk: tl.constexpr,
     block: tl.constexpr,
 ):
     """Copy replaced pages and record the positions of the first K slots; one program a (request, layer, page)."""
@@ -55,18 +65,18 @@ def copy_pages(
         tl.store(noted + cell, position, mask=inside)
 
     if old != new:
-        base = tl.load(pointers + layer).to(tl.pointer_type(element))
+        base = _base(pointers, layer, element, chunk)
         for start in range(0, heads * page_size * width, block):
             i = start + tl.arange(0, block)
             cell = i // width
             at = (cell // page_size).to(tl.int64) * head_stride + (cell % page_size).to(tl.int64) * token_stride
-            at += i % width
+            at = at * chunk + i % width
             inside = i < heads * page_size * width
-            content = tl.load(base + old * page_stride + at, mask=inside, other=0)
-            tl.store(base + new * page_stride + at, content, mask=inside)
+            content = tl.load(base + old * page_stride * chunk + at, mask=inside, other=0)
+            tl.store(base + new * page_stride * chunk + at, content, mask=inside)
 
 
-@triton.jit
+@kernel()
 def move_cells(
     pointers,
     sidecar,
@@ -89,6 +99,7 @@ def move_cells(
     page_size: tl.constexpr,
     width: tl.constexpr,
     element: tl.constexpr,
+    chunk: tl.constexpr,
     block: tl.constexpr,
     widths: tl.constexpr,
 ):
@@ -116,10 +127,10 @@ def move_cells(
     noted = sidecar + layer.to(tl.int64) * sidecar_stride
     tl.store(noted + (to_page * heads + head) * page_size + to_slot % page_size, position, mask=valid)
 
-    base = tl.load(pointers + layer).to(tl.pointer_type(element)) + head.to(tl.int64) * head_stride
+    base = _base(pointers, layer, element, chunk) + head.to(tl.int64) * head_stride * chunk
     read = from_page * page_stride + (from_slot % page_size).to(tl.int64) * token_stride
     write = to_page * page_stride + (to_slot % page_size).to(tl.int64) * token_stride
     e = tl.arange(0, widths)
     inside = valid[:, None] & (e < width)[None, :]
-    content = tl.load(base + read[:, None] + e[None, :], mask=inside, other=0)
-    tl.store(base + write[:, None] + e[None, :], content, mask=inside)
+    content = tl.load(base + (read * chunk)[:, None] + e[None, :], mask=inside, other=0)
+    tl.store(base + (write * chunk)[:, None] + e[None, :], content, mask=inside)

@@ -17,18 +17,36 @@ def row_of(first, row, layers, heads):
 
 @triton.jit
 def load_vectors(
-    pointers, layer, head, cell, valid, page_stride, head_stride, token_stride, page_size, dim, element, dims, skip=0
+    pointers,
+    layer,
+    head,
+    cell,
+    valid,
+    page_stride,
+    head_stride,
+    token_stride,
+    page_size,
+    dim,
+    element,
+    chunk,
+    dims,
+    skip=0,
 ):
     """Load keys `[cells, dims]`, or values with `skip` = dim, in the cache's dtype; zero outside.
 
-    Those of 8 bits become float16, which represents them exactly.
+    Those of 8 bits become float16, which represents them exactly. Strides count chunks of `chunk` elements, of which
+    addresses are multiples: so the compiler knows that it may read a chunk at once.
     """
     d = tl.arange(0, dims)
     # Load the bits, because compilers for older GPUs refuse the type itself.
     stored: tl.constexpr = tl.uint8 if element.primitive_bitwidth == 8 else element
-    base = tl.load(pointers + layer).to(tl.pointer_type(stored)) + (head.to(tl.int64) * head_stride + skip)
+    address = tl.load(pointers + layer).to(tl.pointer_type(stored))
+    base = tl.multiple_of(address, chunk * (element.primitive_bitwidth // 8)) + (
+        head.to(tl.int64) * head_stride * chunk + skip
+    )
     offset = (cell // page_size).to(tl.int64) * page_stride + (cell % page_size).to(tl.int64) * token_stride
-    key = tl.load(base + offset[:, None] + d[None, :], mask=valid[:, None] & (d < dim)[None, :], other=0)
+    inside = valid[:, None] & (d < dim)[None, :]
+    key = tl.load(base + (offset * chunk)[:, None] + d[None, :], mask=inside, other=0)
     # One return: the compiler also reads the code after a return in a branch, and requires one type of all returns.
     if element == tl.float8e5:
         key = (key.to(tl.uint16) << 8).to(tl.float16, bitcast=True)

@@ -9,16 +9,16 @@ memory are numbered from 0.
 
 from __future__ import annotations
 
-import triton
 import triton.language as tl
 
+from .kernel import kernel
 from .rows import EPSILON, cells_of, load_vectors, row_of
 
 FIXED = tl.constexpr(float(1 << 40))
 """Exempted cosines are added as integers in this unit, so the sum does not depend on the order of the additions."""
 
 
-@triton.jit
+@kernel("queries", "partial")
 def measure_keys(
     pointers,
     table,
@@ -43,6 +43,7 @@ def measure_keys(
     window: tl.constexpr,
     group: tl.constexpr,
     element: tl.constexpr,
+    chunk: tl.constexpr,
     multiply: tl.constexpr,
     block: tl.constexpr,
     dims: tl.constexpr,
@@ -70,7 +71,7 @@ def measure_keys(
     cell = cells_of(table + request.to(tl.int64) * table_stride, slot, valid, page_size)
     tl.store(cells + line + rank, cell, mask=valid)
     key = load_vectors(
-        pointers, layer, head, cell, valid, page_stride, head_stride, token_stride, page_size, dim, element, dims
+        pointers, layer, head, cell, valid, page_stride, head_stride, token_stride, page_size, dim, element, chunk, dims
     )
     wide = key.to(tl.float32)
     scale = 1.0 / (tl.sqrt(tl.sum(wide * wide, axis=1)) + EPSILON)
@@ -90,7 +91,7 @@ def measure_keys(
     tl.store(logits + line * window + w[:, None].to(tl.int64) * n + rank[None, :], best / root, mask=kept)
 
 
-@triton.jit
+@kernel()
 def exempt_last_similar(
     pointers,
     num_resident,
@@ -108,6 +109,7 @@ def exempt_last_similar(
     page_size: tl.constexpr,
     dim: tl.constexpr,
     element: tl.constexpr,
+    chunk: tl.constexpr,
     multiply: tl.constexpr,
     block: tl.constexpr,
     dims: tl.constexpr,
@@ -138,6 +140,7 @@ def exempt_last_similar(
         page_size,
         dim,
         element,
+        chunk,
         dims,
     )
     own_scale = tl.load(inverse + line + rank, mask=valid, other=0.0)
@@ -159,6 +162,7 @@ def exempt_last_similar(
             page_size,
             dim,
             element,
+            chunk,
             dims,
         )
         other_scale = tl.load(inverse + line + column, mask=there, other=0.0)
@@ -186,6 +190,7 @@ def exempt_last_similar(
         page_size,
         dim,
         element,
+        chunk,
         dims,
     )
     to_zero = tl.sum(own.to(tl.float32) * zero.to(tl.float32), axis=1) * own_scale * tl.load(inverse + line)
@@ -195,7 +200,7 @@ def exempt_last_similar(
     tl.atomic_add(exempted + line + last, units, mask=valid)
 
 
-@triton.jit
+@kernel("total")
 def mean_cosine(
     pointers,
     num_resident,
@@ -214,6 +219,7 @@ def mean_cosine(
     page_size: tl.constexpr,
     dim: tl.constexpr,
     element: tl.constexpr,
+    chunk: tl.constexpr,
     block: tl.constexpr,
     dims: tl.constexpr,
 ):
@@ -230,7 +236,7 @@ def mean_cosine(
     valid = rank < length
     cell = tl.load(cells + line + rank, mask=valid, other=0)
     key = load_vectors(
-        pointers, layer, head, cell, valid, page_stride, head_stride, token_stride, page_size, dim, element, dims
+        pointers, layer, head, cell, valid, page_stride, head_stride, token_stride, page_size, dim, element, chunk, dims
     )
     unit = key.to(tl.float32) * tl.load(inverse + line + rank, mask=valid, other=0.0)[:, None]
     d = tl.arange(0, dims)
@@ -240,7 +246,7 @@ def mean_cosine(
     tl.store(mean + line + rank, (others - spared) / length.to(tl.float32), mask=valid)
 
 
-@triton.jit
+@kernel()
 def attend(
     num_resident,
     logits,
@@ -288,7 +294,7 @@ def attend(
         tl.store(normaliser + row, tl.sum(whole, axis=0))
 
 
-@triton.jit
+@kernel()
 def combine(
     num_resident,
     order,

@@ -6,6 +6,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .kernel import kernel
+
 
 @triton.jit
 def _ranking(scores, positions, slot, length, below, start):
@@ -25,7 +27,7 @@ def _ranking(scores, positions, slot, length, below, start):
     return tl.where(valid, ranking, 0)
 
 
-@triton.jit
+@kernel()
 def select_rows(
     scores,
     positions,

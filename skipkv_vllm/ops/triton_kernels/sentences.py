@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
-import triton
 import triton.language as tl
+
+from .kernel import kernel
 
 EPSILON = tl.constexpr(1e-8)
 
 
-@triton.jit
+@kernel("hidden", "open_sum", "embeddings")
 def track(
     token_ids,
     hidden,
@@ -27,6 +28,7 @@ def track(
     ends_stride,
     held,
     longest,
+    chunk: tl.constexpr,
     width: tl.constexpr,
     merge: tl.constexpr,
     embeds: tl.constexpr,
@@ -34,7 +36,10 @@ def track(
     tokens: tl.constexpr,
     block: tl.constexpr,
 ):
-    """See `torch_backend.track_sentences`; runs of at most `tokens` tokens that end at a delimiter or at the end."""
+    """See `torch_backend.track_sentences`; runs of at most `tokens` tokens that end at a delimiter or at the end.
+
+    `hidden_stride` counts chunks of `chunk` elements.
+    """
     request = tl.program_id(0)
     row = tl.load(spans + request)
     begin = tl.load(spans + requests + request)
@@ -71,7 +76,7 @@ def track(
                     known = start + e < width
                     total = tl.load(open_sum + start + e, mask=known, other=0.0)
                     for t in range(i, stop):
-                        vector = hidden + (begin + t) * hidden_stride + start
+                        vector = hidden + (begin + t) * hidden_stride * chunk + start
                         total += tl.load(vector + e, mask=known, other=0.0).to(tl.float32)
                     tl.store(open_sum + start + e, total, mask=known)
                     squares += (total / length) * (total / length)
@@ -101,7 +106,7 @@ def track(
         tl.store(open_length + row + tl.arange(0, 1), length)
 
 
-@triton.jit
+@kernel("embeddings")
 def compare_sentences(
     embeddings,
     rows,
@@ -109,17 +114,21 @@ def compare_sentences(
     compared,
     penalties,
     held,
-    hidden,
     row_stride,
     sentence_stride,
     penalty_stride,
     threshold,
+    hidden: tl.constexpr,
     latest: tl.constexpr,
     block: tl.constexpr,
     columns: tl.constexpr,
+    depth: tl.constexpr,
     chunk: tl.constexpr,
 ):
-    """Update the penalties of `block` earlier sentences of a request; `latest` is the rule "last"."""
+    """Update the penalties of `block` earlier sentences of a request; `latest` is the rule "last".
+
+    Strides of embeddings count chunks of `chunk` elements; products take `depth` elements at a time.
+    """
     blocks = tl.cdiv(held, block)
     row = tl.load(rows + tl.program_id(0) // blocks)
     end = tl.load(count + row)
@@ -127,21 +136,21 @@ def compare_sentences(
     number = oldest + tl.program_id(0) % blocks * block + tl.arange(0, block)
     valid = number < end
     begin = tl.maximum(tl.load(compared + row), oldest)
-    base = embeddings + row * row_stride
-    own = base + (number % held) * sentence_stride
+    base = embeddings + row * row_stride * chunk
+    own = base + (number % held) * sentence_stride * chunk
     penalty = penalties + row * penalty_stride + number
     known = tl.load(penalty, mask=valid, other=0.0)
     best = tl.zeros([block], tl.float32)
     if latest:
         best = known
-    e = tl.arange(0, chunk)
+    e = tl.arange(0, depth)
     # In ascending order, so that the latest repeat overwrites earlier ones.
     for step in range(tl.cdiv(end - begin, columns)):
         later = begin + step * columns + tl.arange(0, columns)
         there = later < end
-        others = base + (later % held) * sentence_stride
+        others = base + (later % held) * sentence_stride * chunk
         cosine = tl.zeros([block, columns], tl.float32)
-        for start in range(0, hidden, chunk):
+        for start in range(0, hidden, depth):
             inside = start + e < hidden
             a = tl.load(own[:, None] + start + e[None, :], mask=valid[:, None] & inside[None, :], other=0.0)
             b = tl.load(others[None, :] + start + e[:, None], mask=there[None, :] & inside[:, None], other=0.0)

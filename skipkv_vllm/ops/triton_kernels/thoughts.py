@@ -3,11 +3,12 @@
 
 from __future__ import annotations
 
-import triton
 import triton.language as tl
 
+from .kernel import kernel
 
-@triton.jit
+
+@kernel()
 def track(
     token_ids,
     spans,

@@ -3,11 +3,12 @@
 
 from __future__ import annotations
 
-import triton
 import triton.language as tl
 
+from .kernel import kernel
 
-@triton.jit
+
+@kernel("query", "ring")
 def copy_queries(
     query,
     index,
@@ -15,19 +16,21 @@ def copy_queries(
     token_stride,
     head_stride,
     row_stride,
+    chunk: tl.constexpr,
     dim: tl.constexpr,
     size: tl.constexpr,
     block: tl.constexpr,
 ):
-    """`ring[index[t]] = query[t]`; a row is contiguous, `size` elements."""
+    """`ring[index[t]] = query[t]`; a row is contiguous, `size` elements. Strides count chunks of `chunk` elements."""
     i = tl.program_id(1) * block + tl.arange(0, block)
     token = tl.program_id(0).to(tl.int64)
     row = tl.load(index + token)
-    value = tl.load(query + token * token_stride + (i // dim) * head_stride + i % dim, mask=i < size)
-    tl.store(ring + row * row_stride + i, value, mask=i < size)
+    from_head = (token * token_stride + (i // dim) * head_stride) * chunk
+    value = tl.load(query + from_head + i % dim, mask=i < size)
+    tl.store(ring + row * row_stride * chunk + i, value, mask=i < size)
 
 
-@triton.jit
+@kernel("hidden", "vectors", "out")
 def add_steering(
     hidden,
     coefficient,
@@ -37,15 +40,18 @@ def add_steering(
     hidden_stride,
     vector_stride,
     out_stride,
+    chunk: tl.constexpr,
     size: tl.constexpr,
     block: tl.constexpr,
 ):
-    """See `torch_backend.steer_add`; the last dimensions are contiguous."""
+    """See `torch_backend.steer_add`; the last dimensions are contiguous, strides count chunks of `chunk` elements."""
     i = tl.program_id(1) * block + tl.arange(0, block)
     token = tl.program_id(0).to(tl.int64)
     # One copy per element: the interpreter cannot mask a block with a scalar's comparison.
     number = tl.load(choice + token).to(tl.int64) + tl.zeros([block], tl.int64)
-    before = tl.load(hidden + token * hidden_stride + i, mask=i < size)
-    direction = tl.load(vectors + number * vector_stride + i, mask=(i < size) & (number != 0), other=0.0)
+    before = tl.load(hidden + token * hidden_stride * chunk + i, mask=i < size)
+    direction = tl.load(vectors + number * vector_stride * chunk + i, mask=(i < size) & (number != 0), other=0.0)
     steered = before.to(tl.float32) + tl.load(coefficient + token) * direction
-    tl.store(out + token * out_stride + i, tl.where(number == 0, before, steered.to(before.dtype)), mask=i < size)
+    tl.store(
+        out + token * out_stride * chunk + i, tl.where(number == 0, before, steered.to(before.dtype)), mask=i < size
+    )
