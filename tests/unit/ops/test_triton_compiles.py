@@ -1,86 +1,111 @@
-"""Triton's compiler accepts the kernels that read keys, which its interpreter cannot show; no GPU is needed."""
+"""Triton's compiler accepts every kernel as the operators launch it, which its interpreter cannot show.
+
+No GPU is needed. Covered are all kernels for both architectures, each dtype of the cache with one head size and each
+head size with one dtype. One architecture is enough where the code hardly differs: for the second of two dtypes of one
+width, for head sizes that fill the same tiles as 128, and for other constants of a kernel. For every combination see
+`tests/operators/triton_launches.py`.
+"""
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import Any
+from collections.abc import Iterable
+from functools import partial
 
 import pytest
+import torch
 
-from skipkv_vllm.ops import Effect
 from tests.operators.backends import INTERPRETED
 
-triton = pytest.importorskip("triton")
+pytest.importorskip("triton")
 if INTERPRETED:
     pytest.skip("an interpreting Triton does not compile", allow_module_level=True)
-tl = pytest.importorskip("triton.language")
 
-FLOATS = (
-    *("top", "share", "squares", "outputs", "out", "inverse", "partial", "logits"),
-    *("weights", "centroids", "distance", "scores"),
-)
-NUMBERS = (
-    *("first", "n", "layers", "heads", "table_stride", "page_stride", "head_stride", "token_stride"),
-    *("page_size", "dim", "window", "group", "block", "dims", "tile", "windows", "part", "segments", "longest"),
-    "rows_per_request",
-)
-ELEMENTS = {"fp32": "fp32", "bf16": "bf16", "float8e4nv": "fp32", "float8e5": "fp32"}
-"""Type of the queries by type of the cache."""
+from skipkv_vllm.ops.triton_backend import measuring, scoring
+from tests.operators.triton_calls import CACHES, OF_CACHES, OTHERS, VARIANTS, Call, Server, Traffic
+from tests.operators.triton_launches import ARCHITECTURES, Launch, Resources, all_kernels, compiled, recorded, resources
 
+MOST_SHARED = 99 << 10
+"""Bytes of shared memory of a block on the smallest GPUs of the last generations, compute capability 8.6 and 8.9."""
+MOST_STACK = 256
+"""Bytes of a thread's stack. A kernel that needs more has far too few registers for its tiles, and is very slow."""
 
-def signature(kernel: Any, element: str) -> dict[str, str]:
-    known = {"pointers": "*i64", "root": "fp32", "queries": f"*{ELEMENTS[element]}", "tie": "fp32"}
-    known |= {"log_negligible": "fp32"}
-    known |= dict.fromkeys(FLOATS, "*fp32") | dict.fromkeys(NUMBERS, "i32")
-    return {
-        p.name: "constexpr" if p.is_constexpr else known.get(p.name, "*i32")  # tables, positions and lengths
-        for p in kernel.params
-    }
-
-
-KERNELS = (
-    *("scoring.measure_keys", "measuring.measure_vectors", "measuring.choose_central"),
-    *(f"attention.{k}_queries" for k in ("attend", "sum")),
-)
-OTHERS = [
-    ("measuring.pool_ranks", Effect.ATTENTION),
-    ("attention.attend_queries", Effect.SEEN),
-    *(("attention.sum_queries", effect) for effect in Effect if effect is not Effect.JOINT),
+SERVERS = [
+    *((Server(cache=cache), 80) for cache in CACHES),
+    *((Server(cache=cache), 90) for cache in (torch.float32, torch.bfloat16, torch.float8_e4m3fn)),
+    *((Server(dim=dim), architecture) for dim in (64, 256) for architecture in ARCHITECTURES),
+    *((Server(dim=dim), architecture) for dim, architecture in ((80, 90), (96, 80), (112, 90))),
 ]
+ALL_OPERATORS = (*OF_CACHES, *OTHERS, *VARIANTS)
 
 
-@pytest.mark.parametrize("element", ELEMENTS)
-@pytest.mark.parametrize("name", KERNELS)
-def test_compiles_for_an_older_gpu(name, element):
-    check_compiles(name, element, Effect.JOINT)
+def launches_of(calls: Iterable[Call], server: Server, *traffic: Traffic) -> list[Launch]:
+    """Return the different launches of some operators; each is compiled once."""
+    with recorded() as launches:
+        for each in traffic or (Traffic(),):
+            for call in calls:
+                call(server, each)
+    return list({(launch.name, launch.key): launch for launch in launches}.values())
 
 
-@pytest.mark.parametrize(("name", "effect"), OTHERS)
-def test_compiles_for_every_effect(name, effect):
-    check_compiles(name, "bf16", effect)
+def name_of(call: Call) -> str:
+    """Name a call in a report."""
+    if not isinstance(call, partial):
+        return call.__name__
+    return "-".join([call.func.__name__, *(f"{name}={value}" for name, value in call.keywords.items())])
 
 
-def check_compiles(name: str, element: str, effect: Effect) -> None:
-    from triton.backends.compiler import GPUTarget
+_used: dict[tuple[str, str, int], Resources] = {}
 
-    module, _, name = name.partition(".")
-    kernel = getattr(import_module(f"skipkv_vllm.ops.triton_kernels.{module}"), name)
-    types = {"fp32": tl.float32, "bf16": tl.bfloat16, "float8e4nv": tl.float8e4nv, "float8e5": tl.float8e5}
-    values = {"page_size": 16, "dim": 80, "window": 32, "group": 4, "effect": int(effect), "block": 64, "dims": 128}
-    values |= {
-        "valued": Effect.OUTPUT <= effect <= Effect.JOINT,
-        "skip": 80,
-        "norm": 2,
-        "pool": 7,
-        "most": 64,
-        "rounds": 5,
-    }
-    values |= {"errors": values["valued"] and effect is not Effect.VALUE}
-    values |= dict.fromkeys(("centred", "ordered", "weighted"), True) | ({"block": 32} if "central" in name else {})
-    values |= {"tile": 16, "windows": 32, "element": types[element], "multiply": types[ELEMENTS[element]]}
-    kinds = signature(kernel, element)
-    constants = {(i,): values[name] for i, (name, kind) in enumerate(kinds.items()) if kind == "constexpr"}
-    source = triton.compiler.ASTSource(kernel, kinds, constexprs=constants)
-    compiled = triton.compile(source, target=GPUTarget("cuda", 80, 32))
-    # Shared memory of a block on the smallest GPUs of the last three generations.
-    assert compiled.metadata.shared <= 99 * 1024
+
+def check(launches: list[Launch], architecture: int) -> None:
+    """Compile launches that were not compiled before, and check what all of them use."""
+    for launch in launches:
+        key = (launch.name, launch.key, architecture)
+        if key not in _used:
+            _used[key] = resources(compiled(launch, architecture))
+        used = _used[key]
+        assert used.shared <= MOST_SHARED, f"{launch.name}: {used}"
+        assert used.stack <= MOST_STACK, f"{launch.name}: {used}"
+        assert used.local == 0, f"{launch.name}: {used}"
+
+
+@pytest.mark.parametrize(
+    ("server", "architecture"), SERVERS, ids=[f"{str(s.cache)[6:]}-{s.dim}-sm{a}" for s, a in SERVERS]
+)
+def test_kernels_that_read_caches(server, architecture):
+    check(launches_of(OF_CACHES, server), architecture)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_other_kernels(architecture):
+    check(launches_of(OTHERS, Server()), architecture)
+
+
+def test_other_constants():
+    check(launches_of(VARIANTS, Server()), 80)
+
+
+def test_every_kernel_is_compiled():
+    assert all_kernels() == {launch.name for launch in launches_of((*OF_CACHES, *OTHERS), Server())}
+
+
+@pytest.mark.parametrize("call", ALL_OPERATORS, ids=name_of)
+def test_a_kernel_is_compiled_once_for_all_requests(call, monkeypatch):
+    """A compilation takes a second or more, in which no request gets a token."""
+    for module in (measuring, scoring):
+        monkeypatch.setattr(module, "SCRATCH_BYTES", 1 << 20)  # several launches of some rows each
+    traffic = (
+        Traffic(),
+        Traffic((80,), width=16, tokens=16, moves=16),
+        Traffic((1151, 128), width=72, tokens=1, moves=127),
+        Traffic((97,) * 16, width=7, tokens=48, moves=1),
+    )
+    launches = launches_of([call], Server(), *traffic)
+    assert len(launches) == len({launch.name for launch in launches}), [launch.key for launch in launches]
+
+
+def test_keys_are_read_16_bytes_at_a_time():
+    """Element by element a warp would ask for memory eight times as often."""
+    code = {launch.name: compiled(launch, 80).asm["ptx"] for launch in launches_of(OF_CACHES, Server())}
+    assert {name for name, text in code.items() if "ld.global.b16" in text} == set()
+    assert all("ld.global.v4.b32" in text for name, text in code.items() if name.startswith("attention."))

@@ -1,0 +1,238 @@
+"""Calls of every operator of the Triton backend, for `triton_launches`: shapes and types as a server has them.
+
+What the tensors hold does not matter, because nothing runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from skipkv_vllm.core.needs import NUM_ACCUMULATED
+from skipkv_vllm.ops import STATE, Effect, triton_backend
+from skipkv_vllm.ops.paging import Layout, PagedCache
+
+FLOAT, BF16 = torch.float32, torch.bfloat16
+CACHES = (FLOAT, torch.float16, BF16, torch.float8_e4m3fn, torch.float8_e5m2)
+"""Dtypes of caches."""
+DIMS = (64, 80, 96, 112, 128, 256)
+"""Head sizes."""
+PAGES = 300
+"""Blocks of the server."""
+ROWS = 16
+"""Requests that can run at once."""
+WHOLE = 2**30
+"""A part of `vector_norms` that no row exceeds."""
+
+
+@dataclass(frozen=True)
+class Server:
+    """What stays as it is while a server runs.
+
+    Attributes:
+        cache: dtype of the caches.
+        dim: head size.
+        layers, heads, group, size, window: L, H, query heads for each kv head, P and W.
+        hidden: E.
+    """
+
+    cache: torch.dtype = BF16
+    dim: int = 128
+    layers: int = 3
+    heads: int = 2
+    group: int = 4
+    size: int = 16
+    window: int = 8
+    hidden: int = 1000
+
+    def caches(self) -> PagedCache:
+        """Pages in which the heads of a token lie together, as those of vLLM's Triton attention."""
+        shape = (PAGES, self.size, self.heads, 2 * self.dim)
+        caches = [torch.zeros(shape, dtype=self.cache).transpose(1, 2) for _ in range(self.layers)]
+        return PagedCache.of(caches, Layout.ROWS)
+
+    @property
+    def model(self) -> torch.dtype:
+        """Dtype of the model."""
+        return BF16 if self.cache.itemsize == 1 else self.cache
+
+    @property
+    def queries(self) -> torch.dtype:
+        """Dtype of the queries that are compared with keys."""
+        return FLOAT if self.cache.itemsize == 1 else self.cache
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """What differs from call to call.
+
+    Attributes:
+        lengths: tokens of each request.
+        width: columns of the tables of pages.
+        tokens: tokens of the step.
+        moves: of `compact_pages`, at most.
+    """
+
+    lengths: Sequence[int] = (300, 201, 77)
+    width: int = 19
+    tokens: int = 7
+    moves: int = 40
+
+    @property
+    def requests(self) -> int:
+        return len(self.lengths)
+
+    def vector(self, dtype: torch.dtype = torch.int32) -> Tensor:
+        """A number for each request."""
+        return torch.ones(self.requests, dtype=dtype)
+
+    def table(self) -> Tensor:
+        return torch.zeros(self.requests, self.width, dtype=torch.int32)
+
+    def by_slot(self, server: Server, dtype: torch.dtype) -> Tensor:
+        """A number for each token: `[R, L, H, N]`."""
+        return torch.zeros(self.requests, server.layers, server.heads, max(self.lengths), dtype=dtype)
+
+    def held(self, server: Server) -> tuple[Any, ...]:
+        """The first arguments of operators that read keys: caches to num_resident."""
+        lengths = torch.tensor(self.lengths, dtype=torch.int32)
+        return (*server.caches(), self.table(), self.by_slot(server, torch.int32), lengths)
+
+    def queries(self, server: Server, number: int) -> Tensor:
+        shape = (self.requests, server.layers, number, server.heads * server.group, server.dim)
+        return torch.zeros(shape, dtype=server.queries)
+
+
+Call = Callable[[Server, Traffic], None]
+
+
+def score_tokens(server: Server, traffic: Traffic, penalised: bool = True, mix: float = 0.1) -> None:
+    penalty = traffic.by_slot(server, FLOAT) if penalised else None
+    queries = traffic.queries(server, server.window)
+    triton_backend.score_tokens(*traffic.held(server), queries, penalty, 7, mix, 0.5)
+
+
+def measure_attention(server: Server, traffic: Traffic, effect: Effect = Effect.JOINT) -> None:
+    queries = traffic.queries(server, NUM_ACCUMULATED)
+    triton_backend.measure_attention(
+        *(*traffic.held(server), queries, traffic.vector(), traffic.vector(), int(effect), 0.1)
+    )
+
+
+def key_similarity(server: Server, traffic: Traffic) -> None:
+    triton_backend.key_similarity(*server.caches(), traffic.table(), traffic.vector(), max(traffic.lengths))
+
+
+def vector_norms(
+    server: Server, traffic: Traffic, values: bool = True, norm: int = 2, part: int = WHOLE, weighted: bool = True
+) -> None:
+    weights = traffic.by_slot(server, FLOAT) if weighted else None
+    triton_backend.vector_norms(*traffic.held(server), values, norm, part, weights)
+
+
+def central_tokens(server: Server, traffic: Traffic) -> None:
+    quota = torch.ones(traffic.requests, 1 + max(traffic.lengths) // 128, dtype=torch.int32)
+    triton_backend.central_tokens(*traffic.held(server), traffic.vector(), traffic.vector(), quota, 128)
+
+
+def pool_neighbours(server: Server, traffic: Traffic) -> None:
+    scores, positions = (traffic.by_slot(server, dtype) for dtype in (FLOAT, torch.int32))
+    triton_backend.pool_neighbours(scores, positions, traffic.vector(), server.window, 7)
+
+
+def select_keep(server: Server, traffic: Traffic) -> None:
+    scores, positions = (traffic.by_slot(server, dtype) for dtype in (FLOAT, torch.int32))
+    triton_backend.select_keep(scores, positions, *(traffic.vector() for _ in range(4)), traffic.moves)
+
+
+def sidecar(server: Server) -> Tensor:
+    return torch.zeros(server.layers, PAGES, server.heads, server.size, dtype=torch.int32)
+
+
+def compact_pages(server: Server, traffic: Traffic) -> None:
+    positions = traffic.by_slot(server, torch.int32)
+    moves = [positions.new_zeros(*positions.shape[:3], traffic.moves) for _ in range(2)]
+    target = torch.zeros(traffic.requests, traffic.width - 1, dtype=torch.int32)
+    triton_backend.compact_pages(
+        *(*server.caches(), sidecar(server), positions, traffic.table(), target),
+        *(traffic.vector(), *moves, positions.new_zeros(positions.shape[:3])),
+    )
+
+
+def held_positions(server: Server, traffic: Traffic) -> None:
+    numbers = (traffic.vector(), traffic.vector())
+    triton_backend.held_positions(sidecar(server), traffic.table(), *numbers, max(traffic.lengths))
+
+
+def track_sentences(
+    server: Server, traffic: Traffic, embeds: bool = True, text: int = 0, ids: Any = torch.int32
+) -> None:
+    hidden = torch.zeros(traffic.tokens, server.hidden, dtype=server.model) if embeds else None
+    triton_backend.track_sentences(
+        *(torch.zeros(traffic.tokens, dtype=ids), hidden, torch.zeros(4, traffic.requests, dtype=torch.int64)),
+        *(traffic.tokens, torch.zeros(500, dtype=torch.bool), True, torch.zeros(ROWS, 401, dtype=torch.int32)),
+        *(torch.zeros(ROWS, dtype=torch.int64), torch.zeros(ROWS, dtype=torch.bool), torch.zeros(ROWS)),
+        *(torch.zeros(ROWS, server.hidden), torch.zeros(ROWS, 65, server.hidden, dtype=server.model)),
+        torch.zeros(ROWS, text, dtype=torch.int32),
+    )
+
+
+def sentence_similarity(server: Server, traffic: Traffic, rule: int = 0) -> None:
+    numbers = [torch.zeros(ROWS, dtype=torch.int64) for _ in range(2)]
+    embeddings = torch.zeros(ROWS, 65, server.hidden, dtype=server.model)
+    rows = torch.arange(traffic.requests)
+    triton_backend.sentence_similarity(embeddings, rows, *numbers, torch.zeros(ROWS, 401), 0.9, rule)
+
+
+def token_penalties(server: Server, traffic: Traffic) -> None:
+    ends, penalties = torch.zeros(ROWS, 401, dtype=torch.int32), torch.zeros(ROWS, 401)
+    first, rows = torch.zeros(ROWS, dtype=torch.int64), torch.arange(traffic.requests)
+    triton_backend.token_penalties(ends, penalties, first, rows, traffic.by_slot(server, torch.int32))
+
+
+def record_queries(server: Server, traffic: Traffic) -> None:
+    heads = server.heads * server.group
+    fused = torch.zeros(traffic.tokens, heads + 2 * server.heads, server.dim, dtype=server.model)
+    ring = torch.zeros(ROWS * server.window + 1, heads, server.dim, dtype=server.model)
+    triton_backend.record_queries(fused[:, :heads], torch.zeros(64, dtype=torch.int64), ring)
+
+
+def track_thoughts(server: Server, traffic: Traffic, ids: Any = torch.int32) -> None:
+    triton_backend.track_thoughts(
+        *(torch.zeros(traffic.tokens, dtype=ids), torch.zeros(4, traffic.requests, dtype=torch.int64)),
+        *(torch.zeros(500, dtype=torch.int32), torch.zeros(9, 3, dtype=torch.int32), True, 128, torch.zeros(ROWS, 3)),
+        *(torch.zeros(ROWS, len(STATE), dtype=torch.int32), traffic.tokens, torch.zeros(64, dtype=torch.int32)),
+        torch.zeros(64),
+    )
+
+
+def steer_add(server: Server, traffic: Traffic) -> None:
+    hidden = torch.zeros(traffic.tokens, server.hidden, dtype=server.model)
+    numbers = (torch.zeros(64), torch.zeros(64, dtype=torch.int32))
+    triton_backend.steer_add(hidden, *numbers, torch.zeros(3, server.hidden))
+
+
+OF_CACHES: tuple[Call, ...] = (
+    *(score_tokens, measure_attention, key_similarity, vector_norms, central_tokens, compact_pages, record_queries),
+)
+"""Operators whose kernels depend on the dtype or on the head size."""
+OTHERS: tuple[Call, ...] = (
+    *(pool_neighbours, select_keep, held_positions, track_sentences, sentence_similarity, token_penalties),
+    *(track_thoughts, steer_add),
+)
+VARIANTS: tuple[Call, ...] = (
+    partial(score_tokens, penalised=False, mix=1.0),
+    *(partial(measure_attention, effect=effect) for effect in Effect if effect is not Effect.JOINT),
+    partial(vector_norms, values=False, part=0, weighted=False),
+    partial(vector_norms, norm=1, part=64, weighted=False),
+    partial(track_sentences, ids=torch.int64, text=90),
+    partial(track_sentences, embeds=False),
+    partial(sentence_similarity, rule=1),
+    partial(track_thoughts, ids=torch.int64),
+)
+"""Other constants of the same kernels."""
