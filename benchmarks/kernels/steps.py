@@ -108,7 +108,7 @@ def _record(machine: Machine, settings: Settings, step: Step) -> Made:
     # The requests' entries lie apart; the last one takes what nobody reads, such as a graph's padding.
     index = torch.full((2 * tokens,), entries, dtype=torch.int64, device=device)
     index[:tokens] = torch.arange(tokens, device=device) * settings.window
-    calls = [(query, index, layer) for layer in ring]
+    calls = [(query, index, layer, None) for layer in ring]
     return _arms(machine, "record_queries", calls), 2 * settings.layers * query.numel() * dtype.itemsize
 
 

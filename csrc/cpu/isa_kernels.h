@@ -29,6 +29,7 @@ int64_t similar_scratch(int64_t width);
 void similar(const SentenceRange& all, int64_t begin, int64_t end, float* scratch);
 // token_vectors.cpp
 void steer(const void* hidden, float coefficient, const float* vector, void* out, Dtype dtype, int64_t n);
+void dequantise(const void* x, KeyType type, float scale, void* out, Dtype to, int64_t n);
 void accumulate(const void* x, Dtype dtype, float* sum, int64_t n);
 void normalise(float* sum, float length, void* out, Dtype dtype, int64_t n);
 

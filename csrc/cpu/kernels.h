@@ -107,6 +107,8 @@ struct Kernels {
   void (*central)(const CentralRow& row, void* scratch);
   // out = hidden + coefficient * vector, element by element and rounded twice, like PyTorch.
   void (*steer)(const void* hidden, float coefficient, const float* vector, void* out, Dtype dtype, int64_t n);
+  // out = x * scale, x of 8 bits; rounded to `to`.
+  void (*dequantise)(const void* x, KeyType type, float scale, void* out, Dtype to, int64_t n);
   // Fills `best`, minus infinity before, of the sentences from `begin` to `end`.
   void (*similar)(const SentenceRange& all, int64_t begin, int64_t end, float* scratch);
   int64_t (*similar_scratch)(int64_t width);  // in floats

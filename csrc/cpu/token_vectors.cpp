@@ -1,5 +1,5 @@
-// Element-wise arithmetic on the vector of a token: `steer_add`, and the sums of `track_sentences`. Compiled once per
-// instruction set, without fused multiply-adds: PyTorch rounds the product.
+// Element-wise arithmetic on the vector of a token: `record_queries`, `steer_add`, and the sums of `track_sentences`.
+// Compiled once per instruction set, without fused multiply-adds: PyTorch rounds the product.
 #include "isa_kernels.h"
 #include "vectors.h"
 
@@ -14,6 +14,25 @@ void steer_as(const void* hidden, float coefficient, const float* vector, void* 
   const T* const from = static_cast<const T*>(hidden);
   T* const to = static_cast<T*>(out);
   for (int64_t i = 0; i < n; ++i) from_float(to_float(from[i]) + coefficient * vector[i], to + i);
+}
+
+template <class From, class To>
+void dequantise_as(const void* x, float scale, void* out, int64_t n) {
+  const From* const from = static_cast<const From*>(x);
+  To* const to = static_cast<To*>(out);
+  for (int64_t i = 0; i < n; ++i) from_float(to_float(from[i]) * scale, to + i);
+}
+
+template <class From>
+void dequantise_to(const void* x, float scale, void* out, Dtype to, int64_t n) {
+  switch (to) {
+    case Dtype::kFloat32:
+      return dequantise_as<From, Float32>(x, scale, out, n);
+    case Dtype::kBFloat16:
+      return dequantise_as<From, BFloat16>(x, scale, out, n);
+    case Dtype::kFloat16:
+      return dequantise_as<From, Float16>(x, scale, out, n);
+  }
 }
 
 template <class T>
@@ -59,6 +78,11 @@ void normalise(float* sum, float length, void* out, Dtype dtype, int64_t n) {
     case Dtype::kFloat16:
       return normalise_as<Float16>(sum, length, out, n);
   }
+}
+
+void dequantise(const void* x, KeyType type, float scale, void* out, Dtype to, int64_t n) {
+  return type == KeyType::kFloat8E4M3 ? dequantise_to<Float8E4M3>(x, scale, out, to, n)
+                                      : dequantise_to<Float8E5M2>(x, scale, out, to, n);
 }
 
 void steer(const void* hidden, float coefficient, const float* vector, void* out, Dtype dtype, int64_t n) {

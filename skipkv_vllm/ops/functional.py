@@ -139,6 +139,22 @@ def attention_sparsity(queries: Tensor, keys: Tensor, positions: Tensor, *, negl
     return attention_effect(logits, None, Effect.NEGLIGIBLE, negligible).sum(dim=-1) / len(queries)
 
 
+def dequantised(query: Tensor, scale: Tensor) -> Tensor:
+    """Compute the queries `[T, Hq, D]`, float32, that vLLM quantised for an attention kernel with 8-bit queries.
+
+    Args:
+        query: `[T, Hq, D]`, float8_e4m3fn or float8_e5m2.
+        scale: float32, of any shape: one number, or one for each group of consecutive query heads.
+
+    Raises:
+        KVPolicyError: the query heads do not share the scales.
+    """
+    heads, scales = query.shape[1], scale.numel()
+    if scales == 0 or heads % scales:
+        raise KVPolicyError(f"record_queries: {heads} query heads do not share {scales} scales")
+    return query.float() * scale.flatten().repeat_interleave(heads // scales)[:, None]
+
+
 def vector_norms(vectors: Tensor, norm: int, part: int = 0, weights: Tensor | None = None) -> Tensor:
     """Compute the norm of each vector, or of its distance from a centre.
 

@@ -140,7 +140,7 @@ def token_penalties(*, positions: Tensor, **_: Any) -> Tensor:
     return torch.empty_like(positions, dtype=torch.float32)
 
 
-@operator("(Tensor query, Tensor index, Tensor(a!) ring) -> ()")
+@operator("(Tensor query, Tensor index, Tensor(a!) ring, Tensor? scale) -> ()")
 def record_queries(**_: Any) -> None:
     return None
 

@@ -260,7 +260,7 @@ def every_operator(module: ModuleType) -> list[Callable[[], Any]]:
         lambda: module.sentence_similarity(unit, slots, count, compared, penalties, 0.1, 0),
         lambda: module.held_positions(*held, 40),
         lambda: module.token_penalties(ends, penalties, count, slots, positions),
-        lambda: module.record_queries(query, index, rows),
+        lambda: module.record_queries(query, index, rows, None),
         lambda: module.track_thoughts(ids, *thoughts, True, 128, strengths, thinking, 5, *steered),
         lambda: module.steer_add(*steering, vectors),
     ]
@@ -281,9 +281,9 @@ def test_operators_run_on_the_current_stream(backend):
     arguments = scoring((300, 200))
     wanted = backend.score_tokens(*arguments)
     penalty = arguments[7].clone()
-    rows = torch.zeros(4, 2, 64, device=DEVICE)
+    rows = torch.zeros(5, 2, 64, device=DEVICE)
     query, index = torch.zeros(4, 2, 64, device=DEVICE), torch.arange(4, device=DEVICE)
-    backend.record_queries(query, index, rows)
+    backend.record_queries(query, index, rows, None)
     torch.cuda.synchronize()
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):
@@ -292,10 +292,10 @@ def test_operators_run_on_the_current_stream(backend):
         arguments[7].copy_(penalty)
         query.fill_(3)
         got = backend.score_tokens(*arguments)
-        backend.record_queries(query, index, rows)
+        backend.record_queries(query, index, rows, None)
     side.synchronize()
     assert torch.equal(got, wanted)
-    assert (rows == 3).all()
+    assert (rows[:-1] == 3).all()
 
 
 @each_dtype
@@ -313,7 +313,7 @@ def test_observing_and_steering_in_a_cuda_graph(backend, dtype, tokens):
     vectors = torch.zeros(5, width, device=DEVICE)
 
     def step() -> Tensor:
-        backend.record_queries(query, index, rows)
+        backend.record_queries(query, index, rows, None)
         return backend.steer_add(hidden, coefficient, row, vectors)
 
     graph = capture(step, DEVICE)
@@ -331,8 +331,8 @@ def test_observing_and_steering_in_a_cuda_graph(backend, dtype, tokens):
         vectors[0] = torch.nan
         graph.replay()
         wanted = torch.zeros_like(rows)
-        torch_backend.record_queries(query, index, wanted)
-        assert torch.equal(rows, wanted)
+        torch_backend.record_queries(query, index, wanted, None)
+        assert torch.equal(rows[:-1], wanted[:-1])
         torch.testing.assert_close(steered, torch_backend.steer_add(hidden, coefficient, row, vectors))
         untouched = row[:tokens] == 0
         assert torch.equal(steered[untouched], hidden[untouched])

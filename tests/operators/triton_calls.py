@@ -195,11 +195,13 @@ def token_penalties(server: Server, traffic: Traffic) -> None:
     triton_backend.token_penalties(ends, penalties, first, rows, traffic.by_slot(server, torch.int32))
 
 
-def record_queries(server: Server, traffic: Traffic) -> None:
+def record_queries(server: Server, traffic: Traffic, scales: int = 1) -> None:
     heads = server.heads * server.group
-    fused = torch.zeros(traffic.tokens, heads + 2 * server.heads, server.dim, dtype=server.model)
+    # An attention kernel that reads keys of 8 bits may want such queries too.
+    fused = torch.zeros(traffic.tokens, heads + 2 * server.heads, server.dim, dtype=server.cache)
     ring = torch.zeros(ROWS * server.window + 1, heads, server.dim, dtype=server.model)
-    triton_backend.record_queries(fused[:, :heads], torch.zeros(64, dtype=torch.int64), ring)
+    scale = torch.ones(scales) if server.cache.itemsize == 1 else None
+    triton_backend.record_queries(fused[:, :heads], torch.zeros(64, dtype=torch.int64), ring, scale)
 
 
 def track_thoughts(server: Server, traffic: Traffic, ids: Any = torch.int32) -> None:

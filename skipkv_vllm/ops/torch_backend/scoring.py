@@ -10,15 +10,19 @@ from ..paging import Layout, layer_pages
 from .measuring import used_pages
 
 
-def record_queries(query: Tensor, index: Tensor, ring: Tensor) -> None:
+def record_queries(query: Tensor, index: Tensor, ring: Tensor, scale: Tensor | None) -> None:
     """Copy each token's query to its row of the ring.
 
     Args:
-        query: `[T, Hq, D]`.
-        index: int64 `[>= T]`, row of each token; tokens may share the discard row only, which is never read.
-        ring: `[rows, Hq, D]` in the dtype of the query.
+        query: `[T, Hq, D]`, in the dtype of the ring, or float8_e4m3fn or float8_e5m2.
+        index: int64 `[>= T]`, row of each token. Tokens may share the last row only. It is nobody's, the discard row:
+            what it holds afterwards is arbitrary, so that backends need not write it.
+        ring: `[rows, Hq, D]`, float32, float16 or bfloat16; rows are contiguous.
+        scale: float32, of any shape: what a query of 8 bits is multiplied by, in float32, before it is rounded to the
+            ring's dtype; one number, or one for each group of consecutive query heads. None for other queries.
     """
-    ring.index_copy_(0, index[: query.shape[0]], query)
+    seen = query if scale is None else functional.dequantised(query, scale).to(ring.dtype)
+    ring.index_copy_(0, index[: query.shape[0]], seen)
 
 
 def score_tokens(

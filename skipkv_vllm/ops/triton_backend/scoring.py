@@ -17,6 +17,7 @@ from .launch import (
     ceil_div,
     cells_of,
     common_chunk,
+    element_of,
     interpreted,
     kernels,
     power_of_two,
@@ -24,22 +25,34 @@ from .launch import (
 )
 
 
-def record_queries(query: Tensor, index: Tensor, ring: Tensor) -> None:
+def record_queries(query: Tensor, index: Tensor, ring: Tensor, scale: Tensor | None) -> None:
     """See `torch_backend.record_queries`."""
     tokens, heads, dim = query.shape
     if tokens == 0:
         return
-    if not ring[0].is_contiguous() or ring.dtype != query.dtype:
+    narrow = query.dtype.itemsize == 1
+    if not ring[0].is_contiguous() or narrow != (scale is not None) or not (narrow or ring.dtype == query.dtype):
         raise KVPolicyError(
-            f"record_queries: query {query.dtype} and ring {ring.dtype} with strides {ring.stride()}; expected one "
-            "dtype and contiguous rows"
+            f"record_queries: query {query.dtype} and ring {ring.dtype} with strides {ring.stride()}; expected "
+            "contiguous rows, and one dtype, or queries of 8 bits with their scale"
         )
+    if scale is not None and (scale.numel() == 0 or heads % scale.numel()):
+        raise KVPolicyError(f"record_queries: {heads} query heads do not share {scale.numel()} scales")
+    element = element_of("record_queries", query)
     if query.stride(2) != 1:
         query = query.contiguous()
     size, strides = heads * dim, (stride_of(query, 0), stride_of(query, 1), stride_of(ring, 0))
     block, chunk = min(1024, power_of_two(size)), common_chunk(dim, *strides)
     kernels("tokens").copy_queries[(tokens, ceil_div(size, block))](
-        *(query, index, ring, *(stride // chunk for stride in strides)), chunk=chunk, dim=dim, size=size, block=block
+        # Compilers for older GPUs refuse types of 8 bits.
+        *(query.view(torch.uint8) if narrow else query, index, ring, index if scale is None else scale.contiguous()),
+        *(ring.shape[0] - 1, *(stride // chunk for stride in strides)),
+        element=element,
+        scaled=0 if scale is None else size // scale.numel(),
+        chunk=chunk,
+        dim=dim,
+        size=size,
+        block=block,
     )
 
 

@@ -16,6 +16,20 @@ def row_of(first, row, layers, heads):
 
 
 @triton.jit
+def of_bits(stored, element):
+    """Return what was loaded; float16 for the bits of an 8-bit `element`."""
+    # One return: the compiler also reads the code after a return in a branch, and requires one type of all returns.
+    if element == tl.float8e5:
+        stored = (stored.to(tl.uint16) << 8).to(tl.float16, bitcast=True)
+    elif element == tl.float8e4nv:
+        # Shifted by one bit less, these are the bits of the value divided by 2^8; the largest magnitude is NaN.
+        bits = ((stored & 0x80).to(tl.uint16) << 8) | ((stored & 0x7F).to(tl.uint16) << 7)
+        value = bits.to(tl.float16, bitcast=True) * 256.0
+        stored = tl.where((stored & 0x7F) == 0x7F, float("nan"), value).to(tl.float16)
+    return stored
+
+
+@triton.jit
 def load_vectors(
     pointers,
     layer,
@@ -46,16 +60,7 @@ def load_vectors(
     )
     offset = (cell // page_size).to(tl.int64) * page_stride + (cell % page_size).to(tl.int64) * token_stride
     inside = valid[:, None] & (d < dim)[None, :]
-    key = tl.load(base + (offset * chunk)[:, None] + d[None, :], mask=inside, other=0)
-    # One return: the compiler also reads the code after a return in a branch, and requires one type of all returns.
-    if element == tl.float8e5:
-        key = (key.to(tl.uint16) << 8).to(tl.float16, bitcast=True)
-    elif element == tl.float8e4nv:
-        # Shifted by one bit less, these are the bits of the value divided by 2^8; the largest magnitude is NaN.
-        bits = ((key & 0x80).to(tl.uint16) << 8) | ((key & 0x7F).to(tl.uint16) << 7)
-        value = bits.to(tl.float16, bitcast=True) * 256.0
-        key = tl.where((key & 0x7F) == 0x7F, float("nan"), value).to(tl.float16)
-    return key
+    return of_bits(tl.load(base + (offset * chunk)[:, None] + d[None, :], mask=inside, other=0), element)
 
 
 @triton.jit

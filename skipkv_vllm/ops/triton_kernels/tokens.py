@@ -6,6 +6,7 @@ from __future__ import annotations
 import triton.language as tl
 
 from .kernel import kernel
+from .rows import of_bits
 
 
 @kernel("query", "ring")
@@ -13,21 +14,34 @@ def copy_queries(
     query,
     index,
     ring,
+    scale,
+    last,
     token_stride,
     head_stride,
     row_stride,
+    element: tl.constexpr,
+    scaled: tl.constexpr,
     chunk: tl.constexpr,
     dim: tl.constexpr,
     size: tl.constexpr,
     block: tl.constexpr,
 ):
-    """`ring[index[t]] = query[t]`; a row is contiguous, `size` elements. Strides count chunks of `chunk` elements."""
-    i = tl.program_id(1) * block + tl.arange(0, block)
+    """`ring[index[t]] = query[t]`, but nothing for row `last`; a row is contiguous, `size` elements.
+
+    With `scaled`, query holds the bits of 8-bit elements, and each `scaled` elements of a row share a scale. Strides
+    count chunks of `chunk` elements.
+    """
     token = tl.program_id(0).to(tl.int64)
     row = tl.load(index + token)
+    if row == last:
+        return
+    i = tl.program_id(1) * block + tl.arange(0, block)
+    inside = i < size
     from_head = (token * token_stride + (i // dim) * head_stride) * chunk
-    value = tl.load(query + from_head + i % dim, mask=i < size)
-    tl.store(ring + row * row_stride * chunk + i, value, mask=i < size)
+    value = tl.load(query + from_head + i % dim, mask=inside, other=0)
+    if scaled > 0:
+        value = of_bits(value, element).to(tl.float32) * tl.load(scale + i // scaled, mask=inside, other=0.0)
+    tl.store(ring + row * row_stride * chunk + i, value.to(ring.dtype.element_ty), mask=inside)
 
 
 @kernel("hidden", "vectors", "out")

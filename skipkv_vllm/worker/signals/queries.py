@@ -18,6 +18,7 @@ from torch import Tensor
 from ... import ops
 from ...core.device import to_device
 from ...core.needs import Need
+from ...ops.functional import dequantised
 from ..compaction_batch import CompactionBatch
 from .base import Inputs, Signal, Step
 
@@ -141,8 +142,12 @@ class QueryRing(Signal):
     def handing_out(self) -> Iterator[list[Tensor]]:
         """Collect the queries of an eager forward pass, `[T, Hq, D]` by layer, instead of recording them."""
         seen: list[Tensor] = []
+
+        def hand_out(query: Tensor, _index: Tensor, entries: Tensor, scale: Tensor | None) -> None:
+            seen.append(query.clone() if scale is None else dequantised(query, scale).to(entries.dtype))
+
         record, recording = self.record, self.recording
-        self.record, self.recording = lambda query, index, entries: seen.append(query.clone()), True
+        self.record, self.recording = hand_out, True
         try:
             yield seen
         finally:
@@ -176,17 +181,6 @@ class QueryRing(Signal):
         return found.view(*of_layers.shape, *found.shape[1:])
 
 
-def _dequantised(query: Tensor, scale: Tensor) -> Tensor:
-    """Return float32 queries of what vLLM quantised for an attention kernel with 8-bit queries and keys.
-
-    Args:
-        query: `[T, Hq, D]`.
-        scale: one number, or one for each group of query heads.
-    """
-    by_head = scale.flatten().repeat_interleave(query.shape[1] // scale.numel())
-    return query.float() * by_head[:, None]
-
-
 @functools.cache
 def _recording(cls: type) -> type:
     """Return the subclass of an attention implementation that records queries; one per class.
@@ -198,8 +192,9 @@ def _recording(cls: type) -> type:
         ring = self._skipkv_ring
         if ring.recording:
             entries = self._skipkv_entries
-            seen = query if query.dtype is entries.dtype else _dequantised(query, layer._q_scale).to(entries.dtype)
-            ring.record(seen, ring.index, entries)
+            # vLLM has quantised the queries for an attention kernel that reads 8 bits.
+            scale = None if query.dtype is entries.dtype else layer._q_scale
+            ring.record(query, ring.index, entries, scale)
         return cls.forward(self, layer, query, *args, **kwargs)  # type: ignore[attr-defined]
 
     return type(f"Recording{cls.__name__}", (cls,), {"forward": forward, "__slots__": ()})

@@ -167,6 +167,14 @@ def test_tokens(cuda, dtype, kind):
         tokens.test_steer_add(cuda, dtype, kind, width)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("narrow", tokens.NARROW)
+@pytest.mark.parametrize("kind", tokens.STRIDES)
+def test_queries_of_8_bits(cuda, dtype, narrow, kind):
+    for scales, dim in ((1, 32), (2, 8), (6, 18), (3, 7)):
+        tokens.test_record_queries_of_8_bits(cuda, dtype, narrow, kind, scales, dim)
+
+
 def allocated_by(call: Callable[..., Any], *arguments: Any) -> int:
     """Return the bytes of all tensors that a call makes."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as seen:
