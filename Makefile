@@ -2,7 +2,7 @@
 PY := .venv/bin/python
 
 .PHONY: demo serve test test-fast test-patched test-vllm soak gpu-test lint docs setup dev train vector eval-tiny eval-steering \
-	build build-cuda sanitize bench-kernels bench-throughput simulate real-models clean
+	build build-cuda cuda-resources sanitize bench-kernels bench-throughput simulate real-models clean
 
 demo: setup        ## serve the bundled model with SkipKV and show what it saved against full KV
 	@$(PY) -m benchmarks.demo
@@ -57,6 +57,10 @@ build: setup       ## compile the C++ operators again, in place
 build-cuda: setup  ## compile the CUDA operators with nvcc, whether or not this PyTorch can load them
 	@SKIPKV_BUILD_CPU=0 SKIPKV_BUILD_CUDA=1 $(PY) setup.py -q build_ext --build-lib build/cuda --build-temp build/cuda-objects
 	@ls -l build/cuda/skipkv_vllm/ops/_skipkv_cuda.so
+
+WRITE :=
+cuda-resources: dev ## registers, stack and spills of all CUDA kernels against csrc/cuda/resources.tsv; WRITE=1 records them
+	@$(PY) -m tests.operators.cuda_resources $(if $(WRITE),--write)
 
 sanitize: dev      ## the operators' tests with AddressSanitizer and UndefinedBehaviorSanitizer
 	@scripts/sanitize.sh
