@@ -38,7 +38,7 @@ def scoring_bytes(backend: str, call: Call) -> int | None:
     """
     result = 4 * call.rows * call.length
     if backend == "native":
-        row = call.length * (28 + 4 * call.window) + 4 * (call._blocks + 1) * call.dim
+        row = call.length * (28 + 4 * call.window) + 4 * (call._blocks + 1) * call.dim + 4 * call._blocks
         # A row's softmax has one divisor, which the limit leaves out.
         return result + _rows_at_once(call.rows, row) * (row + 4)
     if backend == "triton":

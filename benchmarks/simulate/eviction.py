@@ -24,6 +24,9 @@ RULES = {
 WITHIN = 128
 """Later keys among which a similar one is found, if keys are similar: two tiles of the search."""
 
+RANKS = 128
+"""Keys of a block of the search, which compares each of them with all others of the block."""
+
 OPERATIONS = 25
 """Operations of PyTorch in which a method scores or ranks the tokens of all layers, about."""
 
@@ -104,9 +107,10 @@ def _scoring(gpu: GPU, shape: ModelShape, eviction: Eviction, efficiency: Effici
     bound, dim = eviction.bound, shape.head_size
     keys = bound * shape.kv_bytes / 2  # and as many bytes of values
     if eviction.rule == "redundancy":
-        # Both keys of a pair look for the other one.
-        pairs = shape.num_layers * shape.num_kv_heads * bound * (bound if eviction.keys == "distinct" else WITHIN)
-        return 2 * dim * pairs / (gpu.flops * efficiency.search) + 3 * keys / memory + 8 * efficiency.launch
+        # A pair of two blocks is compared once, for both of its keys.
+        others = (bound + RANKS) / 2 if eviction.keys == "distinct" else WITHIN
+        pairs = shape.num_layers * shape.num_kv_heads * bound * others
+        return 2 * dim * pairs / (gpu.flops * efficiency.search) + 4 * keys / memory + 10 * efficiency.launch
     if eviction.rule in ("error", "attention"):
         by_error = eviction.rule == "error"
         # Logits twice; with errors the outputs, and their products with the values.

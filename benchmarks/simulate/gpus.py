@@ -48,8 +48,9 @@ class Efficiency:
         weights: share of the bandwidth while weights are read.
         attention: share of the bandwidth while KV is read.
         flops: share of the FLOP/s in the model's matrix products.
-        search: share of the FLOP/s in the products of keys with keys. `find_similar` has 222 loads for 64 products of
-            tensor cores, which take 64 cycles at the peak: at most 0.29.
+        search: share of the FLOP/s in the products of keys with keys. For 128 products of tensor cores, which take 128
+            cycles at the peak, `find_similar` has 32 loads of matrices of 4 cycles, 16 other loads and 8 copies of 4
+            cycles: at most 0.73.
         sums: share of the float32 FLOP/s in the sums over queries. `measure_attention` has 12 cycles of loads for 8 of
             products: at most 0.67.
         host: seconds of a step that no GPU work hides.
@@ -63,7 +64,7 @@ class Efficiency:
     weights: float = 0.8
     attention: float = 0.7
     flops: float = 0.6
-    search: float = 0.15
+    search: float = 0.35
     sums: float = 0.33
     host: float = 1e-3
     per_request: float = 2e-6

@@ -1,4 +1,5 @@
-// The host's calls to the GPU. Tests replace this file, launch.cuh and mma.cuh to run the kernels without a GPU.
+// The host's calls to the GPU. Tests replace this file, copy.cuh, launch.cuh and mma.cuh to run the kernels
+// without a GPU.
 #pragma once
 
 #include <cuda_runtime.h>

@@ -36,6 +36,10 @@ struct Scoring {
   float* mean;
   float* attention;
   unsigned long long* exempted;
+  // The last similar column and its cosine, while they are searched; in the memory of mean and attention.
+  unsigned long long* similar;
+  // `[count, blocks]` with at least `blocks(128)`, `blocks(64)` with D > 128: how far a block has searched.
+  int* reached;
   // `[count, window, n]`.
   float* logits;
   // `[count, blocks, D]` with `blocks` of `measured` ranks, and their sum `[count, D]`.

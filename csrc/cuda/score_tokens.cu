@@ -51,13 +51,13 @@ Tensor score_tokens(const std::vector<Tensor>& caches, const Tensor& pointers, i
   s.measured = pages.dim <= 128 ? 64 : 32;
 
   const int64_t blocks = s.blocks(s.measured);
-  const int64_t bytes = n * (28 + 4 * s.window) + 4 * (blocks + 1) * pages.dim;
+  const int64_t bytes = n * (28 + 4 * s.window) + 4 * (blocks + 1) * pages.dim + 4 * blocks;
   const int64_t at_once = std::min(rows, std::max<int64_t>(1, kScratchBytes / bytes));
   const Tensor order = scratch(out, {at_once, n}, ScalarType::Int);
   const Tensor cells = scratch(out, {at_once, n}, ScalarType::Int);
   const Tensor inverse = scratch(out, {at_once, n}, ScalarType::Float);
-  const Tensor mean = scratch(out, {at_once, n}, ScalarType::Float);
-  const Tensor attention = scratch(out, {at_once, n}, ScalarType::Float);
+  const Tensor similar = scratch(out, {at_once, n}, ScalarType::Long);
+  const Tensor reached = scratch(out, {at_once, blocks}, ScalarType::Int);
   const Tensor exempted = scratch(out, {at_once, n}, ScalarType::Long);
   const Tensor logits = scratch(out, {at_once, s.window, n}, ScalarType::Float);
   const Tensor partial = scratch(out, {at_once, blocks, pages.dim}, ScalarType::Float);
@@ -66,8 +66,10 @@ Tensor score_tokens(const std::vector<Tensor>& caches, const Tensor& pointers, i
   s.order = data<int>(order);
   s.cells = data<int>(cells);
   s.inverse = data<float>(inverse);
-  s.mean = data<float>(mean);
-  s.attention = data<float>(attention);
+  s.similar = data<unsigned long long>(similar);
+  s.mean = data<float>(similar);
+  s.attention = s.mean + at_once * n;
+  s.reached = data<int>(reached);
   s.exempted = data<unsigned long long>(exempted);
   s.logits = data<float>(logits);
   s.partial = data<float>(partial);

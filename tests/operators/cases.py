@@ -117,7 +117,9 @@ def make_keys(kind: str, shape: Sequence[int], generator: torch.Generator) -> Te
 
     Args:
         kind: "random"; "clusters", many similar ones; "copies", few different ones; "zeros", a third of them zero;
-            "equal", all the same; "none", all zero; "late", the first half similar to each other only.
+            "equal", all the same; "none", all zero; "late", the first half similar to each other only; "thin", in few
+            dimensions, so similar to few others each; "bridges", the first quarter similar to the last one and to
+            one key between, which is similar to nothing else.
     """
     keys = torch.randn(*shape, generator=generator)
     layers, heads, n, dim = shape
@@ -132,6 +134,12 @@ def make_keys(kind: str, shape: Sequence[int], generator: torch.Generator) -> Te
         keys[:] = keys[:, :, :1].clone()
     elif kind == "none":
         keys.zero_()
+    elif kind == "thin":
+        keys = keys[..., :3] @ torch.randn(layers, heads, 3, dim, generator=generator)
+    elif kind == "bridges":
+        alone = keys[:, :, n // 2 : n // 2 + 1]
+        keys[:, :, n - n // 4 :] = keys[:, :, -1:] + 0.1 * keys[:, :, n - n // 4 :]
+        keys[:, :, : n // 4] = alone + keys[:, :, -1:] + 0.1 * keys[:, :, : n // 4]
     elif kind == "late":
         keys[:, :, : n // 2] = 0.2 * keys[:, :, : n // 2] + keys[:, :, :1]
     return keys

@@ -16,9 +16,11 @@
 #undef __host__
 #undef __shared__
 #undef __launch_bounds__
+#undef __noinline__
 #define __global__
 #define __device__
 #define __host__
+#define __noinline__
 // One block runs at a time.
 #define __shared__ static
 #define __launch_bounds__(...)
@@ -45,6 +47,10 @@ int barrier(int vote);
 const char* show(const void* data, size_t bytes);
 
 int lane();
+
+// Notes a copy of this thread, or zeros if not `inside`; makes those that it has noted.
+void copy_later(void* to, const void* from, size_t bytes, bool inside);
+void make_copies();
 
 template <class T>
 T of_lane(const char* shown, int lane) {
@@ -89,12 +95,19 @@ inline unsigned __ballot_sync(unsigned mask, int vote) {
   return votes;
 }
 
+inline int __ffs(int x) { return __builtin_ffs(x); }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 
 inline unsigned __float_as_uint(float x) {
   unsigned bits;
   std::memcpy(&bits, &x, sizeof(bits));
   return bits;
+}
+
+inline float __uint_as_float(unsigned bits) {
+  float x;
+  std::memcpy(&x, &bits, sizeof(x));
+  return x;
 }
 
 // Volatile, so that the compiler does not fuse them.
@@ -122,6 +135,11 @@ T atomicAdd(T* at, U value) {
 }
 inline int atomicMax(int* at, int value) {
   const int old = *at;
+  *at = std::max(old, value);
+  return old;
+}
+inline unsigned long long atomicMax(unsigned long long* at, unsigned long long value) {
+  const unsigned long long old = *at;
   *at = std::max(old, value);
   return old;
 }

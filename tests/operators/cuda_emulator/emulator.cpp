@@ -19,11 +19,19 @@ namespace {
 
 constexpr size_t kStack = 128 * 1024;
 
+struct Copy {
+  void* to;
+  const void* from;
+  size_t bytes;
+  bool inside;
+};
+
 struct Thread {
   std::vector<char> stack;
   ucontext_t context;
   jmp_buf where;
   bool started, done;
+  std::vector<Copy> copies;
 };
 
 struct Warp {
@@ -73,7 +81,10 @@ void add_thread() {
 }
 
 void run_block() {
-  for (int i = 0; i < count; ++i) threads[i].done = false;
+  for (int i = 0; i < count; ++i) {
+    threads[i].done = false;
+    threads[i].copies.clear();
+  }
   std::vector<int> order(count);
   for (int i = 0; i < count; ++i) order[i] = i;
   for (int left = 1; left > 0;) {
@@ -97,6 +108,23 @@ void run_block() {
 }  // namespace
 
 int lane() { return current % kLanes; }
+
+void copy_later(void* to, const void* from, size_t bytes, bool inside) {
+  // Misaligned addresses trap as on a GPU.
+  if ((reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from)) % bytes != 0) std::abort();
+  threads[current].copies.push_back({to, from, bytes, inside});
+}
+
+void make_copies() {
+  for (const Copy& copy : threads[current].copies) {
+    if (copy.inside) {
+      std::memcpy(copy.to, copy.from, copy.bytes);
+    } else {
+      std::memset(copy.to, 0, copy.bytes);
+    }
+  }
+  threads[current].copies.clear();
+}
 
 int barrier(int vote) {
   votes |= vote != 0;

@@ -33,4 +33,23 @@ void multiply_add(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b
   }
 }
 
+// Returns element (row, column) of one of four matrices whose rows' addresses the lanes have shown.
+inline uint16_t element_of(const char* shown, int matrix, int row, int column) {
+  const auto* from = emulator::of_lane<const uint16_t*>(shown, 8 * matrix + row);
+  if (reinterpret_cast<uintptr_t>(from) % 16 != 0) std::abort();
+  return from[column];
+}
+
+inline void load_matrices(uint32_t (&to)[4], const void* row) {
+  const char* shown = emulator::show(&row, sizeof(row));
+  const int g = emulator::lane() / 4, t = emulator::lane() % 4;
+  for (int m = 0; m < 4; ++m) to[m] = element_of(shown, m, g, 2 * t) | element_of(shown, m, g, 2 * t + 1) << 16;
+}
+
+inline void load_transposed(uint32_t (&to)[4], const void* row) {
+  const char* shown = emulator::show(&row, sizeof(row));
+  const int g = emulator::lane() / 4, t = emulator::lane() % 4;
+  for (int m = 0; m < 4; ++m) to[m] = element_of(shown, m, 2 * t, g) | element_of(shown, m, 2 * t + 1, g) << 16;
+}
+
 }  // namespace skipkv

@@ -136,10 +136,11 @@ def test_a_compaction_costs_what_its_products_and_its_bytes_take():
     def seconds(rule: str, **more: str) -> float:
         return assumed_cost(gpu, EIGHT_B, Eviction("method", 2176, 128, rule, **more), ideal).per_compaction
 
-    every_pair = 2 * heads * 2176**2 * 128 / gpu.flops
-    assert seconds("redundancy") == pytest.approx(every_pair + (3 * keys + moved) / gpu.bandwidth)
+    # Every pair of 17 blocks of 128 keys once.
+    every_pair = 2 * heads * (17 * 18 / 2) * 128**2 * 128 / gpu.flops
+    assert seconds("redundancy") == pytest.approx(every_pair + (4 * keys + moved) / gpu.bandwidth)
     near = 2 * heads * 2176 * 128 * 128 / gpu.flops
-    assert seconds("redundancy", keys="similar") == pytest.approx(near + (3 * keys + moved) / gpu.bandwidth)
+    assert seconds("redundancy", keys="similar") == pytest.approx(near + (4 * keys + moved) / gpu.bandwidth)
     # Four readings of 32 queries in a buffer of 128: logits twice, outputs, and their products with values.
     product = 2 * 36 * 32 * 32 * 2176 * 128 / gpu.vector
     assert seconds("error") == pytest.approx(4 * (4 * product + 4 * keys / gpu.bandwidth) + moved / gpu.bandwidth)
@@ -149,11 +150,11 @@ def test_a_compaction_costs_what_its_products_and_its_bytes_take():
 
 def test_what_is_assumed_of_a_gpu_is_no_better_than_its_instructions_allow():
     assumed = Efficiency()
-    assert assumed.search <= 64 / 222
+    assert assumed.search <= 128 / (32 * 4 + 16 + 8 * 4)
     assert assumed.sums <= 8 / 12
     cost = assumed_cost(GPUS["H100"], EIGHT_B, Eviction("rkv", 2176, 128, "redundancy"), assumed)
-    # An audit of the kernels expects up to 3 ms for distinct keys, and about 0.1 ms of every step for the queries.
-    assert 2e-3 < cost.per_compaction < 3e-3
+    # Somewhat more than the 0.5 ms of the products alone; and about 0.1 ms of every step for the queries.
+    assert 0.5e-3 < cost.per_compaction < 1.2e-3
     assert 0.8e-4 < cost.fixed < 1.2e-4
     similar = assumed_cost(GPUS["H100"], EIGHT_B, Eviction("rkv", 2176, 128, "redundancy", "similar"), assumed)
     assert similar.per_compaction < 0.5e-3

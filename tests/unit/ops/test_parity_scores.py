@@ -66,6 +66,14 @@ SCORES = {
     "long": ScoreCase(Pages(layers=1, heads=1), lengths=(700, 201, 48, 49, 96, 97), threshold=0.45),
     "long clusters": ScoreCase(Pages(layers=1, heads=2), lengths=(500,), keys="clusters", threshold=0.72),
     "late": ScoreCase(Pages(layers=1, heads=2), lengths=(500, 333), keys="late", threshold=0.5),
+    "late in bf16": ScoreCase(Pages(dtype=BF16, layers=1), lengths=(500, 333), keys="late", threshold=0.5),
+    **{
+        f"{keys} in {dtype}": ScoreCase(
+            Pages(dtype=dtype, layers=1, dim=dim), (512, 333), keys=keys, threshold=threshold, positions="sorted"
+        )
+        for keys, threshold in (("thin", 0.995), ("bridges", 0.5))
+        for dtype, dim in ((BF16, 64), (HALF, 144), (FP8["e4m3"], 128))
+    },
     "in order": ScoreCase(positions="sorted"),
     "shuffled": ScoreCase(positions="shuffled"),
     **{f"bf16 {order}": ScoreCase(Pages(dtype=BF16, order=order)) for order in ("BHNC", "BNHC", "HBNC", "NBHC")},
