@@ -113,9 +113,10 @@ def _scoring(gpu: GPU, shape: ModelShape, eviction: Eviction, efficiency: Effici
         return 2 * dim * pairs / (gpu.flops * efficiency.search) + 4 * keys / memory + 10 * efficiency.launch
     if eviction.rule in ("error", "attention"):
         by_error = eviction.rule == "error"
-        # Logits twice; with errors the outputs, and their products with the values.
-        products = (4 if by_error else 2) * shape.num_layers * shape.num_heads * NUM_ACCUMULATED * bound
-        reading = 2 * dim * products / (gpu.vector * efficiency.sums) + (4 if by_error else 2) * keys / memory
+        # Logits twice; with errors the outputs, and their products with the values, in two parts each.
+        products = (6 if by_error else 2) * shape.num_layers * shape.num_heads * NUM_ACCUMULATED * bound
+        reached = gpu.flops * (efficiency.errors if by_error else efficiency.sums)
+        reading = 2 * dim * products / reached + (4 if by_error else 2) * keys / memory
         ranking = OPERATIONS * efficiency.eager
         return eviction.buffer / NUM_ACCUMULATED * (reading + 8 * efficiency.launch) + ranking
     return 2 * keys / memory + OPERATIONS * efficiency.eager

@@ -20,6 +20,12 @@ __device__ inline void copy_4(void* to, const void* from, bool inside) {
                : "memory");
 }
 
+// Ends a group of copies.
+__device__ inline void end_copies() { asm volatile("cp.async.commit_group;\n" ::: "memory"); }
+
+// Waits for all groups but the last one.
+__device__ inline void wait_for_earlier_copies() { asm volatile("cp.async.wait_group 1;\n" ::: "memory"); }
+
 __device__ inline void wait_for_copies() { asm volatile("cp.async.wait_all;\n" ::: "memory"); }
 
 }  // namespace skipkv

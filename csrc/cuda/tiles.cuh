@@ -7,12 +7,12 @@
 
 namespace skipkv {
 
-// A tile of 64 vectors of at most 16 * STEPS features. `load_matrices` reads 8 of its rows at a time: 16 bytes more a
-// row put them in different banks.
-template <class T, int STEPS>
+// A tile of vectors of at most 16 * STEPS features. `load_matrices` reads 8 of its rows at a time: 16 bytes more a row
+// put them in different banks.
+template <class T, int STEPS, int VECTORS = 64>
 struct Tile {
   using Factor = typename Types<T>::Factor;
-  static constexpr int kVectors = 64, kWidth = STEPS * 16, kStride = kWidth + 8, kSize = kVectors * kStride;
+  static constexpr int kVectors = VECTORS, kWidth = STEPS * 16, kStride = kWidth + 8, kSize = kVectors * kStride;
   static constexpr int64_t kBytes = kSize * static_cast<int64_t>(sizeof(Factor));
 };
 
@@ -29,10 +29,10 @@ __device__ Chunk<__half> read_eight(const T* from) {
 }
 
 // Fills a tile without wide reads.
-template <class T, int STEPS, int THREADS>
+template <class T, int STEPS, int THREADS, int VECTORS>
 __device__ __noinline__ void fill_slowly(const T* from, const int64_t* offsets, int dim,
                                          typename Types<T>::Factor* tile) {
-  using Shape = Tile<T, STEPS>;
+  using Shape = Tile<T, STEPS, VECTORS>;
   for (int i = static_cast<int>(threadIdx.x); i < Shape::kVectors * Shape::kWidth; i += THREADS) {
     const int k = i / Shape::kWidth, d = i % Shape::kWidth;
     const float x = d < dim ? to_float(from[offsets[k] + d]) : 0.0f;
@@ -42,14 +42,14 @@ __device__ __noinline__ void fill_slowly(const T* from, const int64_t* offsets, 
 
 // Starts to fill a tile with the vectors at these offsets from `from`, with zeros past `dim`; called by all THREADS of
 // a block. It is full after `wait_for_copies` and a barrier. With `vectors`, reads have 16 bytes.
-template <class T, int STEPS, int THREADS>
+template <class T, int STEPS, int THREADS, int VECTORS = 64>
 __device__ void fill_tile(const T* from, const int64_t* offsets, int dim, bool vectors,
                           typename Types<T>::Factor* tile) {
-  using Shape = Tile<T, STEPS>;
+  using Shape = Tile<T, STEPS, VECTORS>;
   using Factor = typename Shape::Factor;
   const int thread = static_cast<int>(threadIdx.x);
   if (!vectors) {
-    fill_slowly<T, STEPS, THREADS>(from, offsets, dim, tile);
+    fill_slowly<T, STEPS, THREADS, VECTORS>(from, offsets, dim, tile);
     return;
   }
   // Threads stay at their features, so that addresses differ by constants. Where the chunks of a vector do not divide

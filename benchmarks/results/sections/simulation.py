@@ -40,15 +40,14 @@ def simulation_section(figures: Mapping[str, Any]) -> list[str]:
 
 def _assumed(run: Mapping[str, Any]) -> str:
     """State the share of a GPU's figures on which the cost of a compaction rests, if it was not measured."""
-    shares = {
-        "redundancy": ("search", "tensor cores' FLOP/s: half of what the loads from shared memory allow"),
-        "error": ("sums", "float32 FLOP/s without tensor cores: half of what the loads from shared memory allow"),
-    }
-    shares["attention"] = shares["error"]
+    shares = {"redundancy": "search", "error": "errors", "attention": "sums"}
     if run["origin"] != ASSUMED or run["rule"] not in shares:
         return ""
-    name, of = shares[run["rule"]]
-    return f" This is taken to reach {run['efficiency'][name]:.0%} of the {of}."
+    share = run["efficiency"][shares[run["rule"]]]
+    return (
+        f" This is taken to reach {share:.0%} of the tensor cores' FLOP/s: half of what the kernels' accesses to "
+        "shared memory allow, as no GPU has run them."
+    )
 
 
 def simulation_table(rows: Iterable[Mapping[str, Any]]) -> str:

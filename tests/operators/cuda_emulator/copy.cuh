@@ -7,6 +7,11 @@ namespace skipkv {
 
 inline void copy_16(void* to, const void* from, bool inside) { emulator::copy_later(to, from, 16, inside); }
 inline void copy_4(void* to, const void* from, bool inside) { emulator::copy_later(to, from, 4, inside); }
-inline void wait_for_copies() { emulator::make_copies(); }
+inline void end_copies() { emulator::end_copies(); }
+inline void wait_for_earlier_copies() { emulator::make_copies(1); }
+inline void wait_for_copies() {
+  emulator::end_copies();
+  emulator::make_copies(0);
+}
 
 }  // namespace skipkv

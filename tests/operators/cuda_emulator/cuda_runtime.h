@@ -48,9 +48,10 @@ const char* show(const void* data, size_t bytes);
 
 int lane();
 
-// Notes a copy of this thread, or zeros if not `inside`; makes those that it has noted.
+// Notes a copy of this thread, or zeros if not `inside`; ends a group of them; makes all groups but the last `left`.
 void copy_later(void* to, const void* from, size_t bytes, bool inside);
-void make_copies();
+void end_copies();
+void make_copies(int left);
 
 template <class T>
 T of_lane(const char* shown, int lane) {

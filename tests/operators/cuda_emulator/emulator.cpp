@@ -24,6 +24,7 @@ struct Copy {
   const void* from;
   size_t bytes;
   bool inside;
+  int group;
 };
 
 struct Thread {
@@ -32,6 +33,7 @@ struct Thread {
   jmp_buf where;
   bool started, done;
   std::vector<Copy> copies;
+  int groups;
 };
 
 struct Warp {
@@ -84,6 +86,7 @@ void run_block() {
   for (int i = 0; i < count; ++i) {
     threads[i].done = false;
     threads[i].copies.clear();
+    threads[i].groups = 0;
   }
   std::vector<int> order(count);
   for (int i = 0; i < count; ++i) order[i] = i;
@@ -112,18 +115,24 @@ int lane() { return current % kLanes; }
 void copy_later(void* to, const void* from, size_t bytes, bool inside) {
   // Misaligned addresses trap as on a GPU.
   if ((reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from)) % bytes != 0) std::abort();
-  threads[current].copies.push_back({to, from, bytes, inside});
+  threads[current].copies.push_back({to, from, bytes, inside, threads[current].groups});
 }
 
-void make_copies() {
-  for (const Copy& copy : threads[current].copies) {
-    if (copy.inside) {
+void end_copies() { ++threads[current].groups; }
+
+void make_copies(int left) {
+  Thread& thread = threads[current];
+  std::vector<Copy> later;
+  for (const Copy& copy : thread.copies) {
+    if (copy.group >= thread.groups - left) {
+      later.push_back(copy);
+    } else if (copy.inside) {
       std::memcpy(copy.to, copy.from, copy.bytes);
     } else {
       std::memset(copy.to, 0, copy.bytes);
     }
   }
-  threads[current].copies.clear();
+  thread.copies = later;
 }
 
 int barrier(int vote) {

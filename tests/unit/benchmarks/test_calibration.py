@@ -158,13 +158,13 @@ def test_a_prediction_says_where_its_figures_come_from(tmp_path):
     assumed = json.loads(out.read_text())
     text = "\n".join(simulation_section(assumed))
     assert "(assumed, not measured)" in text
-    assert "taken to reach 33% of the float32 FLOP/s" in text
+    assert "taken to reach 30% of the tensor cores' FLOP/s" in text
     figures = kernels(steps=[*kernels()["steps"], {"operator": RECORDED, "tokens": 1, "ours_ms": 0.05}])
     path = written(tmp_path, figures)
     assert command_line.main([*WORDS, "--calibration", str(path), "--out", str(out)]) == 0
     measured = json.loads(out.read_text())
-    assert measured["rows"][0]["compaction_ms"] < 0.5 * assumed["rows"][0]["compaction_ms"]
-    assert measured["rows"][0]["ratio"] > assumed["rows"][0]["ratio"]
+    assert measured["rows"][0]["compaction_ms"] > 1.5 * assumed["rows"][0]["compaction_ms"]
+    assert measured["rows"][0]["ratio"] != assumed["rows"][0]["ratio"]
     text = "\n".join(simulation_section(measured))
     assert "(assumed for the engine; times of the operators measured at commit c0ffee on 2026-12-01)" in text
     assert "taken to reach" not in text

@@ -130,7 +130,7 @@ EIGHT_B = ModelShape(36, 32, 8, 128, 4096, 151936, 2)
 
 def test_a_compaction_costs_what_its_products_and_its_bytes_take():
     gpu = GPUS["H100"]
-    ideal = Efficiency(attention=1.0, search=1.0, sums=1.0, launch=0.0, eager=0.0)
+    ideal = Efficiency(attention=1.0, search=1.0, sums=1.0, errors=1.0, launch=0.0, eager=0.0)
     heads, keys, moved = 36 * 8, 2176 * 36 * 8 * 128 * 2, 2 * 128 * EIGHT_B.kv_bytes + 24 * 36 * 8 * 2176
 
     def seconds(rule: str, **more: str) -> float:
@@ -141,9 +141,9 @@ def test_a_compaction_costs_what_its_products_and_its_bytes_take():
     assert seconds("redundancy") == pytest.approx(every_pair + (4 * keys + moved) / gpu.bandwidth)
     near = 2 * heads * 2176 * 128 * 128 / gpu.flops
     assert seconds("redundancy", keys="similar") == pytest.approx(near + (4 * keys + moved) / gpu.bandwidth)
-    # Four readings of 32 queries in a buffer of 128: logits twice, outputs, and their products with values.
-    product = 2 * 36 * 32 * 32 * 2176 * 128 / gpu.vector
-    assert seconds("error") == pytest.approx(4 * (4 * product + 4 * keys / gpu.bandwidth) + moved / gpu.bandwidth)
+    # Four readings of 32 queries in a buffer of 128: logits twice; in two parts, outputs and products with values.
+    product = 2 * 36 * 32 * 32 * 2176 * 128 / gpu.flops
+    assert seconds("error") == pytest.approx(4 * (6 * product + 4 * keys / gpu.bandwidth) + moved / gpu.bandwidth)
     assert seconds("attention") == pytest.approx(4 * (2 * product + 2 * keys / gpu.bandwidth) + moved / gpu.bandwidth)
     assert seconds("keys") == pytest.approx((2 * keys + moved) / gpu.bandwidth)
 
@@ -151,7 +151,8 @@ def test_a_compaction_costs_what_its_products_and_its_bytes_take():
 def test_what_is_assumed_of_a_gpu_is_no_better_than_its_instructions_allow():
     assumed = Efficiency()
     assert assumed.search <= 128 / (32 * 4 + 16 + 8 * 4)
-    assert assumed.sums <= 8 / 12
+    assert assumed.sums <= (64 + 64) / (40 * 4 + 24 + 8 * 4 + 16 * 4 + 20 + 4 * 4)
+    assert assumed.errors <= (192 + 192) / (72 * 4 + 24 + 16 * 4 + 48 * 4 + 20 + 12 * 4)
     cost = assumed_cost(GPUS["H100"], EIGHT_B, Eviction("rkv", 2176, 128, "redundancy"), assumed)
     # Somewhat more than the 0.5 ms of the products alone; and about 0.1 ms of every step for the queries.
     assert 0.5e-3 < cost.per_compaction < 1.2e-3

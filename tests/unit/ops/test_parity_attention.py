@@ -37,6 +37,15 @@ MEASURES = {
     **{f"head size {dim}": MeasureCase(Pages(dim=dim, heads=1)) for dim in (32, 36, 80, 96, 112, 128, 192, 256)},
     "head size 128 in bf16": MeasureCase(Pages(dim=128, dtype=BF16), group=4),
     "long": MeasureCase(Pages(layers=1, heads=1), (700, 201, 48, 49, 96, 97), (20, 3, 20, 0, 20, 1), 20),
+    **{
+        f"many queries in {dtype}, {dim}": MeasureCase(
+            Pages(dtype=dtype, layers=1, heads=1, dim=dim), (200, 130, 49), (20, 3, 20), 20, group=7
+        )
+        for dtype, dim in ((BF16, 128), (HALF, 64), (FP8["e4m3"], 128), (BF16, 256))
+    },
+    "alike in bf16": MeasureCase(Pages(dtype=BF16), keys="equal"),
+    "one token in bf16": MeasureCase(Pages(dtype=BF16), lengths=(1, 2), counted=(1, 2), window=2),
+    "queries that see few tokens in bf16": MeasureCase(Pages(dtype=BF16), positions="sorted", ahead=-30),
     "alike": MeasureCase(keys="equal"),
     "nothing": MeasureCase(keys="none"),
     "clusters": MeasureCase(keys="clusters", lengths=(150, 99)),
