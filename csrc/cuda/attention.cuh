@@ -1,6 +1,6 @@
 // Shared by the kernels of `measure_attention`, which has two passes: each query's softmax and output, a tile of tokens
-// at a time, then each token's sum over the queries. The second pass computes the logits again, so nothing is stored per
-// pair of query and token, and no sum depends on the order in which blocks run.
+// at a time, then each token's sum over the queries. The second pass computes the logits again, so nothing is stored
+// per pair of query and token, and no sum depends on the order in which blocks run.
 #pragma once
 
 #include "rows.cuh"

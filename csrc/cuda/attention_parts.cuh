@@ -35,8 +35,8 @@ __device__ void split_pair(float x, float y, uint32_t& first, uint32_t& second) 
 }
 
 // Fills a tile with queries, or two tiles with the parts of float32 queries. These are divided by a power of two each,
-// so that every one fits. `gains` gets what turns a query's products with keys into logits, in units of log 2. Called by
-// all THREADS of a block.
+// so that every one fits. `gains` gets what turns a query's products with keys into logits, in units of log 2. Called
+// by all THREADS of a block.
 template <class T, int STEPS, int THREADS, int HEADS>
 __device__ void fill_queries(const Measuring& s, const typename Types<T>::Query* from, const int64_t* offsets,
                              float* gains, typename Types<T>::Factor* tile) {

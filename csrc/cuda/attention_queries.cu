@@ -10,9 +10,9 @@ namespace {
 constexpr int kThreads = 128;
 constexpr int kHeads = 16 * kThreads / kWarp;  // query heads of a block; a warp has 16, a lane 2 of them
 
-// Tokens of a tile, of which a lane has 2 in 8. More features leave shared memory for fewer.
-template <int STEPS>
-constexpr int kTokens = STEPS <= 8 ? 64 : 32;
+// Tokens of a tile, of which a lane has 2 in 8. More features and more parts of queries leave shared memory for fewer.
+template <class T, int STEPS>
+constexpr int kTokens = STEPS <= 8 ? 64 : 32 / kQueryParts<T>;
 
 // A lane's part of a softmax over the tokens so far, by query head. Logits are in units of log 2.
 struct Softmax {
@@ -20,13 +20,13 @@ struct Softmax {
   int reach[2];
 };
 
-template <int STEPS>
-using Pairs = float[kTokens<STEPS> / 8][4];
+template <class T, int STEPS>
+using Pairs = float[kTokens<T, STEPS> / 8][4];
 
 // Computes the products of the warp's query heads with the keys of a tile.
 template <class T, int STEPS>
 __device__ void multiply_keys(const typename Types<T>::Factor* queries, const typename Types<T>::Factor* keys,
-                              Pairs<STEPS>& products) {
+                              Pairs<T, STEPS>& products) {
   using Factor = typename Types<T>::Factor;
   const int warp = static_cast<int>(threadIdx.x) / kWarp;
 #pragma unroll
@@ -37,7 +37,7 @@ __device__ void multiply_keys(const typename Types<T>::Factor* queries, const ty
       read_rows<T, STEPS>(queries + i * Tile<T, STEPS, kHeads>::kSize, warp * 16, k, a[i]);
     }
 #pragma unroll
-    for (int c = 0; c < kTokens<STEPS> / 8; c += 2) {
+    for (int c = 0; c < kTokens<T, STEPS> / 8; c += 2) {
       uint32_t b[4];
       read_columns<T, STEPS>(keys, c * 8, k, b);
 #pragma unroll
@@ -49,13 +49,14 @@ __device__ void multiply_keys(const typename Types<T>::Factor* queries, const ty
   }
 }
 
-// Turns products into weights relative to the largest so far, and returns by how much earlier ones shrink.
-template <int STEPS>
-__device__ void attend(const int* positions, bool counts, Softmax& softmax, Pairs<STEPS>& pairs, float (&factor)[2]) {
+// Turns products into weights relative to the largest so far, and sets by how much earlier ones shrink.
+template <class T, int STEPS>
+__device__ void attend(const int* positions, bool counts, Softmax& softmax, Pairs<T, STEPS>& pairs,
+                       float (&factor)[2]) {
   const int t = static_cast<int>(threadIdx.x) % 4;
   float highest[2] = {softmax.top[0], softmax.top[1]};
 #pragma unroll
-  for (int c = 0; c < kTokens<STEPS> / 8; ++c) {
+  for (int c = 0; c < kTokens<T, STEPS> / 8; ++c) {
     const int2 place = *reinterpret_cast<const int2*>(positions + c * 8 + 2 * t);
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
@@ -67,7 +68,7 @@ __device__ void attend(const int* positions, bool counts, Softmax& softmax, Pair
   }
   if (counts) {
 #pragma unroll
-    for (int i = 0; i < kTokens<STEPS> / 2; ++i) {
+    for (int i = 0; i < kTokens<T, STEPS> / 2; ++i) {
       softmax.visible[i / 2 % 2] += pairs[i / 4][i % 4] > -INFINITY ? 1.0f : 0.0f;
     }
   }
@@ -82,7 +83,7 @@ __device__ void attend(const int* positions, bool counts, Softmax& softmax, Pair
     softmax.top[h] = highest[h];
     float sum = 0.0f;
 #pragma unroll
-    for (int c = 0; c < kTokens<STEPS> / 8; ++c) {
+    for (int c = 0; c < kTokens<T, STEPS> / 8; ++c) {
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
         float& x = pairs[c][2 * h + e];
@@ -96,12 +97,12 @@ __device__ void attend(const int* positions, bool counts, Softmax& softmax, Pair
 
 // Adds the products of weights, in two parts, with the values of a tile to the outputs.
 template <class T, int STEPS>
-__device__ void multiply_values(const Pairs<STEPS>& weights, const typename Types<T>::Factor* values,
+__device__ void multiply_values(const Pairs<T, STEPS>& weights, const typename Types<T>::Factor* values,
                                 float (&outputs)[2 * STEPS][4]) {
   using Factor = typename Types<T>::Factor;
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
 #pragma unroll
-  for (int k = 0; k < kTokens<STEPS> / 16; ++k) {
+  for (int k = 0; k < kTokens<T, STEPS> / 16; ++k) {
     uint32_t a[2][4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
@@ -168,7 +169,7 @@ __device__ void write(const Measuring& s, int64_t first, int number, const Softm
 // of a tile arrive while its logits are computed, the keys of the next one behind that.
 template <class T, int STEPS>
 __global__ void __launch_bounds__(kThreads, 2) attend_heads(Measuring s) {
-  constexpr int kTile = kTokens<STEPS>;
+  constexpr int kTile = kTokens<T, STEPS>;
   using Factor = typename Types<T>::Factor;
   using Query = typename Types<T>::Query;
   __shared__ int64_t heads[kHeads], offsets[2][kTile];
@@ -216,13 +217,13 @@ __global__ void __launch_bounds__(kThreads, 2) attend_heads(Measuring s) {
     if (s.outputs != nullptr) fill_tile<T, STEPS, kThreads, kTile>(pages + dim, offsets[turn], dim, s.vectors, values);
     end_copies();
     place(turn ^ 1, start + kTile);
-    Pairs<STEPS> pairs = {};
+    Pairs<T, STEPS> pairs = {};
     multiply_keys<T, STEPS>(queries, keys, pairs);
     __syncthreads();
     if (start + kTile < p.length) fill_tile<T, STEPS, kThreads, kTile>(pages, offsets[turn ^ 1], dim, s.vectors, keys);
     end_copies();
     float factor[2];
-    attend<STEPS>(positions[turn], counts, softmax, pairs, factor);
+    attend<T, STEPS>(positions[turn], counts, softmax, pairs, factor);
     if (s.outputs == nullptr) continue;
     wait_for_earlier_copies();
     __syncthreads();
@@ -242,7 +243,7 @@ __global__ void __launch_bounds__(kThreads, 2) attend_heads(Measuring s) {
 template <class T, int STEPS>
 void start(const Measuring& s, cudaStream_t stream) {
   const int64_t shared =
-      kQueryParts<T> * Tile<T, STEPS, kHeads>::kBytes + 2 * Tile<T, STEPS, kTokens<STEPS>>::kBytes;
+      kQueryParts<T> * Tile<T, STEPS, kHeads>::kBytes + 2 * Tile<T, STEPS, kTokens<T, STEPS>>::kBytes;
   launch(attend_heads<T, STEPS>, s.count * ceil_div(s.heads(), kHeads), kThreads, shared, stream, s);
 }
 

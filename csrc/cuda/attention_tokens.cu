@@ -8,7 +8,10 @@ namespace skipkv {
 namespace {
 
 constexpr int kThreads = 128;
-constexpr int kHeads = 32;  // query heads of a tile
+
+// Query heads of a tile. More features leave shared memory for fewer.
+template <int STEPS>
+constexpr int kHeads = STEPS <= 8 ? 32 : 16;
 
 // Tokens of a block: a warp has `kHigh` times 16, a lane 2 of each 16. More features leave registers for fewer.
 template <int STEPS>
@@ -18,10 +21,11 @@ struct Shape {
 };
 
 // What is known of the query heads of a tile.
-struct __align__(16) Heads {
-  int64_t offsets[kHeads];
-  int reach[kHeads];
-  float gains[kHeads], top[kHeads], share[kHeads], squares[kHeads];
+template <int STEPS>
+struct alignas(16) Heads {
+  int64_t offsets[kHeads<STEPS>];
+  int reach[kHeads<STEPS>];
+  float gains[kHeads<STEPS>], top[kHeads<STEPS>], share[kHeads<STEPS>], squares[kHeads<STEPS>];
 };
 
 // The tokens of a lane: the first one, their positions, |v|^2, and the sums so far.
@@ -96,7 +100,7 @@ __device__ Kind kind_of(const Measuring& s) {
 
 // Adds the effects of the lane's tokens on 16 query heads to their sums. `mixed` has the products v o.
 template <int STEPS, Kind KIND>
-__device__ void add_effects(const Measuring& s, const Heads& heads, int first, const Pairs<STEPS>& products,
+__device__ void add_effects(const Measuring& s, const Heads<STEPS>& heads, int first, const Pairs<STEPS>& products,
                             const Pairs<STEPS>& mixed, const Line& line, Tokens<STEPS>& tokens) {
   const float low = s.log_negligible * kLog2E;
 #pragma unroll
@@ -169,9 +173,10 @@ __device__ void square(const Keys<STEPS>& values, Tokens<STEPS>& tokens) {
 }
 
 // Notes what is known of the query heads of a tile from number `first` on. Those past the last see nothing.
-__device__ void place_heads(const Measuring& s, const Place& p, int64_t row, int first, Heads& heads) {
+template <int STEPS>
+__device__ void place_heads(const Measuring& s, const Place& p, int64_t row, int first, Heads<STEPS>& heads) {
   const int thread = static_cast<int>(threadIdx.x), q = first + thread;
-  if (thread >= kHeads || first >= p.heads) return;
+  if (thread >= kHeads<STEPS> || first >= p.heads) return;
   const bool held = q < p.heads;
   const int64_t head = row * s.heads() + q;
   heads.offsets[thread] = query_offset(s, p, min(q, p.heads - 1));
@@ -184,24 +189,25 @@ __device__ void place_heads(const Measuring& s, const Place& p, int64_t row, int
 // The tiles of a turn: the parts of the queries, then those of the outputs.
 template <class T, int STEPS>
 struct Stage {
-  using Shape = Tile<T, STEPS, kHeads>;
+  using Shape = Tile<T, STEPS, kHeads<STEPS>>;
   static constexpr int kOutputs = kQueryParts<T> * Shape::kSize, kSize = kOutputs + 2 * Shape::kSize;
 };
 
 // Starts to fill the tiles of a turn.
 template <class T, int STEPS>
-__device__ void fill_heads(const Measuring& s, const Place& p, int64_t row, int first, Heads& heads,
+__device__ void fill_heads(const Measuring& s, const Place& p, int64_t row, int first, Heads<STEPS>& heads,
                            typename Types<T>::Factor* stage) {
   using Factor = typename Types<T>::Factor;
-  fill_queries<T, STEPS, kThreads, kHeads>(s, first_query<typename Types<T>::Query>(s, p), heads.offsets, heads.gains,
-                                           stage);
+  constexpr int kTile = kHeads<STEPS>;
+  fill_queries<T, STEPS, kThreads, kTile>(s, first_query<typename Types<T>::Query>(s, p), heads.offsets, heads.gains,
+                                          stage);
   if (s.outputs == nullptr) return;
   // An output is two vectors, its parts; the last head fills the rest of a tile.
   constexpr int kChunks = Tile<T, STEPS>::kWidth / 8;
   const int dim = s.pages.dim, last = p.heads - 1;
   const Factor* outputs = reinterpret_cast<const Factor*>(s.outputs) + row * s.heads() * 2 * dim;
-  for (int i = static_cast<int>(threadIdx.x); i < 2 * kHeads * kChunks; i += kThreads) {
-    const int vector = i / kChunks, part = vector / kHeads, q = vector % kHeads, d = i % kChunks * 8;
+  for (int i = static_cast<int>(threadIdx.x); i < 2 * kTile * kChunks; i += kThreads) {
+    const int vector = i / kChunks, part = vector / kTile, q = vector % kTile, d = i % kChunks * 8;
     const Factor* from = outputs + (min(first + q, last) * 2 + part) * static_cast<int64_t>(dim) + d;
     Factor* to = stage + Stage<T, STEPS>::kOutputs + vector * Tile<T, STEPS>::kStride + d;
     if (dim % 8 == 0) {
@@ -217,9 +223,10 @@ __device__ void fill_heads(const Measuring& s, const Place& p, int64_t row, int 
 template <class T, int STEPS>
 __global__ void __launch_bounds__(kThreads, 2) sum_heads(Measuring s) {
   constexpr int kTokens = Shape<STEPS>::kTokens, kHigh = Shape<STEPS>::kHigh, kEach = Shape<STEPS>::kEach;
+  constexpr int kTile = kHeads<STEPS>;
   using Factor = typename Types<T>::Factor;
   __shared__ int64_t offsets[kTokens];
-  __shared__ Heads heads[3];
+  __shared__ Heads<STEPS> heads[3];
   Factor* stages = reinterpret_cast<Factor*>(dynamic_shared());
 
   const int64_t blocks = ceil_div(s.n, kTokens);
@@ -238,7 +245,7 @@ __global__ void __launch_bounds__(kThreads, 2) sum_heads(Measuring s) {
     offsets[thread] = cell_offset(s.pages, cell_of(s.pages, s.table + p.at.request * s.table_stride, slot));
   }
   place_heads(s, p, row, 0, heads[0]);
-  place_heads(s, p, row, kHeads, heads[1]);
+  place_heads(s, p, row, kTile, heads[1]);
   Tokens<STEPS> tokens;
   tokens.first = start + thread / kWarp * 16 * kHigh + lane / 4;
 #pragma unroll
@@ -258,26 +265,26 @@ __global__ void __launch_bounds__(kThreads, 2) sum_heads(Measuring s) {
   const Line line = line_of(s.effect);
   const Kind kind = kind_of(s);
   int turn = 0, own = 0;
-  for (int first = 0; first < p.heads; first += kHeads, turn ^= 1) {
+  for (int first = 0; first < p.heads; first += kTile, turn ^= 1) {
     const int next = own == 2 ? 0 : own + 1;
     wait_for_copies();
     __syncthreads();
-    if (first + kHeads < p.heads) {
-      fill_heads<T, STEPS>(s, p, row, first + kHeads, heads[next], stages + (turn ^ 1) * Stage<T, STEPS>::kSize);
+    if (first + kTile < p.heads) {
+      fill_heads<T, STEPS>(s, p, row, first + kTile, heads[next], stages + (turn ^ 1) * Stage<T, STEPS>::kSize);
     }
-    place_heads(s, p, row, first + 2 * kHeads, heads[next == 2 ? 0 : next + 1]);
+    place_heads(s, p, row, first + 2 * kTile, heads[next == 2 ? 0 : next + 1]);
     const Factor* queries = stages + turn * Stage<T, STEPS>::kSize;
     const Factor* outputs = queries + Stage<T, STEPS>::kOutputs;
 #pragma unroll 1
-    for (int q = 0; q < kHeads; q += 16) {
+    for (int q = 0; q < kTile; q += 16) {
       Pairs<STEPS> products = {}, mixed = {};
 #pragma unroll
       for (int i = 0; i < kQueryParts<T>; ++i) {
-        multiply<T, STEPS>(keys, queries + i * Tile<T, STEPS, kHeads>::kSize, q, products);
+        multiply<T, STEPS>(keys, queries + i * Tile<T, STEPS, kTile>::kSize, q, products);
       }
       if (s.outputs != nullptr) {
         multiply<T, STEPS>(values, outputs, q, mixed);
-        multiply<T, STEPS>(values, outputs + Tile<T, STEPS, kHeads>::kSize, q, mixed);
+        multiply<T, STEPS>(values, outputs + Tile<T, STEPS, kTile>::kSize, q, mixed);
       }
       if (kind == Kind::kValue) {
         add_effects<STEPS, Kind::kValue>(s, heads[own], q, products, mixed, line, tokens);
