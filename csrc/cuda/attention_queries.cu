@@ -61,8 +61,8 @@ __device__ void attend(const int* positions, bool counts, Softmax& softmax, Pair
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       float &x = pairs[c][2 * h], &y = pairs[c][2 * h + 1];
-      x = place.x <= softmax.reach[h] ? x * softmax.scale[h] : -INFINITY;
-      y = place.y <= softmax.reach[h] ? y * softmax.scale[h] : -INFINITY;
+      x = place.x <= softmax.reach[h] ? __fmul_rn(x, softmax.scale[h]) : -INFINITY;
+      y = place.y <= softmax.reach[h] ? __fmul_rn(y, softmax.scale[h]) : -INFINITY;
       highest[h] = fmaxf(highest[h], fmaxf(x, y));
     }
   }

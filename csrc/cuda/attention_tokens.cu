@@ -64,19 +64,22 @@ using Keys = uint32_t[Shape<STEPS>::kHigh][STEPS][4];
 template <int STEPS>
 using Pairs = float[Shape<STEPS>::kHigh][2][4];
 
-// Adds the products of the warp's tokens with 16 query heads of a tile.
-template <class T, int STEPS>
+// Adds the products of the warp's tokens with 16 vectors of PARTS tiles, in the order of the first pass.
+template <class T, int STEPS, int PARTS>
 __device__ void multiply(const Keys<STEPS>& tokens, const typename Types<T>::Factor* heads, int first,
                          Pairs<STEPS>& products) {
   using Factor = typename Types<T>::Factor;
 #pragma unroll
   for (int k = 0; k < STEPS; ++k) {
-    uint32_t b[4];
-    read_columns<T, STEPS>(heads, first, k, b);
 #pragma unroll
-    for (int h = 0; h < Shape<STEPS>::kHigh; ++h) {
-      multiply_add(products[h][0], tokens[h][k], b[0], b[1], Factor());
-      multiply_add(products[h][1], tokens[h][k], b[2], b[3], Factor());
+    for (int i = 0; i < PARTS; ++i) {
+      uint32_t b[4];
+      read_columns<T, STEPS>(heads + i * Tile<T, STEPS, kHeads<STEPS>>::kSize, first, k, b);
+#pragma unroll
+      for (int h = 0; h < Shape<STEPS>::kHigh; ++h) {
+        multiply_add(products[h][0], tokens[h][k], b[0], b[1], Factor());
+        multiply_add(products[h][1], tokens[h][k], b[2], b[3], Factor());
+      }
     }
   }
 }
@@ -114,7 +117,8 @@ __device__ void add_effects(const Measuring& s, const Heads<STEPS>& heads, int f
 #pragma unroll
       for (int i = 0; i < Shape<STEPS>::kEach; ++i) {
         const float product = products[i / 2][c][i % 2 * 2 + e];
-        const float below = product * gain.of[e] - top.of[e];
+        // Rounded as in the first pass, so that no weight is above that of the largest logit.
+        const float below = __fmul_rn(product, gain.of[e]) - top.of[e];
         float effect;
         if constexpr (KIND == Kind::kNegligible) {
           effect = below < low ? share.of[e] : 0.0f;
@@ -278,14 +282,8 @@ __global__ void __launch_bounds__(kThreads, 2) sum_heads(Measuring s) {
 #pragma unroll 1
     for (int q = 0; q < kTile; q += 16) {
       Pairs<STEPS> products = {}, mixed = {};
-#pragma unroll
-      for (int i = 0; i < kQueryParts<T>; ++i) {
-        multiply<T, STEPS>(keys, queries + i * Tile<T, STEPS, kTile>::kSize, q, products);
-      }
-      if (s.outputs != nullptr) {
-        multiply<T, STEPS>(values, outputs, q, mixed);
-        multiply<T, STEPS>(values, outputs + Tile<T, STEPS, kTile>::kSize, q, mixed);
-      }
+      multiply<T, STEPS, kQueryParts<T>>(keys, queries, q, products);
+      if (s.outputs != nullptr) multiply<T, STEPS, 2>(values, outputs, q, mixed);
       if (kind == Kind::kValue) {
         add_effects<STEPS, Kind::kValue>(s, heads[own], q, products, mixed, line, tokens);
       } else if (kind == Kind::kWeight) {
