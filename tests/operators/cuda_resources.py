@@ -32,11 +32,15 @@ SPILLS = {
     "measure": FOR_A_BLOCK,
     "attend_queries": FOR_A_BLOCK,
     "sum_queries": FOR_A_BLOCK,
-    "find_similar": "a tile of products and its operands take all 255 registers of a thread",
+    "find_similar": FOR_A_BLOCK,
+    "attend_heads": "with heads of 256 the outputs and their operands take all 255 registers of a thread",
     "find_similar_float": FOR_A_BLOCK,
 }
 """Kernels whose threads may spill registers, and why. Every other one must not."""
-SLOW = ("central_tokens.cu", "measure_attention.cu", "score_keys.cu", "score_similar.cu", "vector_norms.cu")
+SLOW = (
+    *("attention_queries.cu", "attention_tokens.cu", "central_tokens.cu", "score_keys.cu", "score_similar.cu"),
+    "vector_norms.cu",
+)
 """Units that take long to compile, so that tests leave them to `make cuda-resources`."""
 
 
