@@ -26,7 +26,7 @@ from benchmarks.results.provenance import record
 from benchmarks.results.sections.simulation import simulation_table
 from benchmarks.results.store import DOCS, SIMULATION
 from skipkv_vllm import KVPolicyError
-from skipkv_vllm.capacity import ModelShape, blocks_with_policy
+from skipkv_vllm.capacity import ModelShape, Pool, blocks_with_policy
 from skipkv_vllm.config import KVPolicyConfig
 from skipkv_vllm.core.limits import Limits
 
@@ -154,9 +154,7 @@ def _simulate(
         return Engine(load, setup).run(on_gpu(gpu, shape, model.parameters, ranks, efficiency))
     config, cost = policy
     limits = Limits(config.kv_budget, config.kv_buffer, config.kv_window, 0)
-    pages = blocks_with_policy(
-        config, shape, memory, block_size=PAGE, max_num_seqs=seqs, max_length=longest, max_tokens=MAX_TOKENS
-    )
+    pages = blocks_with_policy(config, shape, memory, Pool(0, PAGE, seqs, longest, MAX_TOKENS))
     setup = Setup(pages, PAGE, seqs, MAX_TOKENS, limits, stride=args.stride)
     return Engine(load, setup).run(on_gpu(gpu, shape, model.parameters, ranks, efficiency, cost))
 

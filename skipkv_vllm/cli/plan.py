@@ -5,12 +5,23 @@ from __future__ import annotations
 import functools
 import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 
-from ..capacity import Capacity, ModelShape, Pool, blocks_with_policy, capacity, reserved_rows, shape_of
+from ..capacity import (
+    Capacity,
+    ModelShape,
+    Pool,
+    blocks_with_policy,
+    capacity,
+    groups_of,
+    others_of,
+    reserved_rows,
+    shape_of,
+    unsupported,
+)
 from ..config import KVPolicyConfig
 from ..core.errors import KVPolicyError
 from ..core.limits import ceil_div
@@ -140,21 +151,25 @@ def plan(model: str, config: KVPolicyConfig, machine: Machine, *, length: int | 
     else:
         memory = _memory(model, text, shape, machine, max_num_seqs, max_tokens, notes)
         available = sum(memory.values())
-    sizes = {"block_size": machine.block_size, "max_num_seqs": max_num_seqs, "max_length": max_length}
-    rows = reserved_rows(config, shape, available, **sizes, max_tokens=max_tokens)
-    state = shape.state_bytes(config, rows, max_length, max_tokens)
+    # With asynchronous scheduling, vLLM's default, two steps are in flight.
+    others = others_of(text, machine.block_size, 2 * max_tokens)
+    block_size = groups_of(text, machine.block_size).block_size
+    pool = Pool(0, block_size, max_num_seqs, max_length, max_tokens, others)
+    rows = reserved_rows(config, shape, available, pool)
+    state = shape.state_bytes(config, rows, pool)
     memory["for KV, with positions"] = available - state
-    blocks = blocks_with_policy(config, shape, available, **sizes, max_tokens=max_tokens)
-    needed = ceil_div(min(config.kv_budget + config.kv_buffer, max_length), machine.block_size)
+    blocks = blocks_with_policy(config, shape, available, pool)
+    bound = min(config.kv_budget + config.kv_buffer, max_length)
+    needed = ceil_div(bound, block_size) + others.num_blocks(bound)
     if blocks < needed:
         raise KVPolicyError(
-            f"{max(blocks, 0)} blocks of {machine.block_size} tokens are left for KV, and one request at its bound "
+            f"{max(blocks, 0)} blocks of {block_size} tokens are left for KV, and one request at its bound "
             f"needs {needed}. Memory of a rank in GiB: "
             + ", ".join(f"{name} {size / GIB:.2f}" for name, size in memory.items())
             + f", state of {rows} requests {-state / GIB:.2f}. Lower the budget or --max-num-seqs, or use "
             "more GPUs (--tensor-parallel-size, --pipeline-parallel-size)"
         )
-    found = capacity(config, shape, Pool(blocks, max_tokens=max_tokens, **sizes), length=length, prompt=prompt)
+    found = capacity(config, shape, replace(pool, num_blocks=blocks), length=length, prompt=prompt)
     notes += _notes(found, blocks, length, prompt)
     return Plan(model, dtype, machine.ranks * machine.stages, memory, state, found, rows, notes)
 
@@ -224,11 +239,10 @@ def _load(model: str) -> Any:
 def _check(text: Any, config: KVPolicyConfig, machine: Machine) -> None:
     if not config.evicts:
         raise KVPolicyError("--kv-policy full evicts nothing, so there is nothing to plan; choose another method")
-    kinds = set(getattr(text, "layer_types", None) or ["full_attention"])
-    if getattr(text, "kv_lora_rank", None) or kinds != {"full_attention"}:
+    if found := unsupported(text):
         raise KVPolicyError(
-            f"{text.model_type} models are not supported: a policy needs full attention in all layers, found "
-            f"{'MLA' if getattr(text, 'kv_lora_rank', None) else ', '.join(sorted(kinds))}"
+            f"{text.model_type} models are not supported: a policy needs layers with full attention, beside which some "
+            f"may have a sliding window; found {found}"
         )
     if machine.gpu_memory is None and machine.kv_memory is None:
         raise KVPolicyError("give --gpu-memory, e.g. 80, or --kv-memory as logged by a server")

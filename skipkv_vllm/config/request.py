@@ -14,7 +14,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..core.errors import KVPolicyError
-from ..core.limits import Demand, Limits, most_tokens
+from ..core.limits import NO_OTHERS, Demand, Limits, OtherGroups, most_tokens
 from ..core.needs import IN_THE_CACHE, Need
 from ..core.orders import Strength
 from ..policies import Policy, make_policy
@@ -50,11 +50,22 @@ class ResolvedRequest:
     vector: str | None
     strength: Strength
 
-    def demand(self, longest: int, block_size: int) -> Demand:
-        """Return the most that the request may need if it never has more than `longest` tokens."""
-        if self.limits is None:
-            return Demand(longest, sys.maxsize)
-        return Demand(most_tokens(self.limits, longest), self.limits.protected // block_size, self.limits.lookahead)
+    def demand(self, longest: int, block_size: int, others: OtherGroups = NO_OTHERS) -> Demand:
+        """Return the most that the request may need.
+
+        Args:
+            longest: most tokens that it ever has.
+            block_size: tokens of a block of the group that is compacted.
+            others: the groups that are not.
+        """
+        limits, num_beside = self.limits, others.num_blocks(longest)
+        if limits is None:
+            in_flight = others.in_flight_blocks(longest)
+            return Demand(longest, sys.maxsize, num_beside=num_beside, num_in_flight=in_flight)
+        # A prompt is computed up to its bound and, once it is compacted, by as much as the buffer more.
+        in_flight = others.in_flight_blocks(min(longest, limits.first_bound + limits.buffer))
+        num_intact = limits.protected // block_size
+        return Demand(most_tokens(limits, longest), num_intact, limits.lookahead, num_beside, in_flight)
 
 
 class RequestOptions(BaseModel):

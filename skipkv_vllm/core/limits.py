@@ -94,6 +94,52 @@ def most_tokens(limits: Limits | None, longest: int) -> int:
     return longest if limits is None else min(limits.first_bound, longest)
 
 
+class OtherGroup(NamedTuple):
+    """A group of layers whose KV is not compacted, because they read no more than a window of the text.
+
+    Attributes:
+        block_size: tokens of a block.
+        most_blocks: most blocks that a request holds, without those of a prompt in flight.
+    """
+
+    block_size: int
+    most_blocks: int
+
+
+def window_group(window: int, block_size: int) -> OtherGroup:
+    """Return a group of layers that read the newest `window` tokens.
+
+    vLLM frees a block when no token that is still to be computed reads it. So a request holds a stretch of the window
+    and the tokens in flight, which may begin and end within a block; decoding, fewer tokens than a block are in flight.
+    """
+    return OtherGroup(block_size, ceil_div(window - 1, block_size) + 2)
+
+
+class OtherGroups(NamedTuple):
+    """The groups that are not compacted; they take blocks from the same pool.
+
+    Attributes:
+        groups: see above.
+        max_in_flight: most tokens, of all requests together, that are scheduled and not yet computed.
+    """
+
+    groups: tuple[OtherGroup, ...] = ()
+    max_in_flight: int = 0
+
+    def num_blocks(self, num_tokens: int) -> int:
+        """Return the most blocks that a request of so many tokens holds here, without those of a prompt in flight."""
+        return sum(min(ceil_div(num_tokens, group.block_size), group.most_blocks) for group in self.groups)
+
+    def in_flight_blocks(self, num_tokens: int) -> int:
+        """Return the most blocks beyond these while up to `num_tokens` tokens of a prompt are in flight."""
+        num_tokens = min(num_tokens, self.max_in_flight)
+        return sum(ceil_div(num_tokens, group.block_size) for group in self.groups)
+
+
+NO_OTHERS = OtherGroups()
+"""Of a model whose layers all have full attention."""
+
+
 class Demand(NamedTuple):
     """The most that one request may need.
 
@@ -101,13 +147,17 @@ class Demand(NamedTuple):
         num_tokens: most tokens it ever holds.
         num_intact: number of leading blocks that it never writes to if the prefix cache has them.
         lookahead: see `Limits.lookahead`.
+        num_beside: most blocks it holds in groups that are not compacted.
+        num_in_flight: blocks that it holds beyond all these there, while its prompt is computed.
     """
 
     num_tokens: int
     num_intact: int
     lookahead: LookaheadTokens = LookaheadTokens()
+    num_beside: int = 0
+    num_in_flight: int = 0
 
     def num_blocks(self, block_size: int) -> int:
-        """Return the most blocks that it takes at once."""
+        """Return the most blocks that it takes at once, once its prompt is computed."""
         held, extra = (ceil_div(num_tokens, block_size) for num_tokens in self.lookahead)
-        return max(ceil_div(self.num_tokens, block_size), held + extra)
+        return max(ceil_div(self.num_tokens, block_size), held + extra) + self.num_beside

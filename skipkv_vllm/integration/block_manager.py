@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import sys
+import functools
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
-from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
+from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager, SingleTypeKVCacheManager
 
 from ..core.limits import ceil_div
 from ..scheduler.admission import Holding, Ledger
@@ -18,7 +19,35 @@ from ..scheduler.requests import RequestRecord
 from .free_queue import GuardQueue
 
 
-class EvictingBlockManager(FullAttentionManager):
+@functools.cache
+def _discreet(cls: type) -> type:
+    """Return the subclass of a manager that publishes to the prefix cache only what depends on tokens alone; one each.
+
+    From its first compaction on, a request's hidden states depend on what was evicted, so its KV no longer matches its
+    token hashes, not even in layers that are not compacted. Neither does the KV of a steered request, from its first
+    steered token on.
+    """
+
+    def cache_blocks(self: Any, request: Any, num_tokens: int, *args: Any, **kwargs: Any) -> None:
+        record = self.requests[request.request_id]
+        if record.num_evicted:
+            return
+        if record.steering is not None:
+            num_tokens = min(num_tokens, record.steering.first)
+        cls.cache_blocks(self, request, num_tokens, *args, **kwargs)  # type: ignore[attr-defined]
+
+    # Not a mixin, because an object can only change to a class of the same memory layout.
+    return type(f"Discreet{cls.__name__}", (cls,), {"cache_blocks": cache_blocks, "__slots__": ()})
+
+
+# For the type checker it is the stock manager.
+if TYPE_CHECKING:
+    from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager as _Base
+else:
+    _Base = _discreet(FullAttentionManager)
+
+
+class EvictingBlockManager(_Base):
     """`FullAttentionManager` in which a request may hold fewer tokens than its logical length.
 
     One integer per request is enough: a request needs `ceil(tokens / block_size)` blocks less those it has, so vLLM's
@@ -26,40 +55,49 @@ class EvictingBlockManager(FullAttentionManager):
     stock attention kernels read it unchanged.
 
     A block is written in place only if one request holds it, after its hash is dropped. A shared block is replaced by a
-    fresh one. From its first compaction on, a request publishes nothing to the prefix cache.
+    fresh one. From its first compaction on, a request publishes nothing to the prefix cache, in no group.
 
     A waiting request gets its first block only if the ledger can promise it all the blocks it may ever need.
 
     Attributes:
         requests: the records of the scheduler's requests; a request must be there before it asks for blocks.
-        ledger: the promises to running requests.
+        ledger: the promises to running requests, in all groups.
     """
 
     requests: Mapping[str, RequestRecord]
     ledger: Ledger
     _lookahead_blocks: list[KVCacheBlock]
+    _others: list[SingleTypeKVCacheManager]
 
     @classmethod
     def adopt(
         cls,
-        manager: FullAttentionManager,
+        managers: Sequence[SingleTypeKVCacheManager],
+        evicting: int,
         requests: Mapping[str, RequestRecord],
-        *,
-        is_bounded: bool = True,
-        num_rows: int = sys.maxsize,
+        ledger: Ledger,
     ) -> EvictingBlockManager:
-        """Turn a freshly made stock manager into one of these.
+        """Turn one of an engine's freshly made stock managers into one of these.
 
-        vLLM's factory has no seam that covers every attention backend, so the class of the object is changed.
+        vLLM's factory has no seam that covers every attention backend, so the class of the object is changed. The
+        managers of the other groups learn what must not be published.
+
+        Args:
+            managers: of all groups.
+            evicting: index of the group that is compacted.
+            requests: see above.
+            ledger: see above.
         """
+        manager = managers[evicting]
         assert type(manager) is FullAttentionManager
         assert not manager.req_to_blocks
         manager.__class__ = cls
         assert isinstance(manager, cls)
-        manager.requests = requests
-        # One block of the pool is vLLM's placeholder.
-        manager.ledger = Ledger(manager.block_pool.num_gpu_blocks - 1, manager.block_size, is_bounded, num_rows)
-        manager._lookahead_blocks = []
+        manager.requests, manager.ledger, manager._lookahead_blocks = requests, ledger, []
+        manager._others = [other for other in managers if other is not manager]
+        for other in manager._others:
+            other.__class__ = _discreet(type(other))  # type: ignore[arg-type]
+            other.requests = requests  # type: ignore[attr-defined]
         return manager
 
     @property
@@ -72,11 +110,15 @@ class EvictingBlockManager(FullAttentionManager):
         return self.requests[request_id].num_evicted
 
     def num_blocks(self, request_id: str) -> int:
-        """Return how many blocks a request holds."""
+        """Return how many blocks a request holds in the group that is compacted."""
         return len(self.req_to_blocks.get(request_id, ()))
 
+    def num_held(self, request_id: str) -> int:
+        """Return how many blocks a request holds in all groups."""
+        return self.num_blocks(request_id) + self._num_beside(request_id)
+
     def blocks(self, request_id: str) -> list[int]:
-        """Return the block ids of a request."""
+        """Return the block ids of a request in the group that is compacted."""
         return [block.block_id for block in self.req_to_blocks[request_id]]
 
     # ---- vLLM's interface, on resident instead of logical lengths
@@ -114,20 +156,21 @@ class EvictingBlockManager(FullAttentionManager):
         num_evicted = request.num_evicted
         return super().allocate_new_blocks(request_id, num_tokens - num_evicted, num_tokens_main_model - num_evicted)
 
+    def settle(self, request: RequestRecord) -> None:
+        """Withdraw the promise of blocks in flight in other groups once a decoding request has given them back."""
+        assert request.promise is not None
+        if self._num_beside(request.request_id) <= request.demand.num_beside:
+            request.promise = self.ledger.settle(request.promise)
+
+    def _num_beside(self, request_id: str) -> int:
+        """Return how many blocks a request holds in the other groups."""
+        tables = (manager.req_to_blocks.get(request_id, ()) for manager in self._others)
+        return sum(not block.is_null for table in tables for block in table)
+
     def _num_missing(self, request: RequestRecord, num_tokens: int) -> int:
         """Return how many blocks a request lacks for `num_tokens` logical tokens; negative if some are spare."""
         num_blocks = len(self.req_to_blocks[request.request_id])
         return ceil_div(num_tokens - request.num_evicted, self.block_size) - num_blocks
-
-    def cache_blocks(self, request: Any, num_tokens: int, *args: Any, **kwargs: Any) -> None:
-        record = self.requests[request.request_id]
-        if record.num_evicted:
-            # The KV of a compacted request no longer matches its token hashes.
-            return
-        if record.steering is not None:
-            # Nor does the KV of a steered request, from its first steered token on.
-            num_tokens = min(num_tokens, record.steering.first)
-        super().cache_blocks(request, num_tokens, *args, **kwargs)
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         # vLLM calls this when a request finishes, is aborted or is preempted.
@@ -210,7 +253,7 @@ class EvictingBlockManager(FullAttentionManager):
         self._check_references()
         holding = {request_id for request_id, blocks in self.req_to_blocks.items() if blocks}
         holdings = [
-            Holding(request.request_id, request.promise, self.num_blocks(request.request_id))
+            Holding(request.request_id, request.promise, self.num_held(request.request_id))
             for request in self.requests.values()
             if request.promise is not None
         ]
@@ -221,14 +264,15 @@ class EvictingBlockManager(FullAttentionManager):
 
     def _check_references(self) -> None:
         pool: BlockPool = self.block_pool
-        num_holders: dict[int, int] = {}
-        for request_id, blocks in self.req_to_blocks.items():
-            ids = [block.block_id for block in blocks]
-            assert len(set(ids)) == len(ids), f"{request_id} holds a block twice: {ids}"
-            for block in blocks:
-                assert not block.is_null, f"{request_id} holds the null block"
-                assert pool.blocks[block.block_id] is block
-                num_holders[block.block_id] = num_holders.get(block.block_id, 0) + 1
+        num_holders: Counter[int] = Counter()
+        for blocks in self.req_to_blocks.values():
+            assert not any(block.is_null for block in blocks), "a null block is held in the group that is compacted"
+        for manager in (self, *self._others):
+            for request_id, blocks in manager.req_to_blocks.items():
+                ids = [block.block_id for block in blocks if not block.is_null]
+                assert len(set(ids)) == len(ids), f"{request_id} holds a block twice: {ids}"
+                assert all(pool.blocks[block.block_id] is block for block in blocks)
+                num_holders.update(ids)
         queue = pool.free_block_queue
         free = {block.block_id for block in queue.get_all_free_blocks()}
         if isinstance(queue, GuardQueue):
@@ -237,7 +281,7 @@ class EvictingBlockManager(FullAttentionManager):
         for block in pool.blocks:
             if block.is_null:
                 continue
-            held = num_holders.get(block.block_id, 0)
+            held = num_holders[block.block_id]
             assert block.ref_cnt == held, f"block {block.block_id}: {block.ref_cnt} references, {held} holders"
             assert (held == 0) == (block.block_id in free), f"block {block.block_id} is free and in use, or lost"
 

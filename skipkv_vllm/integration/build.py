@@ -14,7 +14,7 @@ from vllm.logger import init_logger
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.tokenizers import cached_tokenizer_from_config
 
-from ..capacity import most_rows, reserved_rows
+from ..capacity import Pool, most_rows, reserved_rows
 from ..core.errors import KVPolicyError
 from ..core.needs import ACCUMULATED, REPEATS, Need
 from ..ops.paging import FP8_CACHES, Layout, PagedCache, cpu_layout
@@ -44,12 +44,6 @@ if TYPE_CHECKING:
 logger = init_logger("vllm.skipkv")
 
 
-def attention_layers(vllm_config: VllmConfig) -> dict[str, Any]:
-    """Return vLLM's attention layers by name, in model order."""
-    context = vllm_config.compilation_config.static_forward_context
-    return {name: layer for name, layer in context.items() if hasattr(layer, "impl")}
-
-
 def build_runtime(vllm_config: VllmConfig, model: nn.Module, device: torch.device) -> EvictionRuntime:
     """Hook up what the model's compiled code contains: gates and steering. `bind_cache` adds the state of requests.
 
@@ -58,12 +52,12 @@ def build_runtime(vllm_config: VllmConfig, model: nn.Module, device: torch.devic
     """
     config = compat.policy_config(vllm_config)
     if config.evicts:
-        compat.check_attention(layer.impl for layer in attention_layers(vllm_config).values())
+        compat.check_attention(layer.impl for layer in compat.evicting_layers(vllm_config).values())
     ranks = join_ranks(vllm_config, device)
     gates = None
     if config.gates is not None:
         gates = _build_gates(config.gates, vllm_config, ranks, device)
-        gates.attach(attention_blocks(model, attention_layers(vllm_config)))
+        gates.attach(attention_blocks(model, compat.evicting_layers(vllm_config)))
     steering = _build_steering(vllm_config, model, device) if config.steers else None
     trace = None
     if config.kv_trace_dir is not None:
@@ -94,7 +88,7 @@ def _build_signals(
 
 def _build_ring(vllm_config: VllmConfig, device: torch.device, num_rows: int) -> QueryRing:
     config = compat.policy_config(vllm_config)
-    layers = list(attention_layers(vllm_config).values())
+    layers = list(compat.evicting_layers(vllm_config).values())
     ring = QueryRing(
         num_layers=len(layers),
         num_rows=num_rows,
@@ -105,6 +99,7 @@ def _build_ring(vllm_config: VllmConfig, device: torch.device, num_rows: int) ->
         max_tokens=compat.most_step_tokens(vllm_config),
         dtype=vllm_config.model_config.dtype,
         device=device,
+        logit_scales=[layer.impl.scale for layer in layers],
     )
     for i, layer in enumerate(layers):
         ring.attach(i, layer.impl)
@@ -130,17 +125,22 @@ def _build_tracker(vllm_config: VllmConfig, device: torch.device, num_rows: int)
 def join_ranks(vllm_config: VllmConfig, device: torch.device) -> Ranks:
     """Join the ranks of this engine and return this worker's place. Every worker must call it, at the same point."""
     config, parallel = compat.policy_config(vllm_config), vllm_config.parallel_config
-    layers = attention_layers(vllm_config)
-    name, first = next(iter(layers.items()))
+    layers = compat.evicting_layers(vllm_config)
+    if not layers:
+        raise KVPolicyError(
+            f"--pipeline-parallel-size {parallel.pipeline_parallel_size} leaves a stage without a layer of full "
+            "attention, whose KV could be compacted; use fewer stages"
+        )
     num_stages, width = parallel.pipeline_parallel_size, parallel.tensor_parallel_size
     num_ranks = num_stages * width
     # A kv head lies on several ranks if there are more ranks than heads.
+    first = next(iter(layers.values()))
     first_head = get_tp_group().rank_in_group * vllm_config.model_config.get_total_num_kv_heads() // width
-    first_layer = extract_layer_index(name) if num_stages > 1 else 0
+    numbers = tuple(map(extract_layer_index, layers))
     exchanges = config.kv_granularity == "sentence" or config.needs & Need.SEGMENTS
     exchanges = exchanges or (num_stages > 1 and config.needs & REPEATS)
     if num_ranks == 1 or not exchanges:
-        return Ranks(first_layer=first_layer, first_head=first_head, num_stages=num_stages)
+        return Ranks(layers=numbers, first_head=first_head, num_stages=num_stages)
     # A group of our own, because vLLM's sends between stages may wait for our exchange. Its world may hold several
     # engines (data parallelism of mixture-of-experts models), and all of them must create all groups.
     own = None
@@ -152,13 +152,13 @@ def join_ranks(vllm_config: VllmConfig, device: torch.device) -> Ranks:
     # This also opens the connections, so that vLLM's memory profiling counts them.
     count = torch.tensor([len(layers) * first.num_kv_heads], dtype=torch.int64, device=device)
     dist.all_reduce(count, group=own)
-    return Ranks(int(count), first_layer, first_head, num_stages, own, source)
+    return Ranks(int(count), numbers, first_head, num_stages, own, source)
 
 
 def _build_gates(learned: Gates, vllm_config: VllmConfig, ranks: Ranks, device: torch.device) -> TokenGates:
-    model_config, layers = vllm_config.model_config, list(attention_layers(vllm_config).values())
+    model_config, layers = vllm_config.model_config, list(compat.evicting_layers(vllm_config).values())
     return TokenGates(
-        learned.layers[ranks.first_layer : ranks.first_layer + len(layers)],
+        [learned.layers[number] for number in ranks.layer_numbers(len(layers))],
         first_head=ranks.first_head,
         num_heads=layers[0].num_kv_heads,
         activation=getattr(model_config.hf_text_config, "hidden_act", "unknown"),
@@ -192,22 +192,21 @@ def bind_cache(runner: Any, kv_cache_config: KVCacheConfig, prompt: Callable[[st
     runtime: EvictionRuntime = runner.runtime
     if not runtime.config.evicts:
         return
-    vllm_config, layers = runner.vllm_config, attention_layers(runner.vllm_config)
-    _allocate_rows(runtime, vllm_config, kv_cache_config)
-    (group,) = kv_cache_config.kv_cache_groups
-    bound = [layer for name, layer in layers.items() if name in set(group.layer_names)]
+    vllm_config, layers = runner.vllm_config, compat.evicting_layers(runner.vllm_config)
+    groups = compat.cache_groups(vllm_config, kv_cache_config.kv_cache_groups)
+    _allocate_rows(runtime, vllm_config, compat.block_pool(vllm_config, groups, kv_cache_config.num_blocks))
+    bound = [layer for name, layer in layers.items() if name in set(groups.layer_names)]
     cache = PagedCache.of([_pages(layer) for layer in bound], _layout(bound[0]))
     decoder, ring = None, runtime.signals.queries
     if runtime.config.needs & Need.LOOKAHEAD:
         assert ring is not None
         decoder = LookaheadDecoder(runner, ring, prompt)
-    runtime.bind_cache(cache, group.kv_cache_spec.block_size, _key_scales(bound), decoder)
+    runtime.bind_cache(cache, groups.spec.block_size, _key_scales(bound), decoder)
 
 
-def _allocate_rows(runtime: EvictionRuntime, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> None:
+def _allocate_rows(runtime: EvictionRuntime, vllm_config: VllmConfig, pool: Pool) -> None:
     """Allocate state for as many requests as the pool can hold; the scheduler counts the same."""
-    most, (group,) = vllm_config.scheduler_config.max_num_seqs, kv_cache_config.kv_cache_groups
-    number = most_rows(runtime.config, kv_cache_config.num_blocks - 1, group.kv_cache_spec.block_size, most)
+    number = most_rows(runtime.config, pool)
     signals = _build_signals(vllm_config, runtime.device, runtime.ranks, number, runtime.signals.gates)
     runtime.allocate(Rows(number), signals)
     logger.info(
@@ -256,7 +255,7 @@ def profile_compactions(vllm_config: VllmConfig, device: torch.device) -> None:
     """
     config = compat.policy_config(vllm_config)
     if config.evicts:
-        layers = list(attention_layers(vllm_config).values())
+        layers = list(compat.evicting_layers(vllm_config).values())
         longest = min(config.kv_budget + config.kv_buffer, vllm_config.model_config.max_model_len)
         size = temporary_bytes(len(layers), layers[0].num_kv_heads, longest)
         torch.empty(size, dtype=torch.uint8, device=device)
@@ -272,16 +271,7 @@ def left_for_kv(available: int, vllm_config: VllmConfig) -> int:
     config = compat.policy_config(vllm_config)
     if not config.evicts:
         return available
-    layers = list(attention_layers(vllm_config).values())
-    shape = compat.model_shape(vllm_config, len(layers), layers[0].kv_cache_torch_dtype)
-    lengths = {"max_length": vllm_config.model_config.max_model_len, "max_tokens": compat.most_step_tokens(vllm_config)}
-    rows = reserved_rows(
-        config,
-        shape,
-        available,
-        block_size=vllm_config.cache_config.block_size,
-        max_num_seqs=vllm_config.scheduler_config.max_num_seqs,
-        **lengths,
-    )
-    state = shape.row_bytes(config, rows, **lengths)
+    groups = compat.cache_groups(vllm_config)
+    shape, pool = compat.model_shape(vllm_config, groups), compat.block_pool(vllm_config, groups, 1)
+    state = shape.row_bytes(config, reserved_rows(config, shape, available, pool), pool)
     return shape.left_for_kv(max(available - state, 0), config.needs)

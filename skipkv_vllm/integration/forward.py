@@ -91,7 +91,7 @@ class LookaheadDecoder:
         positions = (first[:, None] + order).flatten()
         with context, self._ring.handing_out() as seen:
             hidden = runner.model(input_ids=tokens.flatten().int(), positions=positions)
-        queries = torch.stack(seen).unflatten(1, (num_requests, num_tokens)).transpose(0, 1)
+        queries = self._ring.scaled(torch.stack(seen).unflatten(1, (num_requests, num_tokens)).transpose(0, 1))
         return hidden.unflatten(0, (num_requests, num_tokens))[:, -1], queries
 
     def question(self, request_id: str, num_tokens: int) -> list[int]:

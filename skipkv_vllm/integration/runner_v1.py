@@ -8,11 +8,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..worker.batch import Evicted, StepBatch
+from ..worker.batch import StepBatch
 from ..worker.runtime import EvictionRuntime
 from ..worker.signals.base import ForwardOutput
 from . import compat
 from .build import bind_cache, build_runtime, profile_compactions
+from .resident import ResidentLengths, replaced
 
 if TYPE_CHECKING:
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner as _Base
@@ -32,9 +33,14 @@ class EvictingRunnerV1(_Base):
         self.runtime = build_runtime(self.vllm_config, self.get_model(), self.device)
 
     def initialize_kv_cache(self, kv_cache_config: Any, *args: Any, **kwargs: Any) -> None:
+        self._group = compat.cache_groups(self.vllm_config, kv_cache_config.kv_cache_groups).evicting
         super().initialize_kv_cache(kv_cache_config, *args, **kwargs)
         if not kwargs.get("is_profiling", bool(args and args[0])):
             bind_cache(self, kv_cache_config, lambda request_id: self.requests[request_id].prompt_token_ids)
+
+    def _evicting_table(self) -> Any:
+        """Return the block table of the group that is compacted."""
+        return self.input_batch.block_table[self._group]
 
     def profile_run(self, *args: Any, **kwargs: Any) -> None:
         super().profile_run(*args, **kwargs)
@@ -47,17 +53,17 @@ class EvictingRunnerV1(_Base):
         # Before the step zeroes or writes any block, because blocks freed by a compaction may be reused in it.
         self.runtime.begin_step(orders, scheduler_output.finished_req_ids, scheduler_output.preempted_req_ids or ())
         for order in orders.compactions if orders else ():
-            blocks = (list(order.target_blocks),)
-            self.requests[order.request_id].block_ids = blocks
+            blocks, state = list(order.target_blocks), self.requests[order.request_id]
+            state.block_ids = replaced(state.block_ids, self._group, blocks)
             row = self.input_batch.req_id_to_index.get(order.request_id)
             if row is not None:
-                self.input_batch.block_table.add_row(blocks, row)
+                self._evicting_table().add_row(blocks, row)
 
     def execute_model(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
         if scheduler_output is not self._begun:
             self.begin_step(scheduler_output)
         output = super().execute_model(scheduler_output, *args, **kwargs)
-        state, slots = self.execute_model_state, self.input_batch.block_table[0].slot_mapping.gpu
+        state, slots = self.execute_model_state, self._evicting_table().slot_mapping.gpu
         produced = (None, None) if state is None else (state.hidden_states, lambda: state.logits)
         self.runtime.finish_forward(ForwardOutput(self.input_ids.gpu, slots, *produced))
         return output
@@ -90,49 +96,44 @@ class OnHost(NamedTuple):
     which starts threads.
     """
 
-    seq_lens: np.ndarray
     positions: np.ndarray
     blocks: np.ndarray
     slots: np.ndarray
 
 
 class HookedRunnerV1(EvictingRunnerV1):
-    """The same for a vLLM that does not call `num_evicted_tokens` (`patches/0005`)."""
+    """The same for a vLLM that does not call `num_evicted_tokens` (`patches/0005`), and for several cache groups."""
 
-    _evicted: Evicted | None = None
-    """of the batch that is being prepared"""
     _on_host: OnHost | None = None
+
+    def build_runtime(self) -> None:
+        super().build_runtime()
+        self._resident = ResidentLengths(self.max_num_reqs, self.device)
 
     def initialize_kv_cache(self, kv_cache_config: Any, *args: Any, **kwargs: Any) -> None:
         super().initialize_kv_cache(kv_cache_config, *args, **kwargs)
-        # vLLM may have replaced the block table together with the cache, so it is hooked here.
-        table = self.input_batch.block_table
+        # vLLM may have replaced the block table and the attention groups together with the cache, so they are hooked
+        # here.
+        table = self._evicting_table()
         if table.compute_slot_mapping == self._map_slots:
             return
+        self._resident.attach(self.attn_groups[self._group])
         self._stock_map_slots, table.compute_slot_mapping = table.compute_slot_mapping, self._map_slots
-        self._optimistic_seq_lens = self.optimistic_seq_lens_cpu.numpy()
         if self.device.type == "cpu":
-            blocks = table[0]
-            self._block_size = blocks.block_size
-            on_host = (self.seq_lens, self.positions, blocks.block_table.gpu, blocks.slot_mapping.gpu)
+            self._block_size = table.block_size
+            on_host = (self.positions, table.block_table.gpu, table.slot_mapping.gpu)
             self._on_host = OnHost(*(tensor.numpy() for tensor in on_host))
         else:
             self._slot_positions = torch.zeros_like(self.positions)
 
+    def num_evicted_tokens(self, num_scheduled_tokens: np.ndarray) -> None:
+        """Leave lengths and slots to the hooks."""
+
     def _prepare_inputs(self, scheduler_output: Any, num_scheduled_tokens: np.ndarray) -> Any:
-        total = scheduler_output.total_num_scheduled_tokens
-        batch = self._step_batch(num_scheduled_tokens, total)
-        evicted = self._evicted = self.runtime.prepare(batch)
+        batch = self._step_batch(num_scheduled_tokens, scheduler_output.total_num_scheduled_tokens)
+        self._resident.evicted = self.runtime.prepare(batch)
         prepared = super()._prepare_inputs(scheduler_output, num_scheduled_tokens)
         self.runtime.steer(batch, self.input_ids.gpu)
-        if evicted is not None:
-            n = self.input_batch.num_reqs
-            # After super(): until here vLLM compares these lengths with logical ones.
-            self._optimistic_seq_lens[:n] -= evicted.host
-            if self._on_host is None:
-                self.seq_lens[:n].sub_(evicted.device)
-            else:
-                self._on_host.seq_lens[:n] -= evicted.host
         return prepared
 
     def _map_slots(self, num_reqs: int, query_start_loc: Tensor, positions: Tensor) -> None:
@@ -140,9 +141,9 @@ class HookedRunnerV1(EvictingRunnerV1):
         if self._on_host is not None:
             self._map_slots_on_host(self._on_host, positions.shape[0])
             return
-        if self._evicted is not None:
+        if self._resident.evicted is not None:
             total = positions.shape[0]
-            offset = self._evicted.device
+            offset = self._resident.evicted.device
             if total > num_reqs:
                 offset = offset[self.req_indices.gpu[:total].long()]
             positions = torch.sub(positions, offset, out=self._slot_positions[:total])
@@ -150,11 +151,11 @@ class HookedRunnerV1(EvictingRunnerV1):
 
     def _map_slots_on_host(self, host: OnHost, num_tokens: int) -> None:
         rows, positions = self.req_indices.np[:num_tokens], host.positions[:num_tokens]
-        if self._evicted is not None:
-            positions = positions - self._evicted.host[rows]
+        if self._resident.evicted is not None:
+            positions = positions - self._resident.evicted.host[rows]
         block, within = np.divmod(positions, self._block_size)
         np.add(host.blocks[rows, block].astype(np.int64) * self._block_size, within, out=host.slots[:num_tokens])
 
     def _dummy_run(self, *args: Any, **kwargs: Any) -> Any:
-        self._evicted = None
+        self._resident.evicted = None
         return super()._dummy_run(*args, **kwargs)

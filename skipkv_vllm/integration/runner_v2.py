@@ -15,6 +15,7 @@ from ..worker.runtime import EvictionRuntime
 from ..worker.signals.base import ForwardOutput
 from . import compat
 from .build import bind_cache, build_runtime, profile_compactions
+from .resident import ResidentLengths
 
 if TYPE_CHECKING:
     from vllm.v1.worker.gpu.model_runner import GPUModelRunner as _Base
@@ -25,8 +26,7 @@ else:
 class EvictingRunnerV2(_Base):
     """Resident lengths for the KV cache, logical lengths for everything else.
 
-    `input_batch.seq_lens` stays logical, because sampling reads it. Attention gets a persistent buffer of
-    resident lengths instead, also while graphs are captured, so that FULL graphs read it on replay.
+    `input_batch.seq_lens` stays logical, because sampling reads it.
     """
 
     evicts_kv_tokens = True  # read by vLLM where it has `num_evicted_tokens`
@@ -40,6 +40,7 @@ class EvictingRunnerV2(_Base):
         self._questions: dict[str, list[int]] = {}
 
     def initialize_kv_cache(self, kv_cache_config: Any, *args: Any, **kwargs: Any) -> None:
+        self._group = compat.cache_groups(self.vllm_config, kv_cache_config.kv_cache_groups).evicting
         super().initialize_kv_cache(kv_cache_config, *args, **kwargs)
         if not kwargs.get("is_profiling", bool(args and args[0])):
             bind_cache(self, kv_cache_config, self._questions.__getitem__)
@@ -65,8 +66,9 @@ class EvictingRunnerV2(_Base):
         # Before the step zeroes or writes any block, because blocks freed by a compaction may be reused in it.
         self.runtime.begin_step(orders, scheduler_output.finished_req_ids, scheduler_output.preempted_req_ids or ())
         for order in orders.compactions if orders else ():
-            row = self.req_states.req_id_to_index[order.request_id]
-            self.block_tables.append_block_ids(row, (list(order.target_blocks),), overwrite=True)
+            row, tables = self.req_states.req_id_to_index[order.request_id], self.block_tables
+            tables.block_tables[self._group].stage_write(row, 0, list(order.target_blocks))
+            tables.num_blocks.np[self._group, row] = len(order.target_blocks)
 
     def execute_model(self, scheduler_output: Any, *args: Any, dummy_run: bool = False, **kwargs: Any) -> Any:
         if dummy_run:
@@ -75,7 +77,7 @@ class EvictingRunnerV2(_Base):
         if scheduler_output is not self._begun:
             self.begin_step(scheduler_output)
         output = super().execute_model(scheduler_output, *args, dummy_run=False, **kwargs)
-        state, slots = self.execute_model_state, self.block_tables.slot_mappings[0]
+        state, slots = self.execute_model_state, self.block_tables.slot_mappings[self._group]
         if state is not None:
             self.runtime.finish_forward(
                 ForwardOutput(state.input_batch.input_ids, slots, state.hidden_states, self._logits)
@@ -109,26 +111,34 @@ class EvictingRunnerV2(_Base):
 
 
 class HookedRunnerV2(EvictingRunnerV2):
-    """The same for a vLLM that does not call `num_evicted_tokens` (`patches/0006`)."""
+    """The same for a vLLM that does not call `num_evicted_tokens` (`patches/0006`), and for several cache groups."""
 
-    _evicted: Evicted | None = None
-    """of the batch that is being prepared"""
+    evicts_kv_tokens = False
+    _resident_slots: torch.Tensor | None = None
+    """slots of all groups by resident positions, if there are several groups"""
 
     def build_runtime(self) -> None:
         super().build_runtime()
-        self._resident_seq_lens = torch.zeros(self.max_num_reqs, dtype=torch.int32, device=self.device)
+        self._resident = ResidentLengths(self.max_num_reqs, self.device)
         self._slot_positions = torch.zeros(self.max_num_tokens, dtype=torch.int64, device=self.device)
-        self._stock_prepare_attn = self.model_state.prepare_attn
-        self.model_state.prepare_attn = self._prepare_attn_metadata
+
+    def initialize_kv_cache(self, kv_cache_config: Any, *args: Any, **kwargs: Any) -> None:
+        super().initialize_kv_cache(kv_cache_config, *args, **kwargs)
+        self._resident.attach(self.attn_groups[self._group])
+        slots = self.block_tables.slot_mappings
+        self._resident_slots = torch.zeros_like(slots) if slots.shape[0] > 1 else None
+
+    def num_evicted_tokens(self, input_batch: Any) -> None:
+        """Leave lengths and slots to the hooks."""
 
     def execute_model(self, scheduler_output: Any, *args: Any, dummy_run: bool = False, **kwargs: Any) -> Any:
         if dummy_run:
-            self._evicted = None
+            self._resident.evicted = None
         return super().execute_model(scheduler_output, *args, dummy_run=dummy_run, **kwargs)
 
     def prepare_attn(self, input_batch: Any) -> Any:
-        """Compute slot mappings from resident positions; RoPE keeps `input_batch.positions`."""
-        evicted = self._evicted = self._prepare(input_batch)
+        """Compute slot mappings from resident positions where KV is compacted; RoPE keeps `input_batch.positions`."""
+        evicted = self._resident.evicted = self._prepare(input_batch)
         if evicted is None:
             return super().prepare_attn(input_batch)
         positions = self._slot_positions[: input_batch.positions.shape[0]]
@@ -137,20 +147,15 @@ class HookedRunnerV2(EvictingRunnerV2):
         if total > input_batch.num_reqs:
             by_token = to_device(np.repeat(evicted.host, input_batch.num_scheduled_tokens), torch.int64, self.device)
         positions[:total].sub_(by_token)
-        return super().prepare_attn(dataclasses.replace(input_batch, positions=positions))
-
-    def _prepare_attn_metadata(self, input_batch: Any, *args: Any, **kwargs: Any) -> Any:
-        """Replace the model state's `prepare_attn`: the same with resident sequence lengths."""
-        rows = input_batch.seq_lens.shape[0]
-        seq_lens = self._resident_seq_lens[:rows]
-        seq_lens.copy_(input_batch.seq_lens)
-        upper_bound = input_batch.seq_lens_cpu_upper_bound
-        evicted = self._evicted
-        if evicted is not None:
-            n = input_batch.num_reqs
-            seq_lens[:n].sub_(evicted.device)
-            # Some backends plan pages from this bound as if it were exact.
-            upper_bound = upper_bound.clone()
-            upper_bound[:n].sub_(torch.from_numpy(evicted.host))
-        resident = dataclasses.replace(input_batch, seq_lens=seq_lens, seq_lens_cpu_upper_bound=upper_bound)
-        return self._stock_prepare_attn(resident, *args, **kwargs)
+        if self._resident_slots is None:
+            return super().prepare_attn(dataclasses.replace(input_batch, positions=positions))
+        tables, slots = super().prepare_attn(input_batch)
+        resident = self.block_tables.compute_slot_mappings(
+            input_batch.idx_mapping,
+            input_batch.query_start_loc,
+            positions,
+            input_batch.num_tokens_after_padding,
+            out=self._resident_slots,
+        )
+        slots[self._group].copy_(resident[self._group])
+        return tables, slots

@@ -17,10 +17,10 @@ from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.request import Request
 
 from ..banner import banner
-from ..capacity import Capacity, capacity, most_rows
+from ..capacity import capacity, most_rows
 from ..config import KEEP_EVERYTHING, KVPolicyConfig, RequestOptions
 from ..core.auxiliary import auxiliary
-from ..core.limits import Demand
+from ..scheduler.admission import Ledger
 from ..scheduler.eviction import EvictionController
 from ..scheduler.listeners import client_report
 from ..scheduler.requests import RequestRecord, Text
@@ -59,14 +59,15 @@ class EvictionMixin(_Base):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         config = self.kv_policy = compat.policy_config(self.vllm_config)
-        compat.check_kv_cache(self.kv_cache_config, config)
-        (manager,) = self.kv_cache_manager.coordinator.single_type_managers
+        groups = self._groups = compat.cache_groups(self.vllm_config, self.kv_cache_config.kv_cache_groups)
+        pool = compat.block_pool(self.vllm_config, groups, self.kv_cache_config.num_blocks)
         # Without eviction a request may reach its longest length; promising that would admit fewer than stock vLLM.
         is_bounded = config.kv_admission == "bounded" and config.evicts
         requests: dict[str, RequestRecord] = {}
-        num_blocks, most = self.kv_cache_config.num_blocks - 1, self.vllm_config.scheduler_config.max_num_seqs
-        num_rows = most_rows(config, num_blocks, manager.block_size, most)
-        self.block_manager = EvictingBlockManager.adopt(manager, requests, is_bounded=is_bounded, num_rows=num_rows)
+        ledger = Ledger(pool.num_blocks, pool.block_size, is_bounded, most_rows(config, pool))
+        managers = self.kv_cache_manager.coordinator.single_type_managers
+        self.block_manager = EvictingBlockManager.adopt(managers, groups.evicting, requests, ledger)
+        compat.check_bound_fits(config, pool)
         stats = EvictionStats()
         listeners = make_listeners(self.vllm_config, config, self.block_manager.block_size, stats)
         self.eviction = EvictionController(config, requests, self.block_manager, stats, listeners)
@@ -78,17 +79,12 @@ class EvictionMixin(_Base):
                 by_priority=self.policy is SchedulingPolicy.PRIORITY,
             )
         if config.kv_prefix_eviction == "guard":
-            pool = self.kv_cache_manager.block_pool
-            pool.free_block_queue = GuardQueue.adopt(pool.free_block_queue)
+            blocks = self.kv_cache_manager.block_pool
+            blocks.free_block_queue = GuardQueue.adopt(blocks.free_block_queue)
         with auxiliary("print the banner"):
-            found = self._capacity() if config.evicts else None
+            found = capacity(config, compat.model_shape(self.vllm_config, groups), pool) if config.evicts else None
             for line in banner(config, found, self.max_model_len, is_async=isinstance(self, AsyncScheduler)):
                 logger.info(line)
-
-    def _capacity(self) -> Capacity:
-        (group,) = self.kv_cache_config.kv_cache_groups
-        shape = compat.model_shape(self.vllm_config, len(group.layer_names), group.kv_cache_spec.dtype)
-        return capacity(self.kv_policy, shape, compat.block_pool(self.vllm_config, self.kv_cache_config.num_blocks))
 
     # ---- a request arrives
 
@@ -109,15 +105,16 @@ class EvictionMixin(_Base):
             options = RequestOptions.parse(given, self.kv_policy, self.max_model_len, check_names=False)
             longest = min(request.num_prompt_tokens + request.max_tokens, longest)
         resolved = options.resolve(self.kv_policy, request.num_prompt_tokens)
-        demand = resolved.demand(longest, self.block_manager.block_size)
-        room = self.block_manager.ledger.num_blocks * self.block_manager.block_size
+        demand = resolved.demand(longest, self.block_manager.block_size, self._groups.others)
+        num_blocks = self.block_manager.ledger.num_blocks - demand.num_beside - demand.num_in_flight
+        room = num_blocks * self.block_manager.block_size
         if demand.num_tokens > room:
             # The API server refuses such requests, but with data parallelism it knows the mean of the pools only.
             logger.warning(
                 "SkipKV: request %s will stop at %d tokens, the capacity of the KV cache", request.request_id, room
             )
             request.max_tokens = max(1, room - request.num_prompt_tokens)
-            demand = Demand(room, demand.num_intact, demand.lookahead)
+            demand = demand._replace(num_tokens=room)
         # The token that reaches `max_tokens` is never computed; one that reaches the model's length may be.
         end = min(request.num_prompt_tokens + request.max_tokens - 1, self.max_model_len)
         self.eviction.arrive(request.request_id, resolved, demand, end, request.prompt_token_ids or ())
@@ -126,8 +123,12 @@ class EvictionMixin(_Base):
         blocks, num_found, *others = super()._get_local_prefix_cache_hit(request, *args)
         num_cached = self.eviction.requests[request.request_id].limit_cached(num_found)
         if num_cached < num_found:
-            blocks = self.kv_cache_manager.truncate_computed_blocks(blocks, num_cached)
-        return blocks, num_cached, *others
+            # What all groups have of the shorter prefix, which is not the beginning of the longer one in a group that
+            # has only the last window of each.
+            manager = self.kv_cache_manager
+            found, num_found, _ = manager.coordinator.find_longest_cache_hit(request.block_hashes, num_cached)
+            blocks = manager.create_kv_cache_blocks(found)
+        return blocks, num_found, *others
 
     # ---- a step
 
@@ -177,6 +178,9 @@ class EvictionMixin(_Base):
             return 0
         if num_new_tokens > 1:
             return min(num_new_tokens, record.planner.room(num_computed_tokens, record.num_evicted))
+        promise = record.promise
+        if promise is not None and promise.num_in_flight and num_computed_tokens + 1 >= request.num_tokens:
+            self.block_manager.settle(record)
         return num_new_tokens
 
     def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:

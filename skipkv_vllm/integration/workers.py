@@ -70,8 +70,12 @@ def adapt_runner(runner: Any, vllm_config: Any, is_v2: bool) -> None:
     """
     compat.enable(vllm_config)
     adapter: type
+    # The public seams give the same lengths to all layers.
+    has_one_group = not compat.may_have_several_groups(vllm_config)
     if is_v2:
-        adapter = EvictingRunnerV2 if compat.is_public("resident lengths, runner V2") else HookedRunnerV2
+        is_public = has_one_group and compat.is_public("resident lengths, runner V2")
+        adapter = EvictingRunnerV2 if is_public else HookedRunnerV2
     else:
-        adapter = EvictingRunnerV1 if compat.is_public("resident lengths, runner V1") else HookedRunnerV1
+        is_public = has_one_group and compat.is_public("resident lengths, runner V1")
+        adapter = EvictingRunnerV1 if is_public else HookedRunnerV1
     runner.__class__ = type(f"Evicting{type(runner).__name__}", (adapter, type(runner)), {})

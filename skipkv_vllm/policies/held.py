@@ -48,7 +48,7 @@ class Held:
         positions: logical positions, int32 `[R, layers, H, N]`.
         requests: numbers of each request, on the host.
         window: W, number of newest tokens, which always survive.
-        first_layer: index in the model of the first layer.
+        layers: index in the model of each layer; empty for 0, 1, 2, ...
         first_head: index in the model of the first kv head.
         key_scales: float32 `[layers, H]` by which stored keys must be multiplied, or None for 1.
         queries: the last W post-RoPE queries `[R, layers, W, Hq, D]`, oldest first, times the scale of the keys; None
@@ -64,7 +64,7 @@ class Held:
     positions: Tensor
     requests: Sequence[HeldRequest]
     window: int
-    first_layer: int = 0
+    layers: Sequence[int] = ()
     first_head: int = 0
     key_scales: Tensor | None = None
     queries: Tensor | None = None

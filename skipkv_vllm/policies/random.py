@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ..core.device import to_device
 from .base import About, Held, Policy, View, check_range, register_policy
 
 _BITS = 2**32 - 1
@@ -54,9 +55,9 @@ class Random(Policy):
         return self._draw(positions[:, -1:] + 1, view.layer, view.first_head + heads, positions)
 
     def score_batch(self, held: Held) -> Tensor:
-        _, layers, heads, _ = held.positions.shape
-        layer, head = (torch.arange(n, device=held.positions.device) for n in (layers, heads))
-        layer, head = held.first_layer + layer[:, None, None], held.first_head + head[:, None]
+        device, (_, layers, heads, _) = held.positions.device, held.positions.shape
+        layer = to_device(list(held.layers or range(layers)), torch.int64, device)[:, None, None]
+        head = held.first_head + torch.arange(heads, device=device)[:, None]
         return self._draw(held.num_logical.long(), layer, head, held.positions.long())
 
     def _draw(self, num_logical: Tensor, layer: Tensor | int, head: Tensor, positions: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ rank holds the same bits, whatever algorithm the network library chooses.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +22,7 @@ class Ranks:
 
     Attributes:
         num_pairs: number of (layer, kv head) pairs of all ranks together.
-        first_layer: index in the model of this rank's first layer.
+        layers: index in the model of each of this rank's layers whose KV is compacted; empty for 0, 1, 2, ...
         first_head: index in the model of this rank's first kv head.
         num_stages: stages of the pipeline.
         group: the ranks of this engine, or None if they exchange nothing.
@@ -29,11 +30,15 @@ class Ranks:
     """
 
     num_pairs: int = 0
-    first_layer: int = 0
+    layers: tuple[int, ...] = ()
     first_head: int = 0
     num_stages: int = 1
     group: dist.ProcessGroup | None = None
     source: int = 0
+
+    def layer_numbers(self, num_layers: int) -> Sequence[int]:
+        """Return the index in the model of each of this rank's layers, of which there are `num_layers`."""
+        return self.layers or range(num_layers)
 
     def mean(self, scores: Tensor) -> Tensor:
         """Average scores `[R, layers, H, N]` over the layers and heads of all ranks: `[R, N]`, the same on each."""

@@ -49,7 +49,7 @@ class Scorer:
             batch.positions,
             [_numbers(job) for job in batch.jobs],
             self._window,
-            self._ranks.first_layer,
+            self._ranks.layer_numbers(len(self._cache.layers)),
             self._ranks.first_head,
             self._cache.key_scales,
             None if inputs.queries is None else scale(inputs.queries),
@@ -87,6 +87,7 @@ class Scorer:
             number = (positions - request.protected).div(segments.longest, rounding_mode="floor").clamp(min=-1)
             in_window = positions >= order.num_logical - self._window
             numbers = torch.where(in_window, len(segments.sizes), number).long()
+        layer_numbers = self._ranks.layer_numbers(len(self._cache.layers))
         for i, layer in enumerate(self._cache.layers):
             keys = values = None
             if policy.needs & Need.KEYS:
@@ -105,7 +106,7 @@ class Scorer:
                 num_logical=order.num_logical,
                 num_prompt=request.num_prompt,
                 num_protected=request.protected,
-                layer=self._ranks.first_layer + i,
+                layer=layer_numbers[i],
                 first_head=self._ranks.first_head,
                 keys=keys,
                 values=values,

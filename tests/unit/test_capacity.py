@@ -17,6 +17,7 @@ from skipkv_vllm.capacity import ModelShape, Pool, blocks_with_policy, capacity,
 from skipkv_vllm.cli import main
 from skipkv_vllm.cli.plan_options import plan
 from skipkv_vllm.config import KVPolicyConfig, RequestOptions
+from skipkv_vllm.core.limits import OtherGroups, window_group
 from skipkv_vllm.core.needs import REPEATS, Need
 from skipkv_vllm.policies.base import SentenceOptions
 from skipkv_vllm.scheduler.admission import Ledger
@@ -70,7 +71,7 @@ def test_a_count_by_hand():
     # 32 queries in each of 28 layers and 28 heads; of each token its id, the end of a sentence and its penalty, and a
     # place more of each, where writes go that must go nowhere; of the request 29 bytes.
     ring, text = 28 * 28 * 128 * 2 * (64 * 32 + 1) + 8 * 2048, 64 * (3 * 4 * 32769 + 29) + 152064
-    assert SHAPE.state_bytes(CONFIG, 64, 32768, 2048) == ring + text
+    assert SHAPE.state_bytes(CONFIG, 64, POOL) == ring + text
     assert found.state_bytes == -(-(ring + text) // 64)
     assert (found.request_blocks, found.request_blocks_full) == (1152 // 16, 8192 // 16)
     assert found.request_bytes == 1152 * (57344 + 3 * 448) + found.state_bytes
@@ -78,7 +79,7 @@ def test_a_count_by_hand():
     assert (found.fit, found.concurrency, found.is_capped) == (69, 64, True)
     assert "69 such requests fit at once instead of 10; max_num_seqs lets 64 run instead of 10" in found.lines()
     assert not capacity(CONFIG, SHAPE, replace(POOL, num_blocks=4000), length=8192).is_capped
-    memory = 5000 * 16 * (57344 + 3 * 448) + SHAPE.state_bytes(CONFIG, 64, 32768, 2048)
+    memory = 5000 * 16 * (57344 + 3 * 448) + SHAPE.state_bytes(CONFIG, 64, POOL)
     assert found.blocks_full == memory // (16 * 57344)
     assert found.concurrency_full == found.fit_full == found.blocks_full // 512
 
@@ -144,7 +145,7 @@ def test_the_papers_rule_takes_embeddings_instead():
     ring = 28 * 28 * 128 * 2 * (64 * 8 + 1) + 8 * 2048
     # 256 embeddings and one that is nobody's, and the sum of the sentence being written; two numbers a token.
     sentences = 64 * (257 * 3584 * 2 + 3584 * 4 + 2 * 4 * 32769 + 29) + 152064 + 8 * 256
-    assert SHAPE.state_bytes(paper, 64, 32768, 2048) == ring + sentences
+    assert SHAPE.state_bytes(paper, 64, POOL) == ring + sentences
 
 
 @pytest.mark.parametrize(
@@ -159,29 +160,54 @@ def test_the_papers_rule_takes_embeddings_instead():
 )
 def test_there_is_state_for_as_many_requests_as_the_pool_can_hold(admission, num_blocks, most, rows):
     config = KVPolicyConfig(kv_policy="skipkv", kv_admission=admission)
-    assert most_rows(config, num_blocks, 16, most) == rows
-    found = capacity(config, SHAPE, replace(POOL, num_blocks=num_blocks, max_num_seqs=most))
+    pool = replace(POOL, num_blocks=num_blocks, max_num_seqs=most)
+    assert most_rows(config, pool) == rows
+    found = capacity(config, SHAPE, pool)
     assert found.rows == rows
     assert f"for each of {rows:,} requests at most" in found.lines()[0]
 
 
 def test_memory_for_many_requests_is_not_spent_on_state_that_none_can_use():
-    sizes = {"block_size": 16, "max_length": 32768, "max_tokens": 2048}
+    fewer, pool = replace(POOL, max_num_seqs=2048), replace(POOL, max_num_seqs=4096)
     for memory in (10 * 2**30, 40 * 2**30, 2**30, 2**20):
-        few, many = (blocks_with_policy(CONFIG, SHAPE, memory, max_num_seqs=n, **sizes) for n in (2048, 4096))
+        few, many = (blocks_with_policy(CONFIG, SHAPE, memory, each) for each in (fewer, pool))
         assert few == many
         # What is reserved covers what the pool turns out to hold, and hardly more.
-        reserved = reserved_rows(CONFIG, SHAPE, memory, max_num_seqs=4096, **sizes)
-        assert 0 <= reserved - most_rows(CONFIG, many, 16, 4096) <= 2
-    assert reserved_rows(CONFIG, SHAPE, 40 * 2**30, max_num_seqs=64, **sizes) == 64
+        reserved = reserved_rows(CONFIG, SHAPE, memory, pool)
+        assert 0 <= reserved - most_rows(CONFIG, replace(pool, num_blocks=max(many, 0))) <= 2
+    assert reserved_rows(CONFIG, SHAPE, 40 * 2**30, POOL) == 64
 
 
 def test_pages_and_their_memory_are_inverse():
-    sizes = {"block_size": 16, "max_num_seqs": 64, "max_length": 32768, "max_tokens": 2048}
     for memory in (10 * 2**30, 10 * 2**30 + 12345):
-        blocks = blocks_with_policy(CONFIG, SHAPE, memory, **sizes)
+        blocks = blocks_with_policy(CONFIG, SHAPE, memory, POOL)
         full = capacity(CONFIG, SHAPE, replace(POOL, num_blocks=blocks)).blocks_full
         assert memory // (16 * 57344) - full in (0, 1)
+
+
+def test_groups_with_a_window_take_blocks_beside_the_group_that_is_compacted():
+    others = OtherGroups((window_group(512, 16),) * 5, max_in_flight=4096)
+    # Gemma 3 270M: 15 layers with a window, 3 with full attention.
+    shape = ModelShape(3, 4, 1, 256, 640, 262144, 2, num_pooled_layers=3)
+    pool = Pool(5000, 16, 64, 32768, 2048, others)
+    found = capacity(CONFIG, shape, pool, length=8192, prompt=100)
+    beside = 5 * (32 + 2)
+    assert (found.request_blocks, found.request_blocks_full) == (72 + beside, 512 + beside)
+    # Its prompt is computed up to the bound, and by the buffer more after a compaction.
+    assert found.in_flight == 5 * (1024 + 2 * 128) // 16
+    assert found.fit == (5000 - found.in_flight) // (72 + beside)
+    assert f"{beside} of them are of layers with a sliding window" in "\n".join(found.lines())
+    demand = RequestOptions.parse(None, CONFIG, 8192).resolve(CONFIG, 100).demand(8192, 16, others)
+    ledger = Ledger(5000, 16, is_bounded=True)
+    promises = []
+    for number in range(found.fit + 1):
+        assert ledger.fits(demand, []) == (number < found.fit)
+        if number < found.fit:
+            promises.append(ledger.settle(ledger.admit(demand, [])))
+    assert ledger.num_promised == found.fit * found.request_blocks
+    for promise in promises:
+        ledger.release(promise)
+    assert ledger.num_promised == 0
 
 
 # ---- the command
@@ -307,10 +333,31 @@ def test_a_prompt_that_does_not_fit_is_said(capsys):
     assert "note: no request of 4000 tokens with a prompt of 3000 fits" in out
 
 
-def test_models_that_policies_refuse_are_refused(capsys, tmp_path):
+@pytest.mark.parametrize(
+    ("kinds", "found"),
+    [
+        (["linear_attention", "full_attention"] * 2, "full_attention, linear_attention"),
+        (["sliding_attention"] * 4, "sliding_attention"),
+        (["full_attention"] * 3 + ["sliding_attention"], "3 full and fewer sliding layers"),
+    ],
+)
+def test_models_that_policies_refuse_are_refused(capsys, tmp_path, kinds, found):
     config = json.loads(Path(bundled_model(), "config.json").read_text())
-    config["layer_types"][1] = "sliding_attention"
+    config |= {"layer_types": kinds, "sliding_window": 64, "use_sliding_window": True}
     (tmp_path / "config.json").write_text(json.dumps(config))
     code, _, err = say(capsys, "--gpu-memory", "8", "--model", str(tmp_path))
     assert code == 2
-    assert "found full_attention, sliding_attention" in err
+    assert f"found {found}" in err
+
+
+def test_layers_with_a_window_are_counted(capsys, tmp_path):
+    config = json.loads(Path(bundled_model(), "config.json").read_text())
+    kinds = ["sliding_attention", "full_attention"] * 2
+    (tmp_path / "config.json").write_text(
+        json.dumps(config | {"layer_types": kinds, "sliding_window": 64, "use_sliding_window": True})
+    )
+    code, out, _ = say(capsys, "--kv-memory", "1", "--model", str(tmp_path), "--length", "2000")
+    assert code == 0
+    # Two groups of two layers: 22 blocks for the bound, 6 for the window.
+    assert "a request of 2,000 tokens holds at most 28 blocks instead of 131" in out
+    assert "6 of them are of layers with a sliding window" in out

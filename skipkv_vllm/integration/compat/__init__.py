@@ -1,26 +1,31 @@
 """How this package connects to vLLM: flags, checks, hooks, and the version check that makes them safe."""
 
+from .cache_groups import CacheGroups, cache_groups, evicting_layers, may_have_several_groups
 from .flags import engine_arguments, has_policy, policy_config
 from .hooks import enable, install, install_client_check
-from .pool import block_pool, model_shape, most_step_tokens
-from .refusals import check_attention, check_config, check_kv_cache
+from .pool import block_pool, check_bound_fits, model_shape, most_step_tokens
+from .refusals import check_attention, check_config
 from .responses import install_reports
 from .seams import is_public, received_orders, received_report, send_orders, send_report
 from .version import check_vllm
 
 __all__ = [
+    "CacheGroups",
     "block_pool",
+    "cache_groups",
     "check_attention",
+    "check_bound_fits",
     "check_config",
-    "check_kv_cache",
     "check_vllm",
     "enable",
     "engine_arguments",
+    "evicting_layers",
     "has_policy",
     "install",
     "install_client_check",
     "install_reports",
     "is_public",
+    "may_have_several_groups",
     "model_shape",
     "most_step_tokens",
     "policy_config",

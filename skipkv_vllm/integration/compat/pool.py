@@ -7,12 +7,11 @@ import importlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
-
-from ...capacity import ModelShape, Pool
+from ...capacity import ModelShape, Pool, groups_of, others_of
 from ...config import KEEP_EVERYTHING, KVPolicyConfig, RequestOptions
 from ...core.errors import KVPolicyError
 from ...core.limits import Limits, ceil_div, most_tokens
+from .cache_groups import CacheGroups
 from .flags import has_policy, policy_config
 from .seams import is_public
 from .version import located
@@ -87,6 +86,29 @@ def check_pool(vllm_config: VllmConfig, available: int, get_needed_memory: Calla
     return True
 
 
+def check_bound_fits(config: KVPolicyConfig, pool: Pool) -> None:
+    """Check that the blocks of one request at its bound fit, where it also holds some in groups with a window.
+
+    Raises:
+        KVPolicyError: naming the blocks and the remedies.
+    """
+    if not config.evicts or not pool.others.groups or config.kv_admission == "optimistic":
+        return
+    demand = (
+        RequestOptions.parse(None, config, pool.max_length)
+        .resolve(config, 0)
+        .demand(pool.max_length, pool.block_size, pool.others)
+    )
+    needed = demand.num_blocks(pool.block_size) + demand.num_in_flight
+    if needed > pool.num_blocks:
+        raise KVPolicyError(
+            f"--kv-budget {config.kv_budget} + --kv-buffer {config.kv_buffer}: a request holds up to {needed} blocks, "
+            f"{demand.num_beside + demand.num_in_flight} of them in layers with a sliding window, but the KV cache has "
+            f"only {pool.num_blocks}. Lower --kv-budget, --kv-buffer or --max-num-batched-tokens, or give the cache "
+            "more memory (--gpu-memory-utilization, on CPUs VLLM_CPU_KVCACHE_SPACE)"
+        )
+
+
 class Excess(NamedTuple):
     """Why a request does not fit into the pool by itself.
 
@@ -121,16 +143,21 @@ def check_fits_alone(
     if not request.resumable:
         longest = min(num_prompt + (params.max_tokens or 0), longest)
     resolved = (KEEP_EVERYTHING if request.resumable else options).resolve(config, num_prompt)
-    limits, demand = resolved.limits, resolved.demand(longest, cache.block_size)
-    if demand.num_blocks(cache.block_size) <= num_blocks:
+    # The groups of the cache are known to the engine only, but follow from the configuration; the engine checks again.
+    text_config, block_size = vllm_config.model_config.hf_text_config, cache.block_size
+    others = others_of(text_config, block_size, vllm_config.max_in_flight_tokens)
+    block_size = groups_of(text_config, block_size).block_size
+    limits, demand = resolved.limits, resolved.demand(longest, block_size, others)
+    num_blocks -= demand.num_beside + demand.num_in_flight
+    if demand.num_blocks(block_size) - demand.num_beside <= num_blocks:
         return
-    most, room = demand.num_tokens, num_blocks * cache.block_size
+    most, room = demand.num_tokens, max(0, num_blocks) * block_size
     if request.resumable:
         found = Excess(most, "a streaming-input session keeps all its tokens", "send its input as separate requests")
     elif limits is None:
         found = _excess_of_full(most, num_prompt, params.max_tokens, room, config.kv_policy)
     else:
-        lookahead_only = ceil_div(most, cache.block_size) <= num_blocks
+        lookahead_only = ceil_div(most, block_size) <= num_blocks
         found = _excess_of(limits, most, num_prompt, room, lookahead_only=lookahead_only)
     raise KVPolicyError(
         f"this request may need {found.most} tokens, but the KV cache holds only {room} ({found.cause}); "
@@ -165,18 +192,19 @@ def _excess_of(limits: Limits, most: int, num_prompt: int, room: int, *, lookahe
     return Excess(most, f"kv_budget={limits.budget}", f"set kv_budget to at most {room - limits.buffer}", "")
 
 
-def model_shape(vllm_config: VllmConfig, num_layers: int, kv_dtype: torch.dtype) -> ModelShape:
-    """Return the model's shape on one rank, with `num_layers` attention layers whose caches have `kv_dtype`."""
-    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+def model_shape(vllm_config: VllmConfig, groups: CacheGroups) -> ModelShape:
+    """Return the model's shape on one rank."""
+    model, spec = vllm_config.model_config, groups.spec
     return ModelShape(
-        num_layers=num_layers,
-        num_heads=model.get_num_attention_heads(parallel),
-        num_kv_heads=model.get_num_kv_heads(parallel),
-        head_size=model.get_head_size(),
+        num_layers=len(groups.layer_names),
+        num_heads=model.get_num_attention_heads(vllm_config.parallel_config),
+        num_kv_heads=spec.num_kv_heads,
+        head_size=spec.head_size,
         hidden_size=model.get_hidden_size(),
         vocab_size=model.get_vocab_size(),
         element_size=model.dtype.itemsize,
-        kv_element_size=kv_dtype.itemsize,
+        kv_element_size=spec.dtype.itemsize,
+        num_pooled_layers=groups.num_pooled_layers,
     )
 
 
@@ -186,13 +214,14 @@ def most_step_tokens(vllm_config: VllmConfig) -> int:
     return max(vllm_config.scheduler_config.max_num_batched_tokens, largest_graph)
 
 
-def block_pool(vllm_config: VllmConfig, num_blocks: int) -> Pool:
+def block_pool(vllm_config: VllmConfig, groups: CacheGroups, num_blocks: int) -> Pool:
     """Return the pool of an engine with `num_blocks` blocks; one is vLLM's null block, which no request gets."""
     scheduling = vllm_config.scheduler_config
     return Pool(
         num_blocks=num_blocks - 1,
-        block_size=vllm_config.cache_config.block_size,
+        block_size=groups.spec.block_size,
         max_num_seqs=scheduling.max_num_seqs,
         max_length=vllm_config.model_config.max_model_len,
         max_tokens=most_step_tokens(vllm_config),
+        others=groups.others,
     )

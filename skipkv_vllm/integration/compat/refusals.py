@@ -12,7 +12,6 @@ from ...ops.paging import FP8_CACHES
 
 if TYPE_CHECKING:
     from vllm.config import ParallelConfig, VllmConfig
-    from vllm.v1.kv_cache_interface import KVCacheConfig
 
     from ...config import KVPolicyConfig
 
@@ -28,10 +27,11 @@ OTHER_MODEL = "Serve a decoder-only model with plain attention (Qwen2, Qwen3, Ll
 
 
 Refuse = Callable[..., KVPolicyError]
-"""`_refuse` for a flag."""
+"""`refusal` for a flag."""
 
 
-def _refuse(feature: str, reason: str, remedy: str, flag: str = "--kv-policy") -> KVPolicyError:
+def refusal(feature: str, reason: str, remedy: str, flag: str = "--kv-policy") -> KVPolicyError:
+    """Return the error that refuses a feature."""
     return KVPolicyError(f"{flag} does not support {feature}: {reason}. {remedy}, or start without {flag}")
 
 
@@ -47,11 +47,11 @@ def check_config(vllm_config: VllmConfig, policy: KVPolicyConfig) -> None:
             "--kv-prefix-eviction or --no-enable-prefix-caching"
         )
     if policy.evicts:
-        _check(vllm_config, policy, _refuse)
+        _check(vllm_config, policy, refusal)
     if policy.needs & Need.LOOKAHEAD:
         _check_lookahead(vllm_config, policy)
     if policy.steers:
-        _check(vllm_config, policy, functools.partial(_refuse, flag="--kv-steering-vectors"))
+        _check(vllm_config, policy, functools.partial(refusal, flag="--kv-steering-vectors"))
         _check_steering(vllm_config, policy)
 
 
@@ -69,7 +69,7 @@ def _check(vllm_config: VllmConfig, policy: KVPolicyConfig, refuse: Refuse) -> N
                 f"{num_layers - 1}; name some of these in kv_policy_config, or write 'all'"
             )
     if policy.gates is not None:
-        for_gates = functools.partial(_refuse, flag=f"--kv-policy {policy.kv_policy}")
+        for_gates = functools.partial(refusal, flag=f"--kv-policy {policy.kv_policy}")
         _check_hooks(vllm_config, for_gates, "the gates' outputs")
         policy.gates.check_fits(
             hidden_size=model.get_hidden_size(),
@@ -98,8 +98,6 @@ def _check_model(vllm_config: VllmConfig, refuse: Refuse) -> None:
         raise refuse("diffusion models", "they rewrite tokens, and vLLM schedules them differently", OTHER_MODEL)
     if model.is_mm_prefix_lm:
         raise refuse("prefix-LM attention", "its mask needs the positions of all tokens", OTHER_MODEL)
-    if model.get_sliding_window() is not None:
-        raise refuse("sliding-window attention", "its mask needs the positions of all tokens", OTHER_MODEL)
 
 
 def _check_features(vllm_config: VllmConfig, refuse: Refuse) -> None:
@@ -142,7 +140,7 @@ def _check_lookahead(vllm_config: VllmConfig, policy: KVPolicyConfig) -> None:
     flag = f"--kv-request-policies {' '.join(names)}"
     if policy.policy.lookahead_plan is not None:
         flag = f"--kv-policy {policy.kv_policy}"
-    refuse = functools.partial(_refuse, flag=flag)
+    refuse = functools.partial(refusal, flag=flag)
     if parallel.pipeline_parallel_size > 1:
         raise refuse(
             "pipeline parallelism",
@@ -201,7 +199,7 @@ def _is_compiled_ray_graph(parallel: ParallelConfig) -> bool:
 
 def _check_steering(vllm_config: VllmConfig, policy: KVPolicyConfig) -> None:
     model = vllm_config.model_config
-    refuse = functools.partial(_refuse, flag="--kv-steering-vectors")
+    refuse = functools.partial(refusal, flag="--kv-steering-vectors")
     if model.skip_tokenizer_init:
         raise refuse("--skip-tokenizer-init", "the tokenizer is needed to find thoughts", "Drop --skip-tokenizer-init")
     _check_hooks(vllm_config, refuse, "the coefficients")
@@ -232,51 +230,27 @@ def _check_hooks(vllm_config: VllmConfig, refuse: Refuse, content: str) -> None:
         )
 
 
-def check_kv_cache(kv_cache_config: KVCacheConfig, policy: KVPolicyConfig) -> None:
-    """Refuse cache layouts other than one group of full-attention layers with one key and one value per token.
-
-    Raises:
-        KVPolicyError: naming the specs found, or how they differ.
-    """
-    from vllm.v1.kv_cache_interface import FullAttentionSpec
-
-    specs = [group.kv_cache_spec for group in kv_cache_config.kv_cache_groups]
-    refuse = functools.partial(_refuse, flag="--kv-policy" if policy.evicts else "--kv-steering-vectors")
-    if len(specs) != 1 or type(specs[0]) is not FullAttentionSpec:
-        found = ", ".join(type(spec).__name__ for spec in specs) or "none"
-        raise refuse(f"this model's KV cache ({found})", "it must be one group of full-attention layers", OTHER_MODEL)
-    (spec,) = specs
-    # Without its hybrid manager (on CPUs, and for chunked attention everywhere) vLLM declares local layers as full.
-    for name in ("sliding_window", "attention_chunk_size", "non_causal"):
-        if value := getattr(spec, name):
-            raise refuse(f"attention with {name}={value}", "its mask needs the positions of all tokens", OTHER_MODEL)
-    packed = (spec.num_head_slots, spec.state_content_bytes, spec.tokens_per_state) != (None, None, 1)
-    if packed or spec.head_size_v != spec.head_size:
-        raise refuse(
-            f"this model's KV blocks (keys of {spec.head_size} and values of {spec.head_size_v}, "
-            f"{spec.num_head_slots or spec.num_kv_heads} cells for {spec.num_kv_heads} heads)",
-            "a block must hold a key and a value of the same size for every token and head",
-            OTHER_MODEL,
-        )
-
-
 def check_attention(impls: Iterable[Any]) -> None:
     """Refuse attention that would misread compacted blocks.
 
     Args:
-        impls: vLLM's attention implementations, one per layer.
+        impls: vLLM's attention implementations of the layers whose KV is compacted.
 
     Raises:
         KVPolicyError: for the first one found.
     """
     for impl in impls:
         if type(impl).__name__ not in BACKENDS:
-            raise _refuse(
+            raise refusal(
                 f"the attention of {type(impl).__name__}",
                 "how it reads blocks was not tested",
                 f"Use --attention-backend {', '.join(BACKENDS.values())}",
             )
         if impl.alibi_slopes is not None:
-            raise _refuse("ALiBi", "its bias counts the tokens between two slots, including evicted ones", OTHER_MODEL)
+            raise refusal("ALiBi", "its bias counts the tokens between two slots, including evicted ones", OTHER_MODEL)
+        if getattr(impl, "sinks", None) is not None:
+            raise refusal("attention sinks", "their share of the attention is not counted in scores", OTHER_MODEL)
+        if getattr(impl, "logits_soft_cap", None):
+            raise refusal("attention with a soft cap of its logits", "scores would not be capped", OTHER_MODEL)
         if impl.kv_sharing_target_layer_name is not None:
-            raise _refuse("layers that share a cache", "each layer would evict different tokens", OTHER_MODEL)
+            raise refusal("layers that share a cache", "each layer would evict different tokens", OTHER_MODEL)

@@ -63,12 +63,12 @@ SEAMS = {
     "resident lengths, runner V1": Seam(
         "0005",
         "vllm.v1.worker.gpu_model_runner:GPUModelRunner.num_evicted_tokens",
-        "compute_slot_mapping is replaced, and lengths are corrected after _prepare_inputs",
+        "compute_slot_mapping and the attention groups' build_metadata are replaced",
     ),
     "resident lengths, runner V2": Seam(
         "0006",
         "vllm.v1.worker.gpu.model_runner:GPUModelRunner.num_evicted_tokens",
-        "prepare_attn of the runner and of its model state get copies of the batch",
+        "prepare_attn and the attention groups' build_metadata are replaced",
     ),
     "model runner on CPU": Seam(
         "0007",

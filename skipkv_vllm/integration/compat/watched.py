@@ -17,6 +17,10 @@ POOL_PLANNING = {
     "0.32": "vllm.v1.core.kv_cache_utils:get_kv_cache_configs",
     "0.33": "vllm.v1.core.kv_cache_planning:get_kv_cache_configs",
 }
+POOL_GROUPS = {
+    "0.32": "vllm.v1.core.kv_cache_utils:get_kv_cache_groups",
+    "0.33": "vllm.v1.core.kv_cache_planning:get_kv_cache_groups",
+}
 MESSAGE_STREAM = {
     "0.32": "vllm.entrypoints.anthropic.serving:AnthropicServingMessages.message_stream_converter",
     "0.33": "vllm.entrypoints.anthropic.serving:AnthropicServingMessages.chat_completion_stream_generator",
@@ -25,7 +29,7 @@ CHAT_CHUNKS = {
     "0.32": "vllm.entrypoints.openai.chat_completion.serving:OpenAIServingChat.chat_completion_stream_generator",
     "0.33": "vllm.entrypoints.openai.chat_completion.serving:OpenAIServingChat.chat_completion_stream_generator_raw",
 }
-MOVED = (POOL_CHECK, POOL_PLANNING, MESSAGE_STREAM, CHAT_CHUNKS)
+MOVED = (POOL_CHECK, POOL_PLANNING, POOL_GROUPS, MESSAGE_STREAM, CHAT_CHUNKS)
 """What has another name in another version of vLLM: first minor version with a name -> the name; see `located`."""
 
 OVERRIDES = {
@@ -79,8 +83,10 @@ WRAPPED = (
     "vllm.entrypoints.scale_out.token_in_token_out.serving:ServingTokens.serve_tokens_stream_generator",
     "vllm.entrypoints.serve.engine.serving:BaseServing._check_model",
     "vllm.entrypoints.generate.beam_search.offline:BeamSearchOfflineMixin.beam_search",
-    "vllm.v1.worker.block_table:MultiGroupBlockTable.compute_slot_mapping",
-    "vllm.v1.worker.gpu.model_states.default:DefaultModelState.prepare_attn",
+    "vllm.v1.worker.block_table:BlockTable.compute_slot_mapping",
+    "vllm.v1.worker.utils:AttentionGroup.build_metadata",
+    "vllm.v1.worker.utils:AttentionGroup.build_metadata_for_cudagraph_capture",
+    "vllm.v1.core.single_type_kv_cache_manager:SingleTypeKVCacheManager.cache_blocks",
 )
 """Functions that we wrap or replace on an object."""
 
@@ -88,7 +94,11 @@ RELIED_ON = (
     # called, or read in detail
     "vllm.distributed.parallel_state:initialize_model_parallel",
     "vllm.forward_context:set_forward_context",
-    "vllm.v1.core.kv_cache_manager:KVCacheManager.truncate_computed_blocks",
+    "vllm.v1.core.kv_cache_manager:KVCacheManager.create_kv_cache_blocks",
+    "vllm.v1.core.kv_cache_coordinator:UnitaryKVCacheCoordinator.find_longest_cache_hit",
+    "vllm.v1.core.kv_cache_coordinator:HybridKVCacheCoordinator.find_longest_cache_hit",
+    "vllm.v1.core.single_type_kv_cache_manager:SingleTypeKVCacheManager.remove_skipped_blocks",
+    "vllm.v1.core.single_type_kv_cache_manager:SlidingWindowManager.get_num_skipped_tokens",
     "vllm.v1.core.block_pool:BlockPool.free_blocks",
     "vllm.v1.core.block_pool:BlockPool.get_new_blocks",
     "vllm.v1.core.block_pool:BlockPool.evict_blocks",
@@ -98,8 +108,7 @@ RELIED_ON = (
     "vllm.v1.metrics.stats:SchedulerStats",
     "vllm.v1.worker.block_table:BlockTable.add_row",
     "vllm.v1.worker.block_table:BlockTable.append_row",
-    "vllm.v1.worker.block_table:BlockTable.compute_slot_mapping",
-    "vllm.v1.worker.block_table:MultiGroupBlockTable.add_row",
+    "vllm.v1.worker.block_table:MultiGroupBlockTable.compute_slot_mapping",
     f"{RUNNER_V1}._build_attention_metadata",
     f"{RUNNER_V1}._update_states",
     "vllm.v1.worker.gpu_model_runner:ExecuteModelState",
@@ -107,6 +116,8 @@ RELIED_ON = (
     "vllm.v1.attention.backend:CommonAttentionMetadata",
     "vllm.v1.attention.backend:AttentionMetadataBuilder.build",
     "vllm.v1.worker.gpu.block_table:BlockTables.append_block_ids",
+    "vllm.v1.worker.gpu.buffer_utils:StagedWriteTensor.stage_write",
+    "vllm.v1.worker.gpu.attn_utils:build_attn_metadata",
     "vllm.v1.worker.gpu.block_table:BlockTables.compute_slot_mappings",
     "vllm.v1.worker.gpu.input_batch:InputBatch",
     "vllm.v1.worker.gpu.attn_utils:init_attn_backend",

@@ -39,6 +39,8 @@ class QueryRing(Signal):
         max_tokens: tokens of the largest step.
         dtype: of the stored queries.
         device: where the model runs.
+        logit_scales: factor of the products of queries and keys in each layer; by default 1 / sqrt(D), which operators
+            assume.
 
     Attributes:
         num_kept: see above.
@@ -59,11 +61,16 @@ class QueryRing(Signal):
         max_tokens: int,
         dtype: torch.dtype,
         device: torch.device,
+        logit_scales: Sequence[float] | None = None,
     ) -> None:
         self.num_kept = num_kept
         self._window = window
         self._discard = num_rows * num_kept
         self._entries = torch.zeros(num_layers, self._discard + 1, num_heads, head_size, dtype=dtype, device=device)
+        factors = [scale * head_size**0.5 for scale in logit_scales or ()]
+        self._factors: Tensor | None = None
+        if any(abs(factor - 1) > 1e-6 for factor in factors):
+            self._factors = torch.tensor(factors, dtype=dtype, device=device)[:, None, None, None]
         self._first_of_layer = np.arange(num_layers) * (self._discard + 1)
         self.record = ops.function("record_queries", device)
         self.recording = True
@@ -168,17 +175,25 @@ class QueryRing(Signal):
         return entries.roll(-(num_logical % self.num_kept), dims=0)[self.num_kept - count :]
 
     def newest(self, rows: Sequence[int], num_logical: Sequence[int], count: int) -> Tensor:
-        """Return the same of R requests and all layers, oldest first: `[R, layers, count, Hq, D]`."""
+        """Return the same of R requests and all layers, oldest first: `[R, layers, count, Hq, D]`.
+
+        They are scaled so that 1 / sqrt(D) is the factor of their products with keys, whatever a layer's own is.
+        """
         if len(rows) == 1:
             # One request's entries lie together: a copy of a slice takes a fraction of the time.
             own = self._entries[:, rows[0] * self.num_kept : (rows[0] + 1) * self.num_kept]
-            return own.roll(-(num_logical[0] % self.num_kept), dims=1)[None, :, self.num_kept - count :].contiguous()
+            newest = own.roll(-(num_logical[0] % self.num_kept), dims=1)[None, :, self.num_kept - count :]
+            return self.scaled(newest).contiguous()
         first = np.array(rows)[:, None] * self.num_kept
         entries = first + (np.array(num_logical)[:, None] - count + np.arange(count)) % self.num_kept
         of_layers = self._first_of_layer[:, None] + entries[:, None]
         chosen = to_device(of_layers.ravel(), torch.int64, self._entries.device)
         found = self._entries.flatten(0, 1).index_select(0, chosen)
-        return found.view(*of_layers.shape, *found.shape[1:])
+        return self.scaled(found.view(*of_layers.shape, *found.shape[1:]))
+
+    def scaled(self, queries: Tensor) -> Tensor:
+        """Scale queries `[R, layers, n, Hq, D]` as `newest` does."""
+        return queries if self._factors is None else queries * self._factors
 
 
 @functools.cache

@@ -59,9 +59,9 @@ class SegmentSparsity(Signal):
 
     def _add_segments(self, readings: Sequence[Reading], options: SegmentOptions) -> None:
         """Record the sparsity of the newest queries' attention for the segments that end here."""
-        cache, first_layer = self._cache, self._ranks.first_layer
-        num_layers = len(cache.layers)
-        chosen = [i for i in range(num_layers) if not options.layers or first_layer + i in options.layers]
+        cache, num_layers = self._cache, len(self._cache.layers)
+        layer_numbers = self._ranks.layer_numbers(num_layers)
+        chosen = [i for i, number in enumerate(layer_numbers) if not options.layers or number in options.layers]
         # Sparsity of each layer and head and whether it counts, both averaged over ranks, so that all record the same.
         found = torch.zeros(len(readings), num_layers, cache.sidecar.shape[2], 2, device=cache.device)
         if chosen:

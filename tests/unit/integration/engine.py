@@ -4,102 +4,67 @@ Compactions come first, then running requests (the last one is preempted if the 
 with prefix-cache look-up. A faithful worker writes and moves tokens in a dictionary of blocks.
 
 A token's content is its position and everything before it, as in a real cache. A token computed after an eviction is
-marked with its request, because no other request may ever read it.
+marked with its request, because no other request may ever read it. That holds in layers with a sliding window as well,
+which are groups of their own, share the pool and are not compacted.
 """
 
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import torch
 from vllm import SamplingParams
 from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_manager import KVCacheManager
-from vllm.v1.core.kv_cache_utils import (
-    get_block_hash,
-    get_request_block_hasher,
-    init_none_hash,
-)
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.core.kv_cache_utils import get_block_hash, get_request_block_hasher, init_none_hash
+from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec, SlidingWindowSpec
 from vllm.v1.request import Request, RequestStatus
 
 from skipkv_vllm.config import KVPolicyConfig, ResolvedRequest
-from skipkv_vllm.core.limits import Limits, ceil_div
+from skipkv_vllm.core.limits import Limits, OtherGroups, ceil_div, window_group
 from skipkv_vllm.core.needs import Need
 from skipkv_vllm.core.orders import Strength
 from skipkv_vllm.integration.block_manager import EvictingBlockManager
 from skipkv_vllm.integration.free_queue import GuardQueue
+from skipkv_vllm.scheduler.admission import Ledger
 from skipkv_vllm.scheduler.planner import PlannedCompaction
 from skipkv_vllm.scheduler.requests import RequestRecord
-
-PAGE = 4
-MAX_MODEL_LEN = 400
-LONGEST = 60
-"""length at which a request ends"""
-
-
-class Token(NamedTuple):
-    """Content of one slot: what the KV of a token depends on."""
-
-    position: int
-    prefix: int
-    """hash of all token ids up to and including this one"""
-    private: str | None
-    """request and life that computed it from an already evicted cache"""
-
-
-class Order(NamedTuple):
-    request_id: str
-    num_resident: int
-    num_keep: int
-    protected: int
-    window: int
-    num_logical: int
-    source_blocks: list[int]
-    target_blocks: list[int]
-
-
-@dataclass
-class Tracked:
-    """A request as the model knows it."""
-
-    request: Request
-    limits: Limits | None
-    held: set[Token] = field(default_factory=set)
-    chain: list[int] = field(default_factory=list)
-    life: int = 0
-    num_evicted: int = 0
-
-    def prefix(self, position: int) -> int:
-        """Hash of the token ids up to `position`."""
-        tokens = self.request.all_token_ids
-        while len(self.chain) <= position:
-            before = self.chain[-1] if self.chain else 0
-            self.chain.append(hash((before, tokens[len(self.chain)])))
-        return self.chain[position]
-
-    def pure(self, position: int) -> Token:
-        return Token(position, self.prefix(position), None)
+from tests.unit.integration.tokens import LONGEST, MAX_MODEL_LEN, PAGE, Order, Token, Tracked
 
 
 class Engine:
     """The parts of scheduler and worker that touch blocks."""
 
     def __init__(
-        self, num_pages: int, seed: int, enable_caching: bool = True, is_bounded: bool = False, is_guarded: bool = False
+        self,
+        num_pages: int,
+        seed: int,
+        enable_caching: bool = True,
+        is_bounded: bool = False,
+        is_guarded: bool = False,
+        windows: tuple[int, ...] = (),
     ) -> None:
         init_none_hash(sha256)
         self.random = random.Random(seed)
-        spec = FullAttentionSpec(block_size=PAGE, num_kv_heads=1, head_size=8, dtype=torch.float32)
-        config = KVCacheConfig(num_pages, [], [KVCacheGroupSpec(["layer"], spec)])
+        shape = {"block_size": PAGE, "num_kv_heads": 1, "head_size": 8, "dtype": torch.float32}
+        # The group that is compacted is not the first one.
+        specs = [SlidingWindowSpec(**shape, sliding_window=window) for window in windows]
+        specs.append(FullAttentionSpec(**shape))
+        groups = [KVCacheGroupSpec([f"layer.{i}"], spec) for i, spec in enumerate(specs)]
         self.kv = KVCacheManager(
-            config, MAX_MODEL_LEN, scheduler_block_size=PAGE, hash_block_size=PAGE, enable_caching=enable_caching
+            KVCacheConfig(num_pages, [], groups),
+            MAX_MODEL_LEN,
+            scheduler_block_size=PAGE,
+            hash_block_size=PAGE,
+            enable_caching=enable_caching,
         )
-        (stock,) = self.kv.coordinator.single_type_managers
+        *self.windowed, _ = managers = self.kv.coordinator.single_type_managers
+        self.others = OtherGroups(tuple(window_group(window, PAGE) for window in windows), MAX_MODEL_LEN)
         self.requests: dict[str, RequestRecord] = {}
-        self.manager = EvictingBlockManager.adopt(stock, self.requests, is_bounded=is_bounded)
+        # One block is vLLM's placeholder.
+        ledger = Ledger(num_pages - 1, PAGE, is_bounded)
+        self.manager = EvictingBlockManager.adopt(managers, len(windows), self.requests, ledger)
         self.pool = self.kv.block_pool
         if is_guarded:
             self.pool.free_block_queue = GuardQueue.adopt(self.pool.free_block_queue, seed)
@@ -109,7 +74,17 @@ class Engine:
         self.waiting: list[str] = []
         self.pages: dict[int, list[Token | None]] = {i: [None] * PAGE for i in range(num_pages)}
         self.published: dict[bytes, tuple[Token, ...]] = {}
-        names = ("compactions", "replaced", "refused", "preemptions", "short", "hits", "finished", "lookahead")
+        names = (
+            "compactions",
+            "replaced",
+            "refused",
+            "preemptions",
+            "short",
+            "hits",
+            "finished",
+            "lookahead",
+            "settled",
+        )
         self.counts = dict.fromkeys((*names, "no_lookahead"), 0)
         self._next_id = 0
 
@@ -123,7 +98,12 @@ class Engine:
         policy = KVPolicyConfig(kv_policy="rkv").policy
         resolved = ResolvedRequest(policy, Need.NOTHING, limits, len(prompt), 0, None, Strength(0, 0, 0))
         self.requests[request_id] = RequestRecord.make(
-            request_id, resolved, resolved.demand(LONGEST + 1, PAGE), end=LONGEST, num_queries=8, block_size=PAGE
+            request_id,
+            resolved,
+            resolved.demand(LONGEST + 1, PAGE, self.others),
+            end=LONGEST,
+            num_queries=8,
+            block_size=PAGE,
         )
         self.waiting.append(request_id)
 
@@ -143,7 +123,7 @@ class Engine:
         self.requests[request_id].planner.restart()
         tracked.request.num_computed_tokens = 0
         tracked.request.status = RequestStatus.PREEMPTED
-        tracked.held, tracked.num_evicted = set(), 0
+        tracked.held, tracked.num_evicted, tracked.written = set(), 0, {}
         tracked.life += 1
         self.waiting.insert(0, request_id)
         self.counts["preemptions"] += 1
@@ -177,7 +157,12 @@ class Engine:
                 due.append((request_id, plan))
         for _, plan in due:
             if plan.num_lookahead:
-                held = {block.block_id for blocks in self.manager.req_to_blocks.values() for block in blocks}
+                held = {
+                    block.block_id
+                    for manager in (self.manager, *self.windowed)
+                    for blocks in manager.req_to_blocks.values()
+                    for block in blocks
+                }
                 found = self.manager.take_lookahead(plan.num_lookahead)
                 self.counts["lookahead" if found else "no_lookahead"] += 1
                 assert found is None or len(set(found)) == ceil_div(plan.num_lookahead, PAGE)
@@ -256,6 +241,9 @@ class Engine:
             record = self.requests[request_id]
             room = record.planner.room(request.num_computed_tokens, record.num_evicted)
             count = min(chunk, room, request.num_tokens - request.num_computed_tokens)
+            if record.promise.num_in_flight and request.num_computed_tokens + 1 >= request.num_tokens:
+                self.manager.settle(record)
+                self.counts["settled"] += not record.promise.num_in_flight
             while True:
                 if self.kv.allocate_slots(request, count) is not None:
                     scheduled[request_id] = count
@@ -276,8 +264,9 @@ class Engine:
             request = tracked.request
             blocks, num_hit, _ = self.kv.get_computed_blocks(request)
             if tracked.limits is not None and num_hit > tracked.limits.cacheable:
-                num_hit = tracked.limits.cacheable // PAGE * PAGE
-                blocks = self.kv.truncate_computed_blocks(blocks, num_hit)
+                most = tracked.limits.cacheable // PAGE * PAGE
+                found, num_hit, _ = self.kv.coordinator.find_longest_cache_hit(request.block_hashes, most)
+                blocks = self.kv.create_kv_cache_blocks(found)
             count = min(chunk, self.requests[request_id].planner.room(num_hit, 0), request.num_tokens - num_hit)
             new = self.kv.allocate_slots(
                 request, count, num_new_computed_tokens=num_hit, new_computed_blocks=blocks, full_sequence_must_fit=True
@@ -290,6 +279,7 @@ class Engine:
             request.num_computed_tokens = num_hit
             # A hit means these tokens; the content of the blocks is checked after the step.
             tracked.held = {tracked.pure(p) for p in range(num_hit)}
+            tracked.written = {p: tracked.pure(p) for p in range(num_hit)}
             self.counts["hits"] += num_hit > 0
             scheduled[request_id] = count
         return scheduled
@@ -334,12 +324,18 @@ class Engine:
             self._assert_writable(request_id, page)
             self.pages[page][slot % PAGE] = token
             tracked.held.add(token)
+            tracked.written[position] = token
+            for manager in self.windowed:
+                page = manager.req_to_blocks[request_id][position // PAGE].block_id
+                self._assert_writable(request_id, page, manager)
+                self.pages[page][position % PAGE] = token
 
-    def _assert_writable(self, request_id: str, page: int) -> None:
+    def _assert_writable(self, request_id: str, page: int, manager: SingleTypeKVCacheManager | None = None) -> None:
+        tables = (manager or self.manager).req_to_blocks
         block = self.pool.blocks[page]
         assert not block.is_null
-        assert block in self.manager.req_to_blocks[request_id]
-        holders = [r for r, blocks in self.manager.req_to_blocks.items() if block in blocks]
+        assert block in tables[request_id]
+        holders = [r for r, blocks in tables.items() if block in blocks]
         if block.block_hash is None:
             assert block.ref_cnt == 1, f"block {page} is written while {holders} hold it"
         # vLLM caches a block in the step that fills it, and another request of the same step may hit it; its
@@ -368,11 +364,22 @@ class Engine:
             content = [self.pages[blocks[s // PAGE].block_id][s % PAGE] for s in range(resident)]
             assert len(tracked.held) == resident
             assert set(content) == tracked.held, f"{request_id}'s blocks do not hold its tokens"
+            for manager in self.windowed:
+                self._check_window(request_id, manager)
             if tracked.limits is not None and tracked.num_evicted:
                 protected = {tracked.pure(p) for p in range(tracked.limits.protected)}
                 assert protected <= tracked.held
         self._check_bounds()
         self._check_published()
+
+    def _check_window(self, request_id: str, manager: SingleTypeKVCacheManager) -> None:
+        """Check that a group with a sliding window holds what the next token reads."""
+        tracked = self.tracked[request_id]
+        num_computed, blocks = tracked.request.num_computed_tokens, manager.req_to_blocks[request_id]
+        assert len(blocks) == ceil_div(num_computed, PAGE)
+        for position in range(max(0, num_computed - manager.sliding_window + 1), num_computed):
+            content = self.pages[blocks[position // PAGE].block_id][position % PAGE]
+            assert content == tracked.written[position], f"{request_id}'s window is not what it wrote"
 
     def _check_bounds(self) -> None:
         for request_id in self.running:

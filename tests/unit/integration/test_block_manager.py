@@ -27,10 +27,12 @@ from tests.unit.integration.traffic import TOTALS, apply, arrivals, drive, finis
     caching=st.sampled_from([True, True, True, False]),
     bounded=st.booleans(),
     guarded=st.booleans(),
+    windows=st.sampled_from([(), (), (6,), (1, 9)]),
     operations=st.lists(st.one_of(arrivals, arrivals, steps, steps, steps, others), min_size=20, max_size=50),
 )
-def run_traffic(num_pages, seed, caching, bounded, guarded, operations):
-    engine = Engine(num_pages, seed, caching, bounded, guarded)
+def run_traffic(num_pages, seed, caching, bounded, guarded, windows, operations):
+    # A group with a window takes what its tokens in flight take, and no more than its window afterwards.
+    engine = Engine(num_pages + 20 * len(windows), seed, caching, bounded, guarded, windows)
     for operation in operations:
         apply(engine, operation)
         engine.check()
@@ -151,4 +153,4 @@ def test_check_integrity_can_fail(corrupt):
 def test_adopting_a_used_or_foreign_manager_is_refused():
     engine = Engine(num_pages=20, seed=0)
     with pytest.raises(AssertionError):
-        EvictingBlockManager.adopt(engine.manager, {})
+        EvictingBlockManager.adopt([engine.manager], 0, {}, engine.manager.ledger)

@@ -268,6 +268,7 @@ def test_what_was_counted_is_what_they_take():
     per_token = shape.sidecar_bytes(Need.GATES) - shape.sidecar_bytes(Need.NOTHING)
     assert found._entries.nbytes == 5 * 4 * per_token
     config = KVPolicyConfig(kv_policy="trimkv", kv_policy_config={"gates": gates_file()})
-    told = capacity(config, shape, Pool(100, 4, 8, 1000, 16))
+    pool = Pool(100, 4, 8, 1000, 16)
+    told = capacity(config, shape, pool)
     assert re.search(r"\+ 32 for its position and gate,", told.lines()[0])
-    assert shape.state_bytes(config, 8, 1000, 16) == found.nbytes
+    assert shape.state_bytes(config, 8, pool) == found.nbytes

@@ -22,7 +22,7 @@ from skipkv_vllm.worker.signals.base import Inputs
 from tests.operators.cases import Pages
 
 WINDOW, GROUP = 5, 2
-RANKS = Ranks(first_layer=3, first_head=2)
+RANKS = Ranks(layers=tuple(range(3, 9)), first_head=2)
 
 
 class Written(NamedTuple):

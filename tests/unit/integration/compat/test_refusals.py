@@ -5,10 +5,18 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
+import torch
 import vllm.envs
+from vllm.v1.kv_cache_interface import (
+    ChunkedLocalAttentionSpec,
+    FullAttentionSpec,
+    KVCacheGroupSpec,
+    SlidingWindowSpec,
+)
 
-from skipkv_vllm.config import KVPolicyConfig
+from skipkv_vllm.config import CONFIG_KEY, KVPolicyConfig
 from skipkv_vllm.core.errors import KVPolicyError
+from skipkv_vllm.core.limits import NO_OTHERS, OtherGroup, OtherGroups
 from skipkv_vllm.integration import compat
 from skipkv_vllm.integration.compat import refusals
 from skipkv_vllm.integration.compat import version as version_check
@@ -34,7 +42,6 @@ def test_a_layer_that_the_model_does_not_have_is_refused():
         ({"model_config__is_attention_free": True}, ["state-space", "decoder-only model"]),
         ({"diffusion_config": object()}, ["diffusion models", "decoder-only model"]),
         ({"model_config__is_mm_prefix_lm": True}, ["prefix-LM", "decoder-only model"]),
-        ({"model_config__get_sliding_window": lambda: 4096}, ["sliding-window", "decoder-only model"]),
         ({"speculative_config": object()}, ["speculative decoding", "Drop --speculative-config"]),
         ({"kv_transfer_config": object()}, ["KV connectors", "Drop --kv-transfer-config and --kv-off"]),
         ({"parallel_config__decode_context_parallel_size": 2}, ["context parallelism", "-context-parallel-size to 1"]),
@@ -132,60 +139,80 @@ def test_a_tokenizer_is_needed_only_for_sentences():
         compat.check_config(config, KVPolicyConfig(kv_policy="rkv", kv_granularity="sentence"))
 
 
-def cache_of(*specs) -> SimpleNamespace:
-    return SimpleNamespace(kv_cache_groups=[SimpleNamespace(kv_cache_spec=spec) for spec in specs])
+def groups_of(policy: KVPolicyConfig, *specs) -> compat.CacheGroups:
+    config = make_vllm_config(additional_config={CONFIG_KEY: policy.model_dump()}, max_in_flight_tokens=256)
+    groups = [KVCacheGroupSpec([f"layers.{i}.attn", f"layers.{i + 4}.attn"], spec) for i, spec in enumerate(specs)]
+    return compat.cache_groups(config, groups)
 
 
-def test_cache_layouts_other_than_one_full_attention_group_are_refused():
-    import torch
-    from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
+SHAPE = {"block_size": 16, "num_kv_heads": 2, "head_size": 8, "dtype": torch.float32}
+FULL, WINDOW = FullAttentionSpec(**SHAPE), SlidingWindowSpec(**SHAPE, sliding_window=64)
 
-    full = FullAttentionSpec(block_size=16, num_kv_heads=1, head_size=8, dtype=torch.float32)
-    sliding = SlidingWindowSpec(block_size=16, num_kv_heads=1, head_size=8, dtype=torch.float32, sliding_window=64)
-    evicts, steers = KVPolicyConfig(kv_policy="skipkv"), KVPolicyConfig()
-    compat.check_kv_cache(cache_of(full), evicts)
-    for specs, names in (
-        ((full, full), "FullAttentionSpec, FullAttentionSpec"),
-        ((full, sliding), "FullAttentionSpec, SlidingWindowSpec"),
-        ((sliding,), "SlidingWindowSpec"),
+
+def test_groups_with_a_window_are_left_alone():
+    found = groups_of(KVPolicyConfig(kv_policy="skipkv"), WINDOW, FULL, WINDOW)
+    assert (found.evicting, list(found.layer_names), found.spec) == (1, ["layers.1.attn", "layers.5.attn"], FULL)
+    # 63 older tokens lie in at most 5 blocks; one more when the next token begins a block.
+    assert found.others == OtherGroups((OtherGroup(16, 6), OtherGroup(16, 6)), 256)
+
+
+@pytest.mark.parametrize(
+    ("specs", "names"),
+    [
+        ((FULL, FULL), "FullAttentionSpec, FullAttentionSpec"),
+        ((WINDOW,), "SlidingWindowSpec"),
+        ((FULL, ChunkedLocalAttentionSpec(**SHAPE, attention_chunk_size=64)), "FullAttentionSpec, ChunkedLocal"),
         ((), "none"),
+    ],
+)
+def test_groups_that_are_not_one_of_full_attention_are_refused(specs, names):
+    for policy, flag in (
+        (KVPolicyConfig(kv_policy="skipkv"), "--kv-policy"),
+        (KVPolicyConfig(), "--kv-steering-vectors"),
     ):
-        for policy, flag in ((evicts, "--kv-policy"), (steers, "--kv-steering-vectors")):
-            with pytest.raises(KVPolicyError) as error:
-                compat.check_kv_cache(cache_of(*specs), policy)
-            assert f"{flag} does not support this model's KV cache ({names})" in str(error.value)
-            assert "one group of full-attention layers" in str(error.value)
+        with pytest.raises(KVPolicyError) as error:
+            groups_of(policy, *specs)
+        assert f"{flag} does not support this model's KV cache ({names}" in str(error.value)
+        assert "one group of full-attention layers" in str(error.value)
+
+
+def test_methods_that_groups_with_a_window_do_not_allow():
+    ahead = KVPolicyConfig(kv_policy="laq", kv_protect_prompt=False)
+    assert groups_of(ahead, FULL).others == NO_OTHERS._replace(max_in_flight=256)
+    with pytest.raises(KVPolicyError, match=r"by methods that compute tokens ahead.*Use another method than 'laq'"):
+        groups_of(ahead, FULL, WINDOW)
+    chosen = KVPolicyConfig(kv_policy="thinkv", kv_policy_config={"layers": "1,3"})
+    groups_of(chosen, WINDOW, FULL)
+    with pytest.raises(KVPolicyError, match="layers='1,3', but only layers 0, 4 of this model have full attention"):
+        groups_of(chosen, FULL, WINDOW)
 
 
 @pytest.mark.parametrize(
     ("changes", "part"),
     [
-        ({"sliding_window": 64}, "attention with sliding_window=64: its mask"),
+        ({"sliding_window": 64}, "attention with sliding_window=64 in the group of full attention: its mask"),
         # Like Llama 4 in vLLM, whose hybrid manager is off.
-        ({"attention_chunk_size": 8192}, "attention with attention_chunk_size=8192: its mask"),
-        ({"non_causal": True}, "attention with non_causal=True: its mask"),
+        ({"attention_chunk_size": 8192}, "attention with attention_chunk_size=8192 in the group of full attention: "),
+        ({"non_causal": True}, "attention with non_causal=True in the group of full attention: its mask"),
         ({"head_size_v": 4}, "keys of 8 and values of 4"),
         ({"num_head_slots": 1}, "1 cells for 2 heads"),
         ({"state_content_bytes": 20}, "same size for every token"),
     ],
 )
 def test_full_attention_that_is_not_plain_is_refused(changes, part):
-    import torch
-    from vllm.v1.kv_cache_interface import FullAttentionSpec
-
-    spec = FullAttentionSpec(block_size=16, num_kv_heads=2, head_size=8, dtype=torch.float32, **changes)
     with pytest.raises(KVPolicyError, match=part):
-        compat.check_kv_cache(cache_of(spec), KVPolicyConfig(kv_policy="skipkv"))
+        groups_of(KVPolicyConfig(kv_policy="skipkv"), FullAttentionSpec(**SHAPE, **changes))
 
 
 def test_attention_that_would_misread_compacted_pages_is_refused():
     from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
     from vllm.v1.attention.backends.flex_attention import FlexAttentionImpl
 
-    def layer(kind, alibi_slopes=None, kv_sharing_target_layer_name=None):
+    def layer(kind, alibi_slopes=None, kv_sharing_target_layer_name=None, sinks=None, logits_soft_cap=0):
         # Without the constructors, which need an engine's configuration.
         impl = kind.__new__(kind)
         impl.alibi_slopes, impl.kv_sharing_target_layer_name = alibi_slopes, kv_sharing_target_layer_name
+        impl.sinks, impl.logits_soft_cap = sinks, logits_soft_cap
         return impl
 
     plain = layer(CPUAttentionBackendImpl)
@@ -193,6 +220,8 @@ def test_attention_that_would_misread_compacted_pages_is_refused():
     for other, message in (
         (layer(CPUAttentionBackendImpl, alibi_slopes=[0.5]), r"ALiBi: its bias counts.*Serve a decoder-only model"),
         (layer(CPUAttentionBackendImpl, None, "layers.0"), "layers that share a cache: each layer"),
+        (layer(CPUAttentionBackendImpl, sinks=torch.zeros(2)), "attention sinks: their share"),
+        (layer(CPUAttentionBackendImpl, logits_soft_cap=50), "attention with a soft cap of its logits: scores"),
         (layer(FlexAttentionImpl), r"FlexAttentionImpl: .*Use --attention-backend FLASH_ATTN, FLASHINFER"),
     ):
         with pytest.raises(KVPolicyError, match=f"--kv-policy does not support .*{message}"):

@@ -37,6 +37,7 @@ def make_vllm_config(**changes) -> SimpleNamespace:
         lora_config=None,
         use_v2_model_runner=False,
         additional_config=None,
+        max_in_flight_tokens=0,
     )
     for path, value in changes.items():
         *parents, name = path.split("__")

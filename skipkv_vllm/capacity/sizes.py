@@ -7,12 +7,11 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
-from .config import KVPolicyConfig, RequestOptions
-from .core.limits import ceil_div
-from .core.needs import Need
+from ..config import KVPolicyConfig, RequestOptions
+from ..core.limits import NO_OTHERS, OtherGroups, ceil_div
+from ..core.needs import Need
 
 ENTRY_BYTES = 4
 """Bytes per sidecar entry."""
@@ -32,19 +31,25 @@ SHARING = 2
 """As many times more requests may run as would fit if none shared blocks of the prefix cache; the others wait."""
 
 
-def most_rows(config: KVPolicyConfig, num_blocks: int, block_size: int, max_num_seqs: int) -> int:
-    """Return how many requests that may be compacted can run at once; each has a row of state.
+@dataclass(frozen=True)
+class Pool:
+    """The blocks and the limits of an engine.
 
-    Args:
-        config: the server's policy.
-        num_blocks: blocks of the pool.
-        block_size: tokens of a block.
+    Attributes:
+        num_blocks: KV blocks with the policy, that requests can use.
+        block_size: tokens per block of the group that is compacted.
         max_num_seqs: most requests that run at once.
+        max_length: longest request, prompt and output.
+        max_tokens: most tokens of a step.
+        others: groups of the KV cache that are not compacted; they take blocks from the same pool.
     """
-    if config.kv_admission == "optimistic":
-        return max_num_seqs
-    fit = num_blocks // ceil_div(config.kv_budget + config.kv_buffer, block_size)
-    return min(max_num_seqs, max(1, SHARING * fit))
+
+    num_blocks: int
+    block_size: int
+    max_num_seqs: int
+    max_length: int
+    max_tokens: int
+    others: OtherGroups = NO_OTHERS
 
 
 @dataclass(frozen=True)
@@ -52,7 +57,7 @@ class ModelShape:
     """The part of a model that one rank holds: the layers of its pipeline stage, and its share of the heads.
 
     Attributes:
-        num_layers: attention layers.
+        num_layers: layers with full attention, whose KV is compacted.
         num_heads: query heads.
         num_kv_heads: kv heads.
         head_size: elements of a key.
@@ -60,6 +65,7 @@ class ModelShape:
         vocab_size: number of token ids.
         element_size: bytes per element of a query and of a hidden state.
         kv_element_size: bytes per element of KV, if different.
+        num_pooled_layers: layers whose KV a block of the pool has room for, if more than `num_layers`.
     """
 
     num_layers: int
@@ -70,12 +76,13 @@ class ModelShape:
     vocab_size: int
     element_size: int
     kv_element_size: int | None = None
+    num_pooled_layers: int | None = None
 
     @property
     def kv_bytes(self) -> int:
-        """Bytes of KV per token."""
+        """Bytes of KV per token in a block of the pool."""
         size = self.element_size if self.kv_element_size is None else self.kv_element_size
-        return 2 * self.num_layers * self.num_kv_heads * self.head_size * size
+        return 2 * (self.num_pooled_layers or self.num_layers) * self.num_kv_heads * self.head_size * size
 
     def sidecar_bytes(self, needs: Need) -> int:
         """Bytes per token of the cache on top of its KV: an entry for each of `sidecars`.
@@ -107,41 +114,31 @@ class ModelShape:
         first, second = width * (self.hidden_size + 1), self.num_kv_heads * (width + 1)
         return self.num_layers * (first * self.element_size + 4 * (second + max_tokens * self.num_kv_heads))
 
-    def row_bytes(self, config: KVPolicyConfig, num_rows: int, max_length: int, max_tokens: int) -> int:
+    def row_bytes(self, config: KVPolicyConfig, num_rows: int, pool: Pool) -> int:
         """Bytes of the queries and sentences of `num_rows` requests.
 
         Sentences only exist on the last pipeline stage, which this counts.
         """
-        ring = self.ring_bytes(config.num_queries, num_rows, max_tokens) if config.needs & Need.QUERIES else 0
-        return ring + (self.tracker_bytes(config, num_rows, max_length) if config.needs & Need.SENTENCES else 0)
+        ring = self.ring_bytes(config.num_queries, num_rows, pool.max_tokens) if config.needs & Need.QUERIES else 0
+        return ring + (self.tracker_bytes(config, num_rows, pool.max_length) if config.needs & Need.SENTENCES else 0)
 
-    def state_bytes(self, config: KVPolicyConfig, num_rows: int, max_length: int, max_tokens: int) -> int:
+    def state_bytes(self, config: KVPolicyConfig, num_rows: int, pool: Pool) -> int:
         """Bytes that the policy allocates beside the cache: queries and sentences of `num_rows` requests, and gates.
 
         Steering is left out: its buffers are smaller than a block, depend on the tokenizer, and exist with and without
         eviction.
         """
-        gates = 0 if config.gates is None else self.gate_bytes(config.gates.width, max_tokens)
-        return self.row_bytes(config, num_rows, max_length, max_tokens) + gates
+        gates = 0 if config.gates is None else self.gate_bytes(config.gates.width, pool.max_tokens)
+        return self.row_bytes(config, num_rows, pool) + gates
 
 
-@dataclass(frozen=True)
-class Pool:
-    """The blocks and the limits of an engine.
-
-    Attributes:
-        num_blocks: KV blocks with the policy.
-        block_size: tokens per block.
-        max_num_seqs: most requests that run at once.
-        max_length: longest request, prompt and output.
-        max_tokens: most tokens of a step.
-    """
-
-    num_blocks: int
-    block_size: int
-    max_num_seqs: int
-    max_length: int
-    max_tokens: int
+def most_rows(config: KVPolicyConfig, pool: Pool) -> int:
+    """Return how many requests that may be compacted can run at once; each has a row of state."""
+    if config.kv_admission == "optimistic":
+        return pool.max_num_seqs
+    bound = config.kv_budget + config.kv_buffer
+    fit = pool.num_blocks // (ceil_div(bound, pool.block_size) + pool.others.num_blocks(bound))
+    return min(pool.max_num_seqs, max(1, SHARING * fit))
 
 
 @dataclass(frozen=True)
@@ -168,6 +165,8 @@ class Capacity:
         break_even: shortest length from which a request takes less memory with the policy than without; a shorter
             request pays for its state and saves nothing.
         is_capped: whether `max_num_seqs`, not memory, limits the concurrency with the policy.
+        beside: of the blocks of a request, those in groups that are not compacted.
+        in_flight: blocks that it holds there beyond these while its prompt is computed.
     """
 
     kv_bytes: int
@@ -188,6 +187,8 @@ class Capacity:
     concurrency_full: int
     break_even: int
     is_capped: bool
+    beside: int = 0
+    in_flight: int = 0
 
     @property
     def request_bytes(self) -> int:
@@ -220,9 +221,19 @@ class Capacity:
             f"{self.blocks_full:,}",
             f"a request of {self.length:,} tokens holds at most {self.request_blocks:,} blocks instead of "
             f"{self.request_blocks_full:,}",
+            *self._beside(),
             fits,
             f"break-even at {self.break_even:,} tokens (prompt and output): shorter requests take more memory with "
             "the policy than without",
+        ]
+
+    def _beside(self) -> list[str]:
+        """Describe the groups that are not compacted, if there are any."""
+        if not self.beside:
+            return []
+        return [
+            f"{self.beside:,} of them are of layers with a sliding window, which are not compacted; while its prompt "
+            f"is computed, it may hold {self.in_flight:,} more there"
         ]
 
 
@@ -244,14 +255,17 @@ def capacity(
     limits = request.limits
     assert limits is not None, "the policy evicts nothing"
     kv, sidecar, block = shape.kv_bytes, shape.sidecar_bytes(config.needs), pool.block_size
-    rows = most_rows(config, pool.num_blocks, block, pool.max_num_seqs)
-    state = shape.state_bytes(config, rows, pool.max_length, pool.max_tokens)
+    rows = most_rows(config, pool)
+    state = shape.state_bytes(config, rows, pool)
     state_of_one = ceil_div(state, rows)
     blocks_full = (pool.num_blocks * block * (kv + sidecar) + state) // (block * kv)
-    request_blocks = request.demand(length, block).num_blocks(block)
-    request_blocks_full = ceil_div(length, block)
-    fit, fit_full = pool.num_blocks // request_blocks, blocks_full // request_blocks_full
-    bytes_of_one = ceil_div(limits.bound, block) * block * (kv + sidecar) + state_of_one
+    demand = request.demand(length, block, pool.others)
+    request_blocks, request_blocks_full = demand.num_blocks(block), ceil_div(length, block) + demand.num_beside
+    # While one prompt is computed, the other requests have finished theirs.
+    fit = max(0, pool.num_blocks - demand.num_in_flight) // request_blocks
+    fit_full = max(0, blocks_full - demand.num_in_flight) // request_blocks_full
+    beside_at_bound = pool.others.num_blocks(limits.bound)
+    bytes_of_one = (ceil_div(limits.bound, block) + beside_at_bound) * block * (kv + sidecar) + state_of_one
     return Capacity(
         kv_bytes=kv,
         sidecar_bytes=sidecar,
@@ -269,82 +283,34 @@ def capacity(
         fit_full=fit_full,
         concurrency=min(fit, pool.max_num_seqs),
         concurrency_full=min(fit_full, pool.max_num_seqs),
-        break_even=bytes_of_one // (block * kv) * block + 1,
+        break_even=(bytes_of_one // (block * kv) - beside_at_bound) * block + 1,
         is_capped=fit > pool.max_num_seqs,
+        beside=demand.num_beside,
+        in_flight=demand.num_in_flight,
     )
 
 
-def reserved_rows(
-    config: KVPolicyConfig,
-    shape: ModelShape,
-    memory: int,
-    *,
-    block_size: int,
-    max_num_seqs: int,
-    max_length: int,
-    max_tokens: int,
-) -> int:
+def reserved_rows(config: KVPolicyConfig, shape: ModelShape, memory: int, pool: Pool) -> int:
     """Return for how many requests to reserve state in `memory` bytes, which the pool takes the rest of.
 
-    It is the smallest number that is enough for the pool that is left.
+    It is the smallest number that is enough for the pool that is left; the number of blocks in `pool` does not count.
     """
 
     def is_enough(rows: int) -> bool:
-        left = shape.left_for_kv(memory - shape.row_bytes(config, rows, max_length, max_tokens), config.needs)
-        return most_rows(config, left // (block_size * shape.kv_bytes), block_size, max_num_seqs) <= rows
+        left = shape.left_for_kv(memory - shape.row_bytes(config, rows, pool), config.needs)
+        return most_rows(config, replace(pool, num_blocks=left // (pool.block_size * shape.kv_bytes))) <= rows
 
-    return 1 + bisect_left(range(1, max_num_seqs + 1), True, key=is_enough)
-
-
-def blocks_with_policy(
-    config: KVPolicyConfig,
-    shape: ModelShape,
-    memory: int,
-    *,
-    block_size: int,
-    max_num_seqs: int,
-    max_length: int,
-    max_tokens: int,
-) -> int:
-    """Return the KV blocks that fit into `memory` bytes beside the policy's state and sidecars; may be negative."""
-    rows = reserved_rows(
-        config,
-        shape,
-        memory,
-        block_size=block_size,
-        max_num_seqs=max_num_seqs,
-        max_length=max_length,
-        max_tokens=max_tokens,
-    )
-    state = shape.state_bytes(config, rows, max_length, max_tokens)
-    # In the order of `integration.build.left_for_kv`: vLLM divides what that leaves into blocks.
-    return shape.left_for_kv(memory - state, config.needs) // (block_size * shape.kv_bytes)
+    return 1 + bisect_left(range(1, pool.max_num_seqs + 1), True, key=is_enough)
 
 
-def shape_of(
-    text_config: Any, *, ranks: int, element_size: int, stages: int = 1, kv_element_size: int | None = None
-) -> ModelShape:
-    """Compute the shape of a model on one rank from its Hugging Face configuration.
+def blocks_with_policy(config: KVPolicyConfig, shape: ModelShape, memory: int, pool: Pool) -> int:
+    """Return the KV blocks that fit into `memory` bytes beside the policy's state and sidecars; may be negative.
 
-    Args:
-        text_config: `transformers` configuration of the language model.
-        ranks: tensor-parallel ranks; if there are fewer kv heads, they are repeated as in vLLM.
-        element_size: bytes per element of a weight.
-        stages: pipeline stages; the shape is that of the stage with the most layers.
-        kv_element_size: bytes per element of KV, if different.
+    The number of blocks in `pool` does not count.
     """
-    heads = text_config.num_attention_heads
-    kv_heads = getattr(text_config, "num_key_value_heads", None) or heads
-    return ModelShape(
-        num_layers=ceil_div(text_config.num_hidden_layers, stages),
-        num_heads=heads // ranks,
-        num_kv_heads=max(1, kv_heads // ranks),
-        head_size=getattr(text_config, "head_dim", None) or text_config.hidden_size // heads,
-        hidden_size=text_config.hidden_size,
-        vocab_size=text_config.vocab_size,
-        element_size=element_size,
-        kv_element_size=kv_element_size,
-    )
+    state = shape.state_bytes(config, reserved_rows(config, shape, memory, pool), pool)
+    # In the order of `integration.build.left_for_kv`: vLLM divides what that leaves into blocks.
+    return shape.left_for_kv(memory - state, config.needs) // (pool.block_size * shape.kv_bytes)
 
 
 def as_dict(found: Capacity) -> Mapping[str, int | bool | list[str]]:

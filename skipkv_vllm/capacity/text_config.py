@@ -1,0 +1,111 @@
+"""What a model's Hugging Face configuration says about its KV cache, before vLLM loads the model."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from ..core.limits import NO_OTHERS, OtherGroups, ceil_div, window_group
+from .sizes import ModelShape
+
+FULL, WINDOW = "full_attention", "sliding_attention"
+
+
+class Groups(NamedTuple):
+    """The groups of the KV cache that vLLM makes of a model's layers.
+
+    Attributes:
+        num_full: layers with full attention; they are one group.
+        num_others: groups of layers with a sliding window.
+        size: layers whose KV a block of the pool has room for.
+        block_size: tokens of a block of the full group.
+        other_block_size: tokens of a block of the others, whose blocks have the same bytes.
+    """
+
+    num_full: int
+    num_others: int
+    size: int
+    block_size: int
+    other_block_size: int
+
+
+def kinds_of(text_config: Any) -> list[str]:
+    """Return the kind of attention of each layer."""
+    number = getattr(text_config, "num_hidden_layers", 0)
+    kinds: list[str] | None = getattr(text_config, "layer_types", None)
+    if kinds is not None:
+        return list(kinds)[:number]
+    has_window = getattr(text_config, "sliding_window", None) and getattr(text_config, "use_sliding_window", True)
+    return [WINDOW if has_window else FULL] * number
+
+
+def unsupported(text_config: Any) -> str | None:
+    """Return what a policy cannot serve in this model; None if nothing is known."""
+    if getattr(text_config, "kv_lora_rank", None):
+        return "MLA"
+    kinds = kinds_of(text_config)
+    if FULL not in kinds or not {FULL, WINDOW} >= set(kinds):
+        return ", ".join(sorted(set(kinds)))
+    groups = groups_of(text_config, 1)
+    return None if groups.num_full <= groups.size else f"{groups.num_full} full and fewer sliding layers"
+
+
+def groups_of(text_config: Any, block_size: int) -> Groups:
+    """Compute the groups; `block_size` is vLLM's, that of the layers with the largest KV."""
+    kinds = kinds_of(text_config)
+    num_full, num_windowed = kinds.count(FULL), len(kinds) - kinds.count(FULL)
+    if not num_windowed or not num_full:
+        return Groups(num_full, 0, num_full, block_size, block_size)
+    # As vLLM does: groups as large as the smaller kind, or one of each if the kinds are nearly as large.
+    fewest, most = sorted((num_full, num_windowed))
+    size = most if most < 1.5 * fewest else fewest
+    full, windowed = (heads * dim for heads, dim in (_kv(text_config, FULL), _kv(text_config, WINDOW)))
+    largest = max(full, windowed)
+    return Groups(
+        num_full, ceil_div(num_windowed, size), size, block_size * largest // full, block_size * largest // windowed
+    )
+
+
+def others_of(text_config: Any, block_size: int, max_in_flight: int) -> OtherGroups:
+    """Return the groups that are not compacted."""
+    groups, window = groups_of(text_config, block_size), getattr(text_config, "sliding_window", None)
+    if not groups.num_others or window is None:
+        return NO_OTHERS
+    return OtherGroups((window_group(window, groups.other_block_size),) * groups.num_others, max_in_flight)
+
+
+def shape_of(
+    text_config: Any, *, ranks: int, element_size: int, stages: int = 1, kv_element_size: int | None = None
+) -> ModelShape:
+    """Compute the shape of a model on one rank.
+
+    Args:
+        text_config: `transformers` configuration of the language model.
+        ranks: tensor-parallel ranks; if there are fewer kv heads, they are repeated as in vLLM.
+        element_size: bytes per element of a weight.
+        stages: pipeline stages; the shape is that of the stage with the most layers.
+        kv_element_size: bytes per element of KV, if different.
+    """
+    kv_heads, head_size = _kv(text_config, FULL)
+    groups = groups_of(text_config, 1)
+    return ModelShape(
+        num_layers=ceil_div(groups.num_full, stages),
+        num_heads=text_config.num_attention_heads // ranks,
+        num_kv_heads=max(1, kv_heads // ranks),
+        head_size=head_size,
+        hidden_size=text_config.hidden_size,
+        vocab_size=text_config.vocab_size,
+        element_size=element_size,
+        kv_element_size=kv_element_size,
+        num_pooled_layers=ceil_div(groups.size, stages),
+    )
+
+
+def _kv(text_config: Any, kind: str) -> tuple[int, int]:
+    """Return the kv heads and the head size of the layers of a kind."""
+    heads = text_config.num_attention_heads
+    kv_heads = getattr(text_config, "num_key_value_heads", None) or heads
+    head_size = getattr(text_config, "head_dim", None) or text_config.hidden_size // heads
+    if kind == FULL:  # Gemma 4 has other heads there
+        kv_heads = getattr(text_config, "num_global_key_value_heads", None) or kv_heads
+        head_size = getattr(text_config, "global_head_dim", None) or head_size
+    return kv_heads, head_size
