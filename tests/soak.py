@@ -20,6 +20,7 @@ from skipkv_vllm.config import KVPolicyConfig, RequestOptions
 from skipkv_vllm.core.errors import KVPolicyError
 from skipkv_vllm.policies import policy_names
 from tests import conftest, harness  # noqa: F401  conftest sets the environment of engines in this process
+from tests.random_models import random_model
 
 if TYPE_CHECKING:
     import vllm
@@ -54,6 +55,12 @@ ENGINES: dict[str, dict[str, Any]] = {
         "kv_steering_vectors": [],
     },
 }
+WINDOWED = ARGUMENTS | {
+    "num_gpu_blocks_override": 512,
+    "kv_steering_vectors": [],
+    "kv_request_policies": ["h2o", "snapkv", "random"],
+}
+"""of an engine whose model has layers with a sliding window; see `random_models`"""
 MOST_AT_ONCE = 60
 """requests in the engine, more than the blocks suffice for"""
 
@@ -277,6 +284,7 @@ def check_nothing_left(llm: vllm.LLM) -> None:
     left = {
         "scheduler": [scheduler.requests, scheduler.eviction.requests],
         "blocks": [manager.req_to_blocks, manager.num_cached_block, manager._lookahead_blocks],
+        "other groups": [table for other in manager._others for table in (other.req_to_blocks, other.num_cached_block)],
         "ledger": [ledger._num_holders],
         "worker": [runtime._requests, runner.requests, runner.input_batch.req_id_to_index],
         "sums": [] if signals.attention_mass is None else [s._blocks for s in signals.attention_mass.sums.values()],
@@ -286,8 +294,7 @@ def check_nothing_left(llm: vllm.LLM) -> None:
     for where, every in left.items():
         assert not any(every), f"{where} remembers {every}"
     assert ledger.num_promised == 0
-    slots = llm.llm_engine.vllm_config.scheduler_config.max_num_seqs
-    assert sorted(runtime._rows._free) == list(range(slots)), "a row was lost"
+    assert sorted(runtime._rows._free) == list(range(runtime.num_rows)), "a row was lost"
 
 
 def main() -> None:
@@ -296,8 +303,9 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=2000, help="in all, shared by the kinds of engine")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    share = -(-arguments.requests // len(ENGINES))
-    for kind, settings in ENGINES.items():
+    engines = ENGINES | {"windowed": WINDOWED | {"model": random_model("gemma3")}}
+    share = -(-arguments.requests // len(engines))
+    for kind, settings in engines.items():
         llm = harness.engine(**settings)
         report = Soak(llm, arguments.seed, repeats=24).run(share)
         print(kind, ", ".join(f"{name} {value}" for name, value in asdict(report).items()), flush=True)

@@ -31,7 +31,7 @@ def _streaming_llm(state: State) -> Tensor:
 
 
 def _random(state: State) -> Tensor:
-    return random_scores(state.positions, state.num_computed)
+    return random_scores(state.positions, state.num_computed, state.model.full)
 
 
 def _h2o(state: State) -> Tensor:
@@ -43,15 +43,11 @@ def _h2o(state: State) -> Tensor:
 
 
 def _snapkv(state: State) -> Tensor:
-    return torch.stack(
-        [snapkv_scores(q, layer.keys[0]) for q, layer in zip(state.queries, state.cache.layers, strict=True)]
-    )
+    return torch.stack([snapkv_scores(q, layer.keys[0]) for q, layer in zip(state.queries, state.layers, strict=True)])
 
 
 def _rkv(state: State) -> Tensor:
-    return torch.stack(
-        [rkv_scores(q, layer.keys[0]) for q, layer in zip(state.queries, state.cache.layers, strict=True)]
-    )
+    return torch.stack([rkv_scores(q, layer.keys[0]) for q, layer in zip(state.queries, state.layers, strict=True)])
 
 
 def _skipkv_of_the_paper(state: State) -> Tensor:
@@ -97,7 +93,7 @@ def _finch(state: State) -> Tensor:
         cache = state.copy(torch.ones(state.positions.shape, dtype=torch.bool))
         question = state.text[state.num_prompt - settings.num_question : state.num_prompt]
         _, _, asking = state.model.forward(question, state.num_computed, cache)
-    for i, layer in enumerate(cache.layers):
+    for i, layer in enumerate(cache.layers[number] for number in state.model.full):
         queries = asking[i].unflatten(0, (layer.keys.shape[1], -1)).transpose(1, 2)  # [heads, W, group, D]
         queries = queries[:, -settings.num_question :] if in_prompt else queries
         for head in range(len(queries)):
@@ -111,7 +107,7 @@ def _laq(state: State) -> Tensor:
     if state.num_computed != state.num_prompt or not settings.lookahead:
         return _snapkv(state)
     scores, draft = torch.zeros(state.positions.shape), _draft_queries(state)
-    for i, layer in enumerate(state.cache.layers):
+    for i, layer in enumerate(state.layers):
         heads = layer.keys.shape[1]
         drafted, last = (q[i].unflatten(0, (heads, -1)).transpose(1, 2) for q in (draft, state.queries))
         for head in range(heads):
@@ -148,7 +144,7 @@ def _by_formula(state: State) -> Tensor:
     """Score one head at a time by the formula of the method."""
     scores = torch.zeros(state.positions.shape)
     for queries, keys, (layer, head) in state.heads():
-        held = queries, keys, state.cache.layers[layer].values[0, head], state.mass[layer, head]
+        held = queries, keys, state.layers[layer].values[0, head], state.mass[layer, head]
         scores[layer, head] = torch.tensor(formulas.score(state.settings.method, {}, *held))
     return scores
 

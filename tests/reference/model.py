@@ -18,15 +18,27 @@ DELIMITER = re.compile(r" ?[.)?!\]}\"'”’。]*\n+")
 
 
 def _recording_attention(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float, **_: Any
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    sliding_window: int | None = None,
+    **_: Any,
 ) -> tuple[Tensor, None]:
-    """Plain causal attention that stores the post-RoPE queries `[1, Hq, new, D]` on the module."""
+    """Plain causal attention that stores the post-RoPE queries `[1, Hq, new, D]` on the module.
+
+    A layer with a sliding window holds all tokens, of which a query reads the newest ones.
+    """
     module.recorded_query, module.recorded_weights = query, None
     num_new, num_held = query.shape[2], key.shape[2]
     groups = query.shape[1] // key.shape[1]
     logits = query @ key.repeat_interleave(groups, dim=1).mT * scaling
     # The newest token is the last in the cache whatever was evicted before it, so the order gives the mask.
     hidden = torch.ones(num_new, num_held, dtype=torch.bool).triu(num_held - num_new + 1)
+    if sliding_window is not None:
+        hidden |= torch.ones(num_new, num_held, dtype=torch.bool).tril(num_held - num_new - sliding_window)
     weights = logits.masked_fill(hidden, float("-inf")).softmax(-1, dtype=torch.float32).to(query.dtype)
     module.recorded_weights = weights
     return (weights @ value.repeat_interleave(groups, dim=1)).transpose(1, 2).contiguous(), None
@@ -42,11 +54,18 @@ def _record_input(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
 
 
 class Model:
-    """A float32 causal language model on the CPU and its sentence delimiters."""
+    """A float32 causal language model on the CPU and its sentence delimiters.
+
+    Attributes:
+        full: numbers of the layers with full attention, the ones whose KV is evicted.
+    """
 
     def __init__(self, folder: str) -> None:
         self.lm = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="recording")
         self.lm.eval()
+        kinds = getattr(self.lm.config, "layer_types", None) or ["full_attention"] * self.lm.config.num_hidden_layers
+        self.full = [i for i, kind in enumerate(kinds) if kind == "full_attention"]
+        self.evicting = [self.lm.model.layers[i] for i in self.full]
         tokenizer = AutoTokenizer.from_pretrained(folder)
         self.tokenizer = tokenizer
         self.texts = [tokenizer.decode([i]) for i in range(len(tokenizer))]
@@ -67,13 +86,12 @@ class Model:
         tensors = load_file(path)
         names = ("linear1.weight", "linear1.bias", "linear2.weight", "bias")
         self.gates = [
-            [tensors[f"model.layers.{i}.self_attn.retention_gate.{name}"] for name in names]
-            for i in range(len(self.lm.model.layers))
+            [tensors[f"model.layers.{i}.self_attn.retention_gate.{name}"] for name in names] for i in self.full
         ]
 
     def log_betas(self) -> Tensor:
         """Output of the gates for the tokens fed last, `[layers, heads, new]`."""
-        entering = [layer.self_attn.recorded_input[0] for layer in self.lm.model.layers]
+        entering = [layer.self_attn.recorded_input[0] for layer in self.evicting]
         by_token = [
             [formulas.log_beta(gate, hidden) for hidden in rows]
             for gate, rows in zip(self.gates, entering, strict=True)
@@ -91,7 +109,7 @@ class Model:
 
         Returns:
             Logits of the last token `[vocab]`, hidden states after the final norm `[new, hidden]` and
-            post-RoPE queries `[layers, Hq, new, D]`.
+            post-RoPE queries `[full layers, Hq, new, D]`, times what makes 1 / sqrt(D) the factor of their logits.
         """
         positions = torch.arange(first_position, first_position + len(token_ids))[None]
         body = self.lm.model
@@ -99,5 +117,6 @@ class Model:
         hidden = body(
             input_ids=torch.tensor([token_ids]), position_ids=positions, past_key_values=cache, use_cache=True
         ).last_hidden_state
-        queries = torch.cat([layer.self_attn.recorded_query for layer in body.layers])
+        attentions = [layer.self_attn for layer in self.evicting]
+        queries = torch.cat([each.recorded_query * (each.scaling * each.head_dim**0.5) for each in attentions])
         return self.lm.lm_head(hidden[0, -1]), hidden[0], queries

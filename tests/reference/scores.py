@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -74,10 +76,10 @@ def hashed(number: int) -> int:
     return number ^ number >> 15
 
 
-def random_scores(positions: Tensor, num_computed: int) -> Tensor:
-    """The documented random numbers, of `[layers, heads, held]` positions, by plain integer arithmetic."""
+def random_scores(positions: Tensor, num_computed: int, layers: Sequence[int]) -> Tensor:
+    """The documented random numbers of `[layers, heads, held]` positions in these layers, by plain integers."""
     scores = []
-    for layer, heads in enumerate(positions.tolist()):
+    for layer, heads in zip(layers, positions.tolist(), strict=True):
         for head, held in enumerate(heads):
             for position in held:
                 state = hashed(num_computed)

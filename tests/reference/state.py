@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -31,8 +32,8 @@ class State:
     Attributes:
         text: token ids of the prompt and the answer.
         num_computed: tokens that the model has read.
-        cache: keys and values of the held tokens.
-        positions: int64 `[layers, heads, held]`, ascending.
+        cache: keys and values of the held tokens, of all layers.
+        positions: int64 `[layers, heads, held]`, ascending; here and below of the layers with full attention.
         hidden: `[num_computed, hidden]` states after the final norm.
         queries: post-RoPE queries of the last W tokens, `[layers, Hq, W, D]`.
         logits: of the last token, `[vocab]`.
@@ -70,6 +71,11 @@ class State:
         """Tokens that every head holds."""
         return self.positions.shape[2]
 
+    @property
+    def layers(self) -> list[Any]:
+        """Keys and values of the layers with full attention."""
+        return [self.cache.layers[i] for i in self.model.full]
+
     # ---- the forward pass
 
     def feed(self, token_ids: list[int]) -> Tensor:
@@ -83,7 +89,7 @@ class State:
             added = self.settings.steering.layer, self._steered(len(token_ids), self.settings.steering)
         self.logits, hidden, queries = self.model.forward(token_ids, self.num_computed, self.cache, added)
         new = torch.arange(self.num_computed, self.num_computed + len(token_ids))
-        layers, heads = len(self.cache.layers), self.cache.layers[0].keys.shape[1]
+        layers, heads = len(self.layers), self.layers[0].keys.shape[1]
         if self.num_computed == 0:
             self.hidden, self.queries = hidden, queries
             self.positions = new.expand(layers, heads, -1)
@@ -110,8 +116,8 @@ class State:
 
     def _accumulate(self, new: Tensor) -> None:
         """Add the attention of the queries at positions `new`: of one token, or of the beginning of the prompt."""
-        heads = self.cache.layers[0].keys.shape[1]
-        weights = torch.cat([layer.self_attn.recorded_weights for layer in self.model.lm.model.layers])
+        heads = self.layers[0].keys.shape[1]
+        weights = torch.cat([layer.self_attn.recorded_weights for layer in self.model.evicting])
         weights = weights[:, :, new >= self._first_counted].unflatten(1, (heads, -1))  # [layers, heads, G, rows, held]
         mass = weights.sum(dim=3).mean(dim=2)
         known = self.mass.shape[2] if self.mass.dim() == 3 else 0
@@ -120,7 +126,7 @@ class State:
         if not self.settings.by_error:
             return
         errors = torch.zeros_like(mass)
-        for i, layer in enumerate(self.cache.layers):
+        for i, layer in enumerate(self.layers):
             for row in weights[i].unbind(dim=2):
                 outputs = row @ layer.values[0]  # [heads, G, D]
                 distance = (layer.values[0][:, None] - outputs[:, :, None]).square().sum(dim=-1)
@@ -138,7 +144,7 @@ class State:
 
     def heads(self) -> Iterator[tuple[Tensor, Tensor, tuple[int, int]]]:
         """Yield by layer and kv head the last queries `[W, group, D]`, the held keys `[held, D]` and both indices."""
-        for i, layer in enumerate(self.cache.layers):
+        for i, layer in enumerate(self.layers):
             queries = self.queries[i].unflatten(0, (layer.keys.shape[1], -1)).transpose(1, 2)
             for head in range(len(queries)):
                 yield queries[head], layer.keys[0, head], (i, head)
@@ -175,8 +181,12 @@ class State:
 
     def copy(self, survives: Tensor) -> DynamicCache:
         """Return a cache of the marked tokens `[layers, heads, held]`, the same number in each head."""
-        cache = DynamicCache()
-        for i, (layer, mask) in enumerate(zip(self.cache.layers, survives, strict=True)):
+        cache, masks = DynamicCache(), dict(zip(self.model.full, survives, strict=True))
+        for i, layer in enumerate(self.cache.layers):
+            if i not in masks:
+                cache.update(layer.keys, layer.values, i)
+                continue
+            mask = masks[i]
             index = torch.stack([row.nonzero().flatten() for row in mask])[None, :, :, None]
             index = index.expand(-1, -1, -1, layer.keys.shape[3])
             cache.update(layer.keys.gather(2, index), layer.values.gather(2, index), i)

@@ -1,0 +1,112 @@
+"""Models whose layers differ: the engine equals the oracle, which evicts in the layers with full attention only."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import pytest
+
+from tests import harness
+from tests.harness import PAGE, Job
+from tests.random_models import FAMILIES, random_model
+from tests.reference.comparison import another_question, check
+from tests.reference.model import Model
+from tests.reference.references import ReferenceCache
+from tests.soak import WINDOWED as WINDOWED_SOAK
+from tests.soak import Soak
+
+LONG, NUM_NEW = 150, 310
+SIZES: dict[str, Any] = {"kv_budget": 160, "kv_buffer": 48, "kv_request_policies": ["h2o", "random"]}
+WINDOWED = [family for family in FAMILIES if FAMILIES[family].has_window]
+
+
+@pytest.fixture(scope="module", params=list(FAMILIES))
+def family(request: pytest.FixtureRequest) -> str:
+    """Module scope, so that pytest runs all tests of an engine in a row."""
+    return request.param
+
+
+@pytest.fixture(scope="module", params=WINDOWED)
+def windowed(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@functools.cache
+def oracle(family: str) -> ReferenceCache:
+    """Return the results of a family's oracle. Most tests run the same requests, so it computes each once."""
+    return ReferenceCache(Model(random_model(family)))
+
+
+def arguments_of(family: str, **arguments: Any) -> dict[str, Any]:
+    return SIZES | {"model": random_model(family)} | arguments
+
+
+def job_of(family: str, **arguments: Any) -> Job:
+    """Five requests, the last of which finds most of the first one's prompt in the prefix cache."""
+    prompts = [*harness.demo_prompts(2, at_least=LONG), *harness.demo_prompts(2)]
+    methods = ["skipkv", "h2o", "random", "rkv", "skipkv"]
+    return Job([*prompts, another_question(prompts[0])], methods, NUM_NEW, 7, arguments_of(family, **arguments))
+
+
+@pytest.mark.parametrize("granularity", ["head", "sentence"])
+def test_engine_equals_reference(family: str, granularity: str) -> None:
+    job = job_of(family, kv_granularity=granularity)
+    outcome = harness.run(job)
+    assert outcome.num_cached[-1] >= 4 * PAGE, "the prefix cache was not hit"
+    check(job, outcome, oracle(family), min_compactions=3)
+
+
+def test_runner_v2_equals_reference(windowed: str) -> None:
+    job = job_of(windowed)
+    outcome = harness.run(job, "v2")
+    assert outcome.is_v2
+    assert outcome.num_cached[-1] >= 4 * PAGE, "the prefix cache was not hit"
+    check(job, outcome, oracle(windowed), min_compactions=3)
+
+
+@pytest.mark.parametrize("runner", ["v1", "v2"])
+def test_equals_stock_without_eviction(windowed: str, runner: str) -> None:
+    prompts, num_new = harness.demo_prompts(4), 100 if runner == "v1" else 20
+    model = {"model": random_model(windowed)}
+    expected = harness.run(Job(prompts, [], num_new, every=5, arguments=model, num_logprobs=5), runner)
+    arguments = arguments_of(windowed, kv_budget=1024)
+    job = Job(prompts, ["skipkv", "full"] * 2, num_new, every=5, arguments=arguments, num_logprobs=5)
+    outcome = harness.run(job, runner)
+    assert not any(len(trace.kept) for trace in outcome.traces)
+    assert (outcome.tokens, outcome.logprobs) == (expected.tokens, expected.logprobs)
+
+
+def test_bounded_admission_never_preempts_where_stock_vllm_does(windowed: str) -> None:
+    job = job_of(windowed, num_gpu_blocks_override=92)
+    arguments = {"num_gpu_blocks_override": 92, "max_model_len": 1024, "model": random_model(windowed)}
+    stock = harness.run(Job(job.prompts, [], NUM_NEW, 7, arguments))
+    assert sum(stock.num_preemptions) > 0, "the pool is too large for this test to show anything"
+    outcome = harness.run(job)
+    assert sum(outcome.num_preemptions) == 0
+    assert max(load.num_running for load in outcome.load) > 3
+    check(job, outcome, oracle(windowed), min_compactions=3)
+
+
+def test_a_preempted_request_resumes_to_the_same_tokens(windowed: str) -> None:
+    job = job_of(windowed, kv_admission="optimistic", num_gpu_blocks_override=40)
+    outcome = harness.run(job)
+    assert sum(outcome.num_preemptions) > 0, "the pool is too large for this test to show anything"
+    check(job, outcome, oracle(windowed), min_compactions=3)
+
+
+def test_a_prompt_that_is_not_protected(windowed: str) -> None:
+    """A prompt longer than the bound is compacted while it is computed, and its tail is found in the prefix cache."""
+    first, second = harness.demo_prompts(2, at_least=400)
+    arguments = arguments_of(windowed, kv_protect_prompt=False, kv_budget=96, kv_buffer=32)
+    job = Job([first, second, another_question(first)], ["rkv", "skipkv", "rkv"], 60, every=9, arguments=arguments)
+    outcome = harness.run(job)
+    check(job, outcome, oracle(windowed), min_compactions=8)
+
+
+def test_a_soak_loses_no_page(windowed: str) -> None:
+    llm = harness.engine(**WINDOWED_SOAK, model=random_model(windowed))
+    report = Soak(llm, seed=3, abort_share=0.3, repeats=4).run(150)
+    assert report.aborted > 20
+    assert report.compactions > 150
+    assert report.shared_tokens > 1000
