@@ -51,6 +51,7 @@ PAGES = {
         (
             Section(fidelity.fidelity_section, (store.FIDELITY,)),
             Section(fidelity.other_texts_section, (store.FIDELITY, store.OTHER_TEXTS)),
+            Section(fidelity.windowed_section, (store.WINDOWED_FIDELITY,)),
             Section(fidelity.recall_section, (store.RECALL,)),
         ),
     ),
