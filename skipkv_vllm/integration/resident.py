@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
+import copy
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from ..worker.batch import Evicted
 
@@ -36,6 +38,7 @@ class ResidentLengths:
     def __init__(self, max_num_reqs: int, device: torch.device) -> None:
         self.evicted: Evicted | None = None
         self._seq_lens = torch.zeros(max_num_reqs, dtype=torch.int32, device=device)
+        self._views: dict[int, tuple[Tensor, np.ndarray | None]] = {}
 
     def attach(self, groups: Iterable[AttentionGroup]) -> None:
         """Hook the attention groups of one group of the KV cache, whose metadata is built by each of them."""
@@ -52,17 +55,35 @@ class ResidentLengths:
         return build_resident
 
     def _resident(self, common: CommonAttentionMetadata) -> CommonAttentionMetadata:
-        rows = common.seq_lens.shape[0]
-        seq_lens = self._seq_lens[:rows]
-        seq_lens.copy_(common.seq_lens)
-        # The cache of what follows from the lengths may hold logical numbers.
-        changed: dict[str, Any] = {"seq_lens": seq_lens, "_num_computed_tokens_cache": None}
-        if self.evicted is not None:
-            n, upper_bound = len(self.evicted.host), common.seq_lens_cpu_upper_bound
-            seq_lens[:n].sub_(self.evicted.device)
-            if upper_bound is not None:
-                # Some backends plan blocks from this bound as if it were exact.
-                upper_bound = upper_bound.clone()
-                upper_bound[:n].sub_(torch.from_numpy(self.evicted.host))
-                changed |= {"seq_lens_cpu_upper_bound": upper_bound, "max_seq_len": int(upper_bound.max())}
-        return dataclasses.replace(common, **changed)
+        evicted, resident = self.evicted, copy.copy(common)
+        seq_lens, on_host = self._of_batch(common.seq_lens.shape[0])
+        resident.seq_lens = seq_lens
+        # What was cached of the lengths may be logical.
+        resident._num_computed_tokens_cache = None
+        if evicted is None:
+            seq_lens.copy_(common.seq_lens)
+            return resident
+        n, upper_bound = len(evicted.host), common.seq_lens_cpu_upper_bound
+        if on_host is None:
+            seq_lens.copy_(common.seq_lens)
+            seq_lens[:n].sub_(evicted.device)
+        else:
+            on_host[:] = common.seq_lens.numpy()
+            on_host[:n] -= evicted.host
+        if upper_bound is not None:
+            # Some backends plan blocks from this bound as if it were exact.
+            bound = upper_bound.numpy().copy()
+            bound[:n] -= evicted.host
+            resident.seq_lens_cpu_upper_bound, resident.max_seq_len = torch.from_numpy(bound), int(bound.max())
+        return resident
+
+    def _of_batch(self, num_rows: int) -> tuple[Tensor, np.ndarray | None]:
+        """Return the lengths of a batch, and the same as an array if the device is the CPU.
+
+        They are kept, because for a few numbers NumPy takes a fraction of PyTorch's time, even of that of a slice.
+        """
+        found = self._views.get(num_rows)
+        if found is None:
+            view = self._seq_lens[:num_rows]
+            found = self._views[num_rows] = (view, view.numpy() if view.device.type == "cpu" else None)
+        return found
