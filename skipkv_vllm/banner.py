@@ -59,9 +59,9 @@ def _eviction(config: KVPolicyConfig, capacity: Capacity, max_model_len: int) ->
         *(f"SkipKV: {line}" for line in capacity.lines()),
         f"SkipKV: admission {config.kv_admission}, {admission}",
     ]
-    if capacity.request_blocks_full > capacity.blocks:
+    if capacity.length > capacity.room:
         lines.append(
-            f"SkipKV: a request that may hold more than {capacity.blocks * capacity.block_size} tokens is "
+            f"SkipKV: a request that may hold more than {capacity.room} tokens is "
             'refused: one with kv_policy "full", with a large kv_budget or with a long protected prompt'
         )
     if limits.bound >= max_model_len:

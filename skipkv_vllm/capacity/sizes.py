@@ -5,11 +5,11 @@ The banner, `skipkv plan` and the worker that reserves the memory all use these 
 
 from __future__ import annotations
 
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from ..config import KVPolicyConfig, RequestOptions
+from ..config import KEEP_EVERYTHING, KVPolicyConfig, RequestOptions
 from ..core.limits import NO_OTHERS, OtherGroups, ceil_div
 from ..core.needs import Need
 
@@ -167,6 +167,7 @@ class Capacity:
         is_capped: whether `max_num_seqs`, not memory, limits the concurrency with the policy.
         beside: of the blocks of a request, those in groups that are not compacted.
         in_flight: blocks that it holds there beyond these while its prompt is computed.
+        room: most tokens that a request can keep if it evicts none.
     """
 
     kv_bytes: int
@@ -189,6 +190,7 @@ class Capacity:
     is_capped: bool
     beside: int = 0
     in_flight: int = 0
+    room: int = 0
 
     @property
     def request_bytes(self) -> int:
@@ -261,9 +263,10 @@ def capacity(
     blocks_full = (pool.num_blocks * block * (kv + sidecar) + state) // (block * kv)
     demand = request.demand(length, block, pool.others)
     request_blocks, request_blocks_full = demand.num_blocks(block), ceil_div(length, block) + demand.num_beside
+    full = KEEP_EVERYTHING.resolve(config, prompt).demand(length, block, pool.others)
     # While one prompt is computed, the other requests have finished theirs.
     fit = max(0, pool.num_blocks - demand.num_in_flight) // request_blocks
-    fit_full = max(0, blocks_full - demand.num_in_flight) // request_blocks_full
+    fit_full = max(0, blocks_full - full.num_in_flight) // request_blocks_full
     beside_at_bound = pool.others.num_blocks(limits.bound)
     bytes_of_one = (ceil_div(limits.bound, block) + beside_at_bound) * block * (kv + sidecar) + state_of_one
     return Capacity(
@@ -287,7 +290,18 @@ def capacity(
         is_capped=fit > pool.max_num_seqs,
         beside=demand.num_beside,
         in_flight=demand.num_in_flight,
+        room=_room(config, pool),
     )
+
+
+def _room(config: KVPolicyConfig, pool: Pool) -> int:
+    """Return how many tokens a request can keep if it evicts none and runs alone."""
+
+    def needed(num_tokens: int) -> int:
+        demand = KEEP_EVERYTHING.resolve(config, 0).demand(num_tokens, pool.block_size, pool.others)
+        return demand.num_blocks(pool.block_size) + demand.num_in_flight
+
+    return bisect_right(range(1, pool.num_blocks * pool.block_size + 1), pool.num_blocks, key=needed)
 
 
 def reserved_rows(config: KVPolicyConfig, shape: ModelShape, memory: int, pool: Pool) -> int:

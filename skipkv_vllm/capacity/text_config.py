@@ -42,6 +42,10 @@ def unsupported(text_config: Any) -> str | None:
     """Return what a policy cannot serve in this model; None if nothing is known."""
     if getattr(text_config, "kv_lora_rank", None):
         return "MLA"
+    if getattr(text_config, "attn_logit_softcapping", None):
+        return "a soft cap of logits"
+    if getattr(text_config, "model_type", None) == "gpt_oss":
+        return "attention sinks"
     kinds = kinds_of(text_config)
     if FULL not in kinds or not {FULL, WINDOW} >= set(kinds):
         return ", ".join(sorted(set(kinds)))
@@ -65,12 +69,13 @@ def groups_of(text_config: Any, block_size: int) -> Groups:
     )
 
 
-def others_of(text_config: Any, block_size: int, max_in_flight: int) -> OtherGroups:
-    """Return the groups that are not compacted."""
+def others_of(text_config: Any, block_size: int, max_in_flight: int, num_steps: int) -> OtherGroups:
+    """Return the groups that are not compacted; see `OtherGroups` for the last two arguments."""
     groups, window = groups_of(text_config, block_size), getattr(text_config, "sliding_window", None)
     if not groups.num_others or window is None:
         return NO_OTHERS
-    return OtherGroups((window_group(window, groups.other_block_size),) * groups.num_others, max_in_flight)
+    own = window_group(window, groups.other_block_size)
+    return OtherGroups((own,) * groups.num_others, max_in_flight, num_steps)
 
 
 def shape_of(

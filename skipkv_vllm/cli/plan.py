@@ -22,9 +22,8 @@ from ..capacity import (
     shape_of,
     unsupported,
 )
-from ..config import KVPolicyConfig
+from ..config import KVPolicyConfig, RequestOptions
 from ..core.errors import KVPolicyError
-from ..core.limits import ceil_div
 from ..ops.paging import FP8_CACHES
 
 GIB = 2**30
@@ -151,16 +150,17 @@ def plan(model: str, config: KVPolicyConfig, machine: Machine, *, length: int | 
     else:
         memory = _memory(model, text, shape, machine, max_num_seqs, max_tokens, notes)
         available = sum(memory.values())
-    # With asynchronous scheduling, vLLM's default, two steps are in flight.
-    others = others_of(text, machine.block_size, 2 * max_tokens)
+    # With asynchronous scheduling, vLLM's default, one step more than there are stages is in flight.
+    num_steps = machine.stages + 1
+    others = others_of(text, machine.block_size, num_steps * max_tokens, num_steps)
     block_size = groups_of(text, machine.block_size).block_size
     pool = Pool(0, block_size, max_num_seqs, max_length, max_tokens, others)
     rows = reserved_rows(config, shape, available, pool)
     state = shape.state_bytes(config, rows, pool)
     memory["for KV, with positions"] = available - state
     blocks = blocks_with_policy(config, shape, available, pool)
-    bound = min(config.kv_budget + config.kv_buffer, max_length)
-    needed = ceil_div(bound, block_size) + others.num_blocks(bound)
+    demand = RequestOptions.parse(None, config, max_length).resolve(config, 0).demand(max_length, block_size, others)
+    needed = demand.num_blocks(block_size) + demand.num_in_flight
     if blocks < needed:
         raise KVPolicyError(
             f"{max(blocks, 0)} blocks of {block_size} tokens are left for KV, and one request at its bound "

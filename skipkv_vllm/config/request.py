@@ -60,12 +60,11 @@ class ResolvedRequest:
         """
         limits, num_beside = self.limits, others.num_blocks(longest)
         if limits is None:
-            in_flight = others.in_flight_blocks(longest)
-            return Demand(longest, sys.maxsize, num_beside=num_beside, num_in_flight=in_flight)
-        # A prompt is computed up to its bound and, once it is compacted, by as much as the buffer more.
-        in_flight = others.in_flight_blocks(min(longest, limits.first_bound + limits.buffer))
+            return Demand(longest, sys.maxsize, num_beside=num_beside, peaks=others.peaks(longest, longest))
+        # A prompt is computed up to its bound and, once it is compacted, by as much as the buffer more in each step.
+        peaks = others.peaks(longest, limits.first_bound + (others.num_steps - 1) * limits.buffer)
         num_intact = limits.protected // block_size
-        return Demand(most_tokens(limits, longest), num_intact, limits.lookahead, num_beside, in_flight)
+        return Demand(most_tokens(limits, longest), num_intact, limits.lookahead, num_beside, peaks)
 
 
 class RequestOptions(BaseModel):

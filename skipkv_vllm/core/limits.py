@@ -121,19 +121,27 @@ class OtherGroups(NamedTuple):
     Attributes:
         groups: see above.
         max_in_flight: most tokens, of all requests together, that are scheduled and not yet computed.
+        num_steps: most steps that are.
     """
 
     groups: tuple[OtherGroup, ...] = ()
     max_in_flight: int = 0
+    num_steps: int = 1
 
     def num_blocks(self, num_tokens: int) -> int:
         """Return the most blocks that a request of so many tokens holds here, without those of a prompt in flight."""
         return sum(min(ceil_div(num_tokens, group.block_size), group.most_blocks) for group in self.groups)
 
-    def in_flight_blocks(self, num_tokens: int) -> int:
-        """Return the most blocks beyond these while up to `num_tokens` tokens of a prompt are in flight."""
-        num_tokens = min(num_tokens, self.max_in_flight)
-        return sum(ceil_div(num_tokens, group.block_size) for group in self.groups)
+    def peaks(self, num_tokens: int, in_flight: int) -> tuple[int, ...]:
+        """Return the most blocks that such a request holds in each group while `in_flight` tokens of it are in flight.
+
+        Blocks are given back once a step is computed, so those of the steps in flight come on top of the window.
+        """
+        in_flight = min(in_flight, self.max_in_flight)
+        return tuple(
+            min(ceil_div(num_tokens, group.block_size), group.most_blocks + ceil_div(in_flight, group.block_size))
+            for group in self.groups
+        )
 
 
 NO_OTHERS = OtherGroups()
@@ -148,14 +156,19 @@ class Demand(NamedTuple):
         num_intact: number of leading blocks that it never writes to if the prefix cache has them.
         lookahead: see `Limits.lookahead`.
         num_beside: most blocks it holds in groups that are not compacted.
-        num_in_flight: blocks that it holds beyond all these there, while its prompt is computed.
+        peaks: most blocks that it holds in each of these groups, while its prompt is computed.
     """
 
     num_tokens: int
     num_intact: int
     lookahead: LookaheadTokens = LookaheadTokens()
     num_beside: int = 0
-    num_in_flight: int = 0
+    peaks: tuple[int, ...] = ()
+
+    @property
+    def num_in_flight(self) -> int:
+        """Blocks that it holds beyond `num_beside` there, while its prompt is computed."""
+        return sum(self.peaks) - self.num_beside
 
     def num_blocks(self, block_size: int) -> int:
         """Return the most blocks that it takes at once, once its prompt is computed."""

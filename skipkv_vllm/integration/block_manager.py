@@ -20,6 +20,28 @@ from .free_queue import GuardQueue
 
 
 @functools.cache
+def _capped(cls: type) -> type:
+    """Return the subclass of a manager of a group that is not compacted; one each.
+
+    vLLM starts a request only if its whole prompt fits, and counts for it the window and as many tokens as may be in
+    flight of all requests. A request with a bound never has so many of its own, and the pool may be too small for them.
+    """
+
+    def get_num_blocks_to_allocate(
+        self: Any, request_id: str, num_tokens: int, *args: Any, apply_admission_cap: bool = False, **kwargs: Any
+    ) -> int:
+        if apply_admission_cap:
+            num_tokens = min(num_tokens, self.requests[request_id].demand.peaks[self.rank] * self.block_size)
+        number: int = cls.get_num_blocks_to_allocate(  # type: ignore[attr-defined]
+            self, request_id, num_tokens, *args, apply_admission_cap=apply_admission_cap, **kwargs
+        )
+        return number
+
+    overrides = {"get_num_blocks_to_allocate": get_num_blocks_to_allocate, "__slots__": ()}
+    return type(f"Capped{cls.__name__}", (_discreet(cls),), overrides)
+
+
+@functools.cache
 def _discreet(cls: type) -> type:
     """Return the subclass of a manager that publishes to the prefix cache only what depends on tokens alone; one each.
 
@@ -95,9 +117,9 @@ class EvictingBlockManager(_Base):
         assert isinstance(manager, cls)
         manager.requests, manager.ledger, manager._lookahead_blocks = requests, ledger, []
         manager._others = [other for other in managers if other is not manager]
-        for other in manager._others:
-            other.__class__ = _discreet(type(other))  # type: ignore[arg-type]
-            other.requests = requests  # type: ignore[attr-defined]
+        for rank, other in enumerate(manager._others):
+            other.__class__ = _capped(type(other))  # type: ignore[arg-type]
+            other.requests, other.rank = requests, rank  # type: ignore[attr-defined]
         return manager
 
     @property

@@ -126,6 +126,10 @@ def join_ranks(vllm_config: VllmConfig, device: torch.device) -> Ranks:
     """Join the ranks of this engine and return this worker's place. Every worker must call it, at the same point."""
     config, parallel = compat.policy_config(vllm_config), vllm_config.parallel_config
     layers = compat.evicting_layers(vllm_config)
+    if not layers and parallel.pipeline_parallel_size == 1:
+        raise compat.refusal(
+            "models without a layer of full attention", "only such a layer's KV grows with the text", compat.OTHER_MODEL
+        )
     if not layers:
         raise KVPolicyError(
             f"--pipeline-parallel-size {parallel.pipeline_parallel_size} leaves a stage without a layer of full "

@@ -179,7 +179,9 @@ class EvictionMixin(_Base):
         if num_new_tokens > 1:
             return min(num_new_tokens, record.planner.room(num_computed_tokens, record.num_evicted))
         promise = record.promise
-        if promise is not None and promise.num_in_flight and num_computed_tokens + 1 >= request.num_tokens:
+        # A session may get more prompt later.
+        is_decoding = num_computed_tokens + 1 >= request.num_tokens and not request.resumable
+        if promise is not None and promise.num_in_flight and is_decoding:
             self.block_manager.settle(record)
         return num_new_tokens
 

@@ -186,15 +186,21 @@ def test_pages_and_their_memory_are_inverse():
 
 
 def test_groups_with_a_window_take_blocks_beside_the_group_that_is_compacted():
-    others = OtherGroups((window_group(512, 16),) * 5, max_in_flight=4096)
+    others = OtherGroups((window_group(512, 16),) * 5, max_in_flight=4096, num_steps=3)
     # Gemma 3 270M: 15 layers with a window, 3 with full attention.
     shape = ModelShape(3, 4, 1, 256, 640, 262144, 2, num_pooled_layers=3)
     pool = Pool(5000, 16, 64, 32768, 2048, others)
     found = capacity(CONFIG, shape, pool, length=8192, prompt=100)
     beside = 5 * (32 + 2)
     assert (found.request_blocks, found.request_blocks_full) == (72 + beside, 512 + beside)
-    # Its prompt is computed up to the bound, and by the buffer more after a compaction.
-    assert found.in_flight == 5 * (1024 + 2 * 128) // 16
+    # Its prompt is computed up to the bound, and by the buffer more after each of two compactions in flight.
+    assert found.in_flight == 5 * (1024 + 3 * 128) // 16
+    # One that is shorter than the window has no more blocks there than tokens, in flight or not.
+    assert capacity(CONFIG, shape, pool, length=300).in_flight == 0
+    # One that keeps all its tokens holds them, the windows, and as much as can be in flight.
+    assert found.room == 16 * (5000 - beside - 5 * 4096 // 16) > 8192
+    small = capacity(CONFIG, shape, replace(pool, num_blocks=600))
+    assert small.room == 16 * 100, "a group with a window holds as many blocks of a short request"
     assert found.fit == (5000 - found.in_flight) // (72 + beside)
     assert f"{beside} of them are of layers with a sliding window" in "\n".join(found.lines())
     demand = RequestOptions.parse(None, CONFIG, 8192).resolve(CONFIG, 100).demand(8192, 16, others)

@@ -7,7 +7,7 @@ from unittest import mock
 
 import pytest
 import torch
-from transformers import Gemma3TextConfig, GptOssConfig, MistralConfig, Qwen2Config
+from transformers import Gemma2Config, Gemma3TextConfig, GptOssConfig, MistralConfig, Qwen2Config
 from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 
 from skipkv_vllm.capacity.text_config import groups_of, kinds_of, others_of, shape_of, unsupported
@@ -50,7 +50,7 @@ def test_gemma_3_has_windows_beside_full_attention():
     assert kinds_of(config) == kinds("sssssf" * 3)
     shape = shape_of(config, ranks=1, element_size=2)
     assert (shape.num_layers, shape.num_pooled_layers, shape.kv_bytes) == (3, 3, 2 * 3 * 256 * 2)
-    others = others_of(config, 16, 4096)
+    others = others_of(config, 16, 4096, 2)
     assert [group.most_blocks for group in others.groups] == [34] * 5
 
 
@@ -59,10 +59,15 @@ def test_a_window_in_every_layer_is_not_supported():
     assert unsupported(MistralConfig(sliding_window=None)) is None
 
 
+def test_attention_that_scores_would_not_follow_is_not_supported():
+    assert unsupported(GptOssConfig()) == "attention sinks"
+    assert unsupported(Gemma2Config()) == "a soft cap of logits"
+
+
 def test_a_window_that_is_not_used_does_not_count():
     config = Qwen2Config(use_sliding_window=False, sliding_window=4096)
     assert unsupported(config) is None
-    assert others_of(config, 16, 4096) == NO_OTHERS
+    assert others_of(config, 16, 4096, 2) == NO_OTHERS
 
 
 def test_layers_with_more_kv_have_smaller_blocks():

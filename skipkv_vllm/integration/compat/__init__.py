@@ -4,12 +4,13 @@ from .cache_groups import CacheGroups, cache_groups, evicting_layers, may_have_s
 from .flags import engine_arguments, has_policy, policy_config
 from .hooks import enable, install, install_client_check
 from .pool import block_pool, check_bound_fits, model_shape, most_step_tokens
-from .refusals import check_attention, check_config
+from .refusals import OTHER_MODEL, check_attention, check_config, refusal
 from .responses import install_reports
 from .seams import is_public, received_orders, received_report, send_orders, send_report
 from .version import check_vllm
 
 __all__ = [
+    "OTHER_MODEL",
     "CacheGroups",
     "block_pool",
     "cache_groups",
@@ -31,6 +32,7 @@ __all__ = [
     "policy_config",
     "received_orders",
     "received_report",
+    "refusal",
     "send_orders",
     "send_report",
 ]

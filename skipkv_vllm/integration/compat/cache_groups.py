@@ -72,6 +72,7 @@ def cache_groups(vllm_config: VllmConfig, groups: Sequence[KVCacheGroupSpec] | N
         OtherGroups(
             tuple(window_group(spec.sliding_window + spec.extra_retained_tokens, spec.block_size) for spec in others),
             vllm_config.max_in_flight_tokens,
+            vllm_config.max_concurrent_batches,
         ),
     )
 
@@ -95,10 +96,11 @@ def _evicting(groups: Sequence[KVCacheGroupSpec], policy: KVPolicyConfig) -> int
             OTHER_MODEL,
         )
     if len(specs) > 1 and policy.needs & Need.LOOKAHEAD:
+        names = ", ".join(repr(each.name) for each in policy.policies if each.lookahead_plan is not None)
         raise refuse(
-            "models with a sliding window in some layers by methods that compute tokens ahead",
-            "these layers' KV would be overwritten",
-            f"Use another method than {policy.kv_policy!r}",
+            f"{names} for models with a sliding window in some layers",
+            "it computes tokens ahead, which would overwrite these layers' KV",
+            "Use other methods",
         )
     _check_spec(specs[full[0]], refuse)
     return full[0]

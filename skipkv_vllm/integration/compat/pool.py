@@ -145,7 +145,7 @@ def check_fits_alone(
     resolved = (KEEP_EVERYTHING if request.resumable else options).resolve(config, num_prompt)
     # The groups of the cache are known to the engine only, but follow from the configuration; the engine checks again.
     text_config, block_size = vllm_config.model_config.hf_text_config, cache.block_size
-    others = others_of(text_config, block_size, vllm_config.max_in_flight_tokens)
+    others = others_of(text_config, block_size, vllm_config.max_in_flight_tokens, vllm_config.max_concurrent_batches)
     block_size = groups_of(text_config, block_size).block_size
     limits, demand = resolved.limits, resolved.demand(longest, block_size, others)
     num_blocks -= demand.num_beside + demand.num_in_flight

@@ -54,6 +54,16 @@ def test_random_traffic_keeps_every_page_right():
     assert not missing, TOTALS
 
 
+def test_a_prompt_longer_than_the_pool_starts_beside_windows():
+    # 4 blocks at its bound, and 4 of the window and 4 in flight; vLLM would wait for the 14 of the whole prompt.
+    engine = Engine(num_pages=13, seed=0, is_bounded=True, windows=(9,))
+    engine.arrive(list(range(55)), Limits(budget=12, buffer=4, window=2, protected=0))
+    drive(engine, 10)
+    assert engine.tracked["r0"].request.num_computed_tokens == 16 + 9 * 4
+    assert engine.counts["compactions"] == 9
+    finish_all(engine)
+
+
 def test_two_requests_share_a_prompt_and_both_evict_it():
     engine = Engine(num_pages=40, seed=0)
     prompt = list(range(12))

@@ -140,7 +140,9 @@ def test_a_tokenizer_is_needed_only_for_sentences():
 
 
 def groups_of(policy: KVPolicyConfig, *specs) -> compat.CacheGroups:
-    config = make_vllm_config(additional_config={CONFIG_KEY: policy.model_dump()}, max_in_flight_tokens=256)
+    config = make_vllm_config(
+        additional_config={CONFIG_KEY: policy.model_dump()}, max_in_flight_tokens=256, max_concurrent_batches=2
+    )
     groups = [KVCacheGroupSpec([f"layers.{i}.attn", f"layers.{i + 4}.attn"], spec) for i, spec in enumerate(specs)]
     return compat.cache_groups(config, groups)
 
@@ -153,7 +155,7 @@ def test_groups_with_a_window_are_left_alone():
     found = groups_of(KVPolicyConfig(kv_policy="skipkv"), WINDOW, FULL, WINDOW)
     assert (found.evicting, list(found.layer_names), found.spec) == (1, ["layers.1.attn", "layers.5.attn"], FULL)
     # 63 older tokens lie in at most 5 blocks; one more when the next token begins a block.
-    assert found.others == OtherGroups((OtherGroup(16, 6), OtherGroup(16, 6)), 256)
+    assert found.others == OtherGroups((OtherGroup(16, 6), OtherGroup(16, 6)), 256, 2)
 
 
 @pytest.mark.parametrize(
@@ -178,9 +180,11 @@ def test_groups_that_are_not_one_of_full_attention_are_refused(specs, names):
 
 def test_methods_that_groups_with_a_window_do_not_allow():
     ahead = KVPolicyConfig(kv_policy="laq", kv_protect_prompt=False)
-    assert groups_of(ahead, FULL).others == NO_OTHERS._replace(max_in_flight=256)
-    with pytest.raises(KVPolicyError, match=r"by methods that compute tokens ahead.*Use another method than 'laq'"):
-        groups_of(ahead, FULL, WINDOW)
+    assert groups_of(ahead, FULL).others == NO_OTHERS._replace(max_in_flight=256, num_steps=2)
+    beside = KVPolicyConfig(kv_policy="skipkv", kv_request_policies=["h2o", "laq"], kv_protect_prompt=False)
+    for policy in (ahead, beside):
+        with pytest.raises(KVPolicyError, match=r"not support 'laq' for models with a sliding window.*computes tokens"):
+            groups_of(policy, FULL, WINDOW)
     chosen = KVPolicyConfig(kv_policy="thinkv", kv_policy_config={"layers": "1,3"})
     groups_of(chosen, WINDOW, FULL)
     with pytest.raises(KVPolicyError, match="layers='1,3', but only layers 0, 4 of this model have full attention"):

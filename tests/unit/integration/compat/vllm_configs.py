@@ -38,6 +38,7 @@ def make_vllm_config(**changes) -> SimpleNamespace:
         use_v2_model_runner=False,
         additional_config=None,
         max_in_flight_tokens=0,
+        max_concurrent_batches=1,
     )
     for path, value in changes.items():
         *parents, name = path.split("__")
