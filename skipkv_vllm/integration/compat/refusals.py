@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
+from ...capacity import groups_of
 from ...core.errors import KVPolicyError
 from ...core.needs import Need
 from ...ops.paging import FP8_CACHES
@@ -117,6 +118,12 @@ def _check_features(vllm_config: VllmConfig, refuse: Refuse) -> None:
             "context parallelism",
             "a request's blocks are spread over ranks",
             "Set --decode-context-parallel-size and --prefill-context-parallel-size to 1",
+        )
+    if parallel.pipeline_parallel_size > 1 and groups_of(vllm_config.model_config.hf_text_config, 1).num_others:
+        raise refuse(
+            "pipeline parallelism of models with a sliding window in some layers",
+            "vLLM groups the layers of all stages together, and a stage sees its own only",
+            "Use --tensor-parallel-size",
         )
     if parallel.pipeline_parallel_size > 1 and _is_compiled_ray_graph(parallel):
         raise refuse(

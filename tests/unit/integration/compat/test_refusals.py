@@ -151,6 +151,18 @@ SHAPE = {"block_size": 16, "num_kv_heads": 2, "head_size": 8, "dtype": torch.flo
 FULL, WINDOW = FullAttentionSpec(**SHAPE), SlidingWindowSpec(**SHAPE, sliding_window=64)
 
 
+def test_stages_of_a_model_with_windows_are_refused():
+    kinds = ["sliding_attention", "full_attention"]
+    text = SimpleNamespace(num_hidden_layers=2, layer_types=kinds, num_attention_heads=2, head_dim=8, hidden_size=16)
+    config = make_vllm_config(model_config__hf_text_config=text)
+    compat.check_config(config, KVPolicyConfig(kv_policy="skipkv"))
+    config.parallel_config.pipeline_parallel_size = 2
+    with pytest.raises(
+        KVPolicyError, match=r"pipeline parallelism of models with a sliding.*Use --tensor-parallel-size"
+    ):
+        compat.check_config(config, KVPolicyConfig(kv_policy="skipkv"))
+
+
 def test_groups_with_a_window_are_left_alone():
     found = groups_of(KVPolicyConfig(kv_policy="skipkv"), WINDOW, FULL, WINDOW)
     assert (found.evicting, list(found.layer_names), found.spec) == (1, ["layers.1.attn", "layers.5.attn"], FULL)

@@ -20,6 +20,7 @@ def make_vllm_config(**changes) -> SimpleNamespace:
             is_multimodal_model=False,
             enable_prompt_embeds=False,
             uses_mrope=False,
+            hf_text_config=SimpleNamespace(),
         ),
         parallel_config=SimpleNamespace(
             decode_context_parallel_size=1,
