@@ -15,14 +15,17 @@ __device__ inline char* dynamic_shared() {
   return buffer;
 }
 
+// Dynamic shared memory of a block that needs no request. Without one a block gets at most 48 KiB, of which kernels
+// declare some themselves.
+constexpr int64_t kUnrequested = 40 * 1024;
+
 // Launches a kernel with `blocks` blocks of `threads` threads, unless the grid is empty.
 template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), int64_t blocks, int threads, int64_t shared, cudaStream_t stream,
             Arguments... arguments) {
   if (blocks == 0) return;
   STD_TORCH_CHECK(blocks <= INT32_MAX, "skipkv_cuda: a launch of ", blocks, " blocks is too large");
-  // Blocks get more than 48 KiB only on request.
-  if (shared > 48 * 1024) {
+  if (shared > kUnrequested) {
     check_cuda(
         cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
                              static_cast<int>(shared)),

@@ -5,6 +5,8 @@ Units that compile quickly, for one architecture; `make cuda-resources` checks a
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from tests.operators import cuda_resources
@@ -28,6 +30,16 @@ def test_kernels_use_no_more_than_recorded(unit):
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_unit_is_recorded(architecture):
     assert sorted({unit for unit, each, _ in RECORDED if each == architecture}) == WITH_KERNELS
+
+
+def test_blocks_request_dynamic_shared_memory_in_time():
+    """Without a request a block gets at most 48 KiB, with what its kernel declares."""
+    launching = (TABLE.parent / "launch.cuh").read_text(encoding="utf-8")
+    (kibibytes,) = re.findall(r"kUnrequested = (\d+) \* 1024;", launching)
+    dynamic = [unit for unit in WITH_KERNELS if "dynamic_shared()" in (TABLE.parent / unit).read_text(encoding="utf-8")]
+    assert dynamic
+    declared = max(used.shared for (unit, _, _), used in RECORDED.items() if unit in dynamic)
+    assert (int(kibibytes) << 10) + declared <= 48 << 10
 
 
 def test_recorded_spills_have_reasons():
