@@ -7,24 +7,26 @@ the operators takes the place of the graphs. Each test records what it measured.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 
 from skipkv_vllm.ops import dispatch
 from tests.devices import DEVICES
-from tests.small_engine import SERVERS, Engine, Report, Shape, shape_for
+from tests.small_engine import SERVERS, Engine, Report, Server, Shape, shape_for
 from tests.small_engine.attention import triton_kernel
+from tests.small_engine.scheduler import Scheduler
 
 NUM_REQUESTS = 24
 NUM_STEPS = {"cpu": 150, "cuda": 400}
 LAYOUTS = {"cpu": ("rows", "rows by token", "vec"), "cuda": ("rows", "rows by token")}
-CASES = [
-    pytest.param(device, LAYOUTS[device][i % len(LAYOUTS[device])], server, id=f"{server}-{device}".replace(" ", "-"))
-    for device in DEVICES
+EVERY = [
+    pytest.param(device, layouts[i % len(layouts)], server, id=f"{server}-{device}".replace(" ", "-"))
+    for device, layouts in LAYOUTS.items()
     for i, server in enumerate(SERVERS)
 ]
+CASES = [case for case in EVERY if case.values[0] in DEVICES]
 
 
 @pytest.fixture(autouse=True)
@@ -36,19 +38,33 @@ def one_thread() -> Any:
     torch.set_num_threads(threads)
 
 
-def make(device: str, layout: str, server: str, **options: Any) -> Engine:
-    """Return an engine: on a GPU with heads of 128 elements in bfloat16, on a CPU as small as can be."""
-    budget, buffer, kernel = 64, 16, None
+class Sizes(NamedTuple):
+    """Budget and buffer of requests, and what of a shape follows from the device and the layout."""
+
+    budget: int
+    buffer: int
+    of_shape: dict[str, Any]
+
+
+def sizes_for(device: str, layout: str) -> Sizes:
+    """On a GPU heads have 128 elements in bfloat16, on a CPU everything is as small as can be."""
     sizes: dict[str, Any] = {"ratio": 2 if layout == "rows by token" else 1}
+    if device == "cpu":
+        return Sizes(64, 16, sizes)
+    sizes |= {"dtype": torch.bfloat16, "width": 512, "query_heads": 16, "kv_heads": 4, "head_size": 128}
+    return Sizes(192, 32, sizes | {"page_size": 16})
+
+
+def make(device: str, layout: str, server: str, **options: Any) -> Engine:
+    """Return an engine of the sizes of a device; `options`: see `Shape`."""
+    sizes, kernel = sizes_for(device, layout), None
     if device == "cuda":
-        budget, buffer = 192, 32
-        sizes |= {"dtype": torch.bfloat16, "width": 512, "query_heads": 16, "kv_heads": 4, "head_size": 128}
-        sizes |= {"page_size": 16}
         found = triton_kernel()
         kernel = None if isinstance(found, str) else found
-    shape = shape_for(torch.device(device), layout, budget, buffer, **(sizes | options))
+    numbers = (sizes.budget, sizes.buffer)
+    shape = shape_for(torch.device(device), layout, *numbers, **(sizes.of_shape | options))
     tested = SERVERS[server]
-    config, traffic = tested.config(budget, buffer), tested.traffic(budget, buffer, NUM_STEPS[device])
+    config, traffic = tested.config(*numbers), tested.traffic(*numbers, NUM_STEPS[device])
     return Engine(config, shape, traffic, NUM_REQUESTS, kernel=kernel)
 
 
@@ -63,6 +79,20 @@ def check(report: Report, shape: Shape) -> None:
         assert report.agreement >= 0.98
 
 
+def check_traffic(report: Report, device: str, ratio: int, tested: Server) -> None:
+    """Everything that a run is meant to test happened."""
+    assert report.steps == NUM_STEPS[device]
+    assert report.finished >= 4
+    assert report.compactions >= 30
+    assert report.handed_over_to_tokens > 0 or ratio > 1
+    assert any(int(number.split()[0]) < int(number.split()[2]) for number in report.replays), "no padded graph ran"
+    assert (report.preempted > 0) == tested.preempts
+    assert (report.postponed > 0) == ("kv_compactions_per_step" in tested.options)
+    if tested.shares:
+        assert report.replaced > 0
+        assert report.handed_over_to_moves > 0
+
+
 @pytest.mark.parametrize(("device", "layout", "server"), CASES)
 def test_a_run(device: str, layout: str, server: str, record_property: Callable[[str, Any], None]) -> None:
     engine = make(device, layout, server)
@@ -71,17 +101,28 @@ def test_a_run(device: str, layout: str, server: str, record_property: Callable[
     record_property("figures", report.figures() | {"attention": engine.attention, "operators": operators})
 
     check(report, engine.shape)
-    assert report.steps == NUM_STEPS[device]
-    assert report.finished >= 4
-    assert report.compactions >= 30
-    assert report.handed_over_to_tokens > 0 or engine.shape.ratio > 1
-    assert any(int(number.split()[0]) < int(number.split()[2]) for number in report.replays), "no padded graph ran"
-    tested = SERVERS[server]
-    assert (report.preempted > 0) == tested.preempts
-    assert (report.postponed > 0) == ("kv_compactions_per_step" in tested.options)
-    if tested.shares:
-        assert report.replaced > 0
-        assert report.handed_over_to_moves > 0
+    check_traffic(report, device, engine.shape.ratio, SERVERS[server])
+
+
+@pytest.mark.parametrize(("device", "layout", "server"), EVERY)
+def test_the_traffic_of_a_run(device: str, layout: str, server: str) -> None:
+    """Schedule it without a model: what a run on a GPU demands must come about there, too."""
+    (budget, buffer, of_shape), tested, report = sizes_for(device, layout), SERVERS[server], Report()
+    shape = shape_for(torch.device("cpu"), layout, budget, buffer, **of_shape)
+    traffic = tested.traffic(budget, buffer, NUM_STEPS[device])
+    arrivals = traffic.arrivals(NUM_REQUESTS, shape.vocabulary, 0)
+    scheduler = Scheduler(tested.config(budget, buffer), shape, traffic, arrivals)
+    while report.steps < NUM_STEPS[device] and not scheduler.is_done:
+        scheduled = scheduler.step()
+        batch = scheduled.batch
+        report.steps += 1
+        report.compactions += len(scheduled.orders.compactions)
+        if batch and all(request.count == 1 for request in batch):
+            report.replays[f"{len(batch)} of {shape.padded(len(batch))}"] = 1
+        for request in batch:
+            request.num_known += request.samples
+    report.count(scheduler)
+    check_traffic(report, device, shape.ratio, tested)
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -62,6 +62,14 @@ class Report:
     least_agreement: float = 1.0
     largest_gap: float = 0.0
 
+    def count(self, scheduler: Scheduler) -> None:
+        """Take over what the scheduler counted."""
+        blocks = scheduler.blocks
+        self.finished, self.preempted = scheduler.num_finished, scheduler.num_preempted
+        self.postponed = scheduler.num_postponed
+        self.handed_over_to_moves, self.handed_over_to_tokens = (blocks.handed_over[k] for k in ("moves", "tokens"))
+        self.replaced = blocks.num_replaced
+
     def figures(self) -> dict[str, Any]:
         """Return all of it as plain values."""
         return asdict(self)
@@ -116,10 +124,9 @@ class Engine:
         shape = self.shape
         warm_up(self.runtime, hidden_size=shape.width, dtype=shape.dtype, max_length=shape.max_length)
         self.runtime.prepare_dummy()
-        sizes = {min(2**i, self.shape.max_requests) for i in range(self.shape.max_requests.bit_length() + 1)}
         graphs = {}
         with torch.no_grad():
-            for size in sorted(sizes, reverse=True):
+            for size in reversed(shape.graph_sizes):
                 inputs = self._buffers.take(size, size, 1)
                 inputs.starts.copy_(torch.arange(size + 1, device=self.shape.device))
                 graphs[size] = (inputs, capture(lambda inputs=inputs: self.model.forward(inputs), self.shape.device))
@@ -133,13 +140,9 @@ class Engine:
                 break
             self.step()
         synchronize(self.shape.device)
-        report, blocks = self.report, self.scheduler.blocks
-        report.finished, report.preempted = self.scheduler.num_finished, self.scheduler.num_preempted
-        report.postponed = self.scheduler.num_postponed
-        report.handed_over_to_moves, report.handed_over_to_tokens = (blocks.handed_over[k] for k in ("moves", "tokens"))
-        report.replaced = blocks.num_replaced
-        self.checks.conclude(report)
-        return report
+        self.report.count(self.scheduler)
+        self.checks.conclude(self.report)
+        return self.report
 
     @torch.no_grad()
     def step(self) -> None:
@@ -180,7 +183,7 @@ class Engine:
             [self.scheduler.blocks.blocks(name) for name in names],
         )
         is_decoding = total == len(batch)
-        padded = min(size for size in self._graphs if size >= len(batch))
+        padded = self.shape.padded(len(batch))
         inputs, graph = self._graphs[padded]
         if not is_decoding:
             inputs = self._buffers.take(total, len(batch), int(counts.max()))

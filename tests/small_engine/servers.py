@@ -57,6 +57,7 @@ SERVERS = {
         {"kv_policy": "rkv", "kv_request_policies": ["knorm", "tova"], "kv_protect_prompt": False},
         (None, None, "tova", "knorm", None),
         shares=True,
+        pauses=True,
     ),
     "hidden states": Server(
         {

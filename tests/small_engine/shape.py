@@ -56,3 +56,12 @@ class Shape:
     def group(self) -> int:
         """Query heads of a kv head."""
         return self.query_heads // self.kv_heads
+
+    @property
+    def graph_sizes(self) -> list[int]:
+        """Numbers of requests for which decoding is captured, ascending."""
+        return sorted({min(2**i, self.max_requests) for i in range(self.max_requests.bit_length() + 1)})
+
+    def padded(self, num_requests: int) -> int:
+        """Return the size of the graph that decodes for so many requests."""
+        return next(size for size in self.graph_sizes if size >= num_requests)
