@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import os
 import sys
 from collections.abc import Sequence
@@ -81,7 +82,7 @@ def main(arguments: Sequence[str] | None = None, machine: Machine | None = None)
         print(f"error: {error}", file=sys.stderr)
         return 2
     settings = _settings(args)
-    figures = measure(machine, settings, args.tokens)
+    figures = measure(machine, settings, args.tokens, args.out if args.quick else None)
     print("\n" + "\n\n".join(_tables(figures)) + "\n")
     bars = check_bars(machine.clock.kind, settings, figures)
     for text, (value, reached) in bars.items():
@@ -92,9 +93,23 @@ def main(arguments: Sequence[str] | None = None, machine: Machine | None = None)
     return 0 if all(reached for _, reached in bars.values()) else 1
 
 
-def measure(machine: Machine, settings: Settings, tokens: Sequence[int]) -> dict[str, list[Row]]:
-    """Measure all rows; those for which memory does not suffice are named in `skipped`."""
+def measure(
+    machine: Machine, settings: Settings, tokens: Sequence[int], partial: Path | None = None
+) -> dict[str, list[Row]]:
+    """Measure all rows; those for which memory does not suffice are named in `skipped`.
+
+    Args:
+        machine, settings: where and how.
+        tokens: of the steps.
+        partial: file for the rows so far, for a run that may be stopped.
+    """
     figures: dict[str, list[Row]] = {name: [] for name in ("scoring", "measuring", "compaction", "steps", "skipped")}
+
+    def keep() -> None:
+        if partial is not None:
+            partial.parent.mkdir(parents=True, exist_ok=True)
+            partial.write_text(json.dumps(figures))
+
     for length in settings.lengths:
         for requests in settings.requests:
             needed, free = settings.needed_memory(length, requests), machine.clock.free_memory()
@@ -108,8 +123,10 @@ def measure(machine: Machine, settings: Settings, tokens: Sequence[int]) -> dict
                 print(f"scored {requests} x {length} {keys} keys: {row['ours_ms']:.3g} ms", file=sys.stderr)
             figures["measuring"].append(bench_measuring(machine, settings, length, requests))
             figures["compaction"].append(bench_compaction(machine, settings, length, requests))
+            keep()
     for number in tokens:
         figures["steps"] += bench_step(machine, settings, number)
+        keep()
     return figures
 
 

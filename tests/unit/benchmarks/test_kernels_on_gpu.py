@@ -92,6 +92,20 @@ def test_a_quick_run_compares_single_requests_only(cuda, tmp_path):
     assert ["triton_ms" in row for row in json.loads(out.read_text())["scoring"]] == [True, True, False, False]
 
 
+def test_a_quick_run_that_is_stopped_leaves_its_rows(cuda, tmp_path, monkeypatch):
+    if why := native.unavailable("cpu"):
+        pytest.skip(why)
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command_line, "bench_step", stop)
+    out = tmp_path / "deeper" / "kernels.json"
+    with pytest.raises(KeyboardInterrupt):
+        command_line.main([*WORDS, "--quick", "--out", str(out)], machine_on(cuda, native=native))
+    assert [row["requests"] for row in json.loads(out.read_text())["scoring"]] == [1, 1, 3, 3]
+
+
 def test_rows_that_do_not_fit_are_named(tmp_path, capsys):
     out = tmp_path / "kernels.json"
     small = FakeCuda(free=2**30)

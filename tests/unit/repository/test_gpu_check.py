@@ -182,6 +182,14 @@ def test_figures_that_miss_their_limits_fail_a_step_on_a_gpu(tmp_path):
     assert steps._misses_of_first_compaction({"first compaction native": {"first_ms": 90.0}}) == []
 
 
+def test_figures_may_name_what_was_left_out(tmp_path):
+    script = "import json, sys; json.dump({'skipped': json.loads(sys.argv[2])}, open(sys.argv[1], 'w'))"
+    for skipped, status, left in (('"it is small"', "skipped", {}), ("[{}]", "passed", {"skipped": [{}]})):
+        command = Command("a", [sys.executable, "-c", script, "{figures}", skipped])
+        outcome = Process(command, tmp_path).outcome(time.monotonic() + 30)
+        assert (outcome.status, outcome.figures) == (status, left)
+
+
 def test_what_tests_record_and_why_they_fail_is_read(tmp_path):
     file = tmp_path / "test_it.py"
     file.write_text(
