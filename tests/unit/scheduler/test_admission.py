@@ -224,7 +224,9 @@ def test_promises_add_up_in_any_order(num_pages, steps):
 def vllm_config():
     """As much of vLLM's configuration as its own memory estimate reads."""
     return SimpleNamespace(
-        model_config=SimpleNamespace(max_model_len=2048),
+        model_config=SimpleNamespace(max_model_len=2048, hf_text_config=SimpleNamespace()),
+        max_in_flight_tokens=256,
+        max_concurrent_batches=2,
         parallel_config=SimpleNamespace(
             decode_context_parallel_size=1, prefill_context_parallel_size=1, data_parallel_size=1
         ),
