@@ -22,7 +22,6 @@ from skipkv_vllm.worker.signals.base import Inputs
 from tests.operators.cases import Pages
 
 WINDOW, GROUP = 5, 2
-RANKS = Ranks(layers=tuple(range(3, 9)), first_head=2)
 
 
 class Written(NamedTuple):
@@ -81,7 +80,8 @@ class ScoringCase:
                 request.num_question = each.ahead * each.question
             jobs.append(Job(order, request))
         batch = CompactionBatch.of(jobs, cache, WINDOW)
-        return Scorer(cache, WINDOW, RANKS), batch, self._inputs(batch, generator)
+        ranks = Ranks(layers=tuple(range(3, 3 + 2 * pages.layers, 2)), first_head=2)
+        return Scorer(cache, WINDOW, ranks), batch, self._inputs(batch, generator)
 
     def _queries(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
         dtype = torch.float32 if self.pages.dtype.itemsize == 1 else self.pages.dtype

@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from skipkv_vllm.config import CONFIG_KEY, KVPolicyConfig
 from skipkv_vllm.core.errors import KVPolicyError
 from skipkv_vllm.integration import build
 from skipkv_vllm.integration.build import left_for_kv
-from skipkv_vllm.integration.compat import model_shape, policy_config
+from skipkv_vllm.integration.compat import block_pool, cache_groups, model_shape, policy_config
 from skipkv_vllm.ops import paging
 from skipkv_vllm.ops.paging import FP8_CACHES, PagedCache, layer_pages
 from skipkv_vllm.worker.cache import KVCache
@@ -107,26 +108,33 @@ def test_pages_leave_room_for_state_positions_and_sums(policy, extra, left):
     # The pool can hold no request of 1,152 tokens, so there is state for one.
     # 2 layers x 2 heads x 2 * 62 elements of 2 bytes are 992 bytes a token; positions add 16, the mass as many, and
     # errors with the number of queries twice as many.
-    layer = SimpleNamespace(impl=None, kv_cache_torch_dtype=torch.bfloat16)
+    spec = FullAttentionSpec(block_size=16, num_kv_heads=2, head_size=62, dtype=torch.bfloat16)
+    layer = SimpleNamespace(impl=None, get_kv_cache_spec=lambda config: spec)
     model_config = SimpleNamespace(
         dtype=torch.bfloat16,
         max_model_len=100,
         get_num_attention_heads=lambda parallel: 2,
-        get_num_kv_heads=lambda parallel: 2,
-        get_head_size=lambda: 62,
         get_hidden_size=lambda: 124,
         get_vocab_size=lambda: 500,
     )
     vllm_config: Any = SimpleNamespace(
         additional_config={CONFIG_KEY: KVPolicyConfig(kv_policy=policy, kv_request_policies=extra).model_dump()},
         model_config=model_config,
-        parallel_config=None,
+        parallel_config=SimpleNamespace(pipeline_parallel_size=1),
+        speculative_config=None,
+        kv_transfer_config=None,
+        attention_config=SimpleNamespace(hisparse_config=None),
+        max_in_flight_tokens=128,
+        max_concurrent_batches=2,
         compilation_config=SimpleNamespace(
             static_forward_context={"a": layer, "b": layer}, max_cudagraph_capture_size=None
         ),
         cache_config=SimpleNamespace(block_size=16),
-        scheduler_config=SimpleNamespace(max_num_seqs=4, max_num_batched_tokens=64),
+        scheduler_config=SimpleNamespace(
+            max_num_seqs=4, max_num_batched_tokens=64, disable_hybrid_kv_cache_manager=False
+        ),
     )
-    shape = model_shape(vllm_config, 2, torch.bfloat16)
-    state = shape.row_bytes(policy_config(vllm_config), 1, 100, 64)
+    groups = cache_groups(vllm_config)
+    shape, pool = model_shape(vllm_config, groups), block_pool(vllm_config, groups, 1)
+    state = shape.row_bytes(policy_config(vllm_config), 1, pool)
     assert left_for_kv(state + 63 * 1024, vllm_config) // 992 == left

@@ -139,7 +139,8 @@ def one_rank(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=STAGES * WIDTH)
     stage, place = divmod(rank, WIDTH)
     layers, heads = LAYERS // STAGES, HEADS // WIDTH
-    ranks = Ranks(LAYERS * HEADS, stage * layers, place * heads, STAGES, dist.group.WORLD, (STAGES - 1) * WIDTH)
+    numbers = tuple(range(stage * layers, (stage + 1) * layers))
+    ranks = Ranks(LAYERS * HEADS, numbers, place * heads, STAGES, dist.group.WORLD, (STAGES - 1) * WIDTH)
     where = slice(stage * layers, (stage + 1) * layers), slice(place * heads, (place + 1) * heads)
     results = [kept(*case, *where, ranks, is_last=stage == STAGES - 1) for case in CASES]
     torch.save(results, Path(folder, f"{rank}.pt"))
