@@ -1,4 +1,4 @@
-"""Time a whole compaction of every method: `python -m benchmarks.kernels methods`.
+"""Time a whole compaction of every method: `python -m benchmarks.kernels.methods`.
 
 A compaction is everything that the worker does for a request that has reached its bound: it accumulates the queries
 that are due (with methods that accumulate), reads the signals, scores, selects, moves, and lets the signals follow.
@@ -304,7 +304,7 @@ def table(found: dict[int, dict[str, float]]) -> str:
 def _parser() -> argparse.ArgumentParser:
     defaults: dict[str, Any] = {field: getattr(Sizes, field) for field in Sizes.__dataclass_fields__}
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.kernels methods",
+        prog="python -m benchmarks.kernels.methods",
         description=__doc__,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
