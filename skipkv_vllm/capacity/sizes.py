@@ -299,7 +299,7 @@ def _room(config: KVPolicyConfig, pool: Pool) -> int:
 
     def needed(num_tokens: int) -> int:
         demand = KEEP_EVERYTHING.resolve(config, 0).demand(num_tokens, pool.block_size, pool.others)
-        return demand.num_blocks(pool.block_size) + demand.num_in_flight
+        return demand.most_blocks(pool.block_size)
 
     return bisect_right(range(1, pool.num_blocks * pool.block_size + 1), pool.num_blocks, key=needed)
 

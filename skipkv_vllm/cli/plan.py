@@ -160,7 +160,7 @@ def plan(model: str, config: KVPolicyConfig, machine: Machine, *, length: int | 
     memory["for KV, with positions"] = available - state
     blocks = blocks_with_policy(config, shape, available, pool)
     demand = RequestOptions.parse(None, config, max_length).resolve(config, 0).demand(max_length, block_size, others)
-    needed = demand.num_blocks(block_size) + demand.num_in_flight
+    needed = demand.most_blocks(block_size)
     if blocks < needed:
         raise KVPolicyError(
             f"{max(blocks, 0)} blocks of {block_size} tokens are left for KV, and one request at its bound "

@@ -174,3 +174,7 @@ class Demand(NamedTuple):
         """Return the most blocks that it takes at once, once its prompt is computed."""
         held, extra = (ceil_div(num_tokens, block_size) for num_tokens in self.lookahead)
         return max(ceil_div(self.num_tokens, block_size), held + extra) + self.num_beside
+
+    def most_blocks(self, block_size: int) -> int:
+        """Return the most blocks that it takes at once, also while its prompt is computed."""
+        return self.num_blocks(block_size) + self.num_in_flight

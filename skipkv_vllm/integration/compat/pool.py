@@ -99,7 +99,7 @@ def check_bound_fits(config: KVPolicyConfig, pool: Pool) -> None:
         .resolve(config, 0)
         .demand(pool.max_length, pool.block_size, pool.others)
     )
-    needed = demand.num_blocks(pool.block_size) + demand.num_in_flight
+    needed = demand.most_blocks(pool.block_size)
     if needed > pool.num_blocks:
         raise KVPolicyError(
             f"--kv-budget {config.kv_budget} + --kv-buffer {config.kv_buffer}: a request holds up to {needed} blocks, "
@@ -148,9 +148,9 @@ def check_fits_alone(
     others = others_of(text_config, block_size, vllm_config.max_in_flight_tokens, vllm_config.max_concurrent_batches)
     block_size = groups_of(text_config, block_size).block_size
     limits, demand = resolved.limits, resolved.demand(longest, block_size, others)
-    num_blocks -= demand.num_beside + demand.num_in_flight
-    if demand.num_blocks(block_size) - demand.num_beside <= num_blocks:
+    if demand.most_blocks(block_size) <= num_blocks:
         return
+    num_blocks -= demand.num_beside + demand.num_in_flight
     most, room = demand.num_tokens, max(0, num_blocks) * block_size
     if request.resumable:
         found = Excess(most, "a streaming-input session keeps all its tokens", "send its input as separate requests")
