@@ -102,7 +102,7 @@ class EvictingBlockManager(_Base):
         """Turn one of an engine's freshly made stock managers into one of these.
 
         vLLM's factory has no seam that covers every attention backend, so the class of the object is changed. The
-        managers of the other groups learn what must not be published.
+        managers of the other groups learn what must not be published, and what a request is promised there.
 
         Args:
             managers: of all groups.
