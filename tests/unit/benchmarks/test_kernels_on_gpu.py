@@ -34,13 +34,13 @@ def cuda() -> FakeCuda:
 
 
 def machine_on(cuda: FakeCuda, **backends: object) -> Machine:
+    if native in backends.values() and (why := native.unavailable("cpu")):
+        pytest.skip(why)
     clock = CudaClock(CPU, cuda)
     return Machine(clock, backends, ("other: is not there",), Limits(CPU, 16, 4096, torch.bfloat16))
 
 
 def test_every_row_of_a_gpu_is_made(cuda, tmp_path, capsys):
-    if why := native.unavailable("cpu"):
-        pytest.skip(why)
     out = tmp_path / "kernels.json"
     machine = machine_on(cuda, native=native, triton=torch_backend)
     assert command_line.main([*WORDS, "--out", str(out)], machine) in (0, 1)
@@ -93,9 +93,6 @@ def test_a_quick_run_compares_single_requests_only(cuda, tmp_path):
 
 
 def test_a_quick_run_that_is_stopped_leaves_its_rows(cuda, tmp_path, monkeypatch):
-    if why := native.unavailable("cpu"):
-        pytest.skip(why)
-
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
 
