@@ -100,6 +100,8 @@ def cuda_units(torch: Path, compiler: str, headers: Path) -> list[Unit]:
     flags = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", STABLE_ABI, "-DUSE_CUDA"]
     flags += ["--expt-relaxed-constexpr", *includes(torch, headers)]
     flags += [part for each in gencode() for part in ("-gencode", each)]
+    # A name without quotes or commas, which nvcc would take apart.
+    flags.append("-DSKIPKV_IMAGES=" + "+".join(each.partition("code=")[2] for each in gencode()))
     return [
         Unit(source.stem, [compiler, *flags, "-c", str(source)])
         for source in sorted((ROOT / "csrc/cuda").glob("*"))

@@ -8,6 +8,7 @@ import os
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 
 def main() -> int:
@@ -27,7 +28,7 @@ def main() -> int:
         return 1
     start = time.perf_counter()
     why = native.unavailable(args.device)
-    figures = {
+    figures: dict[str, Any] = {
         "library": os.environ.get(native.OVERRIDES[args.device], "of the checkout"),
         "operators": len(SCHEMAS),
         "load_ms": round((time.perf_counter() - start) * 1e3, 1),
@@ -35,6 +36,8 @@ def main() -> int:
         # Without a GPU it can be loaded where PyTorch is one for CUDA, and not called.
         "why_not_cuda": native.unavailable("cuda") if torch.version.cuda else "this torch has no CUDA",
     }
+    if args.device == "cuda":
+        figures["built_for"] = native.built_for(native.path_of("cuda"))
     args.out.write_text(json.dumps(figures))
     if why is not None:
         print(why, file=sys.stderr)

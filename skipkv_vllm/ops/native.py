@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..core.errors import KVPolicyError
+from . import images
 from .schema import SCHEMAS
 
 LIBRARIES = {"cpu": "_skipkv_cpu.so", "cuda": "_skipkv_cuda.so"}
@@ -26,13 +28,35 @@ REMEDIES = {
 }
 
 
-@functools.cache
 def unavailable(device_type: str) -> str | None:
-    """Load a device's library; return why its operators cannot run, and the remedy, or None if they can."""
-    name = LIBRARIES.get(device_type)
-    if name is None:
+    """Load a device's library; return why its operators cannot run, and the remedy, or None if they can.
+
+    It does not start CUDA. Before CUDA has started, one fitting GPU of the machine is enough; then the current one must
+    fit.
+    """
+    why = _cannot_load(device_type)
+    if why is not None or device_type != "cuda":
+        return why
+    path = path_of(device_type)
+    return images.misfit(path.name, built_for(path), images.capabilities(), f"SKIPKV_BUILD_CUDA=1 {REBUILD}")
+
+
+def path_of(device_type: str) -> Path:
+    """Return where a device's library must lie."""
+    return Path(os.environ.get(OVERRIDES[device_type]) or Path(__file__).with_name(LIBRARIES[device_type]))
+
+
+@functools.cache
+def built_for(path: Path) -> tuple[str, ...]:
+    """Return the images of a CUDA library that has been loaded, as nvcc names them."""
+    return images.images_of(str(path)) or ()
+
+
+@functools.cache
+def _cannot_load(device_type: str) -> str | None:
+    if device_type not in LIBRARIES:
         return f"has no operators for {device_type}"
-    path = Path(os.environ.get(OVERRIDES[device_type]) or Path(__file__).with_name(name))
+    path = path_of(device_type)
     if not path.exists():
         return f"{path.name} was not built; {REMEDIES[device_type]}"
     try:
@@ -40,7 +64,10 @@ def unavailable(device_type: str) -> str | None:
     except OSError as error:
         return f"{path.name} cannot be loaded ({error.__cause__ or error}); {REMEDIES[device_type]}"
     library = getattr(torch.ops, f"skipkv_{device_type}")
-    if stale := [op for op, schema in SCHEMAS.items() if not _has(library, op, schema)]:
+    stale = [op for op, schema in SCHEMAS.items() if not _has(library, op, schema)]
+    if device_type == "cuda" and images.images_of(str(path)) is None:
+        stale.append(images.SYMBOL)
+    if stale:
         return f"{path.name} was built from other sources ({', '.join(stale)} differ); {REMEDIES[device_type]}"
     return None
 
@@ -53,8 +80,19 @@ def _has(library: Any, op: str, schema: str) -> bool:
 
 
 def operator(op: str, device_type: str) -> Callable[..., Any]:
-    """Return the operator of a device's library, which must be available; calls reach it without detours."""
-    return getattr(getattr(torch.ops, f"skipkv_{device_type}"), op).default
+    """Return the operator of a device's library; calls reach it without detours.
+
+    Raises:
+        KVPolicyError: the library is unavailable.
+    """
+    return getattr(_loaded(device_type), op).default
+
+
+def _loaded(device_type: str) -> Any:
+    """Return the namespace of a device's library, which this loads if nobody has."""
+    if why := unavailable(device_type):
+        raise KVPolicyError(f"the native operators cannot run on {device_type}: {why}")
+    return getattr(torch.ops, f"skipkv_{device_type}")
 
 
 def __getattr__(op: str) -> Callable[..., Any]:
@@ -79,9 +117,9 @@ def limit_isa(level: int) -> int:
     Returns:
         The level in use, which the processor may limit further.
     """
-    return torch.ops.skipkv_cpu.limit_isa(level)
+    return _loaded("cpu").limit_isa(level)
 
 
 def score_scratch(length: int, dim: int, window: int, group: int) -> int:
     """Return the bytes of scratch memory that a CPU thread of `score_tokens` takes for a request of this length."""
-    return torch.ops.skipkv_cpu.score_scratch(length, dim, window, group)
+    return _loaded("cpu").score_scratch(length, dim, window, group)

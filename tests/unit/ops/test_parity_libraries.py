@@ -62,9 +62,9 @@ def test_bad_arguments_are_refused(name):
 
 def test_a_missing_library_is_reported_with_the_remedy(monkeypatch, tmp_path):
     monkeypatch.setenv(native.OVERRIDES["cpu"], str(tmp_path / "nowhere.so"))
-    assert "nowhere.so was not built; run `pip install" in str(native.unavailable.__wrapped__("cpu"))
+    assert "nowhere.so was not built; run `pip install" in str(native._cannot_load.__wrapped__("cpu"))
     (tmp_path / "nowhere.so").write_text("this is no library")
-    assert "cannot be loaded" in str(native.unavailable.__wrapped__("cpu"))
+    assert "cannot be loaded" in str(native._cannot_load.__wrapped__("cpu"))
     assert "has no operators for mps" in str(native.unavailable("mps"))
 
 
@@ -73,4 +73,4 @@ def test_a_library_of_other_sources_is_not_used(monkeypatch):
         pytest.skip(why)
     monkeypatch.setitem(native.SCHEMAS, "steer_add", "(Tensor hidden, float coefficient) -> Tensor")
     monkeypatch.setitem(native.SCHEMAS, "new_op", "(Tensor hidden) -> Tensor")
-    assert "was built from other sources (steer_add, new_op differ); run" in str(native.unavailable.__wrapped__("cpu"))
+    assert "was built from other sources (steer_add, new_op differ); run" in str(native._cannot_load.__wrapped__("cpu"))
