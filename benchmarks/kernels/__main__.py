@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import os
 import sys
 from collections.abc import Sequence
@@ -31,9 +30,9 @@ from benchmarks.results.store import DOCS, OPERATORS, OPERATORS_ON_GPU
 from skipkv_vllm import KVPolicyError
 
 from .bars import check_bars
-from .bench import KEYS, Row, Settings, bench_compaction, bench_measuring, bench_scoring
+from .bench import Settings
 from .machine import Machine
-from .steps import bench_step
+from .parts import Figures, measure
 
 DEFAULTS: dict[str, dict[str, Any]] = {
     "cpu": {
@@ -82,55 +81,20 @@ def main(arguments: Sequence[str] | None = None, machine: Machine | None = None)
         print(f"error: {error}", file=sys.stderr)
         return 2
     settings = _settings(args)
-    figures = measure(machine, settings, args.tokens, args.out if args.quick else None)
+    figures = measure(machine, settings, args.tokens, args.out if args.quick else None, args.within)
     print("\n" + "\n\n".join(_tables(figures)) + "\n")
     bars = check_bars(machine.clock.kind, settings, figures)
     for text, (value, reached) in bars.items():
         print(f"{'reached' if reached else 'MISSED '} {text}: {value:.3g}")
+    for part in figures.get("not_reached", ()):
+        print(f"not reached in {args.within:g} s: {part}")
     run = record("benchmarks.kernels", dataclasses.asdict(settings), arguments, threads=args.threads, note=args.note)
     run["device"] = machine.describe()
     publish({"run": run, "bars": {text: value for text, (value, _) in bars.items()}, **figures}, args.out)
     return 0 if all(reached for _, reached in bars.values()) else 1
 
 
-def measure(
-    machine: Machine, settings: Settings, tokens: Sequence[int], partial: Path | None = None
-) -> dict[str, list[Row]]:
-    """Measure all rows; those for which memory does not suffice are named in `skipped`.
-
-    Args:
-        machine, settings: where and how.
-        tokens: of the steps.
-        partial: file for the rows so far, for a run that may be stopped.
-    """
-    figures: dict[str, list[Row]] = {name: [] for name in ("scoring", "measuring", "compaction", "steps", "skipped")}
-
-    def keep() -> None:
-        if partial is not None:
-            partial.parent.mkdir(parents=True, exist_ok=True)
-            partial.write_text(json.dumps(figures))
-
-    for length in settings.lengths:
-        for requests in settings.requests:
-            needed, free = settings.needed_memory(length, requests), machine.clock.free_memory()
-            if needed > free and machine.clock.kind != "cpu":
-                figures["skipped"].append({"length": length, "requests": requests, "needed": needed, "free": free})
-                print(f"skipped {requests} x {length}: {needed >> 30} GiB needed, {free >> 30} free", file=sys.stderr)
-                continue
-            for keys in KEYS:
-                row = bench_scoring(machine, settings, length, keys, requests)
-                figures["scoring"].append(row)
-                print(f"scored {requests} x {length} {keys} keys: {row['ours_ms']:.3g} ms", file=sys.stderr)
-            figures["measuring"].append(bench_measuring(machine, settings, length, requests))
-            figures["compaction"].append(bench_compaction(machine, settings, length, requests))
-            keep()
-    for number in tokens:
-        figures["steps"] += bench_step(machine, settings, number)
-        keep()
-    return figures
-
-
-def _tables(figures: dict[str, list[Row]]) -> list[str]:
+def _tables(figures: Figures) -> list[str]:
     writers = (scoring_table, measuring_table, compaction_table, steps_table)
     return [write(figures[name]) for write, name in zip(writers, list(figures)[:4], strict=True) if figures[name]]
 
@@ -141,7 +105,7 @@ def _settings(args: argparse.Namespace) -> Settings:
         lengths=tuple(args.lengths),
         requests=tuple(args.requests),
         repeats=3 if args.quick else args.repeats,
-        seconds=min(0.5, args.seconds) if args.quick else args.seconds,
+        seconds=min(0.25, args.seconds) if args.quick else args.seconds,
         # A quick run compares backends with each other at single requests only.
         others_at=1 if args.quick else max(args.requests),
         **{name: getattr(args, name) for name in names},
@@ -180,6 +144,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seconds", type=float, help="of rounds for each row")
     parser.add_argument("--note", default="", help="something that readers of the results should know")
     parser.add_argument("--quick", action="store_true", help="few rounds; on a CPU also short lengths")
+    parser.add_argument(
+        "--within",
+        type=float,
+        metavar="SECONDS",
+        help="measure what bars are about first, and begin nothing after this time; the results name what is missing",
+    )
     parser.add_argument("--out", type=Path)
     return parser
 

@@ -8,11 +8,13 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from benchmarks.kernels import __main__ as command_line
+from benchmarks.kernels import parts
 from benchmarks.kernels.clocks import CPU, CudaClock
 from benchmarks.kernels.machine import Limits, Machine
 from benchmarks.results.sections.operators import operators_section
@@ -96,11 +98,51 @@ def test_a_quick_run_that_is_stopped_leaves_its_rows(cuda, tmp_path, monkeypatch
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(command_line, "bench_step", stop)
+    monkeypatch.setattr(parts, "bench_step", stop)
     out = tmp_path / "deeper" / "kernels.json"
     with pytest.raises(KeyboardInterrupt):
         command_line.main([*WORDS, "--quick", "--out", str(out)], machine_on(cuda, native=native))
     assert [row["requests"] for row in json.loads(out.read_text())["scoring"]] == [1, 1, 3, 3]
+
+
+def names(which: list[parts.Part]) -> list[str]:
+    return [str(each) for each in which]
+
+
+def test_the_most_important_parts_come_first():
+    """Of a GPU's sizes: what bars are about, then the rest by the time that it takes."""
+    given = command_line.DEFAULTS["cuda"]
+    sizes = command_line._parser().parse_args([])
+    command_line._complete(sizes, "cuda")
+    every = parts.parts_of(command_line._settings(sizes), given["tokens"])
+    assert len(every) == len(given["lengths"]) * len(given["requests"]) + len(given["tokens"])
+    ordered = names(sorted(every, key=parts.Part.importance))
+    assert ordered[:4] == ["1 x 2176", "steps of 128", "16 x 2176", "64 x 2176"]
+    assert ordered[4:6] == ["1 x 1152", "1 x 4224"]
+    assert ordered[-2:] == ["64 x 1152", "64 x 4224"]
+
+
+def test_a_run_that_must_end_names_what_it_did_not_reach(cuda, tmp_path, monkeypatch, capsys):
+    """Time passes with every part; the rows of those that were reached are in the order of the tables."""
+    clock = iter(range(0, 1000, 10))
+    monkeypatch.setattr(parts, "time", SimpleNamespace(monotonic=lambda: float(next(clock))))
+    out, seen = tmp_path / "kernels.json", []
+    real = parts._measure
+    monkeypatch.setattr(parts, "_measure", lambda *given: seen.append(str(given[2])) or real(*given))
+    words = [*WORDS, "--quick", "--within", "15", "--out", str(out)]
+    assert command_line.main(words, machine_on(cuda, native=native)) in (0, 1)
+    assert seen == ["1 x 96", "steps of 1"]
+    figures = json.loads(out.read_text())
+    assert [row["requests"] for row in figures["scoring"]] == [1, 1]
+    assert {row["tokens"] for row in figures["steps"]} == {1}
+    assert figures["not_reached"] == ["3 x 96", "steps of 3"]
+    assert "not reached in 15 s: steps of 3" in capsys.readouterr().out
+
+
+def test_without_a_limit_nothing_is_left_out(cuda, tmp_path):
+    out = tmp_path / "kernels.json"
+    command_line.main([*WORDS, "--out", str(out)], machine_on(cuda, native=native))
+    assert "not_reached" not in json.loads(out.read_text())
 
 
 def test_rows_that_do_not_fit_are_named(tmp_path, capsys):
