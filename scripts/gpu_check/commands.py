@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import json
 import os
 import shutil
@@ -16,6 +17,9 @@ from typing import Any
 from xml.etree import ElementTree
 
 from .environment import ROOT
+
+GRACE = 5
+"""Seconds in which an interrupted command may write what it has found."""
 
 TAIL = 4000
 """Characters of a failed command's output that the results keep."""
@@ -33,6 +37,8 @@ class Command:
         junit: the command is pytest's and writes its report to this path.
         unavailable: words in the output of a failed command that say that the machine cannot run it.
         passes: exit statuses of a command that has passed.
+        meanings: exit status -> what it says.
+        joins: whether it starts beside the command before it, instead of after it.
     """
 
     name: str
@@ -41,6 +47,8 @@ class Command:
     junit: Path | None = None
     unavailable: str | None = None
     passes: Sequence[int] = (0,)
+    meanings: Mapping[int, str] = field(default_factory=dict)
+    joins: bool = False
 
 
 @dataclass
@@ -49,7 +57,7 @@ class Outcome:
 
     Attributes:
         name: of the command.
-        status: "passed", "failed", "timed out" or "skipped".
+        status: "passed", "failed", "not finished" or "skipped".
         reason: why it did not pass.
         seconds: how long it took.
         figures: what it measured.
@@ -96,7 +104,7 @@ class Process:
             )
 
     def outcome(self, end: float) -> Outcome:
-        """Wait until the command ends, or end it at this time of `time.monotonic`."""
+        """Wait until the command ends, or interrupt it at this time of `time.monotonic`, and then end it."""
         if self._process is None:
             reason = f"{self._command.arguments[0]} is not installed"
             return Outcome(self._command.name, "skipped", reason, is_unavailable=True)
@@ -104,9 +112,7 @@ class Process:
         try:
             code = self._process.wait(max(end - time.monotonic(), 0.01))
         except subprocess.TimeoutExpired:
-            # It leads a group of its own, with everything that it started.
-            os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
+            self._end()
             code = None
         found = self._judge(code, limit)
         found.seconds = round(time.monotonic() - self._start, 2)
@@ -114,21 +120,47 @@ class Process:
             found.tail = self._output.read_text(errors="replace")[-TAIL:]
         return found
 
+    def _end(self) -> None:
+        """Interrupt the command, so that it writes what it has, and end whatever does not go."""
+        assert self._process is not None
+        self._process.send_signal(signal.SIGINT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(GRACE)
+        # It leads a group of its own, with everything that it started.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+
     def _judge(self, code: int | None, limit: float) -> Outcome:
         name, figures = self._command.name, self._read_figures()
         if code is None:
-            return Outcome(name, "timed out", f"took longer than {limit:.0f} s", figures=figures)
+            return self._unfinished(limit, figures)
         unavailable = self._command.unavailable
         if code and unavailable and unavailable in self._output.read_text(errors="replace"):
             return Outcome(name, "skipped", f"this machine cannot: {unavailable}", is_unavailable=True)
         if self._command.junit is not None:
             return _of_pytest(name, self._command.junit, code)
         if code not in self._command.passes:
-            return Outcome(name, "failed", f"exit status {code}", figures=figures)
+            meaning = self._command.meanings.get(code, "")
+            return Outcome(name, "failed", f"exit status {code}{meaning and f', {meaning}'}", figures=figures)
         # A list names parts that were left out.
         if isinstance(figures.get("skipped"), str):
             return Outcome(name, "skipped", figures.pop("skipped"), figures=figures)
         return Outcome(name, "passed", figures=figures)
+
+    def _unfinished(self, limit: float, figures: dict[str, Any]) -> Outcome:
+        """Judge what an interrupted command had found."""
+        name, reason = self._command.name, f"not finished after {limit:.0f} s"
+        if self._command.junit is None or not self._command.junit.is_file():
+            done = f"; done: {figures['done']}" if "done" in figures else ""
+            return Outcome(name, "not finished", reason + done, figures=figures)
+        found = _of_pytest(name, self._command.junit, 0)
+        if found.status == "failed":
+            found.reason = f"{found.reason}; {reason}"
+            return found
+        # The report has the interrupted test among those that passed.
+        counted = {"begun" if key == "passed" else key: value for key, value in found.figures.items()}
+        return Outcome(name, "not finished", reason, figures=counted)
 
     def _read_figures(self) -> dict[str, Any]:
         try:

@@ -19,6 +19,9 @@ from .steps import CPU_FACTOR, MOST_IMPORTANT, STEPS, Context, Step
 TOTAL = 560
 """Limit on all steps together, in seconds."""
 
+PREPARING = 10
+"""Seconds of it for the carried wheels, about."""
+
 
 @dataclass(frozen=True)
 class Options:
@@ -34,7 +37,7 @@ class Options:
 
 
 def run(options: Options) -> int:
-    """Run the steps; return the exit status, 1 if a step failed or timed out."""
+    """Run the steps; return the exit status, 1 if a step failed or was not finished."""
     folder = options.folder.absolute()
     (folder / "scratch").mkdir(parents=True, exist_ok=True)
     out = (options.out or folder / "results.json").absolute()
@@ -97,10 +100,15 @@ class Results:
 
     def conclude(self) -> int:
         """Print a summary and return the exit status."""
-        bad = [f"{s['step']} {s['name']}" for s in self._steps.values() if s["status"] not in ("passed", "skipped")]
         print(f"results: {self._path}")
-        print(f"FAILED: {', '.join(bad)}" if bad else "no step failed")
-        return 1 if bad else 0
+        steps = list(self._steps.values())
+        bad = {
+            status: [f"{each['step']} {each['name']}" for each in steps if each["status"] == status]
+            for status in ("failed", "not finished")
+        }
+        for status, names in bad.items():
+            print(f"{status.upper()}: {', '.join(names)}" if names else f"no step {status}")
+        return 1 if any(bad.values()) else 0
 
 
 class Check:
@@ -121,6 +129,8 @@ class Check:
     def run(self, steps: Sequence[Step]) -> None:
         """Run the steps in order; one that fails keeps none from running."""
         for step in steps:
+            if step.needs_quiet:
+                self._wait()
             commands = step.commands(self._context)
             if isinstance(commands, str):
                 self._conclude(step, "skipped", commands)
@@ -135,6 +145,10 @@ class Check:
                     thread.join()
             else:
                 self._run(step, commands)
+        self._wait()
+
+    def _wait(self) -> None:
+        """Wait for the steps in the background."""
         for thread in self._background:
             thread.join()
 
@@ -149,14 +163,14 @@ class Check:
         outcomes: list[Outcome] = []
         end = min(time.monotonic() + step.limit * self._factor, self._deadline)
         own = [dataclasses.replace(each, environment={**variables, **each.environment}) for each in commands]
-        for part in [own] if step.at_once else [[each] for each in own]:
+        for part in _together(own):
             processes = [Process(each, self._context.scratch) for each in part]
             outcomes += [each.outcome(end) for each in processes]
         self._conclude(step, *self._verdict(step, outcomes), outcomes)
 
     def _verdict(self, step: Step, outcomes: Sequence[Outcome]) -> tuple[str, str | None]:
         """Return the status of a step and the reason for it."""
-        for status in ("failed", "timed out"):
+        for status in ("failed", "not finished"):
             if reasons := [f"{each.name}: {each.reason}" for each in outcomes if each.status == status]:
                 return status, "; ".join(reasons)
         skipped = [f"{each.name}: {each.reason}" for each in outcomes if each.status == "skipped"]
@@ -166,4 +180,16 @@ class Check:
             return "skipped" if is_refused or not self._context.on_gpu else "failed", "; ".join(skipped)
         if self._context.on_gpu and (misses := step.misses({each.name: each.figures for each in outcomes})):
             return "failed", "; ".join(misses)
-        return "passed", "; ".join(skipped) or None
+        left = [part for each in outcomes for part in each.figures.get("not_reached", ())]
+        return "passed", "; ".join([*skipped, *([f"not reached in time: {', '.join(left)}"] if left else [])]) or None
+
+
+def _together(commands: Sequence[Command]) -> list[list[Command]]:
+    """Return the commands in groups that run beside each other."""
+    groups: list[list[Command]] = []
+    for command in commands:
+        if command.joins and groups:
+            groups[-1].append(command)
+        else:
+            groups.append([command])
+    return groups

@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 
 from scripts.gpu_check import __main__ as command_line
-from scripts.gpu_check import attention, environment, prepare, run, steps
-from scripts.gpu_check.commands import Command, Process
-from scripts.gpu_check.run import Check, Results
-from scripts.gpu_check.steps import STEPS, Context, Step
+from scripts.gpu_check import attention, commands, environment, prepare, run, steps
+from scripts.gpu_check.commands import GRACE, Command, Process
+from scripts.gpu_check.steps import STEPS
+from tests.unit.repository.gpu_checks import WRITE, check, context, python, step
 
 REPOSITORY = Path(__file__).parents[3]
 
@@ -50,30 +50,6 @@ def test_all_steps_run_on_a_cpu(tmp_path):
 # ---- steps that fail
 
 
-def context(folder: Path, device: str = "cpu") -> Context:
-    (folder / "scratch").mkdir(exist_ok=True)
-    return Context(device, sys.executable, folder, folder / "scratch", is_tiny=True)
-
-
-def python(name: str, script: str, **options: Any) -> Command:
-    return Command(name, [sys.executable, "-c", script, "{figures}"], **options)
-
-
-def step(number: int, *parts: Command | str, **options: Any) -> Step:
-    what = parts[0] if isinstance(parts[0], str) else parts
-    return Step(number, f"step {number}", "?", options.pop("limit", 20), lambda _: what, **options)
-
-
-WRITE = "import json, sys; json.dump({'n': 3}, open(sys.argv[1], 'w'))"
-
-
-def check(tmp_path: Path, *which: Step, device: str = "cpu", seconds: float = 60) -> tuple[int, dict[int, Any]]:
-    results = Results(tmp_path / "results.json", {"torch": "x"})
-    Check(context(tmp_path, device), results, time.monotonic() + seconds, factor=1).run(which)
-    status = results.conclude()
-    return status, {each["step"]: each for each in json.loads((tmp_path / "results.json").read_text())["steps"]}
-
-
 def test_steps_after_a_failed_one_run_and_all_are_written(tmp_path):
     seen = f"import json; assert [s['status'] for s in json.load(open('{tmp_path}/results.json'))['steps']] == "
     status, found = check(
@@ -103,7 +79,7 @@ def test_a_step_without_end_is_ended_with_all_its_processes(tmp_path):
     status, found = check(tmp_path, step(0, python("sleeps", script), limit=1), step(2, python("b", "pass")))
     assert time.monotonic() - start < 10
     assert status == 1
-    assert [found[number]["status"] for number in (0, 2)] == ["timed out", "passed"]
+    assert [found[number]["status"] for number in (0, 2)] == ["not finished", "passed"]
     time.sleep(1.5)
     assert not mark.exists()
 
@@ -126,14 +102,64 @@ def test_a_background_step_does_not_hold_up_the_next_one(tmp_path):
     assert all(each["status"] == "passed" for each in found.values())
 
 
-def test_commands_at_once_run_beside_each_other(tmp_path):
+def test_commands_that_join_run_beside_each_other(tmp_path):
     script = (
         "import time, pathlib\npathlib.Path('{0}/{1}').touch()\n"
         "while not pathlib.Path('{0}/{2}').exists(): time.sleep(0.01)"
     )
-    parts = [python(a, script.format(tmp_path, a, b)) for a, b in (("x", "y"), ("y", "x"))]
-    status, _ = check(tmp_path, step(0, *parts, at_once=True, limit=15))
+    parts = [python(a, script.format(tmp_path, a, b), joins=a == "y") for a, b in (("x", "y"), ("y", "x"))]
+    status, _ = check(tmp_path, step(0, *parts, limit=15))
     assert status == 0
+
+
+def test_other_commands_run_one_after_the_other(tmp_path):
+    """Times of one would otherwise be those of a machine on which another one compiles."""
+    running = tmp_path / "running"
+    alone = (
+        f"import time, pathlib\nrunning = pathlib.Path('{running}')\nassert not running.exists()\n"
+        "running.touch()\ntime.sleep(0.3)\nrunning.unlink()"
+    )
+    status, _ = check(tmp_path, step(0, python("a", alone), python("b", alone)))
+    assert status == 0
+
+
+def test_a_step_that_judges_times_waits_for_those_in_the_background(tmp_path):
+    slow = python("slow", f"import time, pathlib; time.sleep(1); pathlib.Path('{tmp_path}/ended').touch()")
+    times = python("times", f"import pathlib; assert pathlib.Path('{tmp_path}/ended').exists()")
+    for needs_quiet, expected in ((True, "passed"), (False, "failed")):
+        (tmp_path / "ended").unlink(missing_ok=True)
+        _, found = check(tmp_path, step(1, slow, in_background=True), step(6, times, needs_quiet=needs_quiet))
+        assert found[6]["status"] == expected
+
+
+def test_what_was_found_before_the_end_is_kept(tmp_path):
+    """An interrupted pytest still reports its failures, and without any the step is not finished."""
+    file = tmp_path / "test_it.py"
+    for outcome, expected in (("True", "not finished"), ("False", "failed")):
+        file.write_text(f"import time\n\ndef test_a():\n    assert {outcome}\n\ndef test_b():\n    time.sleep(60)\n")
+        tests = steps.pytest(context(tmp_path), "tests", [str(file)], "test")
+        start = time.monotonic()
+        found = Process(tests, tmp_path / "scratch").outcome(start + 6)
+        assert time.monotonic() - start < 6 + GRACE
+        assert found.status == expected
+        assert "not finished after 6 s" in found.reason
+        assert found.figures.get("failed") == (1 if expected == "failed" else 0)
+        assert "passed" not in found.figures or expected == "failed"
+
+
+def test_a_command_that_does_not_heed_the_interruption_is_ended(tmp_path, monkeypatch):
+    monkeypatch.setattr(commands, "GRACE", 0.5)
+    script = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(60)"
+    outcome = Process(python("stubborn", script), tmp_path).outcome(time.monotonic() + 1)
+    assert outcome.status == "not finished"
+    assert outcome.seconds < 10
+
+
+def test_parts_that_were_not_reached_are_named_and_are_no_failure(tmp_path):
+    script = "import json, sys; json.dump({'not_reached': ['64 x 4224', 'steps of 512']}, open(sys.argv[1], 'w'))"
+    status, found = check(tmp_path, step(7, python("timings", script)), device="cuda")
+    assert (status, found[7]["status"]) == (0, "passed")
+    assert found[7]["reason"] == "not reached in time: 64 x 4224, steps of 512"
 
 
 def test_the_built_library_takes_the_place_of_one_that_does_not_load(tmp_path):
@@ -217,22 +243,6 @@ def test_the_command_line_chooses_steps(tmp_path, monkeypatch):
     assert command_line.main(["run", *where, "--steps", "10", "0"]) == 0
     assert command_line.main(where) == 0
     assert ran == [[0, 2, 7, 8], [0, 10], list(range(11))]
-
-
-def test_the_documentation_has_every_step():
-    page = (REPOSITORY / "docs/operations/gpu-check.md").read_text()
-    for each in STEPS:
-        assert f"| {each.number} | {each.limit} | {each.question} |" in page
-
-
-def test_on_a_gpu_each_step_names_files_that_exist(tmp_path):
-    for each in STEPS:
-        found = each.commands(context(tmp_path, "cuda"))
-        assert not isinstance(found, str)
-        for command in found:
-            paths = [part for part in command.arguments if part.startswith("tests/")]
-            assert all((REPOSITORY / path).is_file() for path in paths)
-            assert bool(paths) == (command.junit is not None)
 
 
 # ---- what is carried
