@@ -17,6 +17,7 @@ import setuptools
 import torch
 
 from skipkv_vllm import KVPolicyError
+from skipkv_vllm.cli import doctor
 from skipkv_vllm.ops import dispatch, images, native
 
 ROOT = Path(__file__).parents[3]
@@ -50,7 +51,8 @@ def built(monkeypatch) -> Iterator[Callable[[str, list[images.Capability]], None
     """Pretend that the library was built for images, and that the machine has some GPUs."""
 
     def pretend(text: str, gpus: list[images.Capability]) -> None:
-        monkeypatch.setattr(native, "_cannot_load", lambda device_type: None)
+        real = native._cannot_load
+        monkeypatch.setattr(native, "_cannot_load", lambda kind: None if kind == "cuda" else real(kind))
         monkeypatch.setattr(native, "built_for", lambda path: tuple(filter(None, text.split("+"))))
         monkeypatch.setattr(images, "capabilities", lambda: gpus)
 
@@ -109,6 +111,18 @@ def test_a_library_without_an_image_is_not_used(built, monkeypatch, text, gpus, 
     assert f"native: {expected}" in choice.missed
     with pytest.raises(KVPolicyError, match=r"cannot run on cuda: _skipkv_cuda\.so was built for"):
         native.operator("score_tokens", "cuda")
+
+
+def test_doctor_says_why_the_library_is_not_used(built, monkeypatch):
+    """Triton's operators are no problem, but slower, so the reason and the remedy are worth a line."""
+    monkeypatch.delenv(dispatch.OVERRIDE, raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    built("sm_90a", [(8, 0)])
+    lines = doctor.examine().lines
+    on_cuda = lines[lines.index("operators on cuda") :]
+    assert "  score_tokens        triton" in on_cuda
+    (said,) = (line for line in on_cuda if line.startswith("  not used: native: "))
+    assert "was built for sm_90a, and the GPU has compute capability 8.0; run `SKIPKV_CUDA_ARCHITECTURES=80" in said
 
 
 def test_the_answer_follows_the_gpu_of_the_process(built, monkeypatch):
