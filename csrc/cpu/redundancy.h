@@ -2,7 +2,8 @@
 //
 // The mean over i of S_ij is the inner product of unit key j with the sum of all, less the diagonal, less the exempted
 // terms. Only the search for the exempted column of each row, the last one above the threshold, compares pairs of keys.
-// It skips most pairs, because it scans columns from the last and drops a row at its first hit.
+// It skips most pairs, because it scans columns from the last and drops a row at its first hit, and it multiplies two
+// keys only until they are known to be unlike each other.
 #pragma once
 
 #include "keys.h"
@@ -12,21 +13,108 @@ namespace skipkv {
 namespace SKIPKV_ISA {
 namespace {
 
+// Where a product of two unit vectors of `dim` floats may be given up: after about one half, and after three quarters.
+constexpr int64_t kCuts = 2;
+inline int64_t cut_at(int64_t cut, int64_t dim) { return round_up(dim * (cut + 2) / 4, kLanes); }
+
+// The norms of what is left of unit vectors after each cut, `[kCuts, step]`.
+class Remainders {
+ public:
+  Remainders(float* norms, int64_t step) : norms_(norms), step_(step) {}
+
+  void measure(const float* unit, int64_t length, int64_t dim) {
+    for (int64_t i = 0; i < length; ++i) {
+      float left = 0;
+      for (int64_t cut = kCuts - 1, end = dim; cut >= 0; --cut) {
+        const int64_t begin = cut_at(cut, dim);
+        left += inner(unit + i * dim + begin, unit + i * dim + begin, end - begin);
+        norms_[cut * step_ + i] = __builtin_sqrtf(left);
+        end = begin;
+      }
+    }
+    for (int64_t cut = 0; cut < kCuts; ++cut) clear(norms_ + cut * step_ + length, step_ - length);
+  }
+
+  const float* of(int64_t i) const { return norms_ + i; }
+  int64_t step() const { return step_; }
+
+ private:
+  float* norms_;
+  int64_t step_;
+};
+
+// `kTileRows` unit vectors, with the norms of what is left of each.
+struct UnitRows {
+  const float *rows[kTileRows], *left[kTileRows];
+};
+
+// Sets bit c of `above[m]` if product `[m, c]` of unit vectors is above the threshold. Returns whether any is.
+//
+// By the inequality of Cauchy and Schwarz, what is left of two vectors adds at most the product of its norms. So a tile
+// is given up at the first cut where no product can get above; `kRounding` exceeds what such a sum rounds away.
+[[maybe_unused]] __attribute__((noinline)) bool products_above(const UnitRows& unit, const float* panel,
+                                                               const float* panel_left, int64_t step, int64_t dim,
+                                                               float threshold, uint64_t* above) {
+  static_assert(kTileColumns <= 64, "a panel's columns fit a mask");
+  constexpr float kRounding = 1e-4f;
+  Tile<kTileVectors> sum = {};
+  int64_t d = 0;
+  for (int64_t cut = 0; cut < kCuts; ++cut, panel_left += step) {
+    const int64_t end = cut_at(cut, dim);
+    if (end >= dim) break;
+    multiply<kTileVectors>(unit.rows, panel, kTileColumns, d, end, sum);
+    d = end;
+    const Vector least = threshold - kRounding - Vector{};
+    Vector most = least;
+#pragma GCC unroll 8
+    for (int64_t m = 0; m < kTileRows; ++m) {
+      const float left = unit.left[m][cut * step];
+#pragma GCC unroll 8
+      for (int64_t v = 0; v < kTileVectors; ++v) {
+        const Vector bound = sum[m][v] + left * load(panel_left + v * kLanes);
+        most = bound > most ? bound : most;
+      }
+    }
+    if (mask_greater(most, least) == 0) return false;
+  }
+  multiply<kTileVectors>(unit.rows, panel, kTileColumns, d, dim, sum);
+  const Vector least = threshold - Vector{};
+  uint64_t any = 0;
+#pragma GCC unroll 8
+  for (int64_t m = 0; m < kTileRows; ++m) {
+    uint64_t mask = 0;
+#pragma GCC unroll 8
+    for (int64_t v = 0; v < kTileVectors; ++v) mask |= mask_greater(sum[m][v], least) << v * kLanes;
+    above[m] = mask;
+    any |= mask;
+  }
+  return any != 0;
+}
+
 struct ExemptScratch {
   int32_t *last, *earlier, *active, *seekers, *furthest;
+  float* left;
 
   ExemptScratch(Arena& arena, int64_t length)
       : last(arena.take<int32_t>(length)),
         earlier(arena.take<int32_t>(length)),
         active(arena.take<int32_t>(length)),
         seekers(arena.take<int32_t>(length)),
-        furthest(arena.take<int32_t>(length / kTileColumns + 1)) {}
+        furthest(arena.take<int32_t>(length / kTileColumns + 1)),
+        left(arena.take<float>(kCuts * round_up(length, kTileColumns))) {}
 };
 
 class ExemptSearch {
  public:
   ExemptSearch(const float* unit, int64_t stride, int64_t length, float threshold, ExemptScratch scratch)
-      : unit_(unit), stride_(stride), length_(length), threshold_(threshold), s_(scratch), num_active_(length) {
+      : unit_(unit),
+        stride_(stride),
+        length_(length),
+        threshold_(threshold),
+        s_(scratch),
+        left_(scratch.left, round_up(length, kTileColumns)),
+        num_active_(length) {
+    left_.measure(unit, length, stride);
     for (int64_t i = 0; i < length; ++i) {
       s_.last[i] = s_.earlier[i] = -1;
       s_.active[i] = static_cast<int32_t>(i);
@@ -38,13 +126,11 @@ class ExemptSearch {
   void scan_later(const float* panel, int64_t first) {
     const int64_t end = first + kTileColumns < length_ ? first + kTileColumns : length_;
     while (num_active_ > 0 && s_.active[num_active_ - 1] >= end) --num_active_;
-    const float* rows[kTileRows];
     uint64_t above[kTileRows];
     // Rows from the last, so that each column records one row: the last that is similar to it.
     uint64_t noted = 0;
     for (int64_t a = round_up(num_active_, kTileRows) - kTileRows; a >= 0; a -= kTileRows) {
-      gather(a, num_active_, rows);
-      if (!products_above(rows, panel, stride_, threshold_, above)) continue;
+      if (!compare(a, num_active_, panel, first, above)) continue;
       for (int64_t m = (num_active_ - a < kTileRows ? num_active_ - a : kTileRows) - 1; m >= 0; --m) {
         uint64_t hits = above[m] & columns(end - first);
         if (hits == 0) continue;
@@ -78,10 +164,15 @@ class ExemptSearch {
   }
 
  private:
-  void gather(int64_t from, int64_t count, const float** rows) const {
+  // Compares `kTileRows` active rows from number `from` on with the panel of the columns from `first` on.
+  bool compare(int64_t from, int64_t count, const float* panel, int64_t first, uint64_t* above) const {
+    UnitRows unit;
     for (int64_t m = 0; m < kTileRows; ++m) {
-      rows[m] = unit_ + s_.active[from + m < count ? from + m : from] * stride_;
+      const int64_t i = s_.active[from + m < count ? from + m : from];
+      unit.rows[m] = unit_ + i * stride_;
+      unit.left[m] = left_.of(i);
     }
+    return products_above(unit, panel, left_.of(first), left_.step(), stride_, threshold_, above);
   }
 
   // Returns a mask of the first n columns of a panel, n < 64.
@@ -103,7 +194,6 @@ class ExemptSearch {
     for (int64_t j = 0; j < length_; ++j) {
       if (s_.last[j] < 0) s_.seekers[num_seekers++] = static_cast<int32_t>(j);
     }
-    const float* rows[kTileRows];
     uint64_t above[kTileRows];
     for (int64_t p = panels - 1; p >= 0; --p) {
       const int64_t first = p * kTileColumns;
@@ -117,8 +207,7 @@ class ExemptSearch {
       if (count == 0) continue;
       pack_panel(unit_, stride_, first, length_, panel);
       for (int64_t a = 0; a < count; a += kTileRows) {
-        gather(a, count, rows);
-        if (!products_above(rows, panel, stride_, threshold_, above)) continue;
+        if (!compare(a, count, panel, first, above)) continue;
         for (int64_t m = 0; m < kTileRows && a + m < count; ++m) {
           uint64_t hits = above[m];
           if (hits == 0) continue;
@@ -136,6 +225,7 @@ class ExemptSearch {
   int64_t stride_, length_;
   float threshold_;
   ExemptScratch s_;
+  Remainders left_;
   int64_t num_active_;
 };
 

@@ -28,14 +28,14 @@ inline void pack_panel(const float* rows, int64_t stride, int64_t first, int64_t
 template <int64_t vectors>
 using Tile = Vector[kTileRows][vectors];
 
-// sum[m, c] = sum over d of rows[m][d] * panel[d, c]; the rows of the panel are `step` apart. The order of the terms
-// does not depend on which of two vectors is the row, so neither does their cosine.
+// sum[m, c] += sum over d from `begin` to `end` of rows[m][d] * panel[d, c]; the rows of the panel are `step` apart.
+// The order of the terms does not depend on which of two vectors is the row, so neither does their cosine.
 template <int64_t vectors>
 __attribute__((always_inline)) inline void multiply(const float* const* rows, const float* panel, int64_t step,
-                                                    int64_t dim, Tile<vectors>& sum) {
+                                                    int64_t begin, int64_t end, Tile<vectors>& sum) {
   const float* row[kTileRows];
   for (int64_t m = 0; m < kTileRows; ++m) row[m] = rows[m];
-  for (int64_t d = 0; d < dim; ++d) {
+  for (int64_t d = begin; d < end; ++d) {
     Vector column[vectors];
 #pragma GCC unroll 8
     for (int64_t v = 0; v < vectors; ++v) column[v] = load(panel + d * step + v * kLanes);
@@ -48,15 +48,15 @@ __attribute__((always_inline)) inline void multiply(const float* const* rows, co
   }
 }
 
-// The next two functions are never inlined. With other values to keep in registers, compilers spill the panel's columns
-// in the inner loop, which makes it half as slow again.
+// Functions that multiply are never inlined. With other values to keep in registers, compilers spill the panel's
+// columns in the inner loop, which makes it half as slow again.
 
 // Writes the products to `out[m, c]`, whose rows are `out_step` apart.
 template <int64_t vectors>
 __attribute__((noinline)) void products(const float* const* rows, const float* panel, int64_t step, int64_t dim,
                                         float* out, int64_t out_step) {
   Tile<vectors> sum = {};
-  multiply<vectors>(rows, panel, step, dim, sum);
+  multiply<vectors>(rows, panel, step, 0, dim, sum);
 #pragma GCC unroll 8
   for (int64_t m = 0; m < kTileRows; ++m) {
 #pragma GCC unroll 8
@@ -66,25 +66,6 @@ __attribute__((noinline)) void products(const float* const* rows, const float* p
 
 inline void products(const float* const* rows, const float* panel, int64_t dim, float* out) {
   products<kTileVectors>(rows, panel, kTileColumns, dim, out, kTileColumns);
-}
-
-// Sets bit c of `above[m]` if product `[m, c]` is above the threshold. Returns whether any is.
-[[maybe_unused]] __attribute__((noinline)) bool products_above(const float* const* rows, const float* panel,
-                                                               int64_t dim, float threshold, uint64_t* above) {
-  static_assert(kTileColumns <= 64, "a panel's columns fit a mask");
-  Tile<kTileVectors> sum = {};
-  multiply<kTileVectors>(rows, panel, kTileColumns, dim, sum);
-  const Vector least = threshold - Vector{};
-  uint64_t any = 0;
-#pragma GCC unroll 8
-  for (int64_t m = 0; m < kTileRows; ++m) {
-    uint64_t mask = 0;
-#pragma GCC unroll 8
-    for (int64_t v = 0; v < kTileVectors; ++v) mask |= mask_greater(sum[m][v], least) << v * kLanes;
-    above[m] = mask;
-    any |= mask;
-  }
-  return any != 0;
 }
 
 }  // namespace

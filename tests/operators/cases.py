@@ -119,7 +119,8 @@ def make_keys(kind: str, shape: Sequence[int], generator: torch.Generator) -> Te
         kind: "random"; "clusters", many similar ones; "copies", few different ones; "zeros", a third of them zero;
             "equal", all the same; "none", all zero; "late", the first half similar to each other only; "thin", in few
             dimensions, so similar to few others each; "bridges", the first quarter similar to the last one and to
-            one key between, which is similar to nothing else.
+            one key between, which is similar to nothing else; "ends", many similar ones, but only in the last quarter
+            of their dimensions.
     """
     keys = torch.randn(*shape, generator=generator)
     layers, heads, n, dim = shape
@@ -140,6 +141,10 @@ def make_keys(kind: str, shape: Sequence[int], generator: torch.Generator) -> Te
         alone = keys[:, :, n // 2 : n // 2 + 1]
         keys[:, :, n - n // 4 :] = keys[:, :, -1:] + 0.1 * keys[:, :, n - n // 4 :]
         keys[:, :, : n // 4] = alone + keys[:, :, -1:] + 0.1 * keys[:, :, : n // 4]
+    elif kind == "ends":
+        part = dim // 4
+        centres = torch.randn(layers, heads, 6, part, generator=generator)
+        keys[..., dim - part :] = 3 * centres[:, :, torch.randint(6, (n,), generator=generator)]
     elif kind == "late":
         keys[:, :, : n // 2] = 0.2 * keys[:, :, : n // 2] + keys[:, :, :1]
     return keys
@@ -203,9 +208,7 @@ class ScoreCase:
 
     def _clear_threshold(self, arguments: Scoring) -> float:
         """Return a threshold near the wanted one and so far from every cosine that rounding cannot decide."""
-        if self.threshold == 0:
-            return 0.0  # cosines with zero keys are exactly zero on every machine
-        cosines = []
+        cosines, zeros = [], []
         for row, length in zip(arguments.table, self.lengths, strict=True):
             for cache in arguments.caches:
                 held = layer_pages(cache, self.pages.layout).keys
@@ -213,7 +216,12 @@ class ScoreCase:
                 unit = keys / (keys.norm(dim=-1, keepdim=True) + 1e-8)
                 pairs = torch.ones(length, length, dtype=torch.bool).triu(1)
                 cosines.append((unit @ unit.transpose(1, 2))[:, pairs].flatten())
-        every = torch.cat(cosines)
+                is_zero = (keys == 0).all(dim=-1)
+                zeros.append((is_zero[:, None] | is_zero[:, :, None])[:, pairs].flatten())
+        # Cosines with zero keys are exactly zero on every machine.
+        every, with_zero = torch.cat(cosines), torch.cat(zeros)
+        if self.threshold == 0 and (every[with_zero.logical_not()].abs() > 3e-7).all():
+            return 0.0
         for step in range(2000):
             threshold = self.threshold - math.copysign(step * 1e-6, self.threshold)
             if (every - threshold).abs().min() > 3e-7:

@@ -64,6 +64,8 @@ SCORES = {
     "head size 256": ScoreCase(Pages(dim=256, dtype=HALF)),
     "head size 36": ScoreCase(Pages(dim=36)),
     "long": ScoreCase(Pages(layers=1, heads=1), lengths=(700, 201, 48, 49, 96, 97), threshold=0.45),
+    "ends": ScoreCase(Pages(layers=1, heads=2, dim=128), lengths=(300, 130), keys="ends", threshold=0.72),
+    "ends, head size 80": ScoreCase(Pages(layers=1, heads=1, dim=80), lengths=(300,), keys="ends", threshold=0.72),
     "long clusters": ScoreCase(Pages(layers=1, heads=2), lengths=(500,), keys="clusters", threshold=0.72),
     "late": ScoreCase(Pages(layers=1, heads=2), lengths=(500, 333), keys="late", threshold=0.5),
     "late in bf16": ScoreCase(Pages(dtype=BF16, layers=1), lengths=(500, 333), keys="late", threshold=0.5),
