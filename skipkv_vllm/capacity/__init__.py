@@ -1,7 +1,7 @@
 """What a request costs and how many fit, and what a model's configuration says about it."""
 
 from .sizes import Capacity, ModelShape, Pool, as_dict, blocks_with_policy, capacity, most_rows, reserved_rows
-from .text_config import groups_of, others_of, shape_of, unsupported
+from .text_config import groups_of, kv_of, others_of, shape_of, unsupported
 
 __all__ = [
     "Capacity",
@@ -11,6 +11,7 @@ __all__ = [
     "blocks_with_policy",
     "capacity",
     "groups_of",
+    "kv_of",
     "most_rows",
     "others_of",
     "reserved_rows",

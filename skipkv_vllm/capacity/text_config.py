@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from ..core.limits import NO_OTHERS, OtherGroups, ceil_div, window_group
+from ..ops.paging import MAX_HEAD_SIZE
 from .sizes import ModelShape
 
 FULL, WINDOW = "full_attention", "sliding_attention"
@@ -39,16 +40,18 @@ def kinds_of(text_config: Any) -> list[str]:
 
 
 def unsupported(text_config: Any) -> str | None:
-    """Return what a policy cannot serve in this model; None if nothing is known."""
+    """Return what a policy cannot serve in this model on a GPU; None if nothing is known."""
     if getattr(text_config, "kv_lora_rank", None):
         return "MLA"
     if getattr(text_config, "attn_logit_softcapping", None):
         return "a soft cap of logits"
-    if getattr(text_config, "model_type", None) == "gpt_oss":
-        return "attention sinks"
+    if getattr(text_config, "num_kv_shared_layers", None):
+        return "layers that share a cache"
     kinds = kinds_of(text_config)
     if FULL not in kinds or not {FULL, WINDOW} >= set(kinds):
         return ", ".join(sorted(set(kinds)))
+    if (head_size := kv_of(text_config)[1]) > MAX_HEAD_SIZE:
+        return f"heads of {head_size} (at most {MAX_HEAD_SIZE})"
     groups = groups_of(text_config, 1)
     return None if groups.num_full <= groups.size else f"{groups.num_full} full and fewer sliding layers"
 
@@ -62,7 +65,7 @@ def groups_of(text_config: Any, block_size: int) -> Groups:
     # As vLLM does: groups as large as the smaller kind, or one of each if the kinds are nearly as large.
     fewest, most = sorted((num_full, num_windowed))
     size = most if most < 1.5 * fewest else fewest
-    full, windowed = (heads * dim for heads, dim in (_kv(text_config, FULL), _kv(text_config, WINDOW)))
+    full, windowed = (heads * dim for heads, dim in (kv_of(text_config, FULL), kv_of(text_config, WINDOW)))
     largest = max(full, windowed)
     return Groups(
         num_full, ceil_div(num_windowed, size), size, block_size * largest // full, block_size * largest // windowed
@@ -90,7 +93,7 @@ def shape_of(
         stages: pipeline stages; the shape is that of the stage with the most layers.
         kv_element_size: bytes per element of KV, if different.
     """
-    kv_heads, head_size = _kv(text_config, FULL)
+    kv_heads, head_size = kv_of(text_config, FULL)
     groups = groups_of(text_config, 1)
     return ModelShape(
         num_layers=ceil_div(groups.num_full, stages),
@@ -105,12 +108,10 @@ def shape_of(
     )
 
 
-def _kv(text_config: Any, kind: str) -> tuple[int, int]:
-    """Return the kv heads and the head size of the layers of a kind."""
-    heads = text_config.num_attention_heads
-    kv_heads = getattr(text_config, "num_key_value_heads", None) or heads
-    head_size = getattr(text_config, "head_dim", None) or text_config.hidden_size // heads
-    if kind == FULL:  # Gemma 4 has other heads there
-        kv_heads = getattr(text_config, "num_global_key_value_heads", None) or kv_heads
-        head_size = getattr(text_config, "global_head_dim", None) or head_size
-    return kv_heads, head_size
+def kv_of(text_config: Any, kind: str = FULL) -> tuple[int, int]:
+    """Return the kv heads and the head size of the layers of a kind, which in Gemma 4 differ."""
+    layers, kinds = getattr(text_config, "per_layer_config", None), kinds_of(text_config)
+    config = text_config if layers is None or kind not in kinds else layers[kinds.index(kind)]
+    heads = config.num_attention_heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    return kv_heads, getattr(config, "head_dim", None) or config.hidden_size // heads

@@ -17,6 +17,7 @@ from ..capacity import (
     blocks_with_policy,
     capacity,
     groups_of,
+    kv_of,
     others_of,
     reserved_rows,
     shape_of,
@@ -257,7 +258,7 @@ def _check(text: Any, config: KVPolicyConfig, machine: Machine) -> None:
         raise KVPolicyError(
             f"--tensor-parallel-size {machine.ranks} does not divide the {text.num_attention_heads} query heads"
         )
-    kv_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    kv_heads, _ = kv_of(text)
     if kv_heads % machine.ranks and machine.ranks % kv_heads:
         raise KVPolicyError(
             f"--tensor-parallel-size {machine.ranks} neither divides nor is a multiple of the {kv_heads} kv heads"

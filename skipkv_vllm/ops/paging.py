@@ -29,6 +29,9 @@ class Layout(IntEnum):
     """CPU, AMX tiles: K `[P / 16, D / 2, 16, 2]`, V `[D / 16, P / 2, 16, 2]`."""
 
 
+MAX_HEAD_SIZE = 256
+"""Largest head that the kernels for GPUs take."""
+
 FP8_CACHES = {
     "fp8": torch.float8_e4m3fn,
     "fp8_e4m3": torch.float8_e4m3fn,

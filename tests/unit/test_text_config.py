@@ -7,7 +7,7 @@ from unittest import mock
 
 import pytest
 import torch
-from transformers import Gemma2Config, Gemma3TextConfig, GptOssConfig, MistralConfig, Qwen2Config
+from transformers import Gemma2Config, Gemma3TextConfig, Gemma4TextConfig, GptOssConfig, MistralConfig, Qwen2Config
 from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 
 from skipkv_vllm.capacity.text_config import groups_of, kinds_of, others_of, shape_of, unsupported
@@ -60,7 +60,7 @@ def test_a_window_in_every_layer_is_not_supported():
 
 
 def test_attention_that_scores_would_not_follow_is_not_supported():
-    assert unsupported(GptOssConfig()) == "attention sinks"
+    assert unsupported(GptOssConfig()) is None
     assert unsupported(Gemma2Config()) == "a soft cap of logits"
 
 
@@ -72,7 +72,13 @@ def test_a_window_that_is_not_used_does_not_count():
 
 def test_layers_with_more_kv_have_smaller_blocks():
     """As in Gemma 4, where a block of every group must take the same bytes."""
-    config = GptOssConfig(num_hidden_layers=4, num_key_value_heads=4, head_dim=64, sliding_window=128)
-    assert groups_of(config, 16)[-2:] == (16, 16)
-    config.num_global_key_value_heads, config.global_head_dim = 2, 256
-    assert groups_of(config, 16)[-2:] == (16, 32)
+    sizes = {"num_hidden_layers": 6, "num_key_value_heads": 4, "head_dim": 64, "sliding_window": 128}
+    alike = Gemma4TextConfig(**sizes, num_global_key_value_heads=1, global_head_dim=256, attention_k_eq_v=True)
+    assert groups_of(alike, 16)[-2:] == (16, 16)
+    larger = Gemma4TextConfig(**sizes, num_global_key_value_heads=2, global_head_dim=256, attention_k_eq_v=True)
+    assert groups_of(larger, 16)[-2:] == (16, 32)
+    shape = shape_of(larger, ranks=1, element_size=2)
+    assert (shape.num_kv_heads, shape.head_size) == (2, 256)
+    assert unsupported(larger) is None
+    assert unsupported(Gemma4TextConfig(**sizes, num_kv_shared_layers=2)) == "layers that share a cache"
+    assert unsupported(Gemma4TextConfig(**sizes, global_head_dim=512)) == "heads of 512 (at most 256)"
