@@ -249,7 +249,7 @@ def bench_measuring(machine: Machine, settings: Settings, length: int, requests:
     held = (request.table, request.positions, request.num_resident, request.queries)
     counted = (request.each(number), request.each(length - 1))
     calls: dict[str, tuple[Any, ...]] = {
-        name: ("measure_attention", *request.cache, *held, *counted, effect, 0.0)
+        name: ("measure_attention", *request.cache, *held, *counted, None, effect, 0.0)
         for name, effect in (("attention", Effect.ATTENTION), ("error", Effect.OUTPUT))
     }
     calls["similarity"] = ("key_similarity", *request.cache, request.table, request.num_resident, length)

@@ -48,6 +48,7 @@ struct AttentionRow : HeldRow {
   RowQueries queries;
   const int32_t* positions;
   int64_t newest;
+  const float* sinks;  // [group], logits; or null
   Effect effect;
   float log_negligible;  // the logarithm of the share
   float* sums;           // [L]

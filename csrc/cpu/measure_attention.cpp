@@ -11,7 +11,8 @@ namespace skipkv {
 
 Tensor measure_attention(const std::vector<Tensor>& caches, const Tensor&, int64_t layout, const Tensor& table,
                          const Tensor& positions, const Tensor& num_resident, const Tensor& queries,
-                         const Tensor& num_queries, const Tensor& newest, int64_t effect, double negligible) {
+                         const Tensor& num_queries, const Tensor& newest, const std::optional<Tensor>& sinks,
+                         int64_t effect, double negligible) {
   check(positions, "positions", ScalarType::Int, {-1, -1, -1, -1});
   const int64_t slots = positions.size(3);
   const Held held(caches, layout, table, num_resident, 0, slots);
@@ -23,6 +24,12 @@ Tensor measure_attention(const std::vector<Tensor>& caches, const Tensor&, int64
                   " is unknown");
   const Effect wanted = static_cast<Effect>(effect);
   const float log_negligible = static_cast<float>(std::log(negligible));
+  std::optional<Tensor> all_sinks;
+  if (sinks) {
+    check(*sinks, "sinks", ScalarType::Float, {held.layers(), held.heads() * all_queries.group()});
+    all_sinks = packed(*sinks);
+  }
+  const float* const from_sinks = all_sinks ? all_sinks->const_data_ptr<float>() : nullptr;
   const Tensor all_positions = packed(positions), numbers = packed(num_queries), all_newest = packed(newest);
   const int32_t *const number = numbers.const_data_ptr<int32_t>(), *const last = all_newest.const_data_ptr<int32_t>();
   for (int64_t r = 0; r < held.requests(); ++r) {
@@ -37,9 +44,15 @@ Tensor measure_attention(const std::vector<Tensor>& caches, const Tensor&, int64
   parallel_rows(held.rows(), [&](const auto& next) {
     const RowScratch scratch(bytes);
     for (int64_t row = next(); row >= 0; row = next()) {
-      const int64_t r = held.request(row);
-      const AttentionRow job{held.row(row), all_queries.last(row, number[r]), from_positions + row * slots, last[r],
-                             wanted, log_negligible, to + row * slots};
+      const int64_t r = held.request(row), of_layers = row % (held.layers() * held.heads());
+      const AttentionRow job{held.row(row),
+                             all_queries.last(row, number[r]),
+                             from_positions + row * slots,
+                             last[r],
+                             from_sinks == nullptr ? nullptr : from_sinks + of_layers * all_queries.group(),
+                             wanted,
+                             log_negligible,
+                             to + row * slots};
       if (number[r] > 0) kernel.attention(job, scratch.get());
       std::fill(job.sums + (number[r] > 0 ? job.length : 0), job.sums + slots, 0.0f);
     }

@@ -67,7 +67,10 @@ void attend(const AttentionRow& row, const Scratch& s, int64_t first, int64_t co
       const float share = 1 / static_cast<float>(count_seen(row.positions, row.length, reach));
       for (int64_t t = 0; t < row.length; ++t) x[t] = row.positions[t] <= reach && x[t] < least ? share : 0;
     } else {
-      float share = 1 / exponentials(x, row.length);
+      const float most = max_of(x, row.length);
+      float total = exponentials(x, row.length, most);
+      if (row.sinks != nullptr) total += __builtin_expf(row.sinks[(first + i) % row.queries.group] - most);
+      float share = 1 / total;
       if (row.effect == Effect::kSeen) share *= static_cast<float>(count_seen(row.positions, row.length, reach));
       for (int64_t t = 0; t < row.length; ++t) x[t] = row.positions[t] > reach ? 0 : x[t] * share;
     }

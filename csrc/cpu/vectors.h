@@ -208,9 +208,8 @@ inline float max_of(const float* x, int64_t n) {
   return best;
 }
 
-// Replaces x by e^(x - max) and returns the sum.
-inline float exponentials(float* x, int64_t n) {
-  const float most = max_of(x, n);
+// Replaces x by e^(x - most), where no x is above `most`, and returns the sum.
+inline float exponentials(float* x, int64_t n, float most) {
   for (int64_t i = 0; i < n; ++i) x[i] = exp_nonpositive(x[i] - most);
   Vector sums = {};
   int64_t i = 0;
@@ -219,6 +218,9 @@ inline float exponentials(float* x, int64_t n) {
   for (; i < n; ++i) total += x[i];
   return total;
 }
+
+// Replaces x by e^(x - max) and returns the sum.
+inline float exponentials(float* x, int64_t n) { return exponentials(x, n, max_of(x, n)); }
 
 // Divides scratch memory; without memory it only counts the bytes.
 class Arena {

@@ -22,6 +22,7 @@ struct Measuring {
   int64_t table_stride;
   const int *num_resident, *num_queries, *newest;
   const void* queries;
+  const float* sinks;    // [layers, heads * group], logits; or null
   const int* positions;  // [rows, n]
   float* out;            // [rows, n]
   // By query head that counts, `[count, window * group]`: largest logit, effect of a token with the weight 1, |o|^2;
@@ -70,6 +71,12 @@ __device__ inline int64_t query_offset(const Measuring& s, const Place& p, int q
   const int64_t head =
       static_cast<int64_t>(number / s.group) * s.pages.heads * s.group + p.at.head * s.group + number % s.group;
   return head * s.pages.dim;
+}
+
+// Returns the logit of the sink of query head q; minus infinity if there is none.
+__device__ inline float sink_of(const Measuring& s, const Place& p, int q) {
+  const int64_t first = (static_cast<int64_t>(p.at.layer) * s.pages.heads + p.at.head) * s.group;
+  return s.sinks == nullptr ? -INFINITY : s.sinks[first + q % s.group];
 }
 
 // The launches: both passes for float32 caches, and each pass for others.

@@ -139,12 +139,14 @@ __global__ void __launch_bounds__(kThreads) attend_queries(Measuring s) {
   __syncthreads();
   const int64_t head = row * s.heads() + first;
   if (thread < kQueries && first + thread < p.heads) {
+    weight[thread] += expf(sink_of(s, p, first + thread) - top[thread]);
     s.top[head + thread] = top[thread];
     s.share[head + thread] = s.effect == Effect::kSeen         ? visible[thread] / weight[thread]
                              : s.effect == Effect::kNegligible ? 1.0f / visible[thread]
                                                                : 1.0f / weight[thread];
   }
   if (s.outputs == nullptr) return;
+  __syncthreads();
   if (begin < parts) {
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {

@@ -122,9 +122,9 @@ __device__ void multiply_values(const Pairs<T, STEPS>& weights, const typename T
   }
 }
 
-// Writes the results of the warp's query heads, of which `first` is the lane's first and the row has `number` left.
+// Writes the results of the warp's query heads, of which `first` is the lane's first.
 template <class Factor, int STEPS>
-__device__ void write(const Measuring& s, int64_t first, int number, const Softmax& softmax,
+__device__ void write(const Measuring& s, const Place& p, int64_t row, int first, const Softmax& softmax,
                       const float (&outputs)[2 * STEPS][4]) {
   const int lane = static_cast<int>(threadIdx.x) % kWarp, t = lane % 4;
 #pragma unroll
@@ -134,8 +134,10 @@ __device__ void write(const Measuring& s, int64_t first, int number, const Softm
       weight += __shfl_xor_sync(kAllLanes, weight, offset);
       visible += __shfl_xor_sync(kAllLanes, visible, offset);
     }
-    const bool held = 8 * h < number;
-    const int64_t head = first + 8 * h;
+    const int q = first + 8 * h;
+    weight += exp2f(kLog2E * sink_of(s, p, q) - softmax.top[h]);
+    const bool held = q < p.heads;
+    const int64_t head = row * s.heads() + q;
     if (s.outputs != nullptr) {
       Factor* to = reinterpret_cast<Factor*>(s.outputs) + head * 2 * s.pages.dim;
       const float share = 1.0f / weight;
@@ -237,7 +239,7 @@ __global__ void __launch_bounds__(kThreads, 2) attend_heads(Measuring s) {
     }
     multiply_values<T, STEPS>(pairs, values, outputs);
   }
-  write<Factor, STEPS>(s, row * s.heads() + first + own, p.heads - first - own, softmax, outputs);
+  write<Factor, STEPS>(s, p, row, first + own, softmax, outputs);
 }
 
 template <class T, int STEPS>

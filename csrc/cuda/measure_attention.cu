@@ -9,7 +9,8 @@ namespace skipkv {
 
 Tensor measure_attention(const std::vector<Tensor>& caches, const Tensor& pointers, int64_t layout, const Tensor& table,
                          const Tensor& positions, const Tensor& num_resident, const Tensor& queries,
-                         const Tensor& num_queries, const Tensor& newest, int64_t effect, double negligible) {
+                         const Tensor& num_queries, const Tensor& newest, const std::optional<Tensor>& sinks,
+                         int64_t effect, double negligible) {
   const Pages pages = pages_of(caches, pointers, layout);
   const ScalarType type = caches[0].scalar_type();
   const int64_t requests = table.size(0), n = positions.size(-1);
@@ -26,6 +27,11 @@ Tensor measure_attention(const std::vector<Tensor>& caches, const Tensor& pointe
   const Guard guard(positions.get_device_index());
   const cudaStream_t stream = current_stream(positions);
   const Tensor places = packed(positions), all_queries = packed(queries);
+  std::optional<Tensor> all_sinks;
+  if (sinks) {
+    check(*sinks, "sinks", ScalarType::Float, {pages.layers, queries.size(3)});
+    all_sinks = packed(*sinks);
+  }
   const Tensor out = scratch(places, {requests, pages.layers, pages.heads, n}, ScalarType::Float);
   const int64_t rows = requests * pages.layers * pages.heads;
   if (rows * n == 0) return out;
@@ -46,6 +52,7 @@ Tensor measure_attention(const std::vector<Tensor>& caches, const Tensor& pointe
   s.num_queries = data<const int>(num_queries);
   s.newest = data<const int>(newest);
   s.queries = all_queries.const_data_ptr();
+  s.sinks = all_sinks ? data<const float>(*all_sinks) : nullptr;
   s.positions = data<const int>(places);
   s.out = data<float>(out);
 

@@ -7,7 +7,7 @@ functions of one request and layer, which policies are written in.
 
 from .clusters import MOST_CLUSTERS, central_tokens
 from .dispatch import function, report, warn_if_slow
-from .effects import Effect, attention_effect, output_error
+from .effects import Effect, attention_effect, attention_weights, output_error
 from .functional import (
     EPSILON,
     attention_logits,
@@ -35,6 +35,7 @@ __all__ = [
     "attention_logits",
     "attention_received",
     "attention_sparsity",
+    "attention_weights",
     "central_tokens",
     "function",
     "importance",

@@ -33,7 +33,26 @@ class Effect(IntEnum):
     sum over tokens is the share of negligible weights."""
 
 
-def attention_effect(logits: Tensor, values: Tensor | None, effect: Effect, negligible: float = 0.0) -> Tensor:
+def attention_weights(logits: Tensor, sinks: Tensor | None = None) -> Tensor:
+    """Compute the softmax of logits `[Hkv, G, n, L]` in the presence of attention sinks.
+
+    Args:
+        logits: float32, as for `attention_effect`.
+        sinks: float32 `[Hkv * G]`, the logit of each query head's sink. It takes a share of the attention, as a token
+            with the value zero would. None if there are none.
+
+    Returns:
+        float32, of the same shape; rows sum to 1 less the sink's share.
+    """
+    if sinks is None:
+        return logits.softmax(dim=-1)
+    total = logits.logsumexp(dim=-1, keepdim=True)
+    return (logits - total.logaddexp(sinks.view(*logits.shape[:2], 1, 1))).exp()
+
+
+def attention_effect(
+    logits: Tensor, values: Tensor | None, effect: Effect, negligible: float = 0.0, sinks: Tensor | None = None
+) -> Tensor:
     """Sum an effect of each resident token over queries, and average it over the query heads of a kv head.
 
     Args:
@@ -41,11 +60,12 @@ def attention_effect(logits: Tensor, values: Tensor | None, effect: Effect, negl
         values: `[Hkv, L, D]`; not read for effects without v.
         effect: which one.
         negligible: for `Effect.NEGLIGIBLE`, the share below which a weight is negligible.
+        sinks: see `attention_weights`.
 
     Returns:
         float32 `[Hkv, L]`, not negative.
     """
-    attention, sees = logits.softmax(dim=-1), logits > -torch.inf
+    attention, sees = attention_weights(logits, sinks), logits > -torch.inf
     if effect is Effect.SEEN:
         attention = attention * sees.sum(dim=-1, keepdim=True)
     elif effect is Effect.NEGLIGIBLE:
@@ -69,7 +89,7 @@ def output_change(attention: Tensor, values: Tensor, of_value: Tensor, of_output
     """Compute `A^2 |x v - y o|^2` with attention A, value v and output o; see `attention_effect`.
 
     Args:
-        attention: float32 `[Hkv, G, n, L]`, rows summing to 1.
+        attention: float32 `[Hkv, G, n, L]`, rows summing to 1 or, with sinks, less.
         values: `[Hkv, L, D]`.
         of_value, of_output: x and y, broadcast against the attention.
 

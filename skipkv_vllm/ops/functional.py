@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..core.errors import KVPolicyError
-from .effects import Effect, attention_effect
+from .effects import Effect, attention_effect, attention_weights
 
 EPSILON = 1e-8
 """Added to the length of a vector that becomes a unit vector."""
@@ -91,7 +91,9 @@ def logits_until(queries: Tensor, keys: Tensor, positions: Tensor, newest: Tenso
     return logits.masked_fill(future[:, None], -torch.inf)
 
 
-def attention_received(queries: Tensor, keys: Tensor, positions: Tensor, ahead: int = 0) -> Tensor:
+def attention_received(
+    queries: Tensor, keys: Tensor, positions: Tensor, ahead: int = 0, sinks: Tensor | None = None
+) -> Tensor:
     """Compute the attention that each resident token receives from the last queries.
 
     Softmax in float32 over the resident tokens that are not in a query's future; sum over the queries; mean over
@@ -102,14 +104,16 @@ def attention_received(queries: Tensor, keys: Tensor, positions: Tensor, ahead: 
         keys: post-RoPE keys `[Hkv, L, D]`, in any order.
         positions: logical position of each key, `[Hkv, L]`.
         ahead: by how many tokens the last query is newer than the newest key.
+        sinks: float32 `[Hq]`, logit of an attention sink of each query head (gpt-oss), which takes a share of the
+            attention as a token with the value zero would; None if there are none.
 
     Returns:
-        float32 `[Hkv, L]`, rows summing to n.
+        float32 `[Hkv, L]`, rows summing to n less the share of the sinks.
 
     Raises:
         KVPolicyError: shapes that do not fit each other.
     """
-    return attention_logits(queries, keys, positions, ahead).softmax(dim=-1).sum(dim=2).mean(dim=1)
+    return attention_weights(attention_logits(queries, keys, positions, ahead), sinks).sum(dim=2).mean(dim=1)
 
 
 def key_similarity(keys: Tensor) -> Tensor:

@@ -62,7 +62,7 @@ def score_tokens(*, positions: Tensor, **_: Any) -> Tensor:
 
 @operator(
     "(Tensor[] caches, Tensor pointers, int layout, Tensor table, Tensor positions, Tensor num_resident, "
-    "Tensor queries, Tensor num_queries, Tensor newest, int effect, float negligible) -> Tensor"
+    "Tensor queries, Tensor num_queries, Tensor newest, Tensor? sinks, int effect, float negligible) -> Tensor"
 )
 def measure_attention(*, positions: Tensor, **_: Any) -> Tensor:
     return torch.empty_like(positions, dtype=torch.float32)

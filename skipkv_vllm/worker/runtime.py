@@ -5,7 +5,7 @@ The host knows all counts and never waits for the device. One `EvictionRuntime` 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import torch
@@ -76,7 +76,12 @@ class EvictionRuntime:
         self._rows, self.signals, self._table = rows, signals, RowTable(rows.number)
 
     def bind_cache(
-        self, pages: PagedCache, block_size: int, key_scales: Tensor | None = None, decoder: Decoder | None = None
+        self,
+        pages: PagedCache,
+        block_size: int,
+        key_scales: Tensor | None = None,
+        decoder: Decoder | None = None,
+        read_sinks: Callable[[], Tensor] | None = None,
     ) -> None:
         """Give the runtime the KV cache once it is allocated.
 
@@ -85,8 +90,9 @@ class EvictionRuntime:
             block_size: tokens of one of vLLM's blocks; a multiple of the kernel page size.
             key_scales: float32 `[layers, H]` by which stored keys must be multiplied, or None for 1.
             decoder: computes tokens ahead, if a policy needs their queries.
+            read_sinks: see `KVCache`.
         """
-        cache = KVCache(pages, block_size, key_scales)
+        cache = KVCache(pages, block_size, key_scales, read_sinks)
         for signal in self.signals:
             signal.bind_cache(cache)
         self._compactor = Compactor(self.config, cache, self.signals, self.ranks)

@@ -59,6 +59,7 @@ class Scorer:
             error,
             inputs.gates,
             inputs.segments,
+            self._cache.sinks,
         )
 
     def by_layer(self, batch: CompactionBatch, inputs: Inputs) -> Tensor:
@@ -87,7 +88,7 @@ class Scorer:
             number = (positions - request.protected).div(segments.longest, rounding_mode="floor").clamp(min=-1)
             in_window = positions >= order.num_logical - self._window
             numbers = torch.where(in_window, len(segments.sizes), number).long()
-        layer_numbers = self._ranks.layer_numbers(len(self._cache.layers))
+        layer_numbers, sinks = self._ranks.layer_numbers(len(self._cache.layers)), self._cache.sinks
         for i, layer in enumerate(self._cache.layers):
             keys = values = None
             if policy.needs & Need.KEYS:
@@ -118,6 +119,7 @@ class Scorer:
                 segments=segments,
                 gates=None if gates is None else gates[i],
                 lookahead_queries=lookahead,
+                sinks=None if sinks is None else sinks[i],
             )
             scores[i, :, :length].scatter_(-1, by_position[i], policy.score(view))
 

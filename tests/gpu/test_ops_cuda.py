@@ -131,7 +131,7 @@ def measuring(arguments: list[Any], *counted: int) -> list[Any]:
     """Arguments of `measure_attention` without the last one, from those of `score_tokens`."""
     positions, queries = arguments[4], arguments[6]
     newest = positions.amax(dim=(1, 2, 3)).int()
-    return [*arguments[:6], queries, numbers(*counted), newest]
+    return [*arguments[:6], queries, numbers(*counted), newest, None]
 
 
 @each_dtype

@@ -241,6 +241,7 @@ class Measuring(NamedTuple):
     queries: Tensor
     num_queries: Tensor
     newest: Tensor
+    sinks: Tensor | None = None
 
     def keys(self) -> tuple[Any, ...]:
         """Arguments of `key_similarity`."""
@@ -255,6 +256,8 @@ class MeasureCase:
         lengths, counted: of each request, its tokens and its queries that count.
         window: n.
         ahead: how far the last query is from the newest token; a negative number hides tokens from all queries.
+        sinks: whether there are attention sinks: of the query heads in turn one that takes nothing, one like a token,
+            and one that takes nearly or, where its exponential overflows, really all.
     """
 
     pages: Pages = field(default_factory=Pages)
@@ -265,6 +268,7 @@ class MeasureCase:
     keys: str = "random"
     positions: str = "runs"
     ahead: int = 0
+    sinks: bool = False
     seed: int = 0
 
     def build(self) -> Measuring:
@@ -284,6 +288,9 @@ class MeasureCase:
             oldest = row[..., :length].argmin(-1, keepdim=True)
             row.scatter_(-1, oldest, 0)  # each query sees this one
         newest = positions.amax(dim=(1, 2, 3)) + self.ahead
+        heads = pages.heads * self.group
+        strengths = torch.tensor([-torch.inf, 1.5, 20.0, 200.0]).repeat(-(-pages.layers * heads // 4))
+        sinks = strengths[: pages.layers * heads].view(pages.layers, heads) if self.sinks else None
         return Measuring(
             *cache,
             table,
@@ -292,6 +299,7 @@ class MeasureCase:
             queries if pages.dtype.itemsize == 1 else queries.to(pages.dtype),
             torch.tensor(self.counted, dtype=torch.int32),
             newest.clamp(min=self.window - 1).int(),
+            sinks,
         )
 
 

@@ -117,10 +117,13 @@ def score_tokens(server: Server, traffic: Traffic, penalised: bool = True, mix: 
     triton_backend.score_tokens(*traffic.held(server), queries, penalty, 7, mix, 0.5)
 
 
-def measure_attention(server: Server, traffic: Traffic, effect: Effect = Effect.JOINT) -> None:
+def measure_attention(
+    server: Server, traffic: Traffic, effect: Effect = Effect.JOINT, with_sinks: bool = False
+) -> None:
     queries = traffic.queries(server, NUM_ACCUMULATED)
+    sinks = torch.zeros(server.layers, server.heads * server.group) if with_sinks else None
     triton_backend.measure_attention(
-        *(*traffic.held(server), queries, traffic.vector(), traffic.vector(), int(effect), 0.1)
+        *(*traffic.held(server), queries, traffic.vector(), traffic.vector(), sinks, int(effect), 0.1)
     )
 
 
@@ -230,6 +233,7 @@ OTHERS: tuple[Call, ...] = (
 VARIANTS: tuple[Call, ...] = (
     partial(score_tokens, penalised=False, mix=1.0),
     *(partial(measure_attention, effect=effect) for effect in Effect if effect is not Effect.JOINT),
+    partial(measure_attention, with_sinks=True),
     partial(vector_norms, values=False, part=0, weighted=False),
     partial(vector_norms, norm=1, part=64, weighted=False),
     partial(track_sentences, ids=torch.int64, text=90),

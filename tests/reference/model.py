@@ -25,11 +25,13 @@ def _recording_attention(
     attention_mask: Tensor | None,
     scaling: float,
     sliding_window: int | None = None,
+    s_aux: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Plain causal attention that stores the post-RoPE queries `[1, Hq, new, D]` on the module.
 
-    A layer with a sliding window holds all tokens, of which a query reads the newest ones.
+    A layer with a sliding window holds all tokens, of which a query reads the newest ones. A sink, `s_aux` `[Hq]`, is a
+    logit more of every query, at a token without a value.
     """
     module.recorded_query, module.recorded_weights = query, None
     num_new, num_held = query.shape[2], key.shape[2]
@@ -39,7 +41,10 @@ def _recording_attention(
     hidden = torch.ones(num_new, num_held, dtype=torch.bool).triu(num_held - num_new + 1)
     if sliding_window is not None:
         hidden |= torch.ones(num_new, num_held, dtype=torch.bool).tril(num_held - num_new - sliding_window)
-    weights = logits.masked_fill(hidden, float("-inf")).softmax(-1, dtype=torch.float32).to(query.dtype)
+    logits = logits.masked_fill(hidden, float("-inf"))
+    if s_aux is not None:
+        logits = torch.cat([logits, s_aux.view(1, -1, 1, 1).expand(*logits.shape[:3], 1)], dim=-1)
+    weights = logits.softmax(-1, dtype=torch.float32).to(query.dtype)[..., :num_held]
     module.recorded_weights = weights
     return (weights @ value.repeat_interleave(groups, dim=1)).transpose(1, 2).contiguous(), None
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ...capacity import groups_of
 from ...core.errors import KVPolicyError
 from ...core.needs import Need
-from ...ops.paging import FP8_CACHES
+from ...ops.paging import FP8_CACHES, MAX_HEAD_SIZE
 
 if TYPE_CHECKING:
     from vllm.config import ParallelConfig, VllmConfig
@@ -98,7 +98,11 @@ def _check_model(vllm_config: VllmConfig, refuse: Refuse) -> None:
     if vllm_config.diffusion_config is not None:
         raise refuse("diffusion models", "they rewrite tokens, and vLLM schedules them differently", OTHER_MODEL)
     if model.is_mm_prefix_lm:
-        raise refuse("prefix-LM attention", "its mask needs the positions of all tokens", OTHER_MODEL)
+        raise refuse(
+            "prefix-LM attention",
+            "the mask of an image's tokens needs the positions of all tokens",
+            "Serve text only with --language-model-only",
+        )
 
 
 def _check_features(vllm_config: VllmConfig, refuse: Refuse) -> None:
@@ -246,6 +250,8 @@ def check_attention(impls: Iterable[Any]) -> None:
     Raises:
         KVPolicyError: for the first one found.
     """
+    from vllm.platforms import current_platform
+
     for impl in impls:
         if type(impl).__name__ not in BACKENDS:
             raise refusal(
@@ -253,10 +259,12 @@ def check_attention(impls: Iterable[Any]) -> None:
                 "how it reads blocks was not tested",
                 f"Use --attention-backend {', '.join(BACKENDS.values())}",
             )
+        if current_platform.is_cuda_alike() and impl.head_size > MAX_HEAD_SIZE:
+            raise refusal(
+                f"heads of {impl.head_size} on GPUs", f"its kernels take heads of up to {MAX_HEAD_SIZE}", OTHER_MODEL
+            )
         if impl.alibi_slopes is not None:
             raise refusal("ALiBi", "its bias counts the tokens between two slots, including evicted ones", OTHER_MODEL)
-        if getattr(impl, "sinks", None) is not None:
-            raise refusal("attention sinks", "their share of the attention is not counted in scores", OTHER_MODEL)
         if getattr(impl, "logits_soft_cap", None):
             raise refusal("attention with a soft cap of its logits", "scores would not be capped", OTHER_MODEL)
         if impl.kv_sharing_target_layer_name is not None:

@@ -21,6 +21,7 @@ def measure_attention(
     queries: Tensor,
     num_queries: Tensor,
     newest: Tensor,
+    sinks: Tensor | None,
     effect: int,
     negligible: float,
 ) -> Tensor:
@@ -37,6 +38,7 @@ def measure_attention(
         num_queries: int32 `[R]`, how many of the n count, the last ones; 0 to n.
         newest: int32 `[R]`, position of the last query; the others precede it one by one. Every query that counts
             sees at least one resident token.
+        sinks: float32 `[L, Hq]`, see `functional.attention_received`; None if there are none.
         effect: one of `Effect`.
         negligible: for `Effect.NEGLIGIBLE`, the share of a query's largest weight below which a weight is negligible.
 
@@ -54,7 +56,8 @@ def measure_attention(
             counted, where = queries[r, i, -number:], positions[r, i, :, :length]
             logits = functional.logits_until(counted, pages.keys.read_pages(used, length), where, last)
             values = pages.values.read_pages(used, length)
-            sums[r, i, :, :length] = attention_effect(logits, values, Effect(effect), negligible)
+            own = None if sinks is None else sinks[i]
+            sums[r, i, :, :length] = attention_effect(logits, values, Effect(effect), negligible, own)
     return sums
 
 

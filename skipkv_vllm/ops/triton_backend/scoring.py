@@ -190,6 +190,7 @@ def measure_attention(
     queries: Tensor,
     num_queries: Tensor,
     newest: Tensor,
+    sinks: Tensor | None,
     effect: int,
     negligible: float,
 ) -> Tensor:
@@ -223,7 +224,11 @@ def measure_attention(
         part = min(at_once, rows - first)
         numbers = (first, n, layers, kv_heads, table.stride(0), *cells.strides, float(dim**0.5))
         module.attend_queries[(part * ceil_div(heads, 16),)](
-            *(*inputs, *scratch, *numbers), block=32 if dim <= 128 else 16, num_stages=1, **shape
+            *(*inputs, out if sinks is None else sinks.contiguous(), *scratch, *numbers),
+            block=32 if dim <= 128 else 16,
+            sunk=sinks is not None,
+            num_stages=1,
+            **shape,
         )
         block = 64 if dim <= 128 else 16
         module.sum_queries[(part * ceil_div(n, block),)](

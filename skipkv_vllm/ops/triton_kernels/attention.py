@@ -41,6 +41,7 @@ def attend_queries(
     num_queries,
     newest,
     queries,
+    sinks,
     top,
     share,
     squares,
@@ -64,6 +65,7 @@ def attend_queries(
     effect: tl.constexpr,
     valued: tl.constexpr,
     errors: tl.constexpr,
+    sunk: tl.constexpr,
     block: tl.constexpr,
     dims: tl.constexpr,
     tile: tl.constexpr,
@@ -71,7 +73,7 @@ def attend_queries(
     """Compute the softmax of a tile of query heads over all tokens, and their outputs with `errors`.
 
     Writes top, share and squares `[rows, window * group]`: largest logit, effect of a token with the weight 1, and
-    |o|^2; and outputs `[rows, window * group, dim]`.
+    |o|^2; and outputs `[rows, window * group, dim]`. With `sunk`, sinks `[layers, heads * group]` are logits of sinks.
     """
     tiles = tl.cdiv(window * group, tile)
     row = tl.program_id(0) // tiles
@@ -143,6 +145,9 @@ def attend_queries(
                 dim,
             )
             output = output * scale[:, None] + tl.dot(part, value.to(tl.float32), input_precision="ieee")
+    if sunk:
+        own = (layer * heads + head) * group + q % group
+        weight += tl.exp(tl.load(sinks + own, mask=counts, other=-float("inf")) - highest)
     at = row.to(tl.int64) * (window * group) + q
     tl.store(top + at, highest, mask=counts)
     each = 1.0 / weight

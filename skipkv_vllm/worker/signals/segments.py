@@ -91,7 +91,8 @@ class SegmentSparsity(Signal):
         caches, pointers, layout = cache.pages
         pages = PagedCache(caches[layers], pointers[layers], layout)
         share = self._measure_attention(
-            *(*pages, table, positions, resident, queries, num_queries, newest),
+            # Weights are compared with the largest of a token, whatever a sink takes.
+            *(*pages, table, positions, resident, queries, num_queries, newest, None),
             int(ops.Effect.NEGLIGIBLE),
             options.negligible,
         )

@@ -49,12 +49,14 @@ class ScoringCase:
         pages: the cache.
         requests: the requests.
         scaled: whether keys have scales.
+        sinks: whether the layers have attention sinks.
         seed: of everything random.
     """
 
     pages: Pages = field(default_factory=Pages)
     requests: tuple[Written, ...] = RAGGED
     scaled: bool = False
+    sinks: bool = False
     seed: int = 0
 
     def build(self, policy: Policy) -> tuple[Scorer, CompactionBatch, Inputs]:
@@ -68,7 +70,8 @@ class ScoringCase:
         scales = None
         if self.scaled:
             scales = torch.rand(pages.layers, pages.heads, generator=generator) + 0.2
-        cache = KVCache(caches, pages.size, scales)
+        sinks = torch.randn(pages.layers, pages.heads * GROUP, generator=generator) * 2 if self.sinks else None
+        cache = KVCache(caches, pages.size, scales, None if sinks is None else lambda: sinks)
         jobs = []
         for row, (each, own) in enumerate(zip(self.requests, ids.split(counts), strict=True)):
             self._write(cache, own.int(), each, policy, generator)

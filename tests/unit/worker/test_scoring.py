@@ -46,6 +46,7 @@ CASES = {
     "vec": ScoringCase(Pages(Layout.VEC), seed=2),
     "amx": ScoringCase(Pages(Layout.AMX, torch.bfloat16, size=32, dim=32), seed=3),
     "e4m3 with scales": ScoringCase(Pages(dtype=torch.float8_e4m3fn), scaled=True, seed=4),
+    "sinks": ScoringCase(Pages(heads=3), sinks=True, seed=5),
 }
 
 

@@ -41,7 +41,7 @@ def test_a_layer_that_the_model_does_not_have_is_refused():
         ({"model_config__is_hybrid": True}, ["hybrid", "decoder-only model"]),
         ({"model_config__is_attention_free": True}, ["state-space", "decoder-only model"]),
         ({"diffusion_config": object()}, ["diffusion models", "decoder-only model"]),
-        ({"model_config__is_mm_prefix_lm": True}, ["prefix-LM", "decoder-only model"]),
+        ({"model_config__is_mm_prefix_lm": True}, ["prefix-LM", "--language-model-only"]),
         ({"speculative_config": object()}, ["speculative decoding", "Drop --speculative-config"]),
         ({"kv_transfer_config": object()}, ["KV connectors", "Drop --kv-transfer-config and --kv-off"]),
         ({"parallel_config__decode_context_parallel_size": 2}, ["context parallelism", "-context-parallel-size to 1"]),
@@ -224,11 +224,11 @@ def test_attention_that_would_misread_compacted_pages_is_refused():
     from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
     from vllm.v1.attention.backends.flex_attention import FlexAttentionImpl
 
-    def layer(kind, alibi_slopes=None, kv_sharing_target_layer_name=None, sinks=None, logits_soft_cap=0):
+    def layer(kind, alibi_slopes=None, kv_sharing_target_layer_name=None, logits_soft_cap=0, head_size=512):
         # Without the constructors, which need an engine's configuration.
         impl = kind.__new__(kind)
         impl.alibi_slopes, impl.kv_sharing_target_layer_name = alibi_slopes, kv_sharing_target_layer_name
-        impl.sinks, impl.logits_soft_cap = sinks, logits_soft_cap
+        impl.logits_soft_cap, impl.head_size = logits_soft_cap, head_size
         return impl
 
     plain = layer(CPUAttentionBackendImpl)
@@ -236,12 +236,25 @@ def test_attention_that_would_misread_compacted_pages_is_refused():
     for other, message in (
         (layer(CPUAttentionBackendImpl, alibi_slopes=[0.5]), r"ALiBi: its bias counts.*Serve a decoder-only model"),
         (layer(CPUAttentionBackendImpl, None, "layers.0"), "layers that share a cache: each layer"),
-        (layer(CPUAttentionBackendImpl, sinks=torch.zeros(2)), "attention sinks: their share"),
         (layer(CPUAttentionBackendImpl, logits_soft_cap=50), "attention with a soft cap of its logits: scores"),
         (layer(FlexAttentionImpl), r"FlexAttentionImpl: .*Use --attention-backend FLASH_ATTN, FLASHINFER"),
     ):
         with pytest.raises(KVPolicyError, match=f"--kv-policy does not support .*{message}"):
             compat.check_attention([plain, other])
+
+
+def test_heads_that_the_kernels_for_gpus_do_not_take_are_refused_there(monkeypatch):
+    from vllm.platforms import current_platform
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
+
+    impl = CPUAttentionBackendImpl.__new__(CPUAttentionBackendImpl)
+    impl.alibi_slopes = impl.kv_sharing_target_layer_name = impl.logits_soft_cap = None
+    monkeypatch.setattr(type(current_platform), "is_cuda_alike", lambda self: True)
+    impl.head_size = 256
+    compat.check_attention([impl])
+    impl.head_size = 512
+    with pytest.raises(KVPolicyError, match="heads of 512 on GPUs: its kernels take heads of up to 256"):
+        compat.check_attention([impl])
 
 
 def test_every_attention_that_is_accepted_is_watched():
