@@ -1,16 +1,21 @@
 """What a request costs and how many fit, and what a model's configuration says about it."""
 
 from .sizes import Capacity, ModelShape, Pool, as_dict, blocks_with_policy, capacity, most_rows, reserved_rows
-from .text_config import groups_of, kv_of, others_of, shape_of, unsupported
+from .states import STATE_MODELS, StateSizes, has_states
+from .text_config import block_size_of, groups_of, kv_of, others_of, shape_of, unsupported
 
 __all__ = [
+    "STATE_MODELS",
     "Capacity",
     "ModelShape",
     "Pool",
+    "StateSizes",
     "as_dict",
+    "block_size_of",
     "blocks_with_policy",
     "capacity",
     "groups_of",
+    "has_states",
     "kv_of",
     "most_rows",
     "others_of",

@@ -166,8 +166,10 @@ class Capacity:
             request pays for its state and saves nothing.
         is_capped: whether `max_num_seqs`, not memory, limits the concurrency with the policy.
         beside: of the blocks of a request, those in groups that are not compacted.
+        beside_kinds: what layers these are.
         in_flight: blocks that it holds there beyond these while its prompt is computed.
         room: most tokens that a request can keep if it evicts none.
+        budget, buffer: of such a request.
     """
 
     kv_bytes: int
@@ -189,8 +191,16 @@ class Capacity:
     break_even: int
     is_capped: bool
     beside: int = 0
+    beside_kinds: str = ""
     in_flight: int = 0
     room: int = 0
+    budget: int = 0
+    buffer: int = 0
+
+    @property
+    def room_at_bound(self) -> int:
+        """Tokens that fit the blocks that a request takes for those that are compacted, at its bound."""
+        return ceil_div(self.bound, self.block_size) * self.block_size
 
     @property
     def request_bytes(self) -> int:
@@ -224,6 +234,7 @@ class Capacity:
             f"a request of {self.length:,} tokens holds at most {self.request_blocks:,} blocks instead of "
             f"{self.request_blocks_full:,}",
             *self._beside(),
+            *self._rounding(),
             fits,
             f"break-even at {self.break_even:,} tokens (prompt and output): shorter requests take more memory with "
             "the policy than without",
@@ -234,8 +245,19 @@ class Capacity:
         if not self.beside:
             return []
         return [
-            f"{self.beside:,} of them are of layers with a sliding window, which are not compacted; while its prompt "
+            f"{self.beside:,} of them are of {self.beside_kinds}, which are not compacted; while its prompt "
             f"is computed, it may hold {self.in_flight:,} more there"
+        ]
+
+    def _rounding(self) -> list[str]:
+        """Say what a bound buys in blocks that are so large that a compaction may free none."""
+        if self.block_size <= self.buffer:
+            return []
+        room = self.room_at_bound
+        return [
+            f"only whole blocks are freed: the bound of {self.bound:,} tokens takes {room // self.block_size:,} of "
+            f"them, so nothing is freed of a request of up to {room:,} tokens, and --kv-budget "
+            f"{self.budget + room - self.bound:,} takes no more"
         ]
 
 
@@ -289,8 +311,11 @@ def capacity(
         break_even=(bytes_of_one // (block * kv) - beside_at_bound) * block + 1,
         is_capped=fit > pool.max_num_seqs,
         beside=demand.num_beside,
+        beside_kinds=pool.others.kinds if demand.num_beside else "",
         in_flight=demand.num_in_flight,
         room=_room(config, pool),
+        budget=limits.budget,
+        buffer=limits.buffer,
     )
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from ..core.limits import NO_OTHERS, OtherGroups, ceil_div, window_group
+from ..core.limits import NO_OTHERS, OtherGroups, ceil_div, state_group, window_group
 from ..ops.paging import MAX_HEAD_SIZE
 from .sizes import ModelShape
+from .states import STATE, STATE_MODELS, StateSizes, block_size_beside_states, has_states
 
 FULL, WINDOW = "full_attention", "sliding_attention"
 
@@ -16,7 +17,7 @@ class Groups(NamedTuple):
 
     Attributes:
         num_full: layers with full attention; they are one group.
-        num_others: groups of layers with a sliding window.
+        num_others: groups of layers with a sliding window or a state.
         size: layers whose KV a block of the pool has room for.
         block_size: tokens of a block of the full group.
         other_block_size: tokens of a block of the others, whose blocks have the same bytes.
@@ -47,9 +48,11 @@ def unsupported(text_config: Any) -> str | None:
         return "a soft cap of logits"
     if getattr(text_config, "num_kv_shared_layers", None):
         return "layers that share a cache"
-    kinds = kinds_of(text_config)
-    if FULL not in kinds or not {FULL, WINDOW} >= set(kinds):
-        return ", ".join(sorted(set(kinds)))
+    kinds = set(kinds_of(text_config))
+    if STATE in kinds and text_config.model_type not in STATE_MODELS:
+        return f"{STATE} in a model other than {', '.join(STATE_MODELS)}"
+    if FULL not in kinds or not ({FULL, WINDOW} >= kinds or {FULL, STATE} >= kinds):
+        return ", ".join(sorted(kinds))
     if (head_size := kv_of(text_config)[1]) > MAX_HEAD_SIZE:
         return f"heads of {head_size} (at most {MAX_HEAD_SIZE})"
     groups = groups_of(text_config, 1)
@@ -65,6 +68,8 @@ def groups_of(text_config: Any, block_size: int) -> Groups:
     # As vLLM does: groups as large as the smaller kind, or one of each if the kinds are nearly as large.
     fewest, most = sorted((num_full, num_windowed))
     size = most if most < 1.5 * fewest else fewest
+    if STATE in kinds:
+        return Groups(num_full, ceil_div(num_windowed, size), size, block_size, block_size)
     full, windowed = (heads * dim for heads, dim in (kv_of(text_config, FULL), kv_of(text_config, WINDOW)))
     largest = max(full, windowed)
     return Groups(
@@ -72,12 +77,38 @@ def groups_of(text_config: Any, block_size: int) -> Groups:
     )
 
 
-def others_of(text_config: Any, block_size: int, max_in_flight: int, num_steps: int) -> OtherGroups:
-    """Return the groups that are not compacted; see `OtherGroups` for the last two arguments."""
+def block_size_of(text_config: Any, block_size: int, sizes: StateSizes) -> int:
+    """Return vLLM's tokens per block, which depend on the size of a state if some layers keep one.
+
+    Args:
+        text_config: `transformers` configuration of the language model.
+        block_size: `--block-size`.
+        sizes: what decides how large a state is.
+    """
+    heads, head_size = kv_of(text_config)
+    return block_size_beside_states(text_config, max(1, heads // sizes.ranks) * head_size, block_size, sizes)
+
+
+def others_of(
+    text_config: Any, block_size: int, max_in_flight: int, num_steps: int, *, has_prefix_cache: bool = True
+) -> OtherGroups:
+    """Return the groups that are not compacted.
+
+    Args:
+        text_config: `transformers` configuration of the language model.
+        block_size: vLLM's; see `block_size_of`.
+        max_in_flight, num_steps: see `OtherGroups`.
+        has_prefix_cache: whether there is a prefix cache.
+    """
     groups, window = groups_of(text_config, block_size), getattr(text_config, "sliding_window", None)
-    if not groups.num_others or window is None:
+    if not groups.num_others:
         return NO_OTHERS
-    own = window_group(window, groups.other_block_size)
+    if has_states(text_config):
+        own = state_group(block_size, has_prefix_cache=has_prefix_cache)
+    elif window is None:
+        return NO_OTHERS
+    else:
+        own = window_group(window, groups.other_block_size)
     return OtherGroups((own,) * groups.num_others, max_in_flight, num_steps)
 
 

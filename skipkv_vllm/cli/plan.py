@@ -14,6 +14,8 @@ from ..capacity import (
     Capacity,
     ModelShape,
     Pool,
+    StateSizes,
+    block_size_of,
     blocks_with_policy,
     capacity,
     groups_of,
@@ -44,7 +46,8 @@ class Machine:
         stages: pipeline stages, each of `ranks` GPUs.
         dtype: of weights and KV cache; "auto" for the model's own.
         kv_dtype: of the KV cache; "auto" for the same.
-        block_size: tokens per block.
+        state_dtype: of the states of layers that keep one; "auto" as vLLM chooses it.
+        block_size: tokens per block, at least; vLLM makes it as large as such a state.
         max_model_len: longest request; None for the model's limit.
         max_num_seqs: requests at once; None for the default of vLLM's API server.
         max_tokens: tokens per step; None likewise.
@@ -60,6 +63,7 @@ class Machine:
     stages: int = 1
     dtype: str = "auto"
     kv_dtype: str = "auto"
+    state_dtype: str = "auto"
     block_size: int = 16
     max_model_len: int | None = None
     max_num_seqs: int | None = None
@@ -153,8 +157,12 @@ def plan(model: str, config: KVPolicyConfig, machine: Machine, *, length: int | 
         available = sum(memory.values())
     # With asynchronous scheduling, vLLM's default, one step more than there are stages is in flight.
     num_steps = machine.stages + 1
-    others = others_of(text, machine.block_size, num_steps * max_tokens, num_steps)
-    block_size = groups_of(text, machine.block_size).block_size
+    sums = _state_element_size(text, machine.state_dtype, shape.element_size)
+    kv_size = shape.kv_element_size or shape.element_size
+    sizes = StateSizes(machine.ranks, last_tokens=shape.element_size, sums=sums, kv=kv_size)
+    block_size = block_size_of(text, machine.block_size, sizes)
+    others = others_of(text, block_size, num_steps * max_tokens, num_steps)
+    block_size = groups_of(text, block_size).block_size
     pool = Pool(0, block_size, max_num_seqs, max_length, max_tokens, others)
     rows = reserved_rows(config, shape, available, pool)
     state = shape.state_bytes(config, rows, pool)
@@ -243,7 +251,7 @@ def _check(text: Any, config: KVPolicyConfig, machine: Machine) -> None:
     if found := unsupported(text):
         raise KVPolicyError(
             f"{text.model_type} models are not supported: a policy needs layers with full attention, beside which some "
-            f"may have a sliding window; found {found}"
+            f"may have a sliding window or a gated delta net; found {found}"
         )
     if machine.gpu_memory is None and machine.kv_memory is None:
         raise KVPolicyError("give --gpu-memory, e.g. 80, or --kv-memory as logged by a server")
@@ -286,6 +294,14 @@ def _kv_element_size(requested: str) -> int | None:
     if requested not in known:
         raise KVPolicyError(f"--kv-cache-dtype {requested} is unknown; choose from {', '.join(known)}")
     return known[requested]
+
+
+def _state_element_size(text: Any, requested: str, own: int) -> int:
+    if requested not in ("auto", *DTYPES):
+        raise KVPolicyError(f"--mamba-ssm-cache-dtype {requested} is unknown; choose from auto, {', '.join(DTYPES)}")
+    if requested == "auto":
+        requested = getattr(text, "mamba_ssm_dtype", None) or "auto"
+    return DTYPES.get(requested, own)
 
 
 def _memory(

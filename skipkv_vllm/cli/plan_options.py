@@ -25,11 +25,14 @@ Prompt = Annotated[int, _option("Prompt tokens of a request.", "N")]
 MaxModelLen = Annotated[int | None, _option("Longest request. Default: the model's limit.", "N")]
 MaxNumSeqs = Annotated[int | None, _option("Most requests that run at once. Default: vLLM's.", "N")]
 MaxBatchedTokens = Annotated[int | None, _option("Most tokens of a step. Default: vLLM's.", "N")]
-BlockSize = Annotated[int, _option("Tokens per block.", "N")]
+BlockSize = Annotated[int, _option("Tokens per block; beside states vLLM makes blocks larger.", "N")]
 TensorParallel = Annotated[int, _option("GPUs that share each layer.", "N")]
 PipelineParallel = Annotated[int, _option("Pipeline stages that share the layers.", "N")]
 Dtype = Annotated[str, typer.Option(help="Data type of weights and KV cache: auto, bfloat16, float16 or float32.")]
 CacheDtype = Annotated[str, typer.Option(help="Data type of the KV cache: auto (as the weights), fp8, fp8_e5m2, ...")]
+StateDtype = Annotated[
+    str, typer.Option(help="Data type of the states of a gated delta net: auto (as the model says), float32, ...")
+]
 Utilization = Annotated[float, _option("Share of the memory that vLLM may use.", "SHARE")]
 WeightMemory = Annotated[
     float | None, _option("Weights on all ranks together. Default: parameters x element size.", "GIB")
@@ -60,6 +63,7 @@ def plan(
     pipeline_parallel_size: PipelineParallel = 1,
     dtype: Dtype = "auto",
     kv_cache_dtype: CacheDtype = "auto",
+    mamba_ssm_cache_dtype: StateDtype = "auto",
     gpu_memory_utilization: Utilization = 0.92,
     weight_memory: WeightMemory = None,
     activation_memory: ActivationMemory = None,
@@ -69,8 +73,7 @@ def plan(
 ) -> None:
     """Show how many requests fit on a GPU with and without a policy; reads only the model's configuration."""
     from ..config import KVPolicyConfig, parse_json_object
-    from .plan import Machine
-    from .plan import plan as compute
+    from . import plan as planning
 
     options = {
         "kv_policy": kv_policy,
@@ -81,13 +84,14 @@ def plan(
         "kv_protect_prompt": kv_protect_prompt,
         "kv_policy_config": parse_json_object("--kv-policy-config", kv_policy_config),
     }
-    machine = Machine(
+    machine = planning.Machine(
         gpu_memory=gpu_memory,
         utilization=gpu_memory_utilization,
         ranks=tensor_parallel_size,
         stages=pipeline_parallel_size,
         dtype=dtype,
         kv_dtype=kv_cache_dtype,
+        state_dtype=mamba_ssm_cache_dtype,
         block_size=block_size,
         max_model_len=max_model_len,
         max_num_seqs=max_num_seqs,
@@ -97,5 +101,5 @@ def plan(
         overhead=overhead_memory,
         kv_memory=kv_memory,
     )
-    found = compute(model, KVPolicyConfig.parse(options), machine, length=length, prompt=prompt)
+    found = planning.plan(model, KVPolicyConfig.parse(options), machine, length=length, prompt=prompt)
     typer.echo(found.json() if as_json else "\n".join(found.lines()))

@@ -60,11 +60,13 @@ class ResolvedRequest:
         """
         limits, num_beside = self.limits, others.num_blocks(longest)
         if limits is None:
-            return Demand(longest, sys.maxsize, num_beside=num_beside, peaks=others.peaks(longest, longest))
+            peaks = others.peaks(longest, longest)
+            return Demand(longest, sys.maxsize, num_beside=num_beside, peaks=peaks, at_rest=others.at_rest)
         # A prompt is computed up to its bound and, once it is compacted, by as much as the buffer more in each step.
         peaks = others.peaks(longest, limits.first_bound + (others.num_steps - 1) * limits.buffer)
         num_intact = limits.protected // block_size
-        return Demand(most_tokens(limits, longest), num_intact, limits.lookahead, num_beside, peaks)
+        num_tokens = most_tokens(limits, longest)
+        return Demand(num_tokens, num_intact, limits.lookahead, num_beside, peaks, others.at_rest)
 
 
 class RequestOptions(BaseModel):

@@ -95,15 +95,31 @@ def most_tokens(limits: Limits | None, longest: int) -> int:
 
 
 class OtherGroup(NamedTuple):
-    """A group of layers whose KV is not compacted, because they read no more than a window of the text.
+    """A group of layers whose cache is not compacted: they read a window of the text only, or keep a state of it.
 
     Attributes:
         block_size: tokens of a block.
         most_blocks: most blocks that a request holds, without those of a prompt in flight.
+        at_rest: most blocks that it holds between two steps once it has given those of its prompt back.
+        per_step: blocks that each further step in flight holds, if their number does not depend on its tokens.
     """
 
     block_size: int
     most_blocks: int
+    at_rest: int
+    per_step: int | None = None
+
+    def num_blocks(self, num_tokens: int) -> int:
+        """Return the most blocks that a request of so many tokens holds, without those of a prompt in flight."""
+        return min(ceil_div(num_tokens, self.block_size), self.most_blocks)
+
+    def peak(self, num_tokens: int, in_flight: int, num_steps: int) -> int:
+        """Return the most blocks that it holds while `in_flight` tokens of `num_steps` steps are in flight.
+
+        Blocks are given back once a step is computed, so those of the steps in flight come on top.
+        """
+        more = ceil_div(in_flight, self.block_size) if self.per_step is None else self.per_step * (num_steps - 1)
+        return min(ceil_div(num_tokens, self.block_size), self.most_blocks + more)
 
 
 def window_group(window: int, block_size: int) -> OtherGroup:
@@ -112,7 +128,24 @@ def window_group(window: int, block_size: int) -> OtherGroup:
     vLLM frees a block when no token that is still to be computed reads it. So a request holds a stretch of the window
     and the tokens in flight, which may begin and end within a block; decoding, fewer tokens than a block are in flight.
     """
-    return OtherGroup(block_size, ceil_div(window - 1, block_size) + 2)
+    most_blocks = ceil_div(window - 1, block_size) + 2
+    return OtherGroup(block_size, most_blocks, at_rest=most_blocks)
+
+
+def state_group(block_size: int, *, has_prefix_cache: bool, num_extra: int = 0) -> OtherGroup:
+    """Return a group of layers that keep a state of the text, each in one block whatever the text's length.
+
+    For the prefix cache vLLM leaves the state at the end of every `block_size` tokens in a block of its own. A request
+    goes on from the last of them in a fresh block, and gives the old one back once the step that read it is computed.
+
+    Args:
+        block_size: see above.
+        has_prefix_cache: whether there is a prefix cache.
+        num_extra: blocks that a layer's prefill needs beside these.
+    """
+    if not has_prefix_cache:
+        return OtherGroup(block_size, 1 + num_extra, at_rest=1, per_step=0)
+    return OtherGroup(block_size, 2 + num_extra, at_rest=1, per_step=1)
 
 
 class OtherGroups(NamedTuple):
@@ -130,18 +163,27 @@ class OtherGroups(NamedTuple):
 
     def num_blocks(self, num_tokens: int) -> int:
         """Return the most blocks that a request of so many tokens holds here, without those of a prompt in flight."""
-        return sum(min(ceil_div(num_tokens, group.block_size), group.most_blocks) for group in self.groups)
+        return sum(group.num_blocks(num_tokens) for group in self.groups)
 
     def peaks(self, num_tokens: int, in_flight: int) -> tuple[int, ...]:
         """Return the most blocks that such a request holds in each group while `in_flight` tokens of it are in flight.
 
-        Blocks are given back once a step is computed, so those of the steps in flight come on top of the window.
+        See `OtherGroup.peak`.
         """
         in_flight = min(in_flight, self.max_in_flight)
-        return tuple(
-            min(ceil_div(num_tokens, group.block_size), group.most_blocks + ceil_div(in_flight, group.block_size))
-            for group in self.groups
-        )
+        return tuple(group.peak(num_tokens, in_flight, self.num_steps) for group in self.groups)
+
+    @property
+    def at_rest(self) -> tuple[int, ...]:
+        """Most blocks that a request holds in each group at rest; see `OtherGroup`."""
+        return tuple(group.at_rest for group in self.groups)
+
+    @property
+    def kinds(self) -> str:
+        """Describe the layers."""
+        has_states = {group.per_step is not None for group in self.groups}
+        names = {False: "a sliding window", True: "a state"}
+        return "layers with " + " or ".join(names[kind] for kind in sorted(has_states))
 
 
 NO_OTHERS = OtherGroups()
@@ -157,6 +199,7 @@ class Demand(NamedTuple):
         lookahead: see `Limits.lookahead`.
         num_beside: most blocks it holds in groups that are not compacted.
         peaks: most blocks that it holds in each of these groups, while its prompt is computed.
+        at_rest: see `OtherGroup`, for each of these groups.
     """
 
     num_tokens: int
@@ -164,6 +207,7 @@ class Demand(NamedTuple):
     lookahead: LookaheadTokens = LookaheadTokens()
     num_beside: int = 0
     peaks: tuple[int, ...] = ()
+    at_rest: tuple[int, ...] = ()
 
     @property
     def num_in_flight(self) -> int:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
+import operator
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
-from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager, SingleTypeKVCacheManager
+from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager, MambaManager, SingleTypeKVCacheManager
 
 from ..core.limits import ceil_div
 from ..scheduler.admission import Holding, Ledger
@@ -118,7 +119,9 @@ class EvictingBlockManager(_Base):
         manager.requests, manager.ledger, manager._lookahead_blocks = requests, ledger, []
         manager._others = [other for other in managers if other is not manager]
         for rank, other in enumerate(manager._others):
-            other.__class__ = _capped(type(other))  # type: ignore[arg-type]
+            # A state takes the same few blocks whatever the length of the prompt.
+            derive = _discreet if isinstance(other, MambaManager) else _capped
+            other.__class__ = derive(type(other))  # type: ignore[arg-type]
             other.requests, other.rank = requests, rank  # type: ignore[attr-defined]
         return manager
 
@@ -137,7 +140,7 @@ class EvictingBlockManager(_Base):
 
     def num_held(self, request_id: str) -> int:
         """Return how many blocks a request holds in all groups."""
-        return self.num_blocks(request_id) + self._num_beside(request_id)
+        return self.num_blocks(request_id) + sum(self._beside(request_id))
 
     def blocks(self, request_id: str) -> list[int]:
         """Return the block ids of a request in the group that is compacted."""
@@ -181,13 +184,13 @@ class EvictingBlockManager(_Base):
     def settle(self, request: RequestRecord) -> None:
         """Withdraw the promise of blocks in flight in other groups once a decoding request has given them back."""
         assert request.promise is not None
-        if self._num_beside(request.request_id) <= request.demand.num_beside:
+        if all(map(operator.le, self._beside(request.request_id), request.demand.at_rest)):
             request.promise = self.ledger.settle(request.promise)
 
-    def _num_beside(self, request_id: str) -> int:
-        """Return how many blocks a request holds in the other groups."""
+    def _beside(self, request_id: str) -> Iterator[int]:
+        """Yield how many blocks a request holds in each of the other groups."""
         tables = (manager.req_to_blocks.get(request_id, ()) for manager in self._others)
-        return sum(not block.is_null for table in tables for block in table)
+        return (sum(not block.is_null for block in table) for table in tables)
 
     def _num_missing(self, request: RequestRecord, num_tokens: int) -> int:
         """Return how many blocks a request lacks for `num_tokens` logical tokens; negative if some are spare."""

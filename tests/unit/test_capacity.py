@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
+from transformers import Qwen3NextConfig
 
 from skipkv_vllm import bundled_gates, bundled_model
 from skipkv_vllm.banner import banner
@@ -342,7 +343,7 @@ def test_a_prompt_that_does_not_fit_is_said(capsys):
 @pytest.mark.parametrize(
     ("kinds", "found"),
     [
-        (["linear_attention", "full_attention"] * 2, "full_attention, linear_attention"),
+        (["linear_attention", "full_attention"] * 2, "linear_attention in a model other than qwen3_next"),
         (["sliding_attention"] * 4, "sliding_attention"),
         (["full_attention"] * 3 + ["sliding_attention"], "3 full and fewer sliding layers"),
     ],
@@ -367,3 +368,28 @@ def test_layers_with_a_window_are_counted(capsys, tmp_path):
     # Two groups of two layers: 22 blocks for the bound, 6 for the window.
     assert "a request of 2,000 tokens holds at most 28 blocks instead of 131" in out
     assert "6 of them are of layers with a sliding window" in out
+
+
+def test_states_are_counted_and_what_a_budget_buys_is_said(capsys, tmp_path):
+    Qwen3NextConfig(num_experts=8).save_pretrained(tmp_path)
+    arguments = ["--kv-memory", "8", "--model", str(tmp_path), "--length", "20000", "--kv-budget", "1024"]
+    code, out, _ = say(capsys, *arguments)
+    assert code == 0
+    # Three groups of states, each with the running one and the one of the last whole block.
+    assert "blocks of 544 tokens" in out
+    assert "a request of 20,000 tokens holds at most 9 blocks instead of 43" in out
+    assert "6 of them are of layers with a state, which are not compacted; while its prompt is computed, it may" in out
+    assert (
+        "only whole blocks are freed: the bound of 1,152 tokens takes 3 of them, so nothing is freed of a request of "
+        "up to 1,632 tokens, and --kv-budget 1,504 takes no more"
+    ) in out
+    code, out, _ = say(capsys, *arguments, "--kv-budget", "1504", "--json")
+    larger = json.loads(out)["capacity"]
+    assert (larger["request_blocks"], larger["bound"]) == (9, 3 * 544)
+    assert "blocks of 1056 tokens" in say(capsys, *arguments, "--mamba-ssm-cache-dtype", "float32")[1]
+    assert say(capsys, *arguments, "--mamba-ssm-cache-dtype", "int8")[0] == 2
+
+
+def test_small_blocks_need_no_word_about_rounding():
+    found = capacity(CONFIG, SHAPE, POOL)
+    assert "only whole blocks" not in "\n".join(found.lines())

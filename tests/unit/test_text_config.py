@@ -7,9 +7,23 @@ from unittest import mock
 
 import pytest
 import torch
-from transformers import Gemma2Config, Gemma3TextConfig, Gemma4TextConfig, GptOssConfig, MistralConfig, Qwen2Config
-from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
+from transformers import (
+    Gemma2Config,
+    Gemma3TextConfig,
+    Gemma4TextConfig,
+    GptOssConfig,
+    MistralConfig,
+    Qwen2Config,
+    Qwen3NextConfig,
+)
+from vllm.model_executor.layers.mamba.mamba_utils import (
+    MambaStateDtypeCalculator,
+    MambaStateShapeCalculator,
+)
+from vllm.platforms.interface import Platform
+from vllm.v1.kv_cache_interface import FullAttentionSpec, MambaSpec, SlidingWindowSpec
 
+from skipkv_vllm.capacity import StateSizes, block_size_of
 from skipkv_vllm.capacity.text_config import groups_of, kinds_of, others_of, shape_of, unsupported
 from skipkv_vllm.core.limits import NO_OTHERS
 from skipkv_vllm.integration.compat.version import located
@@ -17,17 +31,25 @@ from skipkv_vllm.integration.compat.watched import POOL_GROUPS
 
 
 def kinds(pattern: str) -> list[str]:
-    return [{"s": "sliding_attention", "f": "full_attention"}[each] for each in pattern]
+    names = {"s": "sliding_attention", "f": "full_attention", "l": "linear_attention"}
+    return [names[each] for each in pattern]
 
 
-@pytest.mark.parametrize("pattern", ["ffff", "sssssf" * 3, "sf" * 12, "ssfsf", "sfff", "ssffs", "s" * 7 + "ff"])
+WITH_WINDOWS = ["ffff", "sssssf" * 3, "sf" * 12, "ssfsf", "sfff", "ssffs", "s" * 7 + "ff"]
+
+
+@pytest.mark.parametrize("pattern", [*WITH_WINDOWS, "lllf" * 12, "llflf", "lf" * 2, "llffl", "lfff"])
 def test_groups_are_as_vllm_makes_them(pattern):
-    config = Gemma3TextConfig(num_hidden_layers=len(pattern), layer_types=kinds(pattern), sliding_window=64)
+    settings = {"num_hidden_layers": len(pattern), "layer_types": kinds(pattern)}
+    config = Qwen3NextConfig(**settings) if "l" in pattern else Gemma3TextConfig(**settings, sliding_window=64)
     shape = {"block_size": 16, "num_kv_heads": 2, "head_size": 8, "dtype": torch.float32}
-    specs = {
-        f"layers.{i}": SlidingWindowSpec(**shape, sliding_window=64) if kind == "s" else FullAttentionSpec(**shape)
-        for i, kind in enumerate(pattern)
+    page = FullAttentionSpec(**shape).page_size_bytes
+    by_kind = {
+        "f": FullAttentionSpec(**shape),
+        "s": SlidingWindowSpec(**shape, sliding_window=64),
+        "l": MambaSpec(block_size=16, shapes=((8, 8),), dtypes=(torch.float32,), page_size_padded=page),
     }
+    specs = {f"layers.{i}": by_kind[kind] for i, kind in enumerate(pattern)}
     module, _, name = located(POOL_GROUPS).partition(":")
     vllm_config = mock.MagicMock(speculative_config=None, kv_transfer_config=None)
     vllm_config.scheduler_config.disable_hybrid_kv_cache_manager = False
@@ -82,3 +104,64 @@ def test_layers_with_more_kv_have_smaller_blocks():
     assert unsupported(larger) is None
     assert unsupported(Gemma4TextConfig(**sizes, num_kv_shared_layers=2)) == "layers that share a cache"
     assert unsupported(Gemma4TextConfig(**sizes, global_head_dim=512)) == "heads of 512 (at most 256)"
+
+
+@pytest.mark.parametrize(
+    ("shape", "ranks", "sums", "block_size", "expected"),
+    [
+        # Qwen3-Next-80B-A3B with states in bfloat16 and float32, and on several ranks.
+        ({}, 1, "auto", 16, 544),
+        ({}, 1, "float32", 16, 1056),
+        ({}, 1, "float32", 256, 1280),
+        ({}, 2, "float32", 16, 1056),
+        ({}, 4, "auto", 16, 272),
+        ({"head_dim": 32, "linear_key_head_dim": 32, "linear_num_value_heads": 16}, 1, "float32", 32, 1120),
+        ({"head_dim": 64, "linear_key_head_dim": 8, "linear_value_head_dim": 8}, 1, "auto", 128, 128),
+    ],
+)
+def test_a_block_is_as_large_as_a_state(shape, ranks, sums, block_size, expected):
+    config = Qwen3NextConfig(**shape)
+    heads, dtype = max(1, config.num_key_value_heads // ranks), torch.bfloat16
+    model = mock.Mock(spec=["get_mamba_state_shape_from_config", "get_mamba_state_dtype_from_config"])
+    model.get_mamba_state_shape_from_config.return_value = MambaStateShapeCalculator.gated_delta_net_state_shape(
+        ranks, config.linear_num_key_heads, config.linear_num_value_heads,
+        config.linear_key_head_dim, config.linear_value_head_dim, config.linear_conv_kernel_dim,
+    )  # fmt: skip
+    found = MambaStateDtypeCalculator.gated_delta_net_state_dtype(dtype, "auto", sums)
+    model.get_mamba_state_dtype_from_config.return_value = found
+    vllm_config = mock.MagicMock()
+    vllm_config.cache_config.cache_dtype = "auto"
+    vllm_config.cache_config.block_size = block_size
+    vllm_config.model_config.dtype, vllm_config.model_config.use_mla = dtype, False
+    vllm_config.model_config.get_num_kv_heads.return_value = heads
+    vllm_config.model_config.get_head_size.return_value = config.head_dim
+    backend = mock.Mock()
+    backend.customize_spec = lambda spec: spec
+    backend.get_supported_kernel_block_sizes.return_value = [16, 32, 64]
+    with (
+        mock.patch("vllm.model_executor.models.ModelRegistry.resolve_model_cls", return_value=(model, "")),
+        mock.patch("vllm.config.vllm.set_current_vllm_config"),
+        mock.patch.object(Platform, "_find_non_ssm_backends", return_value=[backend]),
+    ):
+        Platform._align_hybrid_block_size(vllm_config, backend)
+    own = StateSizes(ranks, last_tokens=2, sums=found[1].itemsize, kv=2)
+    assert block_size_of(config, block_size, own) == vllm_config.cache_config.block_size == expected
+    # The size that vLLM arrived at stays as it is.
+    assert block_size_of(config, expected, own) == expected
+
+
+def test_qwen3_next_has_states_beside_full_attention():
+    config = Qwen3NextConfig()
+    assert unsupported(config) is None
+    assert groups_of(config, 544) == (12, 3, 12, 544, 544)
+    shape = shape_of(config, ranks=1, element_size=2)
+    assert (shape.num_layers, shape.num_pooled_layers, shape.kv_bytes) == (12, 12, 2 * 12 * 2 * 256 * 2)
+    others = others_of(config, 544, 4096, 2)
+    assert (others.num_blocks(10_000), others.peaks(10_000, 4096)) == (6, (3, 3, 3))
+    assert others_of(config, 544, 4096, 2, has_prefix_cache=False).peaks(10_000, 4096) == (1, 1, 1)
+
+
+def test_models_whose_states_were_not_tested_are_not_supported():
+    config = Qwen3NextConfig()
+    config.model_type = "olmo_hybrid"
+    assert unsupported(config).startswith("linear_attention in a model other than qwen3_next")

@@ -2,7 +2,7 @@
 
 vLLM divides the layers of a model into groups. A request has a block table in each, and all groups take their blocks
 from one pool. A policy compacts the group of the layers with full attention, which is the only one that grows with the
-text. Layers that read a sliding window of it stay as vLLM manages them.
+text. Layers that read a sliding window of it, or keep a state of it, stay as vLLM manages them.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ...core.errors import KVPolicyError
-from ...core.limits import OtherGroups, window_group
+from ...core.limits import OtherGroup, OtherGroups, state_group, window_group
 from ...core.needs import Need
 from .flags import policy_config
 from .refusals import OTHER_MODEL, Refuse, refusal
@@ -23,7 +23,7 @@ from .watched import POOL_GROUPS
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
-    from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheGroupSpec
+    from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheGroupSpec, MambaSpec, SlidingWindowSpec
 
     from ...config import KVPolicyConfig
 
@@ -63,14 +63,14 @@ def cache_groups(vllm_config: VllmConfig, groups: Sequence[KVCacheGroupSpec] | N
     evicting = _evicting(groups, policy)
     if vllm_config.parallel_config.pipeline_parallel_size == 1:
         _check_chosen_layers(groups[evicting].layer_names, policy)
-    others = (group.kv_cache_spec for i, group in enumerate(groups) if i != evicting)
+    others = [group.kv_cache_spec for i, group in enumerate(groups) if i != evicting]
     return CacheGroups(
         evicting,
         groups[evicting].layer_names,
         groups[evicting].kv_cache_spec,
         max(len(group.layer_names) for group in groups),
         OtherGroups(
-            tuple(window_group(spec.sliding_window + spec.extra_retained_tokens, spec.block_size) for spec in others),
+            tuple(map(_other_group, others)),
             vllm_config.max_in_flight_tokens,
             vllm_config.max_concurrent_batches,
         ),
@@ -78,28 +78,40 @@ def cache_groups(vllm_config: VllmConfig, groups: Sequence[KVCacheGroupSpec] | N
 
 
 def may_have_several_groups(vllm_config: VllmConfig) -> bool:
-    """Return whether some layers may read a window only, before the model is loaded."""
-    return vllm_config.model_config.get_sliding_window() is not None
+    """Return whether some layers may read a window only or keep a state, before the model is loaded."""
+    return vllm_config.model_config.is_hybrid or vllm_config.model_config.get_sliding_window() is not None
+
+
+def _other_group(spec: SlidingWindowSpec | MambaSpec) -> OtherGroup:
+    from vllm.v1.kv_cache_interface import SlidingWindowSpec
+
+    if isinstance(spec, SlidingWindowSpec):
+        return window_group(spec.sliding_window + spec.extra_retained_tokens, spec.block_size)
+    return state_group(
+        spec.block_size,
+        has_prefix_cache=spec.mamba_cache_mode == "align",
+        num_extra=spec.num_speculative_blocks + spec.num_prefill_checkpoint_blocks,
+    )
 
 
 def _evicting(groups: Sequence[KVCacheGroupSpec], policy: KVPolicyConfig) -> int:
-    from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
+    from vllm.v1.kv_cache_interface import FullAttentionSpec, MambaSpec, SlidingWindowSpec
 
     specs = [group.kv_cache_spec for group in groups]
     refuse = functools.partial(refusal, flag="--kv-policy" if policy.evicts else "--kv-steering-vectors")
     full = [i for i, spec in enumerate(specs) if type(spec) is FullAttentionSpec]
-    if len(full) != 1 or any(type(spec) not in (FullAttentionSpec, SlidingWindowSpec) for spec in specs):
+    if len(full) != 1 or any(type(spec) not in (FullAttentionSpec, SlidingWindowSpec, MambaSpec) for spec in specs):
         found = ", ".join(type(spec).__name__ for spec in specs) or "none"
         raise refuse(
             f"this model's KV cache ({found})",
-            "it must be one group of full-attention layers, and any number of groups with a sliding window",
+            "it must be one group of full-attention layers, and any number of groups with a sliding window or a state",
             OTHER_MODEL,
         )
     if len(specs) > 1 and policy.needs & Need.LOOKAHEAD:
         names = ", ".join(repr(each.name) for each in policy.policies if each.lookahead_plan is not None)
         raise refuse(
-            f"{names} for models with a sliding window in some layers",
-            "it computes tokens ahead, which would overwrite these layers' KV",
+            f"{names} for models with a sliding window or a state in some layers",
+            "it computes tokens ahead, which would overwrite these layers' KV or states",
             "Use other methods",
         )
     _check_spec(specs[full[0]], refuse)

@@ -7,10 +7,10 @@ import importlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ...capacity import ModelShape, Pool, groups_of, others_of
+from ...capacity import ModelShape, Pool, StateSizes, block_size_of, groups_of, has_states, others_of
 from ...config import KEEP_EVERYTHING, KVPolicyConfig, RequestOptions
 from ...core.errors import KVPolicyError
-from ...core.limits import Limits, ceil_div, most_tokens
+from ...core.limits import Limits, OtherGroups, ceil_div, most_tokens
 from .cache_groups import CacheGroups
 from .flags import has_policy, policy_config
 from .seams import is_public
@@ -87,7 +87,7 @@ def check_pool(vllm_config: VllmConfig, available: int, get_needed_memory: Calla
 
 
 def check_bound_fits(config: KVPolicyConfig, pool: Pool) -> None:
-    """Check that the blocks of one request at its bound fit, where it also holds some in groups with a window.
+    """Check that the blocks of one request at its bound fit, where it also holds some in other groups.
 
     Raises:
         KVPolicyError: naming the blocks and the remedies.
@@ -103,8 +103,8 @@ def check_bound_fits(config: KVPolicyConfig, pool: Pool) -> None:
     if needed > pool.num_blocks:
         raise KVPolicyError(
             f"--kv-budget {config.kv_budget} + --kv-buffer {config.kv_buffer}: a request holds up to {needed} blocks, "
-            f"{demand.num_beside + demand.num_in_flight} of them in layers with a sliding window, but the KV cache has "
-            f"only {pool.num_blocks}. Lower --kv-budget, --kv-buffer or --max-num-batched-tokens, or give the cache "
+            f"{demand.num_beside + demand.num_in_flight} of them in {pool.others.kinds}, but the KV cache has only "
+            f"{pool.num_blocks}. Lower --kv-budget, --kv-buffer or --max-num-batched-tokens, or give the cache "
             "more memory (--gpu-memory-utilization, on CPUs VLLM_CPU_KVCACHE_SPACE)"
         )
 
@@ -144,9 +144,7 @@ def check_fits_alone(
         longest = min(num_prompt + (params.max_tokens or 0), longest)
     resolved = (KEEP_EVERYTHING if request.resumable else options).resolve(config, num_prompt)
     # The groups of the cache are known to the engine only, but follow from the configuration; the engine checks again.
-    text_config, block_size = vllm_config.model_config.hf_text_config, cache.block_size
-    others = others_of(text_config, block_size, vllm_config.max_in_flight_tokens, vllm_config.max_concurrent_batches)
-    block_size = groups_of(text_config, block_size).block_size
+    block_size, others = _planned_groups(vllm_config)
     limits, demand = resolved.limits, resolved.demand(longest, block_size, others)
     if demand.most_blocks(block_size) <= num_blocks:
         return
@@ -163,6 +161,40 @@ def check_fits_alone(
         f"this request may need {found.most} tokens, but the KV cache holds only {room} ({found.cause}); "
         f"{found.remedy}",
         found.field,
+    )
+
+
+def _planned_groups(vllm_config: VllmConfig) -> tuple[int, OtherGroups]:
+    """Return the tokens of a block of the group that is compacted, and the other groups, by the configuration."""
+    text_config, block_size = vllm_config.model_config.hf_text_config, vllm_config.cache_config.block_size
+    has_prefix_cache = False
+    if has_states(text_config):
+        has_prefix_cache = bool(vllm_config.cache_config.enable_prefix_caching)
+        block_size = block_size_of(text_config, block_size, _state_sizes(vllm_config))
+    others = others_of(
+        text_config,
+        block_size,
+        vllm_config.max_in_flight_tokens,
+        vllm_config.max_concurrent_batches,
+        has_prefix_cache=has_prefix_cache,
+    )
+    return groups_of(text_config, block_size).block_size, others
+
+
+def _state_sizes(vllm_config: VllmConfig) -> StateSizes:
+    from vllm.utils.torch_utils import STR_DTYPE_TO_TORCH_DTYPE
+
+    cache, own = vllm_config.cache_config, vllm_config.model_config.dtype.itemsize
+
+    def size(name: str, default: int) -> int:
+        return default if name == "auto" else STR_DTYPE_TO_TORCH_DTYPE[name].itemsize
+
+    last_tokens = size(cache.mamba_cache_dtype, own)
+    return StateSizes(
+        ranks=vllm_config.parallel_config.tensor_parallel_size,
+        last_tokens=last_tokens,
+        sums=size(cache.mamba_ssm_cache_dtype, last_tokens),
+        kv=size(cache.cache_dtype, own),
     )
 
 

@@ -6,7 +6,7 @@ import functools
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
-from ...capacity import groups_of
+from ...capacity import STATE_MODELS, groups_of
 from ...core.errors import KVPolicyError
 from ...core.needs import Need
 from ...ops.paging import FP8_CACHES, MAX_HEAD_SIZE
@@ -93,8 +93,10 @@ def _check_model(vllm_config: VllmConfig, refuse: Refuse) -> None:
         raise refuse("encoder-decoder models", "cross attention has its own cache", OTHER_MODEL)
     if model.use_mla:
         raise refuse("MLA models", "their cache holds latents, which the policies cannot score", OTHER_MODEL)
-    if model.is_hybrid or model.is_attention_free:
-        raise refuse("hybrid and state-space models", "their state is not a list of tokens", OTHER_MODEL)
+    if model.is_attention_free:
+        raise refuse("state-space models without attention", "their cache does not grow with the text", OTHER_MODEL)
+    if model.is_hybrid:
+        _check_states(vllm_config, refuse)
     if vllm_config.diffusion_config is not None:
         raise refuse("diffusion models", "they rewrite tokens, and vLLM schedules them differently", OTHER_MODEL)
     if model.is_mm_prefix_lm:
@@ -102,6 +104,23 @@ def _check_model(vllm_config: VllmConfig, refuse: Refuse) -> None:
             "prefix-LM attention",
             "the mask of an image's tokens needs the positions of all tokens",
             "Serve text only with --language-model-only",
+        )
+
+
+def _check_states(vllm_config: VllmConfig, refuse: Refuse) -> None:
+    """Refuse models with a state in some layers that were not tested, and hits of the prefix cache within a block."""
+    text_config, cache = vllm_config.model_config.hf_text_config, vllm_config.cache_config
+    if text_config.model_type not in STATE_MODELS:
+        raise refuse(
+            f"hybrid models of the type {text_config.model_type!r}, which keep a state in some layers",
+            f"of such models only {', '.join(STATE_MODELS)} are supported; others were not tested",
+            OTHER_MODEL,
+        )
+    if cache.prefix_match_unit is not None:
+        raise refuse(
+            f"--prefix-match-unit {cache.prefix_match_unit} of models with a state in some layers",
+            "hits within a block were not tested",
+            "Drop --prefix-match-unit",
         )
 
 
@@ -125,7 +144,7 @@ def _check_features(vllm_config: VllmConfig, refuse: Refuse) -> None:
         )
     if parallel.pipeline_parallel_size > 1 and groups_of(vllm_config.model_config.hf_text_config, 1).num_others:
         raise refuse(
-            "pipeline parallelism of models with a sliding window in some layers",
+            "pipeline parallelism of models with a sliding window or a state in some layers",
             "vLLM groups the layers of all stages together, and a stage sees its own only",
             "Use --tensor-parallel-size",
         )

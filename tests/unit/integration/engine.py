@@ -4,8 +4,8 @@ Compactions come first, then running requests (the last one is preempted if the 
 with prefix-cache look-up. A faithful worker writes and moves tokens in a dictionary of blocks.
 
 A token's content is its position and everything before it, as in a real cache. A token computed after an eviction is
-marked with its request, because no other request may ever read it. That holds in layers with a sliding window as well,
-which are groups of their own, share the pool and are not compacted.
+marked with its request, because no other request may ever read it. That holds in layers with a sliding window or a
+state as well, which are groups of their own, share the pool and are not compacted (`beside`).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCache
 from vllm.v1.request import Request, RequestStatus
 
 from skipkv_vllm.config import KVPolicyConfig, ResolvedRequest
-from skipkv_vllm.core.limits import Limits, OtherGroups, ceil_div, window_group
+from skipkv_vllm.core.limits import Limits, OtherGroups, ceil_div, state_group, window_group
 from skipkv_vllm.core.needs import Need
 from skipkv_vllm.core.orders import Strength
 from skipkv_vllm.integration.block_manager import EvictingBlockManager
@@ -30,6 +30,7 @@ from skipkv_vllm.integration.free_queue import GuardQueue
 from skipkv_vllm.scheduler.admission import Ledger
 from skipkv_vllm.scheduler.planner import PlannedCompaction
 from skipkv_vllm.scheduler.requests import RequestRecord
+from tests.unit.integration import beside
 from tests.unit.integration.tokens import LONGEST, MAX_MODEL_LEN, PAGE, Order, Token, Tracked
 
 
@@ -44,27 +45,33 @@ class Engine:
         is_bounded: bool = False,
         is_guarded: bool = False,
         windows: tuple[int, ...] = (),
+        num_states: int = 0,
     ) -> None:
         init_none_hash(sha256)
         self.random = random.Random(seed)
         shape = {"block_size": PAGE, "num_kv_heads": 1, "head_size": 8, "dtype": torch.float32}
         # The group that is compacted is not the first one.
-        specs = [SlidingWindowSpec(**shape, sliding_window=window) for window in windows]
-        specs.append(FullAttentionSpec(**shape))
+        specs = [
+            *(SlidingWindowSpec(**shape, sliding_window=window) for window in windows),
+            *[beside.state_spec(enable_caching)] * num_states,
+            FullAttentionSpec(**shape),
+        ]
         groups = [KVCacheGroupSpec([f"layer.{i}"], spec) for i, spec in enumerate(specs)]
         self.kv = KVCacheManager(
             KVCacheConfig(num_pages, [], groups),
             MAX_MODEL_LEN,
-            scheduler_block_size=PAGE,
+            scheduler_block_size=max(spec.block_size for spec in specs),
             hash_block_size=PAGE,
             enable_caching=enable_caching,
         )
-        *self.windowed, _ = managers = self.kv.coordinator.single_type_managers
-        self.others = OtherGroups(tuple(window_group(window, PAGE) for window in windows), MAX_MODEL_LEN)
+        *self.beside, _ = managers = self.kv.coordinator.single_type_managers
+        states = [state_group(PAGE if enable_caching else MAX_MODEL_LEN, has_prefix_cache=enable_caching)] * num_states
+        self.others = OtherGroups((*(window_group(window, PAGE) for window in windows), *states), MAX_MODEL_LEN)
+        self.is_aligned = bool(states) and enable_caching
         self.requests: dict[str, RequestRecord] = {}
         # One block is vLLM's placeholder.
         ledger = Ledger(num_pages - 1, PAGE, is_bounded)
-        self.manager = EvictingBlockManager.adopt(managers, len(windows), self.requests, ledger)
+        self.manager = EvictingBlockManager.adopt(managers, len(self.beside), self.requests, ledger)
         self.pool = self.kv.block_pool
         if is_guarded:
             self.pool.free_block_queue = GuardQueue.adopt(self.pool.free_block_queue, seed)
@@ -74,18 +81,8 @@ class Engine:
         self.waiting: list[str] = []
         self.pages: dict[int, list[Token | None]] = {i: [None] * PAGE for i in range(num_pages)}
         self.published: dict[bytes, tuple[Token, ...]] = {}
-        names = (
-            "compactions",
-            "replaced",
-            "refused",
-            "preemptions",
-            "short",
-            "hits",
-            "finished",
-            "lookahead",
-            "settled",
-        )
-        self.counts = dict.fromkeys((*names, "no_lookahead"), 0)
+        names = "compactions replaced refused preemptions short hits finished lookahead settled no_lookahead"
+        self.counts = dict.fromkeys(names.split(), 0)
         self._next_id = 0
 
     # ---- traffic
@@ -131,6 +128,7 @@ class Engine:
     # ---- one engine step
 
     def step(self, chunk: int) -> None:
+        self.kv.new_step_starts()
         preempted: set[str] = set()
         orders = self._compact(preempted)
         scheduled = self._schedule_running(chunk, preempted)
@@ -159,7 +157,7 @@ class Engine:
             if plan.num_lookahead:
                 held = {
                     block.block_id
-                    for manager in (self.manager, *self.windowed)
+                    for manager in (self.manager, *self.beside)
                     for blocks in manager.req_to_blocks.values()
                     for block in blocks
                 }
@@ -239,8 +237,10 @@ class Engine:
             request_id = self.running[index]
             request = self.tracked[request_id].request
             record = self.requests[request_id]
-            room = record.planner.room(request.num_computed_tokens, record.num_evicted)
-            count = min(chunk, room, request.num_tokens - request.num_computed_tokens)
+            count = self._count(request_id, request.num_computed_tokens, chunk)
+            if not count:
+                index += 1
+                continue
             if record.promise.num_in_flight and request.num_computed_tokens + 1 >= request.num_tokens:
                 self.manager.settle(record)
                 self.counts["settled"] += not record.promise.num_in_flight
@@ -256,6 +256,14 @@ class Engine:
                     break
         return scheduled
 
+    def _count(self, request_id: str, start: int, chunk: int) -> int:
+        """Return how many tokens of a request the step computes."""
+        request, record = self.tracked[request_id].request, self.requests[request_id]
+        count = min(chunk, request.num_tokens - start)
+        if self.is_aligned:
+            count = beside.aligned(request, start, count, chunk)
+        return min(count, record.planner.room(start, record.num_evicted))
+
     def _schedule_waiting(self, chunk: int) -> dict[str, int]:
         scheduled: dict[str, int] = {}
         while self.waiting:
@@ -267,7 +275,9 @@ class Engine:
                 most = tracked.limits.cacheable // PAGE * PAGE
                 found, num_hit, _ = self.kv.coordinator.find_longest_cache_hit(request.block_hashes, most)
                 blocks = self.kv.create_kv_cache_blocks(found)
-            count = min(chunk, self.requests[request_id].planner.room(num_hit, 0), request.num_tokens - num_hit)
+            count = self._count(request_id, num_hit, chunk)
+            if not count:
+                break
             new = self.kv.allocate_slots(
                 request, count, num_new_computed_tokens=num_hit, new_computed_blocks=blocks, full_sequence_must_fit=True
             )
@@ -306,7 +316,7 @@ class Engine:
         self.random.shuffle(holes)
         for mover, hole in zip(movers, holes, strict=True):
             page = order.target_blocks[hole // PAGE]
-            self._assert_writable(order.request_id, page)
+            self.assert_writable(order.request_id, page)
             assert self.pool.blocks[page].block_hash is None, "a cached block is overwritten"
             self.pages[page][hole % PAGE] = tokens[mover]
         tracked.held = {tokens[s] for s in kept}
@@ -321,16 +331,14 @@ class Engine:
                 token = token._replace(private=f"{request_id}.{tracked.life}")
             slot = position - tracked.num_evicted
             page = blocks[slot // PAGE].block_id
-            self._assert_writable(request_id, page)
+            self.assert_writable(request_id, page)
             self.pages[page][slot % PAGE] = token
             tracked.held.add(token)
             tracked.written[position] = token
-            for manager in self.windowed:
-                page = manager.req_to_blocks[request_id][position // PAGE].block_id
-                self._assert_writable(request_id, page, manager)
-                self.pages[page][position % PAGE] = token
+        for manager in self.beside:
+            beside.write(self, request_id, manager, request.num_computed_tokens, count)
 
-    def _assert_writable(self, request_id: str, page: int, manager: SingleTypeKVCacheManager | None = None) -> None:
+    def assert_writable(self, request_id: str, page: int, manager: SingleTypeKVCacheManager | None = None) -> None:
         tables = (manager or self.manager).req_to_blocks
         block = self.pool.blocks[page]
         assert not block.is_null
@@ -364,22 +372,13 @@ class Engine:
             content = [self.pages[blocks[s // PAGE].block_id][s % PAGE] for s in range(resident)]
             assert len(tracked.held) == resident
             assert set(content) == tracked.held, f"{request_id}'s blocks do not hold its tokens"
-            for manager in self.windowed:
-                self._check_window(request_id, manager)
+            for manager in self.beside:
+                beside.check(self, request_id, manager)
             if tracked.limits is not None and tracked.num_evicted:
                 protected = {tracked.pure(p) for p in range(tracked.limits.protected)}
                 assert protected <= tracked.held
         self._check_bounds()
         self._check_published()
-
-    def _check_window(self, request_id: str, manager: SingleTypeKVCacheManager) -> None:
-        """Check that a group with a sliding window holds what the next token reads."""
-        tracked = self.tracked[request_id]
-        num_computed, blocks = tracked.request.num_computed_tokens, manager.req_to_blocks[request_id]
-        assert len(blocks) == ceil_div(num_computed, PAGE)
-        for position in range(max(0, num_computed - manager.sliding_window + 1), num_computed):
-            content = self.pages[blocks[position // PAGE].block_id][position % PAGE]
-            assert content == tracked.written[position], f"{request_id}'s window is not what it wrote"
 
     def _check_bounds(self) -> None:
         for request_id in self.running:

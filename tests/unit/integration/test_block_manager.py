@@ -27,12 +27,14 @@ from tests.unit.integration.traffic import TOTALS, apply, arrivals, drive, finis
     caching=st.sampled_from([True, True, True, False]),
     bounded=st.booleans(),
     guarded=st.booleans(),
-    windows=st.sampled_from([(), (), (6,), (1, 9)]),
+    windows=st.sampled_from([(), (), (), (6,), (1, 9)]),
+    num_states=st.sampled_from([0, 0, 1, 2]),
     operations=st.lists(st.one_of(arrivals, arrivals, steps, steps, steps, others), min_size=20, max_size=50),
 )
-def run_traffic(num_pages, seed, caching, bounded, guarded, windows, operations):
+def run_traffic(num_pages, seed, caching, bounded, guarded, windows, num_states, operations):
     # A group with a window takes what its tokens in flight take, and no more than its window afterwards.
-    engine = Engine(num_pages + 20 * len(windows), seed, caching, bounded, guarded, windows)
+    num_pages += 20 * len(windows) + 8 * num_states
+    engine = Engine(num_pages, seed, caching, bounded, guarded, windows, num_states)
     for operation in operations:
         apply(engine, operation)
         engine.check()

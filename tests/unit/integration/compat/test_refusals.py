@@ -11,6 +11,7 @@ from vllm.v1.kv_cache_interface import (
     ChunkedLocalAttentionSpec,
     FullAttentionSpec,
     KVCacheGroupSpec,
+    MambaSpec,
     SlidingWindowSpec,
 )
 
@@ -38,7 +39,18 @@ def test_a_layer_that_the_model_does_not_have_is_refused():
         ({"model_config__runner_type": "pooling"}, ["'pooling' runner", "--runner"]),
         ({"model_config__is_encoder_decoder": True}, ["encoder-decoder", "decoder-only model"]),
         ({"model_config__use_mla": True}, ["MLA", "decoder-only model"]),
-        ({"model_config__is_hybrid": True}, ["hybrid", "decoder-only model"]),
+        (
+            {"model_config__is_hybrid": True, "model_config__hf_text_config": SimpleNamespace(model_type="jamba")},
+            ["hybrid models of the type 'jamba'", "only qwen3_next, qwen3_5_text", "decoder-only model"],
+        ),
+        (
+            {
+                "model_config__is_hybrid": True,
+                "model_config__hf_text_config": SimpleNamespace(model_type="qwen3_next"),
+                "cache_config__prefix_match_unit": 32,
+            },
+            ["--prefix-match-unit 32", "Drop --prefix-match-unit"],
+        ),
         ({"model_config__is_attention_free": True}, ["state-space", "decoder-only model"]),
         ({"diffusion_config": object()}, ["diffusion models", "decoder-only model"]),
         ({"model_config__is_mm_prefix_lm": True}, ["prefix-LM", "--language-model-only"]),
@@ -151,6 +163,11 @@ SHAPE = {"block_size": 16, "num_kv_heads": 2, "head_size": 8, "dtype": torch.flo
 FULL, WINDOW = FullAttentionSpec(**SHAPE), SlidingWindowSpec(**SHAPE, sliding_window=64)
 
 
+def state(**changes) -> MambaSpec:
+    settings = {"block_size": 16, "mamba_cache_mode": "align"} | changes
+    return MambaSpec(shapes=((4, 64),), dtypes=(torch.float32,), **settings)
+
+
 def test_stages_of_a_model_with_windows_are_refused():
     kinds = ["sliding_attention", "full_attention"]
     text = SimpleNamespace(num_hidden_layers=2, layer_types=kinds, num_attention_heads=2, head_dim=8, hidden_size=16)
@@ -167,7 +184,24 @@ def test_groups_with_a_window_are_left_alone():
     found = groups_of(KVPolicyConfig(kv_policy="skipkv"), WINDOW, FULL, WINDOW)
     assert (found.evicting, list(found.layer_names), found.spec) == (1, ["layers.1.attn", "layers.5.attn"], FULL)
     # 63 older tokens lie in at most 5 blocks; one more when the next token begins a block.
-    assert found.others == OtherGroups((OtherGroup(16, 6), OtherGroup(16, 6)), 256, 2)
+    assert found.others == OtherGroups((OtherGroup(16, 6, 6), OtherGroup(16, 6, 6)), 256, 2)
+
+
+def test_groups_with_a_state_are_left_alone():
+    """With a prefix cache a request holds its state and the one that it went on from, and more while steps overlap."""
+    policy = KVPolicyConfig(kv_policy="skipkv")
+    found = groups_of(policy, state(), state(), FULL)
+    assert (found.evicting, found.spec) == (2, FULL)
+    assert [group.num_blocks(1000) for group in found.others.groups] == [2, 2]
+    assert found.others.peaks(1000, 500) == (3, 3)
+    assert found.others.peaks(16, 16) == (1, 1), "a request of one block has one state"
+    assert found.others.at_rest == (1, 1)
+    found = groups_of(policy, FULL, state(mamba_cache_mode="none", block_size=4096))
+    assert found.others.peaks(1000, 500) == (1,)
+    assert found.others.num_blocks(1000) == 1
+    # What such a layer computes beside its state, it keeps in further blocks.
+    found = groups_of(policy, FULL, state(num_prefill_checkpoint_blocks=1))
+    assert found.others.peaks(1000, 500) == (4,)
 
 
 @pytest.mark.parametrize(
@@ -197,6 +231,8 @@ def test_methods_that_groups_with_a_window_do_not_allow():
     for policy in (ahead, beside):
         with pytest.raises(KVPolicyError, match=r"not support 'laq' for models with a sliding window.*computes tokens"):
             groups_of(policy, FULL, WINDOW)
+        with pytest.raises(KVPolicyError, match=r"a state in some layers: it computes tokens ahead"):
+            groups_of(policy, FULL, state())
     chosen = KVPolicyConfig(kv_policy="thinkv", kv_policy_config={"layers": "1,3"})
     groups_of(chosen, WINDOW, FULL)
     with pytest.raises(KVPolicyError, match="layers='1,3', but only layers 0, 4 of this model have full attention"):

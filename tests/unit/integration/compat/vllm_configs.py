@@ -31,7 +31,7 @@ def make_vllm_config(**changes) -> SimpleNamespace:
             distributed_executor_backend="mp",
             enable_dbo=False,
         ),
-        cache_config=SimpleNamespace(cache_dtype="auto"),
+        cache_config=SimpleNamespace(cache_dtype="auto", prefix_match_unit=None),
         diffusion_config=None,
         speculative_config=None,
         kv_transfer_config=None,
