@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from tests.harness.settings import MODEL
+from tests.harness.settings import MODEL, PAGE
 
 WINDOW = 80
 """Tokens of a sliding window; not a multiple of the block size."""
@@ -27,7 +27,8 @@ COMMON: dict[str, Any] = {
 
 
 def _kinds(pattern: str) -> list[str]:
-    return [{"s": "sliding_attention", "f": "full_attention"}[kind] for kind in pattern]
+    names = {"s": "sliding_attention", "l": "linear_attention", "f": "full_attention"}
+    return [names[kind] for kind in pattern]
 
 
 def _gemma3() -> Any:
@@ -45,13 +46,37 @@ def _gemma3() -> Any:
     )
 
 
+EXPERTS: dict[str, Any] = {
+    "intermediate_size": 256,
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 64,
+    "norm_topk_prob": True,
+}
+
+
 def _qwen3_moe() -> Any:
     from transformers import Qwen3MoeConfig
 
-    return Qwen3MoeConfig(
-        **COMMON, intermediate_size=256, num_hidden_layers=4, num_experts=8, num_experts_per_tok=2,
-        moe_intermediate_size=64, norm_topk_prob=True,
-    )  # fmt: skip
+    return Qwen3MoeConfig(**COMMON, **EXPERTS, num_hidden_layers=4)
+
+
+def _qwen3_next() -> Any:
+    from transformers import Qwen3NextConfig
+
+    # The three layers of the gated delta net are two groups of the cache, one of which has room to spare. A state is as
+    # large as the KV of 38 tokens.
+    return Qwen3NextConfig(
+        **COMMON,
+        **EXPERTS,
+        num_hidden_layers=5,
+        layer_types=_kinds("llflf"),
+        shared_expert_intermediate_size=64,
+        linear_num_key_heads=2,
+        linear_num_value_heads=4,
+        linear_key_head_dim=32,
+        linear_value_head_dim=32,
+    )
 
 
 def _gpt_oss() -> Any:
@@ -96,21 +121,34 @@ class Family(NamedTuple):
 
     Attributes:
         config: makes its configuration.
-        has_window: whether some of its layers have a sliding window.
+        is_hybrid: whether some of its layers have a sliding window or a state.
         change: changes its random weights, or None.
+        block_size: tokens of a block, at least what vLLM makes of it.
+        pool: blocks that are too few for the requests of the tests at their full length, and enough at their bound.
+            A block is the larger, the fewer groups there are.
+        small_pool: blocks that are too few at their bound.
     """
 
     config: Callable[[], Any]
-    has_window: bool
+    is_hybrid: bool
     change: Callable[[Any], None] | None = None
+    block_size: int = PAGE
+    pool: int = 92
+    small_pool: int = 40
 
 
 FAMILIES = {
     "gemma3": Family(_gemma3, True),
     "gemma4": Family(_gemma4, True),
-    "gpt_oss": Family(_gpt_oss, True, _strong_sinks),
+    "gpt_oss": Family(_gpt_oss, True, _strong_sinks, pool=68, small_pool=30),
     "qwen3_moe": Family(_qwen3_moe, False),
+    "qwen3_next": Family(_qwen3_next, True, block_size=64, pool=42, small_pool=24),
 }
+
+
+def model_of(family: str) -> dict[str, Any]:
+    """Return the arguments of an engine with a family's model."""
+    return {"model": random_model(family), "block_size": FAMILIES[family].block_size}
 
 
 @functools.cache

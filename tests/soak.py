@@ -20,7 +20,7 @@ from skipkv_vllm.config import KVPolicyConfig, RequestOptions
 from skipkv_vllm.core.errors import KVPolicyError
 from skipkv_vllm.policies import policy_names
 from tests import conftest, harness  # noqa: F401  conftest sets the environment of engines in this process
-from tests.random_models import random_model
+from tests.random_models import FAMILIES, model_of
 
 if TYPE_CHECKING:
     import vllm
@@ -55,12 +55,12 @@ ENGINES: dict[str, dict[str, Any]] = {
         "kv_steering_vectors": [],
     },
 }
-WINDOWED = ARGUMENTS | {
+HYBRID = ARGUMENTS | {
     "num_gpu_blocks_override": 512,
     "kv_steering_vectors": [],
     "kv_request_policies": ["h2o", "snapkv", "random"],
 }
-"""of an engine whose model has layers with a sliding window; see `random_models`"""
+"""of an engine whose model has layers with a sliding window or a state; see `random_models`"""
 MOST_AT_ONCE = 60
 """requests in the engine, more than the blocks suffice for"""
 
@@ -303,7 +303,8 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=2000, help="in all, shared by the kinds of engine")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    engines = ENGINES | {"windowed": WINDOWED | {"model": random_model("gemma3")}}
+    hybrids = {family: HYBRID | model_of(family) for family in FAMILIES if FAMILIES[family].is_hybrid}
+    engines = ENGINES | hybrids
     share = -(-arguments.requests // len(engines))
     for kind, settings in engines.items():
         llm = harness.engine(**settings)

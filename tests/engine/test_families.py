@@ -9,20 +9,16 @@ import pytest
 
 from tests import harness
 from tests.harness import PAGE, Job
-from tests.random_models import FAMILIES, random_model
+from tests.random_models import FAMILIES, model_of, random_model
 from tests.reference.comparison import another_question, check
 from tests.reference.model import Model
 from tests.reference.references import ReferenceCache
-from tests.soak import WINDOWED as WINDOWED_SOAK
+from tests.soak import HYBRID as HYBRID_SOAK
 from tests.soak import Soak
 
 LONG, NUM_NEW = 150, 310
 SIZES: dict[str, Any] = {"kv_budget": 160, "kv_buffer": 48, "kv_request_policies": ["h2o", "random"]}
-POOLS = {"gemma3": 92, "gemma4": 92, "gpt_oss": 68}
-"""Blocks of a pool in which stock vLLM preempts, by family: a block is the larger, the fewer groups there are."""
-SMALL_POOLS = {"gemma3": 40, "gemma4": 40, "gpt_oss": 30}
-"""Blocks of a pool in which optimistic admission preempts."""
-WINDOWED = [family for family in FAMILIES if FAMILIES[family].has_window]
+HYBRID = [family for family in FAMILIES if FAMILIES[family].is_hybrid]
 
 
 @pytest.fixture(scope="module", params=list(FAMILIES))
@@ -31,8 +27,8 @@ def family(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-@pytest.fixture(scope="module", params=WINDOWED)
-def windowed(request: pytest.FixtureRequest) -> str:
+@pytest.fixture(scope="module", params=HYBRID)
+def hybrid(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
@@ -43,7 +39,7 @@ def oracle(family: str) -> ReferenceCache:
 
 
 def arguments_of(family: str, **arguments: Any) -> dict[str, Any]:
-    return SIZES | {"model": random_model(family)} | arguments
+    return SIZES | model_of(family) | arguments
 
 
 def job_of(family: str, **arguments: Any) -> Job:
@@ -61,57 +57,71 @@ def test_engine_equals_reference(family: str, granularity: str) -> None:
     check(job, outcome, oracle(family), min_compactions=3)
 
 
-def test_runner_v2_equals_reference(windowed: str) -> None:
-    job = job_of(windowed)
+def test_runner_v2_equals_reference(hybrid: str) -> None:
+    job = job_of(hybrid)
     outcome = harness.run(job, "v2")
     assert outcome.is_v2
     assert outcome.num_cached[-1] >= 4 * PAGE, "the prefix cache was not hit"
-    check(job, outcome, oracle(windowed), min_compactions=3)
+    check(job, outcome, oracle(hybrid), min_compactions=3)
 
 
 @pytest.mark.parametrize("runner", ["v1", "v2"])
-def test_equals_stock_without_eviction(windowed: str, runner: str) -> None:
+def test_equals_stock_without_eviction(hybrid: str, runner: str) -> None:
     prompts, num_new = harness.demo_prompts(4), 100 if runner == "v1" else 20
-    model = {"model": random_model(windowed)}
+    model = model_of(hybrid)
     expected = harness.run(Job(prompts, [], num_new, every=5, arguments=model, num_logprobs=5), runner)
-    arguments = arguments_of(windowed, kv_budget=1024)
+    arguments = arguments_of(hybrid, kv_budget=1024)
     job = Job(prompts, ["skipkv", "full"] * 2, num_new, every=5, arguments=arguments, num_logprobs=5)
     outcome = harness.run(job, runner)
     assert not any(len(trace.kept) for trace in outcome.traces)
     assert (outcome.tokens, outcome.logprobs) == (expected.tokens, expected.logprobs)
 
 
-def test_bounded_admission_never_preempts_where_stock_vllm_does(windowed: str) -> None:
-    blocks = POOLS[windowed]
-    job = job_of(windowed, num_gpu_blocks_override=blocks)
-    arguments = {"num_gpu_blocks_override": blocks, "max_model_len": 1024, "model": random_model(windowed)}
+def test_bounded_admission_never_preempts_where_stock_vllm_does(hybrid: str) -> None:
+    job = job_of(hybrid, num_gpu_blocks_override=FAMILIES[hybrid].pool)
+    arguments = {"num_gpu_blocks_override": FAMILIES[hybrid].pool, "max_model_len": 1024} | model_of(hybrid)
     stock = harness.run(Job(job.prompts, [], NUM_NEW, 7, arguments))
     assert sum(stock.num_preemptions) > 0, "the pool is too large for this test to show anything"
     outcome = harness.run(job)
     assert sum(outcome.num_preemptions) == 0
     assert max(load.num_running for load in outcome.load) > 3
-    check(job, outcome, oracle(windowed), min_compactions=3)
+    check(job, outcome, oracle(hybrid), min_compactions=3)
 
 
-def test_a_preempted_request_resumes_to_the_same_tokens(windowed: str) -> None:
-    job = job_of(windowed, kv_admission="optimistic", num_gpu_blocks_override=SMALL_POOLS[windowed])
+def test_a_preempted_request_resumes_to_the_same_tokens(hybrid: str) -> None:
+    job = job_of(hybrid, kv_admission="optimistic", num_gpu_blocks_override=FAMILIES[hybrid].small_pool)
     outcome = harness.run(job)
     assert sum(outcome.num_preemptions) > 0, "the pool is too large for this test to show anything"
-    check(job, outcome, oracle(windowed), min_compactions=3)
+    check(job, outcome, oracle(hybrid), min_compactions=3)
 
 
-def test_a_prompt_that_is_not_protected(windowed: str) -> None:
+def test_a_prompt_that_is_not_protected(hybrid: str) -> None:
     """A prompt longer than the bound is compacted while it is computed, and its tail is found in the prefix cache."""
     first, second = harness.demo_prompts(2, at_least=400)
-    arguments = arguments_of(windowed, kv_protect_prompt=False, kv_budget=96, kv_buffer=32)
+    arguments = arguments_of(hybrid, kv_protect_prompt=False, kv_budget=96, kv_buffer=32)
     job = Job([first, second, another_question(first)], ["rkv", "skipkv", "rkv"], 60, every=9, arguments=arguments)
     outcome = harness.run(job)
-    check(job, outcome, oracle(windowed), min_compactions=8)
+    check(job, outcome, oracle(hybrid), min_compactions=8)
 
 
-def test_a_soak_loses_no_page(windowed: str) -> None:
-    llm = harness.engine(**WINDOWED_SOAK, model=random_model(windowed))
+def test_a_soak_loses_no_page(hybrid: str) -> None:
+    llm = harness.engine(**HYBRID_SOAK, **model_of(hybrid))
     report = Soak(llm, seed=3, abort_share=0.3, repeats=4).run(150)
     assert report.aborted > 20
     assert report.compactions > 150
     assert report.shared_tokens > 1000
+
+
+def test_states_without_a_prefix_cache() -> None:
+    """A request has one state then, in a block that it keeps."""
+    job = job_of("qwen3_next", enable_prefix_caching=False)
+    outcome = harness.run(job)
+    check(job, outcome, oracle("qwen3_next"), min_compactions=3)
+
+
+def test_a_block_larger_than_the_bound_is_kept() -> None:
+    """As in models whose state is as large as the KV of many tokens: eviction works, and frees nothing."""
+    job = job_of("qwen3_next", block_size=512)
+    outcome = harness.run(job)
+    check(job, outcome, oracle("qwen3_next"), min_compactions=3)
+    assert {sample.num_pages for sample in outcome.samples} == {1}

@@ -12,7 +12,7 @@ from unittest import mock
 
 from skipkv_vllm.scheduler.listeners import TraceListener
 from skipkv_vllm.trace.collector import TraceCollector
-from tests import rank_processes
+from tests import gated_delta_cpu, rank_processes
 from tests.harness.settings import ENGINE_ARGUMENTS, MODEL, POLICY_ARGUMENTS
 
 if TYPE_CHECKING:
@@ -67,6 +67,7 @@ def _prepare() -> None:
     """Change what vLLM does in this process: let tests switch more, and let engines start faster."""
     _allow_async_scheduling()
     _replace_kernels_once()
+    gated_delta_cpu.use_float32()
     rank_processes.use()
 
 

@@ -96,10 +96,10 @@ def check(
         samples = [s for s in outcome.samples if s.request == number]
         assert sorted({s.num_evicted for s in samples}) == evicted, name
 
-        bound = settings.bound(len(prompt), is_first=True)
+        bound, page = settings.bound(len(prompt), is_first=True), job.arguments.get("block_size", PAGE)
         for sample in samples:
             assert sample.num_resident <= bound, (name, sample)
-            assert sample.num_pages <= -(-bound // PAGE), (name, sample)
+            assert sample.num_pages <= -(-bound // page), (name, sample)
 
     num_ties = sum(result.num_ties for result in results)
     num_selected = sum(result.num_selected for result in results)

@@ -79,12 +79,19 @@ class Model:
         self.gates: list[list[Tensor]] = []
         for layer in self.lm.model.layers:
             layer.register_forward_pre_hook(self._add)
+        for layer in self.evicting:
             layer.self_attn.register_forward_pre_hook(_record_input, with_kwargs=True)
 
     def _add(self, layer: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
         if self.added is None or layer is not self.lm.model.layers[self.added[0]]:
             return None
         return (inputs[0] + self.added[1], *inputs[1:])
+
+    def new_cache(self) -> DynamicCache:
+        """Return an empty cache, which holds all tokens of the layers with attention and the state of all others."""
+        # By its configuration it would hold no more than the window of a layer that has one.
+        has_states = "linear_attention" in (getattr(self.lm.config, "layer_types", None) or ())
+        return DynamicCache(config=self.lm.config) if has_states else DynamicCache()
 
     def load_gates(self, path: str) -> None:
         """Read the learned gates of `trimkv`."""

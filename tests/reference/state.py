@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import DynamicCache
+from transformers.cache_utils import LinearAttentionLayer
 
 from tests.reference import formulas
 from tests.reference.model import Model
@@ -52,7 +53,7 @@ class State:
         self.num_prompt = len(prompt)
         self.text = list(prompt)
         self.num_computed = 0
-        self.cache = DynamicCache()
+        self.cache = model.new_cache()
         self.positions = torch.empty(0, dtype=torch.int64)
         self.hidden = self.queries = self.logits = torch.empty(0)
         self.mass = self.errors = self.num_seen = self.log_betas = torch.empty(0)
@@ -181,8 +182,11 @@ class State:
 
     def copy(self, survives: Tensor) -> DynamicCache:
         """Return a cache of the marked tokens `[layers, heads, held]`, the same number in each head."""
-        cache, masks = DynamicCache(), dict(zip(self.model.full, survives, strict=True))
+        cache, masks = self.model.new_cache(), dict(zip(self.model.full, survives, strict=True))
         for i, layer in enumerate(self.cache.layers):
+            if isinstance(layer, LinearAttentionLayer):
+                cache.layers[i] = layer  # whatever is evicted, a state is of all tokens
+                continue
             if i not in masks:
                 cache.update(layer.keys, layer.values, i)
                 continue
