@@ -66,6 +66,21 @@ def test_a_prompt_longer_than_the_pool_starts_beside_windows():
     finish_all(engine)
 
 
+def test_blocks_of_states_in_flight_are_promised_until_one_state_is_left():
+    """A request that holds two states may take a third before it gives the first one back."""
+    engine = Engine(num_pages=40, seed=0, is_bounded=True, num_states=1)
+    engine.others = engine.others._replace(num_steps=2)
+    engine.arrive(list(range(8)), None)
+    drive(engine, 2)
+    record = engine.requests["r0"]
+    assert engine.manager.num_held("r0") - engine.manager.num_blocks("r0") == 2
+    engine.manager.settle(record)
+    assert record.promise.num_in_flight == 1
+    drive(engine, 4)
+    assert record.promise.num_in_flight == 0
+    finish_all(engine)
+
+
 def test_two_requests_share_a_prompt_and_both_evict_it():
     engine = Engine(num_pages=40, seed=0)
     prompt = list(range(12))
