@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from benchmarks.texts import solutions
 from tests import harness
 from tests.harness import PAGE, Job
 from tests.random_models import FAMILIES, model_of, random_model
+from tests.real_models import real_model
 from tests.reference.comparison import another_question, check
 from tests.reference.model import Model
 from tests.reference.references import ReferenceCache
 from tests.soak import HYBRID as HYBRID_SOAK
 from tests.soak import Soak
+
+if TYPE_CHECKING:
+    import vllm
 
 LONG, NUM_NEW = 150, 310
 SIZES: dict[str, Any] = {"kv_budget": 160, "kv_buffer": 48, "kv_request_policies": ["h2o", "random"]}
@@ -86,6 +91,51 @@ def test_bounded_admission_never_preempts_where_stock_vllm_does(hybrid: str) -> 
     assert sum(outcome.num_preemptions) == 0
     assert max(load.num_running for load in outcome.load) > 3
     check(job, outcome, oracle(hybrid), min_compactions=3)
+
+
+def blocks_by_length(llm: vllm.LLM, prompt: list[int], num_new: int) -> dict[int, tuple[int, list[int]]]:
+    """Run a request alone; return its blocks by its computed tokens: of full attention, and of each other group."""
+    from vllm import SamplingParams
+    from vllm.v1.core.single_type_kv_cache_manager import MambaManager, SlidingWindowManager
+
+    scheduler, params = harness.scheduler_of(llm), SamplingParams(max_tokens=num_new, temperature=0, ignore_eos=True)
+    name = llm.llm_engine.add_request("0", {"prompt_token_ids": prompt}, params)
+    found: dict[int, tuple[int, list[int]]] = {}
+    while llm.llm_engine.has_unfinished_requests():
+        llm.llm_engine.step()
+        if not (request := scheduler.requests.get(name)):
+            continue
+        held: dict[bool, list[int]] = {True: [], False: []}
+        for manager in scheduler.kv_cache_manager.coordinator.single_type_managers:
+            count = sum(not block.is_null for block in manager.req_to_blocks[name])
+            held[isinstance(manager, (SlidingWindowManager, MambaManager))].append(count)
+        found[request.num_computed_tokens] = sum(held[False]), held[True]
+    return found
+
+
+def check_blocks(prompt: list[int], num_new: int, budget: int, buffer: int, **arguments: Any) -> None:
+    """Check that full attention holds no more than the bound, and the other layers what they hold in stock vLLM."""
+    stock = blocks_by_length(harness.stock_engine(**arguments), prompt, num_new)
+    sizes = SIZES | {"kv_budget": budget, "kv_buffer": buffer, "kv_protect_prompt": False}
+    found = blocks_by_length(harness.engine(**sizes, **arguments), prompt, num_new)
+    bound = -(-(budget + buffer) // arguments["block_size"])
+    assert max(full for full, _ in stock.values()) > 1.1 * bound
+    assert max(full for full, _ in found.values()) == bound
+    # A prompt ends a step at its bound; so until the second token, the other layers free blocks in other steps.
+    written = range(len(prompt) + 2, len(prompt) + num_new - 1)
+    assert [found[length][1] for length in written] == [stock[length][1] for length in written]
+
+
+def test_full_attention_is_bounded_and_the_others_are_as_in_stock_vllm(hybrid: str) -> None:
+    check_blocks(harness.demo_prompts(1, at_least=LONG)[0], 200, 96, 32, **model_of(hybrid))
+
+
+def test_real_weights_with_a_small_budget() -> None:
+    from transformers import AutoTokenizer
+
+    folder = str(real_model("gemma3"))
+    prompt = AutoTokenizer.from_pretrained(folder).encode(solutions(0))[:700]
+    check_blocks(prompt, 100, 512, 128, model=folder, dtype="bfloat16", block_size=PAGE, max_model_len=1024)
 
 
 def test_a_preempted_request_resumes_to_the_same_tokens(hybrid: str) -> None:
