@@ -2,9 +2,10 @@
 
 from .sizes import Capacity, ModelShape, Pool, as_dict, blocks_with_policy, capacity, most_rows, reserved_rows
 from .states import STATE_MODELS, StateSizes, has_states
-from .text_config import block_size_of, groups_of, kv_of, others_of, shape_of, unsupported
+from .text_config import FULL, block_size_of, groups_of, kinds_of, kv_of, others_of, shape_of, unsupported
 
 __all__ = [
+    "FULL",
     "STATE_MODELS",
     "Capacity",
     "ModelShape",
@@ -16,6 +17,7 @@ __all__ = [
     "capacity",
     "groups_of",
     "has_states",
+    "kinds_of",
     "kv_of",
     "most_rows",
     "others_of",

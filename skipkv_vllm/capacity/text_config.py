@@ -59,8 +59,14 @@ def unsupported(text_config: Any) -> str | None:
     return None if groups.num_full <= groups.size else f"{groups.num_full} full and fewer sliding layers"
 
 
-def groups_of(text_config: Any, block_size: int) -> Groups:
-    """Compute the groups; `block_size` is vLLM's, that of the layers with the largest KV."""
+def groups_of(text_config: Any, block_size: int, ranks: int = 1) -> Groups:
+    """Compute the groups.
+
+    Args:
+        text_config: `transformers` configuration of the language model.
+        block_size: vLLM's, that of the layers with the largest KV.
+        ranks: tensor-parallel ranks. Where they repeat the few kv heads of a kind, its share of the bytes grows.
+    """
     kinds = kinds_of(text_config)
     num_full, num_windowed = kinds.count(FULL), len(kinds) - kinds.count(FULL)
     if not num_windowed or not num_full:
@@ -70,7 +76,8 @@ def groups_of(text_config: Any, block_size: int) -> Groups:
     size = most if most < 1.5 * fewest else fewest
     if STATE in kinds:
         return Groups(num_full, ceil_div(num_windowed, size), size, block_size, block_size)
-    full, windowed = (heads * dim for heads, dim in (kv_of(text_config, FULL), kv_of(text_config, WINDOW)))
+    kinds_of_kv = (kv_of(text_config, FULL), kv_of(text_config, WINDOW))
+    full, windowed = (max(1, heads // ranks) * head_size for heads, head_size in kinds_of_kv)
     largest = max(full, windowed)
     return Groups(
         num_full, ceil_div(num_windowed, size), size, block_size * largest // full, block_size * largest // windowed
@@ -90,7 +97,13 @@ def block_size_of(text_config: Any, block_size: int, sizes: StateSizes) -> int:
 
 
 def others_of(
-    text_config: Any, block_size: int, max_in_flight: int, num_steps: int, *, has_prefix_cache: bool = True
+    text_config: Any,
+    block_size: int,
+    max_in_flight: int,
+    num_steps: int,
+    ranks: int = 1,
+    *,
+    has_prefix_cache: bool = True,
 ) -> OtherGroups:
     """Return the groups that are not compacted.
 
@@ -98,9 +111,10 @@ def others_of(
         text_config: `transformers` configuration of the language model.
         block_size: vLLM's; see `block_size_of`.
         max_in_flight, num_steps: see `OtherGroups`.
+        ranks: tensor-parallel ranks.
         has_prefix_cache: whether there is a prefix cache.
     """
-    groups, window = groups_of(text_config, block_size), getattr(text_config, "sliding_window", None)
+    groups, window = groups_of(text_config, block_size, ranks), getattr(text_config, "sliding_window", None)
     if not groups.num_others:
         return NO_OTHERS
     if has_states(text_config):

@@ -161,8 +161,8 @@ def plan(model: str, config: KVPolicyConfig, machine: Machine, *, length: int | 
     kv_size = shape.kv_element_size or shape.element_size
     sizes = StateSizes(machine.ranks, last_tokens=shape.element_size, sums=sums, kv=kv_size)
     block_size = block_size_of(text, machine.block_size, sizes)
-    others = others_of(text, block_size, num_steps * max_tokens, num_steps)
-    block_size = groups_of(text, block_size).block_size
+    others = others_of(text, block_size, num_steps * max_tokens, num_steps, machine.ranks)
+    block_size = groups_of(text, block_size, machine.ranks).block_size
     pool = Pool(0, block_size, max_num_seqs, max_length, max_tokens, others)
     rows = reserved_rows(config, shape, available, pool)
     state = shape.state_bytes(config, rows, pool)

@@ -139,7 +139,7 @@ def join_ranks(vllm_config: VllmConfig, device: torch.device) -> Ranks:
     num_ranks = num_stages * width
     # A kv head lies on several ranks if there are more ranks than heads.
     first = next(iter(layers.values()))
-    first_head = get_tp_group().rank_in_group * vllm_config.model_config.get_total_num_kv_heads() // width
+    first_head = get_tp_group().rank_in_group * compat.total_kv_heads(vllm_config.model_config) // width
     numbers = tuple(map(extract_layer_index, layers))
     exchanges = config.kv_granularity == "sentence" or config.needs & Need.SEGMENTS
     exchanges = exchanges or (num_stages > 1 and config.needs & REPEATS)

@@ -99,6 +99,10 @@ def test_layers_with_more_kv_have_smaller_blocks():
     assert groups_of(alike, 16)[-2:] == (16, 16)
     larger = Gemma4TextConfig(**sizes, num_global_key_value_heads=2, global_head_dim=256, attention_k_eq_v=True)
     assert groups_of(larger, 16)[-2:] == (16, 32)
+    # Two ranks have 2 and 1 kv heads of 64 and 256 features; four have one of each.
+    assert groups_of(larger, 16, 2)[-2:] == (16, 32)
+    assert groups_of(larger, 16, 4)[-2:] == (16, 64)
+    assert [group.most_blocks for group in others_of(larger, 16, 4096, 2, 4).groups] == [4] * 5
     shape = shape_of(larger, ranks=1, element_size=2)
     assert (shape.num_kv_heads, shape.head_size) == (2, 256)
     assert unsupported(larger) is None

@@ -2,6 +2,7 @@
 
 from .cache_groups import CacheGroups, cache_groups, evicting_layers, may_have_several_groups
 from .flags import engine_arguments, has_policy, policy_config
+from .heads import total_kv_heads
 from .hooks import enable, install, install_client_check
 from .pool import block_pool, check_bound_fits, model_shape, most_step_tokens
 from .refusals import OTHER_MODEL, check_attention, check_config, refusal
@@ -35,4 +36,5 @@ __all__ = [
     "refusal",
     "send_orders",
     "send_report",
+    "total_kv_heads",
 ]

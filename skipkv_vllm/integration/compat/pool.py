@@ -167,7 +167,7 @@ def check_fits_alone(
 def _planned_groups(vllm_config: VllmConfig) -> tuple[int, OtherGroups]:
     """Return the tokens of a block of the group that is compacted, and the other groups, by the configuration."""
     text_config, block_size = vllm_config.model_config.hf_text_config, vllm_config.cache_config.block_size
-    has_prefix_cache = False
+    ranks, has_prefix_cache = vllm_config.parallel_config.tensor_parallel_size, False
     if has_states(text_config):
         has_prefix_cache = bool(vllm_config.cache_config.enable_prefix_caching)
         block_size = block_size_of(text_config, block_size, _state_sizes(vllm_config))
@@ -176,9 +176,10 @@ def _planned_groups(vllm_config: VllmConfig) -> tuple[int, OtherGroups]:
         block_size,
         vllm_config.max_in_flight_tokens,
         vllm_config.max_concurrent_batches,
+        ranks,
         has_prefix_cache=has_prefix_cache,
     )
-    return groups_of(text_config, block_size).block_size, others
+    return groups_of(text_config, block_size, ranks).block_size, others
 
 
 def _state_sizes(vllm_config: VllmConfig) -> StateSizes:

@@ -10,6 +10,7 @@ from ...capacity import STATE_MODELS, groups_of
 from ...core.errors import KVPolicyError
 from ...core.needs import Need
 from ...ops.paging import FP8_CACHES, MAX_HEAD_SIZE
+from .heads import total_kv_heads
 
 if TYPE_CHECKING:
     from vllm.config import ParallelConfig, VllmConfig
@@ -75,7 +76,7 @@ def _check(vllm_config: VllmConfig, policy: KVPolicyConfig, refuse: Refuse) -> N
         policy.gates.check_fits(
             hidden_size=model.get_hidden_size(),
             num_layers=model.get_total_num_hidden_layers(),
-            num_kv_heads=model.get_total_num_kv_heads(),
+            num_kv_heads=total_kv_heads(model),
         )
     if policy.needs & Need.SENTENCES and model.skip_tokenizer_init:
         raise refuse(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -160,16 +161,21 @@ def test_other_methods_have_none(policy):
     assert not config.needs & Need.GATES
 
 
+def arch(num_kv_heads: int) -> list[SimpleNamespace]:
+    """vLLM's description of each layer."""
+    return [SimpleNamespace(total_num_kv_heads=num_kv_heads)] * LAYERS
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"model_config__get_hidden_size": lambda: 8}, "hidden size is 6, but this model's is 8"),
-        ({"model_config__get_total_num_kv_heads": lambda: 4}, "number of kv heads is 2, but this model's is 4"),
+        ({"model_config__model_arch_config": arch(4)}, "number of kv heads is 2, but this model's is 4"),
         ({"parallel_config__enable_hc_sp": True}, "--kv-policy trimkv does not support sequence parallelism"),
     ],
 )
 def test_a_server_that_cannot_use_them_does_not_start(changes, message):
-    fits = {"get_total_num_hidden_layers": lambda: LAYERS, "get_total_num_kv_heads": lambda: KV_HEADS}
+    fits = {"get_total_num_hidden_layers": lambda: LAYERS, "model_arch_config": arch(KV_HEADS)}
     changed = {f"model_config__{name}": value for name, value in fits.items()}
     policy = KVPolicyConfig(kv_policy="trimkv", kv_policy_config={"gates": gates_file()})
     compat.check_config(model_for("", **changed)[0], policy)

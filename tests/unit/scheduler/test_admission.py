@@ -228,7 +228,10 @@ def vllm_config():
         max_in_flight_tokens=256,
         max_concurrent_batches=2,
         parallel_config=SimpleNamespace(
-            decode_context_parallel_size=1, prefill_context_parallel_size=1, data_parallel_size=1
+            decode_context_parallel_size=1,
+            prefill_context_parallel_size=1,
+            data_parallel_size=1,
+            tensor_parallel_size=1,
         ),
         cache_config=SimpleNamespace(block_size=PAGE, num_gpu_blocks=40),
         additional_config={CONFIG_KEY: CONFIG.model_dump()},

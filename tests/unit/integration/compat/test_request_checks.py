@@ -208,7 +208,8 @@ def test_beam_search_offline_is_refused(policy, flag):
 def test_an_error_names_what_its_caller_wrote(request_id, options, max_tokens):
     config = vllm_config(POLICY)
     config.cache_config = SimpleNamespace(num_gpu_blocks=20, block_size=16)
-    config.parallel_config, config.max_in_flight_tokens = SimpleNamespace(data_parallel_size=1), 128
+    config.parallel_config = SimpleNamespace(data_parallel_size=1, tensor_parallel_size=1)
+    config.max_in_flight_tokens = 128
     config.max_concurrent_batches = 2
     config.model_config.hf_text_config = SimpleNamespace()
 
