@@ -277,6 +277,11 @@ def _check(text: Any, config: KVPolicyConfig, machine: Machine) -> None:
         raise KVPolicyError(
             f"--pipeline-parallel-size {machine.stages} is more than the {text.num_hidden_layers} layers"
         )
+    if machine.stages > 1 and groups_of(text, 1).num_others:
+        raise KVPolicyError(
+            f"--pipeline-parallel-size {machine.stages}: a server refuses stages of a model with a sliding window in "
+            "some layers; use --tensor-parallel-size"
+        )
 
 
 def _dtype(text: Any, requested: str) -> str:

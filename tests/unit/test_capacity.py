@@ -368,6 +368,9 @@ def test_layers_with_a_window_are_counted(capsys, tmp_path):
     # Two groups of two layers: 22 blocks for the bound, 6 for the window.
     assert "a request of 2,000 tokens holds at most 28 blocks instead of 131" in out
     assert "6 of them are of layers with a sliding window" in out
+    code, _, err = say(capsys, "--kv-memory", "1", "--model", str(tmp_path), "--pipeline-parallel-size", "2")
+    assert code == 2
+    assert "a server refuses stages of a model with a sliding window" in err
 
 
 def test_states_are_counted_and_what_a_budget_buys_is_said(capsys, tmp_path):
