@@ -254,7 +254,8 @@ def _sinks_of(layers: list[Any]) -> Callable[[], Tensor] | None:
     def read_sinks() -> Tensor:
         # Backends replace the tensor by one of another dtype, also at the first step.
         own = [getattr(layer.impl, "sinks", None) for layer in layers]
-        return torch.stack([(without if sinks is None else sinks).float() for sinks in own])
+        # Converted together: a launch for each layer would take time at every compaction.
+        return torch.stack([without if sinks is None else sinks for sinks in own]).float()
 
     return read_sinks
 
