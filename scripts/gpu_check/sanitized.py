@@ -38,7 +38,7 @@ def _score(pages: Pages) -> Call:
 
 
 def _measure(pages: Pages) -> Call:
-    case = MeasureCase(pages, LENGTHS)
+    case = MeasureCase(pages, LENGTHS, sinks=True)
     return lambda module, device: module.measure_attention(*on(device, case.build()), Effect.OUTPUT, 0.0)
 
 

@@ -90,10 +90,16 @@ class Recording:
 
     def __init__(self) -> None:
         self.called: list[str] = []
+        self.given: list[tuple[Any, ...]] = []
 
     def __getattr__(self, name: str) -> Any:
         self.called.append(name)
-        return getattr(native, name)
+
+        def call(*args: Any) -> Any:
+            self.given.append(args)
+            return getattr(native, name)(*args)
+
+        return call
 
 
 def test_the_sanitizer_sees_every_operator_in_few_calls():
@@ -103,6 +109,11 @@ def test_the_sanitizer_sees_every_operator_in_few_calls():
     sanitized.run(recording, "cpu", lambda figures: written.append(json.loads(json.dumps(figures))))
     assert set(recording.called) == set(SCHEMAS)
     assert len(recording.called) <= 2 * len(SCHEMAS)
+    optional = SCHEMAS["measure_attention"].split(", ").index("Tensor? sinks")
+    measured = [
+        args for name, args in zip(recording.called, recording.given, strict=True) if name.startswith("measure")
+    ]
+    assert all(args[optional] is not None for args in measured)
     assert [each["done"] for each in written] == [f"{i} of {len(sanitized.CALLS)} calls" for i in range(20)]
 
 
