@@ -54,7 +54,7 @@ def unsupported(text_config: Any) -> str | None:
     if FULL not in kinds or not ({FULL, WINDOW} >= kinds or {FULL, STATE} >= kinds):
         return ", ".join(sorted(kinds))
     if (head_size := kv_of(text_config)[1]) > MAX_HEAD_SIZE:
-        return f"heads of {head_size} (at most {MAX_HEAD_SIZE})"
+        return f"heads of {head_size} features, of which kernels for GPUs take at most {MAX_HEAD_SIZE}"
     groups = groups_of(text_config, 1)
     return None if groups.num_full <= groups.size else f"{groups.num_full} full and fewer sliding layers"
 

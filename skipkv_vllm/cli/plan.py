@@ -279,8 +279,8 @@ def _check(text: Any, config: KVPolicyConfig, machine: Machine) -> None:
         )
     if machine.stages > 1 and groups_of(text, 1).num_others:
         raise KVPolicyError(
-            f"--pipeline-parallel-size {machine.stages}: a server refuses stages of a model with a sliding window in "
-            "some layers; use --tensor-parallel-size"
+            f"--pipeline-parallel-size {machine.stages}: a server refuses stages of a model with a sliding window or "
+            "a state in some layers; use --tensor-parallel-size"
         )
 
 

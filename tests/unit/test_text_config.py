@@ -107,7 +107,9 @@ def test_layers_with_more_kv_have_smaller_blocks():
     assert (shape.num_kv_heads, shape.head_size) == (2, 256)
     assert unsupported(larger) is None
     assert unsupported(Gemma4TextConfig(**sizes, num_kv_shared_layers=2)) == "layers that share a cache"
-    assert unsupported(Gemma4TextConfig(**sizes, global_head_dim=512)) == "heads of 512 (at most 256)"
+    assert unsupported(Gemma4TextConfig(**sizes, global_head_dim=512)) == (
+        "heads of 512 features, of which kernels for GPUs take at most 256"
+    )
 
 
 @pytest.mark.parametrize(
