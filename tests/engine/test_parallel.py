@@ -20,6 +20,7 @@ from benchmarks.server import serve
 from skipkv_vllm import bundled_model
 from skipkv_vllm.trace.files import Trace
 from tests import harness
+from tests.engine import test_families as families
 from tests.engine import test_prompt_methods as prompt_methods
 from tests.engine import test_steering as steering
 from tests.engine.test_exactness import another_question, check, check_segments, segment_job
@@ -77,6 +78,11 @@ def test_tensor_parallelism(is_async: bool, references: ReferenceCache) -> None:
         assert config.scheduler_config.async_scheduling == is_async
         assert config.parallel_config.world_size == 2
         assert outcome.num_cached[-1] >= 4 * PAGE if is_cached else outcome.num_cached[-1] == 0
+
+
+def test_every_rank_counts_the_sinks_of_its_heads() -> None:
+    one = families.job_of("gpt_oss", **TENSOR)
+    check(one, harness.run(one), families.oracle("gpt_oss"), min_compactions=3)
 
 
 def test_tokens_are_decoded_ahead_on_all_ranks(references: ReferenceCache) -> None:
