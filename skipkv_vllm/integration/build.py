@@ -205,7 +205,7 @@ def bind_cache(runner: Any, kv_cache_config: KVCacheConfig, prompt: Callable[[st
     if runtime.config.needs & Need.LOOKAHEAD:
         assert ring is not None
         decoder = LookaheadDecoder(runner, ring, prompt)
-    runtime.bind_cache(cache, groups.spec.block_size, _key_scales(bound), decoder, _sinks_of(bound))
+    runtime.bind_cache(cache, groups.spec.block_size, _key_scales(bound), decoder, _sink_logits_of(bound))
 
 
 def _allocate_rows(runtime: EvictionRuntime, vllm_config: VllmConfig, pool: Pool) -> None:
@@ -244,20 +244,20 @@ def _key_scales(layers: list[Any]) -> Tensor | None:
     return None if bool((scales == 1).all()) else scales
 
 
-def _sinks_of(layers: list[Any]) -> Callable[[], Tensor] | None:
-    """Return a function that reads the sinks of layers, float32 `[layers, Hq]`; None if no layer has any."""
+def _sink_logits_of(layers: list[Any]) -> Callable[[], Tensor] | None:
+    """Return a function that reads the sinks' logits, float32 `[layers, Hq]`; None if no layer has a sink."""
     own = [getattr(layer.impl, "sinks", None) for layer in layers]
     if all(sinks is None for sinks in own):
         return None
     without = torch.full((layers[0].num_heads,), -torch.inf, device=layers[0].kv_cache.device)
 
-    def read_sinks() -> Tensor:
+    def read() -> Tensor:
         # Backends replace the tensor by one of another dtype, also at the first step.
         own = [getattr(layer.impl, "sinks", None) for layer in layers]
         # Converted together: a launch for each layer would take time at every compaction.
         return torch.stack([without if sinks is None else sinks for sinks in own]).float()
 
-    return read_sinks
+    return read
 
 
 def _layout(layer: Any) -> Layout:

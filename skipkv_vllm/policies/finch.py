@@ -66,7 +66,7 @@ class Finch(Policy):
         queries = view.queries if is_written else view.queries[-self.num_question(view.window) :]
         logits = ops.attention_logits(queries, view.keys.transpose(0, 1), view.positions)  # [H, G, n, L]
         num_seen = (logits > -torch.inf).sum(dim=-1, keepdim=True)
-        return (ops.attention_weights(logits, view.sinks) * num_seen).mean(dim=(1, 2))
+        return (ops.attention_weights(logits, view.sink_logits) * num_seen).mean(dim=(1, 2))
 
     def score_batch(self, held: Held) -> Tensor:
         question = min(self.num_question(held.window), held.window)

@@ -57,7 +57,7 @@ class Held:
             request has any.
         sentence_penalty, attention_mass, output_error, gates: as in `View`, `[R, layers, H, N]`.
         segments: as in `View`, `[R, S]`.
-        sinks: float32 `[layers, Hq]`, as in `View`.
+        sink_logits: float32 `[layers, Hq]`, as in `View`.
     """
 
     pages: PagedCache
@@ -75,7 +75,7 @@ class Held:
     output_error: Tensor | None = None
     gates: Tensor | None = None
     segments: Segments | None = None
-    sinks: Tensor | None = None
+    sink_logits: Tensor | None = None
 
     def column(self, numbers: Sequence[int]) -> Tensor:
         """Copy a number of each request to the device, int32 `[R, 1, 1, 1]`."""
@@ -130,7 +130,7 @@ class Held:
         most = max(1, *counts)
         found: Tensor = measure(
             *(*self.pages, self.table, self.positions, self.num_resident, queries[:, :, -most:]),
-            *(self.column(counts).flatten(), self.column(newest).flatten(), self.sinks, int(effect), 0.0),
+            *(self.column(counts).flatten(), self.column(newest).flatten(), self.sink_logits, int(effect), 0.0),
         )
         return found
 

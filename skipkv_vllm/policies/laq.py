@@ -62,10 +62,10 @@ class LAQ(Policy):
         assert view.keys is not None
         keys = view.keys.transpose(0, 1)
         received = ops.attention_received(
-            view.lookahead_queries, keys, view.positions, len(view.lookahead_queries), view.sinks
+            view.lookahead_queries, keys, view.positions, len(view.lookahead_queries), view.sink_logits
         )
         if self.with_window:
-            received += ops.attention_received(view.queries, keys, view.positions, sinks=view.sinks)
+            received += ops.attention_received(view.queries, keys, view.positions, sinks=view.sink_logits)
         return ops.pooled(received, view.window, self.pool)
 
     def score_batch(self, held: Held) -> Tensor:

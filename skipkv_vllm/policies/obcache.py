@@ -54,7 +54,7 @@ class OBCache(Policy):
         assert view.keys is not None
         queries, values = view.queries[-self.queries :], values_of(view)[:, None, None]
         logits = ops.attention_logits(queries, view.keys.transpose(0, 1), view.positions)  # [H, G, n, L]
-        attention = ops.attention_weights(logits, view.sinks)
+        attention = ops.attention_weights(logits, view.sink_logits)
         if self.form == "value":
             error = attention**2 * values.square().sum(dim=-1)
         else:

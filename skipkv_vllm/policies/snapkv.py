@@ -45,7 +45,7 @@ class SnapKV(Policy):
     def _received(self, view: View) -> Tensor:
         assert view.queries is not None
         assert view.keys is not None
-        return ops.attention_received(view.queries, view.keys.transpose(0, 1), view.positions, sinks=view.sinks)
+        return ops.attention_received(view.queries, view.keys.transpose(0, 1), view.positions, sinks=view.sink_logits)
 
     def score(self, view: View) -> Tensor:
         return ops.pooled(self._received(view), view.window, self.pool)

@@ -30,7 +30,9 @@ class TOVA(Policy):
     def weights(self, view: View) -> Tensor:
         assert view.queries is not None
         assert view.keys is not None
-        return ops.attention_received(view.queries[-1:], view.keys.transpose(0, 1), view.positions, sinks=view.sinks)
+        return ops.attention_received(
+            view.queries[-1:], view.keys.transpose(0, 1), view.positions, sinks=view.sink_logits
+        )
 
     def score(self, view: View) -> Tensor:
         return self.weights(view)

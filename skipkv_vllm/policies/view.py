@@ -62,7 +62,7 @@ class View:
             unless `Need.GATES`.
         lookahead_queries: post-RoPE queries `[n, Hq, D]` of the beginning of an answer (see `LookaheadPlan`), which see
             all held tokens. None except at the end of a prompt, and there if no lookahead blocks were free.
-        sinks: float32 `[Hq]`, logit of an attention sink of each query head; None if the layer has none. See
+        sink_logits: float32 `[Hq]`, logit of an attention sink of each query head; None if the layer has none. See
             `ops.attention_received`.
     """
 
@@ -84,7 +84,7 @@ class View:
     segments: Segments | None = None
     gates: Tensor | None = None
     lookahead_queries: Tensor | None = None
-    sinks: Tensor | None = None
+    sink_logits: Tensor | None = None
 
 
 @dataclass(frozen=True)

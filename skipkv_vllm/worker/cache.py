@@ -43,8 +43,8 @@ class KVCache:
         pages: KV pages of this worker's layers, in model order.
         block_size: tokens of one of vLLM's blocks; a multiple of the kernel page size.
         key_scales: float32 `[layers, H]` by which stored keys must be multiplied, or None for 1.
-        read_sinks: returns the logits of the attention sinks, float32 `[layers, Hq]`, which are weights of the model
-            and may be replaced; None if it has none.
+        read_sink_logits: returns the logits of the attention sinks, float32 `[layers, Hq]`, which are weights of the
+            model and may be replaced; None if it has none.
 
     Attributes:
         pages: see above.
@@ -62,7 +62,7 @@ class KVCache:
         pages: PagedCache,
         block_size: int,
         key_scales: Tensor | None = None,
-        read_sinks: Callable[[], Tensor] | None = None,
+        read_sink_logits: Callable[[], Tensor] | None = None,
     ) -> None:
         first = pages.caches[0]
         self.pages = pages
@@ -73,13 +73,13 @@ class KVCache:
         self.device = first.device
         self.sidecar = torch.zeros(len(pages.caches), *first.shape[:3], dtype=torch.int32, device=first.device)
         self.key_scales = key_scales
-        self._read_sinks = read_sinks
+        self._read_sink_logits = read_sink_logits
         self._held_positions = ops.function("held_positions", first.device)
 
     @property
-    def sinks(self) -> Tensor | None:
+    def sink_logits(self) -> Tensor | None:
         """Logits of the attention sinks, float32 `[layers, Hq]`; None if the model has none."""
-        return None if self._read_sinks is None else self._read_sinks()
+        return None if self._read_sink_logits is None else self._read_sink_logits()
 
     @property
     def num_blocks(self) -> int:

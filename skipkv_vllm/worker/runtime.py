@@ -81,7 +81,7 @@ class EvictionRuntime:
         block_size: int,
         key_scales: Tensor | None = None,
         decoder: Decoder | None = None,
-        read_sinks: Callable[[], Tensor] | None = None,
+        read_sink_logits: Callable[[], Tensor] | None = None,
     ) -> None:
         """Give the runtime the KV cache once it is allocated.
 
@@ -90,9 +90,9 @@ class EvictionRuntime:
             block_size: tokens of one of vLLM's blocks; a multiple of the kernel page size.
             key_scales: float32 `[layers, H]` by which stored keys must be multiplied, or None for 1.
             decoder: computes tokens ahead, if a policy needs their queries.
-            read_sinks: see `KVCache`.
+            read_sink_logits: see `KVCache`.
         """
-        cache = KVCache(pages, block_size, key_scales, read_sinks)
+        cache = KVCache(pages, block_size, key_scales, read_sink_logits)
         for signal in self.signals:
             signal.bind_cache(cache)
         self._compactor = Compactor(self.config, cache, self.signals, self.ranks)

@@ -59,7 +59,7 @@ class Scorer:
             error,
             inputs.gates,
             inputs.segments,
-            self._cache.sinks,
+            self._sink_logits(batch, inputs),
         )
 
     def by_layer(self, batch: CompactionBatch, inputs: Inputs) -> Tensor:
@@ -88,7 +88,8 @@ class Scorer:
             number = (positions - request.protected).div(segments.longest, rounding_mode="floor").clamp(min=-1)
             in_window = positions >= order.num_logical - self._window
             numbers = torch.where(in_window, len(segments.sizes), number).long()
-        layer_numbers, sinks = self._ranks.layer_numbers(len(self._cache.layers)), self._cache.sinks
+        layer_numbers = self._ranks.layer_numbers(len(self._cache.layers))
+        sink_logits = self._sink_logits(batch, inputs)
         for i, layer in enumerate(self._cache.layers):
             keys = values = None
             if policy.needs & Need.KEYS:
@@ -119,9 +120,14 @@ class Scorer:
                 segments=segments,
                 gates=None if gates is None else gates[i],
                 lookahead_queries=lookahead,
-                sinks=None if sinks is None else sinks[i],
+                sink_logits=None if sink_logits is None else sink_logits[i],
             )
             scores[i, :, :length].scatter_(-1, by_position[i], policy.score(view))
+
+    def _sink_logits(self, batch: CompactionBatch, inputs: Inputs) -> Tensor | None:
+        """Return the logits of the sinks, float32 `[layers, Hq]`, if there are queries to compute attention with."""
+        reads = inputs.queries is not None or any(request.lookahead_queries is not None for _, request in batch.jobs)
+        return self._cache.sink_logits if reads else None
 
     def _segments_of(self, job: Job, r: int, segments: Segments) -> Segments:
         """Return the segments of one request."""

@@ -80,7 +80,7 @@ class AttentionMass(Signal):
         rows, lengths = [request.row for _, request in readings], [order.num_logical for order, _ in readings]
         queries = self._cache.scale_queries(self._ring.newest(rows, lengths, most_queries))
         found = self._measure_attention(
-            *(*self._cache.pages, table, positions, resident, queries, num_queries, newest, self._cache.sinks),
+            *(*self._cache.pages, table, positions, resident, queries, num_queries, newest, self._cache.sink_logits),
             ops.Effect.OUTPUT if output_error else ops.Effect.ATTENTION,
             0.0,
         )

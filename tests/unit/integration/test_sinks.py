@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from skipkv_vllm.integration.build import _sinks_of
+from skipkv_vllm.integration.build import _sink_logits_of
 
 
 def layer(sinks: Tensor | None) -> SimpleNamespace:
@@ -28,13 +28,13 @@ class Launches(TorchDispatchMode):
 
 
 def test_a_model_without_sinks_has_none():
-    assert _sinks_of([layer(None), SimpleNamespace(impl=object())]) is None
+    assert _sink_logits_of([layer(None), SimpleNamespace(impl=object())]) is None
 
 
 def test_weights_that_change_or_are_replaced_are_read_anew():
     weight = torch.tensor([1.0, 2.0, 3.0], dtype=torch.bfloat16)
     layers = [layer(weight), layer(None), layer(weight + 1)]
-    read = _sinks_of(layers)
+    read = _sink_logits_of(layers)
     assert read is not None
     none = [-torch.inf] * 3
     assert read().tolist() == [[1, 2, 3], none, [2, 3, 4]]
@@ -45,7 +45,7 @@ def test_weights_that_change_or_are_replaced_are_read_anew():
 
 
 def test_reading_many_layers_takes_few_launches():
-    read = _sinks_of([layer(torch.zeros(3, dtype=torch.bfloat16)) for _ in range(40)])
+    read = _sink_logits_of([layer(torch.zeros(3, dtype=torch.bfloat16)) for _ in range(40)])
     assert read is not None
     with Launches() as launches:
         read()
