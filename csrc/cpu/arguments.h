@@ -75,16 +75,25 @@ struct Caches {
   Caches(const std::vector<Tensor>& caches, int64_t layout) {
     STD_TORCH_CHECK(!caches.empty(), "skipkv_cpu: caches must not be empty");
     const Tensor& first = caches[0];
-    STD_TORCH_CHECK(first.is_cpu() && first.dim() == 4 && first.size(3) % 2 == 0,
-                    "skipkv_cpu: caches must be [pages, heads, page size, 2 * D] on the CPU");
+    const bool latent = layout == kLatent;
+    STD_TORCH_CHECK(first.is_cpu() && first.dim() == 4 && (latent ? first.size(3) > kRotated : first.size(3) % 2 == 0),
+                    "skipkv_cpu: caches must be [pages, heads, page size, 2 * D] on the CPU, or D of latents");
     STD_TORCH_CHECK(first.stride(3) == 1, "skipkv_cpu: the last dimension of caches must be contiguous");
-    STD_TORCH_CHECK(layout >= kRows && layout <= kAmx, "skipkv_cpu: layout must be 0, 1 or 2, not ", layout);
+    STD_TORCH_CHECK(layout >= kRows && layout <= kLatent, "skipkv_cpu: layout must be 0 to 3, not ", layout);
     num_pages = first.size(0);
     heads = first.size(1);
-    pages = {layout,          first.size(2),   first.size(3) / 2,
-             first.stride(0), first.stride(1), first.stride(2),
-             static_cast<int64_t>(first.element_size())};
-    if (layout != kRows) {
+    const int64_t width = first.size(3), dim = latent ? width : width / 2;
+    pages = {layout,
+             first.size(2),
+             dim,
+             first.stride(0),
+             first.stride(1),
+             first.stride(2),
+             static_cast<int64_t>(first.element_size()),
+             width,
+             latent ? 0 : dim,
+             latent ? dim - kRotated : dim};
+    if (!pages.in_rows()) {
       STD_TORCH_CHECK(pages.token_stride == 2 * pages.dim || pages.size == 1,
                       "skipkv_cpu: cells of packed pages must be contiguous");
     }

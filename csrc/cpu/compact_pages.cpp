@@ -18,8 +18,8 @@ inline void copy_strided(const T* from, T* to, int64_t n, int64_t stride) {
 template <class T>
 inline void move_token(const Pages& p, const T* from, int64_t from_offset, T* to, int64_t to_offset) {
   const int64_t dim = p.dim;
-  if (p.layout == kRows) {
-    std::memcpy(to + to_offset * p.token_stride, from + from_offset * p.token_stride, 2 * dim * sizeof(T));
+  if (p.in_rows()) {
+    std::memcpy(to + to_offset * p.token_stride, from + from_offset * p.token_stride, p.width * sizeof(T));
   } else if (p.layout == kVec) {
     copy_strided(from + from_offset, to + to_offset, dim, p.size);
     const int64_t values = p.size * dim;
@@ -38,7 +38,7 @@ inline void move_token(const Pages& p, const T* from, int64_t from_offset, T* to
 
 // Copies a head's part of a page.
 inline void copy_cell(const Pages& p, const char* from, char* to) {
-  const int64_t row = 2 * p.dim * p.element_size, stride = p.token_stride * p.element_size;
+  const int64_t row = p.width * p.element_size, stride = p.token_stride * p.element_size;
   if (stride == row) {
     std::memcpy(to, from, p.size * row);
   } else {

@@ -41,7 +41,7 @@ inline void transpose_block(const T* from, int64_t step, float* const* to, int64
 // Copies the first `count` tokens of a cell: token t to `rows[rank[t]]`.
 template <class T>
 inline void read_cell(const Pages& p, const T* cell, int64_t count, const int32_t* rank, float* rows, int64_t stride) {
-  if (p.layout == kRows) {
+  if (p.in_rows()) {
     for (int64_t t = 0; t < count; ++t) convert(cell + t * p.token_stride, rows + rank[t] * stride, p.dim);
     return;
   }
@@ -89,16 +89,17 @@ inline void read_keys(const HeldRow& row, const int32_t* rank, float* rows, int6
   });
 }
 
-// Copies the value of slot i to `rows[rank[i]]`.
+// Copies the value of slot i to `rows[rank[i]]`, with zeros where a value is shorter than a key.
 template <class T>
 inline void read_values(const HeldRow& row, const int32_t* rank, float* rows, int64_t stride) {
   const Pages& p = *row.pages;
   each_cell<T>(row, [&](const T* cell, int64_t first, int64_t count) {
-    const T* const values = cell + (p.layout == kRows ? p.dim : p.size * p.dim);
+    const T* const values = cell + (p.in_rows() ? p.value : p.size * p.dim);
     for (int64_t t = 0; t < count; ++t) {
       float* const to = rows + rank[first + t] * stride;
       if (p.layout != kAmx) {
-        convert(values + t * (p.layout == kRows ? p.token_stride : p.dim), to, p.dim);
+        convert(values + t * (p.in_rows() ? p.token_stride : p.dim), to, p.value_dim);
+        clear(to + p.value_dim, p.dim - p.value_dim);
         continue;
       }
       // 16 features of a pair of tokens, then the next 16.

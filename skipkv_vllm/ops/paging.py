@@ -1,6 +1,7 @@
 """Access to single tokens in vLLM's KV pages, in any physical layout.
 
-vLLM allocates one tensor per layer with the logical shape `[pages, kv_heads, page_size, 2 * D]`. On GPUs a token's K
+vLLM allocates one tensor per layer with the logical shape `[pages, kv_heads, page_size, 2 * D]`, or
+`[pages, 1, page_size, D]` for latents (MLA), whose keys contain their values. On GPUs a token's K
 and V lie side by side in the last dimension, in any physical order of the others; indexing the logical view is enough.
 The CPU attention kernel packs each (page, head) cell as a K region followed by a V region and permutes tokens inside
 them, so a token is not a row there: strided views address its elements. Tests compare the views bit by bit with what
@@ -27,6 +28,12 @@ class Layout(IntEnum):
     """CPU, vector instructions: K `[D, P]`, V `[P, D]`."""
     AMX = 2
     """CPU, AMX tiles: K `[P / 16, D / 2, 16, 2]`, V `[D / 16, P / 2, 16, 2]`."""
+    LATENT = 3
+    """MLA: a token's latent, then `ROTATED` features with its position; K is both, V the latent."""
+
+
+ROTATED = 64
+"""Features of an MLA key that are rotated by its position, in all known models."""
 
 
 MAX_HEAD_SIZE = 256
@@ -112,10 +119,12 @@ class LayerPages(NamedTuple):
 
 def layer_pages(kv_cache: Tensor, layout: Layout) -> LayerPages:
     """Describe the pages of one layer in a given layout."""
-    n_pages, heads, size, double = kv_cache.shape
-    dim = double // 2
+    n_pages, heads, size, width = kv_cache.shape
+    dim = width // 2
+    together = TokenView(kv_cache.unsqueeze(3))
+    if layout is Layout.LATENT:
+        return LayerPages(kv_cache, together, TokenView(together.view[..., :-ROTATED]), (together,), layout)
     if layout is Layout.ROWS:
-        together = TokenView(kv_cache.unsqueeze(3))
         keys, values = TokenView(together.view[..., :dim]), TokenView(together.view[..., dim:])
         return LayerPages(kv_cache, keys, values, (together,), layout)
     # Within a (page, head) cell: K region of size * D elements, then the V region.
@@ -156,7 +165,7 @@ class PagedCache(NamedTuple):
     """The KV pages of all layers of a rank: the first arguments of many operators.
 
     Attributes:
-        caches: vLLM's tensors in model order, `[pages, H, page_size, 2 * D]`, all alike.
+        caches: vLLM's tensors in model order, `[pages, H, page_size, 2 * D]` (latents: D), all alike.
         pointers: int64 `[layers]`, their addresses, on the device.
         layout: how a page is packed.
     """

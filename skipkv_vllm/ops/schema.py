@@ -6,11 +6,11 @@ what each operator computes. `csrc/generate.py` reads this file when the native 
     R requests, L layers, H kv heads, Hq query heads, D head size, P tokens a page, N slots (longest request),
     W window, M moves, T tokens of a step, E hidden size
 
-`caches` are vLLM's tensors, one a layer, `[pages, H, P, 2 * D]`, all of one shape, dtype and strides; `pointers` int64
-`[L]` are their addresses on the device, for kernels that take all layers at once; `layout` is how a page is packed
-(`Layout`). Tables hold int32 page ids; ids past a request's pages are never read. Per-request lengths are int32 `[R]`
-on the device. Scores and positions are `[R, L, H, N]` by slot; entries past a request's length are never read. State
-that lives from step to step has a row for each concurrent request.
+`caches` are vLLM's tensors, one a layer, `[pages, H, P, 2 * D]` (latents: D), all of one shape, dtype and strides;
+`pointers` int64 `[L]` are their addresses on the device, for kernels that take all layers at once; `layout` is how a
+page is packed (`Layout`). Tables hold int32 page ids; ids past a request's pages are never read. Per-request lengths
+are int32 `[R]` on the device. Scores and positions are `[R, L, H, N]` by slot; entries past a request's length are
+never read. State that lives from step to step has a row for each concurrent request.
 """
 
 from __future__ import annotations

@@ -42,6 +42,8 @@ class Pages:
     def empty(self, pages: int) -> PagedCache:
         """Caches full of NaN."""
         lengths = {"B": pages, "H": self.heads, "N": self.size, "C": 2 * self.dim}
+        if self.layout is Layout.LATENT:
+            lengths["C"] = self.dim
         fill = float("nan") if self.dtype.is_floating_point else 255
         caches = []
         for _ in range(self.layers):
@@ -54,8 +56,9 @@ class Pages:
         self._write(cache, table, keys, "keys")
 
     def write_values(self, cache: PagedCache, table: Tensor, values: Tensor) -> None:
-        """Write values likewise."""
-        self._write(cache, table, values, "values")
+        """Write values likewise; those of latents are part of the keys."""
+        if self.layout is not Layout.LATENT:
+            self._write(cache, table, values, "values")
 
     def _write(self, cache: PagedCache, table: Tensor, vectors: Tensor, where: str) -> None:
         slot = torch.arange(vectors.shape[2])
@@ -72,11 +75,11 @@ def draw_pages(data: st.DataObject, most_heads: int) -> Pages:
     return Pages(
         layout,
         data.draw(st.sampled_from((torch.float32, torch.bfloat16, torch.float16, *FP8))),
-        data.draw(st.sampled_from(ORDERS if layout is Layout.ROWS else ORDERS[::2])),
+        data.draw(st.sampled_from(ORDERS if layout in (Layout.ROWS, Layout.LATENT) else ORDERS[::2])),
         layers=data.draw(st.integers(1, 2)),
         heads=data.draw(st.integers(1, most_heads)),
         size=data.draw(st.sampled_from((16, 32, 64) if layout is Layout.AMX else (1, 2, 3, 16, 32))),
-        dim=data.draw(st.sampled_from((32, 64, 96, 128))),
+        dim=data.draw(st.sampled_from((96, 128, 576) if layout is Layout.LATENT else (32, 64, 96, 128))),
     )
 
 

@@ -313,3 +313,15 @@ def test_vec_layout_equals_vllms_writer(size, dim):
     for cell, content in zip(layer_pages(again, paging.cpu_layout("vec")).cells, (keys, values), strict=True):
         cell.scatter(page.expand(HEADS, -1), head, offset.expand(HEADS, -1), content.transpose(0, 1))
     assert torch.equal(again, raw)
+
+
+def test_a_latent_is_the_value_of_a_key_that_contains_it():
+    raw = torch.arange(3 * 16 * 96.0).view(3, 1, 16, 96)
+    pages = layer_pages(raw.clone(), paging.Layout.LATENT)
+    used = torch.tensor([2, 0])
+    rows = torch.cat([raw[2, 0], raw[0, 0]])[:20]
+    assert pages.keys.read_pages(used, 20)[0].equal(rows)
+    assert pages.values.read_pages(used, 20)[0].equal(rows[:, : 96 - paging.ROTATED])
+    page, offset = torch.tensor([1]), torch.tensor([5])
+    pages.move_cells(0, used[:1], offset, page, offset + 1)
+    assert pages.raw[1, 0, 6].equal(raw[2, 0, 5])

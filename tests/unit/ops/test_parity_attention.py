@@ -60,6 +60,8 @@ MEASURES = {
     "sinks": MeasureCase(Pages(layers=3), group=3, sinks=True),
     "sinks in bf16": MeasureCase(Pages(dtype=BF16, dim=128), sinks=True),
     "sinks in e4m3": MeasureCase(Pages(dtype=FP8["e4m3"]), group=8, sinks=True),
+    "latents": MeasureCase(Pages(Layout.LATENT, heads=1, dim=576), group=8),
+    "latents in bf16": MeasureCase(Pages(Layout.LATENT, heads=1, dim=576, dtype=BF16), group=3),
     "amx, one tile": MeasureCase(replace(AMX, size=16, dim=16)),
     "amx, heads outside": MeasureCase(replace(AMX, order="HBNC", dim=48)),
 }

@@ -33,7 +33,7 @@ BAD: dict[str, tuple[str, dict[str, Any], str]] = {
     "int64 table": ("score", {"table": torch.ones(2, 5, dtype=torch.int64)}, "table must be Int"),
     "even pool": ("score", {"pool": 4}, "must be odd"),
     "queries in another dtype": ("score", {"queries": torch.zeros(2, 2, 8, 4, 64, dtype=BF16)}, "queries must be"),
-    "unknown layout": ("score", {"layout": 3}, "layout must be"),
+    "unknown layout": ("score", {"layout": 4}, "layout must be"),
     "no caches": ("score", {"caches": []}, "must not be empty"),
     "layers that differ": ("score", {"caches": [torch.zeros(9, 2, 16, 128), torch.zeros(9, 2, 16, 64)]}, "alike"),
     "float64": ("score", {"caches": [torch.zeros(9, 2, 16, 128).double()] * 2}, "must be float32"),

@@ -60,6 +60,7 @@ CENTRAL = {
     **{f"{name} BHNC": CentralCase(Pages(dtype=dtype)) for name, dtype in FP8.items()},
     **{f"vec {dtype}": CentralCase(replace(VEC, dtype=dtype)) for dtype in (torch.float32, torch.bfloat16)},
     "vec, pages of six": CentralCase(replace(VEC, size=6)),
+    "latents": CentralCase(Pages(Layout.LATENT, heads=1, dim=576)),
     "amx": CentralCase(AMX),
     "e4m3 amx": CentralCase(replace(AMX, dtype=FP8["e4m3"])),
 }

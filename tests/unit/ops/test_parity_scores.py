@@ -93,6 +93,10 @@ SCORES = {
     "vec, heads outside": ScoreCase(replace(VEC, order="HBNC", size=32)),
     "vec, pages of six": ScoreCase(replace(VEC, size=6)),
     **{f"amx {dtype}": ScoreCase(replace(AMX, dtype=dtype)) for dtype in (FLOAT, BF16, HALF)},
+    "latents": ScoreCase(Pages(Layout.LATENT, heads=1, dim=576), group=8),
+    "latents in bf16": ScoreCase(
+        Pages(Layout.LATENT, heads=1, dim=576, dtype=BF16), keys="clusters", threshold=0.5, group=3
+    ),
     "amx, one tile": ScoreCase(replace(AMX, size=16, dim=16)),
     "amx, heads outside": ScoreCase(replace(AMX, order="HBNC", dim=48)),
     **{
@@ -143,7 +147,7 @@ def check_every_byte(backend: Backend, case: EveryByte) -> None:
 
 
 BYTES_OF = {
-    f"{name} {Layout(k).name}": EveryByte(Pages(Layout(k), FP8[name], layers=1, heads=1, size=32))
+    f"{name} {Layout(k).name}": EveryByte(Pages(Layout(k), FP8[name], layers=1, heads=1, size=32, dim=96))
     for name in FP8
     for k in Layout
 }

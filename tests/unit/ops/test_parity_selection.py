@@ -126,6 +126,7 @@ COMPACTIONS = {
     "nothing is fresh": CompactCase(fresh=0.0),
     "everything is fresh": CompactCase(fresh=1.0),
     "shared pages": CompactCase(lengths=(75, 90, 61), keeps=(50, 48, 49), shared=2, fresh=1.0),
+    "latents": CompactCase(Pages(Layout.LATENT, BF16, heads=1, dim=576)),
     "nothing leaves": CompactCase(keeps=(75, 49)),
     "one leaves": CompactCase(keeps=(74, 48)),
     "one stays": CompactCase(keeps=(1, 1)),
