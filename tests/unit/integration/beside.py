@@ -45,6 +45,7 @@ def aligned(request: Request, start: int, count: int, chunk: int) -> int:
         mamba_prefill_checkpoint_alignment=None,
         mamba_shared_prefix_checkpoint=False,
         use_eagle_block_drop=False,
+        num_hash_lookahead_tokens=0,  # of vLLM 0.33
     )
     split: Any = Scheduler._mamba_block_aligned_split
     number: int = split(scheduler, request, count, start - request.num_computed_tokens)
