@@ -84,7 +84,8 @@ void score_as(const ScoreRow& row, void* memory) {
   normalise(s.unit, length, s.stride, s.norm);
   if (important) read_queries<Q>(row.queries, 0, row.queries.number * row.queries.group, dim, s.queries, s.stride);
 
-  ExemptSearch search(s.unit, s.stride, length, row.threshold, s.exempt);
+  // Without redundancy there is nothing to search.
+  ExemptSearch search(s.unit, s.stride, redundant ? length : 0, row.threshold, s.exempt);
   for (int64_t first = s.logits_stride - kTileColumns; first >= 0; first -= kTileColumns) {
     pack_panel(s.unit, s.stride, first, length, s.panel);
     if (important && first < old) panel_logits(row, s, first);

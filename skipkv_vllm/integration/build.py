@@ -246,16 +246,18 @@ def _key_scales(layers: list[Any]) -> Tensor | None:
 
 def _sink_logits_of(layers: list[Any]) -> Callable[[], Tensor] | None:
     """Return a function that reads the sinks' logits, float32 `[layers, Hq]`; None if no layer has a sink."""
-    own = [getattr(layer.impl, "sinks", None) for layer in layers]
-    if all(sinks is None for sinks in own):
+
+    def own() -> list[Tensor | None]:
+        # Backends replace the tensor by one of another dtype, also at the first step.
+        return [getattr(layer.impl, "sinks", None) for layer in layers]
+
+    if all(sinks is None for sinks in own()):
         return None
     without = torch.full((layers[0].num_heads,), -torch.inf, device=layers[0].kv_cache.device)
 
     def read() -> Tensor:
-        # Backends replace the tensor by one of another dtype, also at the first step.
-        own = [getattr(layer.impl, "sinks", None) for layer in layers]
         # Converted together: a launch for each layer would take time at every compaction.
-        return torch.stack([without if sinks is None else sinks for sinks in own]).float()
+        return torch.stack([without if sinks is None else sinks for sinks in own()]).float()
 
     return read
 
