@@ -108,6 +108,41 @@ def _gemma4() -> Any:
     )
 
 
+def _deepseek_v3() -> Any:
+    from transformers import DeepseekV3Config
+
+    # vLLM's kernels for CPUs read latents of this size only, and rotate keys rightly only with YaRN.
+    return DeepseekV3Config(
+        **COMMON | {"num_key_value_heads": 4, "head_dim": 64},
+        intermediate_size=256,
+        num_hidden_layers=3,
+        first_k_dense_replace=1,
+        n_routed_experts=4,
+        n_shared_experts=1,
+        num_experts_per_tok=2,
+        moe_intermediate_size=64,
+        n_group=1,
+        topk_group=1,
+        topk_method="noaux_tc",  # as in real configurations; transformers knows no other
+        scoring_func="sigmoid",
+        kv_lora_rank=512,
+        q_lora_rank=64,
+        qk_rope_head_dim=64,
+        qk_nope_head_dim=32,
+        v_head_dim=32,
+        rope_parameters={
+            "rope_type": "yarn",
+            "rope_theta": 10000.0,
+            "factor": 4.0,
+            "beta_fast": 32,
+            "beta_slow": 1,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+            "original_max_position_embeddings": 1024,
+        },
+    )
+
+
 def _strong_sinks(model: Any) -> None:
     """Let sinks take from a little to most of the attention; beside the logits of random weights they would vanish."""
     for layer in model.model.layers:
@@ -121,7 +156,7 @@ class Family(NamedTuple):
 
     Attributes:
         config: makes its configuration.
-        is_hybrid: whether some of its layers have a sliding window or a state.
+        is_special: whether its cache is not that of plain models: a window or a state in some layers, or latents.
         change: changes its random weights, or None.
         block_size: tokens of a block, at least what vLLM makes of it.
         pool: blocks that are too few for the requests of the tests at their full length, and enough at their bound.
@@ -130,7 +165,7 @@ class Family(NamedTuple):
     """
 
     config: Callable[[], Any]
-    is_hybrid: bool
+    is_special: bool
     change: Callable[[Any], None] | None = None
     block_size: int = PAGE
     pool: int = 92
@@ -138,6 +173,7 @@ class Family(NamedTuple):
 
 
 FAMILIES = {
+    "deepseek_v3": Family(_deepseek_v3, True, block_size=16, pool=84, small_pool=40),
     "gemma3": Family(_gemma3, True),
     "gemma4": Family(_gemma4, True),
     "gpt_oss": Family(_gpt_oss, True, _strong_sinks, pool=68, small_pool=30),

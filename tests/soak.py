@@ -55,7 +55,7 @@ ENGINES: dict[str, dict[str, Any]] = {
         "kv_steering_vectors": [],
     },
 }
-HYBRID = ARGUMENTS | {
+SPECIAL = ARGUMENTS | {
     "num_gpu_blocks_override": 512,
     "kv_steering_vectors": [],
     "kv_request_policies": ["h2o", "snapkv", "random"],
@@ -303,8 +303,8 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=2000, help="in all, shared by the kinds of engine")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    hybrids = {family: HYBRID | model_of(family) for family in FAMILIES if FAMILIES[family].is_hybrid}
-    engines = ENGINES | hybrids
+    families = {family: SPECIAL | model_of(family) for family in FAMILIES if FAMILIES[family].is_special}
+    engines = ENGINES | families
     share = -(-arguments.requests // len(engines))
     for kind, settings in engines.items():
         llm = harness.engine(**settings)

@@ -66,6 +66,7 @@ class ModelShape:
         element_size: bytes per element of a query and of a hidden state.
         kv_element_size: bytes per element of KV, if different.
         num_pooled_layers: layers whose KV a block of the pool has room for, if more than `num_layers`.
+        query_size: elements of a query of a model with latents (MLA), whose keys contain their values; None for others.
     """
 
     num_layers: int
@@ -77,12 +78,14 @@ class ModelShape:
     element_size: int
     kv_element_size: int | None = None
     num_pooled_layers: int | None = None
+    query_size: int | None = None
 
     @property
     def kv_bytes(self) -> int:
         """Bytes of KV per token in a block of the pool."""
         size = self.element_size if self.kv_element_size is None else self.kv_element_size
-        return 2 * (self.num_pooled_layers or self.num_layers) * self.num_kv_heads * self.head_size * size
+        vectors = 2 if self.query_size is None else 1
+        return vectors * (self.num_pooled_layers or self.num_layers) * self.num_kv_heads * self.head_size * size
 
     def sidecar_bytes(self, needs: Need) -> int:
         """Bytes per token of the cache on top of its KV: an entry for each of `sidecars`.
@@ -98,7 +101,7 @@ class ModelShape:
 
     def ring_bytes(self, num_kept: int, num_rows: int, max_tokens: int) -> int:
         """Bytes of the ring of queries, with the index of a step of `max_tokens`; see `worker.signals.queries`."""
-        elements = (num_rows * num_kept + 1) * self.num_layers * self.num_heads * self.head_size
+        elements = (num_rows * num_kept + 1) * self.num_layers * self.num_heads * (self.query_size or self.head_size)
         return elements * self.element_size + 8 * max_tokens
 
     def tracker_bytes(self, config: KVPolicyConfig, num_rows: int, max_length: int) -> int:

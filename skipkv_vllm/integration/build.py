@@ -30,6 +30,7 @@ from ..worker.runtime import EvictionRuntime
 from ..worker.signals import Signals
 from ..worker.signals.attention_mass import AttentionMass
 from ..worker.signals.gates import TokenGates, attention_blocks
+from ..worker.signals.latent_queries import LatentQueryRing
 from ..worker.signals.queries import QueryRing
 from ..worker.signals.segments import SegmentSparsity
 from ..worker.signals.sentence_tracker import SentenceTracker
@@ -89,17 +90,22 @@ def _build_signals(
 def _build_ring(vllm_config: VllmConfig, device: torch.device, num_rows: int) -> QueryRing:
     config = compat.policy_config(vllm_config)
     layers = list(compat.evicting_layers(vllm_config).values())
+    sizes: dict[str, Any] = {
+        "num_rows": num_rows,
+        "window": config.kv_window,
+        "num_kept": config.num_queries,
+        "max_tokens": compat.most_step_tokens(vllm_config),
+        "dtype": vllm_config.model_config.dtype,
+        "device": device,
+    }
+    if vllm_config.model_config.use_mla:
+        return LatentQueryRing(layers, **sizes)
     ring = QueryRing(
         num_layers=len(layers),
-        num_rows=num_rows,
-        window=config.kv_window,
-        num_kept=config.num_queries,
         num_heads=layers[0].num_heads,
         head_size=layers[0].head_size,
-        max_tokens=compat.most_step_tokens(vllm_config),
-        dtype=vllm_config.model_config.dtype,
-        device=device,
         logit_scales=[layer.impl.scale for layer in layers],
+        **sizes,
     )
     for i, layer in enumerate(layers):
         ring.attach(i, layer.impl)
@@ -224,6 +230,8 @@ def _allocate_rows(runtime: EvictionRuntime, vllm_config: VllmConfig, pool: Pool
 def _pages(layer: Any) -> Tensor:
     """Return a layer's pages, viewed with the dtype of their content."""
     pages: Tensor = layer.kv_cache
+    if pages.dim() == 3:
+        pages = pages.unsqueeze(1)  # MLA leaves out the one head
     if pages.element_size() > 1:
         return pages
     # Set even if the checkpoint, not a flag, chose the dtype.
@@ -263,6 +271,8 @@ def _sink_logits_of(layers: list[Any]) -> Callable[[], Tensor] | None:
 
 
 def _layout(layer: Any) -> Layout:
+    if layer.attn_backend.is_mla():
+        return Layout.LATENT
     # By the class that reads the pages, because a backend registered in place of another keeps that one's name.
     if any(cls.__name__ == "CPUAttentionBackendImpl" for cls in type(layer.impl).__mro__):
         return cpu_layout(layer.isa)  # set by vLLM when it builds the attention metadata

@@ -12,10 +12,10 @@ from tests import harness
 from tests.harness import PAGE, Job
 from tests.random_models import FAMILIES, model_of, random_model
 from tests.real_models import real_model
-from tests.reference.comparison import another_question, check
+from tests.reference.comparison import UNPROTECTED, another_question, check
 from tests.reference.model import Model
 from tests.reference.references import ReferenceCache
-from tests.soak import HYBRID as HYBRID_SOAK
+from tests.soak import SPECIAL as SPECIAL_SOAK
 from tests.soak import Soak
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 LONG, NUM_NEW = 150, 310
 SIZES: dict[str, Any] = {"kv_budget": 160, "kv_buffer": 48, "kv_request_policies": ["h2o", "random"]}
-HYBRID = [family for family in FAMILIES if FAMILIES[family].is_hybrid]
+SPECIAL = [family for family in FAMILIES if FAMILIES[family].is_special]
 
 
 @pytest.fixture(scope="module", params=list(FAMILIES))
@@ -32,8 +32,8 @@ def family(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-@pytest.fixture(scope="module", params=HYBRID)
-def hybrid(request: pytest.FixtureRequest) -> str:
+@pytest.fixture(scope="module", params=SPECIAL)
+def special(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
@@ -62,35 +62,35 @@ def test_engine_equals_reference(family: str, granularity: str) -> None:
     check(job, outcome, oracle(family), min_compactions=3)
 
 
-def test_runner_v2_equals_reference(hybrid: str) -> None:
-    job = job_of(hybrid)
+def test_runner_v2_equals_reference(special: str) -> None:
+    job = job_of(special)
     outcome = harness.run(job, "v2")
     assert outcome.is_v2
     assert outcome.num_cached[-1] >= 4 * PAGE, "the prefix cache was not hit"
-    check(job, outcome, oracle(hybrid), min_compactions=3)
+    check(job, outcome, oracle(special), min_compactions=3)
 
 
 @pytest.mark.parametrize("runner", ["v1", "v2"])
-def test_equals_stock_without_eviction(hybrid: str, runner: str) -> None:
+def test_equals_stock_without_eviction(special: str, runner: str) -> None:
     prompts, num_new = harness.demo_prompts(4), 100 if runner == "v1" else 20
-    model = model_of(hybrid)
+    model = model_of(special)
     expected = harness.run(Job(prompts, [], num_new, every=5, arguments=model, num_logprobs=5), runner)
-    arguments = arguments_of(hybrid, kv_budget=1024)
+    arguments = arguments_of(special, kv_budget=1024)
     job = Job(prompts, ["skipkv", "full"] * 2, num_new, every=5, arguments=arguments, num_logprobs=5)
     outcome = harness.run(job, runner)
     assert not any(len(trace.kept) for trace in outcome.traces)
     assert (outcome.tokens, outcome.logprobs) == (expected.tokens, expected.logprobs)
 
 
-def test_bounded_admission_never_preempts_where_stock_vllm_does(hybrid: str) -> None:
-    job = job_of(hybrid, num_gpu_blocks_override=FAMILIES[hybrid].pool)
-    arguments = {"num_gpu_blocks_override": FAMILIES[hybrid].pool, "max_model_len": 1024} | model_of(hybrid)
+def test_bounded_admission_never_preempts_where_stock_vllm_does(special: str) -> None:
+    job = job_of(special, num_gpu_blocks_override=FAMILIES[special].pool)
+    arguments = {"num_gpu_blocks_override": FAMILIES[special].pool, "max_model_len": 1024} | model_of(special)
     stock = harness.run(Job(job.prompts, [], NUM_NEW, 7, arguments))
     assert sum(stock.num_preemptions) > 0, "the pool is too large for this test to show anything"
     outcome = harness.run(job)
     assert sum(outcome.num_preemptions) == 0
     assert max(load.num_running for load in outcome.load) > 3
-    check(job, outcome, oracle(hybrid), min_compactions=3)
+    check(job, outcome, oracle(special), min_compactions=3)
 
 
 def blocks_by_length(llm: vllm.LLM, prompt: list[int], num_new: int) -> dict[int, tuple[int, list[int]]]:
@@ -126,8 +126,8 @@ def check_blocks(prompt: list[int], num_new: int, budget: int, buffer: int, **ar
     assert [found[length][1] for length in written] == [stock[length][1] for length in written]
 
 
-def test_full_attention_is_bounded_and_the_others_are_as_in_stock_vllm(hybrid: str) -> None:
-    check_blocks(harness.demo_prompts(1, at_least=LONG)[0], 200, 96, 32, **model_of(hybrid))
+def test_full_attention_is_bounded_and_the_others_are_as_in_stock_vllm(special: str) -> None:
+    check_blocks(harness.demo_prompts(1, at_least=LONG)[0], 200, 96, 32, **model_of(special))
 
 
 def test_real_weights_with_a_small_budget() -> None:
@@ -138,24 +138,24 @@ def test_real_weights_with_a_small_budget() -> None:
     check_blocks(prompt, 100, 512, 128, model=folder, dtype="bfloat16", block_size=PAGE, max_model_len=1024)
 
 
-def test_a_preempted_request_resumes_to_the_same_tokens(hybrid: str) -> None:
-    job = job_of(hybrid, kv_admission="optimistic", num_gpu_blocks_override=FAMILIES[hybrid].small_pool)
+def test_a_preempted_request_resumes_to_the_same_tokens(special: str) -> None:
+    job = job_of(special, kv_admission="optimistic", num_gpu_blocks_override=FAMILIES[special].small_pool)
     outcome = harness.run(job)
     assert sum(outcome.num_preemptions) > 0, "the pool is too large for this test to show anything"
-    check(job, outcome, oracle(hybrid), min_compactions=3)
+    check(job, outcome, oracle(special), min_compactions=3)
 
 
-def test_a_prompt_that_is_not_protected(hybrid: str) -> None:
+def test_a_prompt_that_is_not_protected(special: str) -> None:
     """A prompt longer than the bound is compacted while it is computed, and its tail is found in the prefix cache."""
     first, second = harness.demo_prompts(2, at_least=400)
-    arguments = arguments_of(hybrid, kv_protect_prompt=False, kv_budget=96, kv_buffer=32)
+    arguments = arguments_of(special, kv_protect_prompt=False, kv_budget=96, kv_buffer=32)
     job = Job([first, second, another_question(first)], ["rkv", "skipkv", "rkv"], 60, every=9, arguments=arguments)
     outcome = harness.run(job)
-    check(job, outcome, oracle(hybrid), min_compactions=8)
+    check(job, outcome, oracle(special), min_compactions=8)
 
 
-def test_a_soak_loses_no_page(hybrid: str) -> None:
-    llm = harness.engine(**HYBRID_SOAK, **model_of(hybrid))
+def test_a_soak_loses_no_page(special: str) -> None:
+    llm = harness.engine(**SPECIAL_SOAK, **model_of(special))
     report = Soak(llm, seed=3, abort_share=0.3, repeats=4).run(150)
     assert report.aborted > 20
     assert report.compactions > 150
@@ -175,3 +175,20 @@ def test_a_block_larger_than_the_bound_is_kept() -> None:
     outcome = harness.run(job)
     check(job, outcome, oracle("qwen3_next"), min_compactions=3)
     assert {sample.num_pages for sample in outcome.samples} == {1}
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        ("laq", {}),
+        ("thinkv", {"layers": "0,2", "segment": 32, "transition_above": 0.56, "execution_below": 0.54}),
+    ],
+    ids=["laq", "thinkv"],
+)
+def test_other_methods_score_latents(policy: tuple[str, dict[str, Any]]) -> None:
+    name, parameters = policy
+    others = ["finch", "snapkv", "tova", "obcache", "keydiff"]
+    arguments = UNPROTECTED | {"kv_policy": name, "kv_policy_config": parameters, "kv_request_policies": others}
+    prompts = harness.demo_prompts(6, at_least=LONG)
+    job = Job(prompts, [name, *others], 120, every=5, arguments=arguments_of("deepseek_v3", **arguments))
+    check(job, harness.run(job), oracle("deepseek_v3"), min_compactions=1)

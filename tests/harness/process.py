@@ -65,22 +65,29 @@ def _engine(cls: type, arguments: dict[str, Any], reset: bool = True) -> vllm.LL
 @functools.cache
 def _prepare() -> None:
     """Change what vLLM does in this process: let tests switch more, and let engines start faster."""
-    _allow_async_scheduling()
+    _allow_options()
     _replace_kernels_once()
     gated_delta_cpu.use_float32()
     rank_processes.use()
 
 
-def _allow_async_scheduling() -> None:
-    """Let tests use asynchronous scheduling, which vLLM switches off on CPUs."""
+def _allow_options() -> None:
+    """Let tests use what vLLM switches off on CPUs.
+
+    That is asynchronous scheduling, and for models with latents (MLA) chunked prefill and the prefix cache, although
+    CPUs can compute both.
+    """
     from vllm.platforms.cpu import CpuPlatform
 
     original = CpuPlatform.check_and_update_config.__func__
+    options = ("async_scheduling", "enable_chunked_prefill", "max_num_batched_tokens")
 
     def check_and_update_config(cls: type, vllm_config: Any) -> None:
-        asked = vllm_config.scheduler_config.async_scheduling
+        scheduling, cache = vllm_config.scheduler_config, vllm_config.cache_config
+        asked, shares = {name: getattr(scheduling, name) for name in options}, cache.enable_prefix_caching
         original(cls, vllm_config)
-        vllm_config.scheduler_config.async_scheduling = asked
+        vars(scheduling).update(asked)
+        cache.enable_prefix_caching = shares
 
     CpuPlatform.check_and_update_config = classmethod(check_and_update_config)
 

@@ -93,7 +93,7 @@ def _finch(state: State) -> Tensor:
         cache = state.copy(torch.ones(state.positions.shape, dtype=torch.bool))
         question = state.text[state.num_prompt - settings.num_question : state.num_prompt]
         _, _, asking = state.model.forward(question, state.num_computed, cache)
-    for i, layer in enumerate(cache.layers[number] for number in state.model.full):
+    for i, layer in enumerate(state.model.full_layers(cache)):
         queries = asking[i].unflatten(0, (layer.keys.shape[1], -1)).transpose(1, 2)  # [heads, W, group, D]
         queries = queries[:, -settings.num_question :] if in_prompt else queries
         for head in range(len(queries)):

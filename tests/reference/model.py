@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import load_file
@@ -58,11 +58,31 @@ def _record_input(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
     module.recorded_input = kwargs["hidden_states"]
 
 
+def absorbed(attention: Any) -> Tensor:
+    """Return the queries of the tokens fed last as they meet latents: `[Hq, new, latent + rotated]`.
+
+    They are scaled so that one over the root of their size is the factor of their logits.
+    """
+    query = attention.recorded_query[0]
+    content, rotated = query.split([attention.qk_nope_head_dim, attention.qk_rope_head_dim], dim=-1)
+    by_head = attention.kv_b_proj.weight.view(len(query), -1, attention.kv_lora_rank)[:, : attention.qk_nope_head_dim]
+    together = torch.cat([content @ by_head, rotated], dim=-1)
+    return together * (attention.scaling * together.shape[-1] ** 0.5)
+
+
+class KeysAndValues(NamedTuple):
+    """Keys and values of a layer, `[1, heads, held, D]`."""
+
+    keys: Tensor
+    values: Tensor
+
+
 class Model:
     """A float32 causal language model on the CPU and its sentence delimiters.
 
     Attributes:
         full: numbers of the layers with full attention, the ones whose KV is evicted.
+        has_latents: whether the cache holds latents (MLA) instead of keys, and their rotated features instead of values.
     """
 
     def __init__(self, folder: str) -> None:
@@ -71,6 +91,7 @@ class Model:
         kinds = getattr(self.lm.config, "layer_types", None) or ["full_attention"] * self.lm.config.num_hidden_layers
         self.full = [i for i, kind in enumerate(kinds) if kind == "full_attention"]
         self.evicting = [self.lm.model.layers[i] for i in self.full]
+        self.has_latents = getattr(self.lm.config, "kv_lora_rank", None) is not None
         tokenizer = AutoTokenizer.from_pretrained(folder)
         self.tokenizer = tokenizer
         self.texts = [tokenizer.decode([i]) for i in range(len(tokenizer))]
@@ -92,6 +113,14 @@ class Model:
         # By its configuration it would hold no more than the window of a layer that has one.
         has_states = "linear_attention" in (getattr(self.lm.config, "layer_types", None) or ())
         return DynamicCache(config=self.lm.config) if has_states else DynamicCache()
+
+    def full_layers(self, cache: DynamicCache) -> list[Any]:
+        """Return keys and values `[1, heads, held, D]` of the layers with full attention, as queries meet them."""
+        layers = [cache.layers[i] for i in self.full]
+        if self.has_latents:
+            # The product of an absorbed query is with both; the latent is the value, too.
+            return [KeysAndValues(torch.cat([each.keys, each.values], dim=-1), each.keys) for each in layers]
+        return layers
 
     def load_gates(self, path: str) -> None:
         """Read the learned gates of `trimkv`."""
@@ -130,5 +159,8 @@ class Model:
             input_ids=torch.tensor([token_ids]), position_ids=positions, past_key_values=cache, use_cache=True
         ).last_hidden_state
         attentions = [layer.self_attn for layer in self.evicting]
-        queries = torch.cat([each.recorded_query * (each.scaling * each.head_dim**0.5) for each in attentions])
+        if self.has_latents:
+            queries = torch.stack([absorbed(each) for each in attentions])
+        else:
+            queries = torch.cat([each.recorded_query * (each.scaling * each.head_dim**0.5) for each in attentions])
         return self.lm.lm_head(hidden[0, -1]), hidden[0], queries

@@ -74,8 +74,8 @@ class State:
 
     @property
     def layers(self) -> list[Any]:
-        """Keys and values of the layers with full attention."""
-        return [self.cache.layers[i] for i in self.model.full]
+        """Keys and values of the layers with full attention, `[1, heads, held, D]`."""
+        return self.model.full_layers(self.cache)
 
     # ---- the forward pass
 
@@ -192,8 +192,8 @@ class State:
                 continue
             mask = masks[i]
             index = torch.stack([row.nonzero().flatten() for row in mask])[None, :, :, None]
-            index = index.expand(-1, -1, -1, layer.keys.shape[3])
-            cache.update(layer.keys.gather(2, index), layer.values.gather(2, index), i)
+            kept = [x.gather(2, index.expand(-1, -1, -1, x.shape[3])) for x in (layer.keys, layer.values)]
+            cache.update(*kept, i)
         return cache
 
     def evict(self, survives: Tensor) -> None:

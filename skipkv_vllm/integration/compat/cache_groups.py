@@ -95,12 +95,12 @@ def _other_group(spec: SlidingWindowSpec | MambaSpec) -> OtherGroup:
 
 
 def _evicting(groups: Sequence[KVCacheGroupSpec], policy: KVPolicyConfig) -> int:
-    from vllm.v1.kv_cache_interface import FullAttentionSpec, MambaSpec, SlidingWindowSpec
+    from vllm.v1.kv_cache_interface import MambaSpec, SlidingWindowSpec
 
     specs = [group.kv_cache_spec for group in groups]
     refuse = functools.partial(refusal, flag="--kv-policy" if policy.evicts else "--kv-steering-vectors")
-    full = [i for i, spec in enumerate(specs) if type(spec) is FullAttentionSpec]
-    if len(full) != 1 or any(type(spec) not in (FullAttentionSpec, SlidingWindowSpec, MambaSpec) for spec in specs):
+    full = [i for i, spec in enumerate(specs) if _is_full(spec)]
+    if len(full) != 1 or any(not _is_full(spec) and type(spec) not in (SlidingWindowSpec, MambaSpec) for spec in specs):
         found = ", ".join(type(spec).__name__ for spec in specs) or "none"
         raise refuse(
             f"this model's KV cache ({found})",
@@ -144,24 +144,40 @@ def _check_spec(spec: Any, refuse: Refuse) -> None:
                 "Drop --disable-hybrid-kv-cache-manager if it is set, or serve another model",
             )
     packed = (spec.num_head_slots, spec.state_content_bytes, spec.tokens_per_state) != (None, None, 1)
-    if packed or spec.head_size_v != spec.head_size:
+    # vLLM states that a latent has no value, because it is its own.
+    value_size, is_other_latent = spec.head_size, False
+    if has_latents(spec):
+        value_size, is_other_latent = 0, spec.model_version is not None or spec.alignment is not None
+    if packed or is_other_latent or spec.head_size_v != value_size:
         raise refuse(
             f"this model's KV blocks (keys of {spec.head_size} and values of {spec.head_size_v}, "
             f"{spec.num_head_slots or spec.num_kv_heads} cells for {spec.num_kv_heads} heads)",
-            "a block must hold a key and a value of the same size for every token and head",
+            "a block must hold a key and a value of the same size for every token and head, or a latent",
             OTHER_MODEL,
         )
 
 
-def evicting_layers(vllm_config: VllmConfig) -> dict[str, Any]:
-    """Return the layers of this worker whose KV is compacted, by name in model order, once the model is loaded."""
+def has_latents(spec: Any) -> bool:
+    """Return whether a layer's KV is latents (MLA)."""
+    from vllm.v1.kv_cache_interface import MLAAttentionSpec
+
+    return type(spec) is MLAAttentionSpec
+
+
+def _is_full(spec: Any) -> bool:
+    """Return whether a layer has full attention, so that its KV grows with the text."""
     from vllm.v1.kv_cache_interface import FullAttentionSpec
 
+    return type(spec) is FullAttentionSpec or has_latents(spec)
+
+
+def evicting_layers(vllm_config: VllmConfig) -> dict[str, Any]:
+    """Return the layers of this worker whose KV is compacted, by name in model order, once the model is loaded."""
     context = vllm_config.compilation_config.static_forward_context
     return {
         name: layer
         for name, layer in context.items()
-        if hasattr(layer, "impl") and type(layer.get_kv_cache_spec(vllm_config)) is FullAttentionSpec
+        if hasattr(layer, "impl") and _is_full(layer.get_kv_cache_spec(vllm_config))
     }
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ...capacity import STATE_MODELS, groups_of
 from ...core.errors import KVPolicyError
 from ...core.needs import Need
-from ...ops.paging import FP8_CACHES, MAX_HEAD_SIZE
+from ...ops.paging import FP8_CACHES, MAX_HEAD_SIZE, ROTATED
 from .heads import total_kv_heads
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ BACKENDS = {
     "FlashInferImpl": "FLASHINFER",
     "TritonAttentionImpl": "TRITON_ATTN",
     "CPUAttentionBackendImpl": "CPU_ATTN",
+    "CPUMLAImpl": "CPU_MLA",
 }
 """Tested attention implementations -> their names on the command line."""
 OTHER_MODEL = "Serve a decoder-only model with plain attention (Qwen2, Qwen3, Llama, ...)"
@@ -93,7 +94,7 @@ def _check_model(vllm_config: VllmConfig, refuse: Refuse) -> None:
     if model.is_encoder_decoder:
         raise refuse("encoder-decoder models", "cross attention has its own cache", OTHER_MODEL)
     if model.use_mla:
-        raise refuse("MLA models", "their cache holds latents, which the policies cannot score", OTHER_MODEL)
+        _check_latents(vllm_config, refuse)
     if model.is_attention_free:
         raise refuse("state-space models without attention", "their cache does not grow with the text", OTHER_MODEL)
     if model.is_hybrid:
@@ -105,6 +106,32 @@ def _check_model(vllm_config: VllmConfig, refuse: Refuse) -> None:
             "prefix-LM attention",
             "the mask of an image's tokens needs the positions of all tokens",
             "Serve text only with --language-model-only",
+        )
+
+
+def _check_latents(vllm_config: VllmConfig, refuse: Refuse) -> None:
+    """Refuse models with latents (MLA) whose attention is sparse by itself, and those that no operator reads."""
+    from vllm.platforms import current_platform
+
+    text_config = vllm_config.model_config.hf_text_config
+    if hasattr(text_config, "index_topk"):
+        raise refuse(
+            "native sparse attention",
+            "an indexer with a cache of its own chooses the tokens that are read",
+            "For less GPU memory use vLLM's HiSparse, which moves such a cache to the host",
+        )
+    if text_config.qk_rope_head_dim != ROTATED:
+        raise refuse(
+            f"latents (MLA) with {text_config.qk_rope_head_dim} rotated features",
+            f"its operators read those with {ROTATED}",
+            OTHER_MODEL,
+        )
+    if not current_platform.is_cpu():
+        raise refuse(
+            "latents (MLA) on GPUs",
+            f"its kernels take heads of up to {MAX_HEAD_SIZE} features, and a latent has "
+            f"{text_config.kv_lora_rank + ROTATED}",
+            OTHER_MODEL,
         )
 
 
@@ -283,9 +310,9 @@ def check_attention(impls: Iterable[Any]) -> None:
             raise refusal(
                 f"heads of {impl.head_size} on GPUs", f"its kernels take heads of up to {MAX_HEAD_SIZE}", OTHER_MODEL
             )
-        if impl.alibi_slopes is not None:
+        if getattr(impl, "alibi_slopes", None) is not None:
             raise refusal("ALiBi", "its bias counts the tokens between two slots, including evicted ones", OTHER_MODEL)
         if getattr(impl, "logits_soft_cap", None):
             raise refusal("attention with a soft cap of its logits", "scores would not be capped", OTHER_MODEL)
-        if impl.kv_sharing_target_layer_name is not None:
+        if getattr(impl, "kv_sharing_target_layer_name", None) is not None:
             raise refusal("layers that share a cache", "each layer would evict different tokens", OTHER_MODEL)

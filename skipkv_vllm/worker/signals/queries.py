@@ -35,12 +35,13 @@ class QueryRing(Signal):
         window: W, number of queries that score the held tokens.
         num_kept: n, at least W.
         num_heads: query heads of this worker.
-        head_size: elements of a query.
+        head_size: elements of a query that is recorded.
         max_tokens: tokens of the largest step.
         dtype: of the stored queries.
         device: where the model runs.
         logit_scales: factor of the products of queries and keys in each layer; by default 1 / sqrt(D), which operators
             assume.
+        key_size: elements of a key, if not those of a query that is recorded.
 
     Attributes:
         num_kept: see above.
@@ -62,12 +63,13 @@ class QueryRing(Signal):
         dtype: torch.dtype,
         device: torch.device,
         logit_scales: Sequence[float] | None = None,
+        key_size: int | None = None,
     ) -> None:
         self.num_kept = num_kept
         self._window = window
         self._discard = num_rows * num_kept
         self._entries = torch.zeros(num_layers, self._discard + 1, num_heads, head_size, dtype=dtype, device=device)
-        factors = [scale * head_size**0.5 for scale in logit_scales or ()]
+        factors = [scale * (key_size or head_size) ** 0.5 for scale in logit_scales or ()]
         self._factors: Tensor | None = None
         if any(abs(factor - 1) > 1e-6 for factor in factors):
             self._factors = torch.tensor(factors, dtype=dtype, device=device)[:, None, None, None]
@@ -92,9 +94,12 @@ class QueryRing(Signal):
 
         The object's class is replaced by a subclass, so this works for every backend and inside graphs.
         """
-        impl.__class__ = _recording(type(impl))  # type: ignore[arg-type]
-        impl._skipkv_ring = self
-        impl._skipkv_entries = self._entries[layer_index]
+        self._hook(layer_index, impl, _recording(type(impl)))  # type: ignore[arg-type]
+
+    def _hook(self, layer_index: int, attention: Any, recording: type) -> None:
+        attention.__class__ = recording
+        attention._skipkv_ring = self
+        attention._skipkv_entries = self._entries[layer_index]
 
     def prepare(self, step: Step) -> None:
         if step.records_queries:
