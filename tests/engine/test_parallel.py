@@ -6,6 +6,7 @@ the engine decide near ties only, counts them, and fails if a choice differs by 
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import time
 import urllib.request
@@ -83,6 +84,18 @@ def test_tensor_parallelism(is_async: bool, references: ReferenceCache) -> None:
 def test_every_rank_counts_the_sinks_of_its_heads() -> None:
     one = families.job_of("gpt_oss", **TENSOR)
     check(one, harness.run(one), families.oracle("gpt_oss"), min_compactions=3)
+
+
+def test_every_rank_has_the_latents_of_all_heads() -> None:
+    """Each rank chooses for its own query heads; two methods that read no query choose the same for all."""
+    one = families.job_of("deepseek_v3", **TENSOR)
+    one = dataclasses.replace(one, policies=["random", "streaming_llm", "skipkv", "random", "h2o"])
+    one.arguments["kv_request_policies"] = ["random", "streaming_llm", "h2o"]
+    outcome = harness.run(one)
+    alone = harness.run(dataclasses.replace(one, arguments=one.arguments | dict.fromkeys(TENSOR, 1)))
+    for number in (0, 1, 3):
+        assert outcome.tokens[number] == alone.tokens[number]
+    assert all(len(tokens) == one.num_new for tokens in outcome.tokens)
 
 
 def test_tokens_are_decoded_ahead_on_all_ranks(references: ReferenceCache) -> None:

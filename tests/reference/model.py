@@ -82,7 +82,7 @@ class Model:
 
     Attributes:
         full: numbers of the layers with full attention, the ones whose KV is evicted.
-        has_latents: whether the cache holds latents (MLA) instead of keys, and their rotated features instead of values.
+        has_latents: whether the cache holds latents (MLA) in place of keys, and rotated features in place of values.
     """
 
     def __init__(self, folder: str) -> None:

@@ -143,6 +143,9 @@ RELIED_ON = (
     "vllm.v1.attention.backends.flash_attn:FlashAttentionImpl.forward",
     "vllm.v1.attention.backends.flashinfer:FlashInferImpl.forward",
     "vllm.v1.attention.backends.triton_attn:TritonAttentionImpl.forward",
+    "vllm.v1.attention.backends.mla.cpu_mla:CPUMLAImpl.forward_mqa",
+    "vllm.model_executor.layers.attention.mla_attention:MLAAttention.forward_impl",
+    "vllm.model_executor.layers.attention.mla_attention:MLACommonMetadataBuilder.build",
 )
 """Functions and classes that we call, read or depend on where no subclass shows it."""
 

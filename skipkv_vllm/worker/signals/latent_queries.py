@@ -35,7 +35,7 @@ class LatentQueryRing(QueryRing):
         )
         self._layers = layers
         for i, layer in enumerate(layers):
-            self._hook(i, layer, _recording(type(layer)))
+            self._hook(i, layer, _recording(type(layer)))  # type: ignore[arg-type]
 
     def scaled(self, queries: Tensor) -> Tensor:
         """Absorb and scale queries `[R, layers, n, Hq, D]`: `[R, layers, n, Hq, latent + rotated]`."""

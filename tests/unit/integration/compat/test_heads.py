@@ -21,7 +21,7 @@ from tests.unit.integration.compat.vllm_configs import make_vllm_config
 def model_config(config: PretrainedConfig) -> SimpleNamespace:
     """As much of vLLM's configuration of a model as tells its heads."""
     convertor = MODEL_ARCH_CONFIG_CONVERTORS.get(config.model_type, ModelArchConfigConvertorBase)
-    return SimpleNamespace(hf_text_config=config, model_arch_config=convertor(config, config).convert())
+    return SimpleNamespace(hf_text_config=config, model_arch_config=convertor(config, config).convert(), use_mla=False)
 
 
 def gemma_4(num_global: int) -> SimpleNamespace:
@@ -34,6 +34,7 @@ def gemma_4(num_global: int) -> SimpleNamespace:
 
 def test_they_are_those_of_the_layers_with_full_attention():
     assert compat.total_kv_heads(gemma_4(2)) == 2
+    assert compat.total_kv_heads(SimpleNamespace(use_mla=True)) == 1
     assert compat.total_kv_heads(model_config(Qwen2Config(num_hidden_layers=2, num_key_value_heads=4))) == 4
 
 

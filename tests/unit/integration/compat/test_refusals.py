@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -24,6 +25,21 @@ from skipkv_vllm.integration.compat import version as version_check
 from tests.unit.integration.compat.vllm_configs import make_vllm_config
 
 
+def latents(**changes: int) -> dict[str, Any]:
+    """Return the changes that make a model one with latents."""
+    sizes = {"kv_lora_rank": 512, "qk_rope_head_dim": 64} | changes
+    return {"model_config__use_mla": True, "model_config__hf_text_config": SimpleNamespace(**sizes)}
+
+
+def test_latents_are_served_on_cpus_only(monkeypatch):
+    from vllm.platforms import current_platform
+
+    compat.check_config(make_vllm_config(**latents()), KVPolicyConfig(kv_policy="skipkv"))
+    monkeypatch.setattr(type(current_platform), "is_cpu", lambda _: False)
+    with pytest.raises(KVPolicyError, match=r"latents \(MLA\) on GPUs: .* up to 256 features, and a latent has 576"):
+        compat.check_config(make_vllm_config(**latents()), KVPolicyConfig(kv_policy="skipkv"))
+
+
 def test_a_layer_that_the_model_does_not_have_is_refused():
     config = make_vllm_config()
     config.model_config.get_total_num_hidden_layers = lambda: 4
@@ -38,7 +54,8 @@ def test_a_layer_that_the_model_does_not_have_is_refused():
     [
         ({"model_config__runner_type": "pooling"}, ["'pooling' runner", "--runner"]),
         ({"model_config__is_encoder_decoder": True}, ["encoder-decoder", "decoder-only model"]),
-        ({"model_config__use_mla": True}, ["MLA", "decoder-only model"]),
+        (latents(index_topk=2048), ["native sparse attention", "HiSparse"]),
+        (latents(qk_rope_head_dim=32), ["latents (MLA) with 32 rotated", "64", "decoder-only model"]),
         (
             {"model_config__is_hybrid": True, "model_config__hf_text_config": SimpleNamespace(model_type="jamba")},
             ["hybrid models of the type 'jamba'", "only qwen3_next, qwen3_5_text", "decoder-only model"],
@@ -295,7 +312,8 @@ def test_heads_that_the_kernels_for_gpus_do_not_take_are_refused_there(monkeypat
 
 def test_every_attention_that_is_accepted_is_watched():
     watched = {symbol.rpartition(":")[2] for symbol in version_check.tested()["symbols"]}
-    assert {f"{name}.forward" for name in refusals.BACKENDS} <= watched
+    # MLA has two ways to compute; its metadata tells which tokens go which.
+    assert all({f"{name}.forward", f"{name}.forward_mqa"} & watched for name in refusals.BACKENDS)
 
 
 @pytest.mark.parametrize(
