@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from types import ModuleType
@@ -30,7 +30,7 @@ class Backend:
     Attributes:
         isa: highest instruction set of the CPU operators.
         whole: whether all cases run; the interpreter runs a few.
-        packed: whether it supports the layouts of CPUs.
+        layouts: how pages may be packed that it reads.
         tolerance: of scores in 16-bit caches, relative to the largest of a row.
     """
 
@@ -38,7 +38,7 @@ class Backend:
     device: str = "cpu"
     isa: int = 2
     whole: bool = True
-    packed: bool = True
+    layouts: Sequence[Layout] = tuple(Layout)
     tolerance: float = 1e-5
 
     @property
@@ -51,10 +51,11 @@ class Backend:
 
 def _backends() -> list[Backend]:
     if INTERPRETED:
-        return [Backend("triton", whole=False, packed=False, tolerance=2e-2)]
+        return [Backend("triton", whole=False, layouts=(Layout.ROWS, Layout.LATENT), tolerance=2e-2)]
     found = [Backend("native"), Backend("native", isa=1), Backend("native", isa=0)]
     if torch.cuda.is_available():
-        found += [Backend(name, "cuda", packed=False, tolerance=2e-2) for name in ("native", "triton")]
+        found.append(Backend("native", "cuda", layouts=(Layout.ROWS,), tolerance=2e-2))
+        found.append(Backend("triton", "cuda", layouts=(Layout.ROWS, Layout.LATENT), tolerance=2e-2))
     return found
 
 
@@ -89,7 +90,7 @@ def cases(named: dict[str, Any], few: Iterable[str] = ()) -> Any:
             pytest.param(backend, case, id=f"{backend}-{name}".replace(" ", "-"))
             for backend in BACKENDS
             for name, case in named.items()
-            if (backend.whole or name in chosen) and (backend.packed or _layout(case) is Layout.ROWS)
+            if (backend.whole or name in chosen) and _layout(case) in backend.layouts
         ],
     )
 

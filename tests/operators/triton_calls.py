@@ -39,6 +39,7 @@ class Server:
         dim: head size.
         layers, heads, group, size, window: L, H, query heads for each kv head, P and W.
         hidden: E.
+        layout: how a page is packed; latents have one kv head.
     """
 
     cache: torch.dtype = BF16
@@ -49,12 +50,13 @@ class Server:
     size: int = 16
     window: int = 8
     hidden: int = 1000
+    layout: Layout = Layout.ROWS
 
     def caches(self) -> PagedCache:
         """Pages in which the heads of a token lie together, as those of vLLM's Triton attention."""
-        shape = (PAGES, self.size, self.heads, 2 * self.dim)
+        shape = (PAGES, self.size, self.heads, self.dim if self.layout is Layout.LATENT else 2 * self.dim)
         caches = [torch.zeros(shape, dtype=self.cache).transpose(1, 2) for _ in range(self.layers)]
-        return PagedCache.of(caches, Layout.ROWS)
+        return PagedCache.of(caches, self.layout)
 
     @property
     def model(self) -> torch.dtype:
@@ -65,6 +67,10 @@ class Server:
     def queries(self) -> torch.dtype:
         """Dtype of the queries that are compared with keys."""
         return FLOAT if self.cache.itemsize == 1 else self.cache
+
+
+LATENTS = Server(dim=576, heads=1, group=16, layout=Layout.LATENT)
+"""A server of a model with latents (MLA)."""
 
 
 @dataclass(frozen=True)

@@ -138,11 +138,15 @@ def all_kernels() -> frozenset[str]:
 
 def main() -> None:
     """Print registers, and bytes of stack and of shared memory, of every kernel for each dtype and head size."""
-    from tests.operators.triton_calls import CACHES, DIMS, OF_CACHES, OTHERS, VARIANTS, Server, Traffic
+    from tests.operators.triton_calls import CACHES, DIMS, LATENTS, OF_CACHES, OTHERS, VARIANTS, Server, Traffic
 
-    servers = [Server(cache, dim) for cache in CACHES for dim in DIMS]
+    servers = [*(Server(cache, dim) for cache in CACHES for dim in DIMS), LATENTS]
     printed = set()
-    for server, calls in [*((each, OF_CACHES) for each in servers), (Server(), (*OTHERS, *VARIANTS))]:
+    for server, calls in [
+        *((each, OF_CACHES) for each in servers),
+        (LATENTS, VARIANTS),
+        (Server(), (*OTHERS, *VARIANTS)),
+    ]:
         with recorded() as launches:
             for call in calls:
                 call(server, Traffic())

@@ -1,7 +1,8 @@
 """The operators in Triton, for NVIDIA and AMD GPUs; `torch_backend` defines what each one computes.
 
 They never wait for the device: grids follow from shapes, and the kernels read the lengths. On a CPU the kernels run in
-Triton's interpreter, for tests. Only GPU pages (`Layout.ROWS`) are supported.
+Triton's interpreter, for tests. They read the pages of GPUs: K and V side by side (`Layout.ROWS`), and latents
+(`Layout.LATENT`) with kernels of their own.
 """
 
 from .compaction import compact_pages, held_positions, select_keep

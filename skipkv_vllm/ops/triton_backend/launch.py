@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ...core.errors import KVPolicyError
-from ..paging import Layout
+from ..paging import ROTATED, Layout
 
 SCRATCH_BYTES = 256 << 20
 """Scratch memory that an operator may take; more rows take several launches."""
@@ -58,10 +58,10 @@ def element_of(op: str, cache: Tensor, queries: Tensor | None = None) -> Any:
 
 def check_pages(caches: list[Tensor], layout: int) -> None:
     """Raise `KVPolicyError` unless the kernels can read pages of this layout."""
-    if layout != Layout.ROWS or caches[0].stride(3) != 1:
+    if layout not in (Layout.ROWS, Layout.LATENT) or caches[0].stride(3) != 1:
         raise KVPolicyError(
-            f"the Triton operators read pages with K and V side by side (layout {Layout.ROWS.value}); got layout "
-            f"{layout} with strides {caches[0].stride()}; set SKIPKV_OPS=torch"
+            f"the Triton operators read pages with K and V side by side (layout {Layout.ROWS.value}) and latents "
+            f"({Layout.LATENT.value}); got layout {layout} with strides {caches[0].stride()}; set SKIPKV_OPS=torch"
         )
 
 
@@ -70,11 +70,25 @@ class Cells(NamedTuple):
 
     Attributes:
         strides: of pages, heads and tokens, in chunks; 0 where there is no next one.
-        constants: page size, head size, dtype, elements of a chunk, and columns of a tile.
+        constants: page size, head size, dtype, elements of a chunk, and columns of a tile; of latents also how many
+            features are multiplied at a time.
+        key_size, value_size: D, and the features of a value.
+        has_latents: whether the kernels are those of latents.
     """
 
     strides: tuple[int, ...]
     constants: dict[str, Any]
+    key_size: int
+    value_size: int
+    has_latents: bool
+
+    def kernels(self, name: str) -> Any:
+        """Import the module of the kernels that read such cells; those for latents have the same arguments."""
+        return kernels(f"latent_{name}" if self.has_latents else name)
+
+    def block(self, narrow: int, wide: int, latents: int) -> int:
+        """Return how many tokens a tile has: with heads of up to 128 features, with larger ones, and of latents."""
+        return latents if self.has_latents else narrow if self.key_size <= 128 else wide
 
 
 def cells_of(op: str, caches: list[Tensor], layout: int, queries: Tensor | None = None) -> Cells:
@@ -87,12 +101,16 @@ def cells_of(op: str, caches: list[Tensor], layout: int, queries: Tensor | None 
         KVPolicyError: caches or queries that the kernels cannot read.
     """
     check_pages(caches, layout)
-    cache, size = caches[0], caches[0].element_size()
-    dim, strides = cache.shape[3] // 2, [stride_of(cache, dimension) for dimension in range(3)]
+    cache, size, has_latents = caches[0], caches[0].element_size(), layout == Layout.LATENT
+    dim, strides = cache.shape[3], [stride_of(cache, dimension) for dimension in range(3)]
+    dim = dim if has_latents else dim // 2
     chunk = math.gcd(16 // size, common_chunk(dim, *strides), *(each.data_ptr() // size for each in caches))
     constants = {"page_size": cache.shape[2], "dim": dim, "element": element_of(op, cache, queries), "chunk": chunk}
-    constants["dims"] = max(16, power_of_two(dim))
-    return Cells(tuple(stride // chunk for stride in strides), constants)
+    value_size = dim - ROTATED if has_latents else dim
+    constants["dims"] = max(16, power_of_two(value_size))
+    if has_latents:
+        constants["width"] = math.gcd(ROTATED, dim)
+    return Cells(tuple(stride // chunk for stride in strides), constants, dim, value_size, has_latents)
 
 
 def stride_of(tensor: Tensor, dimension: int) -> int:

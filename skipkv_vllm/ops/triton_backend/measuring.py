@@ -23,24 +23,24 @@ def vector_norms(
 ) -> Tensor:
     """See `torch_backend.vector_norms`; caches as for `score_tokens`."""
     cells = cells_of("vector_norms", caches, layout)
-    layers, heads, dim = len(caches), caches[0].shape[1], cells.constants["dim"]
+    layers, heads = len(caches), caches[0].shape[1]
     n, rows = positions.shape[-1], positions.shape[:-1].numel()
     out = torch.empty(positions.shape, dtype=torch.float32, device=positions.device)
     if out.numel() == 0:
         return out
     # The order matters only where a row has several centres.
     ordered = 0 < part < n
-    block = 64 if dim <= 128 else 32
+    block = cells.block(64, 32, latents=16)
     at_once = min(rows, max(1, SCRATCH_BYTES // (24 * n))) if ordered else rows
     places = positions.contiguous().view(rows, n)
     for first in range(0, rows, at_once):
         count = min(at_once, rows - first)
         order = by_position(places[first : first + count], num_resident, first, layers * heads) if ordered else places
         own_part = min(part or 4 * block, n)
-        kernels("measuring").measure_vectors[(count * ceil_div(n, own_part),)](
+        cells.kernels("measuring").measure_vectors[(count * ceil_div(n, own_part),)](
             *(pointers, table, num_resident, order, out if weights is None else weights.float().contiguous(), out),
             *(first, n, own_part, layers, heads, table.stride(0), *cells.strides),
-            skip=dim if values else 0,
+            skip=cells.value_size if values else 0,
             norm=norm,
             centred=part > 0,
             ordered=ordered,
@@ -86,7 +86,7 @@ def central_tokens(
     out = torch.zeros(positions.shape, dtype=torch.bool, device=positions.device)
     if out.numel() == 0 or segments == 0:
         return out
-    dims = cells.constants["dims"]
+    dims = cells.key_size if cells.has_latents else cells.constants["dims"]
     at_once = min(rows, max(1, SCRATCH_BYTES // (32 * n + 4 * segments * MOST_CLUSTERS * dims)))
     places = positions.contiguous().view(rows, n)
     centroids = torch.empty(at_once * segments, MOST_CLUSTERS, dims, dtype=torch.float32, device=out.device)
@@ -95,13 +95,13 @@ def central_tokens(
     )
     for first in range(0, rows, at_once):
         order = by_position(places[first : first + at_once], num_resident, first, layers * heads)
-        kernels("measuring").choose_central[(len(order) * segments,)](
+        cells.kernels("measuring").choose_central[(len(order) * segments,)](
             *(pointers, table, places, num_resident, begin, end, quota.contiguous(), order),
             *(centroids, assigned, distance, out.view(torch.int8), first, n, segments, longest, layers, heads),
             *(table.stride(0), *cells.strides, (1 + TIE) ** 2),
             most=MOST_CLUSTERS,
             rounds=ROUNDS,
-            block=32 if dims <= 128 else 16,
+            block=cells.block(32, 16, latents=16),
             num_warps=8,
             **cells.constants,
         )

@@ -13,6 +13,7 @@ from ...core.errors import KVPolicyError
 from ..effects import Effect
 from .launch import (
     SCRATCH_BYTES,
+    Cells,
     by_position,
     ceil_div,
     cells_of,
@@ -76,7 +77,7 @@ def score_tokens(
     out = torch.empty(positions.shape, dtype=torch.float32, device=positions.device)
     if out.numel() == 0:
         return out
-    block = 64 if dim <= 128 else 32
+    block = cells.block(64, 32, latents=64)
     call = _Scoring(
         pointers,
         table,
@@ -86,7 +87,7 @@ def score_tokens(
         None if penalty is None else penalty.float().contiguous().view(rows, n),
         out.view(rows, n),
         (len(caches), cache.shape[1]),
-        cells.strides,
+        cells,
         cells.constants | {"block": block},
         cache.element_size() == 1,
     )
@@ -102,7 +103,7 @@ class _Scoring(NamedTuple):
     Attributes:
         positions, penalty, out: `[rows, n]`.
         heads: layers and kv heads.
-        strides: of the caches; see `Cells`.
+        cells: of the caches.
         keys: constants of every kernel that reads keys.
         is_narrow: whether keys have 8 bits.
     """
@@ -115,14 +116,14 @@ class _Scoring(NamedTuple):
     penalty: Tensor | None
     out: Tensor
     heads: tuple[int, int]
-    strides: tuple[int, ...]
+    cells: Cells
     keys: dict[str, Any]
     is_narrow: bool
 
 
 def _score_rows(call: _Scoring, first: int, part: int, pool: int, mix: float, threshold: float) -> None:
     """Score `part` rows from `first` on."""
-    module, tl, device = kernels("scoring"), import_module("triton.language"), call.positions.device
+    module, tl, device = call.cells.kernels("scoring"), import_module("triton.language"), call.positions.device
     n, (layers, heads), (window, q_heads, dim) = call.positions.shape[1], call.heads, call.queries.shape[2:]
     windows, blocks, redundancy = power_of_two(window), ceil_div(n, call.keys["block"]), mix != 1.0
     # NumPy has no bfloat16, so the interpreter multiplies in float32.
@@ -139,11 +140,11 @@ def _score_rows(call: _Scoring, first: int, part: int, pool: int, mix: float, th
     grid = (part * blocks,)
     module.measure_keys[grid](
         *(call.pointers, call.table, order, call.num_resident, call.queries, cells, inverse, partial, logits),
-        *(*numbers, call.table.stride(0), *call.strides, float(dim**0.5)),
+        *(*numbers, call.table.stride(0), *call.cells.strides, float(dim**0.5)),
         window=window,
         group=q_heads // heads,
         multiply=tl.float32 if call.is_narrow else multiply,  # the queries are float32 then
-        windows=max(16, windows),
+        windows=windows if call.cells.has_latents else max(16, windows),
         **call.keys,
     )
     if redundancy:
@@ -151,17 +152,17 @@ def _score_rows(call: _Scoring, first: int, part: int, pool: int, mix: float, th
         # Products of float32 are not those of tensor cores: a thread holds all that it multiplies in registers.
         own = 16 if multiply == tl.float32 else call.keys["block"]
         module.exempt_last_similar[(part * ceil_div(n, own),)](
-            *(call.pointers, call.num_resident, cells, inverse, exempted, *numbers, *call.strides, threshold),
+            *(call.pointers, call.num_resident, cells, inverse, exempted, *numbers, *call.cells.strides, threshold),
             multiply=multiply,
             num_warps=8,
             **(call.keys | {"block": own}),
         )
         module.mean_cosine[grid](
             *(call.pointers, call.num_resident, cells, inverse, partial.sum(dim=1), exempted, mean),
-            *(*numbers, *call.strides),
+            *(*numbers, *call.cells.strides),
             **call.keys,
         )
-    module.attend[(part,)](
+    kernels("scoring").attend[(part,)](
         *(call.num_resident, logits, mean, attention, normaliser, *numbers),
         window=window,
         redundancy=redundancy,
@@ -169,7 +170,7 @@ def _score_rows(call: _Scoring, first: int, part: int, pool: int, mix: float, th
         windows=windows,
     )
     lines = slice(first, first + part)
-    module.combine[(part * ceil_div(n, 256),)](
+    kernels("scoring").combine[(part * ceil_div(n, 256),)](
         *(call.num_resident, order, attention, mean, normaliser),
         *(mean if call.penalty is None else call.penalty[lines], call.out[lines], *numbers, mix),
         window=window,
@@ -196,7 +197,7 @@ def measure_attention(
 ) -> Tensor:
     """See `torch_backend.measure_attention`; caches as for `score_tokens`."""
     cells = cells_of("measure_attention", caches, layout, queries)
-    module, tl, cache = kernels("attention"), import_module("triton.language"), caches[0]
+    module, tl, cache = cells.kernels("attention"), import_module("triton.language"), caches[0]
     layers, kv_heads = len(caches), cache.shape[1]
     window, q_heads, dim = queries.shape[2:]
     n, rows, heads = positions.shape[-1], positions.shape[:-1].numel(), window * (q_heads // kv_heads)
@@ -212,29 +213,39 @@ def measure_attention(
         "effect": int(effect),
         "valued": Effect.OUTPUT <= effect <= Effect.JOINT,
         "errors": effect in (Effect.OUTPUT, Effect.KEY, Effect.JOINT),
-        "tile": 16,
         **cells.constants,
     }
-    width = dim if shape["errors"] else 0
+    width = cells.value_size if shape["errors"] else 0
     at_once = min(rows, max(1, SCRATCH_BYTES // max(1, 4 * heads * (width + 3))))
     top, share, squares = torch.empty(3, at_once, heads, dtype=torch.float32, device=out.device)
     scratch = (top, share, squares, torch.empty(at_once, heads, width, dtype=torch.float32, device=out.device))
     log_negligible = math.log(negligible) if effect == Effect.NEGLIGIBLE else 0.0
+    attending, summing = _tiles(cells, shape["errors"])
     for first in range(0, rows, at_once):
         part = min(at_once, rows - first)
         numbers = (first, n, layers, kv_heads, table.stride(0), *cells.strides, float(dim**0.5))
-        module.attend_queries[(part * ceil_div(heads, 16),)](
+        module.attend_queries[(part * ceil_div(heads, attending["tile"]),)](
             *(*inputs, out if sinks is None else sinks.contiguous(), *scratch, *numbers),
-            block=32 if dim <= 128 else 16,
             sunk=sinks is not None,
-            num_stages=1,
+            **attending,
             **shape,
         )
-        block = 64 if dim <= 128 else 16
-        module.sum_queries[(part * ceil_div(n, block),)](
-            *(*inputs, *scratch, out, *numbers, log_negligible), block=block, **shape
+        module.sum_queries[(part * ceil_div(n, summing["block"]),)](
+            *(*inputs, *scratch, out, *numbers, log_negligible), **summing, **shape
         )
     return out
+
+
+def _tiles(cells: Cells, errors: bool) -> tuple[dict[str, int], dict[str, int]]:
+    """Return the sizes of the tiles of both passes of `measure_attention`; `errors`: whether it computes outputs."""
+    if not cells.has_latents:
+        return {"block": cells.block(32, 16, latents=0), "tile": 16, "num_stages": 1}, {
+            "block": cells.block(64, 16, latents=0),
+            "tile": 16,
+        }
+    # A tile of outputs has as many columns as a latent has features.
+    tile = 32 if errors else 64
+    return {"block": tile, "tile": tile, "num_warps": 8}, {"block": 64, "tile": 64, "num_warps": 8}
 
 
 def key_similarity(
@@ -245,9 +256,10 @@ def key_similarity(
     layers, heads = len(caches), caches[0].shape[1]
     out = torch.empty(table.shape[0], layers, heads, length, dtype=torch.float32, device=table.device)
     if out.numel() > 0:
-        kernels("attention").compare_keys[(table.shape[0] * layers * heads,)](
+        cells.kernels("attention").compare_keys[(table.shape[0] * layers * heads,)](
             *(pointers, table, num_resident, out, length, layers, heads, table.stride(0), *cells.strides),
-            block=64 if cells.constants["dim"] <= 128 else 32,
+            block=cells.block(64, 32, latents=16),
+            num_warps=8 if cells.has_latents else 4,
             **cells.constants,
         )
     return out

@@ -146,7 +146,7 @@ def pool_ranks(
 
 
 @triton.jit
-def _rank_from(order, positions, length, position):
+def rank_from(order, positions, length, position):
     """Return the lowest rank of a row whose position is not below a position."""
     low = length * 0
     high = length
@@ -230,8 +230,8 @@ def choose_central(
     order += row.to(tl.int64) * n
     low = tl.load(begin + request).to(tl.int64) + number.to(tl.int64) * longest
     high = tl.minimum(low + longest, tl.load(end + request).to(tl.int64))
-    start = _rank_from(order, positions + line, length, low)
-    count = tl.maximum(_rank_from(order, positions + line, length, high) - start, 0)
+    start = rank_from(order, positions + line, length, low)
+    count = tl.maximum(rank_from(order, positions + line, length, high) - start, 0)
     most_kept = tl.load(quota + request.to(tl.int64) * segments + number)
     order += start
     at = tl.arange(0, block)

@@ -162,7 +162,8 @@ def test_token_penalties(cuda, seed):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", tokens.STRIDES)
 def test_tokens(cuda, dtype, kind):
-    tokens.test_record_queries(cuda, dtype, kind)
+    for dim in (32, 192):
+        tokens.test_record_queries(cuda, dtype, kind, dim)
     for width in (1, 48, 203):
         tokens.test_steer_add(cuda, dtype, kind, width)
 

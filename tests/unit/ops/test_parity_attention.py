@@ -61,6 +61,10 @@ MEASURES = {
     "sinks in bf16": MeasureCase(Pages(dtype=BF16, dim=128), sinks=True),
     "sinks in e4m3": MeasureCase(Pages(dtype=FP8["e4m3"]), group=8, sinks=True),
     "latents": MeasureCase(Pages(Layout.LATENT, heads=1, dim=576), group=8),
+    "latents, many heads": MeasureCase(
+        Pages(Layout.LATENT, layers=1, heads=1, dim=128), (150, 65), (11, 9), 11, 13, sinks=True
+    ),
+    "latents, two heads": MeasureCase(Pages(Layout.LATENT, HALF, "NBHC", dim=160, size=5), group=3),
     "latents in bf16": MeasureCase(Pages(Layout.LATENT, heads=1, dim=576, dtype=BF16), group=3),
     "amx, one tile": MeasureCase(replace(AMX, size=16, dim=16)),
     "amx, heads outside": MeasureCase(replace(AMX, order="HBNC", dim=48)),
@@ -68,6 +72,7 @@ MEASURES = {
 FEW = (
     *("plain", "none of one request, all of the other", "one token", "queries that see few tokens"),
     *("sinks", "sinks in bf16", "group of three", "head size 80", "bf16 BNHC", "e4m3 BHNC", "e5m2 NBHC"),
+    *("latents", "latents, many heads", "latents, two heads"),
 )
 
 

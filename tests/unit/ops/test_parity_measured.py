@@ -61,10 +61,20 @@ CENTRAL = {
     **{f"vec {dtype}": CentralCase(replace(VEC, dtype=dtype)) for dtype in (torch.float32, torch.bfloat16)},
     "vec, pages of six": CentralCase(replace(VEC, size=6)),
     "latents": CentralCase(Pages(Layout.LATENT, heads=1, dim=576)),
+    "latents in bf16": CentralCase(Pages(Layout.LATENT, torch.bfloat16, "NBHC", dim=96), keys="clusters"),
     "amx": CentralCase(AMX),
     "e4m3 amx": CentralCase(replace(AMX, dtype=FP8["e4m3"])),
 }
-FEW_CENTRAL = ("plain", "tokens of no segment", "pairs", "head size 80", "bf16 BNHC", "e4m3 BHNC")
+FEW_CENTRAL = (
+    "plain",
+    "tokens of no segment",
+    "pairs",
+    "head size 80",
+    "bf16 BNHC",
+    "e4m3 BHNC",
+    "latents",
+    "latents in bf16",
+)
 
 
 def check_norms_case(backend: Backend, case: NormsCase) -> None:

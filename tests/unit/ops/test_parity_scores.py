@@ -94,6 +94,10 @@ SCORES = {
     "vec, pages of six": ScoreCase(replace(VEC, size=6)),
     **{f"amx {dtype}": ScoreCase(replace(AMX, dtype=dtype)) for dtype in (FLOAT, BF16, HALF)},
     "latents": ScoreCase(Pages(Layout.LATENT, heads=1, dim=576), group=8),
+    "latents, many heads": ScoreCase(Pages(Layout.LATENT, heads=1, dim=128), (150, 65), 21, window=5, penalty=True),
+    "latents, large window": ScoreCase(Pages(Layout.LATENT, heads=2, dim=96, order="NBHC"), (150, 80), 3, window=70),
+    "latents, copies": ScoreCase(Pages(Layout.LATENT, HALF, heads=1, dim=128), keys="copies", threshold=0.5, group=3),
+    "latents, zeros": ScoreCase(Pages(Layout.LATENT, heads=1, dim=160), (60, 101), keys="zeros", threshold=-0.2),
     "latents in bf16": ScoreCase(
         Pages(Layout.LATENT, heads=1, dim=576, dtype=BF16), keys="clusters", threshold=0.5, group=3
     ),
@@ -109,7 +113,14 @@ SCORES = {
 FEW_SCORES = (
     *("plain", "penalty", "bf16 BNHC", "one key older than the window", "copies at 0.5", "zeros at -0.2"),
     *(f"{name} {kind}" for name in FP8 for kind in ("BHNC", "clusters")),
-    "e4m3, head size 36",
+    *(
+        "e4m3, head size 36",
+        "latents",
+        "latents, many heads",
+        "latents, large window",
+        "latents, copies",
+        "latents, zeros",
+    ),
 )
 
 

@@ -156,6 +156,7 @@ COMPACTIONS = {
         "pages of five tokens",
         "torch.bfloat16 BNHC",
         "torch.float8_e4m3fn BHNC",
+        "latents",
     ),
 )
 @pytest.mark.parametrize("seed", [0, 1])

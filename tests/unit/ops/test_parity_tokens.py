@@ -60,11 +60,12 @@ def strided(values: torch.Tensor, kind: str) -> torch.Tensor:
 @each_backend
 @pytest.mark.parametrize("dtype", [FLOAT, BF16, HALF])
 @pytest.mark.parametrize("kind", STRIDES)
-def test_record_queries(backend, dtype, kind):
+@pytest.mark.parametrize("dim", [32, 192])
+def test_record_queries(backend, dtype, kind, dim):
     generator = torch.Generator().manual_seed(0)
-    query = strided(torch.randn(9, 6, 32, generator=generator).to(dtype), kind)
+    query = strided(torch.randn(9, 6, dim, generator=generator).to(dtype), kind)
     index = torch.tensor([4, 11, 0, 11, 7, 2, 11, 1, 9, 3, 5])
-    rows = torch.randn(12, 6, 32, generator=generator).to(dtype)
+    rows = torch.randn(12, 6, dim, generator=generator).to(dtype)
     wanted = rows.clone()
     device = on(backend.device, (query, index, rows.clone()))
     backend.module.record_queries(*device, None)

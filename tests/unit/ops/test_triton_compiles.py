@@ -21,7 +21,7 @@ if INTERPRETED:
     pytest.skip("an interpreting Triton does not compile", allow_module_level=True)
 
 from skipkv_vllm.ops.triton_backend import measuring, scoring
-from tests.operators.triton_calls import CACHES, OF_CACHES, OTHERS, VARIANTS, Call, Server, Traffic
+from tests.operators.triton_calls import CACHES, LATENTS, OF_CACHES, OTHERS, VARIANTS, Call, Server, Traffic
 from tests.operators.triton_launches import ARCHITECTURES, Launch, Resources, all_kernels, compiled, recorded, resources
 
 MOST_SHARED = 99 << 10
@@ -34,6 +34,7 @@ SERVERS = [
     *((Server(cache=cache), 90) for cache in (torch.float32, torch.bfloat16, torch.float8_e4m3fn)),
     *((Server(dim=dim), architecture) for dim in (64, 256) for architecture in ARCHITECTURES),
     *((Server(dim=dim), architecture) for dim, architecture in ((80, 90), (96, 80), (112, 90))),
+    *((LATENTS, architecture) for architecture in ARCHITECTURES),
 ]
 ALL_OPERATORS = (*OF_CACHES, *OTHERS, *VARIANTS)
 
@@ -81,16 +82,22 @@ def test_other_kernels(architecture):
     check(launches_of(OTHERS, Server()), architecture)
 
 
-def test_other_constants():
-    check(launches_of(VARIANTS, Server()), 80)
+@pytest.mark.parametrize("server", [Server(), LATENTS], ids=["heads", "latents"])
+def test_other_constants(server):
+    check(launches_of(VARIANTS, server), 80)
 
 
 def test_every_kernel_is_compiled():
-    assert all_kernels() == {launch.name for launch in launches_of((*OF_CACHES, *OTHERS), Server())}
+    launches = [*launches_of((*OF_CACHES, *OTHERS), Server()), *launches_of(OF_CACHES, LATENTS)]
+    assert all_kernels() == {launch.name for launch in launches}
 
 
-@pytest.mark.parametrize("call", ALL_OPERATORS, ids=name_of)
-def test_a_kernel_is_compiled_once_for_all_requests(call, monkeypatch):
+@pytest.mark.parametrize(
+    ("server", "call"),
+    [*((Server(), call) for call in ALL_OPERATORS), *((LATENTS, call) for call in OF_CACHES)],
+    ids=[*map(name_of, ALL_OPERATORS), *(f"latents-{name_of(call)}" for call in OF_CACHES)],
+)
+def test_a_kernel_is_compiled_once_for_all_requests(server, call, monkeypatch):
     """A compilation takes a second or more, in which no request gets a token."""
     for module in (measuring, scoring):
         monkeypatch.setattr(module, "SCRATCH_BYTES", 1 << 20)  # several launches of some rows each
@@ -100,12 +107,13 @@ def test_a_kernel_is_compiled_once_for_all_requests(call, monkeypatch):
         Traffic((1151, 128), width=72, tokens=1, moves=127),
         Traffic((97,) * 16, width=7, tokens=48, moves=1),
     )
-    launches = launches_of([call], Server(), *traffic)
+    launches = launches_of([call], server, *traffic)
     assert len(launches) == len({launch.name for launch in launches}), [launch.key for launch in launches]
 
 
-def test_keys_are_read_16_bytes_at_a_time():
+@pytest.mark.parametrize("server", [Server(), LATENTS], ids=["heads", "latents"])
+def test_keys_are_read_16_bytes_at_a_time(server):
     """Element by element a warp would ask for memory eight times as often."""
-    code = {launch.name: compiled(launch, 80).asm["ptx"] for launch in launches_of(OF_CACHES, Server())}
+    code = {launch.name: compiled(launch, 80).asm["ptx"] for launch in launches_of(OF_CACHES, server)}
     assert {name for name, text in code.items() if "ld.global.b16" in text} == set()
-    assert all("ld.global.v4.b32" in text for name, text in code.items() if name.startswith("attention."))
+    assert all("ld.global.v4.b32" in text for name, text in code.items() if "attention." in name)
