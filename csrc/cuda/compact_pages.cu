@@ -1,6 +1,6 @@
-// `compact_pages`: first whole pages, then single cells, K and V together. Cells are copied bit by bit, in the widest
-// unit that divides all addresses. Two launches on one stream, because a move may fill a hole of a page that was just
-// copied.
+// `compact_pages`: first whole pages, then single cells, K and V together, or latents. Cells are copied bit by bit, in
+// the widest unit that divides all addresses. Two launches on one stream, because a move may fill a hole of a page that
+// was just copied.
 #include "device.cuh"
 #include "launch.cuh"
 #include "operators.h"
@@ -104,7 +104,7 @@ void run(Compaction c, int64_t requests, int element, cudaStream_t stream) {
 void compact_pages(const std::vector<Tensor>& caches, const Tensor& pointers, int64_t layout, const Tensor& sidecar,
                    const Tensor& positions, const Tensor& source_table, const Tensor& target_table,
                    const Tensor& num_keep, const Tensor& source, const Tensor& hole, const Tensor& count) {
-  const Pages pages = pages_of(caches, pointers, layout);
+  const Pages pages = pages_of(caches, pointers, layout, true);
   const int64_t requests = num_keep.size(0), n = positions.size(-1), max_moves = source.size(-1);
   check(sidecar, "sidecar", ScalarType::Int, {pages.layers, caches[0].size(0), pages.heads, pages.size});
   STD_TORCH_CHECK(sidecar.is_contiguous(), "skipkv_cuda: sidecar must be contiguous");
@@ -129,7 +129,7 @@ void compact_pages(const std::vector<Tensor>& caches, const Tensor& pointers, in
   c.layers = pages.layers;
   c.heads = pages.heads;
   c.page_size = pages.size;
-  c.width = 2 * pages.dim;
+  c.width = static_cast<int>(caches[0].size(3));
   c.sidecar = data<int>(sidecar);
   c.sidecar_stride = sidecar.stride(0);
   c.positions = data<const int>(position);

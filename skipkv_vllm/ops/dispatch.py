@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..core.errors import KVPolicyError
+from .paging import Layout
 from .schema import FAKES, NAMESPACE, SCHEMAS
 
 logger = logging.getLogger("vllm.skipkv")
@@ -25,8 +26,9 @@ BACKENDS = {
     "torch": "skipkv_vllm.ops.torch_backend",
 }
 """Backend -> module. A module has a function for each operator that it offers, with the signature of `schema.SCHEMAS`.
-It may define `unavailable(device_type) -> str | None`, why it cannot run there, and the remedy; and
-`operator(op, device_type)`, a faster way to call the same function on one device."""
+It may define `unavailable(device_type) -> str | None`, why it cannot run there, and the remedy;
+`lacks(op, device_type, layout) -> str | None`, why it cannot read such pages there; and `operator(op, device_type)`, a
+faster way to call the same function on one device."""
 
 ORDER = {"cpu": ("native", "torch"), "cuda": ("native", "triton", "torch")}
 """Device type -> backends, the fastest first. Triton's interpreter is a test tool and not a backend for CPUs."""
@@ -46,17 +48,24 @@ class Choice(NamedTuple):
     missed: tuple[str, ...]
 
 
-def _unavailable(backend: str, op: str, device_type: str) -> str | None:
+def _unavailable(backend: str, op: str, device_type: str, layout: Layout) -> str | None:
     module = import_module(BACKENDS[backend])
-    why = getattr(module, "unavailable", lambda _: None)(device_type)
+    why: str | None = getattr(module, "unavailable", lambda _: None)(device_type)
     if why is None and not hasattr(module, op):
         why = f"has no {op}"
+    if why is None and hasattr(module, "lacks") and "int layout" in SCHEMAS[op]:
+        why = module.lacks(op, device_type, layout)
     return why
 
 
 @functools.cache
-def choose(op: str, device_type: str) -> Choice:
+def choose(op: str, device_type: str, layout: Layout = Layout.ROWS) -> Choice:
     """Return the fastest available backend of an operator.
+
+    Args:
+        op: the operator.
+        device_type: of the tensors that it gets.
+        layout: of the pages that it reads, if it reads any.
 
     Raises:
         KVPolicyError: the backend named by `SKIPKV_OPS` is unknown or cannot run.
@@ -66,7 +75,7 @@ def choose(op: str, device_type: str) -> Choice:
         raise KVPolicyError(f"{OVERRIDE}={wanted!r} is unknown; choose one of: {', '.join(BACKENDS)}, or unset it")
     missed: list[str] = []
     for backend in (wanted,) if wanted else ORDER.get(device_type, ("torch",)):
-        why = _unavailable(backend, op, device_type)
+        why = _unavailable(backend, op, device_type, layout)
         if why is None:
             module = import_module(BACKENDS[backend])
             direct = getattr(module, "operator", None)
@@ -76,19 +85,23 @@ def choose(op: str, device_type: str) -> Choice:
     raise KVPolicyError(f"{OVERRIDE}={wanted!r} cannot run {op} on {device_type}: {'; '.join(missed)}; unset it")
 
 
-def function(op: str, device: torch.device) -> Callable[..., Any]:
-    """Return an operator's implementation on a device. Calls at every step use it to avoid PyTorch's dispatcher."""
-    return choose(op, device.type).function
+def function(op: str, device: torch.device, layout: Layout = Layout.ROWS) -> Callable[..., Any]:
+    """Return an operator's implementation on a device, for pages of a layout if it reads any.
+
+    Calls at every step use it to avoid PyTorch's dispatcher.
+    """
+    return choose(op, device.type, layout).function
 
 
-def report(device_type: str) -> dict[str, Choice]:
+def report(device_type: str, layout: Layout = Layout.ROWS) -> dict[str, Choice]:
     """Return the implementation of each operator on a device, for `skipkv doctor`."""
-    return {op: choose(op, device_type) for op in SCHEMAS}
+    return {op: choose(op, device_type, layout) for op in SCHEMAS}
 
 
-def warn_if_slow(device_type: str) -> None:
+def warn_if_slow(device_type: str, layout: Layout = Layout.ROWS) -> None:
     """Log a warning if operators fall back to PyTorch although a faster backend exists."""
-    slow = {op: choice for op, choice in report(device_type).items() if choice.backend == "torch" and choice.missed}
+    found = report(device_type, layout)
+    slow = {op: choice for op, choice in found.items() if choice.backend == "torch" and choice.missed}
     if slow:
         reasons = sorted({why for choice in slow.values() for why in choice.missed})
         logger.warning("SkipKV: %s run in PyTorch, which is slow. %s", ", ".join(slow), "; ".join(reasons))
@@ -98,7 +111,14 @@ def _registered(op: str, device_type: str) -> Callable[..., Any]:
     def call(*args: Any) -> Any:
         return choose(op, device_type).function(*args)
 
-    return call
+    def call_by_layout(*args: Any) -> Any:
+        return choose(op, device_type, Layout(args[place])).function(*args)
+
+    names = SCHEMAS[op].split(" -> ")[0].split(", ")
+    if "int layout" not in names:
+        return call
+    place = names.index("int layout")
+    return call_by_layout
 
 
 _library = torch.library.Library(NAMESPACE, "DEF")

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..core.errors import KVPolicyError
 from . import images
+from .paging import Layout
 from .schema import SCHEMAS
 
 LIBRARIES = {"cpu": "_skipkv_cpu.so", "cuda": "_skipkv_cuda.so"}
@@ -20,6 +21,9 @@ LIBRARIES = {"cpu": "_skipkv_cpu.so", "cuda": "_skipkv_cuda.so"}
 
 OVERRIDES = {"cpu": "SKIPKV_NATIVE_CPU", "cuda": "SKIPKV_NATIVE_CUDA"}
 """Device type -> environment variable with the path of another library, as `make sanitize` has one."""
+
+READ_LATENTS = ("compact_pages",)
+"""CUDA operators that take pages of latents (MLA); the others hold whole keys in registers, and these are too large."""
 
 REBUILD = "pip install --no-build-isolation -e ."
 REMEDIES = {
@@ -39,6 +43,13 @@ def unavailable(device_type: str) -> str | None:
         return why
     path = path_of(device_type)
     return images.misfit(path.name, built_for(path), images.capabilities(), f"SKIPKV_BUILD_CUDA=1 {REBUILD}")
+
+
+def lacks(op: str, device_type: str, layout: Layout) -> str | None:
+    """Return why an operator cannot read pages of a layout on a device; None if it can."""
+    if device_type == "cuda" and layout is Layout.LATENT and op not in READ_LATENTS:
+        return "its kernels for GPUs do not read latents (MLA)"
+    return None
 
 
 def path_of(device_type: str) -> Path:

@@ -126,7 +126,7 @@ class Held:
         return self._attention(self.lookahead_queries, counts, newest, effect)
 
     def _attention(self, queries: Tensor, counts: Sequence[int], newest: Sequence[int], effect: ops.Effect) -> Tensor:
-        measure = ops.function("measure_attention", self.positions.device)
+        measure = ops.function("measure_attention", self.positions.device, self.pages.layout)
         most = max(1, *counts)
         found: Tensor = measure(
             *(*self.pages, self.table, self.positions, self.num_resident, queries[:, :, -most:]),
@@ -157,7 +157,7 @@ class Held:
         return self._norms(True, 2, WHOLE, weights)
 
     def _norms(self, values: bool, norm: int, part: int, weights: Tensor | None) -> Tensor:
-        measure = ops.function("vector_norms", self.positions.device)
+        measure = ops.function("vector_norms", self.positions.device, self.pages.layout)
         found: Tensor = measure(
             *(*self.pages, self.table, self.positions, self.num_resident), values, norm, part, weights
         )
@@ -165,7 +165,7 @@ class Held:
 
     def key_similarity(self) -> Tensor:
         """Compute the cosine of each key with the mean unit key of its row, float32 `[R, layers, H, N]`."""
-        compare = ops.function("key_similarity", self.positions.device)
+        compare = ops.function("key_similarity", self.positions.device, self.pages.layout)
         found: Tensor = compare(*self.pages, self.table, self.num_resident, self.positions.shape[-1])
         return found
 
@@ -178,7 +178,7 @@ class Held:
     def token_scores(self, pool: int, mix: float, threshold: float) -> Tensor:
         """Compute importance against redundancy less the penalty, float32 `[R, layers, H, N]`; see `score_tokens`."""
         assert self.queries is not None
-        score = ops.function("score_tokens", self.positions.device)
+        score = ops.function("score_tokens", self.positions.device, self.pages.layout)
         found: Tensor = score(
             *(*self.pages, self.table, self.positions, self.num_resident, self.queries, self.sentence_penalty),
             *(pool, mix, threshold),
@@ -192,7 +192,7 @@ class Held:
             quota: int64 `[R, S]`, tokens to select in each segment; see `central_tokens` in `ops`.
         """
         assert self.segments is not None
-        choose = ops.function("central_tokens", self.positions.device)
+        choose = ops.function("central_tokens", self.positions.device, self.pages.layout)
         begin = self.column([each.num_protected for each in self.requests]).flatten()
         end = self.column([each.num_logical - self.window for each in self.requests]).flatten()
         found: Tensor = choose(

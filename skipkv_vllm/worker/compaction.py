@@ -37,8 +37,8 @@ class Compactor:
         self._ranks = ranks
         self._scorer = Scorer(cache, config.kv_window, ranks)
         self._select_keep = ops.function("select_keep", cache.device)
-        self._compact_pages = ops.function("compact_pages", cache.device)
-        ops.warn_if_slow(cache.device.type)
+        self._compact_pages = ops.function("compact_pages", cache.device, cache.pages.layout)
+        ops.warn_if_slow(cache.device.type, cache.pages.layout)
 
     def run(self, jobs: Sequence[Job]) -> None:
         """Carry out the compactions of a step, in order."""

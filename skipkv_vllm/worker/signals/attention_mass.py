@@ -44,7 +44,7 @@ class AttentionMass(Signal):
 
     def bind_cache(self, cache: KVCache) -> None:
         self._cache = cache
-        self._measure_attention = ops.function("measure_attention", cache.device)
+        self._measure_attention = ops.function("measure_attention", cache.device, cache.pages.layout)
         layers, pages, heads, page_size = cache.sidecar.shape
         num_blocks = pages * page_size // cache.block_size
         for by_error, need in ((False, Need.ATTENTION_MASS), (True, Need.OUTPUT_ERROR)):

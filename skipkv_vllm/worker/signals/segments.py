@@ -45,7 +45,7 @@ class SegmentSparsity(Signal):
 
     def bind_cache(self, cache: KVCache) -> None:
         self._cache = cache
-        self._measure_attention = ops.function("measure_attention", cache.device)
+        self._measure_attention = ops.function("measure_attention", cache.device, cache.pages.layout)
 
     def forget(self, row: int) -> None:
         self.table.forget(row)

@@ -46,9 +46,9 @@ def cuda(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return SimpleNamespace(name="native", device="cpu", module=torch.ops.skipkv_cuda, tolerance=1e-5)
 
 
-def rows(cases: dict[str, Any]) -> Any:
-    """Parametrise with the cases whose page layouts GPUs have."""
-    fit = {k: v for k, v in cases.items() if not hasattr(v, "pages") or v.pages.layout is Layout.ROWS}
+def rows(cases: dict[str, Any], *layouts: Layout) -> Any:
+    """Parametrise with the cases whose page layouts the kernels read; those of `layouts` beside K and V together."""
+    fit = {k: v for k, v in cases.items() if not hasattr(v, "pages") or v.pages.layout in (Layout.ROWS, *layouts)}
     return pytest.mark.parametrize("case", list(fit.values()), ids=[name.replace(" ", "-") for name in fit])
 
 
@@ -124,7 +124,7 @@ def test_select_keep(cuda, case):
     selection.check_selection(cuda.module.select_keep(*arguments), arguments)
 
 
-@rows(selection.COMPACTIONS)
+@rows(selection.COMPACTIONS, Layout.LATENT)
 @pytest.mark.parametrize("seed", [0, 1])
 def test_compact_pages(cuda, case, seed):
     wanted = replace(case, seed=seed).build()
@@ -223,6 +223,14 @@ def test_layouts_of_cpus_are_refused(cuda, layout):
         cuda.module.score_tokens(*ScoreCase(pages).build())
     with pytest.raises(RuntimeError, match="layout must be 0"):
         cuda.module.compact_pages(*CompactCase(pages).build())
+
+
+def test_latents_are_read_by_the_operators_that_say_so(cuda):
+    pages = Pages(Layout.LATENT, torch.bfloat16, heads=1, dim=576)
+    assert native.lacks("compact_pages", "cuda", Layout.LATENT) is None
+    assert native.lacks("score_tokens", "cuda", Layout.LATENT) is not None
+    with pytest.raises(RuntimeError, match="layout must be 0"):
+        cuda.module.score_tokens(*ScoreCase(pages).build())
 
 
 def test_the_library_has_the_schemas(cuda):

@@ -9,8 +9,10 @@ import torch
 
 from skipkv_vllm import cli
 from skipkv_vllm.core.errors import KVPolicyError
-from skipkv_vllm.ops import dispatch, native, torch_backend
+from skipkv_vllm.ops import dispatch, native, torch_backend, triton_backend
+from skipkv_vllm.ops.paging import Layout
 from skipkv_vllm.ops.schema import FAKES, SCHEMAS
+from tests.operators.cases import MeasureCase, Pages
 
 
 @pytest.fixture(autouse=True)
@@ -72,6 +74,62 @@ def test_an_unknown_backend_is_refused(monkeypatch):
     monkeypatch.setenv(dispatch.OVERRIDE, "fast")
     with pytest.raises(KVPolicyError, match=r"SKIPKV_OPS='fast'.*native, triton, torch"):
         dispatch.choose("select_keep", "cpu")
+
+
+READERS = {op for op, schema in SCHEMAS.items() if "int layout" in schema}
+
+
+@pytest.fixture
+def with_gpu(monkeypatch):
+    """Let the libraries of GPUs be there, as far as the choice of a backend can see."""
+    for module in (native, triton_backend):
+        monkeypatch.setattr(module, "unavailable", lambda device_type: None)
+    monkeypatch.setattr(native, "operator", lambda op, device_type: op)
+
+
+def test_latents_on_gpus_are_read_by_triton(with_gpu):
+    assert len(READERS) == 6
+    found = dispatch.report("cuda", Layout.LATENT)
+    by_triton = {op for op, choice in found.items() if choice.backend == "triton"}
+    assert by_triton == READERS - {"compact_pages"}
+    assert {choice.backend for op, choice in found.items() if op not in by_triton} == {"native"}
+    assert found["score_tokens"].missed == ("native: its kernels for GPUs do not read latents (MLA)",)
+    for others in (dispatch.report("cuda"), dispatch.report("cpu", Layout.LATENT)):
+        assert {choice.backend for choice in others.values()} == {"native"}
+
+
+def test_latents_on_gpus_without_triton_are_slow(with_gpu, monkeypatch, caplog):
+    monkeypatch.setattr(triton_backend, "unavailable", lambda device_type: "Triton is not installed")
+    with caplog.at_level(logging.WARNING, logger="vllm.skipkv"):
+        dispatch.warn_if_slow("cuda")
+        assert not caplog.records
+        dispatch.warn_if_slow("cuda", Layout.LATENT)
+    (record,) = caplog.records
+    assert "score_tokens" in record.getMessage()
+    assert "Triton is not installed" in record.getMessage()
+    assert "compact_pages" not in record.getMessage()
+
+
+def test_a_forced_backend_that_cannot_read_latents_is_refused(with_gpu, monkeypatch):
+    monkeypatch.setenv(dispatch.OVERRIDE, "native")
+    assert dispatch.function("score_tokens", torch.device("cuda")) == "score_tokens"
+    with pytest.raises(KVPolicyError, match=r"SKIPKV_OPS='native' cannot run score_tokens on cuda: .*latents"):
+        dispatch.function("score_tokens", torch.device("cuda"), Layout.LATENT)
+
+
+@pytest.mark.parametrize("layout", Layout)
+def test_a_call_by_name_chooses_by_the_layout_of_the_pages(layout, monkeypatch):
+    seen = []
+
+    def unavailable(backend, op, device_type, layout):
+        seen.append((op, device_type, layout))
+        return None if backend == "torch" else "it is not there"
+
+    monkeypatch.setattr(dispatch, "_unavailable", unavailable)
+    pages = Pages(layout, heads=1, dim=128)
+    arguments = MeasureCase(pages, lengths=(33,), counted=(8,)).build().keys()
+    torch.ops.skipkv.key_similarity(*arguments)
+    assert set(seen) == {("key_similarity", "cpu", layout)}
 
 
 def run_doctor(capsys) -> tuple[int, str]:

@@ -127,6 +127,7 @@ COMPACTIONS = {
     "everything is fresh": CompactCase(fresh=1.0),
     "shared pages": CompactCase(lengths=(75, 90, 61), keeps=(50, 48, 49), shared=2, fresh=1.0),
     "latents": CompactCase(Pages(Layout.LATENT, BF16, heads=1, dim=576)),
+    "latents of an odd size": CompactCase(Pages(Layout.LATENT, HALF, "NBHC", dim=67, size=5), fresh=1.0),
     "nothing leaves": CompactCase(keeps=(75, 49)),
     "one leaves": CompactCase(keeps=(74, 48)),
     "one stays": CompactCase(keeps=(1, 1)),

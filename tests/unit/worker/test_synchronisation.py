@@ -63,7 +63,7 @@ class ListCheck(TorchFunctionMode):
 def pretended_gpu() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(simulated, "CPU", GPU)
-        patch.setattr(ops, "function", lambda name, device: getattr(getattr(torch.ops, NAMESPACE), name))
+        patch.setattr(ops, "function", lambda name, *_: getattr(getattr(torch.ops, NAMESPACE), name))
         patch.setattr(torch.Tensor, "pin_memory", lambda self: self)
         yield
 

@@ -9,6 +9,7 @@ import torch
 
 from skipkv_vllm import ops
 from skipkv_vllm.config import KVPolicyConfig
+from skipkv_vllm.ops.paging import Layout
 from skipkv_vllm.policies import policy_names
 from skipkv_vllm.worker.requests import Rows
 from skipkv_vllm.worker.runtime import EvictionRuntime
@@ -27,8 +28,8 @@ def called(monkeypatch: pytest.MonkeyPatch) -> set[tuple[Any, ...]]:
     calls: set[tuple[Any, ...]] = set()
     find = ops.function
 
-    def watched(name: str, device: torch.device) -> Any:
-        operator = find(name, device)
+    def watched(name: str, device: torch.device, *layout: Layout) -> Any:
+        operator = find(name, device, *layout)
 
         def call(*args: Any) -> Any:
             calls.add((name, *(each.dtype for each in args if isinstance(each, torch.Tensor))))
