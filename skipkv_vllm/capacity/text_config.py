@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from ..core.limits import NO_OTHERS, OtherGroups, ceil_div, state_group, window_group
 from ..ops.paging import MAX_HEAD_SIZE
+from .latents import has_latents, key_size, query_size, unsupported_latents
 from .sizes import ModelShape
 from .states import STATE, STATE_MODELS, StateSizes, block_size_beside_states, has_states
 
@@ -42,8 +43,8 @@ def kinds_of(text_config: Any) -> list[str]:
 
 def unsupported(text_config: Any) -> str | None:
     """Return what a policy cannot serve in this model on a GPU; None if nothing is known."""
-    if getattr(text_config, "kv_lora_rank", None):
-        return "MLA"
+    if has_latents(text_config) and (found := unsupported_latents(text_config)) is not None:
+        return found
     if getattr(text_config, "attn_logit_softcapping", None):
         return "a soft cap of logits"
     if getattr(text_config, "num_kv_shared_layers", None):
@@ -53,7 +54,8 @@ def unsupported(text_config: Any) -> str | None:
         return f"{STATE} in a model other than {', '.join(STATE_MODELS)}"
     if FULL not in kinds or not ({FULL, WINDOW} >= kinds or {FULL, STATE} >= kinds):
         return ", ".join(sorted(kinds))
-    if (head_size := kv_of(text_config)[1]) > MAX_HEAD_SIZE:
+    head_size = kv_of(text_config)[1]
+    if head_size > MAX_HEAD_SIZE and not has_latents(text_config):
         return f"heads of {head_size} features, of which kernels for GPUs take at most {MAX_HEAD_SIZE}"
     groups = groups_of(text_config, 1)
     return None if groups.num_full <= groups.size else f"{groups.num_full} full and fewer sliding layers"
@@ -150,11 +152,17 @@ def shape_of(
         element_size=element_size,
         kv_element_size=kv_element_size,
         num_pooled_layers=ceil_div(groups.size, stages),
+        query_size=query_size(text_config) if has_latents(text_config) else None,
     )
 
 
 def kv_of(text_config: Any, kind: str = FULL) -> tuple[int, int]:
-    """Return the kv heads and the head size of the layers of a kind, which in Gemma 4 differ."""
+    """Return the kv heads and the head size of the layers of a kind, which in Gemma 4 differ.
+
+    A latent (MLA) is one kv head.
+    """
+    if has_latents(text_config):
+        return 1, key_size(text_config)
     layers, kinds = getattr(text_config, "per_layer_config", None), kinds_of(text_config)
     config = text_config if layers is None or kind not in kinds else layers[kinds.index(kind)]
     heads = config.num_attention_heads

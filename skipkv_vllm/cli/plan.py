@@ -19,6 +19,7 @@ from ..capacity import (
     blocks_with_policy,
     capacity,
     groups_of,
+    has_latents,
     kv_of,
     others_of,
     reserved_rows,
@@ -252,6 +253,10 @@ def _check(text: Any, config: KVPolicyConfig, machine: Machine) -> None:
         raise KVPolicyError(
             f"{text.model_type} models are not supported: a policy needs layers with full attention, beside which some "
             f"may have a sliding window or a gated delta net; found {found}"
+        )
+    if has_latents(text) and machine.kv_dtype in FP8_CACHES:
+        raise KVPolicyError(
+            f"--kv-cache-dtype {machine.kv_dtype}: a server refuses latents (MLA) of 8 bits; use auto or bfloat16"
         )
     if machine.gpu_memory is None and machine.kv_memory is None:
         raise KVPolicyError("give --gpu-memory, e.g. 80, or --kv-memory as logged by a server")

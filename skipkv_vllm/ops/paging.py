@@ -39,6 +39,9 @@ ROTATED = 64
 MAX_HEAD_SIZE = 256
 """Largest head that the kernels for GPUs take."""
 
+MAX_LATENT = 512
+"""Most features of a latent that the kernels for GPUs take, beside those that are rotated."""
+
 FP8_CACHES = {
     "fp8": torch.float8_e4m3fn,
     "fp8_e4m3": torch.float8_e4m3fn,

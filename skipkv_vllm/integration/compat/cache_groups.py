@@ -148,6 +148,13 @@ def _check_spec(spec: Any, refuse: Refuse) -> None:
     value_size, is_other_latent = spec.head_size, False
     if has_latents(spec):
         value_size, is_other_latent = 0, spec.model_version is not None or spec.alignment is not None
+        if spec.dtype.itemsize == 1:
+            # The checkpoint may have chosen it.
+            raise refuse(
+                "latents (MLA) of 8 bits",
+                "kernels differ in how they pack and scale them",
+                "Use --kv-cache-dtype bfloat16",
+            )
     if packed or is_other_latent or spec.head_size_v != value_size:
         raise refuse(
             f"this model's KV blocks (keys of {spec.head_size} and values of {spec.head_size_v}, "

@@ -7,7 +7,16 @@ import importlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ...capacity import ModelShape, Pool, StateSizes, block_size_of, groups_of, has_states, others_of
+from ...capacity import (
+    ModelShape,
+    Pool,
+    StateSizes,
+    block_size_of,
+    groups_of,
+    has_states,
+    others_of,
+    query_size,
+)
 from ...config import KEEP_EVERYTHING, KVPolicyConfig, RequestOptions
 from ...core.errors import KVPolicyError
 from ...core.limits import Limits, OtherGroups, ceil_div, most_tokens
@@ -19,7 +28,7 @@ from .watched import POOL_CHECK
 from .wrap import wrap
 
 if TYPE_CHECKING:
-    from vllm.config import ModelConfig, VllmConfig
+    from vllm.config import VllmConfig
     from vllm.v1.engine import EngineCoreRequest
 
 
@@ -238,15 +247,8 @@ def model_shape(vllm_config: VllmConfig, groups: CacheGroups) -> ModelShape:
         element_size=model.dtype.itemsize,
         kv_element_size=spec.dtype.itemsize,
         num_pooled_layers=groups.num_pooled_layers,
-        query_size=_query_size(model) if has_latents(spec) else None,
+        query_size=query_size(model.hf_text_config) if has_latents(spec) else None,
     )
-
-
-def _query_size(model_config: ModelConfig) -> int:
-    """Return the elements of a query of a model with latents, before it is absorbed."""
-    text_config = model_config.hf_text_config
-    size: int = text_config.qk_nope_head_dim + text_config.qk_rope_head_dim
-    return size
 
 
 def most_step_tokens(vllm_config: VllmConfig) -> int:

@@ -6,7 +6,7 @@ import functools
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
-from ...capacity import STATE_MODELS, groups_of
+from ...capacity import STATE_MODELS, groups_of, unread_latents
 from ...core.errors import KVPolicyError
 from ...core.needs import Need
 from ...ops.paging import FP8_CACHES, MAX_HEAD_SIZE, ROTATED
@@ -23,9 +23,19 @@ BACKENDS = {
     "FlashInferImpl": "FLASHINFER",
     "TritonAttentionImpl": "TRITON_ATTN",
     "CPUAttentionBackendImpl": "CPU_ATTN",
-    "CPUMLAImpl": "CPU_MLA",
 }
-"""Tested attention implementations -> their names on the command line."""
+"""Attention implementations that read compacted blocks rightly -> their names on the command line."""
+LATENT_BACKENDS = {
+    "CPUMLAImpl": "CPU_MLA",
+    "TritonMLAImpl": "TRITON_MLA",
+    "FlashMLAImpl": "FLASHMLA",
+    "FlashAttnMLAImpl": "FLASH_ATTN_MLA",
+    "FlashInferMLAImpl": "FLASHINFER_MLA",
+    "CutlassMLAImpl": "CUTLASS_MLA",
+}
+"""The same for latents (MLA)."""
+PLAIN_CACHES = ("auto", "bfloat16", "float16", "float32")
+"""`--kv-cache-dtype` of caches that hold numbers as the model computes them."""
 OTHER_MODEL = "Serve a decoder-only model with plain attention (Qwen2, Qwen3, Llama, ...)"
 
 
@@ -126,13 +136,22 @@ def _check_latents(vllm_config: VllmConfig, refuse: Refuse) -> None:
             f"its operators read those with {ROTATED}",
             OTHER_MODEL,
         )
-    if not current_platform.is_cpu():
+    if (dtype := vllm_config.cache_config.cache_dtype) not in PLAIN_CACHES:
         raise refuse(
-            "latents (MLA) on GPUs",
-            f"its kernels take heads of up to {MAX_HEAD_SIZE} features, and a latent has "
-            f"{text_config.kv_lora_rank + ROTATED}",
+            f"--kv-cache-dtype {dtype} of latents (MLA)",
+            "kernels differ in how they pack and scale such latents",
+            "Use --kv-cache-dtype auto",
+        )
+    if current_platform.is_cpu():
+        return
+    if not current_platform.is_cuda():
+        raise refuse(
+            "latents (MLA) on GPUs other than NVIDIA's",
+            "vLLM may keep the matrices that queries are absorbed with in another form there",
             OTHER_MODEL,
         )
+    if found := unread_latents(text_config):
+        raise refuse(found, "no kernel reads them", OTHER_MODEL)
 
 
 def _check_states(vllm_config: VllmConfig, refuse: Refuse) -> None:
@@ -228,7 +247,7 @@ def _check_lookahead(vllm_config: VllmConfig, policy: KVPolicyConfig) -> None:
 def _check_cache_dtype(name: str, refuse: Refuse) -> None:
     from vllm.platforms import current_platform
 
-    if name in ("auto", "bfloat16", "float16", "float32"):
+    if name in PLAIN_CACHES:
         return
     remedy = "Use --kv-cache-dtype auto"
     if name not in FP8_CACHES:
@@ -300,13 +319,15 @@ def check_attention(impls: Iterable[Any]) -> None:
     from vllm.platforms import current_platform
 
     for impl in impls:
-        if type(impl).__name__ not in BACKENDS:
+        name = type(impl).__name__
+        known = LATENT_BACKENDS if "MLA" in name else BACKENDS
+        if name not in known:
             raise refusal(
-                f"the attention of {type(impl).__name__}",
-                "how it reads blocks was not tested",
-                f"Use --attention-backend {', '.join(BACKENDS.values())}",
+                f"the attention of {name}",
+                "how it reads blocks is not known",
+                f"Use --attention-backend {', '.join(known.values())}",
             )
-        if current_platform.is_cuda_alike() and impl.head_size > MAX_HEAD_SIZE:
+        if current_platform.is_cuda_alike() and impl.head_size > MAX_HEAD_SIZE and known is BACKENDS:
             raise refusal(
                 f"heads of {impl.head_size} on GPUs", f"its kernels take heads of up to {MAX_HEAD_SIZE}", OTHER_MODEL
             )

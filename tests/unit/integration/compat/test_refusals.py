@@ -31,15 +31,6 @@ def latents(**changes: int) -> dict[str, Any]:
     return {"model_config__use_mla": True, "model_config__hf_text_config": SimpleNamespace(**sizes)}
 
 
-def test_latents_are_served_on_cpus_only(monkeypatch):
-    from vllm.platforms import current_platform
-
-    compat.check_config(make_vllm_config(**latents()), KVPolicyConfig(kv_policy="skipkv"))
-    monkeypatch.setattr(type(current_platform), "is_cpu", lambda _: False)
-    with pytest.raises(KVPolicyError, match=r"latents \(MLA\) on GPUs: .* up to 256 features, and a latent has 576"):
-        compat.check_config(make_vllm_config(**latents()), KVPolicyConfig(kv_policy="skipkv"))
-
-
 def test_a_layer_that_the_model_does_not_have_is_refused():
     config = make_vllm_config()
     config.model_config.get_total_num_hidden_layers = lambda: 4
@@ -313,7 +304,9 @@ def test_heads_that_the_kernels_for_gpus_do_not_take_are_refused_there(monkeypat
 def test_every_attention_that_is_accepted_is_watched():
     watched = {symbol.rpartition(":")[2] for symbol in version_check.tested()["symbols"]}
     # MLA has two ways to compute; its metadata tells which tokens go which.
-    assert all({f"{name}.forward", f"{name}.forward_mqa"} & watched for name in refusals.BACKENDS)
+    assert all(
+        {f"{name}.forward", f"{name}.forward_mqa"} & watched for name in (*refusals.BACKENDS, *refusals.LATENT_BACKENDS)
+    )
 
 
 @pytest.mark.parametrize(
