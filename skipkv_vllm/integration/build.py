@@ -15,6 +15,7 @@ from vllm.model_executor.models.utils import extract_layer_index
 from vllm.tokenizers import cached_tokenizer_from_config
 
 from ..capacity import Pool, most_rows, reserved_rows
+from ..config import KVPolicyConfig
 from ..core.errors import KVPolicyError
 from ..core.needs import ACCUMULATED, REPEATS, Need
 from ..ops.paging import FP8_CACHES, Layout, PagedCache, cpu_layout
@@ -23,7 +24,7 @@ from ..sentences import build_tables
 from ..steering import tokenizer_digest
 from ..steering.tables import build_thought_tables
 from ..trace.writer import TraceWriter
-from ..worker.cache import temporary_bytes
+from ..worker.cache import query_bytes, temporary_bytes
 from ..worker.ranks import Ranks
 from ..worker.requests import Rows
 from ..worker.runtime import EvictionRuntime
@@ -289,8 +290,24 @@ def profile_compactions(vllm_config: VllmConfig, device: torch.device) -> None:
     if config.evicts:
         layers = list(compat.evicting_layers(vllm_config).values())
         longest = min(config.kv_budget + config.kv_buffer, vllm_config.model_config.max_model_len)
-        size = temporary_bytes(len(layers), layers[0].num_kv_heads, longest)
+        queries = _most_queries(config) * query_bytes(
+            len(layers),
+            layers[0].num_heads,
+            layers[0].head_size,
+            layers[0].get_kv_cache_spec(vllm_config).dtype.itemsize,
+        )
+        size = temporary_bytes(len(layers), layers[0].num_kv_heads, longest, queries)
         torch.empty(size, dtype=torch.uint8, device=device)
+
+
+def _most_queries(config: KVPolicyConfig) -> int:
+    """Return the most queries of a request that a launch gets: recent ones, and those of tokens computed ahead."""
+    if not config.needs & Need.QUERIES:
+        return 0
+    plans = [each.lookahead_plan for each in config.policies]
+    # A question is at most as long as the window.
+    ahead = max(0 if plan is None else max(plan.num_tokens, config.kv_window) for plan in plans)
+    return config.num_queries + ahead
 
 
 def left_for_kv(available: int, vllm_config: VllmConfig) -> int:

@@ -7,6 +7,7 @@ sidecar.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -14,10 +15,13 @@ from torch import Tensor
 
 from .. import ops
 from ..core.device import to_device
-from ..ops.paging import LayerPages, PagedCache, layer_pages
+from ..ops.paging import LayerPages, Layout, PagedCache, layer_pages
 
 SLOT_BYTES = 64
 """Most temporary memory of a compaction or accumulation per slot, layer and kv head."""
+
+QUERY_COPIES = 2
+"""Copies of its queries that a launch holds for a moment, while it scales them."""
 
 TEMPORARY_BYTES = 2**28
 """Temporary memory that a launch may take for several requests at once."""
@@ -26,14 +30,44 @@ SCRATCH_BYTES = 2**28
 """Most scratch memory of an operator, in every backend."""
 
 
-def temporary_bytes(num_layers: int, num_heads: int, longest: int) -> int:
+def query_bytes(num_layers: int, num_heads: int, key_size: int, element_size: int) -> int:
+    """Return the temporary memory of one token's queries in all layers, as operators get them, in bytes.
+
+    Args:
+        num_layers, num_heads: layers and query heads of this worker.
+        key_size: elements of a key.
+        element_size: bytes of each; queries for keys of 8 bits are float32.
+    """
+    return QUERY_COPIES * num_layers * num_heads * key_size * (4 if element_size == 1 else element_size)
+
+
+def temporary_bytes(num_layers: int, num_heads: int, longest: int, queries: int = 0) -> int:
     """Return the most memory that compactions and accumulations take for a moment, in bytes.
+
+    One request alone may take more than `TEMPORARY_BYTES`.
 
     Args:
         num_layers, num_heads: layers and kv heads of this worker.
-        longest: most tokens of a request when it is compacted; one alone may take more than `TEMPORARY_BYTES`.
+        longest: most tokens of a request when it is compacted.
+        queries: bytes of a request's queries; see `query_bytes`.
     """
-    return max(TEMPORARY_BYTES, SLOT_BYTES * num_layers * num_heads * longest) + SCRATCH_BYTES
+    return max(TEMPORARY_BYTES, SLOT_BYTES * num_layers * num_heads * longest + queries) + SCRATCH_BYTES
+
+
+class Room(NamedTuple):
+    """What a launch may hold for several requests at once, so that temporary memory is bounded.
+
+    Attributes:
+        slots: most slots, if each request has as many as the longest one.
+        query: slots that take as much memory as one token's queries.
+    """
+
+    slots: int
+    query: float = 0.0
+
+    def holds(self, num_requests: int, longest: int, most_queries: int) -> bool:
+        """Return whether there is room for requests of up to so many slots and queries."""
+        return num_requests * (longest + self.query * most_queries) <= self.slots
 
 
 class KVCache:
@@ -45,13 +79,14 @@ class KVCache:
         key_scales: float32 `[layers, H]` by which stored keys must be multiplied, or None for 1.
         read_sink_logits: returns the logits of the attention sinks, float32 `[layers, Hq]`, which are weights of the
             model and may be replaced; None if it has none.
+        num_query_heads: query heads of this worker; 0 if no queries are recorded.
 
     Attributes:
         pages: see above.
         layers: the pages of each layer.
         page_size: tokens of a kernel page.
         block_size: see above.
-        slots_at_once: limit on requests times the longest of them in a launch, so that temporary memory is bounded.
+        room: what a launch may hold.
         device: where the pages are.
         sidecar: int32 `[layers, pages, H, page_size]`, logical positions; addressed by the same page ids as the cache.
         key_scales: see above.
@@ -63,13 +98,17 @@ class KVCache:
         block_size: int,
         key_scales: Tensor | None = None,
         read_sink_logits: Callable[[], Tensor] | None = None,
+        num_query_heads: int = 0,
     ) -> None:
         first = pages.caches[0]
         self.pages = pages
         self.layers: list[LayerPages] = [layer_pages(each, pages.layout) for each in pages.caches]
         self.page_size = self.layers[0].page_size
         self.block_size = block_size
-        self.slots_at_once = TEMPORARY_BYTES // (SLOT_BYTES * len(pages.caches) * first.shape[1])
+        key_size = first.shape[3] if pages.layout is Layout.LATENT else first.shape[3] // 2
+        slot = SLOT_BYTES * len(pages.caches) * first.shape[1]
+        query = query_bytes(len(pages.caches), num_query_heads, key_size, first.element_size())
+        self.room = Room(TEMPORARY_BYTES // slot, query / slot)
         self.device = first.device
         self.sidecar = torch.zeros(len(pages.caches), *first.shape[:3], dtype=torch.int32, device=first.device)
         self.key_scales = key_scales

@@ -42,7 +42,7 @@ class Compactor:
 
     def run(self, jobs: Sequence[Job]) -> None:
         """Carry out the compactions of a step, in order."""
-        for part in independent(jobs, self.cache.block_size, self.cache.slots_at_once):
+        for part in independent(jobs, self.cache.block_size, self.cache.room, self.config.kv_window):
             self._run(part)
 
     def _run(self, jobs: Sequence[Job]) -> None:

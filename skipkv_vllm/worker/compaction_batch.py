@@ -12,7 +12,7 @@ from torch import Tensor
 from ..core.device import to_device
 from ..core.needs import Need
 from ..policies import Policy
-from .cache import KVCache
+from .cache import KVCache, Room
 from .requests import Job, Reading
 
 
@@ -108,7 +108,18 @@ class Moves(NamedTuple):
         return entries.scatter(-1, target.expand(shape), entries.gather(-1, self.source.long().expand(shape)))
 
 
-def independent(jobs: Sequence[Job], block_size: int, most_slots: int) -> Iterator[list[Job]]:
+def reads_queries(policy: Policy) -> bool:
+    """Return whether a compaction of this method reads the newest queries."""
+    return bool(policy.needs & Need.QUERIES) and not policy.needs & Need.OUTPUT_ERROR
+
+
+def _num_queries(job: Job, window: int) -> int:
+    """Return how many queries a compaction reads."""
+    ahead = job.request.lookahead_queries
+    return window * reads_queries(job.request.policy) + (0 if ahead is None else ahead.shape[1])
+
+
+def independent(jobs: Sequence[Job], block_size: int, room: Room, window: int) -> Iterator[list[Job]]:
     """Split jobs into runs that one launch may carry out.
 
     The jobs of a run have one policy, and none writes a block that another uses: a block that an earlier job gives up
@@ -117,24 +128,27 @@ def independent(jobs: Sequence[Job], block_size: int, most_slots: int) -> Iterat
     Args:
         jobs: the compactions of a step, in order.
         block_size: tokens of a block.
-        most_slots: limit on the jobs of a run times the longest of them; a single job may exceed it.
+        room: what a run may hold; a single job may exceed it.
+        window: W, queries that a compaction reads.
     """
     part: list[Job] = []
     read: set[int] = set()
     written: set[int] = set()
-    longest = 0
+    longest = most_queries = 0
     for job in jobs:
         longest = max(longest, job.order.num_resident)
+        most_queries = max(most_queries, _num_queries(job, window))
         uses = set(job.order.source_blocks)
         # Blocks that lie wholly in a protected prompt may be shared, but nothing in them changes.
         writes = set(job.order.target_blocks[job.request.protected // block_size :])
         differs = part and job.request.policy != part[0].request.policy
-        is_full = (len(part) + 1) * longest > most_slots
+        is_full = not room.holds(len(part) + 1, longest, most_queries)
         # Unlike a union or an intersection, `isdisjoint` looks at the smaller set only.
         is_apart = writes.isdisjoint(read) and writes.isdisjoint(written) and uses.isdisjoint(written)
         if part and (differs or is_full or not is_apart):
             yield part
-            part, read, written, longest = [], set(), set(), job.order.num_resident
+            part, read, written = [], set(), set()
+            longest, most_queries = job.order.num_resident, _num_queries(job, window)
         part.append(job)
         read |= uses
         written |= writes
@@ -142,13 +156,15 @@ def independent(jobs: Sequence[Job], block_size: int, most_slots: int) -> Iterat
         yield part
 
 
-def in_parts(readings: Sequence[Reading], most_slots: int) -> Iterator[list[Reading]]:
-    """Split accumulations, by length, into parts that one launch may carry out; see `independent` for `most_slots`."""
+def in_parts(readings: Sequence[Reading], room: Room) -> Iterator[list[Reading]]:
+    """Split accumulations, by length, into parts that one launch may carry out; see `independent` for `room`."""
     part: list[Reading] = []
+    most_queries = 0
     for each in sorted(readings, key=lambda each: each.order.num_resident):
-        if part and (len(part) + 1) * each.order.num_resident > most_slots:
+        most_queries = max(most_queries, each.order.num_queries)
+        if part and not room.holds(len(part) + 1, each.order.num_resident, most_queries):
             yield part
-            part = []
+            part, most_queries = [], each.order.num_queries
         part.append(each)
     if part:
         yield part

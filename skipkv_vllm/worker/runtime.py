@@ -92,7 +92,8 @@ class EvictionRuntime:
             decoder: computes tokens ahead, if a policy needs their queries.
             read_sink_logits: see `KVCache`.
         """
-        cache = KVCache(pages, block_size, key_scales, read_sink_logits)
+        num_heads = 0 if self.signals.queries is None else self.signals.queries.num_heads
+        cache = KVCache(pages, block_size, key_scales, read_sink_logits, num_heads)
         for signal in self.signals:
             signal.bind_cache(cache)
         self._compactor = Compactor(self.config, cache, self.signals, self.ranks)

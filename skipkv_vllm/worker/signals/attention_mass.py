@@ -64,7 +64,7 @@ class AttentionMass(Signal):
                 for each in readings
                 if each.request.needs & ACCUMULATED and bool(each.request.needs & Need.OUTPUT_ERROR) is by_error
             ]
-            for part in in_parts(same, self._cache.slots_at_once):
+            for part in in_parts(same, self._cache.room):
                 self._accumulate(part, by_error)
 
     def _accumulate(self, readings: Sequence[Reading], output_error: bool) -> None:

@@ -48,7 +48,8 @@ class LatentQueryRing(QueryRing):
             by_head = content[:, i].flatten(0, 1).transpose(0, 1)
             found = torch.bmm(by_head, layer.W_UK_T).transpose(0, 1)
             absorbed[:, i, ..., : first.kv_lora_rank] = found.unflatten(0, (-1, num))
-        return super().scaled(absorbed)
+        # In place, because an absorbed query is large.
+        return absorbed if self._factors is None else absorbed.mul_(self._factors)
 
 
 @functools.cache

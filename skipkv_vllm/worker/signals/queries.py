@@ -17,9 +17,8 @@ from torch import Tensor
 
 from ... import ops
 from ...core.device import to_device
-from ...core.needs import Need
 from ...ops.functional import dequantised
-from ..compaction_batch import CompactionBatch
+from ..compaction_batch import CompactionBatch, reads_queries
 from .base import Inputs, Signal, Step
 
 
@@ -44,7 +43,7 @@ class QueryRing(Signal):
         key_size: elements of a key, if not those of a query that is recorded.
 
     Attributes:
-        num_kept: see above.
+        num_kept, num_heads: see above.
         record: the operator that copies queries into the ring.
         recording: False in a step whose queries are not needed; a captured graph then records into the discard row.
         index: int64 `[max_tokens]`, entry of each token of the step.
@@ -65,7 +64,7 @@ class QueryRing(Signal):
         logit_scales: Sequence[float] | None = None,
         key_size: int | None = None,
     ) -> None:
-        self.num_kept = num_kept
+        self.num_kept, self.num_heads = num_kept, num_heads
         self._window = window
         self._discard = num_rows * num_kept
         self._entries = torch.zeros(num_layers, self._discard + 1, num_heads, head_size, dtype=dtype, device=device)
@@ -170,7 +169,7 @@ class QueryRing(Signal):
         self._num_set = 0
 
     def read(self, batch: CompactionBatch, inputs: Inputs) -> None:
-        if batch.policy.needs & Need.QUERIES and not batch.policy.needs & Need.OUTPUT_ERROR:
+        if reads_queries(batch.policy):
             rows, lengths = zip(*((request.row, order.num_logical) for order, request in batch.jobs), strict=True)
             inputs.queries = self.newest(rows, lengths, self._window)
 

@@ -54,7 +54,7 @@ class SegmentSparsity(Signal):
         ending = [reading for reading in readings if reading.request.needs & Need.SEGMENTS]
         for options in dict.fromkeys(reading.request.policy.segment_options for reading in ending):
             same = [reading for reading in ending if reading.request.policy.segment_options == options]
-            for part in in_parts(same, self._cache.slots_at_once):
+            for part in in_parts(same, self._cache.room):
                 self._add_segments(part, options)
 
     def _add_segments(self, readings: Sequence[Reading], options: SegmentOptions) -> None:

@@ -8,16 +8,17 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from vllm.v1.kv_cache_interface import FullAttentionSpec
+from vllm.v1.kv_cache_interface import FullAttentionSpec, MLAAttentionSpec
 
 from skipkv_vllm.config import CONFIG_KEY, KVPolicyConfig
 from skipkv_vllm.core.errors import KVPolicyError
+from skipkv_vllm.core.needs import NUM_ACCUMULATED
 from skipkv_vllm.integration import build
 from skipkv_vllm.integration.build import left_for_kv
 from skipkv_vllm.integration.compat import block_pool, cache_groups, model_shape, policy_config
 from skipkv_vllm.ops import paging
 from skipkv_vllm.ops.paging import FP8_CACHES, PagedCache, layer_pages
-from skipkv_vllm.worker.cache import KVCache
+from skipkv_vllm.worker.cache import KVCache, query_bytes
 from tests.operators.cases import Pages
 from tests.unit.ops.test_paging import HEADS, PAGES
 
@@ -92,6 +93,35 @@ def test_scales_of_keys():
     assert build._key_scales([attention_layer("fp8", torch.uint8, 1.0)]) is None
     # vLLM leaves whatever the checkpoint says where nothing is quantised.
     assert build._key_scales([attention_layer("auto", torch.bfloat16, 0.5)]) is None
+
+
+@pytest.mark.parametrize(
+    ("policy", "options", "queries"),
+    [
+        ("streaming_llm", {}, 0),
+        ("rkv", {}, 8),
+        ("rkv", {"kv_request_policies": ["h2o"]}, NUM_ACCUMULATED),
+        # Recent queries, and those of the beginning of an answer.
+        ("laq", {"kv_policy_config": {"lookahead": 20}, "kv_protect_prompt": False}, 8 + 20),
+        # A question is at most as long as the window.
+        ("finch", {"kv_policy_config": {"ask_chunks": True}, "kv_protect_prompt": False}, 8 + 8),
+    ],
+)
+def test_profiling_counts_the_queries_of_a_request(policy, options, queries, monkeypatch):
+    spec = MLAAttentionSpec(block_size=64, num_kv_heads=1, head_size=576, dtype=torch.bfloat16)
+    layer = SimpleNamespace(
+        impl=None, num_heads=128, num_kv_heads=1, head_size=576, get_kv_cache_spec=lambda config: spec
+    )
+    config = KVPolicyConfig(kv_policy=policy, kv_budget=2048, kv_window=8, **options)
+    vllm_config: Any = SimpleNamespace(
+        additional_config={CONFIG_KEY: config.model_dump()},
+        model_config=SimpleNamespace(max_model_len=32768),
+        compilation_config=SimpleNamespace(static_forward_context={str(i): layer for i in range(61)}),
+    )
+    seen = []
+    monkeypatch.setattr(build, "temporary_bytes", lambda *sizes: seen.append(sizes) or 16)
+    build.profile_compactions(vllm_config, torch.device("cpu"))
+    assert seen == [(61, 1, 2048 + config.kv_buffer, queries * query_bytes(61, 128, 576, 2))]
 
 
 @pytest.mark.parametrize(

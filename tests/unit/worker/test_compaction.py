@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from skipkv_vllm.core.needs import Need
-from skipkv_vllm.core.orders import Compaction
+from skipkv_vllm.core.orders import Accumulation, Compaction
 from skipkv_vllm.policies import make_policy
 from skipkv_vllm.worker import compaction_batch
-from skipkv_vllm.worker.compaction_batch import independent
-from skipkv_vllm.worker.requests import Job, ManagedRequest
+from skipkv_vllm.worker.cache import Room
+from skipkv_vllm.worker.compaction_batch import in_parts, independent
+from skipkv_vllm.worker.requests import Job, ManagedRequest, Reading
 
 SIZE = 4
 STREAMING = make_policy("streaming_llm")
@@ -21,7 +23,7 @@ def job(name: str, source: list[int], target: list[int], *, protected: int = 0, 
 
 
 def parts(*jobs: Job) -> list[list[str]]:
-    return [[each.order.request_id for each in part] for part in independent(jobs, SIZE, 1000)]
+    return [[each.order.request_id for each in part] for part in independent(jobs, SIZE, Room(1000), 8)]
 
 
 def test_requests_with_pages_of_their_own_go_together():
@@ -60,9 +62,38 @@ def test_other_methods_wait_their_turn():
 
 def test_a_launch_has_no_more_slots_than_it_may():
     jobs = [job(name, [3 * i, 3 * i + 1, 3 * i + 2], [3 * i]) for i, name in enumerate("abcde")]
-    runs = independent(jobs, SIZE, 2 * 3 * SIZE)
+    runs = independent(jobs, SIZE, Room(2 * 3 * SIZE), 8)
     assert [[each.order.request_id for each in part] for part in runs] == [["a", "b"], ["c", "d"], ["e"]]
-    assert [len(part) for part in independent(jobs, SIZE, 1)] == [1] * 5
+    assert [len(part) for part in independent(jobs, SIZE, Room(1), 8)] == [1] * 5
+
+
+@pytest.mark.parametrize(("policy", "expected"), [("rkv", [2, 2, 1]), ("streaming_llm", [5]), ("skipkv", [5])])
+def test_a_launch_has_no_more_queries_than_it_may(policy, expected):
+    """A query of all layers takes as much memory as 10 slots; methods that read none are not limited by them."""
+    chosen = make_policy(policy)
+    jobs = [job(name, [i], [i], policy=chosen) for i, name in enumerate("abcde")]
+    room = Room(5 * SIZE + 2 * 8 * 10, query=10.0)
+    assert [len(part) for part in independent(jobs, SIZE, room, 8)] == expected
+    for each in jobs:
+        each.request.lookahead_queries = torch.zeros(2, 16, 3, 8)
+    assert [len(part) for part in independent(jobs, SIZE, room, 8)] == [1] * 5
+
+
+def reading(length: int, queries: int) -> Reading:
+    order = Accumulation("a", length, length, queries, [0])
+    return Reading(order, ManagedRequest(row=0, policy=make_policy("h2o"), needs=Need.ATTENTION_MASS))
+
+
+def test_an_accumulation_has_no_more_queries_than_it_may():
+    readings = [reading(40 + i, 32) for i in range(5)]
+    assert [len(part) for part in in_parts(readings, Room(250))] == [5]
+    assert [len(part) for part in in_parts(readings, Room(250, query=1.0))] == [3, 2]
+    assert [len(part) for part in in_parts(readings, Room(1, query=1.0))] == [1] * 5
+    # What counts is the most queries of one of them, which a longer one may have.
+    few = [reading(40, 2), reading(41, 2), reading(42, 32)]
+    assert [len(part) for part in in_parts(few, Room(150, query=1.0))] == [2, 1]
+    turns = [reading(40, 2), reading(41, 32), reading(42, 32), reading(44, 2)]
+    assert [len(part) for part in in_parts(turns, Room(150, query=1.0))] == [2, 1, 1]
 
 
 def test_many_compactions_of_a_step_cost_the_host_little():
@@ -80,7 +111,7 @@ def test_many_compactions_of_a_step_cost_the_host_little():
         jobs = [job(str(i), [*range(20 * i, 20 * i + 20)], [*range(20 * i, 20 * i + 16)]) for i in range(number)]
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(compaction_batch, "set", Counted, raising=False)
-            assert len(list(independent(jobs, SIZE, 10**9))) == 1
+            assert len(list(independent(jobs, SIZE, Room(10**9), 8))) == 1
         return Counted.visited
 
     assert 0 < visited(128) < 2.5 * visited(64)

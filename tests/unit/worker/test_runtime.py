@@ -9,6 +9,7 @@ import torch
 from skipkv_vllm.core.orders import Started, StepOrders
 from skipkv_vllm.policies import make_policy
 from skipkv_vllm.worker.batch import StepBatch
+from skipkv_vllm.worker.cache import Room
 from skipkv_vllm.worker.signals.base import ForwardOutput
 from tests.simulation import DOT, HIDDEN, Simulation
 from tests.unit.worker.test_methods import simulation
@@ -86,10 +87,11 @@ def test_a_request_that_starts_again_in_the_same_step_as_its_preemption():
 
 
 @pytest.mark.parametrize("policy", ["skipkv", "h2o", "paper"])
-def test_a_call_takes_no_more_tokens_than_it_may(policy, monkeypatch):
+@pytest.mark.parametrize("room", [Room(70), Room(200, query=2.0)], ids=["slots", "queries"])
+def test_a_call_takes_no_more_than_it_may(policy, room, monkeypatch):
     """Requests that are due together are split, and keep the same tokens."""
     sim = simulation(policy, protect=False)
-    monkeypatch.setattr(sim.runtime._compactor.cache, "slots_at_once", 70)
+    monkeypatch.setattr(sim.runtime._compactor.cache, "room", room)
     names = ("a", "b", "c")
     for name in names:
         sim.start(name, num_prompt=9, budget=24)
