@@ -115,7 +115,7 @@ def compaction(arguments: list[Any], keep: int) -> list[Any]:
         other[:pages] = cache.transpose(1, 2)
         grown.append(other.transpose(1, 2))
     sidecar = torch.zeros(len(caches), pages + spare.numel(), heads, size, dtype=torch.int32, device=DEVICE)
-    return [*PagedCache.of(grown, Layout.ROWS), sidecar, positions, table, target, keeps, *moves]
+    return [*PagedCache.of(grown, arguments[2]), sidecar, positions, table, target, keeps, *moves]
 
 
 @each_dtype
@@ -178,6 +178,42 @@ def test_selection_and_compaction_of_long_requests(backend, keep):
     torch_backend.compact_pages(*wanted)
     bits = torch.int16
     assert all(torch.equal(a.view(bits), b.view(bits)) for a, b in zip(got[0], wanted[0], strict=True))
+    assert torch.equal(got[3], wanted[3])
+
+
+def latents(lengths: tuple[int, ...], dtype: torch.dtype = torch.bfloat16, window: int = 8) -> list[Any]:
+    """Arguments of `score_tokens` for latents of 576 features and 20 query heads."""
+    caches, pointers, _, *others = scoring(lengths, dtype, heads=1, dim=288, group=1, window=window)
+    queries = torch.randn(len(lengths), len(caches), window, 20, 576, device=DEVICE).to(dtype)
+    return [caches, pointers, Layout.LATENT, *others[:3], queries, *others[4:7], 0.2]
+
+
+@pytest.mark.parametrize("dtype", HALF_TYPES, ids=str)
+def test_latents_are_scored_and_measured(dtype):
+    triton = import_module("skipkv_vllm.ops.triton_backend")
+    if why := triton.unavailable(DEVICE.type):
+        pytest.skip(f"triton: {why}")
+    lengths = (900, 333, 64)
+    arguments = latents(lengths, dtype)
+    assert_scores(triton.score_tokens(*arguments), torch_backend.score_tokens(*arguments), lengths, 2e-2)
+    arguments = measuring(latents(lengths, dtype, window=32), 32, 17, 0)
+    for effect in set(Effect) - {Effect.NEGLIGIBLE}:
+        got, wanted = (each.measure_attention(*arguments, effect, 0.0) for each in (triton, torch_backend))
+        assert (got - wanted).abs().max() <= 2e-2 * wanted.abs().max()
+    keys = (*arguments[:4], arguments[5], 900)
+    torch.testing.assert_close(triton.key_similarity(*keys), torch_backend.key_similarity(*keys), rtol=0, atol=1e-3)
+    for values in (False, True):
+        got, wanted = (each.vector_norms(*arguments[:6], values, 2, 128, None) for each in (triton, torch_backend))
+        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("keep", [1, 600])
+def test_latents_are_moved(backend, keep):
+    arguments = latents((900, 900))
+    got, wanted = compaction(arguments, max(keep, 8)), compaction(arguments, max(keep, 8))
+    backend.compact_pages(*got)
+    torch_backend.compact_pages(*wanted)
+    assert all(torch.equal(a.view(torch.int16), b.view(torch.int16)) for a, b in zip(got[0], wanted[0], strict=True))
     assert torch.equal(got[3], wanted[3])
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from skipkv_vllm.ops import Effect, native, torch_backend
 from skipkv_vllm.ops.paging import Layout
-from tests.operators.backends import INTERPRETED, Backend, cases, isa, on  # noqa: F401
+from tests.operators.backends import BACKENDS, INTERPRETED, Backend, cases, isa, on  # noqa: F401
 from tests.operators.cases import MeasureCase, Measuring, Pages, draw_pages
 
 FLOAT, BF16, HALF = torch.float32, torch.bfloat16, torch.float16
@@ -136,6 +136,15 @@ def test_measure_attention(backend, case, effect):
 @cases(MEASURES, few=FEW)
 def test_key_similarity(backend, case):
     check_similarity_case(backend, case)
+
+
+@pytest.mark.parametrize("backend", [b for b in BACKENDS if b.name == "triton"], ids=str)
+@pytest.mark.parametrize("effect", [Effect.OUTPUT, Effect.KEY, Effect.JOINT])
+def test_weights_and_outputs_of_latents_are_not_rounded_to_the_dtype_of_the_cache(backend, effect, monkeypatch):
+    if INTERPRETED:  # which multiplies in float32 otherwise
+        monkeypatch.setattr("skipkv_vllm.ops.triton_backend.scoring.interpreted", lambda: False)
+    case = MeasureCase(Pages(Layout.LATENT, HALF, heads=1, dim=128), group=3, keys="copies")
+    check_measure_case(replace(backend, tolerance=2e-5), case, effect)
 
 
 @settings(max_examples=150, deadline=None, derandomize=True)
