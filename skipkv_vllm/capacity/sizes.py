@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from ..config import KEEP_EVERYTHING, KVPolicyConfig, RequestOptions
-from ..core.limits import NO_OTHERS, OtherGroups, ceil_div
+from ..core.limits import NO_OTHERS, DraftSlots, OtherGroups, ceil_div
 from ..core.needs import Need
 
 ENTRY_BYTES = 4
@@ -42,6 +42,7 @@ class Pool:
         max_length: longest request, prompt and output.
         max_tokens: most tokens of a step.
         others: groups of the KV cache that are not compacted; they take blocks from the same pool.
+        num_draft_slots: slots that drafts of speculative decoding may take beyond the tokens of a request.
     """
 
     num_blocks: int
@@ -50,6 +51,12 @@ class Pool:
     max_length: int
     max_tokens: int
     others: OtherGroups = NO_OTHERS
+    num_draft_slots: int = 0
+
+    @property
+    def draft_slots(self) -> DraftSlots:
+        """Slots for drafts."""
+        return DraftSlots(self.num_draft_slots, self.max_length)
 
 
 @dataclass(frozen=True)
@@ -140,7 +147,8 @@ def most_rows(config: KVPolicyConfig, pool: Pool) -> int:
     if config.kv_admission == "optimistic":
         return pool.max_num_seqs
     bound = config.kv_budget + config.kv_buffer
-    fit = pool.num_blocks // (ceil_div(bound, pool.block_size) + pool.others.num_blocks(bound))
+    held = ceil_div(pool.draft_slots.beyond(bound), pool.block_size)
+    fit = pool.num_blocks // (held + pool.others.num_blocks(bound))
     return min(pool.max_num_seqs, max(1, SHARING * fit))
 
 
@@ -286,9 +294,9 @@ def capacity(
     state = shape.state_bytes(config, rows, pool)
     state_of_one = ceil_div(state, rows)
     blocks_full = (pool.num_blocks * block * (kv + sidecar) + state) // (block * kv)
-    demand = request.demand(length, block, pool.others)
-    request_blocks, request_blocks_full = demand.num_blocks(block), ceil_div(length, block) + demand.num_beside
-    full = KEEP_EVERYTHING.resolve(config, prompt).demand(length, block, pool.others)
+    demand = request.demand(length, block, pool.others, pool.draft_slots)
+    full = KEEP_EVERYTHING.resolve(config, prompt).demand(length, block, pool.others, pool.draft_slots)
+    request_blocks, request_blocks_full = demand.num_blocks(block), full.num_blocks(block)
     # While one prompt is computed, the other requests have finished theirs.
     fit = max(0, pool.num_blocks - demand.num_in_flight) // request_blocks
     fit_full = max(0, blocks_full - full.num_in_flight) // request_blocks_full
@@ -326,7 +334,8 @@ def _room(config: KVPolicyConfig, pool: Pool) -> int:
     """Return how many tokens a request can keep if it evicts none and runs alone."""
 
     def needed(num_tokens: int) -> int:
-        demand = KEEP_EVERYTHING.resolve(config, 0).demand(num_tokens, pool.block_size, pool.others)
+        everything = KEEP_EVERYTHING.resolve(config, 0)
+        demand = everything.demand(num_tokens, pool.block_size, pool.others, pool.draft_slots)
         return demand.most_blocks(pool.block_size)
 
     return bisect_right(range(1, pool.num_blocks * pool.block_size + 1), pool.num_blocks, key=needed)

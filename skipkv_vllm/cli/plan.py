@@ -45,6 +45,7 @@ class Machine:
         utilization: share of it that vLLM may use.
         ranks: tensor-parallel GPUs.
         stages: pipeline stages, each of `ranks` GPUs.
+        drafts: tokens drafted for a step of speculative decoding.
         dtype: of weights and KV cache; "auto" for the model's own.
         kv_dtype: of the KV cache; "auto" for the same.
         state_dtype: of the states of layers that keep one; "auto" as vLLM chooses it.
@@ -62,6 +63,7 @@ class Machine:
     utilization: float = 0.92
     ranks: int = 1
     stages: int = 1
+    drafts: int = 0
     dtype: str = "auto"
     kv_dtype: str = "auto"
     state_dtype: str = "auto"
@@ -80,6 +82,7 @@ FLAGS = {
     "utilization": "--gpu-memory-utilization",
     "ranks": "--tensor-parallel-size",
     "stages": "--pipeline-parallel-size",
+    "drafts": "--num-speculative-tokens",
     "block_size": "--block-size",
     "max_model_len": "--max-model-len",
     "max_num_seqs": "--max-num-seqs",
@@ -89,7 +92,7 @@ FLAGS = {
     "overhead": "--overhead-memory",
     "kv_memory": "--kv-memory",
 }
-MAY_BE_ZERO = {"activations", "overhead"}
+MAY_BE_ZERO = {"activations", "overhead", "drafts"}
 """Fields of `Machine` for which 0 is a valid amount."""
 
 
@@ -156,6 +159,33 @@ def plan(model: str, config: KVPolicyConfig, machine: Machine, *, length: int | 
     else:
         memory = _memory(model, text, shape, machine, max_num_seqs, max_tokens, notes)
         available = sum(memory.values())
+    pool = _empty_pool(text, shape, machine, max_num_seqs, max_length, max_tokens)
+    rows = reserved_rows(config, shape, available, pool)
+    state = shape.state_bytes(config, rows, pool)
+    memory["for KV, with positions"] = available - state
+    blocks = blocks_with_policy(config, shape, available, pool)
+    request = RequestOptions.parse(None, config, max_length).resolve(config, 0)
+    demand = request.demand(max_length, pool.block_size, pool.others, pool.draft_slots)
+    needed = demand.most_blocks(pool.block_size)
+    if blocks < needed:
+        raise KVPolicyError(
+            f"{max(blocks, 0)} blocks of {pool.block_size} tokens are left for KV, and one request at its bound "
+            f"needs {needed}. Memory of a rank in GiB: "
+            + ", ".join(f"{name} {size / GIB:.2f}" for name, size in memory.items())
+            + f", state of {rows} requests {-state / GIB:.2f}. Lower the budget or --max-num-seqs, or use "
+            "more GPUs (--tensor-parallel-size, --pipeline-parallel-size)"
+        )
+    found = capacity(config, shape, replace(pool, num_blocks=blocks), length=length, prompt=prompt)
+    notes += _notes(found, blocks, length, prompt)
+    if machine.drafts:
+        notes.append("the weights and the KV of a drafter are not counted")
+    return Plan(model, dtype, machine.ranks * machine.stages, memory, state, found, rows, notes)
+
+
+def _empty_pool(
+    text: Any, shape: ModelShape, machine: Machine, max_num_seqs: int, max_length: int, max_tokens: int
+) -> Pool:
+    """Return the pool without its number of blocks."""
     # With asynchronous scheduling, vLLM's default, one step more than there are stages is in flight.
     num_steps = machine.stages + 1
     sums = _state_element_size(text, machine.state_dtype, shape.element_size)
@@ -164,24 +194,8 @@ def plan(model: str, config: KVPolicyConfig, machine: Machine, *, length: int | 
     block_size = block_size_of(text, machine.block_size, sizes)
     others = others_of(text, block_size, num_steps * max_tokens, num_steps, machine.ranks)
     block_size = groups_of(text, block_size, machine.ranks).block_size
-    pool = Pool(0, block_size, max_num_seqs, max_length, max_tokens, others)
-    rows = reserved_rows(config, shape, available, pool)
-    state = shape.state_bytes(config, rows, pool)
-    memory["for KV, with positions"] = available - state
-    blocks = blocks_with_policy(config, shape, available, pool)
-    demand = RequestOptions.parse(None, config, max_length).resolve(config, 0).demand(max_length, block_size, others)
-    needed = demand.most_blocks(block_size)
-    if blocks < needed:
-        raise KVPolicyError(
-            f"{max(blocks, 0)} blocks of {block_size} tokens are left for KV, and one request at its bound "
-            f"needs {needed}. Memory of a rank in GiB: "
-            + ", ".join(f"{name} {size / GIB:.2f}" for name, size in memory.items())
-            + f", state of {rows} requests {-state / GIB:.2f}. Lower the budget or --max-num-seqs, or use "
-            "more GPUs (--tensor-parallel-size, --pipeline-parallel-size)"
-        )
-    found = capacity(config, shape, replace(pool, num_blocks=blocks), length=length, prompt=prompt)
-    notes += _notes(found, blocks, length, prompt)
-    return Plan(model, dtype, machine.ranks * machine.stages, memory, state, found, rows, notes)
+    # The drafts of a step, and as many that a drafter writes ahead of it.
+    return Pool(0, block_size, max_num_seqs, max_length, max_tokens, others, 2 * machine.drafts)
 
 
 def _max_length(model: str, text: Any, machine: Machine) -> int:
@@ -281,6 +295,11 @@ def _check(text: Any, config: KVPolicyConfig, machine: Machine) -> None:
     if machine.stages > text.num_hidden_layers:
         raise KVPolicyError(
             f"--pipeline-parallel-size {machine.stages} is more than the {text.num_hidden_layers} layers"
+        )
+    if machine.drafts and (machine.stages > 1 or groups_of(text, 1).num_others):
+        raise KVPolicyError(
+            f"--num-speculative-tokens {machine.drafts}: a server refuses drafts in a pipeline, and of a model with a "
+            "sliding window or a state in some layers; leave them out"
         )
     if machine.stages > 1 and groups_of(text, 1).num_others:
         raise KVPolicyError(

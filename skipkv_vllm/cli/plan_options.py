@@ -27,6 +27,7 @@ MaxNumSeqs = Annotated[int | None, _option("Most requests that run at once. Defa
 MaxBatchedTokens = Annotated[int | None, _option("Most tokens of a step. Default: vLLM's.", "N")]
 BlockSize = Annotated[int, _option("Tokens per block; beside states vLLM makes blocks larger.", "N")]
 TensorParallel = Annotated[int, _option("GPUs that share each layer.", "N")]
+DraftTokens = Annotated[int, _option("Drafts of a step of speculative decoding; 0 for none.", "N")]
 PipelineParallel = Annotated[int, _option("Pipeline stages that share the layers.", "N")]
 Dtype = Annotated[str, typer.Option(help="Data type of weights and KV cache: auto, bfloat16, float16 or float32.")]
 CacheDtype = Annotated[str, typer.Option(help="Data type of the KV cache: auto (as the weights), fp8, fp8_e5m2, ...")]
@@ -61,6 +62,7 @@ def plan(
     block_size: BlockSize = 16,
     tensor_parallel_size: TensorParallel = 1,
     pipeline_parallel_size: PipelineParallel = 1,
+    num_speculative_tokens: DraftTokens = 0,
     dtype: Dtype = "auto",
     kv_cache_dtype: CacheDtype = "auto",
     mamba_ssm_cache_dtype: StateDtype = "auto",
@@ -75,11 +77,9 @@ def plan(
     from ..config import KVPolicyConfig, parse_json_object
     from . import plan as planning
 
-    options = {
+    sizes = {"kv_budget": kv_budget, "kv_buffer": kv_buffer, "kv_window": kv_window}
+    options = sizes | {
         "kv_policy": kv_policy,
-        "kv_budget": kv_budget,
-        "kv_buffer": kv_buffer,
-        "kv_window": kv_window,
         "kv_granularity": kv_granularity,
         "kv_protect_prompt": kv_protect_prompt,
         "kv_policy_config": parse_json_object("--kv-policy-config", kv_policy_config),
@@ -89,6 +89,7 @@ def plan(
         utilization=gpu_memory_utilization,
         ranks=tensor_parallel_size,
         stages=pipeline_parallel_size,
+        drafts=num_speculative_tokens,
         dtype=dtype,
         kv_dtype=kv_cache_dtype,
         state_dtype=mamba_ssm_cache_dtype,

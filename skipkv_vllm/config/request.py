@@ -14,7 +14,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..core.errors import KVPolicyError
-from ..core.limits import NO_OTHERS, Demand, Limits, OtherGroups, most_tokens
+from ..core.limits import NO_DRAFTS, NO_OTHERS, Demand, DraftSlots, Limits, OtherGroups, most_tokens
 from ..core.needs import IN_THE_CACHE, Need
 from ..core.orders import Strength
 from ..policies import Policy, make_policy
@@ -50,22 +50,26 @@ class ResolvedRequest:
     vector: str | None
     strength: Strength
 
-    def demand(self, longest: int, block_size: int, others: OtherGroups = NO_OTHERS) -> Demand:
+    def demand(
+        self, longest: int, block_size: int, others: OtherGroups = NO_OTHERS, drafts: DraftSlots = NO_DRAFTS
+    ) -> Demand:
         """Return the most that the request may need.
 
         Args:
             longest: most tokens that it ever has.
             block_size: tokens of a block of the group that is compacted.
             others: the groups that are not.
+            drafts: slots for drafts.
         """
         limits, num_beside = self.limits, others.num_blocks(longest)
         if limits is None:
             peaks = others.peaks(longest, longest)
-            return Demand(longest, sys.maxsize, num_beside=num_beside, peaks=peaks, at_rest=others.at_rest)
+            num_tokens = drafts.beyond(longest)
+            return Demand(num_tokens, sys.maxsize, num_beside=num_beside, peaks=peaks, at_rest=others.at_rest)
         # A prompt is computed up to its bound and, once it is compacted, by as much as the buffer more in each step.
         peaks = others.peaks(longest, limits.first_bound + (others.num_steps - 1) * limits.buffer)
         num_intact = limits.protected // block_size
-        num_tokens = most_tokens(limits, longest)
+        num_tokens = drafts.beyond(most_tokens(limits, longest))
         return Demand(num_tokens, num_intact, limits.lookahead, num_beside, peaks, others.at_rest)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -92,6 +93,25 @@ class Limits:
 def most_tokens(limits: Limits | None, longest: int) -> int:
     """Return the most tokens that a request of at most `longest` tokens ever holds at once."""
     return longest if limits is None else min(limits.first_bound, longest)
+
+
+class DraftSlots(NamedTuple):
+    """Slots that drafts of speculative decoding may take beyond the tokens of a request.
+
+    Attributes:
+        number: most of them.
+        max_length: length of a request beyond which none is taken.
+    """
+
+    number: int = 0
+    max_length: int = sys.maxsize
+
+    def beyond(self, num_tokens: int) -> int:
+        """Return the most slots that a request of so many tokens takes, drafts included."""
+        return max(num_tokens, min(num_tokens + self.number, self.max_length))
+
+
+NO_DRAFTS = DraftSlots()
 
 
 class OtherGroup(NamedTuple):

@@ -53,8 +53,10 @@ def build_runtime(vllm_config: VllmConfig, model: nn.Module, device: torch.devic
     pool that survives sleep level 2.
     """
     config = compat.policy_config(vllm_config)
+    compat.mark_draft_layers(vllm_config, model)
     if config.evicts:
-        compat.check_attention(layer.impl for layer in compat.evicting_layers(vllm_config).values())
+        layers = compat.evicting_layers(vllm_config) | compat.draft_layers(vllm_config)
+        compat.check_attention(layer.impl for layer in layers.values())
     ranks = join_ranks(vllm_config, device)
     gates = None
     if config.gates is not None:
@@ -193,6 +195,7 @@ def _build_steering(vllm_config: VllmConfig, model: nn.Module, device: torch.dev
         num_rows=scheduling.max_num_seqs,
         max_tokens=compat.most_step_tokens(vllm_config),
         device=device,
+        has_drafts=vllm_config.speculative_config is not None,
     )
     steering.attach(decoder_layers(model, num_layers))
     return steering
@@ -212,7 +215,9 @@ def bind_cache(runner: Any, kv_cache_config: KVCacheConfig, prompt: Callable[[st
     if runtime.config.needs & Need.LOOKAHEAD:
         assert ring is not None
         decoder = LookaheadDecoder(runner, ring, prompt)
-    runtime.bind_cache(cache, groups.spec.block_size, _key_scales(bound), decoder, _sink_logits_of(bound))
+    own_drafts = [layer for name, layer in compat.draft_layers(vllm_config).items() if name in set(groups.layer_names)]
+    drafts = [PagedCache.of([_pages(layer)], _layout(layer)) for layer in own_drafts]
+    runtime.bind_cache(cache, groups.spec.block_size, _key_scales(bound), decoder, _sink_logits_of(bound), drafts)
 
 
 def _allocate_rows(runtime: EvictionRuntime, vllm_config: VllmConfig, pool: Pool) -> None:

@@ -43,6 +43,9 @@ METRICS = {
     "postponed_compactions": Metric(
         "counter", "Steps that requests waited because enough others were compacted; see --kv-compactions-per-step."
     ),
+    "trimmed_drafts": Metric(
+        "counter", "Draft tokens of speculative decoding that were not verified, so that a compaction is on time."
+    ),
     "freed_pages": Metric("counter", "KV blocks freed by compactions."),
     "probes": Metric("counter", "Compactions scored by queries of lookahead tokens."),
     "skipped": Metric("counter", "Times the policy could not act as configured, by reason.", "reason"),

@@ -77,6 +77,20 @@ class ResidentLengths:
             resident.seq_lens_cpu_upper_bound, resident.max_seq_len = torch.from_numpy(bound), int(bound.max())
         return resident
 
+    def copied(self, common: CommonAttentionMetadata) -> CommonAttentionMetadata:
+        """Return a copy of metadata with resident lengths in a tensor of its own."""
+        evicted, resident = self.evicted, copy.copy(common)
+        resident.seq_lens = common.seq_lens.clone()
+        resident._num_computed_tokens_cache = None
+        if evicted is not None:
+            n, upper_bound = len(evicted.host), common.seq_lens_cpu_upper_bound
+            resident.seq_lens[:n].sub_(evicted.device)
+            if upper_bound is not None:
+                bound = upper_bound.numpy().copy()
+                bound[:n] -= evicted.host
+                resident.seq_lens_cpu_upper_bound, resident.max_seq_len = torch.from_numpy(bound), int(bound.max())
+        return resident
+
     def _of_batch(self, num_rows: int) -> tuple[Tensor, np.ndarray | None]:
         """Return the lengths of a batch, and the same as an array if the device is the CPU.
 

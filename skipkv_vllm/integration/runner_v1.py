@@ -8,11 +8,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..core.device import to_device
 from ..worker.batch import StepBatch
 from ..worker.runtime import EvictionRuntime
 from ..worker.signals.base import ForwardOutput
 from . import compat
 from .build import bind_cache, build_runtime, profile_compactions
+from .drafters import ResidentDrafter
 from .resident import ResidentLengths, replaced
 
 if TYPE_CHECKING:
@@ -65,8 +67,11 @@ class EvictingRunnerV1(_Base):
         output = super().execute_model(scheduler_output, *args, **kwargs)
         state, slots = self.execute_model_state, self._evicting_table().slot_mapping.gpu
         produced = (None, None) if state is None else (state.hidden_states, lambda: state.logits)
-        self.runtime.finish_forward(ForwardOutput(self.input_ids.gpu, slots, *produced))
+        self._finish_forward(ForwardOutput(self.input_ids.gpu, slots, *produced))
         return output
+
+    def _finish_forward(self, output: ForwardOutput) -> None:
+        self.runtime.finish_forward(output)
 
     def num_evicted_tokens(self, num_scheduled_tokens: np.ndarray) -> np.ndarray | None:
         """Get ready for the forward pass.
@@ -105,6 +110,8 @@ class HookedRunnerV1(EvictingRunnerV1):
     """The same for a vLLM that does not call `num_evicted_tokens` (`patches/0005`), and for several cache groups."""
 
     _on_host: OnHost | None = None
+    _unverified: ForwardOutput | None = None
+    """of a step whose drafts are not verified yet"""
 
     def build_runtime(self) -> None:
         super().build_runtime()
@@ -118,6 +125,8 @@ class HookedRunnerV1(EvictingRunnerV1):
         if table.compute_slot_mapping == self._map_slots:
             return
         self._resident.attach(self.attn_groups[self._group])
+        if compat.draft_layers(self.vllm_config):
+            ResidentDrafter(self.drafter, self._resident)
         self._stock_map_slots, table.compute_slot_mapping = table.compute_slot_mapping, self._map_slots
         if self.device.type == "cpu":
             self._block_size = table.block_size
@@ -131,10 +140,40 @@ class HookedRunnerV1(EvictingRunnerV1):
 
     def _prepare_inputs(self, scheduler_output: Any, num_scheduled_tokens: np.ndarray) -> Any:
         batch = self._step_batch(num_scheduled_tokens, scheduler_output.total_num_scheduled_tokens)
+        if self.speculative_config is not None:
+            return self._prepare_drafts(scheduler_output, batch)
         self._resident.evicted = self.runtime.prepare(batch)
         prepared = super()._prepare_inputs(scheduler_output, num_scheduled_tokens)
         self.runtime.steer(batch, self.input_ids.gpu)
         return prepared
+
+    def _prepare_drafts(self, scheduler_output: Any, batch: StepBatch) -> Any:
+        """Do the same where the device corrects the positions, if drafts of the last step were rejected."""
+        self._resident.evicted = self.runtime.evicted(batch.request_ids)
+        prepared = super()._prepare_inputs(scheduler_output, batch.counts)
+        batch = batch._replace(positions=self.positions)
+        self.runtime.steer(batch, self.input_ids.gpu)
+        self.runtime.prepare(batch)
+        return prepared
+
+    def _finish_forward(self, output: ForwardOutput) -> None:
+        if self.speculative_config is None or self.execute_model_state is None:
+            super()._finish_forward(output)
+        else:
+            self._unverified = output
+
+    def _update_states_after_model_execute(self, output_token_ids: Tensor, scheduler_output: Any) -> None:
+        super()._update_states_after_model_execute(output_token_ids, scheduler_output)
+        output, self._unverified = self._unverified, None
+        if output is None:
+            return
+        drafts, request_ids = scheduler_output.scheduled_spec_decode_tokens, self.input_batch.req_ids
+        counts = np.array([len(drafts.get(request_id, ())) for request_id in request_ids[: self.input_batch.num_reqs]])
+        num_drafts = to_device(counts, torch.int64, self.device)
+        # Of each request one token more than it has accepted drafts; the others are -1.
+        num_accepted = (output_token_ids[: len(counts)] != -1).sum(dim=1) - 1
+        num_rejected = torch.where(num_drafts > 0, num_drafts - num_accepted, 0)
+        self.runtime.finish_forward(output._replace(num_rejected=num_rejected))
 
     def _map_slots(self, num_reqs: int, query_start_loc: Tensor, positions: Tensor) -> None:
         """Replace the block table's `compute_slot_mapping`: slots follow from resident positions."""

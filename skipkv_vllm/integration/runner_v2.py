@@ -15,6 +15,7 @@ from ..worker.runtime import EvictionRuntime
 from ..worker.signals.base import ForwardOutput
 from . import compat
 from .build import bind_cache, build_runtime, profile_compactions
+from .drafters import ResidentTables
 from .resident import ResidentLengths
 
 if TYPE_CHECKING:
@@ -79,10 +80,11 @@ class EvictingRunnerV2(_Base):
         output = super().execute_model(scheduler_output, *args, dummy_run=False, **kwargs)
         state, slots = self.execute_model_state, self.block_tables.slot_mappings[self._group]
         if state is not None:
-            self.runtime.finish_forward(
-                ForwardOutput(state.input_batch.input_ids, slots, state.hidden_states, self._logits)
-            )
+            self._finish_forward(ForwardOutput(state.input_batch.input_ids, slots, state.hidden_states, self._logits))
         return output
+
+    def _finish_forward(self, output: ForwardOutput) -> None:
+        self.runtime.finish_forward(output)
 
     def _logits(self) -> torch.Tensor:
         """Compute the logits of each request's last token, which this runner does later, when it samples."""
@@ -105,7 +107,8 @@ class EvictingRunnerV2(_Base):
 
     def _prepare(self, inputs: Any) -> Evicted | None:
         counts, starts = inputs.num_scheduled_tokens, inputs.num_computed_tokens_np
-        batch = StepBatch(inputs.req_ids, counts, starts, inputs.num_tokens)
+        positions = None if self.vllm_config.speculative_config is None else inputs.positions
+        batch = StepBatch(inputs.req_ids, counts, starts, inputs.num_tokens, positions)
         self.runtime.steer(batch, inputs.input_ids)
         return self.runtime.prepare(batch)
 
@@ -116,6 +119,10 @@ class HookedRunnerV2(EvictingRunnerV2):
     evicts_kv_tokens = False
     _resident_slots: torch.Tensor | None = None
     """slots of all groups by resident positions, if there are several groups"""
+    _draft_lengths: ResidentLengths | None = None
+    """for the attention of a drafter"""
+    _unverified: ForwardOutput | None = None
+    """of a step whose drafts are not verified yet"""
 
     def build_runtime(self) -> None:
         super().build_runtime()
@@ -127,18 +134,49 @@ class HookedRunnerV2(EvictingRunnerV2):
         self._resident.attach(self.attn_groups[self._group])
         slots = self.block_tables.slot_mappings
         self._resident_slots = torch.zeros_like(slots) if slots.shape[0] > 1 else None
+        if compat.draft_layers(self.vllm_config):
+            self._attach_drafter(self.speculator)
+
+    def _attach_drafter(self, drafter: Any) -> None:
+        lengths = self._draft_lengths = ResidentLengths(self.max_num_reqs, self.device)
+        lengths.attach(drafter.attn_groups[self._group])
+        # A draft model reads one token more of each request than the model.
+        most = self.max_num_tokens + self.max_num_reqs
+        drafter.block_tables = ResidentTables(self.block_tables, lengths, most, self.device)
+        # Metadata that is updated within a graph would read the runner's logical lengths.
+        drafter.supports_decode_metadata_update = False
 
     def num_evicted_tokens(self, input_batch: Any) -> None:
         """Leave lengths and slots to the hooks."""
 
     def execute_model(self, scheduler_output: Any, *args: Any, dummy_run: bool = False, **kwargs: Any) -> Any:
         if dummy_run:
-            self._resident.evicted = None
+            self._set_evicted(None)
         return super().execute_model(scheduler_output, *args, dummy_run=dummy_run, **kwargs)
+
+    def _set_evicted(self, evicted: Evicted | None) -> None:
+        self._resident.evicted = evicted
+        if self._draft_lengths is not None:
+            self._draft_lengths.evicted = evicted
+
+    def _finish_forward(self, output: ForwardOutput) -> None:
+        if self.vllm_config.speculative_config is None:
+            super()._finish_forward(output)
+        else:
+            self._unverified = output
+
+    def postprocess_sampled(
+        self, idx_mapping: Any, sampled_tokens: Any, num_sampled: Any, num_rejected: Any, *args: Any, **kwargs: Any
+    ) -> None:
+        output, self._unverified = self._unverified, None
+        if output is not None:
+            self.runtime.finish_forward(output._replace(num_rejected=num_rejected))
+        super().postprocess_sampled(idx_mapping, sampled_tokens, num_sampled, num_rejected, *args, **kwargs)
 
     def prepare_attn(self, input_batch: Any) -> Any:
         """Compute slot mappings from resident positions where KV is compacted; RoPE keeps `input_batch.positions`."""
-        evicted = self._resident.evicted = self._prepare(input_batch)
+        evicted = self._prepare(input_batch)
+        self._set_evicted(evicted)
         if evicted is None:
             return super().prepare_attn(input_batch)
         positions = self._slot_positions[: input_batch.positions.shape[0]]

@@ -14,7 +14,7 @@ from vllm.v1.core.sched.request_queue import SchedulingPolicy
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreOutputs
 from vllm.v1.metrics.stats import SchedulerStats
-from vllm.v1.request import Request
+from vllm.v1.request import Request, RequestStatus
 
 from ..banner import banner
 from ..capacity import capacity, most_rows
@@ -61,6 +61,7 @@ class EvictionMixin(_Base):
         config = self.kv_policy = compat.policy_config(self.vllm_config)
         groups = self._groups = compat.cache_groups(self.vllm_config, self.kv_cache_config.kv_cache_groups)
         pool = compat.block_pool(self.vllm_config, groups, self.kv_cache_config.num_blocks)
+        self._draft_slots = pool.draft_slots
         # Without eviction a request may reach its longest length; promising that would admit fewer than stock vLLM.
         is_bounded = config.kv_admission == "bounded" and config.evicts
         requests: dict[str, RequestRecord] = {}
@@ -70,7 +71,10 @@ class EvictionMixin(_Base):
         compat.check_bound_fits(config, pool)
         stats = EvictionStats()
         listeners = make_listeners(self.vllm_config, config, self.block_manager.block_size, stats)
-        self.eviction = EvictionController(config, requests, self.block_manager, stats, listeners)
+        self.eviction = EvictionController(
+            config, requests, self.block_manager, stats, listeners, num_draft_slots=pool.draft_slots.number
+        )
+        compat.check_drafter(self)
         self._has_preempted = False
         if config.kv_batch_grouping != "off":
             self.waiting = PrefillLengthQueue(
@@ -105,23 +109,28 @@ class EvictionMixin(_Base):
             options = RequestOptions.parse(given, self.kv_policy, self.max_model_len, check_names=False)
             longest = min(request.num_prompt_tokens + request.max_tokens, longest)
         resolved = options.resolve(self.kv_policy, request.num_prompt_tokens)
-        demand = resolved.demand(longest, self.block_manager.block_size, self._groups.others)
+        demand = resolved.demand(longest, self.block_manager.block_size, self._groups.others, self._draft_slots)
         num_blocks = self.block_manager.ledger.num_blocks - demand.num_beside - demand.num_in_flight
-        room = num_blocks * self.block_manager.block_size
-        if demand.num_tokens > room:
+        slots = num_blocks * self.block_manager.block_size
+        room = slots - self._draft_slots.number
+        if demand.num_tokens > slots:
             # The API server refuses such requests, but with data parallelism it knows the mean of the pools only.
             logger.warning(
                 "SkipKV: request %s will stop at %d tokens, the capacity of the KV cache", request.request_id, room
             )
             request.max_tokens = max(1, room - request.num_prompt_tokens)
-            demand = demand._replace(num_tokens=room)
+            demand = demand._replace(num_tokens=slots)
         # The token that reaches `max_tokens` is never computed; one that reaches the model's length may be.
         end = min(request.num_prompt_tokens + request.max_tokens - 1, self.max_model_len)
         self.eviction.arrive(request.request_id, resolved, demand, end, request.prompt_token_ids or ())
 
     def _get_local_prefix_cache_hit(self, request: Request, *args: Any) -> Any:
         blocks, num_found, *others = super()._get_local_prefix_cache_hit(request, *args)
-        num_cached = self.eviction.requests[request.request_id].limit_cached(num_found)
+        record = self.eviction.requests[request.request_id]
+        num_cached = record.limit_cached(num_found)
+        if self.num_spec_tokens and record.is_managed and 0 < num_cached == request.num_tokens - 1:
+            # To the one token that is left vLLM would add placeholders of drafts, also beyond the bound.
+            num_cached -= self.block_manager.block_size
         if num_cached < num_found:
             # What all groups have of the shorter prefix, which is not the beginning of the longer one in a group that
             # has only the last window of each.
@@ -171,12 +180,14 @@ class EvictionMixin(_Base):
         return victim.request_id
 
     def _reserve_prefill_lookahead(self, request: Request, num_computed_tokens: int, num_new_tokens: int) -> int:
-        # vLLM calls this for every request about to get tokens, to shorten chunks for speculative decoding, which is
-        # refused. It skips a request with none. Chunks end where a compaction is due.
+        # vLLM calls this for every request about to get tokens, to shorten chunks for drafters that are refused. It
+        # skips a request with none. Chunks end where a compaction is due.
         record = self.eviction.requests[request.request_id]
         if record.num_postponed:
             return 0
-        if num_new_tokens > 1:
+        if self.num_spec_tokens:
+            num_new_tokens = self._without_drafts_beyond(request, record, num_computed_tokens, num_new_tokens)
+        elif num_new_tokens > 1:
             return min(num_new_tokens, record.planner.room(num_computed_tokens, record.num_evicted))
         promise = record.promise
         # A session may get more prompt later.
@@ -184,6 +195,23 @@ class EvictionMixin(_Base):
         if promise is not None and promise.num_in_flight and is_decoding:
             self.block_manager.settle(record)
         return num_new_tokens
+
+    def _without_drafts_beyond(
+        self, request: Request, record: RequestRecord, num_computed_tokens: int, num_new_tokens: int
+    ) -> int:
+        """Leave out the drafts with which a request could pass a point at which its exact count must be known."""
+        num_known = request.num_tokens + request.num_output_placeholders - num_computed_tokens
+        if num_new_tokens > num_known and request.status != RequestStatus.RUNNING:
+            return num_new_tokens  # placeholders, which vLLM adds and must find again; they are never right
+        scheduled = record.planner.without_drafts_beyond(
+            num_computed_tokens,
+            record.num_evicted,
+            num_new=num_new_tokens,
+            num_known=num_known,
+            are_verified=not isinstance(self, AsyncScheduler),
+        )
+        self.eviction.stats.trimmed_drafts(max(num_new_tokens, num_known) - max(scheduled, num_known))
+        return scheduled
 
     def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
         super()._preempt_request(request, *args, **kwargs)

@@ -70,8 +70,8 @@ def adapt_runner(runner: Any, vllm_config: Any, is_v2: bool) -> None:
     """
     compat.enable(vllm_config)
     adapter: type
-    # The public seams give the same lengths to all layers.
-    has_one_group = not compat.may_have_several_groups(vllm_config)
+    # The public seams give the same lengths to all layers, and none to drafters.
+    has_one_group = not compat.may_have_several_groups(vllm_config) and vllm_config.speculative_config is None
     if is_v2:
         is_public = has_one_group and compat.is_public("resident lengths, runner V2")
         adapter = EvictingRunnerV2 if is_public else HookedRunnerV2

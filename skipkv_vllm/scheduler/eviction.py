@@ -87,6 +87,8 @@ class EvictionController:
         blocks: BlockManager,
         stats: EvictionStats,
         listeners: Sequence[RequestListener],
+        *,
+        num_draft_slots: int = 0,
     ) -> None:
         self.requests = requests
         self.stats = stats
@@ -96,6 +98,7 @@ class EvictionController:
         self._accumulates = bool(config.needs & FROM_RECENT_QUERIES)
         self._traces = config.kv_trace_dir is not None
         self._most_compactions, self._buffer = config.kv_compactions_per_step, config.kv_buffer
+        self._num_draft_slots = num_draft_slots
 
     # ---- the life of a request
 
@@ -340,6 +343,9 @@ class EvictionController:
             if bound is None:
                 continue
             resident = running_request.num_computed_tokens - request.num_evicted
+            if request.planner.is_done:
+                bound += self._num_draft_slots  # placeholders of drafts that vLLM adds to a request's last token
             assert resident <= bound, f"{request_id} holds {resident} of at most {bound} tokens"
-            num_blocks, most = len(self._blocks.blocks(request_id)), ceil_div(bound, self._blocks.block_size)
+            num_blocks = len(self._blocks.blocks(request_id))
+            most = ceil_div(bound + self._num_draft_slots, self._blocks.block_size)
             assert num_blocks <= most, f"{request_id} holds {num_blocks} of at most {most} blocks"

@@ -137,6 +137,32 @@ class EvictionPlanner:
         assert room > 0, f"{num_logical - num_evicted} tokens were not compacted at the bound of {bound}"
         return room
 
+    def without_drafts_beyond(
+        self, num_logical: int, num_evicted: int, *, num_new: int, num_known: int, are_verified: bool
+    ) -> int:
+        """Return how many tokens the coming step may compute if the last of them are drafts; 0 if none at all.
+
+        The next compaction or accumulation needs the exact number of tokens. Until the drafts of a step are verified,
+        the scheduler counts all of them, and takes those off that were rejected afterwards. If they are not verified
+        when the next step is planned, a step with drafts must end before that point, and a step without any reaches it.
+        So what is counted there is exact, and a request is compacted at the same tokens as without drafts.
+
+        Args:
+            num_logical: tokens computed so far, drafts in flight included.
+            num_evicted: see `due`.
+            num_new: tokens that the step would compute.
+            num_known: how many of these are no drafts.
+            are_verified: whether the drafts of a step are verified before the next one is planned.
+        """
+        if self.bound is None:
+            return num_new
+        if self.is_done and num_logical - num_evicted >= self.bound:
+            return 0  # it has ended, unless drafts in flight are rejected
+        room = self.room(num_logical, num_evicted)
+        if room <= num_new and num_known < room and not are_verified and not self.is_done:
+            room -= 1
+        return min(num_new, room)
+
     def accumulate(self, num_logical: int, is_compacted: bool) -> int:
         """Return the number of newest queries to accumulate now, and note them as accumulated.
 

@@ -52,6 +52,11 @@ class EvictionStats(RequestListener):
         """Count requests that waited a step for their compaction."""
         self._add("postponed_compactions", number)
 
+    def trimmed_drafts(self, number: int) -> None:
+        """Count drafts that were left out of a step so that the request does not pass its bound."""
+        if number:
+            self._add("trimmed_drafts", number)
+
     def traces_dropped(self, reasons: Mapping[str, int]) -> None:
         """Count traces that could not be written, by reason."""
         for reason, count in reasons.items():

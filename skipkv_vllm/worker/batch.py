@@ -25,14 +25,17 @@ class StepBatch(NamedTuple):
     Attributes:
         request_ids: R ids.
         counts: integer `[R]`, tokens of each request in this step, at least one.
-        starts: integer `[R]`, logical position of each one's first token.
+        starts: integer `[R]`, logical position of each one's first token. With speculative decoding that of a request
+            with drafts in flight may be too large, because some of them may have been rejected.
         num_tokens: sum of the counts.
+        positions: integer `[>= T]` on the device, logical position of each token, with speculative decoding; else None.
     """
 
     request_ids: list[str]
     counts: np.ndarray
     starts: np.ndarray
     num_tokens: int
+    positions: Tensor | None = None
 
 
 class Evicted(NamedTuple):
@@ -68,7 +71,7 @@ class RowSpans:
         first token.
         """
         number = len(self.places)
-        if batch.num_tokens > len(batch.request_ids):
+        if batch.num_tokens > len(batch.request_ids) or batch.positions is not None:
             return self._mixed(batch)
         starts = batch.starts if number == len(batch.starts) else batch.starts[self.places]
         if not self._have_begun:
@@ -87,7 +90,24 @@ class RowSpans:
         spans = np.array([self._spans[0], ends - fresh, fresh, starts + skipped], dtype=np.int64)
         if not fresh.all():
             spans = spans[:, fresh > 0]
-        return self._to_device(spans), int(fresh.sum())
+        found = self._to_device(spans)
+        if batch.positions is not None and spans.size:
+            found[3] = batch.positions[found[1]]
+        return found, int(fresh.sum())
+
+    def accepted(self, batch: StepBatch, num_rejected: Tensor) -> tuple[Tensor, int]:
+        """Return the same without the drafts that were rejected, and at least as many tokens as that.
+
+        Args:
+            batch: the step, with drafts.
+            num_rejected: integer `[R]` on the device, the last tokens of each request.
+        """
+        spans, number = self._mixed(batch)
+        if number:
+            begun = np.minimum(np.maximum(self._firsts - batch.starts[self.places], 0), batch.counts[self.places])
+            places = self.places[batch.counts[self.places] > begun]
+            spans[2] -= num_rejected[self._to_device(places)]
+        return spans, number
 
     def _to_device(self, spans: np.ndarray) -> Tensor:
         return to_device(spans, torch.int64, self._device)

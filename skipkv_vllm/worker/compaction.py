@@ -10,6 +10,7 @@ from torch import Tensor
 from .. import ops
 from ..config import KVPolicyConfig
 from ..core.device import to_device
+from ..ops.paging import PagedCache
 from ..policies.selection import select_sentences
 from .cache import KVCache
 from .compaction_batch import CompactionBatch, Moves, independent
@@ -28,13 +29,23 @@ class Compactor:
         cache: the KV cache.
         signals: what is collected for policies.
         ranks: this worker's place among those that share the model.
+        draft_pages: pages of each layer of a drafter. They keep the tokens that the model's last layer keeps, because
+            drafts change no output, and a drafter's queries may have another shape.
     """
 
-    def __init__(self, config: KVPolicyConfig, cache: KVCache, signals: Signals, ranks: Ranks = ALONE) -> None:
+    def __init__(
+        self,
+        config: KVPolicyConfig,
+        cache: KVCache,
+        signals: Signals,
+        ranks: Ranks = ALONE,
+        draft_pages: Sequence[PagedCache] = (),
+    ) -> None:
         self.config = config
         self.cache = cache
         self._signals = signals
         self._ranks = ranks
+        self._draft_pages = draft_pages
         self._scorer = Scorer(cache, config.kv_window, ranks)
         self._select_keep = ops.function("select_keep", cache.device)
         self._compact_pages = ops.function("compact_pages", cache.device, cache.pages.layout)
@@ -61,6 +72,17 @@ class Compactor:
             batch.num_keep,
             *moves,
         )
+        for pages in self._draft_pages:
+            # The positions are those of the last layer, which are written once more.
+            self._compact_pages(
+                *pages,
+                self.cache.sidecar[-1:],
+                batch.positions[:, -1:].contiguous(),
+                batch.source_table,
+                batch.target_table,
+                batch.num_keep,
+                *(each[:, -1:].contiguous() for each in moves),
+            )
         for signal in self._signals:
             signal.move(batch, inputs, moves)
 

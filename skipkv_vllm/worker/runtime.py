@@ -82,6 +82,7 @@ class EvictionRuntime:
         key_scales: Tensor | None = None,
         decoder: Decoder | None = None,
         read_sink_logits: Callable[[], Tensor] | None = None,
+        draft_pages: Sequence[PagedCache] = (),
     ) -> None:
         """Give the runtime the KV cache once it is allocated.
 
@@ -91,12 +92,13 @@ class EvictionRuntime:
             key_scales: float32 `[layers, H]` by which stored keys must be multiplied, or None for 1.
             decoder: computes tokens ahead, if a policy needs their queries.
             read_sink_logits: see `KVCache`.
+            draft_pages: pages of each layer of a drafter, in the same blocks.
         """
         num_heads = 0 if self.signals.queries is None else self.signals.queries.num_heads
         cache = KVCache(pages, block_size, key_scales, read_sink_logits, num_heads)
         for signal in self.signals:
             signal.bind_cache(cache)
-        self._compactor = Compactor(self.config, cache, self.signals, self.ranks)
+        self._compactor = Compactor(self.config, cache, self.signals, self.ranks, draft_pages)
         self._lookahead = None if decoder is None else Lookahead(decoder, self._compactor)
 
     @property
@@ -176,13 +178,15 @@ class EvictionRuntime:
             Tokens that each request has evicted, to be subtracted from its sequence length and slot positions (never
             from its RoPE positions); None if no request has evicted any.
         """
-        rows = self._batch_rows
-        if rows is None or rows.request_ids != batch.request_ids:
-            rows = self._batch_rows = self._rows_of(batch.request_ids)
+        rows = self._rows_of(batch.request_ids)
         self._step = step = Step(batch, rows, self._records_queries)
         for prepare in self.signals.prepare:
             prepare(step)
         return rows.evicted
+
+    def evicted(self, request_ids: Sequence[str]) -> Evicted | None:
+        """Return what `prepare` will, for a runner that needs it before the device has the positions of drafts."""
+        return self._rows_of(request_ids).evicted
 
     def steer(self, batch: StepBatch, token_ids: Tensor) -> None:
         """Compute how strongly each token of the coming forward pass is steered.
@@ -208,20 +212,26 @@ class EvictionRuntime:
         return 0 if request is None else int(self._table.num_evicted[request.row])
 
     def _rows_of(self, request_ids: Sequence[str]) -> BatchRows:
+        known = self._batch_rows
+        if known is not None and known.request_ids == request_ids:
+            return known
         found = (self._requests.get(request_id) for request_id in request_ids)
         unmanaged = self._table.unmanaged
         rows = np.fromiter((unmanaged if r is None else r.row for r in found), np.int64, len(request_ids))
-        return BatchRows(list(request_ids), rows, self._table, self.device)
+        self._batch_rows = BatchRows(list(request_ids), rows, self._table, self.device)
+        return self._batch_rows
 
     # ---- after the forward pass
 
     def finish_forward(self, output: ForwardOutput) -> None:
-        """Read what the forward pass produced."""
+        """Read what the forward pass produced. With speculative decoding call it when drafts have been accepted."""
         step, self._step = self._step, None
         if step is None:
             return
         if self._lookahead is not None:
             self._lookahead.after_forward(step, output, self._requests)
+        if self.steering is not None and output.num_rejected is not None:
+            self.steering.accept(step.batch, output.token_ids, output.num_rejected)
         for after_forward in self.signals.after_forward:
             after_forward(step, output)
 

@@ -68,11 +68,13 @@ class Steering:
         num_rows: requests that can run at once.
         max_tokens: tokens of the largest step.
         device: where the model runs.
+        has_drafts: whether steps contain drafts, which may be rejected.
 
     Attributes:
         row: int32 `[max_tokens]`, row of each token's vector in the table; 0 steers nothing.
         coefficient: float32 `[max_tokens]`, strength at each token.
         state: int32, state of `ops.track_thoughts` by row of the request.
+        committed: `state` before the step, with speculative decoding; else None.
         is_active: False in a step that steers no token. Compiled code and graphs add zeros all the same.
     """
 
@@ -85,6 +87,7 @@ class Steering:
         num_rows: int,
         max_tokens: int,
         device: torch.device,
+        has_drafts: bool = False,
     ) -> None:
         self._vectors = vectors
         self._vocabulary, self._keywords = tables.vocabulary.to(device), tables.keywords.to(device)
@@ -94,6 +97,9 @@ class Steering:
         self.row = torch.zeros(max_tokens, dtype=torch.int32, device=device)
         self.coefficient = torch.zeros(max_tokens, dtype=torch.float32, device=device)
         self.state = torch.zeros(num_rows, len(ops.STATE), dtype=torch.int32, device=device)
+        self.committed = torch.empty_like(self.state) if has_drafts else None
+        self._drafted_row = torch.empty_like(self.row) if has_drafts else None
+        self._drafted_coefficient = torch.empty_like(self.coefficient) if has_drafts else None
         self._strengths = torch.zeros(num_rows, 3, dtype=torch.float32, device=device)
         self._rows = Rows(num_rows)
         self._requests: dict[str, tuple[int, int]] = {}
@@ -182,21 +188,31 @@ class Steering:
         if not num_tokens:
             self._rest()
             return
-        self._track(
-            token_ids,
-            spans,
-            self._vocabulary,
-            self._keywords,
-            self._merge,
-            self._interval,
-            self._strengths,
-            self.state,
-            self._written,
-            self.row,
-            self.coefficient,
-        )
+        if self.committed is not None:
+            self.committed.copy_(self.state)
+        self._read(token_ids, spans, self.row, self.coefficient, self._written)
         self._written = batch.num_tokens
         self.is_active = self._row_on_host is None or bool(self._row_on_host[: self._written].any())
+
+    def accept(self, batch: StepBatch, token_ids: Tensor, num_rejected: Tensor) -> None:
+        """Let the state follow the accepted tokens of a step only.
+
+        Args:
+            batch, token_ids: those of `prepare`.
+            num_rejected: integer `[R]` on the device, the last tokens of each request.
+        """
+        if not self._written or self.committed is None:
+            return
+        spans, _ = self._steered.accepted(batch, num_rejected)
+        self.state.copy_(self.committed)
+        assert self._drafted_row is not None
+        assert self._drafted_coefficient is not None
+        self._read(token_ids, spans, self._drafted_row, self._drafted_coefficient, 0)
+
+    def _read(self, token_ids: Tensor, spans: Tensor, row: Tensor, coefficient: Tensor, written: int) -> None:
+        """Advance the state by the tokens of some spans, and compute how strongly each is steered."""
+        tables = (self._vocabulary, self._keywords, self._merge, self._interval, self._strengths)
+        self._track(token_ids, spans, *tables, self.state, written, row, coefficient)
 
     def prepare_dummy(self) -> None:
         """Get ready for a forward pass without requests, in which a graph may be captured."""

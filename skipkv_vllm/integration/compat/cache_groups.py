@@ -13,11 +13,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ...capacity import groups_of
 from ...core.errors import KVPolicyError
 from ...core.limits import OtherGroup, OtherGroups, state_group, window_group
 from ...core.needs import Need
 from .flags import policy_config
 from .refusals import OTHER_MODEL, Refuse, refusal
+from .speculation import is_draft_layer
 from .version import located
 from .watched import POOL_GROUPS
 
@@ -34,7 +36,8 @@ class CacheGroups:
 
     Attributes:
         evicting: index of the group that is compacted.
-        layer_names: its layers.
+        layer_names: its layers, those of a drafter included.
+        num_draft_layers: how many of them belong to a drafter.
         spec: its layers' KV, as vLLM describes it.
         num_pooled_layers: layers whose KV a block of the pool has room for: those of the largest group, because a block
             serves one group at a time.
@@ -43,6 +46,7 @@ class CacheGroups:
 
     evicting: int
     layer_names: Sequence[str]
+    num_draft_layers: int
     spec: FullAttentionSpec
     num_pooled_layers: int
     others: OtherGroups
@@ -60,13 +64,14 @@ def cache_groups(vllm_config: VllmConfig, groups: Sequence[KVCacheGroupSpec] | N
     """
     groups = _planned(vllm_config) if groups is None else groups
     policy = policy_config(vllm_config)
-    evicting = _evicting(groups, policy)
+    evicting = _evicting(groups, policy, has_drafter=vllm_config.speculative_config is not None)
     if vllm_config.parallel_config.pipeline_parallel_size == 1:
         _check_chosen_layers(groups[evicting].layer_names, policy)
     others = [group.kv_cache_spec for i, group in enumerate(groups) if i != evicting]
     return CacheGroups(
         evicting,
         groups[evicting].layer_names,
+        _num_draft_layers(vllm_config, groups[evicting].layer_names),
         groups[evicting].kv_cache_spec,
         max(len(group.layer_names) for group in groups),
         OtherGroups(
@@ -94,7 +99,7 @@ def _other_group(spec: SlidingWindowSpec | MambaSpec) -> OtherGroup:
     )
 
 
-def _evicting(groups: Sequence[KVCacheGroupSpec], policy: KVPolicyConfig) -> int:
+def _evicting(groups: Sequence[KVCacheGroupSpec], policy: KVPolicyConfig, *, has_drafter: bool = False) -> int:
     from vllm.v1.kv_cache_interface import MambaSpec, SlidingWindowSpec
 
     specs = [group.kv_cache_spec for group in groups]
@@ -102,6 +107,12 @@ def _evicting(groups: Sequence[KVCacheGroupSpec], policy: KVPolicyConfig) -> int
     full = [i for i, spec in enumerate(specs) if _is_full(spec)]
     if len(full) != 1 or any(not _is_full(spec) and type(spec) not in (SlidingWindowSpec, MambaSpec) for spec in specs):
         found = ", ".join(type(spec).__name__ for spec in specs) or "none"
+        if has_drafter:
+            raise refuse(
+                f"this drafter beside this model (their KV cache is {found})",
+                "both must have KV of one shape: as many kv heads of the same size, full attention, and the same dtype",
+                "Use another drafter, or drop --speculative-config",
+            )
         raise refuse(
             f"this model's KV cache ({found})",
             "it must be one group of full-attention layers, and any number of groups with a sliding window or a state",
@@ -178,8 +189,24 @@ def _is_full(spec: Any) -> bool:
     return type(spec) is FullAttentionSpec or has_latents(spec)
 
 
+def _num_draft_layers(vllm_config: VllmConfig, layer_names: Sequence[str]) -> int:
+    """Return how many layers a drafter has among those with full attention; the scheduler knows their names only."""
+    if vllm_config.speculative_config is None:
+        return 0
+    return max(0, len(layer_names) - groups_of(vllm_config.model_config.hf_text_config, 1).num_full)
+
+
+def draft_layers(vllm_config: VllmConfig) -> dict[str, Any]:
+    """Return the layers of a drafter whose KV lies in the same blocks, by name, once the model is loaded."""
+    return {name: layer for name, layer in _full_layers(vllm_config).items() if is_draft_layer(layer)}
+
+
 def evicting_layers(vllm_config: VllmConfig) -> dict[str, Any]:
-    """Return the layers of this worker whose KV is compacted, by name in model order, once the model is loaded."""
+    """Return the model's layers of this worker whose KV is compacted, by name in model order, once it is loaded."""
+    return {name: layer for name, layer in _full_layers(vllm_config).items() if not is_draft_layer(layer)}
+
+
+def _full_layers(vllm_config: VllmConfig) -> dict[str, Any]:
     context = vllm_config.compilation_config.static_forward_context
     return {
         name: layer

@@ -17,6 +17,7 @@ from .refusals import check_config
 from .request_checks import install_request_checks
 from .responses import install_reports
 from .seams import PLUGIN, is_public
+from .speculation import check_speculation
 from .version import check_version, check_vllm, is_tested, located
 from .watched import POOL_CHECK
 from .wrap import wrap
@@ -43,6 +44,7 @@ class PolicyArguments:
         if has_policy(vllm_config):
             check_vllm()
             check_config(vllm_config, policy_config(vllm_config))
+            check_speculation(vllm_config, policy_config(vllm_config))
             enable(vllm_config)
 
 

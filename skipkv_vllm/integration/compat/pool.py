@@ -19,10 +19,11 @@ from ...capacity import (
 )
 from ...config import KEEP_EVERYTHING, KVPolicyConfig, RequestOptions
 from ...core.errors import KVPolicyError
-from ...core.limits import Limits, OtherGroups, ceil_div, most_tokens
+from ...core.limits import DraftSlots, Limits, OtherGroups, ceil_div, most_tokens
 from .cache_groups import CacheGroups, has_latents
 from .flags import has_policy, policy_config
 from .seams import is_public
+from .speculation import num_draft_slots
 from .version import located
 from .watched import POOL_CHECK
 from .wrap import wrap
@@ -78,7 +79,8 @@ def check_pool(vllm_config: VllmConfig, available: int, get_needed_memory: Calla
     if not config.evicts:
         return False
     limits = Limits(config.kv_budget, config.kv_buffer, config.kv_window, 0)
-    longest, bound = model.max_model_len, most_tokens(limits, model.max_model_len)
+    longest = model.max_model_len
+    bound = DraftSlots(num_draft_slots(vllm_config), longest).beyond(most_tokens(limits, longest))
     try:
         # vLLM estimates the memory of shorter sequences the same way.
         model.max_model_len = bound
@@ -106,7 +108,7 @@ def check_bound_fits(config: KVPolicyConfig, pool: Pool) -> None:
     demand = (
         RequestOptions.parse(None, config, pool.max_length)
         .resolve(config, 0)
-        .demand(pool.max_length, pool.block_size, pool.others)
+        .demand(pool.max_length, pool.block_size, pool.others, pool.draft_slots)
     )
     needed = demand.most_blocks(pool.block_size)
     if needed > pool.num_blocks:
@@ -154,11 +156,12 @@ def check_fits_alone(
     resolved = (KEEP_EVERYTHING if request.resumable else options).resolve(config, num_prompt)
     # The groups of the cache are known to the engine only, but follow from the configuration; the engine checks again.
     block_size, others = _planned_groups(vllm_config)
-    limits, demand = resolved.limits, resolved.demand(longest, block_size, others)
+    drafts = DraftSlots(num_draft_slots(vllm_config), vllm_config.model_config.max_model_len)
+    limits, demand = resolved.limits, resolved.demand(longest, block_size, others, drafts)
     if demand.most_blocks(block_size) <= num_blocks:
         return
     num_blocks -= demand.num_beside + demand.num_in_flight
-    most, room = demand.num_tokens, max(0, num_blocks) * block_size
+    most, room = demand.num_tokens, max(0, num_blocks * block_size - drafts.number)
     if request.resumable:
         found = Excess(most, "a streaming-input session keeps all its tokens", "send its input as separate requests")
     elif limits is None:
@@ -238,7 +241,7 @@ def model_shape(vllm_config: VllmConfig, groups: CacheGroups) -> ModelShape:
     """Return the model's shape on one rank."""
     model, spec = vllm_config.model_config, groups.spec
     return ModelShape(
-        num_layers=len(groups.layer_names),
+        num_layers=len(groups.layer_names) - groups.num_draft_layers,
         num_heads=model.get_num_attention_heads(vllm_config.parallel_config),
         num_kv_heads=spec.num_kv_heads,
         head_size=spec.head_size,
@@ -267,4 +270,5 @@ def block_pool(vllm_config: VllmConfig, groups: CacheGroups, num_blocks: int) ->
         max_length=vllm_config.model_config.max_model_len,
         max_tokens=most_step_tokens(vllm_config),
         others=groups.others,
+        num_draft_slots=num_draft_slots(vllm_config),
     )

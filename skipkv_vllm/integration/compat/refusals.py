@@ -175,8 +175,6 @@ def _check_features(vllm_config: VllmConfig, refuse: Refuse) -> None:
     import vllm.envs as envs
 
     parallel = vllm_config.parallel_config
-    if vllm_config.speculative_config is not None:
-        raise refuse("speculative decoding", "rejected tokens make token counts inexact", "Drop --speculative-config")
     if vllm_config.kv_transfer_config is not None:
         raise refuse(
             "KV connectors",

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+DRAFTER_V1 = "vllm.v1.spec_decode.llm_base_proposer:SpecDecodeBaseProposer"
+DRAFTER_V2 = "vllm.v1.worker.gpu.spec_decode.speculator:DraftModelSpeculator"
 SCHEDULER = "vllm.v1.core.sched.scheduler:Scheduler"
 RUNNER_V1 = "vllm.v1.worker.gpu_model_runner:GPUModelRunner"
 RUNNER_V2 = "vllm.v1.worker.gpu.model_runner:GPUModelRunner"
@@ -63,6 +65,8 @@ PRIVATE_NAMES = {
     "_pause_state": (f"{SCHEDULER}.__init__", f"{SCHEDULER}.schedule", f"{SCHEDULER}.set_pause_state"),
     "_maybe_get_memory_pool_context": ("vllm.v1.worker.gpu_worker:Worker._maybe_get_memory_pool_context",),
     "_k_scale": ("vllm.model_executor.layers.attention.attention:set_default_quant_scales",),
+    "_update_positions_dependent_metadata": (f"{DRAFTER_V1}._update_positions_dependent_metadata",),
+    "_slot_mapping_buffer": (f"{DRAFTER_V1}.__init__", f"{DRAFTER_V1}._update_positions_dependent_metadata"),
     "fake_free_list_head": ("vllm.v1.core.kv_cache_utils:FreeKVCacheBlockQueue.__init__",),
 }
 """Private attributes and methods of vLLM used outside this folder, not counting overridden methods -> the symbols that
@@ -132,6 +136,17 @@ RELIED_ON = (
     "vllm.v1.worker.gpu.model_runner:ExecuteModelState",
     f"{RUNNER_V2}.sample",
     "vllm.v1.worker.cpu_worker:CPUWorker.init_device",
+    "vllm.v1.core.sched.async_scheduler:AsyncScheduler._update_after_schedule",
+    f"{SCHEDULER}.update_from_output",
+    f"{RUNNER_V1}.sample_tokens",
+    f"{DRAFTER_V1}.propose",
+    f"{DRAFTER_V1}.set_inputs_first_pass",
+    f"{DRAFTER_V1}._update_positions_dependent_metadata",
+    f"{DRAFTER_V1}.build_per_group_and_layer_attn_metadata",
+    f"{DRAFTER_V2}.set_attn",
+    f"{DRAFTER_V2}._build_attn_metadata",
+    "vllm.v1.worker.gpu.spec_decode.target_dependent_ar.speculator:TargetDependentARSpeculator._multi_step_decode",
+    "vllm.v1.worker.gpu.spec_decode.standalone_ar.speculator:StandaloneARSpeculator.propose",
     # must keep doing what they do
     "vllm.entrypoints.anthropic.serving:AnthropicServingMessages.message_stream_converter",
     "vllm.outputs:RequestOutput.add",

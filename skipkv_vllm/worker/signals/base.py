@@ -39,12 +39,15 @@ class ForwardOutput(NamedTuple):
         hidden: `[>= T, E]` last hidden states after the final norm; None except in a pipeline's last stage.
         logits: returns `[R, V]`, the logits of each request's last token; the same on every rank of a stage. None where
             no tokens are computed ahead.
+        num_rejected: integer `[R]` on the device, how many of each request's last tokens were drafts that were
+            rejected, with speculative decoding; else None.
     """
 
     token_ids: Tensor
     slots: Tensor
     hidden: Tensor | None = None
     logits: Callable[[], Tensor] | None = None
+    num_rejected: Tensor | None = None
 
 
 @dataclass
@@ -103,4 +106,4 @@ class Signal:
         """Get ready for a forward pass without requests: profiling, graph capture, idle data-parallel rank."""
 
     def after_forward(self, step: Step, output: ForwardOutput) -> None:
-        """Read what the forward pass produced."""
+        """Read what the forward pass produced; with speculative decoding once it is known which drafts are accepted."""

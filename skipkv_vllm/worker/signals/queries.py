@@ -101,11 +101,13 @@ class QueryRing(Signal):
         attention._skipkv_entries = self._entries[layer_index]
 
     def prepare(self, step: Step) -> None:
-        if step.records_queries:
-            batch = step.batch
+        batch = step.batch
+        if not step.records_queries:
+            self.skip()
+        elif batch.positions is None:
             self.place(step.rows.recorded, batch.counts, batch.starts, batch.num_tokens)
         else:
-            self.skip()
+            self.place_at(step.rows.recorded, batch.counts, batch.positions[: batch.num_tokens])
 
     def place(self, rows: np.ndarray, counts: np.ndarray, starts: np.ndarray, num_tokens: int) -> None:
         """Choose where the queries of the coming step go; R requests, their tokens contiguous.
@@ -116,10 +118,7 @@ class QueryRing(Signal):
             starts: integer `[R]`, logical position of each one's first token.
             num_tokens: sum of the counts.
         """
-        if rows is not self._rows:
-            self._rows, is_recorded = rows, rows >= 0
-            self._first_entry = np.where(is_recorded, rows * self.num_kept, self._discard)
-            self._cycle = np.where(is_recorded, self.num_kept, 1)
+        self._set_rows(rows)
         if num_tokens == len(rows):
             entries = self._first_entry + starts % self._cycle
         else:
@@ -129,13 +128,41 @@ class QueryRing(Signal):
             )
             is_new = offsets >= count - self.num_kept
             entries = np.where(is_new, first + (start + offsets) % cycle, self._discard)
-        if num_tokens < self._num_set:
-            self.index[num_tokens : self._num_set].fill_(self._discard)
-        self._num_set = num_tokens
+        self._begin(num_tokens)
         if self._index_on_host is None:
             self.index[:num_tokens].copy_(to_device(entries, torch.int64, self.index.device), non_blocking=True)
         else:
             self._index_on_host[:num_tokens] = entries
+
+    def place_at(self, rows: np.ndarray, counts: np.ndarray, positions: Tensor) -> None:
+        """Do the same where only the device knows which drafts were accepted, and so where each request's tokens begin.
+
+        A draft takes the entry of its position, which the right token takes over if it is rejected.
+
+        Args:
+            rows, counts: see `place`.
+            positions: integer `[T]` on the device, logical positions of the tokens.
+        """
+        self._set_rows(rows)
+        num_tokens = len(positions)
+        offsets = np.arange(num_tokens) - np.repeat(counts.cumsum() - counts, counts)
+        count, first, cycle = (np.repeat(x, counts) for x in (counts, self._first_entry, self._cycle))
+        is_new = offsets >= count - self.num_kept
+        numbers = np.array([np.where(is_new, first, self._discard), np.where(is_new, cycle, 1)])
+        first_entry, num_kept = to_device(numbers, torch.int64, self.index.device)
+        self._begin(num_tokens)
+        torch.remainder(positions, num_kept, out=self.index[:num_tokens]).add_(first_entry)
+
+    def _set_rows(self, rows: np.ndarray) -> None:
+        if rows is not self._rows:
+            self._rows, is_recorded = rows, rows >= 0
+            self._first_entry = np.where(is_recorded, rows * self.num_kept, self._discard)
+            self._cycle = np.where(is_recorded, self.num_kept, 1)
+
+    def _begin(self, num_tokens: int) -> None:
+        if num_tokens < self._num_set:
+            self.index[num_tokens : self._num_set].fill_(self._discard)
+        self._num_set = num_tokens
         self.recording = True
 
     def skip(self) -> None:

@@ -60,7 +60,7 @@ class TrackedTokens(NamedTuple):
     Attributes:
         token_ids: integer `[T]`, all tokens of the step.
         spans: int64 `[4, R]`: row, first token in the step, number of tokens, position of the first token.
-        num_tokens: sum of the numbers.
+        num_tokens: sum of the numbers; for kernels at least as much.
         hidden: last hidden states `[T, E]` (after the final norm), or None without embeddings.
     """
 
@@ -83,6 +83,9 @@ class SentenceTracker:
         dtype: dtype of the stored embeddings.
         device: where the model runs.
         keeps_text: whether sentences are compared by their words; excludes embeddings.
+
+    Attributes:
+        needs_number: whether `update` needs the exact number of tokens on the host.
     """
 
     def __init__(
@@ -120,6 +123,8 @@ class SentenceTracker:
         self._embeddings = torch.zeros(num_rows, kept + 1, hidden_size, dtype=dtype, device=device)
         self._kept_order = torch.arange(kept, dtype=torch.int64, device=device)
         self._track = ops.function("track_sentences", device)
+        # Kernels read how many tokens each request has; on a CPU nobody waits for the sum.
+        self.needs_number = device.type == "cpu" or ops.report(device.type)["track_sentences"].backend == "torch"
         self._similarity = ops.function("sentence_similarity", device)
         self._look_up = ops.function("token_penalties", device)
 

@@ -39,7 +39,13 @@ class Sentences(Signal):
         if self.tracker is None:
             return
         assert output.hidden is not None
-        spans, num_tokens = step.rows.tracked.of(step.batch)
+        tracked = step.rows.tracked
+        if output.num_rejected is None:
+            spans, num_tokens = tracked.of(step.batch)
+        else:
+            spans, num_tokens = tracked.accepted(step.batch, output.num_rejected)
+            if num_tokens and self.tracker.needs_number:
+                num_tokens = int(spans[2].sum())
         if num_tokens:
             self.tracker.update(TrackedTokens(output.token_ids, spans, num_tokens, output.hidden))
 
