@@ -20,6 +20,7 @@ from skipkv_vllm.config import KVPolicyConfig, RequestOptions
 from skipkv_vllm.core.errors import KVPolicyError
 from skipkv_vllm.policies import policy_names
 from tests import conftest, harness  # noqa: F401  conftest sets the environment of engines in this process
+from tests.draft_models import DRAFTERS
 from tests.random_models import FAMILIES, model_of
 
 if TYPE_CHECKING:
@@ -55,6 +56,11 @@ ENGINES: dict[str, dict[str, Any]] = {
         "kv_steering_vectors": [],
     },
 }
+SPECULATIVE = ARGUMENTS | {
+    "num_gpu_blocks_override": 512,
+    "kv_request_policies": ["h2o", "snapkv", "random", "thinkv"],
+}
+"""of an engine with speculative decoding; see `draft_models`"""
 SPECIAL = ARGUMENTS | {
     "num_gpu_blocks_override": 512,
     "kv_steering_vectors": [],
@@ -254,9 +260,14 @@ def serves(config: KVPolicyConfig, name: str) -> bool:
     return True
 
 
+def runner_of(llm: vllm.LLM) -> Any:
+    """The model runner of an engine in this process."""
+    return llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
+
+
 def runtime_of(llm: vllm.LLM) -> Any:
     """The worker's `EvictionRuntime` of an engine in this process."""
-    return llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner.runtime
+    return runner_of(llm).runtime
 
 
 def num_compactions(llm: vllm.LLM) -> int:
@@ -304,7 +315,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     families = {family: SPECIAL | model_of(family) for family in FAMILIES if FAMILIES[family].is_special}
-    engines = ENGINES | families
+    drafting = {f"drafts of {name}": SPECULATIVE | DRAFTERS[name]() for name in ("ngram", "eagle")}
+    drafting["drafts of ngram"]["async_scheduling"] = False  # as vLLM demands
+    engines = ENGINES | families | drafting
     share = -(-arguments.requests // len(engines))
     for kind, settings in engines.items():
         llm = harness.engine(**settings)

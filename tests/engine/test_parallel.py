@@ -23,6 +23,7 @@ from skipkv_vllm.trace.files import Trace
 from tests import harness
 from tests.engine import test_families as families
 from tests.engine import test_prompt_methods as prompt_methods
+from tests.engine import test_speculation as speculation
 from tests.engine import test_steering as steering
 from tests.engine.test_exactness import another_question, check, check_segments, segment_job
 from tests.engine.test_server import free_port
@@ -96,6 +97,12 @@ def test_every_rank_has_the_latents_of_all_heads() -> None:
     for number in (0, 1, 3):
         assert outcome.tokens[number] == alone.tokens[number]
     assert all(len(tokens) == one.num_new for tokens in outcome.tokens)
+
+
+@pytest.mark.parametrize("granularity", ["head", "sentence"])
+def test_a_drafter_on_all_ranks(granularity: str, references: ReferenceCache) -> None:
+    one = speculation.job_of("eagle", is_async=True, kv_granularity=granularity, **TENSOR)
+    check(one, harness.run(one), references, min_compactions=3)
 
 
 def test_tokens_are_decoded_ahead_on_all_ranks(references: ReferenceCache) -> None:

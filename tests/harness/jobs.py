@@ -5,10 +5,12 @@ from __future__ import annotations
 import pickle
 import tempfile
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 from skipkv_vllm.scheduler.stats import SKIPPED
 from skipkv_vllm.trace.files import Trace, trace_path
@@ -86,6 +88,7 @@ class Outcome:
         attention: class of the attention implementation.
         graphs: name of vLLM's CUDA graph mode.
         cache: dtype of the KV pages.
+        acceptance: share of the drafts that were accepted; 0 without speculative decoding.
     """
 
     tokens: list[list[int]]
@@ -103,6 +106,7 @@ class Outcome:
     attention: str = ""
     graphs: str = ""
     cache: str = ""
+    acceptance: float = 0.0
 
 
 def run(job: Job, runner: str = "v1") -> Outcome:
@@ -179,7 +183,8 @@ def run_on(llm: vllm.LLM, job: Job) -> Outcome:
     before = _counts(llm)
     config = llm.llm_engine.vllm_config
     # vLLM compiles a helper for log probabilities even if the model runs eagerly, which takes a minute.
-    with torch.compiler.set_stance("force_eager" if config.model_config.enforce_eager else "default"):
+    stance = torch.compiler.set_stance("force_eager" if config.model_config.enforce_eager else "default")
+    with stance, _counted_drafts(scheduler_of(llm)) as drafts:
         done = generate_staggered(llm, job.prompts, params, job.every, job.abort_at, job.adapters)
     assert_pool_empty(llm)
     tokens: list[list[int]] = []
@@ -218,7 +223,22 @@ def run_on(llm: vllm.LLM, job: Job) -> Outcome:
         type(layers[0].impl).__mro__[1 if job.policies else 0].__name__ if layers else "",
         config.compilation_config.cudagraph_mode.name,
         str(layers[0].kv_cache.dtype) if layers else "",
+        drafts["accepted"] / max(1, drafts["verified"]),
     )
+
+
+@contextmanager
+def _counted_drafts(scheduler: Any) -> Iterator[Counter[str]]:
+    """Count the drafts that are verified, and those of them that are accepted."""
+    counts: Counter[str] = Counter()
+    original = scheduler.make_spec_decoding_stats
+
+    def make_stats(stats: Any, num_draft_tokens: int, num_accepted_tokens: int, *args: Any, **kwargs: Any) -> Any:
+        counts.update(verified=num_draft_tokens, accepted=num_accepted_tokens)
+        return original(stats, num_draft_tokens, num_accepted_tokens, *args, **kwargs)
+
+    with mock.patch.object(scheduler, "make_spec_decoding_stats", make_stats):
+        yield counts
 
 
 def _counts(llm: vllm.LLM) -> Counter[str]:

@@ -270,12 +270,8 @@ def test_an_unsupported_feature_is_refused(math, changes, parts):
         assert part in str(error.value)
 
 
-def test_speculative_decoding_is_refused_and_a_quantised_cache_is_not(math):
-    config, policy = model_for(math, cache_config__cache_dtype="fp8")
-    compat.check_config(config, policy)
-    config.speculative_config = object()
-    with pytest.raises(KVPolicyError, match="--kv-steering-vectors does not support speculative decoding"):
-        compat.check_config(config, policy)
+def test_a_quantised_cache_is_not_refused(math):
+    compat.check_config(*model_for(math, cache_config__cache_dtype="fp8"))
 
 
 def test_frozen_coefficients_are_refused(math):

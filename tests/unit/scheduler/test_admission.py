@@ -227,6 +227,7 @@ def vllm_config():
         model_config=SimpleNamespace(max_model_len=2048, hf_text_config=SimpleNamespace()),
         max_in_flight_tokens=256,
         max_concurrent_batches=2,
+        speculative_config=None,
         parallel_config=SimpleNamespace(
             decode_context_parallel_size=1,
             prefill_context_parallel_size=1,

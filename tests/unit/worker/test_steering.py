@@ -22,14 +22,15 @@ from skipkv_vllm.worker.steering import Steering, decoder_layers
 from tests.unit.steering.thinking import STRENGTH, WIDTH, ids, naive_alphas, random_text, tables, tokenizer
 
 
-def make_steering(num_rows: int = 3, interval: int = 16, layers: tuple[int, ...] = (1, 0)) -> Steering:
+def make_steering(num_rows: int = 3, interval: int = 16, layers: tuple[int, ...] = (1, 0), **options: Any) -> Steering:
     vectors = [
         SteeringVector(
             values=torch.arange(1, WIDTH + 1).float() * (i + 1), layer=layer, num_layers=3, base_model="m", method="m"
         )
         for i, layer in enumerate(layers)
     ]
-    return Steering(tables(), vectors, interval=interval, num_rows=num_rows, max_tokens=600, device=torch.device("cpu"))
+    sizes = {"interval": interval, "num_rows": num_rows, "max_tokens": 600}
+    return Steering(tables(), vectors, **sizes, device=torch.device("cpu"), **options)
 
 
 class Feed:
@@ -98,6 +99,32 @@ def test_coefficients_do_not_depend_on_how_the_text_is_fed(seed):
         assert feed.alphas[name][:200] == pytest.approx(wanted, abs=1e-6), name
         num_steered += sum(alpha != 0 for alpha in wanted)
     assert num_steered >= 5
+
+
+def test_the_state_follows_accepted_tokens_only():
+    """Each step reads some wrong drafts behind the right tokens, and takes them back."""
+    prompt, text = ids("Read a.\n\n<think>"), random_text(3, 200)
+    draw, whole = random.Random(5), prompt + text
+    steering, controller = make_steering(num_rows=2, has_drafts=True), SteeringController(tables(), 16, False)
+    steering.start(controller.start("a", prompt, 1, STRENGTH))
+    found, read = [0.0] * len(whole), len(prompt)
+    while read < len(whole):
+        count = min(draw.randint(1, 4), len(whole) - read)
+        accepted = draw.randint(1, count)
+        drafts = draw.choices(text, k=count - accepted)
+        tokens = torch.tensor([*whole[read : read + accepted], *drafts], dtype=torch.int32)
+        # The scheduler may count drafts that were rejected.
+        start = np.array([read + draw.randint(0, 3)])
+        positions = torch.arange(read, read + count)
+        batch = StepBatch(["a"], np.array([count]), start, count, positions)
+        steering.prepare(batch, tokens)
+        for i in range(accepted):
+            found[read + i] = float(steering.coefficient[i]) if steering.row[i] else 0.0
+        steering.accept(batch, tokens, torch.tensor([count - accepted]))
+        read += accepted
+    wanted = naive_alphas(whole, len(prompt), True, 16, STRENGTH)[: len(whole)]
+    assert found == pytest.approx(wanted, abs=1e-6)
+    assert sum(alpha != 0 for alpha in wanted) >= 3
 
 
 def ends_thinking(prompt: list[int]) -> bool:

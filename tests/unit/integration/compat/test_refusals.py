@@ -62,7 +62,6 @@ def test_a_layer_that_the_model_does_not_have_is_refused():
         ({"model_config__is_attention_free": True}, ["state-space", "decoder-only model"]),
         ({"diffusion_config": object()}, ["diffusion models", "decoder-only model"]),
         ({"model_config__is_mm_prefix_lm": True}, ["prefix-LM", "--language-model-only"]),
-        ({"speculative_config": object()}, ["speculative decoding", "Drop --speculative-config"]),
         ({"kv_transfer_config": object()}, ["KV connectors", "Drop --kv-transfer-config and --kv-off"]),
         ({"parallel_config__decode_context_parallel_size": 2}, ["context parallelism", "-context-parallel-size to 1"]),
         ({"parallel_config__prefill_context_parallel_size": 2}, ["context parallelism", "-context-parallel-size to 1"]),

@@ -210,7 +210,7 @@ def test_an_error_names_what_its_caller_wrote(request_id, options, max_tokens):
     config.cache_config = SimpleNamespace(num_gpu_blocks=20, block_size=16)
     config.parallel_config = SimpleNamespace(data_parallel_size=1, tensor_parallel_size=1)
     config.max_in_flight_tokens = 128
-    config.max_concurrent_batches = 2
+    config.max_concurrent_batches, config.speculative_config = 2, None
     config.model_config.hf_text_config = SimpleNamespace()
 
     def parameter(num_prompt: int, tokens: int, **given: object) -> tuple[str | None, str]:

@@ -233,3 +233,40 @@ def test_queries_can_be_handed_out_instead():
     step(ring, impls, [(1, 1, 0, 4)])
     assert all(torch.equal(ring.of_layer(layer, 0, 4, ring.num_kept), held[layer]) for layer in range(LAYERS))
     assert len(seen) == LAYERS
+
+
+# ---- drafts
+
+
+@pytest.mark.parametrize("window", [4, 7])
+def test_wrong_drafts_leave_nothing_behind_at_a_bound(window):
+    """No draft is computed beyond the bound, so the right token overwrites what a wrong one left."""
+    ring, impls = make_ring(num_kept=window, max_tokens=64)
+    chance, position, rows = random.Random(window), [0, 3], np.array([0, 2])
+    for bound in ([window, window + 5], [30, 31], [62, 53]):
+        while position != bound:
+            left = [b - p for b, p in zip(bound, position, strict=True)]
+            counts = [min(chance.randint(1, 4), n) if n else 1 for n in left]
+            accepted = [chance.randint(1, count) if n else 0 for count, n in zip(counts, left, strict=True)]
+            # A request that has reached its bound waits: it computes for nobody here.
+            active = np.where(np.array(left) > 0, rows, -1)
+            parts = list(zip(rows.tolist(), position, counts, accepted, strict=True))
+            ring.place_at(active, np.array(counts), torch.tensor([p + i for _, p, n, _ in parts for i in range(n)]))
+            for layer, impl in enumerate(impls):
+                wrong = torch.full((HEADS, DIM), -7.0)
+                queries = [query_of(layer, r, p + i) if i < a else wrong for r, p, n, a in parts for i in range(n)]
+                impl.forward(None, *3 * [torch.stack(queries)])
+            position = [p + a for p, a in zip(position, accepted, strict=True)]
+        for row, end in zip(rows.tolist(), bound, strict=True):
+            expect(ring, row, row, end)
+
+
+def test_positions_on_the_device_give_the_same_entries():
+    ring, _ = make_ring(num_kept=4, max_tokens=32)
+    rows, counts, starts = np.array([1, -1, 0]), np.array([9, 2, 1]), np.array([6, 0, 11])
+    ring.place(rows, counts, starts, 12)
+    expected = ring.index.clone()
+    ring.place_at(rows, counts, torch.tensor([*range(6, 15), 0, 1, 11]))
+    assert torch.equal(ring.index, expected)
+    ring.place_at(rows[:1], np.array([1]), torch.tensor([15]))
+    assert (ring.index[1:] == ring.index[-1]).all(), "entries of the last step are left"
