@@ -12,10 +12,11 @@ from skipkv_vllm.capacity import ModelShape, shape_of
 from skipkv_vllm.cli.plan import DTYPES
 from skipkv_vllm.config import KVPolicyConfig
 
+from .drafts import NGRAM
 from .lengths import Offered
 
 PRODUCTION, SAME = "full, production", "full, same settings"
-GROUPED = ", grouped"
+GROUPED, SPECULATIVE = ", grouped", ", n-gram"
 
 
 class Arm(NamedTuple):
@@ -27,7 +28,7 @@ class Arm(NamedTuple):
     @property
     def evicts(self) -> bool:
         """Whether it has a policy."""
-        return self.name not in (PRODUCTION, SAME)
+        return self.name.removesuffix(SPECULATIVE) not in (PRODUCTION, SAME)
 
 
 def model_shape(args: argparse.Namespace) -> ModelShape:
@@ -94,6 +95,8 @@ def engine_arguments(args: argparse.Namespace, arm: Arm, load: Sequence[Offered]
         fields = ("kv_policy", "kv_budget", "kv_buffer", "kv_protect_prompt")
         arguments |= {name: getattr(given, name) for name in fields}
         arguments["kv_policy_config"] = given.kv_policy_config
+    if arm.name.endswith(SPECULATIVE):
+        arguments["speculative_config"] = NGRAM
     if arm.name.endswith(GROUPED):
         arguments |= {
             "kv_batch_grouping": "prefill-length",

@@ -17,6 +17,7 @@ from benchmarks import remote
 from benchmarks.remote import answer_orders
 from skipkv_vllm.evaluation.children import attended
 
+from .drafts import DraftCounter, Drafts
 from .lengths import Offered
 
 STEP_COLUMNS = ("seconds", "requests", "tokens", "prefill_tokens", "resident_tokens", "compactions")
@@ -47,6 +48,7 @@ class Run:
         longest_overtaken: seconds past its turn at which a request was overtaken, at most; 0 without grouping.
         kv_bytes: of a token.
         num_pages: of the pool.
+        drafts: of speculative decoding.
     """
 
     seconds: float = 0.0
@@ -62,6 +64,7 @@ class Run:
     longest_overtaken: float = 0.0
     kv_bytes: int = 0
     num_pages: int = 0
+    drafts: Drafts = field(default_factory=Drafts)
 
 
 class Engine:
@@ -83,6 +86,7 @@ class Engine:
         text = "\n\n".join(f"{problem.question}\n\n{problem.completion}" for problem in problems("train", 400))
         self.ids = cached_tokenizer_from_config(config.model_config).encode(text)
         self.steps: list[tuple[float, ...]] = []
+        self.drafts = DraftCounter(self.scheduler)
         self._watch()
 
     def _watch(self) -> None:
@@ -119,6 +123,7 @@ class Engine:
         if hasattr(queue, "longest_overtaken"):
             queue.longest_overtaken = 0.0
         self.steps.clear()
+        self.drafts.by_request.clear()
         numbers: dict[str, int] = {}
         last: dict[str, float] = {}
         gaps: dict[float, int] = defaultdict(int)
@@ -158,6 +163,7 @@ class Engine:
         run.steps = np.array(self.steps)
         run.steps[:, 0] = np.diff(run.steps[:, 0], append=started + run.seconds)
         run.compactions = int(run.steps[:, 5].sum())
+        run.drafts = self.drafts.total()
         run.longest_overtaken = getattr(queue, "longest_overtaken", 0.0)
         run.num_pages = self.scheduler.kv_cache_manager.block_pool.num_gpu_blocks - 1
         (group,) = self.scheduler.kv_cache_config.kv_cache_groups

@@ -9,7 +9,18 @@ from typing import NamedTuple
 from skipkv_vllm import KVPolicyError
 
 from . import store
-from .sections import accuracy, cost, fidelity, operators, published, simulation, steering, throughput, unequal_budgets
+from .sections import (
+    accuracy,
+    cost,
+    fidelity,
+    operators,
+    published,
+    simulation,
+    speculation,
+    steering,
+    throughput,
+    unequal_budgets,
+)
 from .sections.summary import summary_sections
 from .store import DOCS, PAPER, RESULTS, Summary, read_summary, write_summary
 
@@ -70,6 +81,9 @@ PAGES = {
         "Throughput",
         (
             Section(throughput.throughput_section, (store.THROUGHPUT,)),
+            Section(speculation.speculation_section, (store.SPECULATION,)),
+            Section(speculation.acceptance_section, (store.ACCEPTANCE,)),
+            Section(speculation.acceptance_section, (store.REAL_ACCEPTANCE,)),
             Section(simulation.simulation_section, (store.SIMULATION,)),
         ),
     ),

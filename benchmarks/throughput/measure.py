@@ -32,12 +32,12 @@ def measure_pools(args: argparse.Namespace, load: Sequence[Offered], logs: Path)
         logs,
         one_by_one=args.one_by_one,
     )
-    rows = [_row(arm, [round_[0] for round_ in rounds]) for arm, rounds in runs.items()]
+    rows = [row_of(arm, [round_[0] for round_ in rounds]) for arm, rounds in runs.items()]
     by_arm = {(row["arm"], row["pool"]): row for row in rows}
     for row in rows:
         for name, base in (("of_same", SAME), ("of_production", PRODUCTION)):
-            row[name] = _ratio(row, by_arm[base, row["pool"]])
-        row["of_full_at_largest"] = _ratio(row, by_arm[SAME, max(args.pools)])
+            row[name] = ratio(row, by_arm[base, row["pool"]])
+        row["of_full_at_largest"] = ratio(row, by_arm[SAME, max(args.pools)])
     return rows, {arm: rounds[-1][0] for arm, rounds in runs.items()}
 
 
@@ -57,14 +57,14 @@ def measure_grouping(args: argparse.Namespace, logs: Path) -> list[Row]:
     runs = in_turns(arguments, orders, args.grouping_rounds, logs, one_by_one=args.one_by_one)
     rows = []
     for arm, rounds in runs.items():
-        row = _row(arm, [round_[0] for round_ in rounds])
+        row = row_of(arm, [round_[0] for round_ in rounds])
         found = [effects(round_[0], round_[1:], load, args.grouping_batch) for round_ in rounds]
         row |= {key: median(each[key] for each in found) for key in found[0]}
         row["longest_overtaken"] = max(each["longest_overtaken"] for each in found)
         row["bound"] = args.grouping_max_wait if arm.name.endswith(GROUPED) else None
         rows.append(row)
     for row in rows:
-        row["of_ungrouped"] = _ratio(row, rows[0])
+        row["of_ungrouped"] = ratio(row, rows[0])
     return rows
 
 
@@ -106,7 +106,7 @@ def in_turns(
     return runs
 
 
-def _row(arm: Arm, runs: Sequence[Run]) -> Row:
+def row_of(arm: Arm, runs: Sequence[Run]) -> Row:
     """Figures of an engine: medians over its runs; counts are the same in each."""
     last = runs[-1]
     with_compaction = last.steps[:, 5] > 0
@@ -139,6 +139,6 @@ def _percentile(times: Sequence[Any], share: float) -> float:
     return median(float(np.percentile(each, share)) for each in times)
 
 
-def _ratio(row: Row, base: Row) -> float:
+def ratio(row: Row, base: Row) -> float:
     """Median over the rounds of the ratio of two engines' rates."""
     return median(a / b for a, b in zip(row["rates"], base["rates"], strict=True))

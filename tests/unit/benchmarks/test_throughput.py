@@ -9,10 +9,21 @@ import numpy as np
 import pytest
 
 from benchmarks import serving
-from benchmarks.load.arms import GROUPED, PRODUCTION, SAME, Arm, add_engine_arguments, engine_arguments, pool_pages
+from benchmarks.load.arms import (
+    GROUPED,
+    PRODUCTION,
+    SAME,
+    SPECULATIVE,
+    Arm,
+    add_engine_arguments,
+    engine_arguments,
+    pool_pages,
+)
+from benchmarks.load.drafts import NGRAM, Drafts
 from benchmarks.load.engine import STEP_COLUMNS, Run
 from benchmarks.load.lengths import Offered, add_length_arguments, offered_load, pages_needed
 from benchmarks.load.padding import capture_sizes, effects, graph_padding, parallel_padding, static_padding
+from benchmarks.results.sections.speculation import speculation_section
 from benchmarks.results.sections.throughput import throughput_section
 from benchmarks.throughput import __main__ as command_line
 from benchmarks.throughput import measure
@@ -142,6 +153,42 @@ def test_a_run_writes_its_figures_and_fails_on_a_missed_bar(monkeypatch, tmp_pat
     assert "| 0.1 | skipkv |" in "\n".join(throughput_section(figures))
 
 
+def test_speculation_compares_four_engines_alike(monkeypatch, tmp_path, capsys):
+    class Engine:
+        def __init__(self, arguments, log):
+            assert arguments["async_scheduling"] is False
+            assert arguments["max_model_len"] >= 30 + 40 + NGRAM["num_speculative_tokens"] + 1
+            self.evicts, self.speculates = "kv_policy" in arguments, "speculative_config" in arguments
+
+        def answer(self, order):
+            seconds = 12 / ((3 if self.evicts else 1) * (2 if self.speculates else 1))
+            drafts = Drafts(40, 30) if self.speculates else Drafts()
+            steps = np.ones((5, len(STEP_COLUMNS)))
+            return Run(seconds, 120, 3, [0.1], np.array([0.1, 0.2]), 2, 0, 5, steps, [0], 0.0, 2048, 9, drafts)
+
+        def stop(self):
+            pass
+
+    monkeypatch.setattr(measure, "Remote", Engine)
+    out = tmp_path / "speculation.json"
+    lengths = ["--prompt-min", "30", "--prompt-max", "30", "--output-min", "40", "--output-max", "40"]
+    assert command_line.main(["--speculation", "--requests", "3", *lengths, "--pools", "0.5", "--out", str(out)]) == 0
+    assert "75.0%" in capsys.readouterr().out
+    figures = json.loads(out.read_text())
+    found = {
+        row["arm"]: [row[key] for key in ("of_plain", "of_full_alike", "of_full")] for row in figures["speculation"]
+    }
+    assert found == {
+        SAME: [1, 1, 1],
+        SAME + SPECULATIVE: [2, 1, 2],
+        "skipkv": [1, 3, 3],
+        "skipkv" + SPECULATIVE: [2, 3, 6],
+    }
+    assert [row["acceptance"] for row in figures["speculation"]] == [None, 0.75] * 2
+    assert "| 0.5 | skipkv, n-gram | 60 | 2.00 | 3.00 | 6.00 | 75.0% | 40 |" in "\n".join(speculation_section(figures))
+    assert not Arm(SAME + SPECULATIVE, 1.0).evicts
+
+
 def rows(**changes: float) -> list[dict]:
     base = {"of_same": 1.0, "of_production": 1.0, "of_full_at_largest": 1.0, "preemptions": 0}
     small = {"of_same": 3.0, "of_production": 2.6, "of_full_at_largest": 0.9} | changes
@@ -219,7 +266,7 @@ def test_the_page_reads_what_a_run_writes():
     load = {"requests": 1, "prompt_tokens": 2, "output_tokens": 3, "shortest_output": 3, "pages": 4}
     steps = np.ones((5, len(STEP_COLUMNS)))
     measured = Run(1.0, 3, 1, [0.1], np.array([0.1, 0.2]), 1, 0, 5, steps, [0], 0.0, 2048, 4)
-    row = measure._row(Arm("skipkv", 0.1), [measured])
+    row = measure.row_of(Arm("skipkv", 0.1), [measured])
     row |= {"of_same": 2.0, "of_production": 2.0, "of_full_at_largest": 1.0}
     figures = {"run": run, "load": load, "pools": [row], "grouping": [], "predictions": []}
     text = "\n\n".join(throughput_section(json.loads(json.dumps(figures, default=str))))
