@@ -73,10 +73,11 @@ def acceptance_section(figures: Mapping[str, Any]) -> list[str]:
         f"*{settings['kind']}*) is the prompt, and the model goes on greedily to that length. `{settings['policy']}` "
         f"has a budget of {figures['budget']} tokens and a buffer of {settings['buffer']}, prompts are not protected, "
         f"and a text is compacted {figures['compactions']:.1f} times. Drafts come from n-grams, as above. A draft is "
-        "accepted if it is the token that the model chooses. So with greedy decoding the text alone decides, and the "
-        "second row, which drafts for the finished answers again, differs from the first by the drafts that an engine "
-        "leaves out. In the last two rows both have the same text and the same drafts, several for each of its "
-        "places. The share there is of drafts that the model would have accepted. Intervals are over texts.",
+        "accepted if it is the token that the model chooses, so with greedy decoding the text alone decides. The "
+        "second row drafts for the finished answers again. It differs from the first by the drafts that an engine "
+        "leaves out, and by those of the last step, which may reach behind the end. In the last two rows both have the "
+        "same text and the same drafts, several for each of its places. The share there is of drafts that the model "
+        "would have accepted. Intervals are over texts.",
         acceptance_table(figures["rows"]),
         finding(figures["rows"]),
         made_by(run),
@@ -110,8 +111,9 @@ def finding(rows: Iterable[Mapping[str, Any]]) -> str:
     else:
         start = f"Acceptance with eviction is more than 2 points from that without: {100 * own:+.1f} points."
     return (
-        f"{start} Of these, {100 * own - replayed:+.1f} come from drafts that are left out before a compaction and "
-        "where queries are accumulated: the last ones of a step, which are rejected most often. Other texts account "
-        f"for {replayed:+.1f}. On given texts, where every draft is judged, the difference is {full:+.1f} and "
-        f"{source:+.1f} points."
+        f"{start} Of these, {100 * own - replayed:+.1f} come from the drafts that the engine leaves out before a "
+        "compaction and where queries are accumulated, and from the ends of texts. What is left out are the last "
+        f"drafts of a step, which are rejected most often. Other texts account for {replayed:+.1f}. On given texts, "
+        f"where every draft is judged, the difference is {full:+.1f} (the answer of full KV) and "
+        f"{source:+.1f} points (the text of the prompt)."
     )
