@@ -74,6 +74,10 @@ class Outcome:
     is_unavailable: bool = False
 
 
+def _allow_interrupts() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 class Process:
     """A command that runs.
 
@@ -101,6 +105,8 @@ class Process:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
+                # In the background of a script, and so under `nohup`, shells let commands ignore interrupts.
+                preexec_fn=_allow_interrupts,
             )
 
     def outcome(self, end: float) -> Outcome:
