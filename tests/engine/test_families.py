@@ -62,12 +62,12 @@ def test_engine_equals_reference(family: str, granularity: str) -> None:
     check(job, outcome, oracle(family), min_compactions=3)
 
 
-def test_runner_v2_equals_reference(special: str) -> None:
-    job = job_of(special)
+def test_runner_v2_equals_reference(family: str) -> None:
+    job = job_of(family)
     outcome = harness.run(job, "v2")
     assert outcome.is_v2
     assert outcome.num_cached[-1] >= 4 * PAGE, "the prefix cache was not hit"
-    check(job, outcome, oracle(special), min_compactions=3)
+    check(job, outcome, oracle(family), min_compactions=3)
 
 
 @pytest.mark.parametrize("runner", ["v1", "v2"])

@@ -10,6 +10,8 @@ import pytest
 from skipkv_vllm.config import KVPolicyConfig, flags
 from skipkv_vllm.integration import metrics_page
 from skipkv_vllm.policies import make_policy, policy_names, table
+from tests import families_page
+from tests.random_models import FAMILIES
 
 REPOSITORY = Path(__file__).parents[3]
 README = (REPOSITORY / "README.md").read_text()
@@ -32,6 +34,13 @@ def test_the_table_of_policies_is_the_generated_one():
 def test_the_table_of_metrics_is_the_generated_one():
     assert (PAGES / "metrics.md").read_text() == metrics_page.document(), (
         "run `python -m skipkv_vllm.integration.metrics_page > docs/reference/metrics.md`"
+    )
+
+
+def test_the_table_of_families_is_the_generated_one():
+    assert families_page.ABOUT.keys() == FAMILIES.keys()
+    assert (PAGES / "families.md").read_text() == families_page.document(), (
+        "run `python -m tests.families_page > docs/reference/families.md`"
     )
 
 
