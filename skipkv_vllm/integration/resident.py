@@ -63,18 +63,14 @@ class ResidentLengths:
         if evicted is None:
             seq_lens.copy_(common.seq_lens)
             return resident
-        n, upper_bound = len(evicted.host), common.seq_lens_cpu_upper_bound
+        n = len(evicted.host)
         if on_host is None:
             seq_lens.copy_(common.seq_lens)
             seq_lens[:n].sub_(evicted.device)
         else:
             on_host[:] = common.seq_lens.numpy()
             on_host[:n] -= evicted.host
-        if upper_bound is not None:
-            # Some backends plan blocks from this bound as if it were exact.
-            bound = upper_bound.numpy().copy()
-            bound[:n] -= evicted.host
-            resident.seq_lens_cpu_upper_bound, resident.max_seq_len = torch.from_numpy(bound), int(bound.max())
+        _shorten_bound(resident, evicted.host)
         return resident
 
     def copied(self, common: CommonAttentionMetadata) -> CommonAttentionMetadata:
@@ -83,12 +79,8 @@ class ResidentLengths:
         resident.seq_lens = common.seq_lens.clone()
         resident._num_computed_tokens_cache = None
         if evicted is not None:
-            n, upper_bound = len(evicted.host), common.seq_lens_cpu_upper_bound
-            resident.seq_lens[:n].sub_(evicted.device)
-            if upper_bound is not None:
-                bound = upper_bound.numpy().copy()
-                bound[:n] -= evicted.host
-                resident.seq_lens_cpu_upper_bound, resident.max_seq_len = torch.from_numpy(bound), int(bound.max())
+            resident.seq_lens[: len(evicted.host)].sub_(evicted.device)
+            _shorten_bound(resident, evicted.host)
         return resident
 
     def _of_batch(self, num_rows: int) -> tuple[Tensor, np.ndarray | None]:
@@ -101,3 +93,11 @@ class ResidentLengths:
             view = self._seq_lens[:num_rows]
             found = self._views[num_rows] = (view, view.numpy() if view.device.type == "cpu" else None)
         return found
+
+
+def _shorten_bound(resident: CommonAttentionMetadata, evicted: np.ndarray) -> None:
+    """Take evicted tokens off the upper bound of lengths, from which some backends plan blocks as if it were exact."""
+    if resident.seq_lens_cpu_upper_bound is not None:
+        bound = resident.seq_lens_cpu_upper_bound.numpy().copy()
+        bound[: len(evicted)] -= evicted
+        resident.seq_lens_cpu_upper_bound, resident.max_seq_len = torch.from_numpy(bound), int(bound.max())
