@@ -129,9 +129,11 @@ class Process:
     def _end(self) -> None:
         """Interrupt the command, so that it writes what it has, and end whatever does not go."""
         assert self._process is not None
-        self._process.send_signal(signal.SIGINT)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(GRACE)
+        for _ in range(2):  # Python may lose one, which comes while an object is destroyed
+            self._process.send_signal(signal.SIGINT)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(GRACE / 2)
+                break
         # It leads a group of its own, with everything that it started.
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
