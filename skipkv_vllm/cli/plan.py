@@ -194,8 +194,9 @@ def _empty_pool(
     block_size = block_size_of(text, machine.block_size, sizes)
     others = others_of(text, block_size, num_steps * max_tokens, num_steps, machine.ranks)
     block_size = groups_of(text, block_size, machine.ranks).block_size
-    # The drafts of a step, and as many that a drafter writes ahead of it.
-    return Pool(0, block_size, max_num_seqs, max_length, max_tokens, others, 2 * machine.drafts)
+    # Those of the steps in flight, and as many as a step's that a drafter writes ahead of them.
+    num_draft_slots = num_steps * (1 + machine.drafts) - 1 + machine.drafts if machine.drafts else 0
+    return Pool(0, block_size, max_num_seqs, max_length, max_tokens, others, num_draft_slots)
 
 
 def _max_length(model: str, text: Any, machine: Machine) -> int:

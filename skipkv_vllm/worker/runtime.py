@@ -196,7 +196,7 @@ class EvictionRuntime:
             token_ids: integer `[>= T]` on the device.
         """
         if self.steering is not None:
-            self.steering.prepare(batch, token_ids)
+            self.steering.prepare(batch, token_ids if batch.positions is None else _known(token_ids, batch.num_tokens))
 
     def prepare_dummy(self) -> None:
         """Get ready for a forward pass without requests: profiling, graph capture, idle data-parallel rank."""
@@ -228,6 +228,8 @@ class EvictionRuntime:
         step, self._step = self._step, None
         if step is None:
             return
+        if output.num_rejected is not None:
+            output = output._replace(token_ids=_known(output.token_ids, step.batch.num_tokens))
         if self._lookahead is not None:
             self._lookahead.after_forward(step, output, self._requests)
         if self.steering is not None and output.num_rejected is not None:
@@ -298,3 +300,8 @@ class EvictionRuntime:
             assert (held == position).any(-1).all(), "a token of the question was evicted"
         assert order.num_logical - self.num_evicted(order.request_id) == order.num_keep
         self._rows.check_integrity()
+
+
+def _known(token_ids: Tensor, num_tokens: int) -> Tensor:
+    """Return the ids of a step's tokens, with 0 for placeholders of drafts, as the model reads them."""
+    return token_ids[:num_tokens].clamp(min=0)

@@ -155,9 +155,10 @@ def test_a_drafter_writes_to_blocks_of_its_requests(drafter: str, monkeypatch: p
 
 def test_a_soak_loses_no_page() -> None:
     llm = harness.engine(**SPECULATIVE, **DRAFTERS["eagle"]())
-    report = Soak(llm, seed=3, abort_share=0.3, repeats=4).run(150)
+    report = Soak(llm, seed=0, repeats=4).run(600)
     assert report.aborted > 20
-    assert report.compactions > 150
+    assert report.steered_tokens > 100
+    assert report.compactions > 600
 
 
 def test_placeholders_of_drafts_are_left_alone(references: ReferenceCache) -> None:

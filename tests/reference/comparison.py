@@ -39,8 +39,11 @@ def another_question(prompt: list[int]) -> list[int]:
 
 def draft_slots(job: Job) -> int:
     """Slots that drafts may take beyond the tokens of a request: those of a step, and those that a drafter writes."""
-    speculation = job.arguments.get("speculative_config") or {"num_speculative_tokens": 0, "method": "ngram"}
-    return speculation["num_speculative_tokens"] * (1 if speculation["method"] == "ngram" else 2)
+    speculation = job.arguments.get("speculative_config")
+    if not speculation:
+        return 0
+    number, num_steps = speculation["num_speculative_tokens"], 1 + job.arguments["async_scheduling"]
+    return num_steps * (1 + number) - 1 + (0 if speculation["method"] == "ngram" else number)
 
 
 def settings_of(job: Job, number: int) -> Settings:

@@ -21,10 +21,14 @@ IS_DRAFT = "_skipkv_is_draft"
 
 
 def num_draft_slots(vllm_config: VllmConfig) -> int:
-    """Return how many slots drafts may take beyond a request's tokens: its own, and those of a drafter ahead of it."""
+    """Return how many slots drafts may take beyond a request's tokens: its own, and those of a drafter ahead of it.
+
+    At its end every step in flight but the first may compute nothing but drafts.
+    """
     if vllm_config.speculative_config is None:
         return 0
-    return vllm_config.num_speculative_tokens + vllm_config.num_lookahead_tokens
+    own = vllm_config.max_concurrent_batches * (1 + vllm_config.num_speculative_tokens) - 1
+    return own + vllm_config.num_lookahead_tokens
 
 
 def mark_draft_layers(vllm_config: VllmConfig, model: nn.Module) -> None:
