@@ -209,13 +209,14 @@ def bind_cache(runner: Any, kv_cache_config: KVCacheConfig, prompt: Callable[[st
     vllm_config, layers = runner.vllm_config, compat.evicting_layers(runner.vllm_config)
     groups = compat.cache_groups(vllm_config, kv_cache_config.kv_cache_groups)
     _allocate_rows(runtime, vllm_config, compat.block_pool(vllm_config, groups, kv_cache_config.num_blocks))
-    bound = [layer for name, layer in layers.items() if name in set(groups.layer_names)]
+    names = set(groups.layer_names)
+    bound = [layer for name, layer in layers.items() if name in names]
     cache = PagedCache.of([_pages(layer) for layer in bound], _layout(bound[0]))
     decoder, ring = None, runtime.signals.queries
     if runtime.config.needs & Need.LOOKAHEAD:
         assert ring is not None
         decoder = LookaheadDecoder(runner, ring, prompt)
-    own_drafts = [layer for name, layer in compat.draft_layers(vllm_config).items() if name in set(groups.layer_names)]
+    own_drafts = [layer for name, layer in compat.draft_layers(vllm_config).items() if name in names]
     drafts = [PagedCache.of([_pages(layer)], _layout(layer)) for layer in own_drafts]
     runtime.bind_cache(cache, groups.spec.block_size, _key_scales(bound), decoder, _sink_logits_of(bound), drafts)
 

@@ -72,7 +72,7 @@ class EvictionMixin(_Base):
         stats = EvictionStats()
         listeners = make_listeners(self.vllm_config, config, self.block_manager.block_size, stats)
         self.eviction = EvictionController(
-            config, requests, self.block_manager, stats, listeners, num_draft_slots=pool.draft_slots.number
+            config, requests, self.block_manager, stats, listeners, num_draft_slots=pool.num_draft_slots
         )
         compat.check_drafter(self)
         self._has_preempted = False

@@ -82,17 +82,19 @@ class RowSpans:
         self._positions[:] = starts
         return self._to_device(self._spans) if self._on_host is None else self._on_host, number
 
-    def _mixed(self, batch: StepBatch) -> tuple[Tensor, int]:
-        starts, counts = batch.starts[self.places], batch.counts[self.places]
+    def _mixed(self, batch: StepBatch, num_rejected: Tensor | None = None) -> tuple[Tensor, int]:
+        starts, counts, places = batch.starts[self.places], batch.counts[self.places], self.places
         # np.clip takes several times as long for the few requests of a step.
         skipped = np.minimum(np.maximum(self._firsts - starts, 0), counts)
-        fresh, ends = counts - skipped, batch.counts.cumsum()[self.places]
+        fresh, ends = counts - skipped, batch.counts.cumsum()[places]
         spans = np.array([self._spans[0], ends - fresh, fresh, starts + skipped], dtype=np.int64)
         if not fresh.all():
-            spans = spans[:, fresh > 0]
+            spans, places = spans[:, fresh > 0], places[fresh > 0]
         found = self._to_device(spans)
         if batch.positions is not None and spans.size:
             found[3] = batch.positions[found[1]]
+            if num_rejected is not None:
+                found[2] -= num_rejected[self._to_device(places)]
         return found, int(fresh.sum())
 
     def accepted(self, batch: StepBatch, num_rejected: Tensor) -> tuple[Tensor, int]:
@@ -102,12 +104,7 @@ class RowSpans:
             batch: the step, with drafts.
             num_rejected: integer `[R]` on the device, the last tokens of each request.
         """
-        spans, number = self._mixed(batch)
-        if number:
-            begun = np.minimum(np.maximum(self._firsts - batch.starts[self.places], 0), batch.counts[self.places])
-            places = self.places[batch.counts[self.places] > begun]
-            spans[2] -= num_rejected[self._to_device(places)]
-        return spans, number
+        return self._mixed(batch, num_rejected)
 
     def _to_device(self, spans: np.ndarray) -> Tensor:
         return to_device(spans, torch.int64, self._device)

@@ -122,12 +122,8 @@ class QueryRing(Signal):
         if num_tokens == len(rows):
             entries = self._first_entry + starts % self._cycle
         else:
-            offsets = np.arange(num_tokens) - np.repeat(counts.cumsum() - counts, counts)
-            start, count, first, cycle = (
-                np.repeat(x, counts) for x in (starts, counts, self._first_entry, self._cycle)
-            )
-            is_new = offsets >= count - self.num_kept
-            entries = np.where(is_new, first + (start + offsets) % cycle, self._discard)
+            offsets, first_entry, cycle = self._by_token(counts, num_tokens)
+            entries = first_entry + (np.repeat(starts, counts) + offsets) % cycle
         self._begin(num_tokens)
         if self._index_on_host is None:
             self.index[:num_tokens].copy_(to_device(entries, torch.int64, self.index.device), non_blocking=True)
@@ -145,19 +141,26 @@ class QueryRing(Signal):
         """
         self._set_rows(rows)
         num_tokens = len(positions)
-        offsets = np.arange(num_tokens) - np.repeat(counts.cumsum() - counts, counts)
-        count, first, cycle = (np.repeat(x, counts) for x in (counts, self._first_entry, self._cycle))
-        is_new = offsets >= count - self.num_kept
-        numbers = np.array([np.where(is_new, first, self._discard), np.where(is_new, cycle, 1)])
-        first_entry, num_kept = to_device(numbers, torch.int64, self.index.device)
+        _, *numbers = self._by_token(counts, num_tokens)
+        first_entry, cycle = to_device(np.array(numbers), torch.int64, self.index.device)
         self._begin(num_tokens)
-        torch.remainder(positions, num_kept, out=self.index[:num_tokens]).add_(first_entry)
+        torch.remainder(positions, cycle, out=self.index[:num_tokens]).add_(first_entry)
 
     def _set_rows(self, rows: np.ndarray) -> None:
         if rows is not self._rows:
             self._rows, is_recorded = rows, rows >= 0
             self._first_entry = np.where(is_recorded, rows * self.num_kept, self._discard)
             self._cycle = np.where(is_recorded, self.num_kept, 1)
+
+    def _by_token(self, counts: np.ndarray, num_tokens: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return each token's place in its request's part of the step, and its first entry and number of entries.
+
+        All but the last `num_kept` tokens of a request have the discard row's.
+        """
+        offsets = np.arange(num_tokens) - np.repeat(counts.cumsum() - counts, counts)
+        count, first, cycle = (np.repeat(x, counts) for x in (counts, self._first_entry, self._cycle))
+        is_new = offsets >= count - self.num_kept
+        return offsets, np.where(is_new, first, self._discard), np.where(is_new, cycle, 1)
 
     def _begin(self, num_tokens: int) -> None:
         if num_tokens < self._num_set:
