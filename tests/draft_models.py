@@ -20,13 +20,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from benchmarks.load.drafts import NGRAM
 from tests.harness import demo_prompts
 from tests.harness.settings import MODEL
 
 NUM_TEXTS, LENGTH = 10, 250
 RIDGE = 1e-3
 NOISE = 0.6
-NGRAM = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_min": 2, "prompt_lookup_max": 4}
 
 
 def eagle() -> dict[str, Any]:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import pickle
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
+from benchmarks.load.drafts import DraftCounter
 from skipkv_vllm.scheduler.stats import SKIPPED
 from skipkv_vllm.trace.files import Trace, trace_path
 from tests.harness import children
@@ -184,7 +184,10 @@ def run_on(llm: vllm.LLM, job: Job) -> Outcome:
     config = llm.llm_engine.vllm_config
     # vLLM compiles a helper for log probabilities even if the model runs eagerly, which takes a minute.
     stance = torch.compiler.set_stance("force_eager" if config.model_config.enforce_eager else "default")
-    with stance, _counted_drafts(scheduler_of(llm)) as drafts:
+    scheduler = scheduler_of(llm)
+    # The counter replaces this function; other jobs of the engine have counters of their own.
+    with stance, mock.patch.object(scheduler, "make_spec_decoding_stats", scheduler.make_spec_decoding_stats):
+        drafts = DraftCounter(scheduler)
         done = generate_staggered(llm, job.prompts, params, job.every, job.abort_at, job.adapters)
     assert_pool_empty(llm)
     tokens: list[list[int]] = []
@@ -206,7 +209,6 @@ def run_on(llm: vllm.LLM, job: Job) -> Outcome:
     layers = [each for each in config.compilation_config.static_forward_context.values() if hasattr(each, "impl")]
     counts = _counts(llm) - before
     skipped = {name.removeprefix(SKIPPED): n for name, n in counts.items() if name.startswith(SKIPPED)}
-    scheduler = scheduler_of(llm)
     return Outcome(
         tokens,
         logprobs,
@@ -223,22 +225,8 @@ def run_on(llm: vllm.LLM, job: Job) -> Outcome:
         type(layers[0].impl).__mro__[1 if job.policies else 0].__name__ if layers else "",
         config.compilation_config.cudagraph_mode.name,
         str(layers[0].kv_cache.dtype) if layers else "",
-        drafts["accepted"] / max(1, drafts["verified"]),
+        drafts.total().share or 0.0,
     )
-
-
-@contextmanager
-def _counted_drafts(scheduler: Any) -> Iterator[Counter[str]]:
-    """Count the drafts that are verified, and those of them that are accepted."""
-    counts: Counter[str] = Counter()
-    original = scheduler.make_spec_decoding_stats
-
-    def make_stats(stats: Any, num_draft_tokens: int, num_accepted_tokens: int, *args: Any, **kwargs: Any) -> Any:
-        counts.update(verified=num_draft_tokens, accepted=num_accepted_tokens)
-        return original(stats, num_draft_tokens, num_accepted_tokens, *args, **kwargs)
-
-    with mock.patch.object(scheduler, "make_spec_decoding_stats", make_stats):
-        yield counts
 
 
 def _counts(llm: vllm.LLM) -> Counter[str]:
