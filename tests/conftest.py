@@ -30,6 +30,13 @@ def pytest_report_header() -> str:
         return "vLLM: not installed"
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Let a command run what takes too long for every change."""
+    parser.addoption(
+        "--every-mode", action="store_true", help="speculative decoding on Runner V2: all modes, long texts"
+    )
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int:
     """Answer `-n auto`."""

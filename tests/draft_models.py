@@ -34,6 +34,11 @@ def eagle() -> dict[str, Any]:
     return {"speculative_config": {"method": "eagle", "model": _folder(_write_eagle), "num_speculative_tokens": 3}}
 
 
+def eagle3() -> dict[str, Any]:
+    """Return those of the bundled model with an EAGLE-3 head of random weights, which is wrong nearly always."""
+    return {"speculative_config": {"method": "eagle3", "model": _folder(_write_eagle3), "num_speculative_tokens": 3}}
+
+
 def mtp() -> dict[str, Any]:
     """Return those of the bundled model with a module for multi-token prediction, as MiMo has one."""
     return {"model": _folder(_write_mtp), "speculative_config": {"method": "mtp", "num_speculative_tokens": 3}}
@@ -42,6 +47,19 @@ def mtp() -> dict[str, Any]:
 def ngram() -> dict[str, Any]:
     """Return those of the bundled model with a search for the last tokens in the text."""
     return {"speculative_config": NGRAM}
+
+
+def ngram_gpu() -> dict[str, Any]:
+    """Return those of the bundled model with that search in kernels, which Model Runner V2 has.
+
+    It proposes tokens also where nothing was found, which are wrong mostly.
+    """
+    return {"speculative_config": NGRAM | {"method": "ngram_gpu", "num_speculative_tokens": 2}}
+
+
+def suffix() -> dict[str, Any]:
+    """Return those of the bundled model with a search in trees of all texts, which needs another package."""
+    return {"speculative_config": {"method": "suffix", "num_speculative_tokens": 8}}
 
 
 def draft_model() -> dict[str, Any]:
@@ -90,7 +108,10 @@ def scripted() -> dict[str, Any]:
 
 DRAFTERS: dict[str, Callable[[], dict[str, Any]]] = {
     "ngram": ngram,
+    "ngram_gpu": ngram_gpu,
+    "suffix": suffix,
     "eagle": eagle,
+    "eagle3": eagle3,
     "mtp": mtp,
     "draft_model": draft_model,
 }
@@ -116,15 +137,14 @@ def _save(folder: Path, config: dict[str, Any], weights: dict[str, Tensor]) -> N
     save_file({name: each.contiguous() for name, each in weights.items()}, folder / "model.safetensors")
 
 
-def _write_eagle(folder: Path) -> None:
-    """Write an EAGLE head: a Llama layer without its first norm, behind the map of embedding and hidden state."""
+def _llama() -> dict[str, Any]:
+    """Return the configuration of a Llama layer with the sizes of the bundled model."""
     own = _config()
-    size, heads = own["hidden_size"], own["num_attention_heads"]
     config = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         "num_hidden_layers": 1,
-        "head_dim": size // heads,
+        "head_dim": own["hidden_size"] // own["num_attention_heads"],
         "hidden_act": "silu",
         "rms_norm_eps": 1e-6,
         "tie_word_embeddings": False,
@@ -132,11 +152,32 @@ def _write_eagle(folder: Path) -> None:
         "bos_token_id": None,
     }
     shared = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "vocab_size")
-    config |= {name: own[name] for name in (*shared, "max_position_embeddings", "eos_token_id", "dtype")}
-    texts = _read_texts()
+    return config | {name: own[name] for name in (*shared, "max_position_embeddings", "eos_token_id", "dtype")}
+
+
+def _write_eagle(folder: Path) -> None:
+    """Write an EAGLE head: a Llama layer without its first norm, behind the map of embedding and hidden state."""
+    config, texts = _llama(), _read_texts()
     embedded, hidden = texts["embedded"], texts["normed"]
-    weights = _layer("layers.0.") | {"layers.0.post_attention_layernorm.weight": torch.ones(size)}
+    weights = _layer("layers.0.") | {"layers.0.post_attention_layernorm.weight": torch.ones(config["hidden_size"])}
     _save(folder, config, weights | {"fc.weight": _fit(embedded, hidden, hidden)})
+
+
+def _write_eagle3(folder: Path) -> None:
+    """Write an EAGLE-3 head, whose attention reads embeddings beside the hidden states of three layers."""
+    config, prefix = _llama(), "midlayer."
+    size = config["hidden_size"]
+    layers = {"draft_vocab_size": config["vocab_size"], "eagle_aux_hidden_state_layer_ids": [1, 2, 3]}
+    weights = _layer(prefix, width=2 * size)
+    norms = ("input_layernorm", "hidden_norm", "post_attention_layernorm")
+    weights |= {f"{prefix}{name}.weight": torch.ones(size) for name in norms}
+    weights |= {
+        "norm.weight": torch.ones(size),
+        "fc.weight": 0.1 * torch.randn(size, 3 * size, generator=torch.Generator().manual_seed(0)),
+    }
+    weights["lm_head.weight"] = load_file(next(Path(MODEL).glob("*.safetensors")))["lm_head.weight"].clone()
+    # The base class of vLLM's configurations of drafters reads the layers from here.
+    _save(folder, config | layers | {"eagle_config": layers}, weights)
 
 
 def _write_mtp(folder: Path) -> None:
@@ -166,15 +207,16 @@ def _write_noisy(folder: Path) -> None:
     _save(folder, _config(), weights)
 
 
-def _layer(prefix: str) -> dict[str, Tensor]:
-    """Return a decoder layer whose attention and feed-forward network change its input a little."""
+def _layer(prefix: str, width: int | None = None) -> dict[str, Tensor]:
+    """Return a decoder layer, whose attention reads `width` features, and which changes its input a little."""
     own, generator = _config(), torch.Generator().manual_seed(0)
     size, wide = own["hidden_size"], own["intermediate_size"]
+    width = width or size
     kv_size = size // own["num_attention_heads"] * own["num_key_value_heads"]
     shapes = {
-        "self_attn.q_proj": (size, size, 0.1),
-        "self_attn.k_proj": (kv_size, size, 0.1),
-        "self_attn.v_proj": (kv_size, size, 0.1),
+        "self_attn.q_proj": (size, width, 0.1),
+        "self_attn.k_proj": (kv_size, width, 0.1),
+        "self_attn.v_proj": (kv_size, width, 0.1),
         "self_attn.o_proj": (size, size, 0.02),
         "mlp.gate_proj": (wide, size, 0.02),
         "mlp.up_proj": (wide, size, 0.02),

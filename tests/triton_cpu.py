@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ def enable() -> None:
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     register_backend()
     make_faster()
+    take_masks_of_integers()
 
 
 def register_backend() -> None:
@@ -69,6 +71,25 @@ def make_faster(check_overflow: bool = False) -> None:
     interpreter._get_np_dtype = lambda one: of_scalar(one) if type(one) is tl.dtype else numpy_type(one)
     builder = interpreter.interpreter_builder
     builder.options = dataclasses.replace(builder.options, sanitize_overflow=check_overflow)
+
+
+def take_masks_of_integers() -> None:
+    """Let the interpreter take masks as compiled kernels do, where a scalar of one bit may be part of a mask.
+
+    The kernels of vLLM's search for n-grams have such masks, which NumPy would take for indices.
+    """
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    for name, place in (("create_masked_load", 1), ("create_masked_store", 2)):
+        setattr(InterpreterBuilder, name, _with_boolean_mask(getattr(InterpreterBuilder, name), place))
+
+
+def _with_boolean_mask(access: Callable[..., Any], place: int) -> Callable[..., Any]:
+    def access_masked(self: Any, *args: Any) -> Any:
+        args[place].data = args[place].data.astype(bool, copy=False)
+        return access(self, *args)
+
+    return access_masked
 
 
 def use_triton_attention() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -25,9 +26,11 @@ if TYPE_CHECKING:
 LONG, NUM_NEW = 150, 400
 SIZES: dict[str, Any] = {"kv_budget": 160, "kv_buffer": 48, "kv_request_policies": ["h2o", "random"]}
 METHODS = ["skipkv", "rkv", "h2o", "skipkv", "random", "skipkv"]
-MODES = [(name, is_async) for name in DRAFTERS for is_async in (False, True) if (name, is_async) != ("ngram", True)]
-"""vLLM has no asynchronous scheduling for its search of n-grams on the host."""
+MODES = [("ngram", False), *itertools.product(("eagle", "mtp", "draft_model"), (False, True))]
+"""vLLM has no asynchronous scheduling for its search of n-grams on the host, and needs a GPU for the other one."""
 IDS = [f"{name}-{'async' if is_async else 'sync'}" for name, is_async in MODES]
+MODES_V2 = [("ngram_gpu", True, "head"), ("eagle", True, "head"), ("mtp", False, "sentence")]
+ALL_V2 = list(itertools.product(("ngram_gpu", "eagle", "mtp"), (False, True), ("head", "sentence")))
 
 
 def job_of(drafter: str, is_async: bool, **arguments: Any) -> Job:
@@ -53,17 +56,51 @@ def test_engine_equals_reference(mode: tuple[str, bool], granularity: str, refer
     check(job, outcome, references, min_compactions=3)
 
 
-def test_runner_v2_equals_reference(references: ReferenceCache) -> None:
-    """The interpreter is slow, so modes and granularities are mixed, and texts are short."""
-    modes = [("eagle", True, "head"), ("mtp", False, "sentence")]
-    sizes = {"kv_budget": 72, "kv_buffer": 24}
-    jobs = [job_of(drafter, is_async, kv_granularity=granularity, **sizes) for drafter, is_async, granularity in modes]
-    jobs = [dataclasses.replace(job, prompts=job.prompts[2:5], policies=METHODS[2:5], num_new=110) for job in jobs]
-    outcomes = harness.run_all(jobs, "v2")
-    for job, outcome, (_, is_async, _) in zip(jobs, outcomes, modes, strict=True):
-        assert (outcome.is_v2, outcome.is_async) == (True, is_async)
-        assert 0.2 < outcome.acceptance < 0.9
-        check(job, outcome, references, min_compactions=3)
+def shortened(job: Job) -> Job:
+    """Take three of the requests and less of their texts, for the slow interpreter."""
+    arguments = job.arguments | {"kv_budget": 72, "kv_buffer": 24}
+    return dataclasses.replace(job, prompts=job.prompts[2:5], policies=METHODS[2:5], num_new=110, arguments=arguments)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """The interpreter is slow, so without `--every-mode` some modes run, and their texts are short."""
+    if "mode_v2" in metafunc.fixturenames:
+        modes = ALL_V2 if metafunc.config.getoption("every_mode") else MODES_V2
+        ids = [f"{name}-{'async' if is_async else 'sync'}-{granularity}" for name, is_async, granularity in modes]
+        metafunc.parametrize("mode_v2", modes, ids=ids)
+
+
+def test_runner_v2_equals_reference(
+    mode_v2: tuple[str, bool, str],
+    references: ReferenceCache,
+    pytestconfig: pytest.Config,
+) -> None:
+    drafter, is_async, granularity = mode_v2
+    job = job_of(drafter, is_async, kv_granularity=granularity)
+    if not pytestconfig.getoption("every_mode"):
+        job = shortened(job)
+    outcome = harness.run(job, "v2")
+    assert (outcome.is_v2, outcome.is_async) == (True, is_async)
+    results = check(job, outcome, references, min_compactions=3)
+    print(f"{outcome.acceptance:.1%} of the drafts accepted, compactions {[len(each.events) for each in results]}")
+    assert 0.2 < outcome.acceptance < 0.9
+
+
+@pytest.mark.parametrize(("drafter", "runner"), [("eagle3", "v1"), ("eagle3", "v2"), ("draft_model", "v2")])
+def test_other_drafters(drafter: str, runner: str, references: ReferenceCache) -> None:
+    job = shortened(job_of(drafter, is_async=True))
+    outcome = harness.run(job, runner)
+    assert outcome.acceptance < 0.1 if drafter == "eagle3" else 0.2 < outcome.acceptance < 0.9
+    check(job, outcome, references, min_compactions=3)
+
+
+def test_suffixes(references: ReferenceCache) -> None:
+    pytest.importorskip("arctic_inference", reason="pip install --no-deps arctic-inference")
+    job = job_of("suffix", is_async=False)
+    outcome = harness.run(job)
+    print(f"{outcome.acceptance:.1%} of the drafts accepted")
+    assert 0.2 < outcome.acceptance < 0.9
+    check(job, outcome, references, min_compactions=3)
 
 
 @pytest.mark.parametrize("runner", ["v1", "v2"])

@@ -43,7 +43,7 @@ def draft_slots(job: Job) -> int:
     if not speculation:
         return 0
     number, num_steps = speculation["num_speculative_tokens"], 1 + job.arguments["async_scheduling"]
-    return num_steps * (1 + number) - 1 + (0 if speculation["method"] == "ngram" else number)
+    return num_steps * (1 + number) - 1 + (number if "model" in speculation or speculation["method"] == "mtp" else 0)
 
 
 def settings_of(job: Job, number: int) -> Settings:

@@ -7,3 +7,4 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
     triton_cpu.register_backend()
     triton_cpu.make_faster()
+    triton_cpu.take_masks_of_integers()
