@@ -22,6 +22,8 @@ FOLDERS = ("engine", "regression", "gpu", "unit")
 LONGEST = (
     "engine/test_parallel.py",
     "engine/test_exactness.py",
+    "engine/test_speculation.py",
+    "engine/test_families.py",
     "regression/test_load.py",
     "engine/test_gates.py",
     "engine/test_steering.py",
