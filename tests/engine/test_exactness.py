@@ -65,8 +65,8 @@ def test_engine_equals_reference(runner: str, granularity: str, references: Refe
 def test_triton_attention_and_pages_of_gpus_equal_the_reference(references: ReferenceCache) -> None:
     """vLLM's Triton attention and the page layout of GPUs, in the slow interpreter."""
     (prompt,) = harness.demo_prompts(1, at_least=LONG)
-    arguments = {"kv_granularity": "head", "kv_budget": 160, "kv_buffer": 8}
-    job = Job([prompt, another_question(prompt)], ["skipkv", "h2o"], 27, every=3, arguments=arguments)
+    arguments = {"kv_granularity": "head", "kv_budget": 160, "kv_buffer": 4}
+    job = Job([prompt, another_question(prompt)], ["skipkv", "h2o"], 19, every=3, arguments=arguments)
 
     (outcome,) = harness.run_in_child([job], interpreted=True, triton_attention=True)
 
