@@ -1,4 +1,4 @@
-"""Random traffic on a real engine: mixed methods, budgets and lengths, shared prompts, aborts at any moment.
+"""Random traffic on a real engine: mixed methods, budgets and lengths, shared prompts, aborts and resets at any moment.
 
 `make soak` runs thousands of requests, `tests/regression/test_load.py` a few in every test run. All
 page bookkeeping is verified in every step, and afterwards nothing may be left of any request. Requests repeat each
@@ -99,7 +99,9 @@ class Report:
         compactions: carried out by the worker.
         compacted_requests: finished requests that were compacted, of `evicting_requests` that might have been.
         steered_tokens: of finished requests.
-        preemptions: of requests.
+        preemptions: of requests, for want of blocks.
+        resets: of the prefix cache.
+        restarts: of requests that ran when it was reset.
         shared_tokens: prompt tokens that were found in the prefix cache.
         repeated: requests whose answer was compared with one to the same request in other company.
         seconds: of wall time.
@@ -115,6 +117,8 @@ class Report:
     evicting_requests: int = 0
     steered_tokens: int = 0
     preemptions: int = 0
+    resets: int = 0
+    restarts: int = 0
     shared_tokens: int = 0
     repeated: int = 0
     seconds: float = 0.0
@@ -128,12 +132,14 @@ class Soak:
         llm: an engine in this process that checks its integrity.
         seed: of everything that is random.
         abort_share: share of the requests that are aborted.
+        reset_share: share of the steps before which the prefix cache is reset.
         repeats: finished requests that are asked again at the end, alone.
     """
 
     llm: vllm.LLM
     seed: int = 0
     abort_share: float = 0.15
+    reset_share: float = 0.02
     repeats: int = 8
     report: Report = field(default_factory=Report)
 
@@ -144,6 +150,7 @@ class Soak:
         self._texts = harness.demo_prompts(12) + harness.demo_prompts(4, at_least=100)
         self._answered: list[tuple[Wanted, list[int]]] = []
         self._first: dict[str, list[int]] = {}
+        self._restarts: Counter[str] = Counter()
 
     def run(self, num_requests: int) -> Report:
         """Send this many requests, and check that nothing of them remains.
@@ -209,6 +216,8 @@ class Soak:
             ]
             engine.abort_request([running.pop(name)[0] for name in late], internal=True)
             report.aborted += len(late)
+            if self._chance.random() < self.reset_share:
+                self._reset()
             for output in engine.step():
                 if output.finished and output.request_id in running:
                     _, wanted, _ = running.pop(output.request_id)
@@ -216,7 +225,17 @@ class Soak:
             for request in scheduler.requests.values():
                 preemptions[request.request_id] = max(preemptions[request.request_id], request.num_preemptions)
             report.steps += 1
-        report.preemptions = preemptions.total()
+        report.restarts = self._restarts.total()
+        report.preemptions = (preemptions - self._restarts).total()
+
+    def _reset(self) -> None:
+        """Reset the prefix cache, often although requests run: vLLM declines, or they compute everything again."""
+        restarts, running = self._chance.random() < 0.2, list(harness.scheduler_of(self.llm).running)
+        done = self.llm.reset_prefix_cache(reset_running_requests=restarts)
+        assert done or not restarts
+        self.report.resets += done
+        if restarts:
+            self._restarts.update(request.request_id for request in running)
 
     def _finished(self, wanted: Wanted, output: RequestOutput) -> None:
         report, answer = self.report, list(output.outputs[0].token_ids)
