@@ -208,6 +208,7 @@ class EvictingBlockManager(_Base):
         if request is not None and request.promise is not None:
             self.ledger.release(request.promise)
             request.promise, request.num_evicted, request.num_intact = None, 0, None
+            request.num_decoding = 0
 
     @property
     def has_positionally_stable_blocks(self) -> bool:

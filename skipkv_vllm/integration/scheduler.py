@@ -193,7 +193,10 @@ class EvictionMixin(_Base):
         # A session may get more prompt later.
         is_decoding = num_computed_tokens + 1 >= request.num_tokens and not request.resumable
         if promise is not None and promise.num_in_flight and is_decoding:
-            self.block_manager.settle(record)
+            record.num_decoding += 1
+            # With several steps in flight, one of them may still compute the end of the prompt.
+            if record.num_decoding >= self._groups.others.num_steps:
+                self.block_manager.settle(record)
         return num_new_tokens
 
     def _without_drafts_beyond(

@@ -55,6 +55,7 @@ class RequestRecord:
             the request holds no blocks.
         num_evicted: tokens that are no longer held.
         num_intact: leading blocks that were never written to, once it is compacted; else None.
+        num_decoding: steps in which it decoded since its prompt was computed, until the promise is settled.
         num_postponed: steps for which its compaction has been due and the request has waited; 0 if none is due.
     """
 
@@ -71,6 +72,7 @@ class RequestRecord:
     promise: Promise | None = None
     num_evicted: int = 0
     num_intact: int | None = None
+    num_decoding: int = 0
     num_postponed: int = 0
 
     @classmethod

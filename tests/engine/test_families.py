@@ -6,6 +6,7 @@ import functools
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from vllm import SamplingParams
 
 from benchmarks.texts import solutions
 from tests import harness
@@ -95,7 +96,6 @@ def test_bounded_admission_never_preempts_where_stock_vllm_does(special: str) ->
 
 def blocks_by_length(llm: vllm.LLM, prompt: list[int], num_new: int) -> dict[int, tuple[int, list[int]]]:
     """Run a request alone; return its blocks by its computed tokens: of full attention, and of each other group."""
-    from vllm import SamplingParams
     from vllm.v1.core.single_type_kv_cache_manager import MambaManager, SlidingWindowManager
 
     scheduler, params = harness.scheduler_of(llm), SamplingParams(max_tokens=num_new, temperature=0, ignore_eos=True)
@@ -160,6 +160,16 @@ def test_a_soak_loses_no_page(special: str) -> None:
     assert report.aborted > 20
     assert report.compactions > 150
     assert report.shared_tokens > 1000
+
+
+def test_blocks_are_promised_while_the_end_of_a_prompt_is_in_flight(special: str) -> None:
+    """With asynchronous scheduling the next token is planned before that end is computed; integrity is checked."""
+    llm = harness.engine(**SPECIAL_SOAK, **model_of(special))
+    (prompt,) = harness.demo_prompts(1, at_least=160)
+    params = SamplingParams(temperature=0, max_tokens=3, ignore_eos=True, extra_args={"kv_policy": "full"})
+    (output,) = llm.generate([{"prompt_token_ids": prompt[:160]}], params, use_tqdm=False)
+    assert len(output.outputs[0].token_ids) == 3
+    harness.assert_pool_empty(llm)
 
 
 def test_states_without_a_prefix_cache() -> None:
