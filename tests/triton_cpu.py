@@ -35,6 +35,11 @@ def enable() -> None:
     here = Path(__file__).parent
     paths = [str(here / "site"), str(here.parent), os.getenv("PYTHONPATH")]
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+    prepare()
+
+
+def prepare() -> None:
+    """Make Triton's interpreter run vLLM's kernels in this process, which compiles none."""
     register_backend()
     make_faster()
     take_masks_of_integers()

@@ -55,7 +55,8 @@ class RequestRecord:
             the request holds no blocks.
         num_evicted: tokens that are no longer held.
         num_intact: leading blocks that were never written to, once it is compacted; else None.
-        num_decoding: steps in which it decoded since its prompt was computed, until the promise is settled.
+        num_decoding: steps planned since its prompt was scheduled whole; counted while blocks of a prompt in flight are
+            promised.
         num_postponed: steps for which its compaction has been due and the request has waited; 0 if none is due.
     """
 

@@ -5,6 +5,4 @@ import os
 if os.environ.get("TRITON_INTERPRET") == "1":
     from tests import triton_cpu
 
-    triton_cpu.register_backend()
-    triton_cpu.make_faster()
-    triton_cpu.take_masks_of_integers()
+    triton_cpu.prepare()
