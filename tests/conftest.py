@@ -33,7 +33,7 @@ def pytest_report_header() -> str:
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Let a command run what takes too long for every change."""
     parser.addoption(
-        "--every-mode", action="store_true", help="speculative decoding on Runner V2: all modes, long texts"
+        "--every-mode", action="store_true", help="speculative decoding: all modes, on Runner V2 with long texts"
     )
 
 

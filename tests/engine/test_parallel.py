@@ -7,7 +7,6 @@ the engine decide near ties only, counts them, and fails if a choice differs by 
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import time
 import urllib.request
 from pathlib import Path
@@ -65,13 +64,17 @@ def run(one: Job, references: ReferenceCache) -> Outcome:
     return outcome
 
 
+SWITCHES = {
+    False: [(True, False, "sentence"), (False, True, "head")],
+    True: [(True, True, "head"), (False, False, "sentence")],
+}
+"""Prefix caching, prefill in chunks and granularity, by asynchronous scheduling; every pair of values occurs."""
+
+
 @pytest.mark.parametrize("is_async", [False, True], ids=["sync", "async"])
 def test_tensor_parallelism(is_async: bool, references: ReferenceCache) -> None:
     """Prefix caching on and off, prefill in chunks and whole."""
-    combinations = list(itertools.product([True, False], [True, False]))
-    # Each granularity is combined with both values of every switch.
-    granularities = ["head", "sentence", "sentence", "head"] if is_async else ["sentence", "head", "head", "sentence"]
-    for (is_cached, is_chunked), granularity in zip(combinations, granularities, strict=True):
+    for is_cached, is_chunked, granularity in SWITCHES[is_async]:
         print(f"prefix caching {is_cached}, chunked prefill {is_chunked}, {granularity}:")
         switches = CACHED[is_cached] | CHUNKED[is_chunked] | {"async_scheduling": is_async}
         one = job(granularity, **TENSOR, **switches)
@@ -162,15 +165,12 @@ def test_tensor_parallelism_on_runner_v2(
     is_async: bool, references: ReferenceCache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Prefix caching on and off, prefill in chunks and whole."""
-    combinations = list(itertools.product([True, False], [True, False]))
     jobs = [
         small_job(granularity, is_async, **TENSOR, **CACHED[is_cached], **CHUNKED[is_chunked])
-        for (is_cached, is_chunked), granularity in zip(
-            combinations, ["head", "sentence", "sentence", "head"], strict=True
-        )
+        for is_cached, is_chunked, granularity in SWITCHES[is_async]
     ]
     outcomes = run_v2(jobs, references, monkeypatch)
-    for (is_cached, _), outcome in zip(combinations, outcomes, strict=True):
+    for (is_cached, *_), outcome in zip(SWITCHES[is_async], outcomes, strict=True):
         assert (outcome.num_cached[-1] >= 4 * PAGE) == is_cached
 
 

@@ -26,11 +26,18 @@ if TYPE_CHECKING:
 LONG, NUM_NEW = 150, 400
 SIZES: dict[str, Any] = {"kv_budget": 160, "kv_buffer": 48, "kv_request_policies": ["h2o", "random"]}
 METHODS = ["skipkv", "rkv", "h2o", "skipkv", "random", "skipkv"]
-MODES = [("ngram", False), *itertools.product(("eagle", "mtp", "draft_model"), (False, True))]
+GRANULARITIES = ("head", "sentence")
+MODES = [
+    *(("ngram", False, "head"), ("eagle", False, "sentence"), ("eagle", True, "head")),
+    *(("mtp", False, "head"), ("mtp", True, "sentence"), ("draft_model", True, "head")),
+]
+ALL = [
+    *itertools.product(["ngram"], [False], GRANULARITIES),
+    *itertools.product(("eagle", "mtp", "draft_model"), (False, True), GRANULARITIES),
+]
 """vLLM has no asynchronous scheduling for its search of n-grams on the host, and needs a GPU for the other one."""
-IDS = [f"{name}-{'async' if is_async else 'sync'}" for name, is_async in MODES]
 MODES_V2 = [("ngram_gpu", True, "head"), ("eagle", True, "head"), ("mtp", False, "sentence")]
-ALL_V2 = list(itertools.product(("ngram_gpu", "eagle", "mtp"), (False, True), ("head", "sentence")))
+ALL_V2 = list(itertools.product(("ngram_gpu", "eagle", "mtp"), (False, True), GRANULARITIES))
 
 
 def job_of(drafter: str, is_async: bool, **arguments: Any) -> Job:
@@ -40,17 +47,10 @@ def job_of(drafter: str, is_async: bool, **arguments: Any) -> Job:
     return Job([*prompts, another_question(prompts[0])], METHODS, NUM_NEW, 7, arguments)
 
 
-@pytest.fixture(scope="module", params=MODES, ids=IDS)
-def mode(request: pytest.FixtureRequest) -> tuple[str, bool]:
-    """Module scope, so that pytest runs all tests of an engine in a row."""
-    return request.param
-
-
-@pytest.mark.parametrize("granularity", ["head", "sentence"])
-def test_engine_equals_reference(mode: tuple[str, bool], granularity: str, references: ReferenceCache) -> None:
-    job = job_of(*mode, kv_granularity=granularity)
-    outcome = harness.run(job)
-    assert outcome.is_async is mode[1]
+def test_engine_equals_reference(mode: tuple[str, bool, str], references: ReferenceCache) -> None:
+    drafter, is_async, granularity = mode
+    outcome = harness.run(job := job_of(drafter, is_async, kv_granularity=granularity))
+    assert outcome.is_async is is_async
     assert outcome.num_cached[-1] >= 4 * PAGE, "the prefix cache was not hit"
     assert 0.2 < outcome.acceptance < 0.9
     check(job, outcome, references, min_compactions=3)
@@ -63,11 +63,12 @@ def shortened(job: Job) -> Job:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """The interpreter is slow, so without `--every-mode` some modes run, and their texts are short."""
-    if "mode_v2" in metafunc.fixturenames:
-        modes = ALL_V2 if metafunc.config.getoption("every_mode") else MODES_V2
-        ids = [f"{name}-{'async' if is_async else 'sync'}-{granularity}" for name, is_async, granularity in modes]
-        metafunc.parametrize("mode_v2", modes, ids=ids)
+    """Without `--every-mode` some modes run, and in the slow interpreter with short texts."""
+    every = metafunc.config.getoption("every_mode")
+    for name, modes in (("mode", ALL if every else MODES), ("mode_v2", ALL_V2 if every else MODES_V2)):
+        if name in metafunc.fixturenames:
+            ids = [f"{drafter}-{'async' if is_async else 'sync'}-{how}" for drafter, is_async, how in modes]
+            metafunc.parametrize(name, modes, ids=ids)
 
 
 def test_runner_v2_equals_reference(
