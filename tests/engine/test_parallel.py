@@ -65,8 +65,8 @@ def run(one: Job, references: ReferenceCache) -> Outcome:
 
 
 SWITCHES = {
-    False: [(True, False, "sentence"), (False, True, "head")],
-    True: [(True, True, "head"), (False, False, "sentence")],
+    False: [(False, False, "head"), (True, True, "sentence")],
+    True: [(True, True, "head"), (True, False, "sentence"), (False, True, "sentence")],
 }
 """Prefix caching, prefill in chunks and granularity, by asynchronous scheduling; every pair of values occurs."""
 

@@ -49,7 +49,8 @@ def job_of(drafter: str, is_async: bool, **arguments: Any) -> Job:
 
 def test_engine_equals_reference(mode: tuple[str, bool, str], references: ReferenceCache) -> None:
     drafter, is_async, granularity = mode
-    outcome = harness.run(job := job_of(drafter, is_async, kv_granularity=granularity))
+    job = job_of(drafter, is_async, kv_granularity=granularity)
+    outcome = harness.run(job)
     assert outcome.is_async is is_async
     assert outcome.num_cached[-1] >= 4 * PAGE, "the prefix cache was not hit"
     assert 0.2 < outcome.acceptance < 0.9

@@ -89,14 +89,14 @@ def test_random_aborts_lose_no_page(llm: vllm.LLM) -> None:
 
 
 def test_a_soak_loses_no_page_and_violates_nothing(llm: vllm.LLM, kind: str) -> None:
-    report: Report = Soak(llm, seed=2, repeats=12).run(SOAK_REQUESTS // len(ENGINES))
+    report: Report = Soak(llm, seed=2, repeats=48).run(SOAK_REQUESTS // len(ENGINES))
     print(", ".join(f"{name} {value}" for name, value in asdict(report).items()))
     assert report.requests == report.finished + report.aborted == SOAK_REQUESTS // len(ENGINES)
     assert report.aborted > report.requests / 20
     assert report.compacted_requests > 0.7 * report.evicting_requests
     assert report.compactions > report.requests
     assert report.shared_tokens > 10 * report.requests
-    assert report.repeated > 20
+    assert report.repeated > 60
     assert (report.steered_tokens > report.requests / 2) == (kind != "gated")
-    assert (harness.scheduler_of(llm).eviction.stats._counts.get("probes", 0) > 5) == (kind == "gated")
-    assert (report.preemptions > 50) == (kind == "optimistic")
+    assert (harness.scheduler_of(llm).eviction.stats._counts.get("probes", 0) > 10) == (kind == "gated")
+    assert (report.preemptions > 100) == (kind == "optimistic")

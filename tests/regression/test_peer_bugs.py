@@ -37,8 +37,8 @@ def decode(sim: Simulation, steps: int, *names: str) -> None:
 
 def test_silent_no_op_above_a_size_cap():
     """R-KV: a 512 MiB cap on the similarity matrix silently switched eviction off for long requests."""
-    length, keep = 1500, 256
-    sim = Simulation("skipkv", page_size=16, num_blocks=110, max_tokens=2048, max_length=2048)
+    length, keep = 3000, 256
+    sim = Simulation("skipkv", page_size=16, num_blocks=220, max_tokens=4096, max_length=4096)
     sim.start("a", num_prompt=40, budget=keep)
     sim.step({"a": 40})
     sim.step({"a": length - 40}, compact=False)
