@@ -51,7 +51,7 @@ using torch::stable::Tensor;
 
 
 def read_schemas(source: str) -> dict[str, str]:
-    """Find the functions decorated with `@operator(schema)`.
+    """Find the functions decorated with `@operator(schema)`, without those that are not native.
 
     Args:
         source: text of a Python module.
@@ -64,7 +64,9 @@ def read_schemas(source: str) -> dict[str, str]:
         for function in ast.parse(source).body
         if isinstance(function, ast.FunctionDef)
         for decorator in function.decorator_list
-        if isinstance(decorator, ast.Call) and getattr(decorator.func, "id", None) == "operator"
+        if isinstance(decorator, ast.Call)
+        and getattr(decorator.func, "id", None) == "operator"
+        and not decorator.keywords
     }
 
 

@@ -6,10 +6,16 @@ import sys
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from .needs import NUM_ASKING
+
 
 def ceil_div(a: int, b: int) -> int:
     """Smallest integer not below a / b."""
     return -(-a // b)
+
+
+STORED_PAGE = 64
+"""Tokens of a page of the token store, in all layers and heads."""
 
 
 class LookaheadTokens(NamedTuple):
@@ -22,6 +28,22 @@ class LookaheadTokens(NamedTuple):
 
     held: int = 0
     extra: int = 0
+
+
+class RecallLimits(NamedTuple):
+    """How many evicted tokens of a request may come back, and when.
+
+    Attributes:
+        share: of the tokens that a compaction keeps, without protected prompt and window.
+        interval: decoded tokens between two swaps.
+        num_prompt: length of the prompt. Before its end those come back that its last tokens ask for.
+        num_sinks: first tokens that its method never evicts.
+    """
+
+    share: float
+    interval: int
+    num_prompt: int
+    num_sinks: int = 0
 
 
 @dataclass(frozen=True)
@@ -38,6 +60,7 @@ class Limits:
             kept; else 0.
         num_draft: tokens decoded ahead at that compaction, on a temporary copy.
         num_question: tokens of the question that is appended at each compaction before the prompt's end; else 0.
+        recall: which evicted tokens may come back, and when; None if none may.
     """
 
     budget: int
@@ -48,11 +71,25 @@ class Limits:
     prompt_end: int = 0
     num_draft: int = 0
     num_question: int = 0
+    recall: RecallLimits | None = None
 
     @property
     def keep(self) -> int:
         """Resident length after a compaction: the budget, or prompt + window where that is more."""
         return max(self.budget, self.protected + self.window)
+
+    @property
+    def num_recalled(self) -> int:
+        """Most tokens that come back, of those that a compaction keeps."""
+        if self.recall is None:
+            return 0
+        num_free = self.keep - max(self.protected, self.recall.num_sinks) - self.window
+        return int(self.recall.share * num_free)
+
+    @property
+    def num_queries(self) -> int:
+        """Newest queries that a compaction or swap reads."""
+        return self.window if self.recall is None else max(self.window, NUM_ASKING)
 
     @property
     def bound(self) -> int:
@@ -86,8 +123,8 @@ class Limits:
 
     @property
     def cacheable(self) -> int:
-        """Tokens it may take from the prefix cache; the last W before a compaction are computed for their queries."""
-        return self.first_due - self.window
+        """Tokens it may take from the prefix cache; the last before a compaction are computed for their queries."""
+        return max(0, self.first_due - self.num_queries)
 
 
 def most_tokens(limits: Limits | None, longest: int) -> int:

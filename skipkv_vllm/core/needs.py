@@ -45,6 +45,9 @@ NUM_ACCUMULATED = 32
 """Queries per request that are kept for such sums and added together. More of them take memory, fewer need more passes
 over the keys; the sums are the same."""
 
+NUM_ASKING = 16
+"""Newest queries that ask which evicted tokens come back."""
+
 FROM_RECENT_QUERIES = ACCUMULATED | Need.SEGMENTS
 """Computed from recent queries before the ring overwrites them."""
 

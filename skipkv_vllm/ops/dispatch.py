@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from importlib import import_module
 from typing import Any, NamedTuple
 
@@ -13,7 +13,7 @@ import torch
 
 from ..core.errors import KVPolicyError
 from .paging import Layout
-from .schema import FAKES, NAMESPACE, SCHEMAS
+from .schema import FAKES, NAMESPACE, NATIVE, SCHEMAS
 
 logger = logging.getLogger("vllm.skipkv")
 
@@ -58,6 +58,14 @@ def _unavailable(backend: str, op: str, device_type: str, layout: Layout) -> str
     return why
 
 
+def _candidates(op: str, device_type: str, wanted: str | None) -> tuple[str, ...]:
+    """Return the backends that may have an operator, the fastest first; those in C++ and CUDA lack a few."""
+    is_native = op in NATIVE
+    if wanted is not None and (is_native or wanted != "native"):
+        return (wanted,)
+    return tuple(each for each in ORDER.get(device_type, ("torch",)) if is_native or each != "native")
+
+
 @functools.cache
 def choose(op: str, device_type: str, layout: Layout = Layout.ROWS) -> Choice:
     """Return the fastest available backend of an operator.
@@ -74,7 +82,7 @@ def choose(op: str, device_type: str, layout: Layout = Layout.ROWS) -> Choice:
     if wanted is not None and wanted not in BACKENDS:
         raise KVPolicyError(f"{OVERRIDE}={wanted!r} is unknown; choose one of: {', '.join(BACKENDS)}, or unset it")
     missed: list[str] = []
-    for backend in (wanted,) if wanted else ORDER.get(device_type, ("torch",)):
+    for backend in _candidates(op, device_type, wanted):
         why = _unavailable(backend, op, device_type, layout)
         if why is None:
             module = import_module(BACKENDS[backend])
@@ -98,9 +106,9 @@ def report(device_type: str, layout: Layout = Layout.ROWS) -> dict[str, Choice]:
     return {op: choose(op, device_type, layout) for op in SCHEMAS}
 
 
-def warn_if_slow(device_type: str, layout: Layout = Layout.ROWS) -> None:
-    """Log a warning if operators fall back to PyTorch although a faster backend exists."""
-    found = report(device_type, layout)
+def warn_if_slow(device_type: str, layout: Layout = Layout.ROWS, operators: Iterable[str] = NATIVE) -> None:
+    """Log a warning if some operators fall back to PyTorch although a faster backend exists."""
+    found = {op: choose(op, device_type, layout) for op in operators}
     slow = {op: choice for op, choice in found.items() if choice.backend == "torch" and choice.missed}
     if slow:
         reasons = sorted({why for choice in slow.values() for why in choice.missed})

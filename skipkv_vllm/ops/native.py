@@ -14,7 +14,7 @@ from torch import Tensor
 from ..core.errors import KVPolicyError
 from . import images
 from .paging import Layout
-from .schema import SCHEMAS
+from .schema import NATIVE, SCHEMAS
 
 LIBRARIES = {"cpu": "_skipkv_cpu.so", "cuda": "_skipkv_cuda.so"}
 """Device type -> library; it registers `torch.ops.skipkv_<device type>`."""
@@ -75,7 +75,7 @@ def _cannot_load(device_type: str) -> str | None:
     except OSError as error:
         return f"{path.name} cannot be loaded ({error.__cause__ or error}); {REMEDIES[device_type]}"
     library = getattr(torch.ops, f"skipkv_{device_type}")
-    stale = [op for op, schema in SCHEMAS.items() if not _has(library, op, schema)]
+    stale = [op for op, schema in SCHEMAS.items() if op in NATIVE and not _has(library, op, schema)]
     if device_type == "cuda" and images.images_of(str(path)) is None:
         stale.append(images.SYMBOL)
     if stale:
@@ -108,7 +108,7 @@ def _loaded(device_type: str) -> Any:
 
 def __getattr__(op: str) -> Callable[..., Any]:
     """Return an operator as a function of tensors on any device; see `torch_backend`."""
-    if op in SCHEMAS:
+    if op in NATIVE:
         return _on_any_device(op)
     raise AttributeError(f"module {__name__!r} has no attribute {op!r}")
 

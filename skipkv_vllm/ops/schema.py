@@ -27,15 +27,19 @@ NAMESPACE = "skipkv"
 SCHEMAS: dict[str, str] = {}
 """Operator -> schema."""
 
+NATIVE: set[str] = set()
+"""Operators that the libraries in C++ and CUDA have."""
+
 FAKES: dict[str, Callable[..., Any]] = {}
 """Operator -> function that returns uninitialised results of the right shape and dtype, for PyTorch's tracing."""
 
 
-def operator(schema: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def operator(schema: str, *, native: bool = True) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Declare an operator, named after the decorated function.
 
     Args:
         schema: its signature, in PyTorch's notation.
+        native: whether the libraries in C++ and CUDA have it.
 
     Returns:
         A decorator of the fake twin. The twin is called with keyword arguments and names those that it needs.
@@ -47,6 +51,8 @@ def operator(schema: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
             return twin(**dict(zip(names, args, strict=False)), **kwargs)
 
         SCHEMAS[twin.__name__], FAKES[twin.__name__] = schema, fake
+        if native:
+            NATIVE.add(twin.__name__)
         return twin
 
     return declare
@@ -138,6 +144,41 @@ def sentence_similarity(**_: Any) -> None:
 @operator("(Tensor ends, Tensor penalties, Tensor first, Tensor rows, Tensor positions) -> Tensor")
 def token_penalties(*, positions: Tensor, **_: Any) -> Tensor:
     return torch.empty_like(positions, dtype=torch.float32)
+
+
+@operator(
+    "(Tensor[] caches, Tensor pointers, int layout, Tensor table, Tensor first, Tensor end) -> Tensor",
+    native=False,
+)
+def key_moments(*, caches: list[Tensor], table: Tensor, **_: Any) -> Tensor:
+    _pages, heads, _size, width = caches[0].shape
+    return table.new_empty(2, table.shape[0], len(caches), heads, width // 2, dtype=torch.float32)
+
+
+@operator(
+    "(Tensor[] caches, Tensor pointers, int layout, Tensor table, Tensor spans, Tensor stored_table, Tensor centre, "
+    "Tensor spread, Tensor(a!) stored, Tensor(b!) signs, Tensor(c!) sizes) -> ()",
+    native=False,
+)
+def store_tokens(**_: Any) -> None:
+    return None
+
+
+@operator(
+    "(Tensor(a!)[] caches, Tensor pointers, int layout, Tensor(b!) sidecar, Tensor table, Tensor slots, "
+    "Tensor places, Tensor first_position, Tensor stored_table, Tensor stored) -> ()",
+    native=False,
+)
+def recall_tokens(**_: Any) -> None:
+    return None
+
+
+@operator(
+    "(Tensor signs, Tensor sizes, Tensor stored_table, Tensor number, Tensor queries, int length) -> Tensor",
+    native=False,
+)
+def stored_attention(*, signs: Tensor, number: Tensor, length: int, **_: Any) -> Tensor:
+    return number.new_empty(number.shape[0], *signs.shape[1:3], length, dtype=torch.float32)
 
 
 @operator("(Tensor query, Tensor index, Tensor(a!) ring, Tensor? scale) -> ()")

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from skipkv_vllm.core.needs import NUM_ACCUMULATED
+from skipkv_vllm.core.limits import STORED_PAGE
+from skipkv_vllm.core.needs import NUM_ACCUMULATED, NUM_ASKING
 from skipkv_vllm.ops import STATE, Effect, triton_backend
 from skipkv_vllm.ops.paging import Layout, PagedCache
 
@@ -228,6 +229,45 @@ def steer_add(server: Server, traffic: Traffic) -> None:
     triton_backend.steer_add(hidden, *numbers, torch.zeros(3, server.hidden))
 
 
+def key_moments(server: Server, traffic: Traffic) -> None:
+    triton_backend.key_moments(*server.caches(), traffic.table(), traffic.vector(), traffic.vector())
+
+
+def store(server: Server) -> tuple[Tensor, Tensor, Tensor]:
+    """Pages for evicted tokens, and the sketches of their keys."""
+    shape = (9, server.layers, server.heads, STORED_PAGE)
+    signs = torch.zeros(*shape, server.dim // 8, dtype=torch.uint8)
+    return torch.zeros(*shape, 2 * server.dim, dtype=server.cache), signs, torch.zeros(shape)
+
+
+def stored_table(traffic: Traffic) -> Tensor:
+    return torch.zeros(traffic.requests, 1 + max(traffic.lengths) // STORED_PAGE, dtype=torch.int32)
+
+
+def store_tokens(server: Server, traffic: Traffic) -> None:
+    moments = [torch.zeros(traffic.requests, server.layers, server.heads, server.dim) for _ in range(2)]
+    spans = torch.zeros(traffic.requests, 3, dtype=torch.int32)
+    triton_backend.store_tokens(
+        *(*server.caches(), traffic.table(), spans, stored_table(traffic), *moments, *store(server))
+    )
+
+
+def recall_tokens(server: Server, traffic: Traffic) -> None:
+    places = torch.zeros(traffic.requests, server.layers, server.heads, traffic.moves, dtype=torch.int32)
+    triton_backend.recall_tokens(
+        *(*server.caches(), sidecar(server), traffic.table(), places, places, traffic.vector()),
+        *(stored_table(traffic), store(server)[0]),
+    )
+
+
+def stored_attention(server: Server, traffic: Traffic) -> None:
+    queries = traffic.queries(server, NUM_ASKING).float()
+    _, *sketches = store(server)
+    triton_backend.stored_attention(*sketches, stored_table(traffic), traffic.vector(), queries, max(traffic.lengths))
+
+
+RECALLING: tuple[Call, ...] = (key_moments, store_tokens, recall_tokens, stored_attention)
+"""Operators for tokens that come back; there are none for latents."""
 OF_CACHES: tuple[Call, ...] = (
     *(score_tokens, measure_attention, key_similarity, vector_norms, central_tokens, compact_pages, record_queries),
 )

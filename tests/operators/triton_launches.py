@@ -138,12 +138,22 @@ def all_kernels() -> frozenset[str]:
 
 def main() -> None:
     """Print registers, and bytes of stack and of shared memory, of every kernel for each dtype and head size."""
-    from tests.operators.triton_calls import CACHES, DIMS, LATENTS, OF_CACHES, OTHERS, VARIANTS, Server, Traffic
+    from tests.operators.triton_calls import (
+        CACHES,
+        DIMS,
+        LATENTS,
+        OF_CACHES,
+        OTHERS,
+        RECALLING,
+        VARIANTS,
+        Server,
+        Traffic,
+    )
 
     servers = [*(Server(cache, dim) for cache in CACHES for dim in DIMS), LATENTS]
     printed = set()
     for server, calls in [
-        *((each, OF_CACHES) for each in servers),
+        *((each, OF_CACHES if each is LATENTS else (*OF_CACHES, *RECALLING)) for each in servers),
         (LATENTS, VARIANTS),
         (Server(), (*OTHERS, *VARIANTS)),
     ]:

@@ -8,6 +8,7 @@ Triton's interpreter, for tests. They read the pages of GPUs: K and V side by si
 from .compaction import compact_pages, held_positions, select_keep
 from .launch import unavailable
 from .measuring import central_tokens, pool_neighbours, vector_norms
+from .recall import key_moments, recall_tokens, store_tokens, stored_attention
 from .scoring import key_similarity, measure_attention, record_queries, score_tokens
 from .sentences import sentence_similarity, token_penalties, track_sentences
 from .thoughts import steer_add, track_thoughts
@@ -16,14 +17,18 @@ __all__ = [
     "central_tokens",
     "compact_pages",
     "held_positions",
+    "key_moments",
     "key_similarity",
     "measure_attention",
     "pool_neighbours",
+    "recall_tokens",
     "record_queries",
     "score_tokens",
     "select_keep",
     "sentence_similarity",
     "steer_add",
+    "store_tokens",
+    "stored_attention",
     "token_penalties",
     "track_sentences",
     "track_thoughts",

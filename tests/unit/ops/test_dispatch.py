@@ -11,7 +11,7 @@ from skipkv_vllm import cli
 from skipkv_vllm.core.errors import KVPolicyError
 from skipkv_vllm.ops import dispatch, native, torch_backend, triton_backend
 from skipkv_vllm.ops.paging import Layout
-from skipkv_vllm.ops.schema import FAKES, SCHEMAS
+from skipkv_vllm.ops.schema import FAKES, NATIVE, SCHEMAS
 from tests.operators.cases import MeasureCase, Pages
 
 
@@ -55,8 +55,29 @@ def test_fast_backends_are_no_warning(caplog):
         pytest.skip(f"the C++ operators: {native.unavailable('cpu')}")
     with caplog.at_level(logging.WARNING, logger="vllm.skipkv"):
         dispatch.warn_if_slow("cpu")
+        dispatch.warn_if_slow("cpu", operators=SCHEMAS)
     assert not caplog.records
-    assert {choice.backend for choice in dispatch.report("cpu").values()} == {"native"}
+    found = dispatch.report("cpu")
+    assert all(choice.backend == ("native" if op in NATIVE else "torch") for op, choice in found.items())
+
+
+def test_operators_that_only_triton_has(with_gpu, monkeypatch, caplog):
+    # Even if another backend is forced, which lacks them.
+    for forced in (None, "native"):
+        dispatch.choose.cache_clear()
+        if forced:
+            monkeypatch.setenv(dispatch.OVERRIDE, forced)
+        found = dispatch.report("cuda")
+        assert {op for op, choice in found.items() if choice.backend == "triton"} == SCHEMAS.keys() - NATIVE
+        assert all(not choice.missed for choice in found.values())
+    monkeypatch.delenv(dispatch.OVERRIDE)
+    dispatch.choose.cache_clear()
+    monkeypatch.setattr(triton_backend, "unavailable", lambda device_type: "Triton is not installed")
+    with caplog.at_level(logging.WARNING, logger="vllm.skipkv"):
+        dispatch.warn_if_slow("cuda")
+        assert not caplog.records
+        dispatch.warn_if_slow("cuda", operators=["store_tokens"])
+    assert "store_tokens run in PyTorch, which is slow. triton: Triton is not installed" in caplog.text
 
 
 def test_a_backend_can_be_forced(monkeypatch):
@@ -76,7 +97,7 @@ def test_an_unknown_backend_is_refused(monkeypatch):
         dispatch.choose("select_keep", "cpu")
 
 
-READERS = {op for op, schema in SCHEMAS.items() if "int layout" in schema}
+READERS = {op for op, schema in SCHEMAS.items() if "int layout" in schema and op in NATIVE}
 
 
 @pytest.fixture
@@ -87,15 +108,20 @@ def with_gpu(monkeypatch):
     monkeypatch.setattr(native, "operator", lambda op, device_type: op)
 
 
+def of_native(found):
+    """Leave out the operators that the libraries in C++ and CUDA lack."""
+    return {op: choice for op, choice in found.items() if op in NATIVE}
+
+
 def test_latents_on_gpus_are_read_by_triton(with_gpu):
     assert len(READERS) == 6
-    found = dispatch.report("cuda", Layout.LATENT)
+    found = of_native(dispatch.report("cuda", Layout.LATENT))
     by_triton = {op for op, choice in found.items() if choice.backend == "triton"}
     assert by_triton == READERS - {"compact_pages"}
     assert {choice.backend for op, choice in found.items() if op not in by_triton} == {"native"}
     assert found["score_tokens"].missed == ("native: its kernels for GPUs do not read latents (MLA)",)
     for others in (dispatch.report("cuda"), dispatch.report("cpu", Layout.LATENT)):
-        assert {choice.backend for choice in others.values()} == {"native"}
+        assert {choice.backend for choice in of_native(others).values()} == {"native"}
 
 
 def test_latents_on_gpus_without_triton_are_slow(with_gpu, monkeypatch, caplog):
@@ -144,7 +170,7 @@ def test_doctor_lists_the_backend_of_each_operator(capsys, monkeypatch):
     code, output = run_doctor(capsys)
     assert code == 0, output
     for op in SCHEMAS:
-        assert f"{op:20}native" in output
+        assert f"{op:20}{'native' if op in NATIVE else 'torch'}" in output
 
 
 def test_doctor_names_the_remedy_and_fails(capsys, not_built):

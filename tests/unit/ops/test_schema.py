@@ -14,6 +14,7 @@ import torch
 from skipkv_vllm.ops import Effect, schema, torch_backend, triton_backend
 from tests.operators.cases import CompactCase, MeasureCase, ScoreCase
 from tests.operators.measured_cases import CentralCase, NormsCase, PoolCase
+from tests.operators.triton_calls import RECALLING
 
 ROOT = Path(__file__).parents[3]
 
@@ -30,7 +31,9 @@ def generate() -> ModuleType:
 
 
 def test_the_build_reads_every_schema(generate):
-    assert generate.read_schemas(generate.SCHEMAS.read_text()) == schema.SCHEMAS
+    native = {op: signature for op, signature in schema.SCHEMAS.items() if op in schema.NATIVE}
+    assert generate.read_schemas(generate.SCHEMAS.read_text()) == native
+    assert {op for op in schema.SCHEMAS if op not in native} == {f.__name__ for f in RECALLING}
 
 
 @pytest.mark.parametrize(
@@ -83,6 +86,12 @@ def results() -> dict[str, tuple[Any, ...]]:
             int(lengths.max()),
         ),
         "held_positions": (sidecar, compact.source_table[:1] * 0, lengths[:1] * 0, lengths[:1] * 0, 20),
+        "key_moments": (*score[:4], lengths * 0, lengths),
+        "stored_attention": (
+            *(torch.zeros(3, layers, heads, 64, 2, dtype=torch.uint8), torch.zeros(3, layers, heads, 64)),
+            *(torch.zeros(requests, 1).int(), torch.ones(requests).int()),
+            *(torch.zeros(requests, layers, 4, 2 * heads, 16), 30),
+        ),
         "token_penalties": (*sentences, torch.zeros(requests).long(), score.positions),
         "steer_add": (torch.zeros(4, 8, dtype=torch.bfloat16), *steering),
     }

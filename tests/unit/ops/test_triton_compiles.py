@@ -21,7 +21,7 @@ if INTERPRETED:
     pytest.skip("an interpreting Triton does not compile", allow_module_level=True)
 
 from skipkv_vllm.ops.triton_backend import measuring, scoring
-from tests.operators.triton_calls import CACHES, LATENTS, OF_CACHES, OTHERS, VARIANTS, Call, Server, Traffic
+from tests.operators.triton_calls import CACHES, LATENTS, OF_CACHES, OTHERS, RECALLING, VARIANTS, Call, Server, Traffic
 from tests.operators.triton_launches import ARCHITECTURES, Launch, Resources, all_kernels, compiled, recorded, resources
 
 MOST_SHARED = 99 << 10
@@ -36,7 +36,7 @@ SERVERS = [
     *((Server(dim=dim), architecture) for dim, architecture in ((80, 90), (96, 80), (112, 90))),
     *((LATENTS, architecture) for architecture in ARCHITECTURES),
 ]
-ALL_OPERATORS = (*OF_CACHES, *OTHERS, *VARIANTS)
+ALL_OPERATORS = (*OF_CACHES, *RECALLING, *OTHERS, *VARIANTS)
 
 
 def launches_of(calls: Iterable[Call], server: Server, *traffic: Traffic) -> list[Launch]:
@@ -74,7 +74,7 @@ def check(launches: list[Launch], architecture: int) -> None:
     ("server", "architecture"), SERVERS, ids=[f"{str(s.cache)[6:]}-{s.dim}-sm{a}" for s, a in SERVERS]
 )
 def test_kernels_that_read_caches(server, architecture):
-    check(launches_of(OF_CACHES, server), architecture)
+    check(launches_of(OF_CACHES if server is LATENTS else (*OF_CACHES, *RECALLING), server), architecture)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -88,7 +88,7 @@ def test_other_constants(server):
 
 
 def test_every_kernel_is_compiled():
-    launches = [*launches_of((*OF_CACHES, *OTHERS), Server()), *launches_of(OF_CACHES, LATENTS)]
+    launches = [*launches_of((*OF_CACHES, *RECALLING, *OTHERS), Server()), *launches_of(OF_CACHES, LATENTS)]
     assert all_kernels() == {launch.name for launch in launches}
 
 
@@ -114,6 +114,8 @@ def test_a_kernel_is_compiled_once_for_all_requests(server, call, monkeypatch):
 @pytest.mark.parametrize("server", [Server(), LATENTS], ids=["heads", "latents"])
 def test_keys_are_read_16_bytes_at_a_time(server):
     """Element by element a warp would ask for memory eight times as often."""
-    code = {launch.name: compiled(launch, 80).asm["ptx"] for launch in launches_of(OF_CACHES, server)}
+    # `stored_attention` reads no keys, only bits of them.
+    calls = OF_CACHES if server is LATENTS else (*OF_CACHES, *RECALLING[:-1])
+    code = {launch.name: compiled(launch, 80).asm["ptx"] for launch in launches_of(calls, server)}
     assert {name for name, text in code.items() if "ld.global.b16" in text} == set()
     assert all("ld.global.v4.b32" in text for name, text in code.items() if "attention." in name)
