@@ -7,13 +7,16 @@ from .config import KVPolicyConfig
 from .core.limits import Limits
 
 
-def banner(config: KVPolicyConfig, capacity: Capacity | None, max_model_len: int, *, is_async: bool) -> list[str]:
+def banner(
+    config: KVPolicyConfig, capacity: Capacity | None, max_model_len: int, num_stored: int = 0, *, is_async: bool
+) -> list[str]:
     """Describe the policy, the capacity, scheduling, steering and traces, one line each.
 
     Args:
         config: a configuration that evicts, steers or does both.
         capacity: how many requests fit; None if nothing is evicted.
         max_model_len: longest request.
+        num_stored: tokens for which there is host memory, so that they can come back.
         is_async: whether the scheduler is asynchronous.
     """
     lines = ["SkipKV: evicts nothing"] if capacity is None else _eviction(config, capacity, max_model_len)
@@ -21,6 +24,11 @@ def banner(config: KVPolicyConfig, capacity: Capacity | None, max_model_len: int
         f"SkipKV: asynchronous scheduling is {'on' if is_async else 'off'}, as vLLM is configured; its warning about a "
         "custom scheduler class does not apply"
     )
+    if config.recalls:
+        lines.append(
+            f"SkipKV: {config.kv_recall_memory:g} GiB of host memory hold {num_stored:,} tokens of all requests; those "
+            f"that recent queries ask for come back, at each compaction and every {config.kv_recall_interval} tokens"
+        )
     if config.kv_batch_grouping != "off":
         lines.append(
             f"SkipKV: waiting requests are grouped by prompt length, at most {config.kv_grouping_width} tokens apart; "

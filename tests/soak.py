@@ -56,6 +56,13 @@ ENGINES: dict[str, dict[str, Any]] = {
         "kv_steering_vectors": [],
     },
 }
+ENGINES["recall"] = ENGINES["bounded"] | {
+    "kv_protect_prompt": False,
+    "kv_request_policies": ["h2o", "snapkv", "random"],
+    "kv_recall_memory": 0.25,  # enough, because an answer must not depend on the others
+    "kv_recall_interval": 16,
+    "kv_recall_threshold": 0.05,
+}
 SPECULATIVE = ARGUMENTS | {
     "num_gpu_blocks_override": 512,
     "kv_request_policies": ["h2o", "snapkv", "random", "thinkv"],
@@ -323,6 +330,8 @@ def check_nothing_left(llm: vllm.LLM) -> None:
     }
     for where, every in left.items():
         assert not any(every), f"{where} remembers {every}"
+    store = scheduler.eviction.store
+    assert store is None or store.num_used == 0, f"the store remembers {store._texts}"
     assert ledger.num_promised == 0
     assert sorted(runtime._rows._free) == list(range(runtime.num_rows)), "a row was lost"
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from ..config import KEEP_EVERYTHING, KVPolicyConfig, RequestOptions
-from ..core.limits import NO_OTHERS, DraftSlots, OtherGroups, ceil_div
+from ..core.limits import NO_OTHERS, STORED_PAGE, DraftSlots, OtherGroups, ceil_div
 from ..core.needs import Need
 
 ENTRY_BYTES = 4
@@ -130,7 +130,37 @@ class ModelShape:
         Sentences only exist on the last pipeline stage, which this counts.
         """
         ring = self.ring_bytes(config.num_queries, num_rows, pool.max_tokens) if config.needs & Need.QUERIES else 0
+        ring += num_rows * self.recall_bytes(config)
         return ring + (self.tracker_bytes(config, num_rows, pool.max_length) if config.needs & Need.SENTENCES else 0)
+
+    def stored_pages(self, config: KVPolicyConfig, num_layers: int, num_ranks: int) -> int:
+        """Pages of evicted tokens that the host memory of an engine holds; at least one if any may come back.
+
+        Args:
+            config: the policy.
+            num_layers: layers whose tokens are stored, of all stages of a pipeline together.
+            num_ranks: tensor-parallel ranks.
+        """
+        if not config.recalls:
+            return 0
+        page = num_ranks * self.stored_page_bytes(num_layers)
+        return max(1, int(config.kv_recall_memory * 2**30) // page)
+
+    def stored_page_bytes(self, num_layers: int) -> int:
+        """Bytes of host memory of a page of evicted tokens of so many layers, on one tensor-parallel rank."""
+        size = self.element_size if self.kv_element_size is None else self.kv_element_size
+        return STORED_PAGE * 2 * num_layers * self.num_kv_heads * self.head_size * size
+
+    def recall_bytes(self, config: KVPolicyConfig) -> int:
+        """Bytes of a request on the device for tokens that come back: two vectors a head, and a slot for each token."""
+        if not config.recalls:
+            return 0
+        most = int(config.kv_recall_share * config.kv_budget)
+        return self.num_layers * self.num_kv_heads * (2 * ENTRY_BYTES * self.head_size + 2 * ENTRY_BYTES * most)
+
+    def sketch_bytes(self, num_pages: int) -> int:
+        """Bytes on the device that sketch the keys of so many stored pages: a bit for each element, and a size."""
+        return num_pages * STORED_PAGE * self.num_layers * self.num_kv_heads * (self.head_size // 8 + ENTRY_BYTES)
 
     def state_bytes(self, config: KVPolicyConfig, num_rows: int, pool: Pool) -> int:
         """Bytes that the policy allocates beside the cache: queries and sentences of `num_rows` requests, and gates.

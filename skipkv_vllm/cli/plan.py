@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from ..capacity import (
+    FULL,
     Capacity,
     ModelShape,
     Pool,
@@ -20,6 +21,7 @@ from ..capacity import (
     capacity,
     groups_of,
     has_latents,
+    kinds_of,
     kv_of,
     others_of,
     reserved_rows,
@@ -28,6 +30,7 @@ from ..capacity import (
 )
 from ..config import KVPolicyConfig, RequestOptions
 from ..core.errors import KVPolicyError
+from ..core.limits import STORED_PAGE
 from ..ops.paging import FP8_CACHES
 
 GIB = 2**30
@@ -159,6 +162,11 @@ def plan(model: str, config: KVPolicyConfig, machine: Machine, *, length: int | 
     else:
         memory = _memory(model, text, shape, machine, max_num_seqs, max_tokens, notes)
         available = sum(memory.values())
+    if config.recalls:
+        pages = shape.stored_pages(config, kinds_of(text).count(FULL), machine.ranks)
+        memory["sketches of evicted tokens"] = -shape.sketch_bytes(pages)
+        available -= shape.sketch_bytes(pages)
+        notes.append(_recall_note(config, pages * STORED_PAGE, length))
     pool = _empty_pool(text, shape, machine, max_num_seqs, max_length, max_tokens)
     rows = reserved_rows(config, shape, available, pool)
     state = shape.state_bytes(config, rows, pool)
@@ -180,6 +188,13 @@ def plan(model: str, config: KVPolicyConfig, machine: Machine, *, length: int | 
     if machine.drafts:
         notes.append("the weights and the KV of a drafter are not counted")
     return Plan(model, dtype, machine.ranks * machine.stages, memory, state, found, rows, notes)
+
+
+def _recall_note(config: KVPolicyConfig, num_stored: int, length: int) -> str:
+    return (
+        f"{config.kv_recall_memory:g} GiB of host memory hold {num_stored:,} evicted tokens of all requests, those of "
+        f"about {num_stored // length:,} requests of this length"
+    )
 
 
 def _empty_pool(
@@ -269,6 +284,8 @@ def _check(text: Any, config: KVPolicyConfig, machine: Machine) -> None:
             f"{text.model_type} models are not supported: a policy needs layers with full attention, beside which some "
             f"may have a sliding window or a gated delta net; found {found}"
         )
+    if has_latents(text) and config.recalls:
+        raise KVPolicyError("--kv-recall-memory: a server refuses it for latents (MLA); leave it out")
     if has_latents(text) and machine.kv_dtype in FP8_CACHES:
         raise KVPolicyError(
             f"--kv-cache-dtype {machine.kv_dtype}: a server refuses latents (MLA) of 8 bits; use auto or bfloat16"

@@ -20,6 +20,7 @@ Window = Annotated[int, _option("Newest tokens that are always kept.", "N")]
 Granularity = Annotated[str, _option("Evict tokens of each KV head separately, or whole sentences.", "head|sentence")]
 ProtectPrompt = Annotated[bool, typer.Option(help="Never evict the prompt.")]
 PolicyConfig = Annotated[str, _option("Parameters of the method.", "JSON")]
+RecallMemory = Annotated[float, _option("Host memory for evicted tokens, which may come back.", "GIB")]
 Length = Annotated[int | None, _option("Prompt and output tokens of a request. Default: the longest allowed.", "N")]
 Prompt = Annotated[int, _option("Prompt tokens of a request.", "N")]
 MaxModelLen = Annotated[int | None, _option("Longest request. Default: the model's limit.", "N")]
@@ -53,6 +54,7 @@ def plan(
     kv_window: Window = 8,
     kv_granularity: Granularity = "head",
     kv_protect_prompt: ProtectPrompt = True,
+    kv_recall_memory: RecallMemory = 0.0,
     kv_policy_config: PolicyConfig = "{}",
     length: Length = None,
     prompt: Prompt = 0,
@@ -77,13 +79,10 @@ def plan(
     from ..config import KVPolicyConfig, parse_json_object
     from . import plan as planning
 
+    policy = {"kv_policy": kv_policy, "kv_granularity": kv_granularity, "kv_protect_prompt": kv_protect_prompt}
     sizes = {"kv_budget": kv_budget, "kv_buffer": kv_buffer, "kv_window": kv_window}
-    options = sizes | {
-        "kv_policy": kv_policy,
-        "kv_granularity": kv_granularity,
-        "kv_protect_prompt": kv_protect_prompt,
-        "kv_policy_config": parse_json_object("--kv-policy-config", kv_policy_config),
-    }
+    parameters = parse_json_object("--kv-policy-config", kv_policy_config)
+    options = policy | sizes | {"kv_recall_memory": kv_recall_memory, "kv_policy_config": parameters}
     machine = planning.Machine(
         gpu_memory=gpu_memory,
         utilization=gpu_memory_utilization,

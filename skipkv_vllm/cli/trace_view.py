@@ -1,8 +1,8 @@
 """`skipkv trace view`: write a trace as a self-contained HTML page.
 
 For each life of the request (a preempted request starts a new one) and each (layer, kv head, token), the page stores
-one small number: the compaction that evicted the token. A comparison then gives the tokens held after any compaction,
-because an evicted token never returns within a life.
+one small number: the compaction that first evicted the token. A comparison then gives the tokens held after any
+compaction, unless evicted tokens came back; the page stores each such return and each later loss beside that.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -200,49 +199,72 @@ def num_tokens(trace: Trace) -> int:
     return max([text, *trace.logical_length.tolist()])
 
 
-def lost_at(kept: Sequence[Tensor], logical_length: Sequence[int]) -> Tensor:
-    """Return the compaction that evicted each token of one life, from 1; 0 for tokens that were never evicted.
+class Losses(NamedTuple):
+    """What one life lost. Compactions, and exchanges between them, are numbered from 1.
+
+    Attributes:
+        first: number of the compaction that first evicted each token, 0 for none; uint8, or int32 from 256 numbers on,
+            `[layers, kv_heads, tokens]`.
+        later: int32 `[n, 2]`, a row for each return of a token and each loss after one, by number: index in `first`,
+            and number.
+    """
+
+    first: Tensor
+    later: Tensor
+
+
+def losses_of(kept: Sequence[Tensor], logical_length: Sequence[int], *, may_return: bool) -> Losses:
+    """Return which tokens one life lost, and when.
 
     Args:
         kept: per compaction, int `[layers, kv_heads, resident_after]` positions of the survivors.
         logical_length: tokens computed so far at each compaction, ascending.
-
-    Returns:
-        uint8, or int32 from 256 compactions on, `[layers, kv_heads, logical_length[-1]]`.
+        may_return: whether evicted tokens may come back.
 
     Raises:
-        KVPolicyError: a token is kept after it was evicted.
+        KVPolicyError: a token is kept after it was evicted, and may not be.
     """
     dtype = torch.uint8 if len(kept) < 256 else torch.int32
     lost = torch.zeros(*kept[0].shape[:2], logical_length[-1], dtype=dtype)
+    was_held, later = torch.ones(lost.shape, dtype=torch.bool), []
     for number, (survivors, logical) in enumerate(zip(kept, logical_length, strict=True), 1):
         held = torch.zeros(lost.shape, dtype=torch.bool).scatter_(2, survivors.long(), True)
-        if bool((held & (lost > 0)).any()):
+        if not may_return and bool((held & (lost > 0)).any()):
             raise KVPolicyError(f"the trace is damaged: compaction {number} keeps a token that was evicted before")
         held[:, :, logical:] = True
+        index = ((held != was_held) & (lost > 0)).flatten().nonzero()
+        later.append(torch.cat([index, torch.full_like(index, number)], dim=1).int())
         lost[~held & (lost == 0)] = number
-    return lost
+        was_held = held
+    return Losses(lost, torch.cat(later))
 
 
 def _lives(trace: Trace) -> list[dict[str, Any]]:
     """Return one entry per life with a compaction, oldest first; lengths are per compaction."""
     lives = []
+    may_return = bool(trace.parameters.get("kv_recall_memory"))
     logical, before = trace.logical_length.tolist(), trace.resident_before.tolist()
     for life in sorted(set(trace.life.tolist())):
         rows = (trace.life == life).nonzero().flatten().tolist()
-        lost = lost_at([trace.kept[i] for i in rows], [logical[i] for i in rows]).numpy()
-        little_endian = lost.astype(np.dtype(lost.dtype).newbyteorder("<"))
+        lost = losses_of([trace.kept[i] for i in rows], [logical[i] for i in rows], may_return=may_return)
         lives.append(
             {
                 "life": life,
                 "logical": [logical[i] for i in rows],
                 "before": [before[i] for i in rows],
                 "after": [trace.kept[i].shape[2] for i in rows],
-                "lost_bytes": lost.itemsize,
-                "lost": base64.b64encode(little_endian.tobytes()).decode(),
+                "lost_bytes": lost.first.itemsize,
+                "lost": _encode(lost.first),
+                "later_rows": _encode(lost.later),
             }
         )
     return lives
+
+
+def _encode(numbers: Tensor) -> str:
+    """Return integers as Base64, little-endian."""
+    array = numbers.numpy()
+    return base64.b64encode(array.astype(array.dtype.newbyteorder("<")).tobytes()).decode()
 
 
 def page_data(trace: Trace, texts: Sequence[str]) -> dict[str, Any]:

@@ -28,9 +28,31 @@ OPTIONAL_NEEDS = {"sentence": Need.SENTENCES, "head": Need.NOTHING}
 """granularity -> what it needs on top of the policy"""
 
 
-def needs_of(policy: Policy, granularity: str) -> Need:
-    """Return what the workers must collect to run a policy at a granularity."""
-    return policy.needs | OPTIONAL_NEEDS[granularity]
+NEEDS_OF_RECALL = Need.QUERIES | Need.SENTENCES
+"""what it takes to tell which evicted sentences are needed again"""
+
+WITHOUT_RECALL = Need.SEGMENTS | Need.GATES | Need.LOOKAHEAD | Need.HIDDEN
+"""inputs that are not stored with evicted tokens"""
+
+
+def needs_of(policy: Policy, granularity: str, *, recalls: bool = False) -> Need:
+    """Return what the workers must collect to run a policy at a granularity, and with tokens that come back."""
+    needs = policy.needs | OPTIONAL_NEEDS[granularity]
+    return needs | NEEDS_OF_RECALL if recalls and policy.name != "full" else needs
+
+
+def check_recall(field: str, policy: Policy) -> None:
+    """Raise `KVPolicyError` if tokens that this policy evicted cannot come back."""
+    if policy.compacts_prompt:
+        raise KVPolicyError(
+            f"{field}={policy.name!r} always keeps the question, which tokens that come back could replace; drop "
+            "--kv-recall-memory, or choose another method, such as skipkv, h2o or snapkv"
+        )
+    if missing := policy.needs & WITHOUT_RECALL:
+        raise KVPolicyError(
+            f"{field}={policy.name!r} reads {need_names(missing)}, which are not stored with evicted tokens, so none "
+            "may come back; drop --kv-recall-memory, or choose another method, such as skipkv, h2o or snapkv"
+        )
 
 
 def check_budget(field: str, budget: int, policy: Policy, window: int, high: int | None = None) -> None:

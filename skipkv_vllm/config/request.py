@@ -14,11 +14,11 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..core.errors import KVPolicyError
-from ..core.limits import NO_DRAFTS, NO_OTHERS, Demand, DraftSlots, Limits, OtherGroups, most_tokens
+from ..core.limits import NO_DRAFTS, NO_OTHERS, Demand, DraftSlots, Limits, OtherGroups, RecallLimits, most_tokens
 from ..core.needs import IN_THE_CACHE, Need
 from ..core.orders import Strength
 from ..policies import Policy, make_policy
-from .checks import MAX_ALPHA, check_budget, check_prompt, check_question, describe, need_names, needs_of
+from .checks import MAX_ALPHA, check_budget, check_prompt, check_question, check_recall, describe, need_names
 from .server import CONFIG_KEY, OFF, KVPolicyConfig, flag_names
 
 MAX_NAMES, MAX_NAME_LENGTH = 1024, 64
@@ -139,7 +139,9 @@ class RequestOptions(BaseModel):
         policy.check_complete()
         check_prompt(policy, config.kv_protect_prompt)
         check_question("kv_task_tokens", policy, config.kv_window)
-        missing = needs_of(policy, config.kv_granularity) & ~(config.needs | IN_THE_CACHE)
+        if config.recalls:
+            check_recall("kv_policy", policy)
+        missing = config.needs_of(policy) & ~(config.needs | IN_THE_CACHE)
         if missing:
             raise KVPolicyError(
                 f"kv_policy={options.kv_policy!r} needs {need_names(missing)}, which this server does not collect; "
@@ -218,7 +220,7 @@ class RequestOptions(BaseModel):
         policy = self.resolve_policy(config)
         return ResolvedRequest(
             policy=policy,
-            needs=needs_of(policy, config.kv_granularity),
+            needs=config.needs_of(policy),
             limits=self._limits(policy, config, num_prompt),
             num_prompt=num_prompt,
             num_question=self.kv_task_tokens or 0,
@@ -240,6 +242,9 @@ class RequestOptions(BaseModel):
             prompt_end=prompt_end,
             num_draft=0 if plan is None else plan.num_tokens,
             num_question=policy.num_question(window) if plan is not None and plan.draft is None else 0,
+            recall=RecallLimits(config.kv_recall_share, config.kv_recall_interval, num_prompt, policy.num_sinks)
+            if config.recalls
+            else None,
         )
 
     def vector(self, config: KVPolicyConfig) -> str | None:

@@ -10,11 +10,11 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from ..core.errors import KVPolicyError
-from ..core.needs import ACCUMULATED, NUM_ACCUMULATED, REPEATS, Need
+from ..core.needs import ACCUMULATED, NUM_ACCUMULATED, NUM_ASKING, REPEATS, Need
 from ..policies import Policy, check_policy_name, make_policy, policy_names
 from ..policies.gates import Gates
 from ..steering import SteeringVector
-from .checks import MAX_ALPHA, check_budget, check_prompt, check_question, describe, needs_of
+from .checks import MAX_ALPHA, check_budget, check_prompt, check_question, check_recall, describe, needs_of
 
 CONFIG_KEY = "skipkv"
 """Key of the configuration in vLLM's `additional_config`."""
@@ -22,7 +22,6 @@ CONFIG_KEY = "skipkv"
 OFF = "off"
 """Value of `kv_steering_default` and of a request's `steering` for no steering."""
 
-GROUPING_WIDTH, GROUPING_MAX_WAIT = 256, 5.0
 MOST_COMPACTIONS = 16
 _VECTOR_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
@@ -83,6 +82,33 @@ class KVPolicyConfig(BaseModel):
         "changes no token. It bounds how long a step takes when many requests grow in time with each other. More are "
         "compacted where fewer would let requests fall behind.",
     )
+    kv_recall_memory: float = Field(
+        0.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="Host memory in GiB for evicted tokens, of all requests and GPUs of an engine together. They come "
+        "back when the text turns back to them. 0: what is evicted is gone.",
+    )
+    kv_recall_share: float = Field(
+        0.5,
+        gt=0,
+        lt=1,
+        description="Largest share of the budget, without protected prompt and window, for tokens that came back. They "
+        "replace those that the method values least.",
+    )
+    kv_recall_interval: int = Field(
+        32,
+        ge=1,
+        strict=True,
+        description="Decoded tokens after which evicted ones may come back, beside each compaction and a prompt's end.",
+    )
+    kv_recall_threshold: float = Field(
+        0.6,
+        gt=0,
+        allow_inf_nan=False,
+        description="Evidence from which tokens come back. A head gives ln(w / 4) if a recent query attends to a token "
+        "w times as much as to the mean one; what counts is the mean of the heads that lack the token.",
+    )
     kv_policy_config: dict[str, Any] = Field(
         default_factory=dict,
         description='Parameters of the method as JSON, e.g. {"recent_share": 0.4, "decay": 0.8}.',
@@ -98,10 +124,10 @@ class KVPolicyConfig(BaseModel):
         "rarely helps, because vLLM does not pad prompts.",
     )
     kv_grouping_width: int = Field(
-        GROUPING_WIDTH, ge=1, strict=True, description="Largest difference in prompt length within a group, in tokens."
+        256, ge=1, strict=True, description="Largest difference in prompt length within a group, in tokens."
     )
     kv_grouping_max_wait: float = Field(
-        GROUPING_MAX_WAIT,
+        5.0,
         ge=0,
         allow_inf_nan=False,
         description="Longest time in seconds that grouping may hold a request past its first-come-first-served turn; "
@@ -224,10 +250,7 @@ class KVPolicyConfig(BaseModel):
 
     @model_validator(mode="after")
     def _check_steering(self) -> KVPolicyConfig:
-        steering = {name for name in self.model_fields_set if name.startswith("kv_steering_")}
-        changed = {n for n in steering if getattr(self, n) != KVPolicyConfig.model_fields[n].get_default()}
-        if not self.kv_steering_vectors and (changed := changed - {"kv_steering_vectors"}):
-            flags = ", ".join(flag_names()[name] for name in sorted(changed))
+        if not self.kv_steering_vectors and (flags := self._changed("kv_steering_", "kv_steering_vectors")):
             raise KVPolicyError(
                 f"{flags} given without --kv-steering-vectors, so nothing would be steered; register a vector"
             )
@@ -237,6 +260,24 @@ class KVPolicyConfig(BaseModel):
                 f"{', '.join((OFF, *self.kv_steering_vectors))}"
             )
         return self
+
+    @model_validator(mode="after")
+    def _check_recall(self) -> KVPolicyConfig:
+        if not self.recalls and (flags := self._changed("kv_recall_", "kv_recall_memory")):
+            raise KVPolicyError(f"{flags} given without --kv-recall-memory, so nothing would come back; add that flag")
+        if self.recalls and not self.evicts:
+            raise KVPolicyError(
+                "kv_recall_memory is given but kv_policy is 'full', which evicts nothing; drop one of them"
+            )
+        for policy in self.policies if self.recalls else ():
+            check_recall("kv_policy", policy)
+        return self
+
+    def _changed(self, prefix: str, main: str = "") -> str:
+        """Return the flags of a group, beside its main one, that were set to another value than the default."""
+        names = {name for name in self.model_fields_set - {main} if name.startswith(prefix)}
+        changed = {n for n in names if getattr(self, n) != KVPolicyConfig.model_fields[n].get_default()}
+        return ", ".join(flag_names()[name] for name in sorted(changed))
 
     @model_validator(mode="after")
     def _check_prompt(self) -> KVPolicyConfig:
@@ -249,14 +290,11 @@ class KVPolicyConfig(BaseModel):
 
     @model_validator(mode="after")
     def _check_scheduling(self) -> KVPolicyConfig:
-        if self.kv_batch_grouping == "off":
-            defaults = {"kv_grouping_width": GROUPING_WIDTH, "kv_grouping_max_wait": GROUPING_MAX_WAIT}
-            for name, default in defaults.items():
-                if getattr(self, name) != default:
-                    raise KVPolicyError(
-                        f"{name}={getattr(self, name)} is given but kv_batch_grouping is 'off', so it has no "
-                        "effect; add --kv-batch-grouping prefill-length"
-                    )
+        if self.kv_batch_grouping == "off" and (flags := self._changed("kv_grouping_")):
+            raise KVPolicyError(
+                f"{flags} given although kv_batch_grouping is 'off', so nothing is grouped; add --kv-batch-grouping "
+                "prefill-length"
+            )
         for name, stock in {"kv_batch_grouping": "off", "kv_prefix_eviction": "lru"}.items():
             if getattr(self, name) != stock and not self.is_active:
                 raise KVPolicyError(
@@ -280,6 +318,11 @@ class KVPolicyConfig(BaseModel):
     def evicts(self) -> bool:
         """Whether anything can be evicted on this server."""
         return self.kv_policy != "full"
+
+    @property
+    def recalls(self) -> bool:
+        """Whether evicted tokens may come back on this server."""
+        return self.kv_recall_memory > 0
 
     @property
     def steers(self) -> bool:
@@ -319,13 +362,18 @@ class KVPolicyConfig(BaseModel):
         """What the workers of this server collect."""
         needs = Need.NOTHING
         for policy in self.policies:
-            needs |= needs_of(policy, self.kv_granularity)
+            needs |= self.needs_of(policy)
         return needs
+
+    def needs_of(self, policy: Policy) -> Need:
+        """Return what the workers of this server collect for a policy."""
+        return needs_of(policy, self.kv_granularity, recalls=self.recalls)
 
     @property
     def num_queries(self) -> int:
         """Number of newest queries that the workers keep per request."""
-        return max(self.kv_window, NUM_ACCUMULATED if self.needs & ACCUMULATED else 0)
+        accumulated, asking = NUM_ACCUMULATED * bool(self.needs & ACCUMULATED), NUM_ASKING * self.recalls
+        return max(self.kv_window, accumulated, asking)
 
     @classmethod
     def parse(cls, values: dict[str, Any]) -> KVPolicyConfig:

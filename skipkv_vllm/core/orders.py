@@ -45,6 +45,29 @@ class Accumulation(NamedTuple):
     blocks: list[int]
 
 
+class Stored(NamedTuple):
+    """The tokens of a request in host memory, all that it computed behind its protected prompt.
+
+    Attributes:
+        first: position of the token at place 0 of the first page.
+        begin: position of the first token that is copied there now.
+        end: position behind the last token that is there then.
+        pages: pages of the store, in order.
+        number: most tokens that come back, in place of those that the method values least.
+    """
+
+    first: int
+    begin: int
+    end: int
+    pages: list[int]
+    number: int
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens there then."""
+        return self.end - self.first
+
+
 class Compaction(NamedTuple):
     """Compact a request into the blocks that the block manager assigned.
 
@@ -58,6 +81,7 @@ class Compaction(NamedTuple):
         ordinal: number of earlier compactions of this request.
         lookahead_blocks: block ids for tokens computed ahead and for the copy of the cache they need, see
             `policies.LookaheadPlan`. No request owns these blocks and no other order of the step uses them.
+        stored: tokens of the request in host memory; None if none comes back.
     """
 
     request_id: str
@@ -68,11 +92,40 @@ class Compaction(NamedTuple):
     target_blocks: list[int]
     ordinal: int
     lookahead_blocks: list[int] = []
+    stored: Stored | None = None
 
     @property
     def num_evicted_before(self) -> int:
         """Tokens evicted by earlier compactions. The worker counts them too and checks that both agree."""
         return self.num_logical - self.num_resident
+
+    @property
+    def after(self) -> tuple[int, list[int]]:
+        """Tokens held afterwards, and their blocks."""
+        return self.num_keep, self.target_blocks
+
+
+class Swap(NamedTuple):
+    """Bring tokens of a request back that its newest queries ask for, in place of others.
+
+    Attributes:
+        request_id: the request.
+        num_logical: tokens computed so far.
+        num_resident: tokens held, in the first slots of `blocks`.
+        blocks: block ids.
+        stored: tokens of the request in host memory.
+    """
+
+    request_id: str
+    num_logical: int
+    num_resident: int
+    blocks: list[int]
+    stored: Stored
+
+    @property
+    def after(self) -> tuple[int, list[int]]:
+        """Tokens held afterwards, and their blocks."""
+        return self.num_resident, self.blocks
 
 
 class Strength(NamedTuple):
@@ -102,8 +155,8 @@ class SteeredRequest(NamedTuple):
 class StepOrders(NamedTuple):
     """The orders of one step, carried out before anything else of the step touches the cache.
 
-    The worker first forgets the requests that vLLM reports as finished or preempted. Then it accumulates, compacts and
-    starts, in this order.
+    The worker first forgets the requests that vLLM reports as finished or preempted. Then it accumulates, compacts,
+    swaps and starts, in this order.
 
     Attributes:
         compactions: requests to compact.
@@ -112,6 +165,7 @@ class StepOrders(NamedTuple):
         records_queries: whether a query of this step will be needed. With methods that accumulate no
             queries only those of the last W tokens before a compaction are.
         steered: requests whose steering starts or starts over.
+        swaps: requests whose recalled tokens are exchanged.
     """
 
     compactions: list[Compaction]
@@ -119,3 +173,4 @@ class StepOrders(NamedTuple):
     accumulations: list[Accumulation] = []
     records_queries: bool = True
     steered: list[SteeredRequest] = []
+    swaps: list[Swap] = []

@@ -17,6 +17,7 @@ from vllm.tokenizers import cached_tokenizer_from_config
 from ..capacity import Pool, most_rows, reserved_rows
 from ..config import KVPolicyConfig
 from ..core.errors import KVPolicyError
+from ..core.limits import STORED_PAGE
 from ..core.needs import ACCUMULATED, REPEATS, Need
 from ..ops.paging import FP8_CACHES, Layout, PagedCache, cpu_layout
 from ..policies.gates import Gates
@@ -26,6 +27,7 @@ from ..steering.tables import build_thought_tables
 from ..trace.writer import TraceWriter
 from ..worker.cache import query_bytes, temporary_bytes
 from ..worker.ranks import Ranks
+from ..worker.recall import EXCHANGE_BYTES
 from ..worker.requests import Rows
 from ..worker.runtime import EvictionRuntime
 from ..worker.signals import Signals
@@ -150,8 +152,8 @@ def join_ranks(vllm_config: VllmConfig, device: torch.device) -> Ranks:
     first = next(iter(layers.values()))
     first_head = get_tp_group().rank_in_group * compat.total_kv_heads(vllm_config.model_config) // width
     numbers = tuple(map(extract_layer_index, layers))
-    exchanges = config.kv_granularity == "sentence" or config.needs & Need.SEGMENTS
-    exchanges = exchanges or (num_stages > 1 and config.needs & REPEATS)
+    exchanges = config.kv_granularity == "sentence" or bool(config.needs & Need.SEGMENTS)
+    exchanges = exchanges or config.recalls or (num_stages > 1 and bool(config.needs & REPEATS))
     if num_ranks == 1 or not exchanges:
         return Ranks(layers=numbers, first_head=first_head, num_stages=num_stages)
     # A group of our own, because vLLM's sends between stages may wait for our exchange. Its world may hold several
@@ -218,7 +220,20 @@ def bind_cache(runner: Any, kv_cache_config: KVCacheConfig, prompt: Callable[[st
         decoder = LookaheadDecoder(runner, ring, prompt)
     own_drafts = [layer for name, layer in compat.draft_layers(vllm_config).items() if name in names]
     drafts = [PagedCache.of([_pages(layer)], _layout(layer)) for layer in own_drafts]
-    runtime.bind_cache(cache, groups.spec.block_size, _key_scales(bound), decoder, _sink_logits_of(bound), drafts)
+    num_stored = compat.stored_pages(vllm_config, groups) if runtime.config.recalls else 0
+    runtime.bind_cache(
+        *(cache, groups.spec.block_size, _key_scales(bound), decoder, _sink_logits_of(bound), drafts),
+        _token_store(num_stored, cache),
+    )
+
+
+def _token_store(number: int, pages: PagedCache) -> Tensor | None:
+    """Allocate so many pages for evicted tokens in host memory, as the device sees them; None for none."""
+    if not number:
+        return None
+    _, heads, _, width = pages.caches[0].shape
+    shape = (number, len(pages.caches), heads, STORED_PAGE, width)
+    return compat.host_memory(shape, pages.caches[0].dtype, pages.caches[0].device)
 
 
 def _allocate_rows(runtime: EvictionRuntime, vllm_config: VllmConfig, pool: Pool) -> None:
@@ -303,6 +318,9 @@ def profile_compactions(vllm_config: VllmConfig, device: torch.device) -> None:
             layers[0].get_kv_cache_spec(vllm_config).dtype.itemsize,
         )
         size = temporary_bytes(len(layers), layers[0].num_kv_heads, longest, queries)
+        if config.recalls:
+            # Stored tokens are not bounded by the budget.
+            size += EXCHANGE_BYTES * len(layers) * layers[0].num_kv_heads * vllm_config.model_config.max_model_len
         torch.empty(size, dtype=torch.uint8, device=device)
 
 
@@ -328,5 +346,7 @@ def left_for_kv(available: int, vllm_config: VllmConfig) -> int:
         return available
     groups = compat.cache_groups(vllm_config)
     shape, pool = compat.model_shape(vllm_config, groups), compat.block_pool(vllm_config, groups, 1)
+    if config.recalls:
+        available -= shape.sketch_bytes(compat.stored_pages(vllm_config, groups))
     state = shape.row_bytes(config, reserved_rows(config, shape, available, pool), pool)
     return shape.left_for_kv(max(available - state, 0), config.needs)

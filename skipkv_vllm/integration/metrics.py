@@ -48,6 +48,16 @@ METRICS = {
     ),
     "freed_pages": Metric("counter", "KV blocks freed by compactions."),
     "probes": Metric("counter", "Compactions scored by queries of lookahead tokens."),
+    "recalled_tokens": Metric(
+        "counter", "Evicted tokens that came back, a mean of layers and heads; see --kv-recall-memory."
+    ),
+    "recall_checked_tokens": Metric(
+        "counter", "Those of them that were in place at the next exchange, before any compaction."
+    ),
+    "recall_used_tokens": Metric("counter", "Those of the checked ones that recent queries asked for there again."),
+    "dropped_stored_tokens": Metric(
+        "counter", "Evicted tokens that cannot come back, because the host memory for them was full."
+    ),
     "skipped": Metric("counter", "Times the policy could not act as configured, by reason.", "reason"),
     "steered_tokens": Metric("counter", "Tokens that a steering vector was added to, of finished requests."),
     "thoughts": Metric("counter", "Sentences of finished steered requests, by kind.", "kind"),
@@ -57,6 +67,7 @@ METRICS = {
     ),
     "resident_tokens": Metric("gauge", "Tokens of running requests whose KV is held."),
     "logical_tokens": Metric("gauge", "Tokens that running requests have computed, evicted ones included."),
+    "stored_tokens": Metric("gauge", "Tokens of running requests in host memory."),
     "promised_pages": Metric("gauge", "KV blocks promised to running requests."),
     "peak_pages": Metric("gauge", "Most KV blocks in use at once since the server started."),
 }

@@ -20,11 +20,13 @@ from ..banner import banner
 from ..capacity import capacity, most_rows
 from ..config import KEEP_EVERYTHING, KVPolicyConfig, RequestOptions
 from ..core.auxiliary import auxiliary
+from ..core.limits import STORED_PAGE
 from ..scheduler.admission import Ledger
 from ..scheduler.eviction import EvictionController
 from ..scheduler.listeners import client_report
 from ..scheduler.requests import RequestRecord, Text
 from ..scheduler.stats import EvictionStats
+from ..scheduler.store import TokenStore
 from . import compat
 from .block_manager import EvictingBlockManager
 from .free_queue import GuardQueue
@@ -71,8 +73,11 @@ class EvictionMixin(_Base):
         compat.check_bound_fits(config, pool)
         stats = EvictionStats()
         listeners = make_listeners(self.vllm_config, config, self.block_manager.block_size, stats)
+        num_stored = compat.stored_pages(self.vllm_config, groups) if config.recalls else 0
         self.eviction = EvictionController(
-            config, requests, self.block_manager, stats, listeners, num_draft_slots=pool.num_draft_slots
+            *(config, requests, self.block_manager, stats, listeners),
+            num_draft_slots=pool.num_draft_slots,
+            store=TokenStore(num_stored) if num_stored else None,
         )
         compat.check_drafter(self)
         self._has_preempted = False
@@ -87,7 +92,8 @@ class EvictionMixin(_Base):
             blocks.free_block_queue = GuardQueue.adopt(blocks.free_block_queue)
         with auxiliary("print the banner"):
             found = capacity(config, compat.model_shape(self.vllm_config, groups), pool) if config.evicts else None
-            for line in banner(config, found, self.max_model_len, is_async=isinstance(self, AsyncScheduler)):
+            is_async = isinstance(self, AsyncScheduler)
+            for line in banner(config, found, self.max_model_len, num_stored * STORED_PAGE, is_async=is_async):
                 logger.info(line)
 
     # ---- a request arrives
@@ -225,8 +231,13 @@ class EvictionMixin(_Base):
 
     # ---- a request ends
 
-    def update_from_output(self, *args: Any, **kwargs: Any) -> dict[int, EngineCoreOutputs]:
-        by_client = super().update_from_output(*args, **kwargs)
+    def update_from_output(
+        self, scheduler_output: SchedulerOutput, model_runner_output: Any, *args: Any, **kwargs: Any
+    ) -> dict[int, EngineCoreOutputs]:
+        recalled = compat.received_recalled(model_runner_output)
+        if recalled is not None:
+            self.eviction.stats.recalled(recalled)
+        by_client = super().update_from_output(scheduler_output, model_runner_output, *args, **kwargs)
         for output in (output for outputs in by_client.values() for output in outputs.outputs):
             request, record = self.requests.get(output.request_id), self.eviction.requests.get(output.request_id)
             if request is None or record is None or request.sampling_params is None:
@@ -260,9 +271,12 @@ class EvictionMixin(_Base):
         """Verify the blocks, and that every request stays within its bound.
 
         Raises:
-            AssertionError: see `EvictingBlockManager.check_integrity` and `EvictionController.check_bounds`.
+            AssertionError: see `EvictingBlockManager.check_integrity`, `TokenStore.check_integrity` and
+                `EvictionController.check_bounds`.
         """
         self.block_manager.check_integrity()
+        if self.eviction.store is not None:
+            self.eviction.store.check_integrity()
         self.eviction.check_bounds(self.running)
 
 

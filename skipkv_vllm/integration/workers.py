@@ -13,6 +13,7 @@ import torch
 from ..worker.warm_up import warm_up
 from . import compat
 from .build import left_for_kv
+from .reporting import ReportingRunner
 from .runner_v1 import EvictingRunnerV1, HookedRunnerV1
 from .runner_v2 import EvictingRunnerV2, HookedRunnerV2
 
@@ -53,8 +54,8 @@ class EvictingWorker(_Base):
 
     def execute_model(self, scheduler_output: Any) -> Any:
         if self.parallel_config.pipeline_parallel_size > 1:
-            # At a compaction the last stage sends sentences to the others. If it first waited for their hidden states,
-            # the stages would wait for each other.
+            # At a compaction or swap the last stage sends sentences to the others. If it first waited for their hidden
+            # states, the stages would wait for each other.
             self._begin_step(scheduler_output)
         return super().execute_model(scheduler_output)
 
@@ -78,4 +79,7 @@ def adapt_runner(runner: Any, vllm_config: Any, is_v2: bool) -> None:
     else:
         is_public = has_one_group and compat.is_public("resident lengths, runner V1")
         adapter = EvictingRunnerV1 if is_public else HookedRunnerV1
-    runner.__class__ = type(f"Evicting{type(runner).__name__}", (adapter, type(runner)), {})
+    # What came back is known to the workers only.
+    reporting = (ReportingRunner,) if compat.policy_config(vllm_config).recalls else ()
+    bases = (adapter, *reporting, type(runner))
+    runner.__class__ = type(f"Evicting{type(runner).__name__}", bases, {})

@@ -8,11 +8,12 @@ from typing import Any, NamedTuple, Protocol
 from ..config import KVPolicyConfig, ResolvedRequest
 from ..core.limits import Demand, ceil_div
 from ..core.needs import FROM_RECENT_QUERIES
-from ..core.orders import Accumulation, Compaction, Started, SteeredRequest, StepOrders
+from ..core.orders import Accumulation, Compaction, Started, SteeredRequest, StepOrders, Swap
 from .listeners import client_report
 from .planner import PlannedCompaction
 from .requests import RequestListener, RequestRecord, Text
 from .stats import EvictionStats
+from .store import TokenStore
 
 
 class RunningRequest(Protocol):
@@ -56,10 +57,11 @@ class BlockManager(Protocol):
 
 
 class StepPlan(NamedTuple):
-    """The compactions and accumulations of a step, before vLLM schedules it."""
+    """The compactions, accumulations and swaps of a step, before vLLM schedules it."""
 
     compactions: list[Compaction]
     accumulations: list[Accumulation]
+    swaps: list[Swap]
 
 
 class _Due(NamedTuple):
@@ -78,6 +80,7 @@ class EvictionController:
         requests: the records by request id. Only this class adds and removes them; the block manager reads them.
         stats: counts for the metrics.
         listeners: called in this order.
+        store: room for evicted tokens in host memory; None if none comes back.
     """
 
     def __init__(
@@ -89,7 +92,9 @@ class EvictionController:
         listeners: Sequence[RequestListener],
         *,
         num_draft_slots: int = 0,
+        store: TokenStore | None = None,
     ) -> None:
+        self.store = store
         self.requests = requests
         self.stats = stats
         self._blocks = blocks
@@ -132,10 +137,14 @@ class EvictionController:
         request = self.requests[request_id]
         request.planner.restart()
         request.num_postponed = 0
+        if self.store is not None:
+            self.store.forget(request_id)
 
     def finish(self, request_id: str, text: Text, params: dict[str, Any] | None) -> dict[str, Any] | None:
         """Remove a request that ended; return its `kv_transfer_params` with our report for the client."""
         self._blocks.forget(request_id)
+        if self.store is not None:
+            self.store.forget(request_id)
         request = self.requests.pop(request_id)
         for listener in self.listeners:
             listener.finished(request, text)
@@ -144,7 +153,7 @@ class EvictionController:
     # ---- one step
 
     def plan(self, running: Collection[RunningRequest], preempt: Callable[[], str]) -> StepPlan:
-        """Plan the compactions and accumulations of the coming step.
+        """Plan the compactions, accumulations and swaps of the coming step.
 
         The blocks that the compactions empty are free afterwards, so this very step can use them. A request whose
         compaction is postponed must get no tokens in the step.
@@ -161,16 +170,50 @@ class EvictionController:
             or running_request.num_computed_tokens >= requests[running_request.request_id].planner.earliest
         ]
         if not candidates:
-            return StepPlan([], [])
+            return StepPlan([], [], [])
         due = [
             _Due(request, num_logical, plan)
             for request, num_logical in candidates
             if (plan := request.planner.due(num_logical, request.num_evicted)) is not None
         ]
+        waiting = {each.request.request_id for each in due}
+        swapping = [
+            (request, num_logical)
+            for request, num_logical in candidates
+            if self.store is not None and request.request_id not in waiting and request.planner.swaps(num_logical)
+        ]
         due = self._postpone(due, len(running))
+        moving = {each.request.request_id for each in due} | {request.request_id for request, _ in swapping}
         # Accumulations read the blocks as they are before the compactions.
-        accumulations = self._accumulate(candidates, {each.request.request_id for each in due})
-        return StepPlan(self._compact(due, preempt), accumulations)
+        accumulations = self._accumulate(candidates, moving)
+        compactions = self._compact(due, preempt)
+        if self.store is None:
+            return StepPlan(compactions, accumulations, [])
+        # Now all requests of the step have got their room in the store.
+        stored = [self.store.stored(order.request_id, copies=True) for order in compactions]
+        compactions = [order._replace(stored=each) for order, each in zip(compactions, stored, strict=True)]
+        return StepPlan(compactions, accumulations, self._swap(swapping))
+
+    def _swap(self, swapping: list[tuple[RequestRecord, int]]) -> list[Swap]:
+        assert self.store is not None
+        swaps = []
+        for request, num_logical in swapping:
+            request_id = request.request_id
+            stored = self.store.stored(request_id, copies=False)
+            if stored is not None:
+                num_resident, blocks = num_logical - request.num_evicted, self._blocks.blocks(request_id)
+                swaps.append(Swap(request_id, num_logical, num_resident, blocks, stored))
+        return swaps
+
+    def _store(self, request: RequestRecord, num_logical: int) -> None:
+        """Make room for what a compaction copies to the store."""
+        limits = request.resolved.limits
+        if self.store is None or limits is None:
+            return
+        num_dropped = self.store.num_dropped
+        self.store.compact(request.request_id, limits, num_logical)
+        if self.store.num_dropped > num_dropped:
+            self.stats.dropped_stored(self.store.num_dropped - num_dropped)
 
     def _postpone(self, due: list[_Due], num_running: int) -> list[_Due]:
         """Return the compactions of this step: of too many, those that have waited longest.
@@ -190,13 +233,13 @@ class EvictionController:
             each.request.num_postponed = 0
         return due
 
-    def _accumulate(self, candidates: list[tuple[RequestRecord, int]], compacted: set[str]) -> list[Accumulation]:
+    def _accumulate(self, candidates: list[tuple[RequestRecord, int]], moving: set[str]) -> list[Accumulation]:
         if not self._accumulates:
             return []
         accumulations = []
         for request, num_logical in candidates:
             request_id = request.request_id
-            num_queries = request.planner.accumulate(num_logical, request_id in compacted)
+            num_queries = request.planner.accumulate(num_logical, request_id in moving)
             if num_queries:
                 num_resident, blocks = num_logical - request.num_evicted, self._blocks.blocks(request_id)
                 accumulations.append(Accumulation(request_id, num_logical, num_resident, num_queries, blocks))
@@ -223,6 +266,7 @@ class EvictionController:
                     lookahead_blocks=lookahead.get(request.request_id, []),
                 )
             )
+            self._store(request, num_logical)
             request.planner.committed(num_logical)
         if lookahead:
             self._blocks.return_lookahead()
@@ -275,19 +319,23 @@ class EvictionController:
             first_scheduled: requests whose first tokens this step computes.
             preempted: requests that lost their blocks in this step, so that their orders must not be carried out.
         """
-        compactions, accumulations = plan
+        compactions, accumulations, swaps = plan
         if preempted:
             compactions = [order for order in compactions if order.request_id not in preempted]
             accumulations = [order for order in accumulations if order.request_id not in preempted]
+            swaps = [order for order in swaps if order.request_id not in preempted]
         requests = self.requests
         for order in compactions:
             for listener in self.listeners:
                 listener.compacted(requests[order.request_id], order)
+        for swap in swaps:
+            for listener in self.listeners:
+                listener.swapped(requests[swap.request_id], swap)
         started, steered = self._start(first_scheduled)
         records_queries = self._accumulates or any(
             request.num_computed_tokens > requests[request.request_id].planner.queries_from for request in running
         )
-        return StepOrders(compactions, started, accumulations, records_queries, steered)
+        return StepOrders(compactions, started, accumulations, records_queries, steered, swaps)
 
     def _start(self, request_ids: Iterable[str]) -> tuple[list[Started], list[SteeredRequest]]:
         started, steered = [], []
@@ -318,7 +366,8 @@ class EvictionController:
         for request in running:
             num_logical += request.num_computed_tokens
             num_evicted += self.requests[request.request_id].num_evicted
-        return self.stats.take(num_logical, num_logical - num_evicted, self._blocks.num_promised)
+        num_stored = 0 if self.store is None else self.store.num_tokens
+        return self.stats.take(num_logical, num_logical - num_evicted, self._blocks.num_promised, num_stored)
 
     def idle(self) -> None:
         """Tell the listeners that no request is left."""

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..config import CONFIG_KEY, KVPolicyConfig
 from ..core.auxiliary import auxiliary
-from ..core.orders import Compaction, Started
+from ..core.orders import Compaction, Started, Swap
 from ..steering.controller import SteeringController
 from ..trace.collector import TraceCollector
 from .requests import RequestEvictions, RequestListener, RequestRecord, Text
@@ -75,6 +75,10 @@ class TraceListener(RequestListener):
 
     def compacted(self, request: RequestRecord, order: Compaction) -> None:
         """Note a compaction."""
+        self.collector.sent([order], [])
+
+    def swapped(self, request: RequestRecord, order: Swap) -> None:
+        """Note a swap."""
         self.collector.sent([order], [])
 
     def finished(self, request: RequestRecord, text: Text) -> None:

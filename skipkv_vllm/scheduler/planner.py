@@ -25,6 +25,11 @@ class PlannedCompaction(NamedTuple):
     num_lookahead: int = 0
 
 
+BEFORE_END = (8, 4, 1)
+"""Tokens before the end of a prompt at which evicted ones come back. The last one is the first that may answer; what it
+asks for depends on what those before it found."""
+
+
 class AccumulationSchedule(NamedTuple):
     """Which queries of a request the workers accumulate, and when.
 
@@ -43,16 +48,16 @@ class AccumulationSchedule(NamedTuple):
 class EvictionPlanner:
     """Decides when one request is compacted and to how many tokens.
 
-    In each step call `due`, then `accumulate`, then `committed` if the compaction is carried out. `room` bounds the
-    tokens that the step may compute.
+    In each step call `due` and `swaps`, then `accumulate`, then `committed` if the compaction is carried out. `room`
+    bounds the tokens that the step may compute.
 
     Attributes:
         limits: how many tokens the request may hold; None if it keeps everything.
         schedule: which queries are accumulated; None if its method needs no accumulation.
         end: logical length beyond which the request computes no token, so it is not compacted there.
-        earliest: logical length before which no compaction is due. In most steps it rules out most requests.
-        queries_from: logical length beyond which the newest query is needed, because it may be one of the last W at the
-            next compaction.
+        earliest: logical length before which no compaction or swap is due. In most steps it rules out most requests.
+        queries_from: logical length beyond which the newest query is needed, because it may be one of those that the
+            next compaction or swap reads.
         num_compactions: compactions since the request started or started over.
     """
 
@@ -64,6 +69,10 @@ class EvictionPlanner:
     num_compactions: int = field(init=False)
     _num_accumulated: int = field(init=False)
     """number of first tokens whose queries have been accumulated"""
+    _compacted_from: int = field(init=False)
+    """logical length before which no compaction is due"""
+    _swapped_at: int = field(init=False)
+    """logical length at which a swap is due, if no compaction is"""
 
     def __post_init__(self) -> None:
         self.restart()
@@ -72,15 +81,16 @@ class EvictionPlanner:
         """Start over with nothing computed, as a preempted request does."""
         self.num_compactions = 0
         self._num_accumulated = 0 if self.schedule is None else self.schedule.first
+        self._swapped_at = sys.maxsize
         if self.limits is None:
-            self.earliest = self.queries_from = sys.maxsize
+            self._compacted_from = self.earliest = self.queries_from = sys.maxsize
         else:
             self._next_due(self.limits.first_due, self.limits)
 
     @property
     def is_done(self) -> bool:
         """Whether the request will not be compacted again, or never."""
-        return self.earliest == sys.maxsize
+        return self._compacted_from == sys.maxsize
 
     @property
     def bound(self) -> int | None:
@@ -97,7 +107,7 @@ class EvictionPlanner:
             num_evicted: tokens that are no longer held.
         """
         limits, bound, num_resident = self.limits, self.bound, num_logical - num_evicted
-        if limits is None or bound is None or num_logical < self.earliest:
+        if limits is None or bound is None or num_logical < self._compacted_from:
             return None
         at_prompt_end = num_logical == limits.prompt_end and num_resident > limits.keep
         if num_resident < bound and not at_prompt_end:
@@ -109,21 +119,46 @@ class EvictionPlanner:
         limits = self.limits
         assert limits is not None
         self.num_compactions += 1
+        self._swapped_at = self._next_swap(num_logical, limits)
         due = num_logical + limits.buffer
         self._next_due(min(due, limits.prompt_end) if num_logical < limits.prompt_end else due, limits)
 
-    def _next_due(self, earliest: int, limits: Limits) -> None:
+    def swaps(self, num_logical: int) -> bool:
+        """Return whether recalled tokens are exchanged now, and note it. No compaction may be due."""
+        limits = self.limits
+        if limits is None or num_logical < self._swapped_at:
+            return False
+        self._swapped_at = self._next_swap(num_logical, limits)
+        self._next_due(self._compacted_from, limits)
+        return True
+
+    def _next_swap(self, num_logical: int, limits: Limits) -> int:
+        """Return the logical length of the first swap after `num_logical` tokens."""
+        recall = limits.recall
+        if recall is None or not limits.num_recalled:
+            return sys.maxsize
+        for before in BEFORE_END:
+            if num_logical < recall.num_prompt - before:
+                return recall.num_prompt - before
+        num_decoded = max(num_logical - recall.num_prompt, 0)
+        next_swap = recall.num_prompt + (num_decoded // recall.interval + 1) * recall.interval
+        return next_swap if next_swap < self.end else sys.maxsize
+
+    def _next_due(self, compacted_from: int, limits: Limits) -> None:
         # With asynchronous scheduling a request still runs when its last token is in flight.
-        if earliest >= self.end:
-            earliest = sys.maxsize
-        self.earliest, self.queries_from = earliest, earliest - limits.window
+        if compacted_from >= self.end:
+            compacted_from = sys.maxsize
+        self._compacted_from = compacted_from
+        self.earliest = min(compacted_from, self._swapped_at)
+        self.queries_from = self.earliest - limits.num_queries
 
     def room(self, num_logical: int, num_evicted: int) -> int:
         """Return how many tokens the coming step may compute; at least one.
 
         A chunk of a prompt, or of the text of a resumed request, ends at the bound. So the request is compacted at the
         same tokens however its text is cut into chunks. If every query is accumulated, a chunk has at most as many
-        tokens as the workers keep queries; if segments are measured, a chunk ends at the end of a segment.
+        tokens as the workers keep queries; if segments are measured, a chunk ends at the end of a segment. A chunk also
+        ends where tokens are swapped.
         """
         limits, bound = self.limits, self.bound
         if limits is None or bound is None:
@@ -132,6 +167,8 @@ class EvictionPlanner:
         if num_logical < limits.prompt_end:
             # A resumed request has more text than its prompt.
             room = min(room, limits.prompt_end - num_logical)
+        if self._swapped_at > num_logical:
+            room = min(room, self._swapped_at - num_logical)
         if self.schedule is not None and not self.is_done:
             room = min(room, self._num_accumulated + self.schedule.interval - num_logical)
         assert room > 0, f"{num_logical - num_evicted} tokens were not compacted at the bound of {bound}"
@@ -142,10 +179,10 @@ class EvictionPlanner:
     ) -> int:
         """Return how many tokens the coming step may compute if the last of them are drafts; 0 if none at all.
 
-        The next compaction or accumulation needs the exact number of tokens. Until the drafts of a step are verified,
-        the scheduler counts all of them, and takes those off that were rejected afterwards. If they are not verified
-        when the next step is planned, a step with drafts must end before that point, and a step without any reaches it.
-        So what is counted there is exact, and a request is compacted at the same tokens as without drafts.
+        The next compaction, swap or accumulation needs the exact number of tokens. Until the drafts of a step are
+        verified, the scheduler counts all of them, and takes those off that were rejected afterwards. If they are not
+        verified when the next step is planned, a step with drafts must end before that point, and a step without any
+        reaches it. So what is counted there is exact, and a request is compacted at the same tokens as without drafts.
 
         Args:
             num_logical: tokens computed so far, drafts in flight included.
@@ -159,26 +196,26 @@ class EvictionPlanner:
         if self.is_done and num_logical - num_evicted >= self.bound:
             return 0  # it has ended, unless drafts in flight are rejected
         room = self.room(num_logical, num_evicted)
-        if room <= num_new and num_known < room and not are_verified and not self.is_done:
+        if room <= num_new and num_known < room and not are_verified and self.earliest < sys.maxsize:
             room -= 1
         return min(num_new, room)
 
-    def accumulate(self, num_logical: int, is_compacted: bool) -> int:
+    def accumulate(self, num_logical: int, moves_tokens: bool) -> int:
         """Return the number of newest queries to accumulate now, and note them as accumulated.
 
         The workers keep only the newest queries. If every query counts, accumulate them before the ring overwrites them
-        and before each compaction, while all tokens that they attended to are held. Otherwise only the last queries of
-        each interval are measured.
+        and before each compaction or swap, while all tokens that they attended to are held. Otherwise only the last
+        queries of each interval are measured.
 
         Args:
             num_logical: tokens computed so far.
-            is_compacted: whether the request is compacted in this step.
+            moves_tokens: whether the request is compacted in this step, or tokens of it are swapped.
         """
         schedule = self.schedule
         if self.limits is None or schedule is None or self.is_done:
             return 0
         num_pending = num_logical - self._num_accumulated
-        is_due = num_pending >= schedule.interval or (schedule.every_query and num_pending > 0 and is_compacted)
+        is_due = num_pending >= schedule.interval or (schedule.every_query and num_pending > 0 and moves_tokens)
         if not is_due:
             return 0
         self._num_accumulated = num_logical

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from ..config import ResolvedRequest
 from ..core.limits import Demand
 from ..core.needs import ACCUMULATED, Need
-from ..core.orders import Compaction, Started, SteeredRequest
+from ..core.orders import Compaction, Started, SteeredRequest, Swap
 from ..steering.controller import Thoughts
 from .admission import Promise
 from .planner import AccumulationSchedule, EvictionPlanner
@@ -152,8 +152,8 @@ class RequestListener:
     """Follows the requests of a scheduler. Every method does nothing unless a subclass overrides it.
 
     For each request the scheduler calls `arrived` once, `started` when its first token is scheduled and again after
-    each preemption, `compacted` for each compaction that is sent to the workers, and `finished` once. A request that
-    is aborted while it waits is finished without having started.
+    each preemption, `compacted` and `swapped` for each compaction and swap that is sent to the workers, and `finished`
+    once. A request that is aborted while it waits is finished without having started.
     """
 
     def arrived(self, request: RequestRecord, prompt: Sequence[int]) -> None:
@@ -164,6 +164,9 @@ class RequestListener:
 
     def compacted(self, request: RequestRecord, order: Compaction) -> None:
         """Handle a compaction that is sent to the workers."""
+
+    def swapped(self, request: RequestRecord, order: Swap) -> None:
+        """Handle a swap that is sent to the workers."""
 
     def finished(self, request: RequestRecord, text: Text) -> None:
         """Handle the end of a request, also if it was aborted."""

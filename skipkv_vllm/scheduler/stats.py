@@ -5,11 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from ..core.orders import Compaction, Started
+from ..core.reports import RecalledTokens
 from ..steering.controller import KINDS
 from .requests import RequestListener, RequestRecord, Text
 
 SKIPPED, THOUGHTS, TRACES_DROPPED = "skipped:", "thoughts:", "traces_dropped:"
 """Prefixes of names in a report. The rest of the name is a reason, a kind of thought, and a reason."""
+
+
+RECALLED = ("recalled_tokens", "recall_checked_tokens", "recall_used_tokens")
+"""Names of the fields of `RecalledTokens` in a report."""
 
 
 class EvictionStats(RequestListener):
@@ -18,6 +23,7 @@ class EvictionStats(RequestListener):
     def __init__(self) -> None:
         self._counts: dict[str, float] = {}
         self._peak_blocks = 0
+        self._recalled = RecalledTokens()
 
     def started(self, request: RequestRecord, order: Started) -> None:
         """Count what the policy cannot do as configured for this request."""
@@ -57,6 +63,16 @@ class EvictionStats(RequestListener):
         if number:
             self._add("trimmed_drafts", number)
 
+    def recalled(self, counts: RecalledTokens) -> None:
+        """Note how many tokens have come back since the workers started."""
+        for name, before, now in zip(RECALLED, self._recalled, counts, strict=True):
+            self._add(name, now - before)
+        self._recalled = counts
+
+    def dropped_stored(self, number: int) -> None:
+        """Count evicted tokens that are gone for ever, because the host memory was full."""
+        self._add("dropped_stored_tokens", number)
+
     def traces_dropped(self, reasons: Mapping[str, int]) -> None:
         """Count traces that could not be written, by reason."""
         for reason, count in reasons.items():
@@ -66,17 +82,19 @@ class EvictionStats(RequestListener):
         """Note how many blocks all requests hold in a step."""
         self._peak_blocks = max(self._peak_blocks, num_blocks)
 
-    def take(self, num_logical: int, num_resident: int, num_promised: int) -> dict[str, float]:
+    def take(self, num_logical: int, num_resident: int, num_promised: int, num_stored: int = 0) -> dict[str, float]:
         """Return the counts since the last call, with the current gauges.
 
         Args:
             num_logical: tokens that running requests have computed.
             num_resident: tokens that they hold.
             num_promised: blocks that they were promised.
+            num_stored: their tokens in host memory.
         """
         counts, self._counts = self._counts, {}
         gauges = {"logical_tokens": num_logical, "resident_tokens": num_resident, "promised_pages": num_promised}
+        gauges["stored_tokens"] = num_stored
         return counts | gauges | {"peak_pages": self._peak_blocks}
 
-    def _add(self, name: str, amount: int) -> None:
+    def _add(self, name: str, amount: float) -> None:
         self._counts[name] = self._counts.get(name, 0) + amount

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..core.auxiliary import BackgroundJobs, auxiliary, report_failure
 from ..core.errors import KVPolicyError
-from ..core.orders import Compaction, Started
+from ..core.orders import Compaction, Started, Swap
 from ..sentences import SentenceTables, split_sentences
 from .files import FLUSH_SECONDS, TOO_MANY, Trace, part_path, parts_folder, trace_path
 
@@ -42,13 +42,23 @@ def _remove_stale(parts: Path) -> None:
                 shutil.rmtree(folder, ignore_errors=True)
 
 
+class _Sent(NamedTuple):
+    """An order whose parts are awaited: the life of its request, its number in this life, and the order."""
+
+    life: int
+    number: int
+    order: Compaction | Swap
+
+
 class _Log:
     """Orders of a running request."""
 
     def __init__(self) -> None:
         self.life = -1
         self.first_tracked = 0
-        self.orders: list[tuple[int, Compaction]] = []
+        self.num_orders = 0
+        """in this life"""
+        self.orders: list[_Sent] = []
         self.policy = "full"
 
 
@@ -108,15 +118,17 @@ class TraceCollector:
         self._abandoned: deque[str] = deque(maxlen=1000)
         """requests whose trace was dropped; late parts may still arrive"""
 
-    def sent(self, compactions: Iterable[Compaction], started: Iterable[Started]) -> None:
-        """Record the orders of a step: first its compactions, then the requests that start or start over."""
+    def sent(self, orders: Iterable[Compaction | Swap], started: Iterable[Started]) -> None:
+        """Record the orders of a step: first compactions and swaps, then the requests that start or start over."""
         with auxiliary("write a trace"):
-            for order in compactions:
+            for order in orders:
                 log = self._logs[order.request_id]
-                log.orders.append((log.life, order))
+                log.orders.append(_Sent(log.life, log.num_orders, order))
+                log.num_orders += 1
             for start in started:
                 log = self._logs.setdefault(start.request_id, _Log())
                 log.life += 1
+                log.num_orders = 0
                 log.first_tracked = start.first_tracked
                 log.policy = start.policy
 
@@ -197,8 +209,8 @@ class TraceCollector:
         Raises:
             MissingPartError: a worker could not write its part, or did not in time.
         """
-        for life, order in ended.log.orders:
-            for path in self._part_paths(ended.request_id, life, order.ordinal):
+        for life, number, _ in ended.log.orders:
+            for path in self._part_paths(ended.request_id, life, number):
                 if path.exists():
                     continue
                 if path.with_suffix(".lost").exists():
@@ -215,7 +227,7 @@ class TraceCollector:
     def _write(self, ended: _Ended) -> None:
         """Join the parts, all of which exist."""
         log = ended.log
-        parts = [self._read_parts(ended, life, order.ordinal) for life, order in log.orders]
+        parts = [self._read_parts(ended, life, number) for life, number, _ in log.orders]
         pairs: dict[tuple[int, int], float] = {}
         for part in parts:
             if "similar_pairs" in part:
@@ -223,14 +235,14 @@ class TraceCollector:
                 pairs |= {(earlier, later): similarity for (earlier, later), similarity in rows}
         text = [*ended.prompt_token_ids, *ended.output_token_ids]
         found = split_sentences(text[log.first_tracked :], self._tables) if self._tables else []
-        orders = [order for _, order in log.orders]
+        orders = [each.order for each in log.orders]
         Trace(
             prompt_token_ids=torch.tensor(ended.prompt_token_ids, dtype=torch.int64),
             output_token_ids=torch.tensor(ended.output_token_ids, dtype=torch.int64),
             logical_length=torch.tensor([o.num_logical for o in orders], dtype=torch.int64),
             resident_before=torch.tensor([o.num_resident for o in orders], dtype=torch.int64),
             kept=[part["kept"] for part in parts],
-            life=torch.tensor([life for life, _ in log.orders], dtype=torch.int64),
+            life=torch.tensor([each.life for each in log.orders], dtype=torch.int64),
             sentences=torch.tensor(
                 [[s.start + log.first_tracked, s.end + log.first_tracked] for s in found], dtype=torch.int64
             ).view(-1, 2),

@@ -85,6 +85,7 @@ class KVCache:
         pages: see above.
         layers: the pages of each layer.
         page_size: tokens of a kernel page.
+        key_size: elements of a key.
         block_size: see above.
         room: what a launch may hold.
         device: where the pages are.
@@ -106,6 +107,7 @@ class KVCache:
         self.page_size = self.layers[0].page_size
         self.block_size = block_size
         key_size = first.shape[3] if pages.layout is Layout.LATENT else first.shape[3] // 2
+        self.key_size = key_size
         slot = SLOT_BYTES * len(pages.caches) * first.shape[1]
         query = query_bytes(len(pages.caches), num_query_heads, key_size, first.element_size())
         self.room = Room(TEMPORARY_BYTES // slot, query / slot)

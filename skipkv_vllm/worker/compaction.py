@@ -15,6 +15,7 @@ from ..policies.selection import select_sentences
 from .cache import KVCache
 from .compaction_batch import CompactionBatch, Moves, independent
 from .ranks import ALONE, Ranks
+from .recall import Recall
 from .requests import Job
 from .scoring import Scorer
 from .signals import Signals
@@ -31,6 +32,7 @@ class Compactor:
         ranks: this worker's place among those that share the model.
         draft_pages: pages of each layer of a drafter. They keep the tokens that the model's last layer keeps, because
             drafts change no output, and a drafter's queries may have another shape.
+        recall: brings evicted tokens back, or None.
     """
 
     def __init__(
@@ -40,7 +42,9 @@ class Compactor:
         signals: Signals,
         ranks: Ranks = ALONE,
         draft_pages: Sequence[PagedCache] = (),
+        recall: Recall | None = None,
     ) -> None:
+        self.recall = recall
         self.config = config
         self.cache = cache
         self._signals = signals
@@ -57,6 +61,8 @@ class Compactor:
             self._run(part)
 
     def _run(self, jobs: Sequence[Job]) -> None:
+        if self.recall is not None:
+            self.recall.store(jobs)
         batch, inputs = CompactionBatch.of(jobs, self.cache, self.config.kv_window), Inputs()
         for signal in self._signals:
             signal.read(batch, inputs)
@@ -85,6 +91,8 @@ class Compactor:
             )
         for signal in self._signals:
             signal.move(batch, inputs, moves)
+        if self.recall is not None:
+            self.recall.after_compaction(batch, moves.follow(scores, batch.num_keep))
 
     def _num_question(self, batch: CompactionBatch) -> int:
         return batch.policy.num_question(self.config.kv_window)

@@ -13,7 +13,6 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..config import needs_of
 from ..core.device import to_device
 from ..policies import LookaheadPlan, Policy
 from .compaction import Compactor
@@ -120,7 +119,7 @@ class Lookahead:
 
     def _draft(self, jobs: Sequence[Job], draft: Policy, num_tokens: int) -> None:
         """Decode the beginning of each answer on a temporary copy of the cache."""
-        needs = needs_of(draft, self._config.kv_granularity)
+        needs = self._config.needs_of(draft)
         copies = [
             Job(
                 order._replace(target_blocks=order.lookahead_blocks[: len(order.target_blocks)]),

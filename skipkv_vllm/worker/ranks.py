@@ -1,9 +1,10 @@
-"""A worker's place among those that share a model, and what they exchange at a compaction.
+"""A worker's place among those that share a model, and what they exchange at a compaction or swap.
 
-With granularity "head" every rank decides for its own layers and heads. Only three things concern all ranks: the score
-of a sentence and the sparsity of a segment's attention, which are means over all layers and heads, and sentences in a
-pipeline, which only the last stage can compare. Ranks exchange them unreduced and add them up in rank order. So every
-rank holds the same bits, whatever algorithm the network library chooses.
+With granularity "head" every rank decides for its own layers and heads. Only four things concern all ranks: the score
+of a sentence, the sparsity of a segment's attention and the evidence that an evicted token is asked for, which are
+means over layers and heads, and sentences in a pipeline, which only the last stage can compare. Ranks exchange them
+unreduced and add them up in rank order. So every rank holds the same bits, whatever algorithm the network library
+chooses.
 """
 
 from __future__ import annotations

@@ -24,6 +24,9 @@ class ManagedRequest:
         protected: number of prompt tokens that must survive.
         num_placed: number of first slots whose positions are in the sidecar; later slots follow in order.
         num_compactions: compactions since it started.
+        region: int64 `[layers, H, n]`, slots in which tokens come back, that of the first one to be replaced first.
+        num_recalled: integer `[layers, H, 1]`, how many of these the last exchange brought back; None before any.
+        is_sketched: whether its keys have been measured for their sketches.
         first_draft: likeliest token after the prompt, if tokens are decoded ahead from it.
         lookahead_queries: queries of tokens computed ahead `[layers, n, Hq, D]`, for the compaction under way.
         num_question: how many of these belong to the question that is appended after the held tokens.
@@ -36,6 +39,9 @@ class ManagedRequest:
     protected: int = 0
     num_placed: int = 0
     num_compactions: int = 0
+    region: Tensor | None = None
+    num_recalled: Tensor | None = None
+    is_sketched: bool = False
     first_draft: Tensor | None = None
     lookahead_queries: Tensor | None = None
     num_question: int = 0

@@ -11,9 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..config import KVPolicyConfig, needs_of
+from ..config import KVPolicyConfig
 from ..core.needs import Need
-from ..core.orders import Compaction, Started, StepOrders
+from ..core.orders import Compaction, Started, StepOrders, Swap
+from ..core.reports import RecalledTokens
 from ..ops.paging import PagedCache
 from ..policies import make_policy
 from ..trace.writer import TraceWriter
@@ -22,6 +23,7 @@ from .cache import KVCache
 from .compaction import Compactor
 from .lookahead import Decoder, Lookahead
 from .ranks import ALONE, Ranks
+from .recall import Recall
 from .requests import Job, ManagedRequest, Reading, Rows
 from .signals import Signals
 from .signals.base import ForwardOutput, Step
@@ -83,6 +85,7 @@ class EvictionRuntime:
         decoder: Decoder | None = None,
         read_sink_logits: Callable[[], Tensor] | None = None,
         draft_pages: Sequence[PagedCache] = (),
+        stored: Tensor | None = None,
     ) -> None:
         """Give the runtime the KV cache once it is allocated.
 
@@ -93,18 +96,42 @@ class EvictionRuntime:
             decoder: computes tokens ahead, if a policy needs their queries.
             read_sink_logits: see `KVCache`.
             draft_pages: pages of each layer of a drafter, in the same blocks.
+            stored: pages for evicted tokens, see `Recall`; None if none comes back.
         """
         num_heads = 0 if self.signals.queries is None else self.signals.queries.num_heads
         cache = KVCache(pages, block_size, key_scales, read_sink_logits, num_heads)
         for signal in self.signals:
             signal.bind_cache(cache)
-        self._compactor = Compactor(self.config, cache, self.signals, self.ranks, draft_pages)
+        recall = None
+        if stored is not None:
+            are_common = self.config.kv_granularity == "sentence"
+            threshold = self.config.kv_recall_threshold
+            recall = Recall(cache, stored, self.signals, self.ranks, self._rows.number, threshold, are_common)
+        self._compactor = Compactor(self.config, cache, self.signals, self.ranks, draft_pages, recall)
         self._lookahead = None if decoder is None else Lookahead(decoder, self._compactor)
 
     @property
     def num_rows(self) -> int:
         """Requests that can run at once."""
         return self._rows.number
+
+    @property
+    def recalled(self) -> RecalledTokens | None:
+        """How many evicted tokens came back, some steps ago; None if none can or that is not known yet."""
+        recall = None if self._compactor is None else self._compactor.recall
+        return None if recall is None else recall.counts()
+
+    @property
+    def num_stored_pages(self) -> int:
+        """Pages of host memory for evicted tokens."""
+        recall = None if self._compactor is None else self._compactor.recall
+        return 0 if recall is None else recall.num_pages
+
+    def reset_counts(self) -> None:
+        """Forget what was counted so far."""
+        self.num_compactions = 0
+        if self._compactor is not None and self._compactor.recall is not None:
+            self._compactor.recall.reset_counts()
 
     @property
     def cache(self) -> KVCache:
@@ -142,6 +169,8 @@ class EvictionRuntime:
             self._compact(orders.compactions)
             if self._batch_rows is not None:
                 self._batch_rows.update_evicted()
+        for swap in orders.swaps:
+            self._swap(swap)
         for started in orders.started:
             self._start(started)
 
@@ -159,7 +188,7 @@ class EvictionRuntime:
         policy = config.policy if order.policy == config.kv_policy else make_policy(order.policy)
         if order.num_question:
             policy = policy.with_question(order.num_question)
-        row, needs = self._rows.take(order.request_id), needs_of(policy, config.kv_granularity)
+        row, needs = self._rows.take(order.request_id), config.needs_of(policy)
         request = ManagedRequest(row, policy, needs, order.num_prompt, order.protected)
         self._requests[order.request_id] = request
         table.num_evicted[row] = 0
@@ -272,12 +301,19 @@ class EvictionRuntime:
         if self.config.kv_check_integrity:
             self.check_integrity(order)
 
-    def held(self, order: Compaction) -> Tensor:
-        """Return the positions held after a compaction, int32 `[layers, H, num_keep]` by slot."""
+    def _swap(self, order: Swap) -> None:
+        request = self._requests[order.request_id]
         assert self._compactor is not None
-        num_evicted = order.num_logical - order.num_keep
+        assert self._compactor.recall is not None
+        self._compactor.recall.swap(order, request)
+        if self.trace is not None:
+            self.trace.swapped(order, self.held(order).sort(dim=-1).values)
+
+    def held(self, order: Compaction | Swap) -> Tensor:
+        """Return the positions held after a compaction or swap, int32 `[layers, H, held]` by slot."""
+        num_held, blocks = order.after
         num_placed = self._requests[order.request_id].num_placed
-        return self._compactor.cache.positions_of(order.target_blocks, order.num_keep, num_placed, num_evicted)
+        return self.cache.positions_of(blocks, num_held, num_placed, order.num_logical - num_held)
 
     # ---- checks
 

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..core.limits import ceil_div
+from ..core.limits import STORED_PAGE, ceil_div
 from ..core.needs import FROM_RECENT_QUERIES, Need
-from ..core.orders import Accumulation, Compaction, Started, SteeredRequest, StepOrders, Strength
+from ..core.orders import Accumulation, Compaction, Started, SteeredRequest, StepOrders, Stored, Strength, Swap
 from ..ops import STATE
 from ..policies import Policy
 from .batch import StepBatch
@@ -47,7 +47,8 @@ def warm_up(runtime: EvictionRuntime, *, hidden_size: int, dtype: torch.dtype, m
             for policy in runtime.config.policies:
                 _play(runtime, policy, names, hidden_size, dtype)
     finally:
-        runtime.trace, runtime.num_compactions = trace, 0
+        runtime.trace = trace
+        runtime.reset_counts()
         runtime.prepare_dummy()
 
 
@@ -68,16 +69,29 @@ def _play(
     _forward(runtime, names, start=2, count=1, hidden_size=hidden_size, dtype=dtype)
     if config.evicts:
         runtime.begin_step(StepOrders([], [], _accumulations(runtime, policy, names, blocks, bound)), (), ())
+        target, stored = ceil_div(keep, runtime.cache.block_size), _stored(runtime, names, bound)
         compactions = [
-            Compaction(
-                name, bound, bound, keep, blocks[name], blocks[name][: ceil_div(keep, runtime.cache.block_size)], 0
-            )
+            Compaction(name, bound, bound, keep, blocks[name], blocks[name][:target], 0, stored=stored.get(name))
             for name in names
         ]
         runtime.begin_step(StepOrders(compactions, []), (), ())
         # The lengths of a compacted request are corrected.
         _forward(runtime, names, start=bound, count=1, hidden_size=hidden_size, dtype=dtype)
+        swaps = [
+            Swap(name, bound + 1, keep + 1, blocks[name], each._replace(begin=bound)) for name, each in stored.items()
+        ]
+        runtime.begin_step(StepOrders([], [], swaps=swaps), (), ())
     runtime.begin_step(None, names, ())
+
+
+def _stored(runtime: EvictionRuntime, names: tuple[str, ...], bound: int) -> dict[str, Stored]:
+    """Return tokens of each request in host memory, by name; none if nothing comes back or there is too little."""
+    config, each = runtime.config, ceil_div(bound, STORED_PAGE)
+    most = int(config.kv_recall_share * (config.kv_budget - config.kv_window))
+    if not most or runtime.num_stored_pages < len(names) * each:
+        return {}
+    pages = {name: list(range(i * each, (i + 1) * each)) for i, name in enumerate(names)}
+    return {name: Stored(0, 0, bound, pages[name], most) for name in names}
 
 
 def _accumulations(

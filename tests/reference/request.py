@@ -76,10 +76,39 @@ class Request:
         state = self._state
         num_resident = state.num_resident
         is_at_bound = num_resident >= self._settings.bound(state.num_prompt, is_first=not self._result.events)
-        if not is_at_bound and not self._settings.ends_prompt(state.num_prompt, state.num_computed, num_resident):
+        if is_at_bound or self._settings.ends_prompt(state.num_prompt, state.num_computed, num_resident):
+            scores = token_scores(state)
+            survives = self._arbitrated(*state.select(scores))
+            state.evict(survives)
+            if state.recalled is not None:
+                state.recall(scores[survives].view(state.positions.shape))
+        elif self._result.events and self._settings.swaps(state.num_prompt, state.num_computed):
+            state.recall()
+        else:
             return
-        state.evict(self._arbitrated(*state.select(token_scores(state))))
         self._result.events.append(Event(state.num_computed, num_resident, state.positions.clone()))
+        if state.recalled is not None:
+            self._check_recalled(self._result.events[-1])
+
+    def _check_recalled(self, event: Event) -> None:
+        """Check that the engine holds the same tokens; near ties are not decided its way here."""
+        index = len(self._result.events) - 1
+        if self._trace is None or index >= len(self._trace.kept):
+            return
+        where = f"event {index} at {event.num_logical} tokens"
+        kept = self._trace.kept[index].long()
+        if int(self._trace.logical_length[index]) != event.num_logical or kept.shape != event.kept.shape:
+            at, shape = int(self._trace.logical_length[index]), tuple(kept.shape)
+            raise SelectionError(
+                f"{where}: the engine holds {shape} tokens at {at}, the oracle {tuple(event.kept.shape)}"
+            )
+        if differs := (kept != event.kept).any(-1).nonzero().tolist():
+            layer, head = differs[0]
+            own, other = set(event.kept[layer, head].tolist()), set(kept[layer, head].tolist())
+            raise SelectionError(
+                f"{where}: other tokens in {len(differs)} heads; in layer {layer}, head {head} the engine holds "
+                f"{sorted(other - own)}, the oracle {sorted(own - other)}"
+            )
 
     def _arbitrated(self, survives: Tensor, scores: Tensor) -> Tensor:
         """Return `survives` with near ties decided the engine's way, and count them."""
@@ -88,7 +117,7 @@ class Request:
         per_head = self._settings.granularity == "head"
         self._result.num_selected += keep * (layers * heads if per_head else 1)
         index = len(self._result.events)
-        if self._trace is None or index >= len(self._trace.kept):
+        if self._trace is None or index >= len(self._trace.kept) or self._state.recalled is not None:
             return survives
         where = f"compaction {index} at {num_computed} tokens"
         kept = self._trace.kept[index].long()

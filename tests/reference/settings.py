@@ -48,6 +48,9 @@ class Settings:
     lookahead: int = LOOKAHEAD
     with_window: bool = False
     steering: Steering | None = None
+    recall_share: float = 0.0
+    recall_interval: int = 1
+    recall_threshold: float = 0.0
     parameters: tuple[tuple[str, Any], ...] = ()
     """of the method, where they differ from its defaults; read by methods with segments, and for `compat`"""
 
@@ -59,6 +62,17 @@ class Settings:
     def keep(self, num_prompt: int) -> int:
         """Tokens left by a compaction."""
         return max(self.budget, num_prompt + self.window) if self.protect_prompt else self.budget
+
+    def num_recalled(self, num_prompt: int) -> int:
+        """How many of these may be replaced by tokens evicted before."""
+        first = max(num_prompt if self.protect_prompt else 0, 4 if self.method == "streaming_llm" else 0)
+        return int(self.recall_share * (self.keep(num_prompt) - first - self.window))
+
+    def swaps(self, num_prompt: int, num_computed: int) -> bool:
+        """Whether the tokens that came back are exchanged, if nothing is compacted."""
+        num_decoded = num_computed - num_prompt
+        at_interval = num_decoded > 0 and num_decoded % self.recall_interval == 0
+        return self.num_recalled(num_prompt) > 0 and (num_decoded in (-8, -4, -1) or at_interval)
 
     def bound(self, num_prompt: int, is_first: bool) -> int:
         """Tokens at which a compaction takes place."""
@@ -74,7 +88,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Event:
-    """One compaction; `kept` is int64 `[layers, heads, keep]`, ascending positions of the survivors."""
+    """A compaction or swap; `kept` is int64 `[layers, heads, held]`, ascending positions of the tokens held then."""
 
     num_logical: int
     num_resident: int

@@ -13,6 +13,7 @@ from transformers.cache_utils import LinearAttentionLayer
 
 from tests.reference import formulas
 from tests.reference.model import Model
+from tests.reference.recall import NUM_ASKING, RecalledTokens
 from tests.reference.selection import select_sentences, select_tokens
 from tests.reference.sentences import Sentence, sentence_of_token, split_sentences
 from tests.reference.settings import Settings, Steering
@@ -37,6 +38,7 @@ class State:
         positions: int64 `[layers, heads, held]`, ascending; here and below of the layers with full attention.
         hidden: `[num_computed, hidden]` states after the final norm.
         queries: post-RoPE queries of the last W tokens, `[layers, Hq, W, D]`.
+        asking: those of the last `NUM_ASKING` tokens.
         logits: of the last token, `[vocab]`.
         mass: attention that each held token has received, `[layers, heads, held]`.
         errors: accumulated change of the output without each held token, of the same shape.
@@ -45,6 +47,7 @@ class State:
         sparsities: of the attention at the end of every segment.
         shrinks: steps by which each segment was shrunk for lack of room.
         alphas: strength of the steering by position.
+        recalled: tokens that may come back; None if none may.
     """
 
     def __init__(self, model: Model, prompt: Sequence[int], settings: Settings) -> None:
@@ -55,7 +58,7 @@ class State:
         self.num_computed = 0
         self.cache = model.new_cache()
         self.positions = torch.empty(0, dtype=torch.int64)
-        self.hidden = self.queries = self.logits = torch.empty(0)
+        self.hidden = self.queries = self.asking = self.logits = torch.empty(0)
         self.mass = self.errors = self.num_seen = self.log_betas = torch.empty(0)
         self.by_segment = dict(settings.parameters) if settings.method == "thinkv" else None
         self.sparsities: list[float] = []
@@ -63,6 +66,8 @@ class State:
         self.alphas: list[float] = []
         self.num_protected = len(prompt) if settings.protect_prompt else 0
         self.keep = settings.keep(len(prompt))
+        num_recalled = settings.num_recalled(len(prompt))
+        self.recalled = RecalledTokens(num_recalled, settings.recall_threshold) if num_recalled else None
         # Queries count from the prompt's last one on, or from one buffer before the first compaction.
         first_bound = settings.bound(len(prompt), is_first=True)
         self._first_counted = min(len(prompt) - 1, first_bound - settings.buffer)
@@ -96,10 +101,13 @@ class State:
             self.positions = new.expand(layers, heads, -1)
         else:
             self.hidden = torch.cat([self.hidden, hidden])
-            self.queries = torch.cat([self.queries, queries], dim=2)
+            self.queries = torch.cat([self.asking, queries], dim=2)
             self.positions = torch.cat([self.positions, new.expand(layers, heads, -1)], dim=2)
+        self.asking = self.queries[:, :, -NUM_ASKING:]
         self.queries = self.queries[:, :, -self.settings.window :]
         self._accumulate(new)
+        if self.recalled is not None:
+            self.recalled.store(self.layers, len(token_ids))
         if self.settings.method == "trimkv":
             log_betas = self.model.log_betas()
             self.log_betas = log_betas if self.num_computed == 0 else torch.cat([self.log_betas, log_betas], dim=2)
@@ -195,6 +203,39 @@ class State:
             kept = [x.gather(2, index.expand(-1, -1, -1, x.shape[3])) for x in (layer.keys, layer.values)]
             cache.update(*kept, i)
         return cache
+
+    def recall(self, scores: Tensor | None = None) -> None:
+        """Hold the stored tokens that the last queries ask for, in place of those with the lowest scores.
+
+        Args:
+            scores: of the tokens that a compaction kept, `[layers, heads, held]`; None without a compaction.
+        """
+        assert self.recalled is not None
+        if scores is not None:
+            if self.settings.granularity == "sentence":
+                scores = scores.mean(dim=(0, 1)).expand_as(scores)
+            scores = scores.masked_fill(self.pinned(), torch.inf)
+            self.recalled.compacted(self.positions, scores, self.num_protected, self.num_computed)
+        owner = sentence_of_token(torch.arange(self.num_computed), *self._split())
+        held = self.recalled.choose(self.positions, self.asking, owner)
+        by_position = [torch.zeros(*held.shape[:2], self.num_computed) for _ in range(3)]
+        sums = [self.mass, *((self.errors, self.num_seen) if self.settings.by_error else ())]
+        sums = [
+            zeros.scatter(2, self.positions, each).gather(2, held)
+            for zeros, each in zip(by_position, sums, strict=False)
+        ]
+        self.mass = sums[0]
+        if self.settings.by_error:
+            self.errors, self.num_seen = sums[1:]
+        cache = self.model.new_cache()
+        for i, layer in enumerate(self.cache.layers):
+            if i in self.model.full:
+                cache.update(*self.recalled.read(self.model.full.index(i), held), i)
+            elif isinstance(layer, LinearAttentionLayer):
+                cache.layers[i] = layer
+            else:
+                cache.update(layer.keys, layer.values, i)
+        self.cache, self.positions = cache, held
 
     def evict(self, survives: Tensor) -> None:
         """Keep the marked tokens `[layers, heads, held]` only."""

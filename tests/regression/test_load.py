@@ -14,7 +14,7 @@ from tests.soak import ENGINES, Report, Soak, check_nothing_left, drain, runtime
 if TYPE_CHECKING:
     import vllm
 
-SOAK_REQUESTS = 1500
+SOAK_REQUESTS = 2000
 CROWD = 100
 NUM_NEW = 100
 POLICIES = ["skipkv", "rkv", "streaming_llm", "h2o"]
@@ -95,8 +95,10 @@ def test_a_soak_loses_no_page_and_violates_nothing(llm: vllm.LLM, kind: str) -> 
     assert report.aborted > report.requests / 20
     assert report.compacted_requests > 0.7 * report.evicting_requests
     assert report.compactions > report.requests
-    assert report.shared_tokens > 10 * report.requests
+    if kind != "recall":  # sentences of prompts are compared there, so they are computed again
+        assert report.shared_tokens > 10 * report.requests
     assert report.repeated > 60
     assert (report.steered_tokens > report.requests / 2) == (kind != "gated")
     assert (harness.scheduler_of(llm).eviction.stats._counts.get("probes", 0) > 10) == (kind == "gated")
     assert (report.preemptions > 100) == (kind == "optimistic")
+    assert (harness.scheduler_of(llm).eviction.stats._counts.get("recalled_tokens", 0) > 1000) == (kind == "recall")

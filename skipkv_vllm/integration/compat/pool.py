@@ -8,12 +8,14 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ...capacity import (
+    FULL,
     ModelShape,
     Pool,
     StateSizes,
     block_size_of,
     groups_of,
     has_states,
+    kinds_of,
     others_of,
     query_size,
 )
@@ -252,6 +254,19 @@ def model_shape(vllm_config: VllmConfig, groups: CacheGroups) -> ModelShape:
         num_pooled_layers=groups.num_pooled_layers,
         query_size=query_size(model.hf_text_config) if has_latents(spec) else None,
     )
+
+
+def stored_pages(vllm_config: VllmConfig, groups: CacheGroups) -> int:
+    """Return the pages of evicted tokens that an engine's host memory holds: the same number on all ranks.
+
+    A page has the tokens of all layers, also of those of other stages of a pipeline.
+    """
+    parallel, shape = vllm_config.parallel_config, model_shape(vllm_config, groups)
+    num_layers = shape.num_layers
+    if parallel.pipeline_parallel_size > 1:
+        kinds = kinds_of(vllm_config.model_config.hf_text_config)
+        num_layers = kinds.count(FULL) or len(kinds)
+    return shape.stored_pages(policy_config(vllm_config), num_layers, parallel.tensor_parallel_size)
 
 
 def most_step_tokens(vllm_config: VllmConfig) -> int:

@@ -63,6 +63,8 @@ def check_config(vllm_config: VllmConfig, policy: KVPolicyConfig) -> None:
         _check(vllm_config, policy, refusal)
     if policy.needs & Need.LOOKAHEAD:
         _check_lookahead(vllm_config, policy)
+    if policy.recalls:
+        _check_recall(vllm_config)
     if policy.steers:
         _check(vllm_config, policy, functools.partial(refusal, flag="--kv-steering-vectors"))
         _check_steering(vllm_config, policy)
@@ -207,6 +209,12 @@ def _check_features(vllm_config: VllmConfig, refuse: Refuse) -> None:
         )
     if parallel.enable_dbo:
         raise refuse("dual-batch overlap", "micro-batches see only part of a step", "Drop --enable-dbo")
+
+
+def _check_recall(vllm_config: VllmConfig) -> None:
+    refuse = functools.partial(refusal, flag="--kv-recall-memory")
+    if vllm_config.model_config.use_mla:
+        raise refuse("latents (MLA)", "it sketches keys of attention heads only", OTHER_MODEL)
 
 
 def _check_lookahead(vllm_config: VllmConfig, policy: KVPolicyConfig) -> None:

@@ -16,6 +16,9 @@ from .watched import POOL_CHECK
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.metrics.stats import SchedulerStats
+    from vllm.v1.outputs import ModelRunnerOutput
+
+    from ...core.reports import RecalledTokens
 
 PLUGIN = "skipkv"
 """Our key in vLLM's free-form fields, and the name of the attributes used where these fields do not exist."""
@@ -120,6 +123,24 @@ def received_orders(output: SchedulerOutput) -> Any:
     """Return the orders that `send_orders` attached, or None."""
     if is_public("orders to workers"):
         return output.extra and output.extra.get(PLUGIN)
+    return getattr(output, PLUGIN, None)
+
+
+def send_recalled(output: Any, counts: RecalledTokens) -> Any:
+    """Attach the counts to a runner's output for the scheduler, once it is ready; return the output."""
+    from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
+
+    if isinstance(output, ModelRunnerOutput):
+        # Survives pickling, also on its way from worker processes.
+        setattr(output, PLUGIN, counts)
+    elif isinstance(output, AsyncModelRunnerOutput):
+        # An instance attribute, because each runner has an output class of its own.
+        output.get_output = lambda get=output.get_output: send_recalled(get(), counts)
+    return output
+
+
+def received_recalled(output: ModelRunnerOutput) -> RecalledTokens | None:
+    """Return the counts that `send_recalled` attached, or None."""
     return getattr(output, PLUGIN, None)
 
 

@@ -71,12 +71,14 @@ def check_speculation(vllm_config: VllmConfig, policy: KVPolicyConfig) -> None:
             "it was not tested",
             drop,
         )
-    most = min(policy.kv_buffer, policy.num_queries or policy.kv_buffer) - 1
+    most = min(policy.kv_buffer, policy.num_queries or policy.kv_buffer)
+    most = (min(most, policy.kv_recall_interval) if policy.recalls else most) - 1
     if policy.evicts and vllm_config.num_speculative_tokens > most:
         raise refusal(
             f"{vllm_config.num_speculative_tokens} speculative tokens",
             f"a request grows by {most + 1} tokens between two points at which its exact number must be known",
-            f"Set num_speculative_tokens to at most {most}, or raise --kv-buffer",
+            f"Set num_speculative_tokens to at most {most}, or raise --kv-buffer"
+            + (" and --kv-recall-interval" if policy.recalls else ""),
         )
 
 

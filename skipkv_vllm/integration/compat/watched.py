@@ -51,6 +51,7 @@ OVERRIDES = {
     "skipkv_vllm.integration.runner_v1:HookedRunnerV1": (RUNNER_V1,),
     "skipkv_vllm.integration.runner_v2:EvictingRunnerV2": (RUNNER_V2,),
     "skipkv_vllm.integration.runner_v2:HookedRunnerV2": (RUNNER_V2,),
+    "skipkv_vllm.integration.reporting:ReportingRunner": (RUNNER_V1, RUNNER_V2),
     "skipkv_vllm.integration.workers:EvictingWorker": (
         "vllm.v1.worker.gpu_worker:Worker",
         "vllm.v1.worker.cpu_worker:CPUWorker",
@@ -95,6 +96,7 @@ WRAPPED = (
 """Functions that we wrap or replace on an object."""
 
 RELIED_ON = (
+    "vllm.utils.torch_utils:get_accelerator_view_from_cpu_tensor",
     # called, or read in detail
     "vllm.distributed.parallel_state:initialize_model_parallel",
     "vllm.forward_context:set_forward_context",

@@ -16,7 +16,7 @@ from ...core.limits import ceil_div
 from ...core.needs import ACCUMULATED, Need
 from ..cache import KVCache
 from ..compaction_batch import CompactionBatch, Moves, in_parts
-from ..requests import Reading
+from ..requests import ManagedRequest, Reading
 from .base import Inputs, Signal
 from .queries import QueryRing
 
@@ -111,6 +111,17 @@ class AttentionMass(Signal):
         factor = (slots < batch.num_keep.view(-1, 1, 1, 1)) * decay
         self._sums_of(batch).replace(spans, sums[..., :most] * factor)
 
+    def clear(self, request: ManagedRequest, slots: Tensor, is_new: Tensor) -> None:
+        """Clear the sums of slots whose tokens were replaced.
+
+        Args:
+            request: the request.
+            slots: int64 `[layers, H, n]`.
+            is_new: bool `[layers, H, n]`, which of them were.
+        """
+        if request.needs & ACCUMULATED:
+            self.sums[bool(request.needs & Need.OUTPUT_ERROR)].clear(request.row, slots, is_new)
+
     def _sums_of(self, batch: CompactionBatch) -> AttentionSums:
         return self.sums[bool(batch.needs & Need.OUTPUT_ERROR)]
 
@@ -182,6 +193,16 @@ class AttentionSums:
                 count = ceil_div(end, self._size)
                 self._give_back(self._blocks[row][count:])
                 self._blocks[row] = self._blocks[row][:count]
+
+    def clear(self, row: int, slots: Tensor, is_new: Tensor) -> None:
+        """Set the sums of some slots of a request to 0, where `is_new`; both `[layers, H, n]`."""
+        if row not in self._blocks:
+            return
+        blocks = to_device(self._blocks[row], torch.int64, slots.device)
+        layer, head = (torch.arange(count, device=slots.device) for count in slots.shape[:2])
+        # [layers, H, n, K]
+        at = (blocks[slots // self._size], slice(None), layer[:, None, None], head[:, None], slots % self._size)
+        self._entries[at] = self._entries[at].masked_fill_(is_new[..., None], 0.0)
 
     def _by_block(self, by_slot: Tensor) -> Tensor:
         """Arrange `[K, R, layers, H, N]` as `[R, blocks, K, layers, H, P]`."""

@@ -68,6 +68,14 @@ class Sentences(Signal):
         assert self.tracker is not None
         return self.tracker.state(batch.jobs[r].request.row).sentence_of(positions)
 
+    def numbers_between(self, row: int, first: int, end: int, device: torch.device) -> Tensor:
+        """Return the sentence numbers of positions `first` to `end`, without the last, of one request, int64."""
+        if self.tracker is None:
+            numbers = torch.empty(end - first, dtype=torch.int64, device=device)
+        else:
+            numbers = self.tracker.state(row).sentence_of(torch.arange(first, end, dtype=torch.int32, device=device))
+        return self._ranks.from_last_stage(numbers) if self._ranks.num_stages > 1 else numbers
+
     def _by_position(self, batch: CompactionBatch) -> Tensor:
         """Return penalty and sentence number of every logical position, float32 `[2, R, longest]`.
 

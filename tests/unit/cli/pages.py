@@ -35,7 +35,7 @@ def make_trace(lives=((0, 4),), *, text: str = "", extra: int = 3, **parameters)
         lives: number of each life and its compactions; each life begins with a longer text than the previous one.
         text: beginning of the output.
         extra: tokens written after the last compaction, the last sampled one not counted.
-        parameters: besides the model and the request.
+        parameters: besides the model and the request; with `kv_recall_memory` evicted tokens come back.
     """
     generator = torch.Generator().manual_seed(5)
     kept: list[Tensor] = []
@@ -46,11 +46,13 @@ def make_trace(lives=((0, 4),), *, text: str = "", extra: int = 3, **parameters)
         length = logical[-1] + 2 if logical else BUDGET + BUFFER
         held = torch.arange(length).expand(LAYERS, HEADS, -1)
         for _ in range(count):
+            if parameters.get("kv_recall_memory"):
+                held = torch.arange(length).expand(LAYERS, HEADS, -1)
             score = torch.rand(held.shape, generator=generator)
             rows = held.gather(2, score.topk(BUDGET, dim=2).indices).sort(2).values
             kept.append(rows.int())
             logical.append(length)
-            before.append(held.shape[2])
+            before.append(min(held.shape[2], BUDGET + BUFFER))
             life.append(number)
             new = torch.arange(length, length + BUFFER).expand(LAYERS, HEADS, -1)
             held, length = torch.cat([rows, new], dim=2), length + BUFFER

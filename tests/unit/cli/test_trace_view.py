@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from skipkv_vllm.cli import trace_view
+from skipkv_vllm.core.errors import KVPolicyError
 from tests.unit.cli.pages import BUDGET, HEADS, LAYERS, NASTY, encode, make_trace, tokenizer, view
 
 
@@ -18,18 +19,19 @@ def held_sets(life: dict, layers: int, heads: int) -> list[list[list[set[int]]]]
     """Return the positions held after each compaction, by layer and head, from the page's numbers."""
     numbers = np.frombuffer(base64.b64decode(life["lost"]), {1: "u1", 4: "<i4"}[life["lost_bytes"]])
     lost = numbers.reshape(layers, heads, life["logical"][-1])
-    return [
-        [
-            [{i for i in range(logical) if not 0 < lost[layer, head, i] <= number} for head in range(heads)]
-            for layer in range(layers)
-        ]
-        for number, logical in enumerate(life["logical"], 1)
-    ]
+    later = np.frombuffer(base64.b64decode(life["later_rows"]), "<i4").reshape(-1, 2)
+    found, has_returned = [], np.zeros(lost.size, dtype=bool)
+    for number, logical in enumerate(life["logical"], 1):
+        has_returned[later[later[:, 1] == number, 0]] ^= True
+        held = has_returned.reshape(lost.shape) | ~((lost > 0) & (lost <= number))
+        found.append([[set(np.flatnonzero(row[:logical]).tolist()) for row in rows] for rows in held])
+    return found
 
 
+@pytest.mark.parametrize("memory", [0.0, 0.5])
 @pytest.mark.parametrize("lives", [((0, 1),), ((0, 5),), ((0, 3), (1, 2), (3, 4)), ((1, 260),)])
-def test_the_survivors_can_be_read_from_the_page(tmp_path, lives):
-    trace = make_trace(lives)
+def test_the_survivors_can_be_read_from_the_page(tmp_path, lives, memory):
+    trace = make_trace(lives, kv_recall_memory=memory)
     data = view(tmp_path, trace).data
     assert (data["layers"], data["heads"]) == (LAYERS, HEADS)
     assert [(life["life"], len(life["logical"])) for life in data["lives"]] == list(lives)
@@ -52,6 +54,20 @@ def test_survivor_counts_may_differ_between_compactions(tmp_path):
     data = view(tmp_path, trace).data
     assert data["lives"][0]["after"] == [6, 2]
     assert held_sets(data["lives"][0], 1, 1) == [[[set(range(6))]], [[{0, 7}]]]
+
+
+def test_returns_can_be_read_from_the_page(tmp_path):
+    rows = [[0, 1, 2, 3, 6], [0, 2, 4, 5, 6], [0, 1, 4, 5, 6], [1, 2, 8, 9, 10]]
+    trace = make_trace(kv_recall_memory=0.5)._replace(
+        kept=[torch.tensor([[row]], dtype=torch.int32) for row in rows],
+        logical_length=torch.tensor([7, 9, 9, 11]),
+        resident_before=torch.tensor([7, 7, 5, 7]),
+        life=torch.tensor([0, 0, 0, 0]),
+    )
+    data = view(tmp_path, trace).data
+    assert held_sets(data["lives"][0], 1, 1) == [[[set(row)]] for row in rows]
+    with pytest.raises(KVPolicyError, match="compaction 2 keeps a token that was evicted before"):
+        trace_view.losses_of(trace.kept, trace.logical_length.tolist(), may_return=False)
 
 
 def test_text_sentences_pairs_and_parameters(tmp_path):

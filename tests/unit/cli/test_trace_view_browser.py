@@ -87,9 +87,10 @@ def steps_of(lives: tuple[tuple[int, int], ...]) -> list[tuple[int | None, int]]
     return steps
 
 
+@pytest.mark.parametrize("memory", [0.0, 0.5])
 @pytest.mark.parametrize("lives", [((0, 4),), ((0, 2), (2, 3)), ((0, 257),)])
-def test_every_step_and_filter_shows_the_survivors(tmp_path, lives):
-    trace = make_trace(lives, text=NASTY)
+def test_every_step_and_filter_shows_the_survivors(tmp_path, lives, memory):
+    trace = make_trace(lives, text=NASTY, kv_recall_memory=memory)
     seen = look(tmp_path, trace)
     assert seen["wrong"] == []
     assert seen["alerts"] == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 
@@ -142,3 +143,32 @@ def test_bad_json_is_refused(text, parts):
         parse_json_object("--flag", text)
     for part in parts:
         assert part in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"kv_recall_share": 0.4}, "--kv-recall-share given without --kv-recall-memory"),
+        ({"kv_recall_interval": 8, "kv_recall_threshold": 2.0}, "--kv-recall-interval, --kv-recall-threshold given"),
+        ({"kv_recall_memory": 1.0, "kv_policy": "full"}, "kv_policy is 'full', which evicts nothing"),
+        ({"kv_recall_memory": 1.0, "kv_policy": "thinkv"}, "which are not stored with evicted tokens"),
+        ({"kv_recall_memory": 1.0, "kv_policy": "rkv", "kv_request_policies": ["thinkv"]}, "kv_policy='thinkv' reads"),
+        ({"kv_recall_memory": 1.0, "kv_policy": "finch", "kv_protect_prompt": False}, "always keeps the question"),
+        ({"kv_recall_memory": -1.0}, "kv_recall_memory"),
+        ({"kv_recall_memory": float("inf")}, "kv_recall_memory"),
+        ({"kv_recall_memory": 1.0, "kv_recall_share": 1.0}, "kv_recall_share"),
+        ({"kv_recall_memory": 1.0, "kv_recall_interval": 0}, "kv_recall_interval"),
+        ({"kv_recall_memory": 1.0, "kv_recall_threshold": 0.0}, "kv_recall_threshold"),
+    ],
+)
+def test_recall_that_cannot_work_is_refused(options, message):
+    with pytest.raises(KVPolicyError, match=re.escape(message)):
+        KVPolicyConfig.parse({"kv_policy": "skipkv"} | options)
+
+
+def test_recall_needs_queries_and_sentences():
+    without, with_recall = (KVPolicyConfig.parse({"kv_policy": "knorm", "kv_recall_memory": gib}) for gib in (0.0, 0.5))
+    assert not without.needs & (Need.QUERIES | Need.SENTENCES)
+    assert with_recall.needs & Need.QUERIES
+    assert with_recall.needs & Need.SENTENCES
+    assert (without.num_queries, with_recall.num_queries) == (8, 16)

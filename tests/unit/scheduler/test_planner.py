@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from skipkv_vllm.core.limits import Limits, ceil_div
+from skipkv_vllm.core.limits import Limits, RecallLimits, ceil_div
+from skipkv_vllm.core.needs import NUM_ASKING
 from skipkv_vllm.core.orders import Compaction
 from skipkv_vllm.scheduler.planner import AccumulationSchedule, EvictionPlanner, PlannedCompaction
 
@@ -122,7 +123,7 @@ def test_a_request_without_limits_keeps_everything():
     assert planner.due(10**6, 0) is None
     assert planner.bound is None
     assert planner.room(10**6, 0) > 10**6
-    assert planner.accumulate(90, is_compacted=False) == 0
+    assert planner.accumulate(90, moves_tokens=False) == 0
     planner.restart()
     assert min(planner.earliest, planner.queries_from) > 10**6
 
@@ -161,13 +162,13 @@ def test_a_request_is_not_compacted_at_its_end(limits):
 
 def test_starting_over_forgets_counts():
     planner = EvictionPlanner(LIMITS, AccumulationSchedule(49, LIMITS.window, every_query=True))
-    planner.accumulate(116, is_compacted=True)
+    planner.accumulate(116, moves_tokens=True)
     planner.committed(116)
     planner.restart()
     assert planner.num_compactions == 0
     assert planner.earliest == 116
     assert planner.due(116, 0) == PlannedCompaction(116, 100, 0)
-    assert planner.accumulate(57, is_compacted=False) == 8
+    assert planner.accumulate(57, moves_tokens=False) == 8
 
 
 def test_a_chunk_ends_at_the_bound():
@@ -181,7 +182,7 @@ def test_a_chunk_is_no_longer_than_its_queries_are_kept_where_they_are_counted()
     planner = EvictionPlanner(LIMITS, AccumulationSchedule(49, LIMITS.window, every_query=True))
     assert planner.room(0, 0) == 57
     assert planner.room(50, 0) == 7
-    assert planner.accumulate(57, is_compacted=False) == 8
+    assert planner.accumulate(57, moves_tokens=False) == 8
     assert planner.room(57, 0) == 8
 
 
@@ -213,7 +214,7 @@ def test_a_request_is_compacted_at_the_same_tokens_however_its_text_is_cut(
     total = prompt + 3 * buffer
     while logical < total:
         due = planner.due(logical, evicted)
-        counted += planner.accumulate(logical, is_compacted=due is not None)
+        counted += planner.accumulate(logical, moves_tokens=due is not None)
         if due is not None:
             assert (due.num_resident, due.num_keep) == (limits.bound, limits.keep)
             assert due.num_keep >= limits.protected + window
@@ -230,30 +231,30 @@ def test_a_request_is_compacted_at_the_same_tokens_however_its_text_is_cut(
 
 def test_attention_is_counted_every_window_and_before_a_compaction():
     planner = EvictionPlanner(LIMITS, AccumulationSchedule(49, LIMITS.window, every_query=True))
-    counted = {n: planner.accumulate(n, is_compacted=n == 61) for n in range(50, 72)}
+    counted = {n: planner.accumulate(n, moves_tokens=n == 61) for n in range(50, 72)}
     assert {n: count for n, count in counted.items() if count} == {57: 8, 61: 4, 69: 8}
-    assert planner.accumulate(71, is_compacted=True) == 2
-    assert planner.accumulate(71, is_compacted=True) == 0
+    assert planner.accumulate(71, moves_tokens=True) == 2
+    assert planner.accumulate(71, moves_tokens=True) == 0
 
 
 def test_attention_is_looked_at_by_segment_whatever_is_compacted():
     planner = EvictionPlanner(LIMITS, AccumulationSchedule(50, 32, every_query=False))
     assert planner.room(0, 0) == 82
-    looks = {n: planner.accumulate(n, is_compacted=n in (70, 114)) for n in range(51, 130)}
+    looks = {n: planner.accumulate(n, moves_tokens=n in (70, 114)) for n in range(51, 130)}
     assert {n: count for n, count in looks.items() if count} == {82: 8, 114: 8}
     assert planner.room(116, 16) == 16
     planner.restart()
-    assert planner.accumulate(82, is_compacted=False) == 8
+    assert planner.accumulate(82, moves_tokens=False) == 8
 
 
 def test_no_more_queries_are_counted_than_are_kept():
     planner = EvictionPlanner(LIMITS, AccumulationSchedule(49, LIMITS.window, every_query=True))
-    assert planner.accumulate(90, is_compacted=False) == 8
+    assert planner.accumulate(90, moves_tokens=False) == 8
 
 
 def test_attention_is_counted_only_where_somebody_reads_it():
     planner = EvictionPlanner(LIMITS)
-    assert planner.accumulate(90, is_compacted=True) == 0
+    assert planner.accumulate(90, moves_tokens=True) == 0
 
 
 @given(
@@ -281,3 +282,62 @@ def test_a_request_is_due_from_its_earliest_length_on_and_its_queries_are_there(
         evicted += due.num_resident - due.num_keep
         planner.committed(logical)
     assert len(recorded) < 400 or buffer <= window
+
+
+SWAPPED = Limits(budget=100, buffer=64, window=8, protected=0, recall=RecallLimits(0.25, 24, num_prompt=300))
+
+
+def swap_points(limits: Limits, length: int, chunk: int, end: int = 10**6) -> tuple[list[int], list[int]]:
+    """Return where a request is compacted and where its tokens are swapped."""
+    planner = EvictionPlanner(limits, end=end)
+    num_logical = num_evicted = 0
+    compactions, swaps = [], []
+    while num_logical < length:
+        if num_logical >= planner.earliest:
+            plan = planner.due(num_logical, num_evicted)
+            if plan is not None:
+                compactions.append(num_logical)
+                num_evicted += plan.num_resident - plan.num_keep
+                planner.committed(num_logical)
+            elif planner.swaps(num_logical):
+                swaps.append(num_logical)
+        assert not planner.swaps(num_logical)
+        num_logical += min(chunk, planner.room(num_logical, num_evicted))
+    return compactions, swaps
+
+
+def test_tokens_are_swapped_at_the_end_of_the_prompt_and_at_intervals():
+    compactions, swaps = swap_points(SWAPPED, 500, chunk=64)
+    assert compactions == [164, 228, 292, 356, 420, 484]
+    # One at 420 would be one with the compaction.
+    # 292 is 8 tokens before the end of the prompt.
+    assert swaps == [296, 299, 324, 348, 372, 396, 444, 468, 492]
+
+
+@given(st.integers(1, 200), st.integers(20, 400), st.integers(1, 80))
+@settings(max_examples=100, deadline=None)
+def test_swaps_do_not_depend_on_chunks(chunk, num_prompt, interval):
+    limits = Limits(100, 64, 8, 0, recall=RecallLimits(0.25, interval, num_prompt))
+    assert swap_points(limits, 600, chunk) == swap_points(limits, 600, 1)
+
+
+def test_nothing_is_swapped_before_a_compaction_or_where_no_token_may_come_back():
+    assert swap_points(SWAPPED, 164, chunk=1)[1] == []
+    assert swap_points(Limits(100, 64, 8, 0), 500, chunk=64)[1] == []
+    protected = Limits(100, 64, 8, 400, recall=RecallLimits(0.25, 24, num_prompt=400))
+    assert protected.num_recalled == 0
+    assert swap_points(protected, 700, chunk=64)[1] == []
+
+
+def test_nothing_is_swapped_where_no_further_token_is_computed():
+    assert swap_points(SWAPPED, 444, chunk=64, end=444)[1] == [296, 299, 324, 348, 372, 396]
+
+
+def test_queries_are_recorded_before_a_swap():
+    planner = EvictionPlanner(SWAPPED)
+    assert planner.queries_from == 164 - NUM_ASKING
+    planner.committed(164)
+    planner.committed(228)
+    assert (planner.earliest, planner.queries_from) == (292, 292 - NUM_ASKING)
+    planner.committed(292)
+    assert (planner.earliest, planner.queries_from) == (296, 296 - NUM_ASKING)
