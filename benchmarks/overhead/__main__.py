@@ -12,6 +12,10 @@ evicting one goes on decoding long requests, which hold the same after their fir
 measures steering in the same way, without eviction: a server with a vector that steers every request, and one whose
 requests are not steered. The vector is so short that all engines write the same text.
 
+    python -m benchmarks.overhead --recall 1
+
+compares two evicting engines, the second of which has 1 GiB of host memory for tokens that come back.
+
     python -m benchmarks.overhead --layers 8 --hidden-size 768 --budgets 256
 
 measures a model of that size with random weights: what it writes means nothing, but a step takes what it would take. A
@@ -69,6 +73,13 @@ def _eviction_line(row: Row) -> str:
     )
 
 
+def _recall_line(row: Row) -> str:
+    return (
+        f"{row['budget']:6}{row['batch_size']:7}{row['evicting_ms']:13.2f}{row['recalling_ms']:14.2f}{row['ratio']:8.3f}"
+        f"{_spread(row, 'ratio')}{row['compactions']:13}{row['recalled']:11.1f}"
+    )
+
+
 def _steering_line(row: Row) -> str:
     ratios = "".join(f"{row[f'{arm}_ratio']:9.3f}{_spread(row, arm)}" for arm in STEERING_ARMS[1:])
     return f"{row['length']:6}{row['batch_size']:7}{row['stock_ms']:10.2f}{ratios}{row['steered_tokens']:8}"
@@ -84,6 +95,14 @@ EVICTION = Kind(
     _eviction_line,
     lambda row: row["compactions"] >= row["batch_size"] * row["rounds"] // 2,
     "hardly any compaction took place; these are not figures of eviction",
+)
+RECALL = Kind(
+    measure,
+    f"{'budget':>6}{'batch':>7}{'evicting ms':>13}{'recalling ms':>14}{'ratio':>8}{'from - to':>16}{'compactions':>13}"
+    f"{'came back':>11}",
+    _recall_line,
+    lambda row: EVICTION.is_enough(row) and row["recalled"] > 0,
+    "hardly any compaction took place, or no token came back; these are not figures of recall",
 )
 STEERING = Kind(
     measure_steering,
@@ -109,7 +128,7 @@ def run(args: argparse.Namespace, arguments: Sequence[str] | None = None) -> Non
     Raises:
         RunError: an engine failed, or hardly anything was evicted or steered.
     """
-    kind, rows = STEERING if args.steering else EVICTION, []
+    kind, rows = STEERING if args.steering else RECALL if args.recall else EVICTION, []
     settings = vars(args) | {"model": relative(args.model), "out": str(args.out)}
     with tempfile.TemporaryDirectory(prefix="skipkv-overhead-") as name:
         folder = Path(name)
@@ -152,6 +171,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--compiled", action="store_true", help="vLLM's default graphs instead of eager mode")
     parser.add_argument("--steering", action="store_true", help="measure steering instead of eviction")
+    parser.add_argument("--recall", type=float, metavar="GIB", help="measure recall with so much host memory instead")
     parser.add_argument("--layers", type=int, help="with --hidden-size: of a model with random weights")
     parser.add_argument("--hidden-size", type=int, help="a multiple of 256; see --layers")
     parser.add_argument("--shape", choices=sorted(SHAPES), help="of a published model, with random weights")
@@ -179,6 +199,10 @@ def _check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
             f"--layers {args.layers} --hidden-size {args.hidden_size} is out of range; allowed: layers from 1, "
             "multiples of 256"
         )
+    if args.recall is not None and not args.recall > 0:
+        parser.error(f"--recall {args.recall:g} is out of range; allowed: above 0")
+    if args.recall and args.steering:
+        parser.error("--recall and --steering are different measurements; give one of them")
     if args.steering and (args.layers is not None or args.shape is not None or args.one_by_one):
         parser.error(
             "--steering is measured on --model, in turns; leave --layers and --hidden-size, --shape, --one-by-one out"

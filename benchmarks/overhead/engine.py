@@ -82,13 +82,15 @@ class Engine:
 
         from skipkv_vllm import LLM
 
-        self.evicts = arm == "evicting"
+        self.evicts = arm in ("evicting", "recalling")
         arguments = engine_arguments(shape, args) | (strict_arguments() if args.strict and self.evicts else {})
         if args.steering and arm != "stock":
             vectors, default = {"bench": args.vector}, "bench" if arm == "steered" else "off"
             self.llm = LLM(args.model, **arguments, kv_steering_vectors=vectors, kv_steering_default=default)
         elif self.evicts:
             policy = {"kv_policy": args.policy, "kv_budget": shape.budget, "kv_buffer": args.buffer}
+            if arm == "recalling":
+                policy["kv_recall_memory"] = args.recall
             self.llm = LLM(args.model, **arguments, **policy)
         else:
             self.llm = vllm.LLM(args.model, **arguments)
@@ -179,6 +181,11 @@ class Engine:
     def _runtime(self) -> Any:
         return self.llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner.runtime
 
+    def recalled(self) -> float:
+        """Count the tokens that came back, a mean of layers and heads."""
+        counts = self._runtime().recalled if self.evicts else None
+        return 0.0 if counts is None else float(counts.recalled)
+
     def steered(self) -> int:
         """Count the steered tokens of the running requests."""
         steering = self._runtime().steering
@@ -207,7 +214,7 @@ class Remote(remote.Remote):
     """An engine in another process.
 
     Args:
-        arm: "stock", "evicting", "steered" or "idle".
+        arm: "stock", "evicting", "recalling", "steered" or "idle".
         shape: of the measurement.
         args: the command line.
         folder: for the engine's log.

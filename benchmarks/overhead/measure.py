@@ -12,8 +12,14 @@ from typing import Any
 from .engine import Remote, Shape
 
 ARMS = ("stock", "evicting")
+RECALL_ARMS = ("evicting", "recalling")
 STEERING_ARMS = ("stock", "steered", "idle")
 TURN = 16  # steps of one engine before the other has its turn
+
+
+def arms_of(args: argparse.Namespace) -> tuple[str, str]:
+    """Return the two engines that are compared."""
+    return RECALL_ARMS if args.recall else ARMS
 
 
 @contextmanager
@@ -41,22 +47,26 @@ def measure_one_by_one(shape: Shape, args: argparse.Namespace, folder: Path) -> 
         A row for each batch size; a ratio is that of two engines' rounds with the same number.
     """
     seconds: dict[tuple[str, int], list[float]] = {}
-    compactions, engines = dict.fromkeys(args.batch_sizes, 0), {}
-    for arm in ARMS:
+    arms, engines = arms_of(args), {}
+    compactions, recalled = dict.fromkeys(args.batch_sizes, 0), dict.fromkeys(args.batch_sizes, 0.0)
+    for arm in arms:
         with _engines((arm,), shape, args, folder) as started:
             engine = started[arm]
             engines[arm] = engine.call("describe")
             for batch_size in args.batch_sizes:
                 engine.call("take", batch_size)
                 times = seconds[arm, batch_size] = []
+                recalled[batch_size] = -engine.call("recalled")
                 for number in range(args.rounds + 1):
                     before = engine.call("start")
                     total = sum(engine.call("steps", TURN) for _ in range(args.buffer // TURN))
                     if number:  # the first round warms up
                         times.append(total)
-                        compactions[batch_size] += engine.call("start") - before
+                        made = engine.call("start") - before
+                        compactions[batch_size] += made if arm == arms[1] else 0
+                recalled[batch_size] += engine.call("recalled")
     return [
-        _row(shape._replace(batch_size=n), args, {arm: seconds[arm, n] for arm in ARMS}, compactions[n])
+        _row(shape._replace(batch_size=n), args, {arm: seconds[arm, n] for arm in arms}, compactions[n], recalled[n])
         | {"engines": engines}
         for n in args.batch_sizes
     ]
@@ -64,32 +74,37 @@ def measure_one_by_one(shape: Shape, args: argparse.Namespace, folder: Path) -> 
 
 def measure(shape: Shape, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Time both engines; the ratio is that of each round of `buffer` steps."""
-    seconds: dict[str, list[float]] = {arm: [] for arm in ARMS}
+    arms = arms_of(args)
+    seconds: dict[str, list[float]] = {arm: [] for arm in arms}
     compactions = 0
-    with _engines(ARMS, shape, args, folder) as engines:
+    with _engines(arms, shape, args, folder) as engines:
         for number in range(args.rounds + 1):
-            before = {arm: engine.call("start") for arm, engine in engines.items()}["evicting"]
-            total = dict.fromkeys(ARMS, 0.0)
+            before = {arm: engine.call("start") for arm, engine in engines.items()}[arms[1]]
+            total = dict.fromkeys(arms, 0.0)
             for _ in range(args.buffer // TURN):
-                for arm in ARMS if number % 2 else reversed(ARMS):
+                for arm in arms if number % 2 else reversed(arms):
                     total[arm] += engines[arm].call("steps", TURN)
             if number:  # the first round warms up
-                for arm in ARMS:
+                for arm in arms:
                     seconds[arm].append(total[arm])
-                compactions += engines["evicting"].call("start") - before
-    return _row(shape, args, seconds, compactions)
+                compactions += engines[arms[1]].call("start") - before
+        recalled = engines[arms[1]].call("recalled")
+    return _row(shape, args, seconds, compactions, recalled)
 
 
-def _row(shape: Shape, args: argparse.Namespace, seconds: dict[str, list[float]], compactions: int) -> dict[str, Any]:
+def _row(
+    shape: Shape, args: argparse.Namespace, seconds: dict[str, list[float]], compactions: int, recalled: float
+) -> dict[str, Any]:
     """Make a row of the rounds of both engines."""
-    ratios = sorted(b / a for a, b in zip(seconds["stock"], seconds["evicting"], strict=True))
-    return {
+    first, second = arms_of(args)
+    ratios = sorted(b / a for a, b in zip(seconds[first], seconds[second], strict=True))
+    return ({"recalled": recalled} if args.recall else {}) | {
         "budget": shape.budget,
         "batch_size": shape.batch_size,
         "rounds": args.rounds,
         "compactions": compactions,
-        "stock_ms": 1000 * median(seconds["stock"]) / args.buffer,
-        "evicting_ms": 1000 * median(seconds["evicting"]) / args.buffer,
+        f"{first}_ms": 1000 * median(seconds[first]) / args.buffer,
+        f"{second}_ms": 1000 * median(seconds[second]) / args.buffer,
         "ratio": median(ratios),
         "ratio_low": ratios[0],
         "ratio_high": ratios[-1],
