@@ -75,7 +75,7 @@ class TokenStore:
         text.begin, text.end = text.end, num_logical
         while len(text.pages) < ceil_div(text.end - text.first, STORED_PAGE):
             if not self._free:
-                self._drop_page()
+                self._drop_page(text)
             text.pages.append(self._free.pop())
         text.number = limits.num_recalled
 
@@ -100,11 +100,15 @@ class TokenStore:
         if text is not None:
             self._free += reversed(text.pages)
 
-    def _drop_page(self) -> None:
-        largest = max(self._texts.values(), key=lambda text: len(text.pages))
+    def _drop_page(self, needy: StoredText) -> None:
+        """Free the first page of the request with most pages; of equal ones not that of the request that needs it."""
+        largest = max(self._texts.values(), key=lambda text: (len(text.pages), text is not needy))
         self._free.append(largest.pages.pop(0))
         number = min(STORED_PAGE, largest.end - largest.first)
         largest.first += STORED_PAGE
+        if largest is not needy and not largest.pages:
+            # What it computes from now on begins a page.
+            largest.first = largest.end
         if not self.num_dropped:
             logger.warning(
                 "SkipKV: the host memory for evicted tokens is full: it holds %d tokens. The requests with most tokens "

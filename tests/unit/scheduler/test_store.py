@@ -63,10 +63,10 @@ def test_a_request_may_lose_all_its_tokens():
     store.compact("b", LIMITS, 40 + 20)
     assert store.stored("a", copies=True) is None
     assert store.num_tokens == 20
+    assert store.num_dropped == 10
     # What it computes from now on may be stored again.
-    assert compact(store, "a", 40 + 2 * STORED_PAGE) == Stored(
-        40 + STORED_PAGE, 40 + STORED_PAGE, 40 + 2 * STORED_PAGE, [0], 13
-    )
+    assert compact(store, "a", 50 + STORED_PAGE) == Stored(50, 50, 50 + STORED_PAGE, [0], 13)
+    assert store.stored("b", copies=False) is None
     store.check_integrity()
 
 
