@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from .kernel import kernel
-from .rows import of_bits
+from .rows import cells_of, load_vectors, of_bits, row_of
 
 
 @triton.jit
@@ -51,12 +51,10 @@ def key_moments(
 ):
     """Compute mean and standard deviation of a row's keys, in two passes; one program a row."""
     row = tl.program_id(0)
-    head = row % heads
-    layer = row // heads % layers
-    request = (row // heads // layers).to(tl.int64)
+    request, layer, head = row_of(0, row, layers, heads)
+    request = request.to(tl.int64)
     start = tl.load(first + request)
     stop = tl.load(end + request)
-    base = _base(pointers, layer, element, chunk)
     d = tl.arange(0, dims)
     mean = tl.zeros([dims], tl.float32)
     for squared in tl.static_range(2):
@@ -64,14 +62,14 @@ def key_moments(
         for begin in range(start, stop, block):
             slot = begin + tl.arange(0, block)
             valid = slot < stop
-            page = tl.load(table + request * table_stride + slot // page_size, mask=valid, other=0).to(tl.int64)
-            cell = page * page_stride + head.to(tl.int64) * head_stride + (slot % page_size).to(tl.int64) * token_stride
-            inside = valid[:, None] & (d < dim)[None, :]
-            key = tl.load(base + (cell * chunk)[:, None] + d[None, :], mask=inside, other=0)
-            key = of_bits(key, element).to(tl.float32)
+            cell = cells_of(table + request * table_stride, slot, valid, page_size)
+            key = load_vectors(
+                *(pointers, layer, head, cell, valid, page_stride, head_stride, token_stride),
+                *(page_size, dim, element, chunk, dims),
+            ).to(tl.float32)
             if squared == 1:
                 key = (key - mean[None, :]) * (key - mean[None, :])
-            total += tl.sum(tl.where(inside, key, 0.0), axis=0)
+            total += tl.sum(tl.where(valid[:, None], key, 0.0), axis=0)
         total = total / (stop - start)
         if squared == 0:
             mean = total
@@ -108,9 +106,8 @@ def store_rows(
 ):
     """Copy and sketch `block` tokens of a row; the second dimension of the grid covers the longest span."""
     row = tl.program_id(0)
-    head = row % heads
-    layer = row // heads % layers
-    request = (row // heads // layers).to(tl.int64)
+    request, layer, head = row_of(0, row, layers, heads)
+    request = request.to(tl.int64)
     slot = tl.load(spans + 3 * request)
     number = tl.load(spans + 3 * request + 1)
     place = tl.load(spans + 3 * request + 2)
@@ -172,9 +169,8 @@ def recall_rows(
 ):
     """Write `block` stored tokens into slots of a row."""
     row = tl.program_id(0)
-    head = row % heads
-    layer = row // heads % layers
-    request = (row // heads // layers).to(tl.int64)
+    request, layer, head = row_of(0, row, layers, heads)
+    request = request.to(tl.int64)
     m = tl.program_id(1) * block + tl.arange(0, block)
     place = tl.load(places + row.to(tl.int64) * number + m, mask=m < number, other=-1)
     valid = place >= 0
@@ -257,9 +253,8 @@ def sum_weights(
 ):
     """Compute the largest logit of each query of a row among `part` tokens, and the sum of exponentials."""
     row = tl.program_id(0)
-    head = row % heads
-    layer = row // heads % layers
-    request = (row // heads // layers).to(tl.int64)
+    request, layer, head = row_of(0, row, layers, heads)
+    request = request.to(tl.int64)
     count = tl.load(number + request)
     best = tl.full([rows], float("-inf"), tl.float32)
     summed = tl.zeros([rows], tl.float32)
@@ -321,9 +316,8 @@ def best_weights(
     Rows of queries are ordered by query, then by head, padded to powers of two; `in_group` heads are none of padding.
     """
     row = tl.program_id(0)
-    head = row % heads
-    layer = row // heads % layers
-    request = (row // heads // layers).to(tl.int64)
+    request, layer, head = row_of(0, row, layers, heads)
+    request = request.to(tl.int64)
     t = tl.program_id(1) * block + tl.arange(0, block)
     count = tl.load(number + request)
     valid = t < count
