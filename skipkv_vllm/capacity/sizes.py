@@ -88,11 +88,16 @@ class ModelShape:
     query_size: int | None = None
 
     @property
+    def _kv_size(self) -> int:
+        return self.element_size if self.kv_element_size is None else self.kv_element_size
+
+    @property
     def kv_bytes(self) -> int:
         """Bytes of KV per token in a block of the pool."""
-        size = self.element_size if self.kv_element_size is None else self.kv_element_size
         vectors = 2 if self.query_size is None else 1
-        return vectors * (self.num_pooled_layers or self.num_layers) * self.num_kv_heads * self.head_size * size
+        return (
+            vectors * (self.num_pooled_layers or self.num_layers) * self.num_kv_heads * self.head_size * self._kv_size
+        )
 
     def sidecar_bytes(self, needs: Need) -> int:
         """Bytes per token of the cache on top of its KV: an entry for each of `sidecars`.
@@ -134,22 +139,15 @@ class ModelShape:
         return ring + (self.tracker_bytes(config, num_rows, pool.max_length) if config.needs & Need.SENTENCES else 0)
 
     def stored_pages(self, config: KVPolicyConfig, num_layers: int, num_ranks: int) -> int:
-        """Pages of evicted tokens that the host memory of an engine holds; at least one if any may come back.
+        """Pages of evicted tokens that the host memory of an engine holds; at least one.
 
         Args:
             config: the policy.
             num_layers: layers whose tokens are stored, of all stages of a pipeline together.
             num_ranks: tensor-parallel ranks.
         """
-        if not config.recalls:
-            return 0
-        page = num_ranks * self.stored_page_bytes(num_layers)
-        return max(1, int(config.kv_recall_memory * 2**30) // page)
-
-    def stored_page_bytes(self, num_layers: int) -> int:
-        """Bytes of host memory of a page of evicted tokens of so many layers, on one tensor-parallel rank."""
-        size = self.element_size if self.kv_element_size is None else self.kv_element_size
-        return STORED_PAGE * 2 * num_layers * self.num_kv_heads * self.head_size * size
+        token = 2 * num_layers * num_ranks * self.num_kv_heads * self.head_size * self._kv_size
+        return max(1, int(config.kv_recall_memory * 2**30) // (STORED_PAGE * token))
 
     def recall_bytes(self, config: KVPolicyConfig) -> int:
         """Bytes of a request on the device for tokens that come back: two vectors a head, and a slot for each token."""

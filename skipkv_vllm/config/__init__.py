@@ -4,7 +4,7 @@ They are the only source of the command-line flags, their help and their page in
 `integration.compat` checks what depends on the model and the engine.
 """
 
-from .checks import check_budget, needs_of, parse_json_object
+from .checks import check_budget, parse_json_object
 from .request import KEEP_EVERYTHING, RequestOptions, ResolvedRequest, has_our_prefix
 from .server import CONFIG_KEY, KVPolicyConfig, flag_names, shown_default
 
@@ -17,7 +17,6 @@ __all__ = [
     "check_budget",
     "flag_names",
     "has_our_prefix",
-    "needs_of",
     "parse_json_object",
     "shown_default",
 ]

@@ -67,8 +67,12 @@ class Compactor:
         for signal in self._signals:
             signal.read(batch, inputs)
         scores = self._scorer.scores(batch, inputs)
-        by_head = self.config.kv_granularity == "head"
-        moves = self._select_tokens(batch, scores) if by_head else self._select_sentences(batch, scores)
+        if self.config.kv_granularity == "head":
+            moves = self._select_tokens(batch, scores)
+        else:
+            # All layers and heads of all ranks hold the same tokens.
+            scores = self._ranks.mean(scores)[:, None, None].expand_as(scores)
+            moves = self._select_sentences(batch, scores)
         self._compact_pages(
             *self.cache.pages,
             self.cache.sidecar,
@@ -113,11 +117,10 @@ class Compactor:
         return Moves(*self._select_keep(scores, batch.positions, *numbers, most))
 
     def _select_sentences(self, batch: CompactionBatch, scores: Tensor) -> Moves:
-        """Let whole sentences leave, the same for all layers and heads."""
+        """Let whole sentences leave, the same for all layers and heads, whose scores are equal."""
         sentences = self._signals.sentences
         assert sentences is not None
         layers, heads = scores.shape[1:3]
-        shared = self._ranks.mean(scores)
         rows = []
         for r, (order, request) in enumerate(batch.jobs):
             length = order.num_resident
@@ -128,7 +131,7 @@ class Compactor:
             if self._num_question(batch):
                 pinned |= self._is_question(batch, positions, request.num_prompt)
             number = sentences.numbers(batch, r, positions)
-            kept_sorted = select_sentences(shared[r, :length][by_position], pinned, number, order.num_keep)
+            kept_sorted = select_sentences(scores[r, 0, 0, :length][by_position], pinned, number, order.num_keep)
             kept = torch.zeros_like(kept_sorted).scatter(0, by_position, kept_sorted)
             rows.append(ops.move_list(kept, order.num_keep))
         most = max(source.shape[0] for source, _, _ in rows)

@@ -56,11 +56,8 @@ class Sums:
         self._known: RecalledTokens | None = None
 
     def add(self, amounts: Tensor) -> None:
-        """Add one number to each sum."""
+        """Add one number to each sum, and copy the sums to the host unless a copy is under way."""
         self._sums += amounts
-
-    def send(self) -> None:
-        """Copy the sums to the host, unless a copy is under way."""
         if self._sums.device.type == "cpu":
             self._known = RecalledTokens(*self._sums.tolist())
             return
@@ -88,7 +85,6 @@ class Recall:
         ranks: this worker's place among those that share the model.
         num_rows: requests that can run at once.
         threshold: evidence from which tokens come back.
-        are_common: whether all layers and heads hold the same tokens.
     """
 
     def __init__(
@@ -99,10 +95,9 @@ class Recall:
         ranks: Ranks,
         num_rows: int,
         threshold: float,
-        are_common: bool,
     ) -> None:
         self._cache, self._signals, self._ranks = cache, signals, ranks
-        self._threshold, self._are_common = threshold, are_common
+        self._threshold = threshold
         key_size, device, layout = cache.key_size, cache.device, cache.pages.layout
         self._stored = stored
         self._sums = Sums(device)
@@ -159,8 +154,6 @@ class Recall:
             batch: the requests, which have been compacted.
             scores: float32 `[R, layers, H, N]` of the tokens that stayed, by slot.
         """
-        if self._are_common:
-            scores = self._ranks.mean(scores)[:, None, None].expand_as(scores)
         for r, (order, request) in enumerate(batch.jobs):
             if order.stored is None:
                 continue
@@ -223,7 +216,6 @@ class Recall:
         checked, request.num_recalled = request.num_recalled, came.sum(-1, keepdim=True)
         counts = (request.num_recalled.double(), checked.double(), is_used.sum(-1).double())
         self._sums.add(torch.stack([each.mean() for each in counts]))
-        self._sums.send()
 
     def _asked(self, order: Compaction | Swap, request: ManagedRequest, stored: Stored, is_lacking: Tensor) -> Tensor:
         """Return the evidence that recent queries ask for each stored token, float32 `[num_tokens]`.

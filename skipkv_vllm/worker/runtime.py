@@ -104,9 +104,8 @@ class EvictionRuntime:
             signal.bind_cache(cache)
         recall = None
         if stored is not None:
-            are_common = self.config.kv_granularity == "sentence"
             threshold = self.config.kv_recall_threshold
-            recall = Recall(cache, stored, self.signals, self.ranks, self._rows.number, threshold, are_common)
+            recall = Recall(cache, stored, self.signals, self.ranks, self._rows.number, threshold)
         self._compactor = Compactor(self.config, cache, self.signals, self.ranks, draft_pages, recall)
         self._lookahead = None if decoder is None else Lookahead(decoder, self._compactor)
 
