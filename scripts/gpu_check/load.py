@@ -21,7 +21,7 @@ def main() -> int:
     import torch
 
     from skipkv_vllm.ops import native
-    from skipkv_vllm.ops.schema import SCHEMAS
+    from skipkv_vllm.ops.schema import NATIVE
 
     if args.device == "cuda" and not torch.cuda.is_available():
         print("torch sees no GPU", file=sys.stderr)
@@ -30,7 +30,7 @@ def main() -> int:
     why = native.unavailable(args.device)
     figures: dict[str, Any] = {
         "library": os.environ.get(native.OVERRIDES[args.device], "of the checkout"),
-        "operators": len(SCHEMAS),
+        "operators": len(NATIVE),
         "load_ms": round((time.perf_counter() - start) * 1e3, 1),
         "why_not": why,
         # Without a GPU it can be loaded where PyTorch is one for CUDA, and not called.

@@ -17,7 +17,7 @@ import torch
 from benchmarks.kernels import memory
 from skipkv_vllm.ops import Effect, native, torch_backend
 from skipkv_vllm.ops.paging import Layout
-from skipkv_vllm.ops.schema import SCHEMAS
+from skipkv_vllm.ops.schema import NATIVE
 from tests.operators import emulated_cuda
 from tests.operators.cases import CompactCase, MeasureCase, Pages, ScoreCase
 from tests.operators.measured_cases import CentralCase
@@ -234,7 +234,7 @@ def test_latents_are_read_by_the_operators_that_say_so(cuda):
 
 
 def test_the_library_has_the_schemas(cuda):
-    for op in SCHEMAS:
+    for op in NATIVE:
         registered = str(getattr(cuda.module, op).default._schema)
         wanted = str(getattr(torch.ops.skipkv, op).default._schema)
         assert registered == wanted.replace("skipkv::", "skipkv_cuda::")
