@@ -166,8 +166,10 @@ def join_ranks(vllm_config: VllmConfig, device: torch.device) -> Ranks:
             own, source = group, members[-width]
     # This also opens the connections, so that vLLM's memory profiling counts them.
     count = torch.tensor([len(layers) * first.num_kv_heads], dtype=torch.int64, device=device)
-    dist.all_reduce(count, group=own)
-    return Ranks(int(count), numbers, first_head, num_stages, own, source)
+    counts = [torch.empty_like(count) for _ in range(num_ranks)]
+    dist.all_gather(counts, count, group=own)
+    pairs = torch.cat(counts).tolist()
+    return Ranks(sum(pairs), max(pairs), numbers, first_head, num_stages, own, source)
 
 
 def _build_gates(learned: Gates, vllm_config: VllmConfig, ranks: Ranks, device: torch.device) -> TokenGates:

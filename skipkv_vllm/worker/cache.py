@@ -80,6 +80,7 @@ class KVCache:
         read_sink_logits: returns the logits of the attention sinks, float32 `[layers, Hq]`, which are weights of the
             model and may be replaced; None if it has none.
         num_query_heads: query heads of this worker; 0 if no queries are recorded.
+        most_pairs: (layer, kv head) pairs of the rank that has most; 0 for those of this one.
 
     Attributes:
         pages: see above.
@@ -100,6 +101,7 @@ class KVCache:
         key_scales: Tensor | None = None,
         read_sink_logits: Callable[[], Tensor] | None = None,
         num_query_heads: int = 0,
+        most_pairs: int = 0,
     ) -> None:
         first = pages.caches[0]
         self.pages = pages
@@ -108,9 +110,11 @@ class KVCache:
         self.block_size = block_size
         key_size = first.shape[3] if pages.layout is Layout.LATENT else first.shape[3] // 2
         self.key_size = key_size
-        slot = SLOT_BYTES * len(pages.caches) * first.shape[1]
+        pairs = len(pages.caches) * first.shape[1]
         query = query_bytes(len(pages.caches), num_query_heads, key_size, first.element_size())
-        self.room = Room(TEMPORARY_BYTES // slot, query / slot)
+        # Stages of a pipeline may have unequal numbers of layers. All ranks must split a step's work alike, or what
+        # they exchange would not fit together.
+        self.room = Room(TEMPORARY_BYTES // (SLOT_BYTES * (most_pairs or pairs)), query / (SLOT_BYTES * pairs))
         self.device = first.device
         self.sidecar = torch.zeros(len(pages.caches), *first.shape[:3], dtype=torch.int32, device=first.device)
         self.key_scales = key_scales

@@ -23,6 +23,7 @@ class Ranks:
 
     Attributes:
         num_pairs: number of (layer, kv head) pairs of all ranks together.
+        most_pairs: pairs of the rank that has most; 0 if they exchange nothing.
         layers: index in the model of each of this rank's layers whose KV is compacted; empty for 0, 1, 2, ...
         first_head: index in the model of this rank's first kv head.
         num_stages: stages of the pipeline.
@@ -31,6 +32,7 @@ class Ranks:
     """
 
     num_pairs: int = 0
+    most_pairs: int = 0
     layers: tuple[int, ...] = ()
     first_head: int = 0
     num_stages: int = 1

@@ -99,7 +99,7 @@ class EvictionRuntime:
             stored: pages for evicted tokens, see `Recall`; None if none comes back.
         """
         num_heads = 0 if self.signals.queries is None else self.signals.queries.num_heads
-        cache = KVCache(pages, block_size, key_scales, read_sink_logits, num_heads)
+        cache = KVCache(pages, block_size, key_scales, read_sink_logits, num_heads, self.ranks.most_pairs)
         for signal in self.signals:
             signal.bind_cache(cache)
         recall = None

@@ -1,4 +1,4 @@
-"""Ranks that share a model keep what one worker would keep: a pipeline of two stages, each two ranks wide."""
+"""Ranks that share a model keep what one worker would keep: a pipeline of two unequal stages, each two ranks wide."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from skipkv_vllm.core.needs import ACCUMULATED, Need
 from skipkv_vllm.core.orders import Accumulation, Compaction
 from skipkv_vllm.ops.paging import Layout, PagedCache
 from skipkv_vllm.sentences import SentenceTables
+from skipkv_vllm.worker import cache as cache_module
 from skipkv_vllm.worker.cache import KVCache
 from skipkv_vllm.worker.compaction import Compactor
 from skipkv_vllm.worker.ranks import ALONE, Ranks
@@ -28,6 +29,8 @@ from skipkv_vllm.worker.signals.sentences import Sentences
 
 LAYERS, HEADS, GROUP, DIM, HIDDEN = 4, 4, 2, 8, 6
 STAGES, WIDTH = 2, 2
+BOUNDS = (0, 1, LAYERS)
+"""First layer of each stage, and the number of layers."""
 PAGE, WINDOW = 4, 4
 LENGTHS, KEEP = (48, 43), (20, 24)
 DOT = 9
@@ -111,7 +114,8 @@ def kept(policy: str, granularity: str, layers: slice, heads: slice, ranks: Rank
         tracker.update(TrackedTokens(tokens, spans, total, topics[place // 5 % 3] + noise if size else None))
     mass = AttentionMass(ring, config.kv_buffer, needs) if ring is not None and needs & ACCUMULATED else None
     sentences = Sentences(tracker, ranks) if needs & Need.SENTENCES else None
-    signals, cache = Signals(ring, sentences, mass), KVCache(PagedCache.of(caches, Layout.ROWS), PAGE)
+    cache = KVCache(PagedCache.of(caches, Layout.ROWS), PAGE, most_pairs=ranks.most_pairs)
+    signals = Signals(ring, sentences, mass)
     for signal in signals:
         signal.bind_cache(cache)
     compactor = Compactor(config, cache, signals, ranks)
@@ -138,10 +142,12 @@ def one_rank(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=STAGES * WIDTH)
     stage, place = divmod(rank, WIDTH)
-    layers, heads = LAYERS // STAGES, HEADS // WIDTH
-    numbers = tuple(range(stage * layers, (stage + 1) * layers))
-    ranks = Ranks(LAYERS * HEADS, numbers, place * heads, STAGES, dist.group.WORLD, (STAGES - 1) * WIDTH)
-    where = slice(stage * layers, (stage + 1) * layers), slice(place * heads, (place + 1) * heads)
+    layers, heads = slice(BOUNDS[stage], BOUNDS[stage + 1]), HEADS // WIDTH
+    numbers, most_pairs = tuple(range(LAYERS)[layers]), (LAYERS - 1) * heads
+    # The longer stage has room for one request at a time, and the shorter one would have for both.
+    cache_module.TEMPORARY_BYTES = cache_module.SLOT_BYTES * most_pairs * (LENGTHS[0] + WINDOW * GROUP)
+    ranks = Ranks(LAYERS * HEADS, most_pairs, numbers, place * heads, STAGES, dist.group.WORLD, (STAGES - 1) * WIDTH)
+    where = layers, slice(place * heads, (place + 1) * heads)
     results = [kept(*case, *where, ranks, is_last=stage == STAGES - 1) for case in CASES]
     torch.save(results, Path(folder, f"{rank}.pt"))
     dist.destroy_process_group()
