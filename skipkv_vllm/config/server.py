@@ -90,24 +90,24 @@ class KVPolicyConfig(BaseModel):
         "back when the text turns back to them. 0: what is evicted is gone.",
     )
     kv_recall_share: float = Field(
-        0.5,
+        0.25,
         gt=0,
         lt=1,
         description="Largest share of the budget, without protected prompt and window, for tokens that came back. They "
         "replace those that the method values least.",
     )
     kv_recall_interval: int = Field(
-        32,
+        16,
         ge=1,
         strict=True,
-        description="Decoded tokens after which evicted ones may come back, beside each compaction and a prompt's end.",
+        description="Decoded tokens after which evicted ones may come back, beside compactions and a prompt's end.",
     )
     kv_recall_threshold: float = Field(
-        0.6,
+        0.8,
         gt=0,
         allow_inf_nan=False,
-        description="Evidence from which tokens come back. A head gives ln(w / 4) if a recent query attends to a token "
-        "w times as much as to the mean one; what counts is the mean of the heads that lack the token.",
+        description="Evidence from which tokens come back; half as much at the end of a prompt. A head gives ln(w / 4) "
+        "if a recent query attends to a token w times as much as to the mean one; the mean of heads without it counts.",
     )
     kv_policy_config: dict[str, Any] = Field(
         default_factory=dict,

@@ -17,6 +17,10 @@ def ceil_div(a: int, b: int) -> int:
 STORED_PAGE = 64
 """Tokens of a page of the token store, in all layers and heads."""
 
+BEFORE_END = (8, 4, 1)
+"""Tokens before the end of a prompt at which evicted ones come back. The last one is the first that may answer; what it
+asks for depends on what those before it found."""
+
 
 class LookaheadTokens(NamedTuple):
     """Tokens of a request while others are computed ahead for it.

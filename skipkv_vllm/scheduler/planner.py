@@ -6,7 +6,7 @@ import sys
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from ..core.limits import Limits
+from ..core.limits import BEFORE_END, Limits
 
 
 class PlannedCompaction(NamedTuple):
@@ -23,11 +23,6 @@ class PlannedCompaction(NamedTuple):
     num_keep: int
     protected: int
     num_lookahead: int = 0
-
-
-BEFORE_END = (8, 4, 1)
-"""Tokens before the end of a prompt at which evicted ones come back. The last one is the first that may answer; what it
-asks for depends on what those before it found."""
 
 
 class AccumulationSchedule(NamedTuple):

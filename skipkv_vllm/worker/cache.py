@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..core.device import to_device
+from ..core.device import padded, to_device
 from ..ops.paging import LayerPages, Layout, PagedCache, layer_pages
 
 SLOT_BYTES = 64
@@ -133,9 +133,7 @@ class KVCache:
 
     def table(self, rows: Sequence[Sequence[int]]) -> Tensor:
         """Convert the block ids of R requests to kernel page ids, int32 `[R, pages]`, padded with page 0."""
-        blocks = np.zeros((len(rows), max(map(len, rows))), dtype=np.int32)
-        for r, row in enumerate(rows):
-            blocks[r, : len(row)] = row
+        blocks = padded(rows)
         if (ratio := self.block_size // self.page_size) > 1:
             blocks = (blocks[..., None] * ratio + np.arange(ratio, dtype=np.int32)).reshape(len(rows), -1)
         return to_device(blocks, torch.int32, self.device)

@@ -6,21 +6,24 @@ happens, and how many tokens at most.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .. import ops
-from ..core.device import to_device
+from ..core.device import padded, to_device
+from ..core.limits import BEFORE_END
 from ..core.needs import NUM_ASKING
 from ..core.orders import Compaction, Stored, Swap
 from ..core.reports import RecalledTokens
-from .cache import KVCache
+from .cache import KVCache, Room
 from .compaction_batch import CompactionBatch
 from .ranks import Ranks
-from .requests import Job, ManagedRequest
+from .regions import best, marked, placed
+from .requests import Job, ManagedRequest, Region
 from .signals import Signals
 
 BEFORE, BEHIND = 4, 12
@@ -33,6 +36,12 @@ BASE = 4.0
 PRIOR = 16
 """Heads that are taken to lack each token and not to ask for it, so that what few heads say counts little."""
 
+FOR_ANSWER = 0.5
+"""Share of the threshold that is enough at the end of a prompt, because a question may be there."""
+
+NUM_ANSWERING = 32
+"""Decoded tokens for which that holds, too, and for which what the question found stays: it must be read first."""
+
 OPERATORS = ("key_moments", "store_tokens", "recall_tokens", "stored_attention")
 
 EXCHANGE_BYTES = 48
@@ -40,6 +49,44 @@ EXCHANGE_BYTES = 48
 
 SMALLEST_SPREAD = 1e-6
 """Lower bound of the spread of a key's elements."""
+
+
+class Exchange(NamedTuple):
+    """A request whose tokens may come back now.
+
+    Attributes:
+        order: what is carried out.
+        request: its request.
+        stored: its tokens in the store.
+        num_keep: tokens held since the last compaction, in the first slots.
+        place: its place in the batch.
+    """
+
+    order: Compaction | Swap
+    request: ManagedRequest
+    stored: Stored
+    num_keep: int
+    place: int
+
+    @property
+    def num_asking(self) -> int:
+        """Queries that ask."""
+        return min(NUM_ASKING, self.order.num_logical)
+
+    @property
+    def may_answer(self) -> bool:
+        """Whether a question may have been asked just now."""
+        return self.order.num_logical < self.request.num_prompt + NUM_ANSWERING
+
+    @property
+    def is_within_prompt(self) -> bool:
+        """Whether so much of the prompt is left that others will be asked for at its end."""
+        return self.order.num_logical < self.request.num_prompt - BEFORE_END[0]
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """What requests that are handled together have in common; the second is the size of their regions."""
+        return self.num_keep, min(self.stored.number, self.num_keep), self.num_asking
 
 
 class Sums:
@@ -148,117 +195,159 @@ class Recall:
         self._stored[stored.pages[-1], :, :, (stored.num_tokens - 1) % self._stored.shape[3] + 1 :] = 0
 
     def after_compaction(self, batch: CompactionBatch, scores: Tensor) -> None:
-        """Let tokens come back in place of those that the method values least.
+        """Note in which slots tokens may come back, those that the method values least, and let them.
 
         Args:
             batch: the requests, which have been compacted.
             scores: float32 `[R, layers, H, N]` of the tokens that stayed, by slot.
         """
-        for r, (order, request) in enumerate(batch.jobs):
-            if order.stored is None:
-                continue
-            positions = self._cache.positions_of(order.target_blocks, order.num_keep, order.num_keep, 0)
-            is_free = (positions >= batch.pin_below[r]) & (positions < batch.pin_from[r])
+        exchanges = [
+            Exchange(order, request, order.stored, order.num_keep, r)
+            for r, (order, request) in enumerate(batch.jobs)
+            if order.stored is not None
+        ]
+        for part in in_parts(exchanges, self._cache.room):
+            num_keep, width = part[0].shape[:2]
+            at = to_device([each.place for each in part], torch.int64, self._cache.device)
+            positions = self._positions(part)
+            is_free = positions >= batch.pin_below[at].view(-1, 1, 1, 1)
+            is_free &= positions < batch.pin_from[at].view(-1, 1, 1, 1)
             # Of equal scores the lower position stays longer.
             by_position = positions.argsort(dim=-1, descending=True)
-            worth = scores[r, ..., : order.num_keep].masked_fill(~is_free, torch.inf).gather(-1, by_position)
-            lowest = worth.sort(dim=-1, stable=True).indices[..., : order.stored.number]
-            request.region = by_position.gather(-1, lowest)
-            request.num_recalled = torch.zeros_like(request.region[..., :1])
-            self._exchange(order, request, order.stored, positions)
+            worth = scores[at][..., :num_keep].masked_fill(~is_free, torch.inf).gather(-1, by_position)
+            regions = by_position.gather(-1, worth.sort(dim=-1, stable=True).indices[..., :width])
+            for each, region, owners in zip(part, regions, positions.gather(-1, regions), strict=True):
+                each.request.region, each.request.owner_sums = Region(region, owners), None
+        self._exchange_all([each for each in exchanges if not each.is_within_prompt])
 
-    def swap(self, order: Swap, request: ManagedRequest) -> None:
-        """Let other tokens come back, in place of those that came back before, or that the method values least."""
-        num_keep = request.num_placed
-        self._exchange(order, request, order.stored, self._cache.positions_of(order.blocks, num_keep, num_keep, 0))
+    def swap(self, jobs: Sequence[tuple[Swap, ManagedRequest]]) -> None:
+        """Let other tokens come back; those that nobody asks for any more leave their slots to the owners."""
+        self._exchange_all(
+            [Exchange(order, request, order.stored, request.num_placed, r) for r, (order, request) in enumerate(jobs)]
+        )
 
-    def _exchange(self, order: Compaction | Swap, request: ManagedRequest, stored: Stored, positions: Tensor) -> None:
-        """Write tokens that are asked for into the region, in place of those that are asked for less.
+    def _exchange_all(self, exchanges: Sequence[Exchange]) -> None:
+        for part in in_parts(exchanges, self._cache.room):
+            self._exchange(part, self._positions(part))
+
+    def _positions(self, part: Sequence[Exchange]) -> Tensor:
+        """Return the positions of the tokens held since the last compaction, int32 `[R, layers, H, num_keep]`."""
+        placed = to_device([[each.num_keep for each in part], [0] * len(part)], torch.int32, self._cache.device)
+        return self._cache.positions(self._table(part), part[0].num_keep, *placed)
+
+    def _table(self, part: Sequence[Exchange]) -> Tensor:
+        return self._cache.table([each.order.after[1] for each in part])
+
+    def _exchange(self, part: Sequence[Exchange], positions: Tensor) -> None:
+        """Give the slots of the regions to tokens that are asked for, and the others back to their owners.
+
+        What is asked for comes first, then what the method values more.
 
         Args:
-            order: the order.
-            request: its request.
-            stored: what is in the store.
-            positions: int32 `[layers, H, num_keep]`, held since the last compaction, by slot.
+            part: R requests of one shape.
+            positions: int32 `[R, layers, H, num_keep]`, held since the last compaction, by slot.
         """
-        region, number, threshold = request.region, stored.num_tokens, self._threshold
-        assert region is not None
-        assert request.num_recalled is not None
+        device, regions = positions.device, [each.request.region for each in part]
+        slots, owners = (torch.stack(each) for each in zip(*regions, strict=True))
+        first, number = to_device([[each.stored.first, each.stored.num_tokens] for each in part], torch.int32, device).T
+        length, most = max(each.stored.num_tokens for each in part), slots.shape[-1]
+        stored_table = to_device(padded([each.stored.pages for each in part]), torch.int32, device)
+        start = first.view(-1, 1, 1, 1)
         # Tokens that have no place, because they are protected or were dropped, mark the one behind the last.
-        held = positions.long() - stored.first
-        held = torch.where(held < 0, number, held)
-        in_region, most = held.gather(-1, region), region.shape[-1]
-        is_held = torch.zeros(*held.shape[:2], number + 1, dtype=torch.bool, device=held.device).scatter_(
-            -1, held, True
-        )
-        is_kept = is_held.scatter(-1, in_region, False)
-        asked = self._asked(order, request, stored, ~is_kept[..., :-1]).expand(*held.shape[:2], -1)
-        own = F.pad(asked, (0, 1)).gather(-1, in_region)
-        in_order = torch.arange(most, device=own.device)
-        is_used = (own >= threshold) & (in_order < request.num_recalled)
-        # In the region, tokens that are not asked for come first, in their order.
-        own, order_of_slots = torch.where(own >= threshold, own, in_order / most - 1).sort(dim=-1, stable=True)
-        coming = asked.masked_fill(is_held[..., :-1], 0.0)
-        evidence, place = _largest(F.pad(coming, (0, max(0, most - number))), most)
-        is_new = (evidence >= threshold) & (evidence > own)
-        slots = region.gather(-1, order_of_slots)
+        held, owner = (torch.where(each < start, length, each - start).long() for each in (positions, owners))
+        present = held.gather(-1, slots)
+        is_kept = marked(held, length).scatter(-1, present, False)
+        asked = self._asked(part, stored_table, first, number, ~is_kept[..., :-1])
+        remember(part, asked)
+        asked = F.pad(asked, (0, 1))[:, None, None]
+        needed = [self._threshold * (FOR_ANSWER if each.may_answer else 1.0) for each in part]
+        is_asked = asked >= to_device(needed, torch.float32, device).view(-1, 1, 1, 1)
+        is_wanted = best(asked.where(is_asked & ~is_kept, 0.0), owner, min(needed))
+        after = placed(is_wanted, owner, present)
+        is_new, was_owner, is_owner = after != present, present == owner, after == owner
         self._recall_tokens(
-            *(*self._cache.pages, self._cache.sidecar, self._cache.table([order.after[1]]), slots[None].int()),
-            torch.where(is_new, place, -1)[None].int(),
-            to_device([stored.first], torch.int32, self._cache.device),
-            *(to_device([stored.pages], torch.int32, self._cache.device), self._stored),
+            *(*self._cache.pages, self._cache.sidecar, self._table(part), slots.int()),
+            *(torch.where(is_new, after, -1).int(), first.contiguous(), stored_table, self._stored),
         )
         if self._signals.attention_mass is not None:
-            self._signals.attention_mass.clear(request, slots, is_new)
-        # What came back is the first to be replaced; the others stay in order.
-        came = torch.zeros_like(is_new).scatter_(-1, order_of_slots, is_new)
-        request.region = region.gather(-1, (~came).byte().sort(dim=-1, stable=True).indices)
-        checked, request.num_recalled = request.num_recalled, came.sum(-1, keepdim=True)
-        counts = (request.num_recalled.double(), checked.double(), is_used.sum(-1).double())
-        self._sums.add(torch.stack([each.mean() for each in counts]))
+            order = torch.arange(most, device=device).expand(present.shape)
+            came_from = torch.full(is_kept.shape, -1, device=device).scatter_(-1, present, order).gather(-1, after)
+            came_from = came_from.where(is_new, order)
+            for r, each in enumerate(part):
+                self._signals.attention_mass.exchange(each.request, came_from[r], was_owner[r], is_owner[r])
+        used = ~was_owner & is_asked.expand(is_kept.shape).gather(-1, present)
+        counts = torch.stack([is_new & ~is_owner, ~was_owner, used])
+        self._sums.add(counts.sum(-1, dtype=torch.float64).mean(dim=(2, 3)).sum(dim=1))
 
-    def _asked(self, order: Compaction | Swap, request: ManagedRequest, stored: Stored, is_lacking: Tensor) -> Tensor:
-        """Return the evidence that recent queries ask for each stored token, float32 `[num_tokens]`.
+    def _asked(
+        self, part: Sequence[Exchange], stored_table: Tensor, first: Tensor, number: Tensor, is_lacking: Tensor
+    ) -> Tensor:
+        """Return the evidence that recent queries ask for each stored token, float32 `[R, N]`, 0 beyond the last one.
 
         A head gives evidence if a query attends to the token more than `BASE` times as much as to the mean one: the
         logarithm of the excess. The evidence for a token is the mean over the layers and heads of all ranks that lack
         it, and no less than that for a token near it, of its sentence.
 
         Args:
-            order, request, stored: see `_exchange`.
-            is_lacking: bool `[layers, H, num_tokens]`, heads in which a token is missing or has come back.
+            part: R requests.
+            stored_table: int32 `[R, Q]`, pages of the store.
+            first, number: int32 `[R]`, position of the first stored token, and number of stored ones.
+            is_lacking: bool `[R, layers, H, N]`, heads in which a token is missing or has come back.
         """
         ring, sentences = self._signals.queries, self._signals.sentences
         assert ring is not None
         assert sentences is not None
-        device, number = self._cache.device, stored.num_tokens
-        count = min(NUM_ASKING, order.num_logical)
-        queries = self._cache.scale_queries(ring.newest([request.row], [order.num_logical], count))
-        spread = self._moments[1, request.row]
-        spread = spread.repeat_interleave(queries.shape[3] // spread.shape[1], dim=1)
+        length, rows = is_lacking.shape[-1], [each.request.row for each in part]
+        lengths = [each.order.num_logical for each in part]
+        queries = self._cache.scale_queries(ring.newest(rows, lengths, part[0].num_asking))
+        on_device = to_device(rows, torch.int64, is_lacking.device)
+        spread = self._moments[1, on_device]
+        spread = spread.repeat_interleave(queries.shape[3] // spread.shape[2], dim=2)
         weights: Tensor = self._stored_attention(
-            *(self._signs, self._sizes, to_device([stored.pages], torch.int32, device)),
-            *(to_device([number], torch.int32, device), queries.float() * spread[:, None], number),
+            *(self._signs, self._sizes, stored_table, number.contiguous(), queries.float() * spread[:, :, None], length)
         )
         lacking = is_lacking.float()
-        excess = weights[0].mul_(number / BASE).clamp_(min=1.0).log_().mul_(lacking)
-        total, share = self._ranks.mean(torch.stack([excess, lacking]))
-        num_heads = self._ranks.num_pairs or lacking[..., 0].numel()
+        excess = weights.mul_(number.view(-1, 1, 1, 1) / BASE).clamp_(min=1.0).log_().mul_(lacking)
+        total, share = self._ranks.mean(torch.cat([excess, lacking])).chunk(2)
+        num_heads = self._ranks.num_pairs or lacking[0, ..., 0].numel()
         evidence = total / (share + PRIOR / num_heads)
-        sentence = sentences.numbers_between(request.row, stored.first, stored.end, device)
+        sentence = sentences.numbers_from(on_device, first, length)
         # The first numbers may belong to tokens that were dropped from the store.
-        sentence = sentence - sentence[0]
-        of_sentence = torch.zeros_like(evidence).scatter_reduce_(0, sentence, evidence, "amax")[sentence]
-        near = F.max_pool1d(F.pad(evidence, (BEHIND, BEFORE))[None], BEFORE + BEHIND + 1, stride=1)[0]
-        return of_sentence.minimum(near)
+        sentence = sentence - sentence[:, :1]
+        of_sentence = torch.zeros_like(evidence).scatter_reduce_(1, sentence, evidence, "amax").gather(1, sentence)
+        near = F.max_pool1d(F.pad(evidence, (BEHIND, BEFORE)), BEFORE + BEHIND + 1, stride=1)
+        is_stored = torch.arange(length, device=number.device) < number[:, None]
+        return of_sentence.minimum(near).mul_(is_stored)
 
 
-def _largest(values: Tensor, number: int) -> tuple[Tensor, Tensor]:
-    """Return the largest of values `[..., N]` >= 0 and their places, descending; of equal ones the first comes first.
+def remember(part: Sequence[Exchange], asked: Tensor) -> None:
+    """Raise the evidence to what it was at earlier exchanges around the same question, and note it for the next one.
 
-    A stable sort would do the same, in several times the time.
+    Args:
+        part: R requests.
+        asked: float32 `[R, N]`, evidence by place.
     """
-    # The bits of floating-point numbers that are not negative are in the order of the numbers.
-    behind = torch.arange(values.shape[-1] - 1, -1, -1, device=values.device)
-    largest = (values.view(torch.int32).long() << 32 | behind).topk(number, dim=-1).values
-    return (largest >> 32).int().view(torch.float32), values.shape[-1] - 1 - (largest & 0x7FFFFFFF)
+    for r, each in enumerate(part):
+        if not each.may_answer:
+            each.request.question = None
+            continue
+        if each.request.question is not None:
+            first, evidence = each.request.question
+            known = evidence[each.stored.first - first :]
+            torch.maximum(asked[r, : len(known)], known, out=asked[r, : len(known)])
+        each.request.question = each.stored.first, asked[r, : each.stored.num_tokens]
+
+
+def in_parts(exchanges: Sequence[Exchange], room: Room) -> Iterator[list[Exchange]]:
+    """Split exchanges into parts of one shape that one launch may carry out; see `compaction_batch.independent`."""
+    by_shape: dict[tuple[int, ...], list[Exchange]] = {}
+    for each in sorted(exchanges, key=lambda each: each.stored.num_tokens):
+        by_shape.setdefault(each.shape, []).append(each)
+    for alike in by_shape.values():
+        part: list[Exchange] = []
+        for each in alike:
+            if part and not room.holds(len(part) + 1, each.stored.num_tokens, each.num_asking):
+                yield part
+                part = []
+            part.append(each)
+        yield part

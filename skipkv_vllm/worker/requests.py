@@ -12,6 +12,18 @@ from ..core.orders import Accumulation, Compaction
 from ..policies import Policy
 
 
+class Region(NamedTuple):
+    """Slots of a request in which tokens come back, from its last compaction to the next.
+
+    Attributes:
+        slots: int64 `[layers, H, n]`, that of the token that the method values least first.
+        owners: int32 `[layers, H, n]`, positions of the tokens that the compaction left there.
+    """
+
+    slots: Tensor
+    owners: Tensor
+
+
 @dataclass
 class ManagedRequest:
     """Host-side state of a request whose cache is managed.
@@ -24,8 +36,11 @@ class ManagedRequest:
         protected: number of prompt tokens that must survive.
         num_placed: number of first slots whose positions are in the sidecar; later slots follow in order.
         num_compactions: compactions since it started.
-        region: int64 `[layers, H, n]`, slots in which tokens come back, that of the first one to be replaced first.
-        num_recalled: integer `[layers, H, 1]`, how many of these the last exchange brought back; None before any.
+        region: slots in which tokens come back.
+        owner_sums: float32 `[layers, H, n, K]`, attention sums of the owners of these, while others are there; None
+            before any are.
+        question: position of the first stored token, and float32 `[N]`, evidence that the end of the prompt asked for
+            each one; None unless it may be answered now.
         is_sketched: whether its keys have been measured for their sketches.
         first_draft: likeliest token after the prompt, if tokens are decoded ahead from it.
         lookahead_queries: queries of tokens computed ahead `[layers, n, Hq, D]`, for the compaction under way.
@@ -39,8 +54,9 @@ class ManagedRequest:
     protected: int = 0
     num_placed: int = 0
     num_compactions: int = 0
-    region: Tensor | None = None
-    num_recalled: Tensor | None = None
+    region: Region | None = None
+    owner_sums: Tensor | None = None
+    question: tuple[int, Tensor] | None = None
     is_sketched: bool = False
     first_draft: Tensor | None = None
     lookahead_queries: Tensor | None = None

@@ -168,8 +168,8 @@ class EvictionRuntime:
             self._compact(orders.compactions)
             if self._batch_rows is not None:
                 self._batch_rows.update_evicted()
-        for swap in orders.swaps:
-            self._swap(swap)
+        if orders.swaps:
+            self._swap(orders.swaps)
         for started in orders.started:
             self._start(started)
 
@@ -300,13 +300,13 @@ class EvictionRuntime:
         if self.config.kv_check_integrity:
             self.check_integrity(order)
 
-    def _swap(self, order: Swap) -> None:
-        request = self._requests[order.request_id]
+    def _swap(self, orders: Sequence[Swap]) -> None:
         assert self._compactor is not None
         assert self._compactor.recall is not None
-        self._compactor.recall.swap(order, request)
-        if self.trace is not None:
-            self.trace.swapped(order, self.held(order).sort(dim=-1).values)
+        self._compactor.recall.swap([(order, self._requests[order.request_id]) for order in orders])
+        for order in orders:
+            if self.trace is not None:
+                self.trace.swapped(order, self.held(order).sort(dim=-1).values)
 
     def held(self, order: Compaction | Swap) -> Tensor:
         """Return the positions held after a compaction or swap, int32 `[layers, H, held]` by slot."""

@@ -13,7 +13,7 @@ from transformers.cache_utils import LinearAttentionLayer
 
 from tests.reference import formulas
 from tests.reference.model import Model
-from tests.reference.recall import NUM_ASKING, RecalledTokens
+from tests.reference.recall import NUM_ANSWERING, NUM_ASKING, RecalledTokens
 from tests.reference.selection import select_sentences, select_tokens
 from tests.reference.sentences import Sentence, sentence_of_token, split_sentences
 from tests.reference.settings import Settings, Steering
@@ -59,7 +59,7 @@ class State:
         self.cache = model.new_cache()
         self.positions = torch.empty(0, dtype=torch.int64)
         self.hidden = self.queries = self.asking = self.logits = torch.empty(0)
-        self.mass = self.errors = self.num_seen = self.log_betas = torch.empty(0)
+        self.mass = self.errors = self.num_seen = self.log_betas = self.owner_sums = torch.empty(0)
         self.by_segment = dict(settings.parameters) if settings.method == "thinkv" else None
         self.sparsities: list[float] = []
         self.shrinks: list[int] = []
@@ -216,17 +216,21 @@ class State:
                 scores = scores.mean(dim=(0, 1)).expand_as(scores)
             scores = scores.masked_fill(self.pinned(), torch.inf)
             self.recalled.compacted(self.positions, scores, self.num_protected, self.num_computed)
+            self.owner_sums = torch.zeros(3, *scores.shape[:2], 0)
+            if self.num_computed < self.num_prompt - 8:
+                # Others are asked for at its end.
+                return
         owner = sentence_of_token(torch.arange(self.num_computed), *self._split())
-        held = self.recalled.choose(self.positions, self.asking, owner)
-        by_position = [torch.zeros(*held.shape[:2], self.num_computed) for _ in range(3)]
+        may_answer = self.num_computed < self.num_prompt + NUM_ANSWERING
+        held = self.recalled.choose(self.positions, self.asking, owner, may_answer=may_answer)
         sums = [self.mass, *((self.errors, self.num_seen) if self.settings.by_error else ())]
-        sums = [
-            zeros.scatter(2, self.positions, each).gather(2, held)
-            for zeros, each in zip(by_position, sums, strict=False)
-        ]
-        self.mass = sums[0]
+        # Sums follow their tokens. Those of an owner wait for it, others are lost when a token leaves.
+        known = torch.nn.functional.pad(self.owner_sums, (0, self.num_computed - self.owner_sums.shape[-1]))
+        known = torch.stack([old.scatter(2, self.positions, new) for old, new in zip(known, sums, strict=False)])
+        self.mass, *others = known.gather(3, held.expand(len(known), -1, -1, -1))
         if self.settings.by_error:
-            self.errors, self.num_seen = sums[1:]
+            self.errors, self.num_seen = others
+        self.owner_sums = known * self.recalled.is_owner(self.num_computed).view(known.shape[1:])
         cache = self.model.new_cache()
         for i, layer in enumerate(self.cache.layers):
             if i in self.model.full:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -111,16 +111,27 @@ class AttentionMass(Signal):
         factor = (slots < batch.num_keep.view(-1, 1, 1, 1)) * decay
         self._sums_of(batch).replace(spans, sums[..., :most] * factor)
 
-    def clear(self, request: ManagedRequest, slots: Tensor, is_new: Tensor) -> None:
-        """Clear the sums of slots whose tokens were replaced.
+    def exchange(self, request: ManagedRequest, came_from: Tensor, was_owner: Tensor, is_owner: Tensor) -> None:
+        """Let sums follow the tokens of the request's region; those of an owner wait until it returns.
 
         Args:
             request: the request.
-            slots: int64 `[layers, H, n]`.
-            is_new: bool `[layers, H, n]`, which of them were.
+            came_from: int64 `[layers, H, n]`, where in the region each token was before; -1 if it was not there.
+            was_owner, is_owner: bool `[layers, H, n]`, whether the owner of the slot was in it, and is.
         """
-        if request.needs & ACCUMULATED:
-            self.sums[bool(request.needs & Need.OUTPUT_ERROR)].clear(request.row, slots, is_new)
+        assert request.region is not None
+        if not request.needs & ACCUMULATED:
+            return
+        sums, slots = self.sums[bool(request.needs & Need.OUTPUT_ERROR)], request.region.slots
+        before = sums.read_slots(request.row, slots)
+        if before is None:
+            return
+        # Right after a compaction every owner is there.
+        waiting = before if request.owner_sums is None else before.where(was_owner[..., None], request.owner_sums)
+        moved = before.gather(2, came_from.clamp(min=0)[..., None].expand_as(before))
+        fresh = waiting.where(is_owner[..., None], 0.0)
+        sums.write_slots(request.row, slots, moved.where(came_from[..., None] >= 0, fresh))
+        request.owner_sums = waiting
 
     def _sums_of(self, batch: CompactionBatch) -> AttentionSums:
         return self.sums[bool(batch.needs & Need.OUTPUT_ERROR)]
@@ -194,15 +205,18 @@ class AttentionSums:
                 self._give_back(self._blocks[row][count:])
                 self._blocks[row] = self._blocks[row][:count]
 
-    def clear(self, row: int, slots: Tensor, is_new: Tensor) -> None:
-        """Set the sums of some slots of a request to 0, where `is_new`; both `[layers, H, n]`."""
-        if row not in self._blocks:
-            return
+    def read_slots(self, row: int, slots: Tensor) -> Tensor | None:
+        """Return the sums of some slots `[layers, H, n]` of a request, `[layers, H, n, K]`; None if it has none."""
+        return self._entries[self._places(row, slots)] if row in self._blocks else None
+
+    def write_slots(self, row: int, slots: Tensor, sums: Tensor) -> None:
+        """Replace the sums of some slots; see `read_slots`."""
+        self._entries[self._places(row, slots)] = sums
+
+    def _places(self, row: int, slots: Tensor) -> tuple[Any, ...]:
         blocks = to_device(self._blocks[row], torch.int64, slots.device)
         layer, head = (torch.arange(count, device=slots.device) for count in slots.shape[:2])
-        # [layers, H, n, K]
-        at = (blocks[slots // self._size], slice(None), layer[:, None, None], head[:, None], slots % self._size)
-        self._entries[at] = self._entries[at].masked_fill_(is_new[..., None], 0.0)
+        return blocks[slots // self._size], slice(None), layer[:, None, None], head[:, None], slots % self._size
 
     def _by_block(self, by_slot: Tensor) -> Tensor:
         """Arrange `[K, R, layers, H, N]` as `[R, blocks, K, layers, H, P]`."""

@@ -173,6 +173,11 @@ class SentenceTracker:
         self._compare(to_device([row], torch.int64, self._count.device))
         return SentenceState(self._first[row], self._ends[row], self._penalties[row])
 
+    def sentences_of(self, rows: Tensor, positions: Tensor) -> Tensor:
+        """Return the sentence number of each position `[R, N]`; see `SentenceState.sentence_of`."""
+        number = torch.searchsorted(self._ends[rows], positions.contiguous()) + 1
+        return torch.where(positions >= self._first_of[rows, None], number, 0)
+
     def penalties(self, rows: Tensor, positions: Tensor, lengths: Tensor, longest: int) -> Tensor:
         """Return how much later text repeats the sentence of each token: float32, of the shape of the positions.
 

@@ -68,12 +68,19 @@ class Sentences(Signal):
         assert self.tracker is not None
         return self.tracker.state(batch.jobs[r].request.row).sentence_of(positions)
 
-    def numbers_between(self, row: int, first: int, end: int, device: torch.device) -> Tensor:
-        """Return the sentence numbers of positions `first` to `end`, without the last, of one request, int64."""
+    def numbers_from(self, rows: Tensor, first: Tensor, number: int) -> Tensor:
+        """Return the sentence numbers of `number` positions from `first` on, of R requests, int64 `[R, number]`.
+
+        Args:
+            rows: int64 `[R]`, rows of the requests.
+            first: int32 `[R]`.
+            number: how many positions; behind the last token they belong to the open sentence.
+        """
         if self.tracker is None:
-            numbers = torch.empty(end - first, dtype=torch.int64, device=device)
+            numbers = torch.empty(len(rows), number, dtype=torch.int64, device=rows.device)
         else:
-            numbers = self.tracker.state(row).sentence_of(torch.arange(first, end, dtype=torch.int32, device=device))
+            order = torch.arange(number, dtype=torch.int32, device=rows.device)
+            numbers = self.tracker.sentences_of(rows, first[:, None] + order)
         return self._ranks.from_last_stage(numbers) if self._ranks.num_stages > 1 else numbers
 
     def _by_position(self, batch: CompactionBatch) -> Tensor:
