@@ -150,11 +150,15 @@ class ModelShape:
         return max(1, int(config.kv_recall_memory * 2**30) // (STORED_PAGE * token))
 
     def recall_bytes(self, config: KVPolicyConfig) -> int:
-        """Bytes of a request on the device for tokens that come back: two vectors a head, and a slot for each token."""
+        """Bytes of a request on the device for tokens that come back.
+
+        Two vectors a head, and for each slot that they may take its number, and what is known of its owner.
+        """
         if not config.recalls:
             return 0
         most = int(config.kv_recall_share * config.kv_budget)
-        return self.num_layers * self.num_kv_heads * (2 * ENTRY_BYTES * self.head_size + 2 * ENTRY_BYTES * most)
+        entries = 2 * self.head_size + most * (2 + len(sidecars(config.needs)))
+        return self.num_layers * self.num_kv_heads * ENTRY_BYTES * entries
 
     def sketch_bytes(self, num_pages: int) -> int:
         """Bytes on the device that sketch the keys of so many stored pages: a bit for each element, and a size."""

@@ -217,7 +217,8 @@ class Recall:
             worth = scores[at][..., :num_keep].masked_fill(~is_free, torch.inf).gather(-1, by_position)
             regions = by_position.gather(-1, worth.sort(dim=-1, stable=True).indices[..., :width])
             for each, region, owners in zip(part, regions, positions.gather(-1, regions), strict=True):
-                each.request.region, each.request.owner_sums = Region(region, owners), None
+                # A view would keep the tensor of the whole part.
+                each.request.region, each.request.owner_sums = Region(region.clone(), owners.clone()), None
         self._exchange_all([each for each in exchanges if not each.is_within_prompt])
 
     def swap(self, jobs: Sequence[tuple[Swap, ManagedRequest]]) -> None:
@@ -335,7 +336,7 @@ def remember(part: Sequence[Exchange], asked: Tensor) -> None:
             first, evidence = each.request.question
             known = evidence[each.stored.first - first :]
             torch.maximum(asked[r, : len(known)], known, out=asked[r, : len(known)])
-        each.request.question = each.stored.first, asked[r, : each.stored.num_tokens]
+        each.request.question = each.stored.first, asked[r, : each.stored.num_tokens].clone()
 
 
 def in_parts(exchanges: Sequence[Exchange], room: Room) -> Iterator[list[Exchange]]:
@@ -346,7 +347,8 @@ def in_parts(exchanges: Sequence[Exchange], room: Room) -> Iterator[list[Exchang
     for alike in by_shape.values():
         part: list[Exchange] = []
         for each in alike:
-            if part and not room.holds(len(part) + 1, each.stored.num_tokens, each.num_asking):
+            longest = max(each.stored.num_tokens, each.num_keep)
+            if part and not room.holds(len(part) + 1, longest, each.num_asking):
                 yield part
                 part = []
             part.append(each)

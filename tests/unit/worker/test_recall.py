@@ -43,6 +43,10 @@ def test_a_launch_has_room_for_as_many_as_the_longest_of_it():
     assert names(exchanges, Room(900)) == [["b", "d", "a"], ["c"]]
     assert names(exchanges, Room(10)) == [["b"], ["d"], ["a"], ["c"]]
     assert names(exchanges, Room(600, query=10.0)) == [["b", "d"], ["a"], ["c"]]
+    # A protected prompt is held, and not stored.
+    protected = [exchange(name, 100, num_keep=300) for name in "ab"]
+    assert names(protected, Room(599)) == [["a"], ["b"]]
+    assert names(protected, Room(600)) == [["a", "b"]]
 
 
 def test_of_equal_numbers_the_first_is_the_largest():
