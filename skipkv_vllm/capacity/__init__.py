@@ -1,7 +1,8 @@
 """What a request costs and how many fit, and what a model's configuration says about it."""
 
+from .fit import Capacity, as_dict, blocks_with_policy, capacity, most_rows, reserved_rows
 from .latents import has_latents, query_size, unread_latents
-from .sizes import Capacity, ModelShape, Pool, as_dict, blocks_with_policy, capacity, most_rows, reserved_rows
+from .sizes import ModelShape, Pool
 from .states import STATE_MODELS, StateSizes, has_states
 from .text_config import FULL, block_size_of, groups_of, kinds_of, kv_of, others_of, shape_of, unsupported
 
