@@ -59,14 +59,14 @@ class Exchange(NamedTuple):
         request: its request.
         stored: its tokens in the store.
         num_keep: tokens held since the last compaction, in the first slots.
-        place: its place in the batch.
+        place: its place in the batch of a compaction.
     """
 
     order: Compaction | Swap
     request: ManagedRequest
     stored: Stored
     num_keep: int
-    place: int
+    place: int = 0
 
     @property
     def num_asking(self) -> int:
@@ -84,9 +84,9 @@ class Exchange(NamedTuple):
         return self.order.num_logical < self.request.num_prompt - BEFORE_END[0]
 
     @property
-    def shape(self) -> tuple[int, int, int]:
+    def shape(self) -> tuple[int, int, int, bool]:
         """What requests that are handled together have in common; the second is the size of their regions."""
-        return self.num_keep, min(self.stored.number, self.num_keep), self.num_asking
+        return self.num_keep, min(self.stored.number, self.num_keep), self.num_asking, self.is_within_prompt
 
 
 class Sums:
@@ -209,7 +209,7 @@ class Recall:
         for part in in_parts(exchanges, self._cache.room):
             num_keep, width = part[0].shape[:2]
             at = to_device([each.place for each in part], torch.int64, self._cache.device)
-            positions = self._positions(part)
+            table, positions = self._held(part)
             is_free = positions >= batch.pin_below[at].view(-1, 1, 1, 1)
             is_free &= positions < batch.pin_from[at].view(-1, 1, 1, 1)
             # Of equal scores the lower position stays longer.
@@ -219,39 +219,36 @@ class Recall:
             for each, region, owners in zip(part, regions, positions.gather(-1, regions), strict=True):
                 # A view would keep the tensor of the whole part.
                 each.request.region, each.request.owner_sums = Region(region.clone(), owners.clone()), None
-        self._exchange_all([each for each in exchanges if not each.is_within_prompt])
+            if not part[0].is_within_prompt:
+                self._exchange(part, table, positions)
 
     def swap(self, jobs: Sequence[tuple[Swap, ManagedRequest]]) -> None:
         """Let other tokens come back; those that nobody asks for any more leave their slots to the owners."""
-        self._exchange_all(
-            [Exchange(order, request, order.stored, request.num_placed, r) for r, (order, request) in enumerate(jobs)]
-        )
-
-    def _exchange_all(self, exchanges: Sequence[Exchange]) -> None:
+        exchanges = [Exchange(order, request, order.stored, request.num_placed) for order, request in jobs]
         for part in in_parts(exchanges, self._cache.room):
-            self._exchange(part, self._positions(part))
+            self._exchange(part, *self._held(part))
 
-    def _positions(self, part: Sequence[Exchange]) -> Tensor:
-        """Return the positions of the tokens held since the last compaction, int32 `[R, layers, H, num_keep]`."""
+    def _held(self, part: Sequence[Exchange]) -> tuple[Tensor, Tensor]:
+        """Return the kernel pages of R requests, and the positions held since the last compaction; see `_exchange`."""
+        table = self._cache.table([each.order.after[1] for each in part])
         placed = to_device([[each.num_keep for each in part], [0] * len(part)], torch.int32, self._cache.device)
-        return self._cache.positions(self._table(part), part[0].num_keep, *placed)
+        return table, self._cache.positions(table, part[0].num_keep, *placed)
 
-    def _table(self, part: Sequence[Exchange]) -> Tensor:
-        return self._cache.table([each.order.after[1] for each in part])
-
-    def _exchange(self, part: Sequence[Exchange], positions: Tensor) -> None:
+    def _exchange(self, part: Sequence[Exchange], table: Tensor, positions: Tensor) -> None:
         """Give the slots of the regions to tokens that are asked for, and the others back to their owners.
 
         What is asked for comes first, then what the method values more.
 
         Args:
             part: R requests of one shape.
+            table: int32 `[R, pages]`, their kernel pages.
             positions: int32 `[R, layers, H, num_keep]`, held since the last compaction, by slot.
         """
         device, regions = positions.device, [each.request.region for each in part]
         slots, owners = (torch.stack(each) for each in zip(*regions, strict=True))
-        first, number = to_device([[each.stored.first, each.stored.num_tokens] for each in part], torch.int32, device).T
-        length, most = max(each.stored.num_tokens for each in part), slots.shape[-1]
+        numbers = [each.stored.num_tokens for each in part]
+        first, number = to_device([[each.stored.first for each in part], numbers], torch.int32, device)
+        length, most = max(numbers), slots.shape[-1]
         stored_table = to_device(padded([each.stored.pages for each in part]), torch.int32, device)
         start = first.view(-1, 1, 1, 1)
         # Tokens that have no place, because they are protected or were dropped, mark the one behind the last.
@@ -267,8 +264,8 @@ class Recall:
         after = placed(is_wanted, owner, present)
         is_new, was_owner, is_owner = after != present, present == owner, after == owner
         self._recall_tokens(
-            *(*self._cache.pages, self._cache.sidecar, self._table(part), slots.int()),
-            *(torch.where(is_new, after, -1).int(), first.contiguous(), stored_table, self._stored),
+            *(*self._cache.pages, self._cache.sidecar, table, slots.int()),
+            *(torch.where(is_new, after, -1).int(), first, stored_table, self._stored),
         )
         if self._signals.attention_mass is not None:
             order = torch.arange(most, device=device).expand(present.shape)
@@ -305,7 +302,7 @@ class Recall:
         spread = self._moments[1, on_device]
         spread = spread.repeat_interleave(queries.shape[3] // spread.shape[2], dim=2)
         weights: Tensor = self._stored_attention(
-            *(self._signs, self._sizes, stored_table, number.contiguous(), queries.float() * spread[:, :, None], length)
+            *(self._signs, self._sizes, stored_table, number, queries.float() * spread[:, :, None], length)
         )
         lacking = is_lacking.float()
         excess = weights.mul_(number.view(-1, 1, 1, 1) / BASE).clamp_(min=1.0).log_().mul_(lacking)

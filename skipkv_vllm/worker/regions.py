@@ -21,11 +21,12 @@ def best(asked: Tensor, owner: Tensor, least: float) -> Tensor:
     Returns:
         bool `[R, layers, H, N + 1]`.
     """
-    most, length = owner.shape[-1], asked.shape[-1] - 1
+    most = owner.shape[-1]
     by_worth = torch.arange(1, most + 1, device=asked.device) * (least / (most + 1))
     wanted = torch.zeros_like(asked).scatter_(-1, owner, by_worth.expand(owner.shape)).maximum(asked)
     wanted[..., -1] = 0
-    value, place = largest(F.pad(wanted, (0, max(0, most - length))), most)
+    length = wanted.shape[-1] - 1
+    value, place = largest(wanted, most)
     return marked(torch.where(value > 0, place, length), length)
 
 
@@ -40,11 +41,11 @@ def placed(is_wanted: Tensor, owner: Tensor, present: Tensor) -> Tensor:
     Returns:
         int64 `[R, layers, H, n]`.
     """
-    most, length = owner.shape[-1], is_wanted.shape[-1] - 1
+    length = is_wanted.shape[-1] - 1
     is_owners, is_guest = is_wanted.gather(-1, owner), is_wanted.scatter(-1, owner, False)
     stays = is_guest.gather(-1, present) & ~is_owners
     coming = is_guest & ~marked(torch.where(stays, present, length), length)
-    is_coming, place = largest(F.pad(coming.float(), (0, max(0, most - length))), most)
+    is_coming, place = largest(coming.float(), owner.shape[-1])
     free = (is_owners | stays).byte().sort(dim=-1, stable=True).indices
     after = present.scatter(-1, free, torch.where(is_coming > 0, place, present.gather(-1, free)))
     return torch.where(is_owners, owner, after)
@@ -60,8 +61,9 @@ def marked(places: Tensor, length: int) -> Tensor:
 def largest(values: Tensor, number: int) -> tuple[Tensor, Tensor]:
     """Return the largest of values `[..., N]` >= 0 and their places, descending; of equal ones the first comes first.
 
-    A stable sort would do the same, in several times the time.
+    A stable sort would do the same, in several times the time. Zeros at places from N on make up for missing values.
     """
+    values = F.pad(values, (0, max(0, number - values.shape[-1])))
     # The bits of floating-point numbers that are not negative are in the order of the numbers.
     behind = torch.arange(values.shape[-1] - 1, -1, -1, device=values.device)
     largest = (values.view(torch.int32).long() << 32 | behind).topk(number, dim=-1).values

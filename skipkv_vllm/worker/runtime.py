@@ -304,8 +304,8 @@ class EvictionRuntime:
         assert self._compactor is not None
         assert self._compactor.recall is not None
         self._compactor.recall.swap([(order, self._requests[order.request_id]) for order in orders])
-        for order in orders:
-            if self.trace is not None:
+        if self.trace is not None:
+            for order in orders:
                 self.trace.swapped(order, self.held(order).sort(dim=-1).values)
 
     def held(self, order: Compaction | Swap) -> Tensor:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -122,16 +122,15 @@ class AttentionMass(Signal):
         assert request.region is not None
         if not request.needs & ACCUMULATED:
             return
-        sums, slots = self.sums[bool(request.needs & Need.OUTPUT_ERROR)], request.region.slots
-        before = sums.read_slots(request.row, slots)
-        if before is None:
-            return
-        # Right after a compaction every owner is there.
-        waiting = before if request.owner_sums is None else before.where(was_owner[..., None], request.owner_sums)
-        moved = before.gather(2, came_from.clamp(min=0)[..., None].expand_as(before))
-        fresh = waiting.where(is_owner[..., None], 0.0)
-        sums.write_slots(request.row, slots, moved.where(came_from[..., None] >= 0, fresh))
-        request.owner_sums = waiting
+
+        def follow(before: Tensor) -> Tensor:
+            # Right after a compaction every owner is there.
+            waiting = before if request.owner_sums is None else before.where(was_owner[..., None], request.owner_sums)
+            moved = before.gather(2, came_from.clamp(min=0)[..., None].expand_as(before))
+            request.owner_sums = waiting
+            return moved.where(came_from[..., None] >= 0, waiting.where(is_owner[..., None], 0.0))
+
+        self.sums[bool(request.needs & Need.OUTPUT_ERROR)].update(request.row, request.region.slots, follow)
 
     def _sums_of(self, batch: CompactionBatch) -> AttentionSums:
         return self.sums[bool(batch.needs & Need.OUTPUT_ERROR)]
@@ -205,18 +204,17 @@ class AttentionSums:
                 self._give_back(self._blocks[row][count:])
                 self._blocks[row] = self._blocks[row][:count]
 
-    def read_slots(self, row: int, slots: Tensor) -> Tensor | None:
-        """Return the sums of some slots `[layers, H, n]` of a request, `[layers, H, n, K]`; None if it has none."""
-        return self._entries[self._places(row, slots)] if row in self._blocks else None
+    def update(self, row: int, slots: Tensor, change: Callable[[Tensor], Tensor]) -> None:
+        """Replace the sums of some slots `[layers, H, n]` of a request by what `change` makes of them.
 
-    def write_slots(self, row: int, slots: Tensor, sums: Tensor) -> None:
-        """Replace the sums of some slots; see `read_slots`."""
-        self._entries[self._places(row, slots)] = sums
-
-    def _places(self, row: int, slots: Tensor) -> tuple[Any, ...]:
+        It gets and returns float32 `[layers, H, n, K]`, and is not called if the request has no sums.
+        """
+        if row not in self._blocks:
+            return
         blocks = to_device(self._blocks[row], torch.int64, slots.device)
         layer, head = (torch.arange(count, device=slots.device) for count in slots.shape[:2])
-        return blocks[slots // self._size], slice(None), layer[:, None, None], head[:, None], slots % self._size
+        at = (blocks[slots // self._size], slice(None), layer[:, None, None], head[:, None], slots % self._size)
+        self._entries[at] = change(self._entries[at])
 
     def _by_block(self, by_slot: Tensor) -> Tensor:
         """Arrange `[K, R, layers, H, N]` as `[R, blocks, K, layers, H, P]`."""

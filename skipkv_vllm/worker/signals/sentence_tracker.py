@@ -31,6 +31,11 @@ def look_up(table: Tensor, positions: Tensor) -> Tensor:
     return table.gather(1, flat).view(positions.shape)
 
 
+def _numbers(ends: Tensor, first: Tensor | int, positions: Tensor) -> Tensor:
+    number = torch.searchsorted(ends, positions.contiguous()) + 1
+    return torch.where(positions >= first, number, 0)
+
+
 class SentenceState(NamedTuple):
     """The sentences of one request. S is the longest possible sequence.
 
@@ -50,8 +55,7 @@ class SentenceState(NamedTuple):
 
         The open sentence has the next free number.
         """
-        number = torch.searchsorted(self.ends, positions.contiguous()) + 1
-        return torch.where(positions >= self.first, number, 0)
+        return _numbers(self.ends, self.first, positions)
 
 
 class TrackedTokens(NamedTuple):
@@ -175,8 +179,7 @@ class SentenceTracker:
 
     def sentences_of(self, rows: Tensor, positions: Tensor) -> Tensor:
         """Return the sentence number of each position `[R, N]`; see `SentenceState.sentence_of`."""
-        number = torch.searchsorted(self._ends[rows], positions.contiguous()) + 1
-        return torch.where(positions >= self._first_of[rows, None], number, 0)
+        return _numbers(self._ends[rows], self._first_of[rows, None], positions)
 
     def penalties(self, rows: Tensor, positions: Tensor, lengths: Tensor, longest: int) -> Tensor:
         """Return how much later text repeats the sentence of each token: float32, of the shape of the positions.

@@ -91,10 +91,10 @@ class Sentences(Signal):
         found = torch.zeros(2, len(batch.jobs), batch.longest, dtype=torch.float32, device=batch.rows.device)
         if self.tracker is not None:
             order = torch.arange(batch.longest, dtype=torch.int32, device=found.device)
-            every = order.expand(len(batch.jobs), 1, 1, -1)
-            found[0] = self.tracker.penalties(batch.rows, every, batch.num_logical, batch.longest)[:, 0, 0]
-            for r, (_, request) in enumerate(batch.jobs):
-                found[1, r] = self.tracker.state(request.row).sentence_of(order)
+            every = order.expand(len(batch.jobs), -1)
+            of_penalties = self.tracker.penalties(batch.rows, every[:, None, None], batch.num_logical, batch.longest)
+            found[0] = of_penalties[:, 0, 0]
+            found[1] = self.tracker.sentences_of(batch.rows.long(), every)
         return found
 
     def similar_pairs(self, row: int) -> tuple[Tensor, Tensor] | None:

@@ -1,4 +1,4 @@
-"""Exchanges with the store: which requests share a launch, and the largest of many numbers."""
+"""Exchanges with the store: which requests share a launch, what regions hold, and what a question asked for."""
 
 from __future__ import annotations
 
